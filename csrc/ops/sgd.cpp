@@ -1,0 +1,283 @@
+#include "sgd.h"
+
+#include <ATen/Functions.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <algorithm>
+#include <optional>
+
+namespace lightkit {
+namespace {
+
+namespace py = pybind11;
+using at::Tensor;
+
+py::handle item(const py::handle& dict, const char* key) {
+  PyObject* value = PyDict_GetItemString(dict.ptr(), key);
+  if (value == nullptr) {
+    throw py::key_error(std::string("SGD: a parameter group has no '") + key + "'");
+  }
+  return value;
+}
+
+// Any number, a one-element tensor included, which is what float() takes.
+double number(const py::handle& group, const char* key) {
+  const double value = PyFloat_AsDouble(item(group, key).ptr());
+  if (value == -1.0 && PyErr_Occurred()) {
+    throw py::error_already_set();
+  }
+  return value;
+}
+
+bool flag(const py::handle& group, const char* key) {
+  return PyObject_IsTrue(item(group, key).ptr()) == 1;
+}
+
+cpu::SgdOptions options_of(const py::handle& group) {
+  return {
+      .lr = number(group, "lr"),
+      .momentum = number(group, "momentum"),
+      .dampening = number(group, "dampening"),
+      .weight_decay = number(group, "weight_decay"),
+      .nesterov = flag(group, "nesterov"),
+      .maximize = flag(group, "maximize"),
+  };
+}
+
+std::optional<cpu::SgdType> kernel_type(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return cpu::SgdType::Float;
+    case at::kDouble:
+      return cpu::SgdType::Double;
+    case at::kBFloat16:
+      return cpu::SgdType::BFloat16;
+    case at::kHalf:
+      return cpu::SgdType::Half;
+    default:
+      return std::nullopt;
+  }
+}
+
+// `tensor` with the dtype, device and order of elements in memory of `like`, which is dense.
+Tensor laid_out_as(const Tensor& tensor, const Tensor& like) {
+  if (tensor.strides() == like.strides() && tensor.scalar_type() == like.scalar_type() &&
+      tensor.device() == like.device()) {
+    return tensor;
+  }
+  return at::empty_like(like).copy_(tensor);
+}
+
+py::list parameters_of(const py::handle& group) {
+  return py::reinterpret_borrow<py::list>(item(group, "params"));
+}
+
+}  // namespace
+
+bool SgdPlan::is_current(const py::list& param_groups, const py::dict& state) const {
+  if (param_groups.size() != groups_.size() || state.size() != state_items_.size()) {
+    return false;
+  }
+  PyObject *key = nullptr, *value = nullptr;
+  Py_ssize_t position = 0;
+  for (size_t i = 0; PyDict_Next(state.ptr(), &position, &key, &value); ++i) {
+    if (key != state_items_[i].first.ptr() || value != state_items_[i].second.ptr()) {
+      return false;
+    }
+  }
+  for (size_t g = 0; g < groups_.size(); ++g) {
+    const py::list parameters = parameters_of(param_groups[g]);
+    if (parameters.size() != groups_[g].size()) {
+      return false;
+    }
+    for (size_t i = 0; i < groups_[g].size(); ++i) {
+      const Entry& entry = groups_[g][i];
+      if (PyList_GET_ITEM(parameters.ptr(), i) != entry.key.ptr()) {
+        return false;
+      }
+      if (entry.state && PyDict_GetItemString(entry.state.ptr(), "momentum_buffer") != entry.momentum_object.ptr()) {
+        return false;
+      }
+    }
+  }
+  return true;
+}
+
+void SgdPlan::rebuild(const py::list& param_groups, const py::dict& state) {
+  groups_.clear();
+  state_items_.clear();
+  for (const auto& [key, value] : state) {
+    state_items_.emplace_back(py::reinterpret_borrow<py::object>(key), py::reinterpret_borrow<py::object>(value));
+  }
+  for (const auto& group : param_groups) {
+    auto& entries = groups_.emplace_back();
+    for (const auto& parameter : parameters_of(group)) {
+      Entry entry;
+      entry.key = py::reinterpret_borrow<py::object>(parameter);
+      entry.parameter = THPVariable_Unpack(parameter.ptr());
+      if (PyDict_Contains(state.ptr(), parameter.ptr()) == 1) {
+        entry.state = py::reinterpret_borrow<py::object>(PyDict_GetItem(state.ptr(), parameter.ptr()));
+        PyObject* buffer = PyDict_GetItemString(entry.state.ptr(), "momentum_buffer");
+        entry.momentum_object = py::reinterpret_borrow<py::object>(buffer);
+        if (buffer != nullptr && buffer != Py_None) {
+          entry.momentum = THPVariable_Unpack(buffer);
+        }
+      }
+      entries.push_back(std::move(entry));
+    }
+  }
+}
+
+// Adds what is to be done for one parameter; false if that is not for this kernel.
+bool SgdPlan::gather(Entry& entry, const cpu::SgdOptions& options, std::vector<Update>& updates) {
+  const Tensor& gradient = entry.parameter.grad();
+  if (!gradient.defined()) {
+    return true;
+  }
+  if (!entry.parameter.is_cpu() || !gradient.is_cpu() || gradient.layout() != at::kStrided ||
+      entry.parameter.layout() != at::kStrided || !kernel_type(entry.parameter.scalar_type())) {
+    return false;
+  }
+  TORCH_CHECK(
+      gradient.sizes() == entry.parameter.sizes(),
+      "SGD: a parameter of shape ",
+      entry.parameter.sizes(),
+      " has a gradient of shape ",
+      gradient.sizes());
+
+  Update update{&entry, &options};
+  update.parameter = entry.parameter.is_non_overlapping_and_dense()
+      ? entry.parameter
+      : entry.parameter.detach().clone(at::MemoryFormat::Contiguous);
+  update.gradient = laid_out_as(gradient, update.parameter);
+  update.first = !entry.momentum.defined();
+  if (options.momentum != 0) {
+    if (update.first) {
+      update.momentum = at::empty_like(update.parameter);
+    } else {
+      TORCH_CHECK(
+          entry.momentum.sizes() == entry.parameter.sizes(),
+          "SGD: a parameter of shape ",
+          entry.parameter.sizes(),
+          " has a momentum buffer of shape ",
+          entry.momentum.sizes());
+      update.momentum = laid_out_as(entry.momentum, update.parameter);
+    }
+  }
+  updates.push_back(std::move(update));
+  return true;
+}
+
+// Puts a buffer made in this step where Python, and the next step, find it.
+void SgdPlan::keep_momentum(Update& update, const py::dict& state) {
+  Entry& entry = *update.entry;
+  if (!update.momentum.defined() || update.momentum.is_same(entry.momentum)) {
+    return;
+  }
+  if (!entry.state) {
+    // Through __getitem__: the state of an optimizer is a defaultdict.
+    entry.state = py::reinterpret_steal<py::object>(PyObject_GetItem(state.ptr(), entry.key.ptr()));
+    if (!entry.state) {
+      throw py::error_already_set();
+    }
+  }
+  entry.momentum = update.momentum;
+  entry.momentum_object = py::reinterpret_steal<py::object>(THPVariable_Wrap(update.momentum));
+  if (PyDict_SetItemString(entry.state.ptr(), "momentum_buffer", entry.momentum_object.ptr()) != 0) {
+    throw py::error_already_set();
+  }
+}
+
+// Whether two parameters lie in the same memory, so that their updates must come one after the other. Looked
+// at again only when a parameter has moved.
+bool SgdPlan::shares_memory(const std::vector<Update>& updates) {
+  bool moved = false;
+  for (const auto& update : updates) {
+    const void* memory = update.parameter.const_data_ptr();
+    moved |= update.entry->memory != memory;
+    update.entry->memory = memory;
+  }
+  if (!moved) {
+    return shares_memory_;
+  }
+  std::vector<std::pair<const char*, const char*>> spans;
+  for (const auto& update : updates) {
+    const auto* begin = static_cast<const char*>(update.parameter.const_data_ptr());
+    if (update.parameter.numel() > 0) {
+      spans.emplace_back(begin, begin + update.parameter.nbytes());
+    }
+  }
+  std::sort(spans.begin(), spans.end());
+  shares_memory_ = std::adjacent_find(spans.begin(), spans.end(), [](const auto& a, const auto& b) {
+                     return b.first < a.second;
+                   }) != spans.end();
+  return shares_memory_;
+}
+
+bool SgdPlan::step(const py::list& param_groups, const py::dict& state) {
+  if (!is_current(param_groups, state)) {
+    rebuild(param_groups, state);
+  }
+  std::vector<cpu::SgdOptions> options;
+  options.reserve(groups_.size());
+  std::vector<Update> updates;
+  for (size_t g = 0; g < groups_.size(); ++g) {
+    options.push_back(options_of(param_groups[g]));
+    for (auto& entry : groups_[g]) {
+      if (!gather(entry, options.back(), updates)) {
+        return false;
+      }
+    }
+  }
+
+  std::vector<cpu::SgdTensor> tensors;
+  tensors.reserve(updates.size());
+  for (const auto& update : updates) {
+    tensors.push_back({
+        .parameter = update.parameter.mutable_data_ptr(),
+        .gradient = update.gradient.const_data_ptr(),
+        .momentum = update.momentum.defined() ? update.momentum.mutable_data_ptr() : nullptr,
+        .numel = update.parameter.numel(),
+        .type = *kernel_type(update.parameter.scalar_type()),
+        .first = update.first,
+        .options = update.options,
+    });
+  }
+  const bool one_by_one = shares_memory(updates);
+  {
+    py::gil_scoped_release release;
+    if (one_by_one) {
+      for (const auto& tensor : tensors) {
+        cpu::sgd({tensor});
+      }
+    } else {
+      cpu::sgd(tensors);
+    }
+    for (auto& update : updates) {
+      const Tensor& parameter = update.entry->parameter;
+      if (!update.parameter.is_same(parameter)) {
+        parameter.detach().copy_(update.parameter);
+      }
+      // Autograd must notice that a tensor it saved has changed.
+      if (!parameter.is_inference()) {
+        parameter.unsafeGetTensorImpl()->bump_version();
+      }
+      if (update.momentum.defined() && !update.momentum.is_inference()) {
+        update.momentum.unsafeGetTensorImpl()->bump_version();
+      }
+    }
+  }
+  const size_t states = state.size();
+  for (auto& update : updates) {
+    keep_momentum(update, state);
+  }
+  if (state.size() != states) {
+    state_items_.clear();
+    for (const auto& [key, value] : state) {
+      state_items_.emplace_back(py::reinterpret_borrow<py::object>(key), py::reinterpret_borrow<py::object>(value));
+    }
+  }
+  return true;
+}
+
+}  // namespace lightkit

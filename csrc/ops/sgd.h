@@ -1,0 +1,57 @@
+// The step plan of lightkit.optim.SGD: what one native call needs to know of an optimizer.
+#pragma once
+
+#include "../kernels/cpu/sgd.h"
+
+#include <ATen/core/Tensor.h>
+#include <pybind11/pybind11.h>
+
+#include <utility>
+#include <vector>
+
+namespace lightkit {
+
+// Holds the parameters of an optimizer and where their momentum buffers lie, so that a step is one call.
+//
+// Memory, gradients and dtypes are read anew at every step: a parameter may be moved, re-pointed, frozen or
+// given another gradient at any time. The plan itself is rebuilt only when the groups list other parameters
+// or the optimizer's state holds other objects.
+class SgdPlan {
+ public:
+  // One step over `param_groups` (those of torch.optim.SGD), with the momentum buffers in `state`. Returns
+  // false, having changed nothing, if some parameter is not for this kernel: sparse gradients, another
+  // device, another dtype.
+  bool step(const pybind11::list& param_groups, const pybind11::dict& state);
+
+ private:
+  struct Entry {
+    pybind11::object key;              // the parameter as Python holds it
+    at::Tensor parameter;
+    pybind11::object state;            // its dict in the optimizer's state, or null
+    pybind11::object momentum_object;  // the buffer as Python holds it, or null
+    at::Tensor momentum;
+    const void* memory = nullptr;      // where the parameter lay in the last step
+  };
+
+  // What a step does to one parameter.
+  struct Update {
+    Entry* entry;
+    const cpu::SgdOptions* options;
+    at::Tensor parameter;              // the parameter, or a dense copy of it
+    at::Tensor gradient;
+    at::Tensor momentum;
+    bool first;
+  };
+
+  bool is_current(const pybind11::list& param_groups, const pybind11::dict& state) const;
+  void rebuild(const pybind11::list& param_groups, const pybind11::dict& state);
+  static bool gather(Entry& entry, const cpu::SgdOptions& options, std::vector<Update>& updates);
+  static void keep_momentum(Update& update, const pybind11::dict& state);
+  bool shares_memory(const std::vector<Update>& updates);
+
+  std::vector<std::vector<Entry>> groups_;
+  std::vector<std::pair<pybind11::object, pybind11::object>> state_items_;
+  bool shares_memory_ = false;
+};
+
+}  // namespace lightkit

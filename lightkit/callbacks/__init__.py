@@ -1,0 +1,7 @@
+"""Lightning callbacks."""
+
+from lightkit.callbacks.progress import Progress
+from lightkit.callbacks.test_recorder import TestRecorder
+from lightkit.callbacks.throughput import Throughput
+
+__all__ = ["Progress", "TestRecorder", "Throughput"]

@@ -1,0 +1,38 @@
+"""Progress for people at a terminal and for logs."""
+
+from __future__ import annotations
+
+import sys
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import RichProgressBar
+
+
+class Progress(RichProgressBar):
+    """A rich progress bar on a terminal; where there is none, such as in a log file, one line an epoch.
+
+    Args:
+        refresh_rate: batches between two updates of the bar.
+    """
+
+    def __init__(self, refresh_rate: int = 10) -> None:
+        super().__init__(refresh_rate=refresh_rate, leave=True)
+        self._on_terminal = sys.stdout.isatty()
+        if not self._on_terminal:
+            self.disable()
+
+    def enable(self) -> None:
+        """Lightning calls this on the process that shows progress."""
+        if self._on_terminal:
+            super().enable()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Prints the epoch's metrics where no bar has shown them."""
+        super().on_train_epoch_end(trainer, pl_module)
+        if self._on_terminal or not trainer.is_global_zero:
+            return
+        wanted = ("train/loss_epoch", "val/loss", "val/accuracy")
+        metrics = trainer.callback_metrics
+        shown = [f"{name.removesuffix('_epoch')} {metrics[name].item():.4f}" for name in wanted if name in metrics]
+        total = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else "?"
+        print(f"epoch {trainer.current_epoch + 1}/{total}  {'  '.join(shown)}", flush=True)

@@ -1,0 +1,105 @@
+"""Checkpoints: written so that a failure leaves the previous one, read without running what is in them."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from lightkit.errors import CheckpointError
+from lightkit.files import write_atomically
+
+# Where a checkpoint of lightkit.train keeps the configuration that it was made with.
+CONFIG_KEY = "lightkit_config"
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """A Lightning plug-in: ``Trainer(plugins=[AtomicCheckpointIO()])``.
+
+    A checkpoint replaces the one of the same name only when all of it is on the disk; if the disk is full or
+    the process dies, the previous one is intact. Loading is ``weights_only`` unless asked otherwise: a
+    checkpoint cannot run code.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Writes a checkpoint; remote paths go the way of Lightning's own plug-in."""
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        # Serialised first: what cannot be pickled fails before anything is written.
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        try:
+            write_atomically(path, lambda file: file.write(buffer.getbuffer()))
+        except OSError as error:
+            raise CheckpointError(
+                f"the checkpoint {path} could not be written: {error.strerror or error}; the one before it is intact"
+            ) from error
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Reads a checkpoint: see `load_checkpoint`."""
+        if weights_only is False or "://" in str(path):
+            return super().load_checkpoint(path, map_location, weights_only)
+        return load_checkpoint(path, map_location)
+
+
+def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """Reads a checkpoint with ``weights_only=True``.
+
+    Raises:
+        CheckpointError: there is no such file, it is damaged, or it is not a Lightning checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint {path}")
+    try:
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as error:
+        # torch raises half a dozen types here, from EOFError to pickle's own, all of which mean this.
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"{path} is damaged or not a checkpoint: {reason}") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise CheckpointError(f"{path} is not a Lightning checkpoint: it has no state_dict")
+    return checkpoint
+
+
+def load_weights(module: torch.nn.Module, checkpoint: dict[str, Any], path: str | Path) -> None:
+    """Puts the weights of a checkpoint into a module.
+
+    Raises:
+        CheckpointError: they are of another model; says what differs.
+    """
+    check_weights(module, checkpoint, path)
+    module.load_state_dict(checkpoint["state_dict"])
+
+
+def check_weights(module: torch.nn.Module, checkpoint: dict[str, Any], path: str | Path) -> None:
+    """Raises a `CheckpointError` that says what differs if the weights are not this module's."""
+    want = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    have = {name: tuple(getattr(value, "shape", ())) for name, value in checkpoint["state_dict"].items()}
+    differences = [f"{name} is missing" for name in want.keys() - have.keys()]
+    differences += [f"{name} is unknown here" for name in have.keys() - want.keys()]
+    differences += [
+        f"{name} is {have[name]}, expected {want[name]}" for name in want.keys() & have.keys() if want[name] != have[name]
+    ]
+    if differences:
+        shown = "; ".join(sorted(differences)[:3])
+        more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise CheckpointError(f"{path} is a checkpoint of another model: {shown}{more}")
+
+
+def find_last(runs: Path) -> Path:
+    """The most recently written ``last.ckpt`` below a directory.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    found = list(runs.rglob("last.ckpt"))
+    if not found:
+        raise CheckpointError(f"ckpt_path=last: there is no last.ckpt below {runs.absolute()}")
+    return max(found, key=lambda path: path.stat().st_mtime)

@@ -1,0 +1,132 @@
+"""What the entry points share: composing by Hydra, and errors a person can act on."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import hydra
+from hydra import initialize_config_module
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from hydra.types import RunMode
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lightkit.config import nearest
+from lightkit.errors import ConfigError, LightkitError
+
+CONFIG_SOURCE = "pkg://lightkit.conf"
+
+# What an error in the input looks like; anything else is a fault of the program and keeps its traceback.
+_USER_ERRORS = (LightkitError, HydraException, OmegaConfBaseException, MisconfigurationException, OSError)
+
+
+def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], int]]:
+    """Makes a console command of a function of a configuration.
+
+    The command composes ``conf/<config_name>.yaml`` with the overrides on the command line and returns the
+    exit status: 0, or 1 after one message on standard error. ``HYDRA_FULL_ERROR=1`` shows tracebacks too.
+    """
+
+    def decorate(function: Callable[[DictConfig], Any]) -> Callable[[], int]:
+        def checked(config: DictConfig) -> Any:
+            check_top_level(config, config_name)
+            return function(config)
+
+        command = hydra.main(version_base="1.3", config_path=CONFIG_SOURCE, config_name=config_name)(checked)
+
+        def main() -> int:
+            show_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
+            # With it Hydra raises instead of printing, which leaves the printing to us.
+            os.environ["HYDRA_FULL_ERROR"] = "1"
+            _quiet()
+            try:
+                command()
+            except _USER_ERRORS as error:
+                if show_traceback:
+                    traceback.print_exc()
+                print(f"error: {explain(error, config_name)}", file=sys.stderr)
+                return 1
+            except KeyboardInterrupt:
+                print("interrupted", file=sys.stderr)
+                return 130
+            return 0
+
+        main.__doc__ = function.__doc__
+        return main
+
+    return decorate
+
+
+def _quiet() -> None:
+    """Silences advice that does not hold here."""
+    # Batches are sliced from memory: worker processes would only slow that down.
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    # A run directory is not empty: Hydra's own files are in it before the logger's.
+    warnings.filterwarnings("ignore", ".*Experiment logs directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
+    # Lightning and tensorboard import it; nothing to be done about it here.
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module="(?!lightkit).*")
+
+
+def explain(error: Exception, config_name: str) -> str:
+    """The message of an error in the input, with the nearest right names where one was misspelt."""
+    message = str(error).strip()
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        name = error.missing_cfg_file.rpartition("/")[2]
+        return message + nearest(name, error.options)
+    if isinstance(error, ConfigCompositionException):
+        cause = str(error.__cause__).partition("\n")[0] if error.__cause__ else ""
+        key = re.search(r"Could not (?:override|append|delete) '([^'@]+)", message)
+        hint = nearest(key[1], _known_names(config_name)) if key else ""
+        return ". ".join(part for part in (message.replace("\n", " "), cause) if part) + hint
+    if isinstance(error, OSError) and not isinstance(error, LightkitError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return message or type(error).__name__
+
+
+def check_top_level(config: Mapping[str, Any], config_name: str) -> None:
+    """Refuses keys that nothing reads: Hydra's ``+key=value`` adds whatever it is given, typing errors too."""
+    with _config_loader() as loader:
+        known = [str(key) for key in _defaults(loader, config_name)]
+        groups = loader.list_groups("")
+    for key in config:
+        if key not in known:
+            raise ConfigError(f"{key!r} is not a key of the configuration{nearest(str(key), [*known, *groups])}")
+
+
+@contextmanager
+def _config_loader() -> Iterator[ConfigLoader]:
+    """Hydra's loader: the running command's, or one of its own after that has ended in an error."""
+    if GlobalHydra.instance().is_initialized():
+        yield GlobalHydra.instance().config_loader()
+    else:
+        with initialize_config_module("lightkit.conf", version_base="1.3"):
+            yield GlobalHydra.instance().config_loader()
+
+
+def _defaults(loader: ConfigLoader, config_name: str) -> DictConfig:
+    """The configuration without any override."""
+    return loader.load_configuration(config_name, overrides=[], run_mode=RunMode.RUN)
+
+
+def _known_names(config_name: str) -> list[str]:
+    """Every key and group that may stand left of an equals sign."""
+    with _config_loader() as loader:
+        return [*_dotted(OmegaConf.to_container(_defaults(loader, config_name))), *loader.list_groups("")]
+
+
+def _dotted(node: Any, prefix: str = "") -> Iterator[str]:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield prefix + str(key)
+            yield from _dotted(value, f"{prefix}{key}.")

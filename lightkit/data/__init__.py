@@ -1,0 +1,8 @@
+"""LightningDataModules and the readers of their data sets."""
+
+from lightkit.data.batches import TensorBatches
+from lightkit.data.images import ImageDataModule, ImageSet
+from lightkit.data.mnist import MNIST, FashionMNIST
+from lightkit.data.mnist_5k import MNIST5k
+
+__all__ = ["MNIST", "FashionMNIST", "ImageDataModule", "ImageSet", "MNIST5k", "TensorBatches"]

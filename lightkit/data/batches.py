@@ -1,0 +1,108 @@
+"""Batches sliced from tensors that lie in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class TensorBatches:
+    """Iterates over batches of tensors, each batch one slice of each tensor.
+
+    What a DataLoader does item by item, and then collates, is one indexing operation a batch here. The order
+    of an epoch depends on ``seed`` and on the number of the epoch alone, so that a run that was stopped
+    anywhere resumes with the very batches it had before it: the position is in ``state_dict``, which Lightning
+    saves with its checkpoints.
+
+    With several processes each gets every ``world_size``-th sample. In training (``shuffle``) the samples are
+    filled up from the front so that all have the same number of batches; in evaluation no sample is repeated.
+
+    Args:
+        tensors: of equal length in dimension 0.
+        batch_size: samples in a batch; the last may be smaller.
+        shuffle: a new order in each epoch.
+        seed: of the order.
+        rank: of this process.
+        world_size: number of processes.
+
+    Raises:
+        ValueError: no tensors or of different lengths, a batch size below 1.
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        lengths = [len(tensor) for tensor in tensors]
+        if not lengths or len(set(lengths)) != 1:
+            raise ValueError(f"tensors must be one or more of equal length, got lengths {lengths}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.tensors = tuple(tensors)
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self._epoch = -1
+        self._batch = 0
+        self._resuming = False
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of an epoch in this process."""
+        total = len(self.tensors[0])
+        if self.shuffle:
+            return -(-total // self.world_size)
+        return len(range(self.rank, total, self.world_size))
+
+    def __len__(self) -> int:
+        return -(-self.num_samples // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        if self._resuming and self._batch < len(self):
+            self._resuming = False
+        else:
+            self._resuming = False
+            self._epoch += 1
+            self._batch = 0
+        return self._batches(self._order(self._epoch), self._batch)
+
+    def _order(self, epoch: int) -> Tensor | None:
+        """Indices of this process's samples, or None for all of them as they stand."""
+        total = len(self.tensors[0])
+        if self.shuffle:
+            # One number of both: neighbouring seeds must not share epochs.
+            generator = torch.Generator().manual_seed((self.seed << 32) + epoch)
+            order = torch.randperm(total, generator=generator)
+            short = self.num_samples * self.world_size - total
+            return torch.cat([order, order[:short]])[self.rank :: self.world_size] if self.world_size > 1 else order
+        return torch.arange(self.rank, total, self.world_size) if self.world_size > 1 else None
+
+    def _batches(self, order: Tensor | None, first: int) -> Iterator[tuple[Tensor, ...]]:
+        for index in range(first, len(self)):
+            chosen = slice(index * self.batch_size, (index + 1) * self.batch_size)
+            self._batch = index + 1
+            if order is None:
+                yield tuple(tensor[chosen] for tensor in self.tensors)
+            else:
+                yield tuple(tensor.index_select(0, order[chosen]) for tensor in self.tensors)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The epoch, and how many of its batches have been handed out."""
+        return {"epoch": self._epoch, "batch": self._batch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The next iteration goes on from there."""
+        self._epoch = int(state["epoch"])
+        self._batch = int(state["batch"])
+        self._resuming = True

@@ -1,0 +1,155 @@
+"""MNIST and Fashion-MNIST in full: 60,000 training and 10,000 test images of 28x28."""
+
+from __future__ import annotations
+
+import hashlib
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from lightkit.data.idx import read_idx
+from lightkit.data.images import ImageDataModule, ImageSet
+from lightkit.errors import DataError
+from lightkit.files import write_atomically
+from lightkit.paths import cache_root
+
+_FILES = {
+    "train_images": "train-images-idx3-ubyte",
+    "train_labels": "train-labels-idx1-ubyte",
+    "test_images": "t10k-images-idx3-ubyte",
+    "test_labels": "t10k-labels-idx1-ubyte",
+}
+_TIMEOUT_SECONDS = 20
+
+
+class MNIST(ImageDataModule):
+    """The handwritten digits of LeCun et al. [1]_.
+
+    The four IDX files, compressed or not, are taken from ``data_dir`` if given; else from the system's
+    directory of the data set; else from the cache, into which they are downloaded from public mirrors and
+    checked against their published MD5 sums.
+
+    Args:
+        data_dir: a directory with the four files.
+        **options: see `ImageDataModule`.
+
+    References:
+        .. [1] LeCun et al., Gradient-based learning applied to document recognition, Proc. IEEE 1998.
+    """
+
+    classes = tuple("0123456789")
+    image_size = 28
+
+    directory_name = "mnist"
+    debian_package: str | None = None
+    mirrors = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/")
+    md5 = {
+        "train_images": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+        "train_labels": "d53e105ee54ea40749a09fcbcd1e9432",
+        "test_images": "9fb629c4189551a2d022fa330f9573f3",
+        "test_labels": "ec29112dd5afa0611ce80d1b7f02629c",
+    }
+
+    def __init__(self, data_dir: str | None = None, **options: int) -> None:
+        super().__init__(**options)
+        self.data_dir = data_dir
+
+    def prepare_data(self) -> None:
+        """Downloads what is missing, in one process a machine."""
+        if self._find_directory() is None:
+            self._download()
+
+    def read(self) -> tuple[ImageSet, ImageSet]:
+        """The official training and test sets."""
+        directory = self._find_directory() or self._download()
+        parts = {name: read_idx(_find_file(directory, file)) for name, file in _FILES.items()}
+        return (
+            ImageSet(parts["train_images"], parts["train_labels"].long()),
+            ImageSet(parts["test_images"], parts["test_labels"].long()),
+        )
+
+    def _find_directory(self) -> Path | None:
+        """The first place that has all four files; what the user named must have them."""
+        if self.data_dir is not None:
+            directory = Path(self.data_dir).expanduser()
+            missing = [file for file in _FILES.values() if _find_file(directory, file) is None]
+            if missing:
+                raise DataError(f"data_dir={directory} lacks {', '.join(missing)} (as they are, or with .gz)")
+            return directory
+        return next((d for d in self._known_directories() if all(_find_file(d, f) for f in _FILES.values())), None)
+
+    def _known_directories(self) -> list[Path]:
+        return [Path("/usr/share/datasets") / self.directory_name, cache_root() / "data" / self.directory_name]
+
+    def _download(self) -> Path:
+        directory = cache_root() / "data" / self.directory_name
+        for name, file in _FILES.items():
+            path = directory / f"{file}.gz"
+            if path.exists():
+                continue
+            tried = []
+            for mirror in self.mirrors:
+                problem = _fetch(mirror + path.name, path, self.md5[name])
+                if problem is None:
+                    break
+                tried.append(f"{mirror}: {problem}")
+            else:
+                raise DataError(self._no_network(tried))
+        return directory
+
+    def _no_network(self, tried: list[str]) -> str:
+        name = type(self).__name__
+        looked = ", ".join(map(str, self._known_directories()))
+        ways = [f"put the four files into a directory and pass data.data_dir=DIRECTORY ({', '.join(_FILES.values())})"]
+        if self.debian_package:
+            ways.append(f"on Debian and Ubuntu: apt-get install {self.debian_package}")
+        else:
+            ways.append("train on data=mnist_5k, 5,000 of its digits, which needs no network")
+        return (
+            f"{name} is not on this machine (looked in {looked}) and could not be downloaded:\n  "
+            + "\n  ".join(tried)
+            + "\nTwo ways out: "
+            + "; or ".join(ways)
+        )
+
+
+class FashionMNIST(MNIST):
+    """Articles of clothing, in the format of MNIST [1]_. Found and read as `MNIST` is.
+
+    References:
+        .. [1] Xiao et al., Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning Algorithms, 2017.
+    """
+
+    classes = (
+        *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+        *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+    )
+    directory_name = "fashion-mnist"
+    debian_package = "dataset-fashion-mnist"
+    mirrors = (
+        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+        "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
+    )
+    md5 = {
+        "train_images": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+        "train_labels": "25c81989df183df01b3e8a0aad5dffbe",
+        "test_images": "bef4ecab320f06d8554ea6380940ec79",
+        "test_labels": "bb300cfdad3c16e7a12a480ee83cd310",
+    }
+
+
+def _find_file(directory: Path, name: str) -> Path | None:
+    return next((path for path in (directory / name, directory / f"{name}.gz") if path.is_file()), None)
+
+
+def _fetch(url: str, path: Path, md5: str) -> str | None:
+    """Downloads a file; returns what went wrong, or None."""
+    try:
+        with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response:
+            data = response.read()
+    except (urllib.error.URLError, OSError, TimeoutError) as error:
+        return str(getattr(error, "reason", error))
+    if (got := hashlib.md5(data, usedforsecurity=False).hexdigest()) != md5:
+        return f"{path.name} has MD5 {got}, expected {md5}"
+    write_atomically(path, lambda file: file.write(data))
+    return None

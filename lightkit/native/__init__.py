@@ -1,0 +1,80 @@
+"""The native library: found in the cache or compiled at first use, and loaded once a process.
+
+``LIGHTKIT_NATIVE`` decides what happens where that fails:
+
+- ``auto`` (the default): one warning that says why, and the pure-PyTorch references do the work;
+- ``require``: `NativeUnavailableError`;
+- ``off``: the references do the work, and nothing is compiled.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from importlib.machinery import ExtensionFileLoader
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+
+_POLICIES = ("auto", "require", "off")
+
+_lock = threading.Lock()
+_loaded: tuple[ModuleType | None] | None = None
+
+
+class NativeUnavailableError(RuntimeError):
+    """The native library is required and cannot be had."""
+
+
+def policy() -> str:
+    """The value of ``LIGHTKIT_NATIVE``."""
+    value = os.environ.get("LIGHTKIT_NATIVE", "auto")
+    if value not in _POLICIES:
+        raise ValueError(f"LIGHTKIT_NATIVE must be one of {', '.join(_POLICIES)}, got {value!r}")
+    return value
+
+
+def load() -> ModuleType | None:
+    """The native module, compiled first if need be; None where the references are to be used."""
+    global _loaded
+    if _loaded is None:
+        with _lock:
+            if _loaded is None:
+                _loaded = (_load(),)
+    return _loaded[0]
+
+
+def _load() -> ModuleType | None:
+    chosen = policy()
+    if chosen == "off":
+        return None
+    from . import cache, compile, toolchain
+
+    try:
+        return _import(cache.find() or compile.build())
+    except (toolchain.ToolchainError, cache.CacheError, ImportError) as error:
+        if chosen == "require":
+            raise NativeUnavailableError(f"LIGHTKIT_NATIVE=require, but there is no native library: {error}") from error
+        warnings.warn(
+            f"lightkit works without its native kernels, more slowly: {error}\n"
+            "(LIGHTKIT_NATIVE=off silences this, LIGHTKIT_NATIVE=require makes it an error)",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+def _import(library: Path) -> ModuleType:
+    from .toolchain import MODULE_NAME
+
+    spec = spec_from_file_location(MODULE_NAME, library, loader=ExtensionFileLoader(MODULE_NAME, str(library)))
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def available(device_type: str = "cpu") -> bool:
+    """Whether there are native kernels for tensors on such a device."""
+    module = load()
+    return module is not None and device_type in module.devices

@@ -1,0 +1,211 @@
+"""Which compilers this machine has, and the flags that fit the installed torch and this CPU."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sysconfig
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch.utils import cpp_extension
+
+SOURCE_DIR = Path(__file__).resolve().parent.parent / "csrc"
+MODULE_NAME = "_lightkit_native"
+
+# What kernels are compiled for where no GPU can be asked: Ampere and Hopper.
+DEFAULT_CUDA_ARCHITECTURES = ("80", "90")
+
+# The macros g++ defines for what the widest paths of at::vec need.
+_AVX512_MACROS = ("__AVX512F__", "__AVX512BW__", "__AVX512DQ__", "__AVX512VL__", "__FMA__")
+_AVX2_MACROS = ("__AVX2__", "__FMA__", "__F16C__")
+
+
+class ToolchainError(RuntimeError):
+    """The native library cannot be built here; the message says what is missing."""
+
+
+@dataclass(frozen=True)
+class CudaToolchain:
+    """nvcc and what it compiles for."""
+
+    nvcc: str
+    version: str
+    architectures: tuple[str, ...]
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler: ``$CXX``, else the first of g++, c++, clang++ on the path."""
+    wanted = os.environ.get("CXX")
+    candidates = [wanted] if wanted else ["g++", "c++", "clang++"]
+    return next((found for name in candidates if (found := shutil.which(name))), None)
+
+
+def require_compiler() -> str:
+    """The C++ compiler, or a `ToolchainError` that says how to get one."""
+    compiler = find_compiler()
+    if compiler is None:
+        wanted = os.environ.get("CXX")
+        what = f"the compiler named by CXX ({wanted!r})" if wanted else "a C++ compiler (g++, c++ or clang++)"
+        raise ToolchainError(f"{what} was not found on the path; on Debian and Ubuntu: apt-get install g++")
+    return compiler
+
+
+def _output(*command: str) -> str:
+    result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if result.returncode != 0:
+        raise ToolchainError(f"{' '.join(command)} failed: {result.stderr.strip() or result.stdout.strip()}")
+    return result.stdout
+
+
+@cache
+def compiler_version(compiler: str) -> str:
+    """The first line the compiler says of itself."""
+    return _output(compiler, "--version").splitlines()[0]
+
+
+@cache
+def simd_level(compiler: str) -> str:
+    """The at::vec capability (AVX512, AVX2 or DEFAULT) that this compiler emits for this CPU."""
+    macros = set(_output(compiler, *_machine_flags(), "-dM", "-E", "-x", "c++", os.devnull).split())
+    if macros.issuperset(_AVX512_MACROS):
+        return "AVX512"
+    if macros.issuperset(_AVX2_MACROS):
+        return "AVX2"
+    return "DEFAULT"
+
+
+def _machine_flags() -> list[str]:
+    # Clang on Apple's ARM knows the machine by -mcpu.
+    return ["-mcpu=native"] if platform.machine() in ("arm64", "aarch64") else ["-march=native"]
+
+
+def compile_flags(compiler: str) -> list[str]:
+    """Flags of every C++ file."""
+    level = simd_level(compiler)
+    capability = [f"-DCPU_CAPABILITY={level}"] + ([f"-DCPU_CAPABILITY_{level}"] if level != "DEFAULT" else [])
+    return [
+        *("-std=c++20", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden"),
+        *_machine_flags(),
+        *capability,
+        f"-DLIGHTKIT_MODULE={MODULE_NAME}",
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+    ]
+
+
+def include_flags(cuda: bool) -> list[str]:
+    """Header directories of torch, Python and, where asked for, CUDA."""
+    paths = cpp_extension.include_paths("cuda" if cuda else "cpu") + [sysconfig.get_paths()["include"]]
+    return [flag for path in paths for flag in ("-isystem", path)]
+
+
+def link_flags(cuda: bool) -> list[str]:
+    """Libraries of the shared object.
+
+    OpenMP's run-time is left out on purpose: its symbols come from the one that torch has loaded. A second
+    one would bring a second pool of threads that fights the first for the cores. ``-z now`` makes a symbol
+    that nobody has an error at load time instead of a crash in the first call.
+    """
+    libraries = ["c10", "torch_cpu", "torch", "torch_python"]
+    paths = cpp_extension.library_paths("cuda" if cuda else "cpu")
+    if cuda:
+        libraries += ["c10_cuda", "torch_cuda", "cudart"]
+    undefined = ["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else ["-Wl,-z,now"]
+    return ["-shared", *undefined, *(f"-L{path}" for path in paths), *(f"-l{name}" for name in libraries)]
+
+
+def find_cuda() -> tuple[CudaToolchain | None, str]:
+    """The CUDA toolchain that fits the installed torch, or None and the reason."""
+    if torch.version.cuda is None:
+        return None, "the installed torch is a CPU build"
+    return find_nvcc()
+
+
+def find_nvcc() -> tuple[CudaToolchain | None, str]:
+    """nvcc, whatever torch is installed, or None and the reason."""
+    nvcc = shutil.which("nvcc")
+    if cpp_extension.CUDA_HOME is not None and (home := Path(cpp_extension.CUDA_HOME) / "bin" / "nvcc").exists():
+        nvcc = str(home)
+    if nvcc is None:
+        return None, "nvcc was not found on the path or under CUDA_HOME"
+    version = next((line for line in _output(nvcc, "--version").splitlines() if "release" in line), "unknown")
+    number = version.partition("release ")[2].partition(",")[0]
+    if torch.version.cuda and number.partition(".")[0] != torch.version.cuda.partition(".")[0]:
+        return None, f"nvcc is of CUDA {number} but torch was built for CUDA {torch.version.cuda}"
+    return CudaToolchain(nvcc, number, _cuda_architectures()), ""
+
+
+def _cuda_architectures() -> tuple[str, ...]:
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if listed:
+        return tuple(dict.fromkeys(a.replace(".", "").removesuffix("+PTX") for a in listed.replace(";", " ").split()))
+    if torch.cuda.is_available():
+        capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        return tuple(f"{major}{minor}" for major, minor in sorted(capabilities))
+    return DEFAULT_CUDA_ARCHITECTURES
+
+
+def cuda_compile_flags(toolchain: CudaToolchain) -> list[str]:
+    """Flags of every .cu file."""
+    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in toolchain.architectures]
+    return ["-std=c++17", "-O3", "-lineinfo", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC", *targets]
+
+
+def sources(cuda: bool) -> list[Path]:
+    """The files to compile, in a fixed order; without CUDA those under ``cuda`` and ``*_cuda.cpp`` stay out."""
+    if not SOURCE_DIR.is_dir():
+        raise ToolchainError(f"the kernel sources are not where they belong: {SOURCE_DIR} does not exist")
+    found = sorted(path for path in SOURCE_DIR.rglob("*") if path.suffix in (".cpp", ".cu"))
+    return [path for path in found if cuda or not is_cuda_source(path)]
+
+
+def is_cuda_source(path: Path) -> bool:
+    """Whether a source is compiled only where there is CUDA."""
+    return path.suffix == ".cu" or path.stem.endswith("_cuda")
+
+
+def _cpu_features() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    return next((" ".join(sorted(line.split())) for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def _digest(*parts: str | bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()[:16]
+
+
+@cache
+def target_key() -> str:
+    """What a build depends on besides the compiler: sources, torch, Python, CPU, CUDA."""
+    contents = []
+    for path in sorted(path for path in SOURCE_DIR.rglob("*") if path.is_file()):
+        contents += [str(path.relative_to(SOURCE_DIR)), path.read_bytes()]
+    recipe = Path(__file__).read_bytes()
+    torch_build = f"{torch.__version__} {torch.version.git_version} {torch.version.cuda}"
+    architectures = " ".join(_cuda_architectures()) if torch.version.cuda else ""
+    return _digest(*contents, recipe, torch_build, str(sysconfig.get_config_var("SOABI")), _cpu_features(), architectures)
+
+
+@cache
+def compiler_key() -> str | None:
+    """Identifies the compilers without running them; None where there is no C++ compiler."""
+    compiler = find_compiler()
+    if compiler is None:
+        return None
+    parts = []
+    for tool in filter(None, (compiler, shutil.which("nvcc") if torch.version.cuda else None)):
+        stat = os.stat(tool)
+        parts += [os.path.realpath(tool), f"{stat.st_size} {stat.st_mtime_ns}"]
+    return _digest(*parts)

@@ -1,0 +1,5 @@
+"""The kernels as functions, each with the signature of its counterpart in torch."""
+
+from lightkit.ops.cross_entropy import cross_entropy, cross_entropy_reference
+
+__all__ = ["cross_entropy", "cross_entropy_reference"]

@@ -1,0 +1,65 @@
+"""What a run leaves in its directory besides checkpoints and logs."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from lightkit import __version__, native
+
+_PACKAGES = ("torch", "lightning", "hydra-core", "torchmetrics", "numpy")
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes a dict as indented JSON."""
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def write_config(run_dir: Path, config: DictConfig) -> None:
+    """``config.yaml``: the configuration with everything resolved."""
+    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine."""
+    facts: dict[str, Any] = {"lightkit": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            facts[package] = version(package)
+        except PackageNotFoundError:
+            facts[package] = None
+    facts["native_kernels"] = [device for device in ("cpu", "cuda") if native.available(device)]
+    facts["platform"] = platform.platform()
+    facts["cpu"] = _cpu_name()
+    facts["cores"] = os.cpu_count()
+    facts["threads"] = torch.get_num_threads()
+    facts["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return facts
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def print_table(title: str, rows: dict[str, str]) -> None:
+    """A short table of names and values on standard output."""
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column(style="bold", no_wrap=True)
+    # Paths must come out whole, to be copied.
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console().print(table)
