@@ -30,7 +30,9 @@ def report(library) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Builds, and prints the report; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m lightkit.build", description=__doc__)
-    parser.add_argument("--check-cuda", action="store_true", help="compile the CUDA kernels for sm_80 and sm_90 and stop")
+    parser.add_argument(
+        "--check-cuda", action="store_true", help="compile the CUDA kernels for sm_80 and sm_90 and stop"
+    )
     options = parser.parse_args(arguments)
     try:
         if options.check_cuda:

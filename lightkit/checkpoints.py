@@ -85,7 +85,9 @@ def check_weights(module: torch.nn.Module, checkpoint: dict[str, Any], path: str
     differences = [f"{name} is missing" for name in want.keys() - have.keys()]
     differences += [f"{name} is unknown here" for name in have.keys() - want.keys()]
     differences += [
-        f"{name} is {have[name]}, expected {want[name]}" for name in want.keys() & have.keys() if want[name] != have[name]
+        f"{name} is {have[name]}, expected {want[name]}"
+        for name in want.keys() & have.keys()
+        if want[name] != have[name]
     ]
     if differences:
         shown = "; ".join(sorted(differences)[:3])

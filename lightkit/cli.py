@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -30,6 +31,10 @@ CONFIG_SOURCE = "pkg://lightkit.conf"
 _USER_ERRORS = (LightkitError, HydraException, OmegaConfBaseException, MisconfigurationException, OSError)
 
 
+class _UserError(BaseException):
+    """Carries an error in the input past Hydra."""
+
+
 def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], int]]:
     """Makes a console command of a function of a configuration.
 
@@ -39,8 +44,12 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
 
     def decorate(function: Callable[[DictConfig], Any]) -> Callable[[], int]:
         def checked(config: DictConfig) -> Any:
-            check_top_level(config, config_name)
-            return function(config)
+            # Not as the Exception it is: Hydra would print its own words on it first.
+            try:
+                check_top_level(config, config_name)
+                return function(config)
+            except _USER_ERRORS as error:
+                raise _UserError(error) from error
 
         command = hydra.main(version_base="1.3", config_path=CONFIG_SOURCE, config_name=config_name)(checked)
 
@@ -51,7 +60,7 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
             _quiet()
             try:
                 command()
-            except _USER_ERRORS as error:
+            except (_UserError, *_USER_ERRORS) as error:
                 if show_traceback:
                     traceback.print_exc()
                 print(f"error: {explain(error, config_name)}", file=sys.stderr)
@@ -74,23 +83,31 @@ def _quiet() -> None:
     # A run directory is not empty: Hydra's own files are in it before the logger's.
     warnings.filterwarnings("ignore", ".*Experiment logs directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
-    # Lightning and tensorboard import it; nothing to be done about it here.
-    warnings.filterwarnings("ignore", category=DeprecationWarning, module="(?!lightkit).*")
+    # A resumed run writes to a directory of its own.
+    warnings.filterwarnings("ignore", ".*The dirpath has changed from.*")
+    # Lightning's own use of torch.
+    warnings.filterwarnings("ignore", ".*LeafSpec.*")
+    # Tips, and a line for each kind of device that is not there.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
 
-def explain(error: Exception, config_name: str) -> str:
+def explain(error: BaseException, config_name: str) -> str:
     """The message of an error in the input, with the nearest right names where one was misspelt."""
+    if isinstance(error, _UserError):
+        return explain(error.args[0], config_name)
     message = str(error).strip()
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
-        name = error.missing_cfg_file.rpartition("/")[2]
-        return message + nearest(name, error.options)
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        return f"there is no {group}={name}{nearest(name, error.options)} Choices: {', '.join(error.options)}"
     if isinstance(error, ConfigCompositionException):
         cause = str(error.__cause__).partition("\n")[0] if error.__cause__ else ""
         key = re.search(r"Could not (?:override|append|delete) '([^'@]+)", message)
-        hint = nearest(key[1], _known_names(config_name)) if key else ""
+        hint = nearest(key[1], [name for name in _known_names(config_name) if name != key[1]]) if key else ""
         return ". ".join(part for part in (message.replace("\n", " "), cause) if part) + hint
     if isinstance(error, OSError) and not isinstance(error, LightkitError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OmegaConfBaseException):
+        return message.replace("\n", " ")
     return message or type(error).__name__
 
 
@@ -122,7 +139,8 @@ def _defaults(loader: ConfigLoader, config_name: str) -> DictConfig:
 def _known_names(config_name: str) -> list[str]:
     """Every key and group that may stand left of an equals sign."""
     with _config_loader() as loader:
-        return [*_dotted(OmegaConf.to_container(_defaults(loader, config_name))), *loader.list_groups("")]
+        names = [*_dotted(OmegaConf.to_container(_defaults(loader, config_name))), *loader.list_groups("")]
+    return list(dict.fromkeys(names))
 
 
 def _dotted(node: Any, prefix: str = "") -> Iterator[str]:

@@ -6,6 +6,8 @@ import difflib
 import importlib
 import inspect
 import os
+import types
+import typing
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -64,10 +66,13 @@ def build(config: Any, **extra: Any) -> Any:
 def _instantiate(target: str, arguments: dict[str, Any], as_partial: bool) -> Any:
     cls = find_class(target)
     _check_arguments(cls, target, arguments, as_partial)
-    if as_partial:
-        return partial(cls, **arguments)
+    factory = partial(_construct, cls, target, **arguments)
+    return factory if as_partial else factory()
+
+
+def _construct(cls: type, target: str, /, *positional: Any, **arguments: Any) -> Any:
     try:
-        return cls(**arguments)
+        return cls(*positional, **arguments)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{target} could not be built: {error}") from error
 
@@ -108,8 +113,19 @@ def _is_within(name: str, packages: Iterable[str]) -> bool:
 def _nearest_target(target: str) -> str:
     """For a misspelt module: the nearest public module of lightkit or torch that has such a class."""
     name = target.rpartition(".")[2]
-    modules = ("lightkit.models", "lightkit.tasks", "lightkit.data", "lightkit.optim", "lightkit.nn", "lightkit.callbacks")
-    known = [f"{m}.{c}" for m in (*modules, "torch.optim", "torch.nn") for c in getattr(importlib.import_module(m), "__all__", [])]
+    modules = (
+        "lightkit.models",
+        "lightkit.tasks",
+        "lightkit.data",
+        "lightkit.optim",
+        "lightkit.nn",
+        "lightkit.callbacks",
+    )
+    known = [
+        f"{m}.{c}"
+        for m in (*modules, "torch.optim", "torch.nn")
+        for c in getattr(importlib.import_module(m), "__all__", [])
+    ]
     return nearest(target, known) or nearest(name, known)
 
 
@@ -119,6 +135,27 @@ def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
     return f"; did you mean {', '.join(prefix + c for c in close)}?" if close else ""
 
 
+def _type_hints(cls: type) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(cls.__init__)
+    except (NameError, TypeError, AttributeError):
+        # Hints that exist for type checkers only.
+        return {}
+
+
+def _options(hint: Any) -> set[Any]:
+    """The members of a union, or the one hint."""
+    return set(typing.get_args(hint)) if typing.get_origin(hint) in (typing.Union, types.UnionType) else {hint}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a plain value may be an argument with this hint; only hints made of plain types can refuse."""
+    options = _options(hint)
+    if not options <= {int, float, bool, str, type(None)} or not isinstance(value, (int, float, bool, str, type(None))):
+        return True
+    return type(value) in options or (type(value) is int and float in options)
+
+
 def _check_arguments(cls: type, target: str, arguments: dict[str, Any], as_partial: bool) -> None:
     try:
         parameters = inspect.signature(cls).parameters
@@ -126,14 +163,20 @@ def _check_arguments(cls: type, target: str, arguments: dict[str, Any], as_parti
         return
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         # **options goes to the base class, whose names are as good.
-        named = {n for base in cls.__mro__ if "__init__" in vars(base) for n in inspect.signature(base.__init__).parameters}
+        named = {
+            n for base in cls.__mro__ if "__init__" in vars(base) for n in inspect.signature(base.__init__).parameters
+        }
         if not cls.__module__.startswith("lightkit."):
             return
     else:
         named = set(parameters)
-    for name in arguments:
+    hints = _type_hints(cls)
+    for name, value in arguments.items():
         if name not in named:
             raise ConfigError(f"{target} takes no argument {name!r}{nearest(name, named)}")
+        if not _fits(value, hints.get(name)):
+            expected = " or ".join(sorted(t.__name__.replace("NoneType", "null") for t in _options(hints[name])))
+            raise ConfigError(f"{target}: {name} must be {expected}, got {value!r}")
     if as_partial:
         return
     missing = [

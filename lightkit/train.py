@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import lightning.pytorch as pl
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from lightkit import report, results
 from lightkit.callbacks import TestRecorder, Throughput
@@ -25,9 +27,25 @@ def main(config: DictConfig) -> None:
     train(config)
 
 
+@dataclass
+class OwnKeys:
+    """The keys of the configuration that belong to nobody else, with their types."""
+
+    name: str
+    seed: int
+    ckpt_path: Optional[str]  # noqa: UP045 (OmegaConf reads the annotation)
+    test: bool
+    run_dir: str
+
+
 def train(config: DictConfig) -> dict[str, Any]:
-    """Runs a job from configuration to report; returns what it wrote to ``metrics.json``."""
+    """Runs a job from configuration to report; returns what it wrote to ``metrics.json``.
+
+    Raises:
+        LightkitError: something in the configuration, the data or the checkpoint cannot be used.
+    """
     started = time.perf_counter()
+    OmegaConf.merge(OmegaConf.structured(OwnKeys), {field.name: config[field.name] for field in fields(OwnKeys)})
     run_dir = Path(config.run_dir)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     data = build_data(config)
@@ -46,10 +64,14 @@ def train(config: DictConfig) -> dict[str, Any]:
         enable_model_summary=False,
     )
     trainer.fit(task, datamodule=data, ckpt_path=resume)
+    metrics = _scalars(trainer) | {"epochs": trainer.current_epoch, "steps": trainer.global_step}
+    if (rate := next((c.total for c in trainer.callbacks if isinstance(c, Throughput)), None)) is not None:
+        metrics["train/images_per_second"] = rate
     if config.test and not trainer.interrupted:
         trainer.test(task, datamodule=data, ckpt_path=_best(trainer), verbose=False)
+        metrics |= _scalars(trainer)
+    metrics["wall_seconds"] = time.perf_counter() - started
 
-    metrics = _final_metrics(trainer, time.perf_counter() - started)
     if trainer.is_global_zero:
         results.write_json(run_dir / "metrics.json", metrics)
         page = report.write(run_dir, metrics, data, recorder.result())
@@ -84,16 +106,9 @@ def _best(trainer: pl.Trainer) -> str | None:
     return (callback.best_model_path or None) if callback is not None else None
 
 
-def _final_metrics(trainer: pl.Trainer, wall_seconds: float) -> dict[str, Any]:
-    metrics: dict[str, Any] = {name: value.item() for name, value in sorted(trainer.logged_metrics.items())}
-    metrics.update({name: value.item() for name, value in sorted(trainer.callback_metrics.items())})
-    throughput = next((c.total for c in trainer.callbacks if isinstance(c, Throughput)), None)
-    if throughput is not None:
-        metrics["train/images_per_second"] = throughput
-    metrics["epochs"] = trainer.current_epoch
-    metrics["steps"] = trainer.global_step
-    metrics["wall_seconds"] = wall_seconds
-    return metrics
+def _scalars(trainer: pl.Trainer) -> dict[str, Any]:
+    """What was logged last under each name."""
+    return {name: value.item() for name, value in sorted(trainer.callback_metrics.items())}
 
 
 def _summarize(config: DictConfig, metrics: dict[str, Any], page: Path | None) -> None:
@@ -105,9 +120,9 @@ def _summarize(config: DictConfig, metrics: dict[str, Any], page: Path | None) -
         "epochs": "{}",
     }
     rows = {name: form.format(metrics[name]) for name, form in formats.items() if name in metrics}
-    rows["run"] = str(config.run_dir)
+    rows["run"] = os.path.relpath(config.run_dir)
     if page is not None:
-        rows["report"] = str(page)
+        rows["report"] = os.path.relpath(page)
     results.print_table(config.name, rows)
 
 

@@ -6,6 +6,7 @@ import hashlib
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import ClassVar
 
 from lightkit.data.idx import read_idx
 from lightkit.data.images import ImageDataModule, ImageSet
@@ -43,7 +44,7 @@ class MNIST(ImageDataModule):
     directory_name = "mnist"
     debian_package: str | None = None
     mirrors = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/")
-    md5 = {
+    md5: ClassVar[dict[str, str]] = {
         "train_images": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
         "train_labels": "d53e105ee54ea40749a09fcbcd1e9432",
         "test_images": "9fb629c4189551a2d022fa330f9573f3",
@@ -130,7 +131,7 @@ class FashionMNIST(MNIST):
         "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
         "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
     )
-    md5 = {
+    md5: ClassVar[dict[str, str]] = {
         "train_images": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
         "train_labels": "25c81989df183df01b3e8a0aad5dffbe",
         "test_images": "bef4ecab320f06d8554ea6380940ec79",

@@ -59,7 +59,9 @@ def check_private(directory: Path) -> None:
         raise CacheError(f"{directory} is not a directory")
     # Root can do anything to this process anyway, and owns what an image was built with.
     if info.st_uid not in (os.geteuid(), 0):
-        raise CacheError(f"{directory} belongs to another user (uid {info.st_uid}); set LIGHTKIT_CACHE_DIR to one of yours")
+        raise CacheError(
+            f"{directory} belongs to another user (uid {info.st_uid}); set LIGHTKIT_CACHE_DIR to one of yours"
+        )
     if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise CacheError(f"{directory} can be written by other users; chmod go-w it, or set LIGHTKIT_CACHE_DIR")
 
@@ -70,7 +72,9 @@ def make_root() -> Path:
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        raise CacheError(f"cannot make the cache directory: {error}; set LIGHTKIT_CACHE_DIR to a place you can write") from error
+        raise CacheError(
+            f"cannot make the cache directory: {error}; set LIGHTKIT_CACHE_DIR to a place you can write"
+        ) from error
     check_private(directory)
     return directory
 

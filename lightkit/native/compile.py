@@ -43,7 +43,9 @@ def _build(directory: Path) -> Path:
                 "compiler": toolchain.compiler_version(compiler),
                 "flags": toolchain.compile_flags(compiler),
                 "simd": toolchain.simd_level(compiler),
-                "cuda": f"nvcc {cuda.version} for {', '.join('sm_' + a for a in cuda.architectures)}" if cuda else f"none: {reason}",
+                "cuda": f"nvcc {cuda.version} for {', '.join('sm_' + a for a in cuda.architectures)}"
+                if cuda
+                else f"none: {reason}",
                 "seconds": round(time.monotonic() - started, 1),
             }
             return cache.publish(work, library, manifest)
@@ -64,7 +66,9 @@ def check_cuda(architectures: tuple[str, ...] = toolchain.DEFAULT_CUDA_ARCHITECT
     directory = cache.make_root()
     with cache.builder_lock(directory), cache.work_directory(directory) as work:
         rules = ninja_file(toolchain.require_compiler(), cuda, cuda_sources, library=None)
-        run_ninja(work, rules, f"lightkit: compiling the CUDA kernels for {', '.join('sm_' + a for a in architectures)}")
+        run_ninja(
+            work, rules, f"lightkit: compiling the CUDA kernels for {', '.join('sm_' + a for a in architectures)}"
+        )
     return [str(path.relative_to(toolchain.SOURCE_DIR)) for path in cuda_sources]
 
 
@@ -75,7 +79,9 @@ def _escape(text: str | os.PathLike) -> str:
 
 def _shell(*words: str) -> str:
     """Words of a command as ninja hands them to the shell."""
-    return " ".join("'" + word.replace("'", "'\\''") + "'" if re.search(r"[^\w@%+=:,./-]", word) else word for word in words).replace("$", "$$")
+    return " ".join(
+        "'" + word.replace("'", "'\\''") + "'" if re.search(r"[^\w@%+=:,./-]", word) else word for word in words
+    ).replace("$", "$$")
 
 
 def ninja_file(compiler: str, cuda: toolchain.CudaToolchain | None, sources: list[Path], library: str | None) -> str:

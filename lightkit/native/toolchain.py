@@ -195,7 +195,9 @@ def target_key() -> str:
     recipe = Path(__file__).read_bytes()
     torch_build = f"{torch.__version__} {torch.version.git_version} {torch.version.cuda}"
     architectures = " ".join(_cuda_architectures()) if torch.version.cuda else ""
-    return _digest(*contents, recipe, torch_build, str(sysconfig.get_config_var("SOABI")), _cpu_features(), architectures)
+    return _digest(
+        *contents, recipe, torch_build, str(sysconfig.get_config_var("SOABI")), _cpu_features(), architectures
+    )
 
 
 @cache

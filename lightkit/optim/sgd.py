@@ -58,9 +58,7 @@ class SGD(torch.optim.SGD):
                 "differentiable=True is not supported: the native step is not recorded by autograd; "
                 "use torch.optim.SGD to differentiate through the optimizer"
             )
-        super().__init__(
-            params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize, foreach=False
-        )
+        super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize, foreach=False)
         self._plan = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:

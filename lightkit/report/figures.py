@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import functools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -34,12 +36,21 @@ def save(figure: Figure, path: Path) -> Path:
     return path
 
 
+def _styled(draw: Callable[..., Figure | None]) -> Callable[..., Figure | None]:
+    """Draws in the style of the report without changing that of the process."""
+
+    @functools.wraps(draw)
+    def wrapper(*args: Any, **options: Any) -> Figure | None:
+        with matplotlib.rc_context(_STYLE):
+            return draw(*args, **options)
+
+    return wrapper
+
+
 def _figure(width: float, height: float, **layout: int) -> tuple[Figure, np.ndarray]:
-    with matplotlib.rc_context(_STYLE):
-        # A Figure of its own needs no display and leaves no global state, as pyplot would.
-        figure = Figure(figsize=(width, height), layout="constrained")
-        axes = figure.subplots(squeeze=False, **layout)
-    return figure, axes
+    # A Figure of its own needs no display and leaves no global state, as pyplot would.
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(squeeze=False, **layout)
 
 
 def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
@@ -55,6 +66,7 @@ def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
     return series
 
 
+@_styled
 def learning_curves(path: Path) -> Figure | None:
     """Loss, and accuracy where it was measured, against the optimizer step."""
     series = read_metrics(path)
@@ -67,8 +79,8 @@ def learning_curves(path: Path) -> Figure | None:
     if steps:
         x, y = np.array(steps).T
         loss.plot(x, y, color=_GREY, linewidth=0.8, alpha=0.6, label="training, one batch")
-        window = max(1, len(y) // 20)
-        if window > 1:
+        window = max(5, len(y) // 20)
+        if len(y) >= 2 * window:
             smooth = np.convolve(y, np.ones(window) / window, mode="valid")
             loss.plot(x[window - 1 :], smooth, color=_BLUE, linewidth=1.8, label=f"training, mean of {window}")
     if series.get("val/loss"):
@@ -86,13 +98,14 @@ def learning_curves(path: Path) -> Figure | None:
     return figure
 
 
+@_styled
 def confusion_matrix(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> Figure:
     """How often each class was taken for each other; mistakes are what the colour shows."""
     count = len(classes)
     matrix = torch.zeros(count, count, dtype=torch.long)
     matrix.index_put_((labels, logits.argmax(dim=1)), torch.ones_like(labels), accumulate=True)
     mistakes = matrix.clone().fill_diagonal_(0).float()
-    side = max(4.5, 0.55 * count)
+    side = max(4.0, 0.45 * count)
     figure, axes = _figure(side + 0.8, side, nrows=1, ncols=1)
     axis = axes[0, 0]
     axis.grid(False)
@@ -104,12 +117,13 @@ def confusion_matrix(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> 
             if value:
                 color = _GREEN if i == j else ("white" if mistakes[i, j] > dark else "black")
                 axis.text(j, i, str(value), ha="center", va="center", color=color, fontsize=9)
-    axis.set(title="Confusion matrix of the test set", xlabel="predicted", ylabel="true")
+    axis.set(xlabel="predicted", ylabel="true")
     axis.set_xticks(range(count), classes, rotation=45 if max(map(len, classes)) > 2 else 0, ha="center")
     axis.set_yticks(range(count), classes)
     return figure
 
 
+@_styled
 def worst_mistakes(
     images: Tensor, logits: Tensor, labels: Tensor, classes: Sequence[str], rows: int = 3, columns: int = 8
 ) -> Figure | None:
@@ -128,5 +142,7 @@ def worst_mistakes(
     for axis, index in zip(axes.flat, wrong.tolist(), strict=False):
         axis.imshow(images[index].numpy(), cmap="gray_r")
         guess, truth = classes[predicted[index]], classes[labels[index]]
-        axis.set_title(f"{guess} ({confidence[index]:.0%})\ntrue: {truth}", fontsize=9, fontweight="normal", loc="center")
+        axis.set_title(
+            f"{guess} ({confidence[index]:.0%})\ntrue: {truth}", fontsize=9, fontweight="normal", loc="center"
+        )
     return figure

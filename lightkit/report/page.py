@@ -58,7 +58,9 @@ def _figure(title: str, path: Path) -> str:
 
 
 def _rows(values: dict[str, Any]) -> str:
-    return "".join(f"<tr><td>{html.escape(name)}</td><td>{html.escape(_text(value))}</td></tr>" for name, value in values.items())
+    return "".join(
+        f"<tr><td>{html.escape(name)}</td><td>{html.escape(_text(value))}</td></tr>" for name, value in values.items()
+    )
 
 
 def _text(value: Any) -> str:

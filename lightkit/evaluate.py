@@ -1,0 +1,48 @@
+"""``python -m lightkit.evaluate ckpt_path=...``: measure a checkpoint on its test set."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from omegaconf import DictConfig
+
+from lightkit import results
+from lightkit.cli import entry_point
+from lightkit.errors import ConfigError
+from lightkit.job import build_data, restore
+
+
+@entry_point("evaluate")
+def main(config: DictConfig) -> None:
+    """Measures a checkpoint and prints the figures."""
+    metrics = evaluate(config)
+    results.print_table(f"{config.ckpt_path}", {name: f"{value:.6g}" for name, value in metrics.items()})
+    if config.output is not None:
+        results.write_json(Path(config.output), metrics)
+
+
+def evaluate(config: DictConfig) -> dict[str, Any]:
+    """The test metrics of a checkpoint, computed as lightkit.train computes them."""
+    restored = restore(config.ckpt_path)
+    if config.data_dir is not None:
+        if "data_dir" not in restored.config.data:
+            raise ConfigError(f"data_dir: {restored.config.data._target_} does not read from a directory")
+        restored.config.data.data_dir = config.data_dir
+    trainer = pl.Trainer(
+        accelerator=config.accelerator,
+        devices=1,
+        precision=restored.config.trainer.precision,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    (metrics,) = trainer.test(restored.task, datamodule=build_data(restored.config), verbose=False)
+    return metrics
+
+
+if __name__ == "__main__":
+    sys.exit(main())
