@@ -333,16 +333,16 @@ bool is_concrete(const Tensor& tensor) {
       !tensor.key_set().has_any(c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::Functionalize}));
 }
 
-// gradient * upstream, in the gradient's own memory if it may be overwritten.
-Tensor apply_upstream(const Tensor& gradient, const Tensor& upstream, bool overwrite) {
-  if (!is_concrete(gradient) || !overwrite) {
-    return (gradient * upstream).to(gradient.scalar_type());
-  }
-  // Reading the factor is free on a CPU; elsewhere it would wait for the device.
-  if (upstream.is_cpu() && upstream.dim() == 0 && upstream.item<double>() == 1) {
-    return gradient;
-  }
-  return gradient.mul_(upstream);
+// lightkit::_apply_upstream_: gradient *= upstream, without touching memory where upstream is 1.
+Tensor& apply_upstream_cpu(Tensor& gradient, const Tensor& upstream) {
+  return upstream.dim() == 0 && upstream.item<double>() == 1 ? gradient : gradient.mul_(upstream);
+}
+
+Tensor call_apply_upstream(Tensor gradient, const Tensor& upstream) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("lightkit::_apply_upstream_", "")
+                             .typed<decltype(apply_upstream_cpu)>();
+  return op.call(gradient, upstream);
 }
 
 class CrossEntropy : public torch::autograd::Function<CrossEntropy> {
@@ -390,13 +390,14 @@ class CrossEntropy : public torch::autograd::Function<CrossEntropy> {
           found != ctx->saved_data.end(),
           "Trying to backward through the graph a second time: cross_entropy gave its gradient away in the first "
           "backward. Specify retain_graph=True there if you need another.");
-      const bool keep = torch::autograd::get_current_graph_task_keep_graph();
-      Tensor gradient = found->second.toTensor();
-      if (!keep && is_concrete(gradient)) {
-        ctx->saved_data.erase(found);
-      }
+      const Tensor gradient = found->second.toTensor();
       const Tensor upstream = reduction == Reduction::None ? grad_loss.unsqueeze(class_dim(gradient)) : grad_loss;
-      grad_logits = apply_upstream(gradient, upstream, /*overwrite=*/!keep);
+      if (is_concrete(gradient) && !torch::autograd::get_current_graph_task_keep_graph()) {
+        ctx->saved_data.erase(found);
+        grad_logits = call_apply_upstream(gradient, upstream);
+      } else {
+        grad_logits = (gradient * upstream).to(gradient.scalar_type());
+      }
     }
     return {grad_logits, Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
   }
@@ -438,10 +439,12 @@ TORCH_LIBRARY_FRAGMENT(lightkit, m) {
   m.def(
       "_cross_entropy_forward(Tensor logits, Tensor target, Tensor? weight, int reduction, int ignore_index, "
       "float label_smoothing, ScalarType? dtype, bool with_gradient) -> (Tensor loss, Tensor gradient)");
+  m.def("_apply_upstream_(Tensor(a!) gradient, Tensor upstream) -> Tensor(a!)");
 }
 
 TORCH_LIBRARY_IMPL(lightkit, CPU, m) {
   m.impl("_cross_entropy_forward", forward_cpu);
+  m.impl("_apply_upstream_", apply_upstream_cpu);
 }
 
 TORCH_LIBRARY_IMPL(lightkit, Meta, m) {

@@ -4,7 +4,9 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
+#include <map>
 #include <optional>
+#include <utility>
 
 namespace lightkit {
 namespace {
@@ -33,7 +35,7 @@ bool flag(const py::handle& group, const char* key) {
   return PyObject_IsTrue(item(group, key).ptr()) == 1;
 }
 
-cpu::SgdOptions options_of(const py::handle& group) {
+SgdOptions options_of(const py::handle& group) {
   return {
       .lr = number(group, "lr"),
       .momentum = number(group, "momentum"),
@@ -44,19 +46,43 @@ cpu::SgdOptions options_of(const py::handle& group) {
   };
 }
 
-std::optional<cpu::SgdType> kernel_type(at::ScalarType type) {
+std::optional<SgdType> kernel_type(at::ScalarType type) {
   switch (type) {
     case at::kFloat:
-      return cpu::SgdType::Float;
+      return SgdType::Float;
     case at::kDouble:
-      return cpu::SgdType::Double;
+      return SgdType::Double;
     case at::kBFloat16:
-      return cpu::SgdType::BFloat16;
+      return SgdType::BFloat16;
     case at::kHalf:
-      return cpu::SgdType::Half;
+      return SgdType::Half;
     default:
       return std::nullopt;
   }
+}
+
+struct DeviceOrder {
+  bool operator()(c10::Device a, c10::Device b) const {
+    return std::pair(a.type(), a.index()) < std::pair(b.type(), b.index());
+  }
+};
+
+bool has_kernel(c10::Device device) {
+#ifdef LIGHTKIT_CUDA
+  return device.is_cpu() || device.is_cuda();
+#else
+  return device.is_cpu();
+#endif
+}
+
+void run(const std::vector<SgdTensor>& tensors, c10::Device device) {
+#ifdef LIGHTKIT_CUDA
+  if (device.is_cuda()) {
+    return sgd_cuda(tensors, device);
+  }
+#endif
+  TORCH_INTERNAL_ASSERT(device.is_cpu());
+  cpu::sgd(tensors);
 }
 
 // `tensor` with the dtype, device and order of elements in memory of `like`, which is dense.
@@ -129,13 +155,14 @@ void SgdPlan::rebuild(const py::list& param_groups, const py::dict& state) {
 }
 
 // Adds what is to be done for one parameter; false if that is not for this kernel.
-bool SgdPlan::gather(Entry& entry, const cpu::SgdOptions& options, std::vector<Update>& updates) {
+bool SgdPlan::gather(Entry& entry, const SgdOptions& options, std::vector<Update>& updates) {
   const Tensor& gradient = entry.parameter.grad();
   if (!gradient.defined()) {
     return true;
   }
-  if (!entry.parameter.is_cpu() || !gradient.is_cpu() || gradient.layout() != at::kStrided ||
-      entry.parameter.layout() != at::kStrided || !kernel_type(entry.parameter.scalar_type())) {
+  if (!has_kernel(entry.parameter.device()) || gradient.device() != entry.parameter.device() ||
+      gradient.layout() != at::kStrided || entry.parameter.layout() != at::kStrided ||
+      !kernel_type(entry.parameter.scalar_type())) {
     return false;
   }
   TORCH_CHECK(
@@ -145,7 +172,9 @@ bool SgdPlan::gather(Entry& entry, const cpu::SgdOptions& options, std::vector<U
       " has a gradient of shape ",
       gradient.sizes());
 
-  Update update{&entry, &options};
+  Update update;
+  update.entry = &entry;
+  update.options = &options;
   update.parameter = entry.parameter.is_non_overlapping_and_dense()
       ? entry.parameter
       : entry.parameter.detach().clone(at::MemoryFormat::Contiguous);
@@ -218,7 +247,7 @@ bool SgdPlan::step(const py::list& param_groups, const py::dict& state) {
   if (!is_current(param_groups, state)) {
     rebuild(param_groups, state);
   }
-  std::vector<cpu::SgdOptions> options;
+  std::vector<SgdOptions> options;
   options.reserve(groups_.size());
   std::vector<Update> updates;
   for (size_t g = 0; g < groups_.size(); ++g) {
@@ -230,10 +259,9 @@ bool SgdPlan::step(const py::list& param_groups, const py::dict& state) {
     }
   }
 
-  std::vector<cpu::SgdTensor> tensors;
-  tensors.reserve(updates.size());
+  std::map<c10::Device, std::vector<SgdTensor>, DeviceOrder> by_device;
   for (const auto& update : updates) {
-    tensors.push_back({
+    by_device[update.parameter.device()].push_back({
         .parameter = update.parameter.mutable_data_ptr(),
         .gradient = update.gradient.const_data_ptr(),
         .momentum = update.momentum.defined() ? update.momentum.mutable_data_ptr() : nullptr,
@@ -246,12 +274,14 @@ bool SgdPlan::step(const py::list& param_groups, const py::dict& state) {
   const bool one_by_one = shares_memory(updates);
   {
     py::gil_scoped_release release;
-    if (one_by_one) {
-      for (const auto& tensor : tensors) {
-        cpu::sgd({tensor});
+    for (const auto& [device, tensors] : by_device) {
+      if (one_by_one) {
+        for (const auto& tensor : tensors) {
+          run({tensor}, device);
+        }
+      } else {
+        run(tensors, device);
       }
-    } else {
-      cpu::sgd(tensors);
     }
     for (auto& update : updates) {
       const Tensor& parameter = update.entry->parameter;

@@ -1,7 +1,7 @@
 // The step plan of lightkit.optim.SGD: what one native call needs to know of an optimizer.
 #pragma once
 
-#include "../kernels/cpu/sgd.h"
+#include "../kernels/sgd.h"
 
 #include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
@@ -10,6 +10,9 @@
 #include <vector>
 
 namespace lightkit {
+
+// Updates tensors that all lie on one GPU, on its current stream.
+void sgd_cuda(const std::vector<SgdTensor>& tensors, c10::Device device);
 
 // Holds the parameters of an optimizer and where their momentum buffers lie, so that a step is one call.
 //
@@ -36,7 +39,7 @@ class SgdPlan {
   // What a step does to one parameter.
   struct Update {
     Entry* entry;
-    const cpu::SgdOptions* options;
+    const SgdOptions* options;
     at::Tensor parameter;              // the parameter, or a dense copy of it
     at::Tensor gradient;
     at::Tensor momentum;
@@ -45,7 +48,7 @@ class SgdPlan {
 
   bool is_current(const pybind11::list& param_groups, const pybind11::dict& state) const;
   void rebuild(const pybind11::list& param_groups, const pybind11::dict& state);
-  static bool gather(Entry& entry, const cpu::SgdOptions& options, std::vector<Update>& updates);
+  static bool gather(Entry& entry, const SgdOptions& options, std::vector<Update>& updates);
   static void keep_momentum(Update& update, const pybind11::dict& state);
   bool shares_memory(const std::vector<Update>& updates);
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -41,7 +42,7 @@ def _build(directory: Path) -> Path:
             manifest = {
                 "torch": torch.__version__,
                 "compiler": toolchain.compiler_version(compiler),
-                "flags": toolchain.compile_flags(compiler),
+                "flags": toolchain.compile_flags(compiler, cuda is not None),
                 "simd": toolchain.simd_level(compiler),
                 "cuda": f"nvcc {cuda.version} for {', '.join('sm_' + a for a in cuda.architectures)}"
                 if cuda
@@ -61,7 +62,7 @@ def check_cuda(architectures: tuple[str, ...] = toolchain.DEFAULT_CUDA_ARCHITECT
     cuda, reason = toolchain.find_nvcc()
     if cuda is None:
         raise toolchain.ToolchainError(reason)
-    cuda = toolchain.CudaToolchain(cuda.nvcc, cuda.version, architectures)
+    cuda = replace(cuda, architectures=architectures)
     cuda_sources = [path for path in toolchain.sources(cuda=True) if toolchain.is_cuda_source(path)]
     directory = cache.make_root()
     with cache.builder_lock(directory), cache.work_directory(directory) as work:
@@ -86,13 +87,13 @@ def _shell(*words: str) -> str:
 
 def ninja_file(compiler: str, cuda: toolchain.CudaToolchain | None, sources: list[Path], library: str | None) -> str:
     """The build: one object a source, and ``library`` of them all if it is named."""
-    includes = toolchain.include_flags(cuda is not None)
+    includes = toolchain.include_flags(cuda)
+    cxx = _shell(compiler, *toolchain.compile_flags(compiler, cuda is not None), *includes)
     lines = [
         "rule cxx",
-        f"  command = {_shell(compiler, *toolchain.compile_flags(compiler), *includes)} -MMD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d",
+        f"  command = {cxx} -c $in -o $out",
         "rule link",
-        f"  command = {_shell(compiler)} $in -o $out {_shell(*toolchain.link_flags(cuda is not None))}",
+        f"  command = {_shell(compiler)} $in -o $out {_shell(*toolchain.link_flags(cuda))}",
     ]
     if cuda is not None:
         lines += ["rule nvcc", f"  command = {_shell(cuda.nvcc, *toolchain.cuda_compile_flags(cuda))} -c $in -o $out"]

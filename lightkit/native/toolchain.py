@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -37,6 +38,8 @@ class CudaToolchain:
     nvcc: str
     version: str
     architectures: tuple[str, ...]
+    include_dirs: tuple[str, ...]
+    library_dirs: tuple[str, ...]
 
 
 def find_compiler() -> str | None:
@@ -85,7 +88,7 @@ def _machine_flags() -> list[str]:
     return ["-mcpu=native"] if platform.machine() in ("arm64", "aarch64") else ["-march=native"]
 
 
-def compile_flags(compiler: str) -> list[str]:
+def compile_flags(compiler: str, cuda: bool) -> list[str]:
     """Flags of every C++ file."""
     level = simd_level(compiler)
     capability = [f"-DCPU_CAPABILITY={level}"] + ([f"-DCPU_CAPABILITY_{level}"] if level != "DEFAULT" else [])
@@ -93,28 +96,32 @@ def compile_flags(compiler: str) -> list[str]:
         *("-std=c++20", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden"),
         *_machine_flags(),
         *capability,
+        *(["-DLIGHTKIT_CUDA"] if cuda else []),
         f"-DLIGHTKIT_MODULE={MODULE_NAME}",
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
     ]
 
 
-def include_flags(cuda: bool) -> list[str]:
-    """Header directories of torch, Python and, where asked for, CUDA."""
-    paths = cpp_extension.include_paths("cuda" if cuda else "cpu") + [sysconfig.get_paths()["include"]]
+def include_flags(cuda: CudaToolchain | None) -> list[str]:
+    """Header directories of torch, Python and, with a toolchain for it, CUDA."""
+    paths = [*cpp_extension.include_paths("cpu"), sysconfig.get_paths()["include"]]
+    paths += cuda.include_dirs if cuda else ()
     return [flag for path in paths for flag in ("-isystem", path)]
 
 
-def link_flags(cuda: bool) -> list[str]:
+def link_flags(cuda: CudaToolchain | None) -> list[str]:
     """Libraries of the shared object.
 
     OpenMP's run-time is left out on purpose: its symbols come from the one that torch has loaded. A second
     one would bring a second pool of threads that fights the first for the cores. ``-z now`` makes a symbol
-    that nobody has an error at load time instead of a crash in the first call.
+    that nobody has an error at load time instead of a crash in the first call. CUDA's run-time is static: it
+    shares the context that torch's uses.
     """
     libraries = ["c10", "torch_cpu", "torch", "torch_python"]
-    paths = cpp_extension.library_paths("cuda" if cuda else "cpu")
-    if cuda:
-        libraries += ["c10_cuda", "torch_cuda", "cudart"]
+    paths = cpp_extension.library_paths("cpu")
+    if cuda is not None:
+        libraries += ["c10_cuda", "torch_cuda", "cudart_static", "rt", "dl", "pthread"]
+        paths += cuda.library_dirs
     undefined = ["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else ["-Wl,-z,now"]
     return ["-shared", *undefined, *(f"-L{path}" for path in paths), *(f"-l{name}" for name in libraries)]
 
@@ -137,7 +144,12 @@ def find_nvcc() -> tuple[CudaToolchain | None, str]:
     number = version.partition("release ")[2].partition(",")[0]
     if torch.version.cuda and number.partition(".")[0] != torch.version.cuda.partition(".")[0]:
         return None, f"nvcc is of CUDA {number} but torch was built for CUDA {torch.version.cuda}"
-    return CudaToolchain(nvcc, number, _cuda_architectures()), ""
+    # Asked of nvcc itself, which may be a wrapper, or a package without the layout of a toolkit.
+    dry_run = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    include_dirs = re.findall(r'(?:-I|"-isystem" ")([^"\s]+)"', dry_run)
+    library_dirs = re.findall(r'"-L([^"\s]+)"', dry_run)
+    unique = tuple(dict.fromkeys(include_dirs)), tuple(dict.fromkeys(library_dirs))
+    return CudaToolchain(nvcc, number, _cuda_architectures(), *unique), ""
 
 
 def _cuda_architectures() -> tuple[str, ...]:

@@ -1,10 +1,10 @@
-// Stochastic gradient descent with momentum on a CPU: one pass over the parameters of a whole model.
+// Stochastic gradient descent with momentum: one pass over the parameters of a whole model.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
-namespace lightkit::cpu {
+namespace lightkit {
 
 enum class SgdType : uint8_t { Float, Double, BFloat16, Half };
 
@@ -33,7 +33,10 @@ struct SgdTensor {
   const SgdOptions* options;
 };
 
+namespace cpu {
+
 // Updates every tensor, the elements of all of them shared out evenly over the threads of at::parallel_for.
 void sgd(const std::vector<SgdTensor>& tensors);
 
-}  // namespace lightkit::cpu
+}  // namespace cpu
+}  // namespace lightkit

@@ -1,0 +1,44 @@
+// What the CUDA kernels share: accumulators, 16-byte packs, reductions.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace lightkit::cuda {
+
+template <typename scalar_t>
+struct Accumulator {
+  using type = float;
+};
+template <>
+struct Accumulator<double> {
+  using type = double;
+};
+template <typename scalar_t>
+using accumulator_t = typename Accumulator<scalar_t>::type;
+
+template <typename acc_t, typename scalar_t>
+__device__ __forceinline__ acc_t widen(scalar_t value) {
+  return static_cast<acc_t>(value);
+}
+
+template <typename scalar_t, typename acc_t>
+__device__ __forceinline__ scalar_t narrow(acc_t value) {
+  return static_cast<scalar_t>(value);
+}
+
+// One memory transaction of a thread: 128 bits.
+template <typename scalar_t>
+struct alignas(16) Pack {
+  static constexpr int size = 16 / sizeof(scalar_t);
+  scalar_t values[size];
+};
+
+// Whether packs of elements `index`, `index + Pack::size`, ... of an array lie on 16-byte boundaries.
+__host__ __device__ inline bool is_aligned(const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+}
+
+}  // namespace lightkit::cuda

@@ -1,0 +1,155 @@
+"""What the tests of the native build share: processes of their own, one real build, and a library small enough to
+compile in a second."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import lightkit
+from lightkit.native import toolchain
+
+# Each process says that it is ready and waits for a line, so that all ask for the library at the same moment.
+_RACER = """
+import sys
+from lightkit import native
+from lightkit.native import cache, compile, toolchain
+print("ready", flush=True)
+sys.stdin.readline()
+print(native.load().__file__)
+"""
+
+TINY_SOURCE = """
+#include <Python.h>
+
+static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_lightkit_native", nullptr, -1};
+
+PyMODINIT_FUNC PyInit__lightkit_native() {
+  PyObject* module = PyModule_Create(&definition);
+  PyModule_AddObject(module, "devices", Py_BuildValue("(s)", "cpu"));
+  return module;
+}
+"""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a process left behind."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@dataclass(frozen=True)
+class Race:
+    """Four processes that wanted the library at once, and the cache they filled."""
+
+    cache: Path
+    processes: list[Finished]
+
+
+def _environment(cache_dir: Path, **changes: str | None) -> dict[str, str]:
+    """This process's environment with another cache; None takes a variable out."""
+    variables = {**os.environ, "PYTHONPATH": str(Path(lightkit.__file__).resolve().parents[1])}
+    variables.pop("LIGHTKIT_NATIVE", None)
+    variables["LIGHTKIT_CACHE_DIR"] = str(cache_dir)
+    for name, value in changes.items():
+        variables.pop(name, None)
+        if value is not None:
+            variables[name] = value
+    return variables
+
+
+@pytest.fixture(scope="session")
+def environment() -> Callable[..., dict[str, str]]:
+    return _environment
+
+
+@pytest.fixture
+def run_python(tmp_path: Path) -> Callable[..., Finished]:
+    """Runs the interpreter, by default with an empty cache; keywords are environment variables."""
+
+    def run(*arguments: str, cache_dir: Path | None = None, **changes: str | None) -> Finished:
+        result = subprocess.run(
+            [sys.executable, *arguments],
+            env=_environment(cache_dir or tmp_path / "cache", **changes),
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+        )
+        return Finished(result.returncode, result.stdout, result.stderr)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def compiler() -> str:
+    found = toolchain.find_compiler()
+    if found is None:
+        pytest.skip("there is no C++ compiler")
+    return found
+
+
+@pytest.fixture(scope="session")
+def race(compiler: str, tmp_path_factory: pytest.TempPathFactory) -> Race:
+    """The one real build of the session."""
+    cache_dir = tmp_path_factory.mktemp("race") / "cache"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", _RACER],
+            env=_environment(cache_dir, LIGHTKIT_NATIVE="require"),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(4)
+    ]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n", process.communicate()[1]
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    finished = []
+    for process in processes:
+        stdout, stderr = process.communicate()
+        finished.append(Finished(process.returncode, stdout, stderr))
+    return Race(cache_dir, finished)
+
+
+@pytest.fixture
+def built_cache(race: Race, tmp_path: Path) -> Path:
+    """A copy of the cache that the real build filled."""
+    return Path(shutil.copytree(race.cache, tmp_path / "built"))
+
+
+def _forget() -> None:
+    toolchain.target_key.cache_clear()
+    toolchain.compiler_key.cache_clear()
+
+
+@pytest.fixture
+def tiny_sources(compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A source tree of one small module in place of lightkit's, and an empty cache, in this process."""
+    directory = tmp_path / "csrc"
+    directory.mkdir()
+    (directory / "module.cpp").write_text(TINY_SOURCE)
+    monkeypatch.setattr(toolchain, "SOURCE_DIR", directory)
+    monkeypatch.setenv("LIGHTKIT_CACHE_DIR", str(tmp_path / "cache"))
+    _forget()
+    yield directory
+    _forget()
+
+
+@pytest.fixture
+def forget_keys() -> Callable[[], None]:
+    """Makes this process look at its sources and compilers again."""
+    return _forget
