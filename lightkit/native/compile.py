@@ -66,7 +66,9 @@ def check_cuda(architectures: tuple[str, ...] = toolchain.DEFAULT_CUDA_ARCHITECT
     cuda_sources = [path for path in toolchain.sources(cuda=True) if toolchain.is_cuda_source(path)]
     directory = cache.make_root()
     with cache.builder_lock(directory), cache.work_directory(directory) as work:
-        rules = ninja_file(toolchain.require_compiler(), cuda, cuda_sources, library=None)
+        # A CPU build of torch has the CUDA headers but for one that its own build would have generated.
+        extra = () if torch.version.cuda else ("-DC10_USING_CUSTOM_GENERATED_MACROS",)
+        rules = ninja_file(toolchain.require_compiler(), cuda, cuda_sources, None, extra)
         run_ninja(
             work, rules, f"lightkit: compiling the CUDA kernels for {', '.join('sm_' + a for a in architectures)}"
         )
@@ -85,10 +87,16 @@ def _shell(*words: str) -> str:
     ).replace("$", "$$")
 
 
-def ninja_file(compiler: str, cuda: toolchain.CudaToolchain | None, sources: list[Path], library: str | None) -> str:
+def ninja_file(
+    compiler: str,
+    cuda: toolchain.CudaToolchain | None,
+    sources: list[Path],
+    library: str | None,
+    extra_flags: tuple[str, ...] = (),
+) -> str:
     """The build: one object a source, and ``library`` of them all if it is named."""
     includes = toolchain.include_flags(cuda)
-    cxx = _shell(compiler, *toolchain.compile_flags(compiler, cuda is not None), *includes)
+    cxx = _shell(compiler, *toolchain.compile_flags(compiler, cuda is not None), *extra_flags, *includes)
     lines = [
         "rule cxx",
         f"  command = {cxx} -c $in -o $out",
