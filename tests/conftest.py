@@ -1,0 +1,37 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# The kernels themselves are under test: falling back to the references would test those against themselves.
+os.environ.setdefault("LIGHTKIT_NATIVE", "require")
+
+# Examples that fail are shrunk and printed; time limits would fail on a busy machine.
+settings.register_profile("lightkit", deadline=None, max_examples=60, derandomize=True)
+settings.load_profile("lightkit")
+
+
+@pytest.fixture
+def command() -> Callable[..., subprocess.CompletedProcess]:
+    """Runs `python -m lightkit.NAME ...` as a user would, in a directory of choice."""
+
+    def run(name: str, *arguments: str, cwd: Path, environment: dict[str, str] | None = None, **options):
+        return subprocess.run(
+            [sys.executable, "-m", f"lightkit.{name}", *arguments],
+            cwd=cwd,
+            env={**os.environ, **(environment or {})},
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            **options,
+        )
+
+    return run

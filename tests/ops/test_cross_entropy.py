@@ -1,0 +1,382 @@
+"""Cross-entropy against float64, against torch's own answers, and under autograd, compile and threads."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightkit.nn import CrossEntropyLoss
+from lightkit.ops import cross_entropy, cross_entropy_reference
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+# A vector has 4, 8 or 16 lanes; rows of up to 64 classes go side by side; wide rows go in blocks of 1024.
+CLASSES = [1, 2, 3, 7, 8, 9, 10, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 1000, 1023, 1024, 1025, 2049]
+ROWS = [1, 2, 7, 8, 9, 15, 16, 17, 33]
+
+
+def loss_and_gradient(function, logits, target, weight=None, **options):
+    """The loss, and the gradient of its sum, both in float64."""
+    logits = logits.detach().clone().requires_grad_()
+    loss = function(logits, target, weight, **options)
+    loss.sum().backward()
+    return loss.detach().double(), logits.grad.double()
+
+
+def assert_as_accurate_as_torch(logits, target, weight=None, **options):
+    """Our error against float64 is within torch's, but for roundings of the output."""
+    exact = loss_and_gradient(
+        F.cross_entropy, logits.double(), target.long(), None if weight is None else weight.double(), **options
+    )
+    torchs = loss_and_gradient(F.cross_entropy, logits, target.long(), weight, **options)
+    ours = loss_and_gradient(cross_entropy, logits, target, weight, **options)
+    accumulator = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    for name, own, other, truth in zip(("loss", "gradient"), ours, torchs, exact, strict=True):
+        assert own.shape == truth.shape, name
+        # One rounding to the output's dtype, and a few of the accumulator's.
+        scale = truth.abs().nan_to_num()
+        allowed = (other - truth).abs().max() if truth.numel() else 0
+        allowed = allowed + scale * torch.finfo(logits.dtype).eps + 8 * torch.finfo(accumulator).eps * (1 + scale)
+        assert ((own - truth).abs() <= allowed).all(), (name, (own - truth).abs().max(), allowed.max())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", CLASSES)
+def test_error_against_float64_over_widths(dtype, classes):
+    """Every width at an edge of a vector, of the narrow path and of a block is right, forward and backward."""
+    generator = torch.Generator().manual_seed(classes)
+    for rows in ROWS:
+        logits = (torch.randn(rows, classes, generator=generator) * 4).to(dtype)
+        target = torch.randint(0, classes, (rows,), generator=generator)
+        assert_as_accurate_as_torch(logits, target)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [10, 64, 65, 1030])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+def test_error_against_float64_over_options(dtype, classes, reduction, weighted, smoothing):
+    """Weights, smoothing, ignored rows and reductions hold together in both paths."""
+    generator = torch.Generator().manual_seed(7)
+    logits = (torch.randn(21, classes, generator=generator) * 3).to(dtype)
+    target = torch.randint(0, classes, (21,), generator=generator)
+    target[::5] = 3
+    weight = torch.rand(classes, generator=generator).to(dtype) if weighted else None
+    options = {"reduction": reduction, "label_smoothing": smoothing, "ignore_index": 3}
+    assert_as_accurate_as_torch(logits, target, weight, **options)
+
+
+@given(
+    rows=st.integers(0, 40),
+    classes=st.integers(1, 200),
+    scale=st.sampled_from([0.01, 1.0, 30.0, 1000.0]),
+    shift=st.sampled_from([0.0, -500.0, 1e4]),
+    smoothing=st.sampled_from([0.0, 0.3]),
+    reduction=st.sampled_from(["mean", "sum", "none"]),
+    seed=st.integers(0, 2**31),
+)
+def test_any_input_is_as_accurate_as_torch(rows, classes, scale, shift, smoothing, reduction, seed):
+    """Logits of any size and offset: no overflow, no cancellation that torch does not have."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(rows, classes, generator=generator) * scale + shift
+    target = torch.randint(0, classes, (rows,), generator=generator)
+    target[torch.rand(rows, generator=generator) < 0.2] = -100
+    if rows == 0 or (target == -100).all():
+        reduction = "sum"
+    assert_as_accurate_as_torch(logits, target, reduction=reduction, label_smoothing=smoothing)
+
+
+@pytest.mark.parametrize("shape", [(3,), (5, 3), (2, 3, 4), (2, 3, 4, 5), (2, 70, 3, 3), (0, 3), (0, 3, 4), (2, 3, 0)])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_shapes_of_torch(shape, reduction):
+    """(C), (N, C) and (N, C, d1, ...), empty ones too, give torch's values, shapes and NaN of an empty mean."""
+    logits = torch.randn(shape, dtype=torch.float64)
+    batch = shape[:0] if len(shape) == 1 else (shape[0], *shape[2:])
+    classes = shape[0] if len(shape) == 1 else shape[1]
+    target = torch.randint(0, classes, batch)
+    expected = loss_and_gradient(F.cross_entropy, logits, target, reduction=reduction)
+    actual = loss_and_gradient(cross_entropy, logits, target, reduction=reduction)
+    torch.testing.assert_close(actual, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("classes", [10, 300])
+def test_non_contiguous_logits_and_targets(classes):
+    """Transposed, strided and channels-last inputs are read as they are meant."""
+    base = torch.randn(classes, 24, dtype=torch.float64)
+    target = torch.randint(0, classes, (24,))
+    images = torch.randn(2, classes, 3, 4, dtype=torch.float64).to(memory_format=torch.channels_last)
+    labels = torch.randint(0, classes, (4, 3, 2)).permute(2, 1, 0)
+    for logits, indices in ((base.t(), target), (base.t()[::2], target[::2]), (images, labels)):
+        torch.testing.assert_close(
+            loss_and_gradient(cross_entropy, logits, indices), loss_and_gradient(F.cross_entropy, logits, indices)
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+def test_target_dtypes(dtype):
+    """Indices may come in any of three integer types."""
+    logits, target = torch.randn(6, 5), torch.tensor([0, 4, 2, 3, 1, 4])
+    assert torch.equal(cross_entropy(logits, target.to(dtype)), cross_entropy(logits, target))
+
+
+@pytest.mark.parametrize("classes", [5, 100])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_non_finite_logits_as_torch(classes, value):
+    """NaN and Inf in a row give what torch gives in that row, and nothing in the others."""
+    for position, target in itertools.product((0, 2, classes - 1), (0, 2)):
+        logits = torch.randn(3, classes, dtype=torch.float64)
+        logits[1, position] = value
+        labels = torch.full((3,), target)
+        torch.testing.assert_close(
+            loss_and_gradient(cross_entropy, logits, labels, reduction="none"),
+            loss_and_gradient(F.cross_entropy, logits, labels, reduction="none"),
+            equal_nan=True,
+        )
+
+
+@pytest.mark.parametrize("classes", [5, 100])
+def test_row_of_minus_infinity_is_nan(classes):
+    """A row with no finite logit has no softmax: NaN, as torch says, in float32 as well."""
+    logits = torch.full((2, classes), -float("inf"))
+    logits[0] = 0
+    target = torch.tensor([0, 1])
+    expected = F.cross_entropy(logits, target, reduction="none")
+    torch.testing.assert_close(cross_entropy(logits, target, reduction="none"), expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("classes", [5, 1100])
+def test_masked_logits_get_exactly_no_probability(classes):
+    """Classes masked with -inf get gradient 0, not a small number, even in the first block of a row."""
+    logits = torch.randn(4, classes)
+    logits[:, : classes - 2] = -float("inf")
+    _, gradient = loss_and_gradient(cross_entropy, logits, torch.full((4,), classes - 1))
+    assert torch.equal(gradient[:, : classes - 2], torch.zeros(4, classes - 2, dtype=torch.float64))
+
+
+def test_all_rows_ignored():
+    """Torch's answers: the mean of nothing is NaN, the sum 0, the gradient 0."""
+    logits, target = torch.randn(4, 6), torch.full((4,), -100)
+    loss, gradient = loss_and_gradient(cross_entropy, logits, target)
+    assert loss.isnan()
+    assert torch.equal(gradient, torch.zeros(4, 6, dtype=torch.float64))
+    assert cross_entropy(logits, target, reduction="sum") == 0
+
+
+@pytest.mark.parametrize("classes", [10, 500])
+@pytest.mark.parametrize("label", [-1, "classes", 2**40])
+def test_label_out_of_range_is_an_index_error(classes, label):
+    """The error names the row, the label and the number of classes."""
+    label = classes if label == "classes" else label
+    target = torch.zeros(9, dtype=torch.long)
+    target[6] = label
+    with pytest.raises(IndexError, match=rf"Target {label} is out of bounds: row 6 .* {classes} classes"):
+        cross_entropy(torch.randn(9, classes), target)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((torch.randn(4, 3), torch.zeros(5, dtype=torch.long)), {}, ValueError, r"target must have shape \[4\]"),
+        ((torch.randn(4, 3), torch.zeros(4, 3, dtype=torch.long)), {}, ValueError, r"target must have shape \[4\]"),
+        ((torch.randn(4, 3), torch.zeros(4, dtype=torch.bool)), {}, RuntimeError, "class indices must be int64"),
+        ((torch.ones(4, 3).long(), torch.zeros(4).long()), {}, RuntimeError, "expected scalar|not implemented|must be"),
+        ((torch.randn(4, 3), torch.zeros(4).long(), torch.ones(4)), {}, RuntimeError, "each of the 3 classes"),
+        ((torch.randn(4, 3), torch.zeros(4).long()), {"label_smoothing": 1.5}, RuntimeError, "between 0.0 and 1.0"),
+        ((torch.randn(4, 3), torch.zeros(4).long()), {"reduction": "avg"}, ValueError, "must be one of .*got 'avg'"),
+        ((torch.tensor(1.0), torch.tensor(0)), {}, ValueError, "at least one dimension"),
+    ],
+)
+def test_wrong_arguments(arguments, options, error, message):
+    """Arguments that do not fit are named, with what was expected."""
+    with pytest.raises(error, match=message):
+        cross_entropy(*arguments, **options)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_loss_of_half_precision_in_float32(dtype, reduction):
+    """The loss of half-precision logits can be had as accurate as it was computed."""
+    logits, target = torch.randn(50, 20).to(dtype), torch.randint(0, 20, (50,))
+    loss = cross_entropy(logits, target, reduction=reduction, dtype=torch.float32)
+    exact = F.cross_entropy(logits.double(), target, reduction=reduction)
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=1e-6)
+
+
+def test_autocast_gives_a_float32_loss():
+    """Under autocast the loss has torch's dtype, and the gradient that of the logits."""
+    logits, target = torch.randn(8, 5).bfloat16().requires_grad_(), torch.randint(0, 5, (8,))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = cross_entropy(logits, target)
+        expected = F.cross_entropy(logits, target)
+    loss.backward()
+    assert loss.dtype == expected.dtype == torch.float32
+    assert logits.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("classes", [4, 70])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2}, {"ignore_index": 1}], ids=str)
+def test_gradcheck_and_gradgradcheck(classes, reduction, options):
+    """First and second derivatives agree with finite differences."""
+    torch.manual_seed(0)
+    logits = torch.randn(5, classes, dtype=torch.float64, requires_grad=True)
+    target, weight = torch.tensor([0, 1, 2, 3, 1]), torch.rand(classes, dtype=torch.float64)
+
+    def function(z):
+        return cross_entropy(z, target, weight, reduction=reduction, **options)
+
+    # A little slack in the second: finite differences of a gradient are themselves inexact.
+    assert torch.autograd.gradcheck(function, (logits,))
+    assert torch.autograd.gradgradcheck(function, (logits,), atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (6, 90), (2, 5, 3), (5,)])
+@pytest.mark.parametrize("upstream", [1.0, 3.0, 0.0])
+def test_upstream_gradient(shape, upstream):
+    """Whatever comes from above is multiplied in once, where it is 1 and where it is not."""
+    logits = torch.randn(shape, dtype=torch.float64)
+    target = torch.randint(0, 3, shape[:0] if len(shape) == 1 else (shape[0], *shape[2:]))
+    for reduction in ("mean", "none"):
+        scaled = [
+            loss_and_gradient(lambda *a, f=f, **o: f(*a, **o) * upstream, logits, target, reduction=reduction)[1]
+            for f in (cross_entropy, F.cross_entropy)
+        ]
+        torch.testing.assert_close(*scaled)
+
+
+def test_backward_twice():
+    """With retain_graph the second backward equals the first; without, it is refused in torch's words."""
+    logits, target = torch.randn(4, 6, requires_grad=True), torch.randint(0, 6, (4,))
+    loss = cross_entropy(logits, target) * 2
+    (first,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    first = first.clone()
+    (second,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    assert torch.equal(first, second)
+
+    loss = cross_entropy(logits, target)
+    loss.backward()
+    with pytest.raises(RuntimeError, match="a second time"):
+        loss.backward()
+
+
+def test_gradients_accumulate_without_sharing_memory():
+    """The gradient that backward gives away belongs to its leaf alone."""
+    logits, target = torch.randn(4, 6, requires_grad=True), torch.randint(0, 6, (4,))
+    cross_entropy(logits, target).backward()
+    once = logits.grad.clone()
+    kept = logits.grad
+    cross_entropy(logits, target).backward()
+    assert kept is logits.grad
+    torch.testing.assert_close(logits.grad, 2 * once)
+
+
+def test_logits_may_change_between_forward_and_backward():
+    """The first derivative needs the logits no more, as in torch."""
+    base, target = torch.randn(4, 6, requires_grad=True), torch.randint(0, 6, (4,))
+    logits = base * 1
+    loss = cross_entropy(logits, target)
+    expected = torch.autograd.grad(F.cross_entropy(base, target), base)[0]
+    logits.detach().zero_()
+    torch.testing.assert_close(torch.autograd.grad(loss, base)[0], expected)
+
+
+@pytest.mark.parametrize("classes", [10, 70])
+@pytest.mark.parametrize("reduction", [0, 1])
+def test_opcheck(classes, reduction):
+    """Schema, fake tensors, autograd registration and AOT tracing are in order."""
+    for requires_grad in (False, True):
+        logits = torch.randn(6, classes, requires_grad=requires_grad)
+        target = torch.randint(0, classes, (6,))
+        arguments = (logits, target, torch.rand(classes), reduction, -100, 0.1)
+        torch.library.opcheck(torch.ops.lightkit.cross_entropy.default, arguments)
+    for with_gradient in (False, True):
+        arguments = (logits.detach(), target, None, reduction, -100, 0.0, None, with_gradient)
+        torch.library.opcheck(torch.ops.lightkit._cross_entropy_forward.default, arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(6, 10), (2, 5, 3, 3)])
+def test_compile_fullgraph(shape):
+    """torch.compile takes the loss in without a graph break, forward and backward."""
+    target = torch.randint(0, shape[1], (shape[0], *shape[2:]))
+
+    def function(z, t, weight):
+        return cross_entropy(z * 2, t, weight, label_smoothing=0.1) * 3
+
+    logits = torch.randn(shape)
+    compiled = torch.compile(function, fullgraph=True)
+    torch.testing.assert_close(loss_and_gradient(compiled, logits, target), loss_and_gradient(function, logits, target))
+
+
+def test_functional_transforms():
+    """vmap and grad of torch.func work, through the reference."""
+    logits, target = torch.randn(3, 4, 5, dtype=torch.float64), torch.randint(0, 5, (3, 4))
+    batched = torch.func.vmap(cross_entropy)(logits, target)
+    torch.testing.assert_close(batched, torch.stack([cross_entropy(z, t) for z, t in zip(logits, target, strict=True)]))
+    gradient = torch.func.grad(lambda z: cross_entropy(z, target[0]))(logits[0])
+    torch.testing.assert_close(gradient, loss_and_gradient(cross_entropy, logits[0], target[0])[1])
+
+
+def test_class_probabilities_through_the_reference():
+    """Probabilities as targets give torch's values."""
+    logits, target = torch.randn(5, 4), torch.rand(5, 4).softmax(1)
+    torch.testing.assert_close(cross_entropy(logits, target), F.cross_entropy(logits, target))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_reference_agrees_with_kernel(dtype):
+    """What stands in without a compiler has the signature and the values of the kernel."""
+    logits, target = torch.randn(9, 12).to(dtype), torch.randint(0, 12, (9,), dtype=torch.int32)
+    options = {"weight": torch.rand(12), "ignore_index": 2, "label_smoothing": 0.1, "dtype": torch.float32}
+    torch.testing.assert_close(
+        cross_entropy(logits, target, **options), cross_entropy_reference(logits, target, **options)
+    )
+
+
+def test_module_is_a_drop_in():
+    """The module has torch's arguments, state dict and type."""
+    weight = torch.rand(5)
+    ours = CrossEntropyLoss(weight, ignore_index=1, reduction="sum", label_smoothing=0.1)
+    torchs = torch.nn.CrossEntropyLoss(weight, ignore_index=1, reduction="sum", label_smoothing=0.1)
+    logits, target = torch.randn(6, 5), torch.randint(0, 5, (6,))
+    torch.testing.assert_close(ours(logits, target), torchs(logits, target))
+    assert isinstance(ours, torch.nn.CrossEntropyLoss)
+    torchs.load_state_dict(ours.state_dict())
+
+
+@pytest.mark.parametrize("shape", [(4096, 10), (64, 5000)])
+def test_bit_identical_across_threads_and_runs(shape):
+    """The loss and its gradient do not depend on the number of threads."""
+    script = (
+        "import torch, sys, hashlib; from lightkit.ops import cross_entropy;"
+        "torch.set_num_threads(int(sys.argv[1])); torch.manual_seed(0);"
+        f"z = torch.randn{shape}.requires_grad_(); t = torch.randint(0, {shape[1]}, ({shape[0]},));"
+        "loss = cross_entropy(z, t, label_smoothing=0.1); loss.backward();"
+        "print(loss.item().hex(), hashlib.sha256(z.grad.numpy().tobytes()).hexdigest())"
+    )
+    outputs = {
+        subprocess.run([sys.executable, "-c", script, threads], capture_output=True, text=True, check=True).stdout
+        for threads in ("1", "2", "3", "2")
+    }
+    assert len(outputs) == 1
+
+
+@pytest.mark.slow
+def test_more_than_2_to_the_31_elements():
+    """Offsets are 64 bits wide."""
+    rows, classes = 2**16 + 1, 2**15
+    logits = torch.zeros(rows, classes, dtype=torch.bfloat16)
+    logits[-1, -1] = 10
+    target = torch.full((rows,), classes - 1)
+    losses = cross_entropy(logits, target, reduction="none", dtype=torch.float32)
+    exact = F.cross_entropy(logits[-1].double(), target[-1])
+    torch.testing.assert_close(losses[-1].double(), exact, rtol=1e-6, atol=1e-6)
