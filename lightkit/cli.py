@@ -57,6 +57,7 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
             show_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
             # With it Hydra raises instead of printing, which leaves the printing to us.
             os.environ["HYDRA_FULL_ERROR"] = "1"
+            _flags_first()
             _quiet()
             try:
                 command()
@@ -74,6 +75,12 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
         return main
 
     return decorate
+
+
+def _flags_first() -> None:
+    """Lets -m stand anywhere: Hydra's parser takes no overrides after it when there were some before."""
+    flags = [word for word in sys.argv[1:] if word in ("-m", "--multirun")]
+    sys.argv[1:] = flags + [word for word in sys.argv[1:] if word not in flags]
 
 
 def _quiet() -> None:

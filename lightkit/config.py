@@ -84,7 +84,7 @@ def find_class(target: str) -> type:
         ConfigError: it is not in a trusted package, does not exist, or is not a class.
     """
     trusted = _trusted_packages()
-    if not _is_within(target, trusted):
+    if "." not in target.strip(".") or not _is_within(target, trusted):
         raise ConfigError(
             f"_target_: {target} is not in a package that a configuration may use ({', '.join(trusted)}); "
             "add your own with LIGHTKIT_TARGETS=PACKAGE or lightkit.config.allow_targets"

@@ -53,8 +53,8 @@ def predict(config: DictConfig) -> list[Prediction]:
         raise ConfigError(f"invert must be auto, true or false, got {config.invert!r}")
     if config.batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {config.batch_size}")
-    paths = find_pictures(Path(config.input))
     restored = restore(config.ckpt_path)
+    paths = find_pictures(Path(config.input))
     data = build_data(restored.config)
     size = data.image_size
     pictures = torch.stack([read_picture(path, size, config.invert) for path in paths])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -53,7 +54,7 @@ class TensorBatches:
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
-        self._epoch = -1
+        self._epoch = 0
         self._batch = 0
         self._resuming = False
 
@@ -68,28 +69,27 @@ class TensorBatches:
     def __len__(self) -> int:
         return -(-self.num_samples // self.batch_size)
 
+    # Lightning asks for it wherever there is a sampler.
+    batch_sampler = None
+
+    @property
+    def sampler(self) -> TensorBatches:
+        """Where Lightning looks for ``set_epoch``."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Says which epoch comes next; without it, each iteration is the next one."""
+        if self._resuming and epoch == self._epoch:
+            return
+        self._epoch, self._batch, self._resuming = epoch, 0, False
+
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        if self._resuming and self._batch < len(self):
-            self._resuming = False
-        else:
-            self._resuming = False
-            self._epoch += 1
-            self._batch = 0
-        return self._batches(self._order(self._epoch), self._batch)
-
-    def _order(self, epoch: int) -> Tensor | None:
-        """Indices of this process's samples, or None for all of them as they stand."""
-        total = len(self.tensors[0])
-        if self.shuffle:
-            # One number of both: neighbouring seeds must not share epochs.
-            generator = torch.Generator().manual_seed((self.seed << 32) + epoch)
-            order = torch.randperm(total, generator=generator)
-            short = self.num_samples * self.world_size - total
-            return torch.cat([order, order[:short]])[self.rank :: self.world_size] if self.world_size > 1 else order
-        return torch.arange(self.rank, total, self.world_size) if self.world_size > 1 else None
-
-    def _batches(self, order: Tensor | None, first: int) -> Iterator[tuple[Tensor, ...]]:
-        for index in range(first, len(self)):
+        # Runs at the first batch, not at iter(): Lightning makes iterators that it never asks for one.
+        if self._batch > 0 and not (self._resuming and self._batch < len(self)):
+            self._epoch, self._batch = self._epoch + 1, 0
+        self._resuming = False
+        order = self._order(self._epoch)
+        for index in range(self._batch, len(self)):
             chosen = slice(index * self.batch_size, (index + 1) * self.batch_size)
             self._batch = index + 1
             if order is None:
@@ -97,12 +97,25 @@ class TensorBatches:
             else:
                 yield tuple(tensor.index_select(0, order[chosen]) for tensor in self.tensors)
 
+    def _order(self, epoch: int) -> Tensor | None:
+        """Indices of this process's samples, or None for all of them as they stand."""
+        total = len(self.tensors[0])
+        if self.shuffle:
+            # A hash of both: neighbouring seeds must not share epochs, and torch looks at 32 bits of a seed.
+            mixed = random.Random(f"{self.seed} {epoch}").getrandbits(32)
+            order = torch.randperm(total, generator=torch.Generator().manual_seed(mixed))
+            if self.world_size == 1:
+                return order
+            everyone = self.num_samples * self.world_size
+            return order.repeat(-(-everyone // max(total, 1)))[self.rank : everyone : self.world_size]
+        return torch.arange(total)[self.rank :: self.world_size] if self.world_size > 1 else None
+
     def state_dict(self) -> dict[str, Any]:
         """The epoch, and how many of its batches have been handed out."""
         return {"epoch": self._epoch, "batch": self._batch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The next iteration goes on from there."""
+        """The next iteration goes on from there, unless `set_epoch` says it is another epoch."""
         self._epoch = int(state["epoch"])
         self._batch = int(state["batch"])
         self._resuming = True

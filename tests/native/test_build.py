@@ -69,21 +69,22 @@ def test_processes_at_once_compile_once(race) -> None:
 
 
 @pytest.fixture
-def held_compiler(compiler: str, tmp_path: Path) -> Path:
-    """A compiler that, where HELD names a file, makes that file and does not come back."""
-    script = tmp_path / "held-compiler"
+def held_compiler(compiler: str, tmp_path: Path) -> Iterator[Path]:
+    """A compiler that, where HELD is set, makes the file `compiling` and does not come back while it is there."""
+    script, compiling = tmp_path / "held-compiler", tmp_path / "compiling"
+    hold = f'touch "{compiling}"; while [ -e "{compiling}" ]; do sleep 0.1; done; exit 1'
     script.write_text(
-        "#!/bin/sh\n"
-        'if [ -n "$HELD" ]; then case " $* " in *" -c "*) touch "$HELD"; sleep 3600;; esac; fi\n'
-        f'exec "{compiler}" "$@"\n'
+        f'#!/bin/sh\nif [ -n "$HELD" ]; then case " $* " in *" -c "*) {hold};; esac; fi\nexec "{compiler}" "$@"\n'
     )
     script.chmod(0o755)
-    return script
+    yield script
+    # Ninja gives every compiler a process group of its own, which outlives the builder's.
+    compiling.unlink(missing_ok=True)
 
 
 @pytest.fixture
 def start(environment, tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
-    """Starts a process that loads the library of a source tree; ends it with all its children after the test."""
+    """Starts a process that loads the library of a source tree; ends it and its ninja after the test."""
     started = []
 
     def begin(sources: Path, **changes: str) -> subprocess.Popen:
@@ -112,7 +113,7 @@ def test_killed_builder_blocks_nobody(
 ) -> None:
     """A builder killed while it compiles leaves the lock to the process that waits, which sweeps up after it."""
     compiling = tmp_path / "compiling"
-    builder = start(tiny_sources, CXX=str(held_compiler), HELD=str(compiling))
+    builder = start(tiny_sources, CXX=str(held_compiler), HELD="1")
     while not compiling.exists():
         assert builder.poll() is None, builder.communicate()
         time.sleep(0.05)

@@ -28,6 +28,7 @@ print(json.dumps({
     "package": str(Path(lightkit.__file__).parent),
     "sources": [str(path.relative_to(toolchain.SOURCE_DIR)) for path in toolchain.sources(False)],
     "key": toolchain.target_key(),
+    "conf": str(files("lightkit.conf")),
     "train.yaml": files("lightkit.conf").joinpath("train.yaml").is_file(),
     "py.typed": files("lightkit").joinpath("py.typed").is_file(),
 }))
@@ -137,6 +138,7 @@ def test_package_is_complete(installation: Installation, own_key: str, tmp_path:
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     assert Path(found["package"]).resolve() == installation.package.resolve()
+    assert Path(found["conf"]).resolve() == (installation.package / "conf").resolve()
     assert "bindings.cpp" in found["sources"]
     assert found["train.yaml"] and found["py.typed"]
     assert found["key"] == own_key

@@ -1,0 +1,103 @@
+"""Batches from memory: every sample once an epoch, the same order for the same seed, resumable anywhere."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightkit.data import TensorBatches
+
+
+def numbers(batches):
+    return [int(value) for (batch,) in batches for value in batch]
+
+
+@given(total=st.integers(0, 50), size=st.integers(1, 60), shuffle=st.booleans())
+def test_every_sample_once(total, size, shuffle):
+    """An epoch holds each sample once, in batches of the asked size but for the last."""
+    batches = TensorBatches([torch.arange(total)], size, shuffle=shuffle)
+    sizes = [len(batch) for (batch,) in batches]
+    assert sorted(numbers(batches)) == list(range(total))
+    assert len(sizes) == len(batches)
+    assert all(s == size for s in sizes[:-1])
+
+
+def test_order_is_that_of_seed_and_epoch():
+    """Epochs differ, seeds differ, and each can be had again."""
+    make = lambda seed: TensorBatches([torch.arange(100)], 7, shuffle=True, seed=seed)  # noqa: E731
+    first, same, other = make(0), make(0), make(1)
+    one, two = numbers(first), numbers(first)
+    assert one != two
+    assert [numbers(same), numbers(same)] == [one, two]
+    assert numbers(other) not in (one, two)
+    again = make(0)
+    again.set_epoch(1)
+    assert numbers(again) == two
+
+
+def test_tensors_stay_together():
+    """Images and labels of a batch belong to each other."""
+    for left, right in TensorBatches([torch.arange(50), torch.arange(50) * 10], 8, shuffle=True):
+        assert torch.equal(left * 10, right)
+
+
+@given(total=st.integers(1, 40), world=st.integers(1, 5), size=st.integers(1, 8))
+def test_processes_share_the_samples(total, world, size):
+    """In training all processes have equally many batches and together every sample; in evaluation no doubles."""
+    training = [
+        TensorBatches([torch.arange(total)], size, shuffle=True, rank=r, world_size=world) for r in range(world)
+    ]
+    assert len({len(b) for b in training}) == 1
+    assert len({len(n) for n in map(numbers, training)}) == 1
+    for batches in training:
+        batches.set_epoch(0)
+    assert set().union(*map(numbers, training)) == set(range(total))
+    evaluation = [TensorBatches([torch.arange(total)], size, rank=r, world_size=world) for r in range(world)]
+    assert sorted(n for b in evaluation for n in numbers(b)) == list(range(total))
+
+
+@pytest.mark.parametrize("taken", [0, 1, 3, 5])
+def test_resume_anywhere(taken):
+    """A loader with the saved position hands out what was left of the epoch, and then the next epoch."""
+    original = TensorBatches([torch.arange(20)], 4, shuffle=True, seed=3)
+    numbers(original)
+    iterator = iter(original)
+    for _ in range(taken):
+        next(iterator)
+    state = original.state_dict()
+    rest = numbers(iterator)
+    following = numbers(original)
+
+    resumed = TensorBatches([torch.arange(20)], 4, shuffle=True, seed=3)
+    resumed.load_state_dict(state)
+    # Lightning makes an iterator that it throws away.
+    iter(resumed)
+    if 0 < taken < 5:
+        assert numbers(resumed) == rest
+        assert numbers(resumed) == following
+
+
+def test_next_epoch_after_resuming_at_the_end_of_one():
+    """At the end of an epoch there is no rest: the epoch that Lightning names begins at its start."""
+    original = TensorBatches([torch.arange(20)], 4, shuffle=True, seed=3)
+    numbers(original)
+    resumed = TensorBatches([torch.arange(20)], 4, shuffle=True, seed=3)
+    resumed.load_state_dict(original.state_dict())
+    resumed.set_epoch(1)
+    assert numbers(resumed) == numbers(original)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "size", "message"),
+    [
+        ([], 1, "equal length"),
+        ([torch.zeros(2), torch.zeros(3)], 1, "equal length"),
+        ([torch.zeros(2)], 0, "at least 1"),
+    ],
+)
+def test_wrong_arguments(tensors, size, message):
+    """What cannot be batched is refused at once."""
+    with pytest.raises(ValueError, match=message):
+        TensorBatches(tensors, size)

@@ -1,0 +1,60 @@
+"""IDX files: right ones are read, damaged ones are named with what is wrong."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+
+import pytest
+import torch
+
+from lightkit.data.idx import read_idx
+from lightkit.errors import DataError
+
+
+def idx_bytes(sizes, values, kind=0x08):
+    return bytes([0, 0, kind, len(sizes)]) + struct.pack(f">{len(sizes)}I", *sizes) + bytes(values)
+
+
+GOOD = idx_bytes((2, 3), range(6))
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("sizes", [(6,), (2, 3), (1, 2, 3), (0, 28, 28)])
+def test_reads(tmp_path, compressed, sizes):
+    """Any number of dimensions, compressed or not, told apart by content."""
+    count = torch.Size(sizes).numel()
+    path = tmp_path / "file"
+    data = idx_bytes(sizes, range(count))
+    path.write_bytes(gzip.compress(data) if compressed else data)
+    assert torch.equal(read_idx(path), torch.arange(count, dtype=torch.uint8).reshape(sizes))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not an IDX file"),
+        (b"\x00\x00\x08", "not an IDX file"),
+        (b"hello world", "not an IDX file"),
+        (idx_bytes((2,), (1, 2), kind=0x0D), "expected unsigned bytes"),
+        (GOOD[:9], "its header alone takes 12"),
+        (GOOD[:-1], r"truncated: 17 bytes, its header \(shape \(2, 3\)\) says 18"),
+        (GOOD + b"x", "too long"),
+        (gzip.compress(GOOD)[:-9], "truncated or corrupt"),
+        (gzip.compress(GOOD)[:12] + b"\xff" * 9, "truncated or corrupt"),
+        (idx_bytes((2**31, 2**31), ()), "truncated"),
+    ],
+)
+def test_damaged(tmp_path, content, message):
+    """Each kind of damage is an error that names the file, not a crash or a wrong tensor."""
+    path = tmp_path / "train-images-idx3-ubyte"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message) as error:
+        read_idx(path)
+    assert str(path) in str(error.value)
+
+
+def test_missing(tmp_path):
+    """A file that is not there is named."""
+    with pytest.raises(DataError, match="nothing-here"):
+        read_idx(tmp_path / "nothing-here")

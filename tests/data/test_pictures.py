@@ -1,0 +1,87 @@
+"""Pictures from disk become what the model was trained on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+
+from lightkit.data.pictures import find_pictures, read_picture
+from lightkit.errors import DataError
+
+
+@pytest.fixture
+def digit():
+    """A bright stroke on black, 28x28."""
+    image = torch.zeros(28, 28, dtype=torch.uint8)
+    image[4:24, 12:16] = 255
+    return image
+
+
+def test_own_size_is_taken_as_it_is(tmp_path, digit):
+    """A picture of the model's size is read pixel by pixel, whatever its border."""
+    for name, pixels in (("dark", digit), ("bright", 255 - digit)):
+        Image.fromarray(pixels.numpy()).save(tmp_path / f"{name}.png")
+        assert torch.equal(read_picture(tmp_path / f"{name}.png", 28), pixels)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "JPEG"])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_scan_is_scaled_and_inverted(tmp_path, digit, suffix, mode):
+    """Dark ink on bright paper, larger and not square, comes out as the training data look."""
+    scan = Image.fromarray((255 - digit).numpy()).convert(mode).resize((200, 280))
+    path = tmp_path / f"scan.{suffix}"
+    scan.save(path)
+    pixels = read_picture(path, 28).float()
+    assert pixels[:, :4].mean() < 10 and pixels[8:20, 13:15].mean() > 200
+    assert read_picture(path, 28, invert=False).float()[:, :4].mean() > 245
+
+
+def test_transparent_is_paper(tmp_path, digit):
+    """Black ink on a transparent ground is not a black picture."""
+    ink = Image.new("RGBA", (56, 56), (0, 0, 0, 0))
+    ink.paste((0, 0, 0, 255), (24, 8, 32, 48))
+    ink.save(tmp_path / "ink.png")
+    pixels = read_picture(tmp_path / "ink.png", 28).float()
+    assert pixels[:, :4].mean() < 10 and pixels[8:20, 13:15].mean() > 200
+
+
+def test_folder(tmp_path, digit):
+    """A folder gives its pictures by name, without what file managers hide there."""
+    for name in ("b.png", "a.jpg"):
+        Image.fromarray(digit.numpy()).save(tmp_path / name)
+    (tmp_path / ".DS_Store").write_bytes(b"x")
+    assert [p.name for p in find_pictures(tmp_path)] == ["a.jpg", "b.png"]
+
+
+def test_folder_with_a_text_file(tmp_path, digit):
+    """A stranger in the folder is named, rather than left out in silence."""
+    Image.fromarray(digit.numpy()).save(tmp_path / "a.png")
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(DataError, match=r"not PNG or JPEG pictures: notes\.txt"):
+        find_pictures(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"this is text", b"\x89PNG\r\n\x1a\n" + b"\x00" * 30])
+def test_not_a_picture(tmp_path, content):
+    """A text file called .png, an empty one and a damaged one are named."""
+    (tmp_path / "x.png").write_bytes(content)
+    with pytest.raises(DataError, match=r"x\.png is (not a picture|a damaged picture)"):
+        read_picture(tmp_path / "x.png", 28)
+
+
+def test_truncated_picture(tmp_path, digit):
+    """Half a file is an error, not half a picture."""
+    path = tmp_path / "half.jpg"
+    Image.effect_noise((300, 300), 90).save(path)
+    path.write_bytes(path.read_bytes()[:4000])
+    with pytest.raises(DataError, match="damaged picture"):
+        read_picture(path, 28)
+
+
+@pytest.mark.parametrize("make", [lambda p: None, lambda p: p.mkdir()])
+def test_nothing_there(tmp_path, make):
+    """A path that does not exist, and an empty folder, are said to be that."""
+    make(tmp_path / "in")
+    with pytest.raises(DataError, match=r"does not exist|holds no pictures"):
+        find_pictures(tmp_path / "in")

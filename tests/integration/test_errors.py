@@ -1,0 +1,151 @@
+"""Bad input on the command line: one clear error, an exit code that is not 0, and nothing lost."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.slow
+
+QUICK = ["+experiment=cnn", "+debug=quick"]
+
+
+def fails(result, *expected):
+    """The command failed with one error that says all this, and without a traceback."""
+    assert result.returncode == 1, result.stdout
+    assert "Traceback" not in result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, result.stderr
+    for text in expected:
+        assert text in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["+experiment=cn"], ["there is no experiment=cn", "did you mean cnn?"]),
+        (["+experimnt=cnn"], ["'experimnt'", "did you mean experiment?"]),
+        (["experiment=cnn"], ["use +experiment=cnn"]),
+        (["data=mnst"], ["there is no data=mnst", "mnist"]),
+        (["optm=sgd"], ["'optm'", "did you mean optim"]),
+        (["trainer.max_epoch=3"], ["'trainer.max_epoch'", "did you mean trainer.max_epochs"]),
+        (["model._target_=lightkit.models.CN"], ["did you mean lightkit.models.CNN?"]),
+        (["model._target_=os.system"], ["not in a package that a configuration may use"]),
+        (["trainer.max_epochs=many"], ["max_epochs must be int or null, got 'many'"]),
+        (["seed=x"], ["'x'", "seed"]),
+        (["optim.lr=-1"], ["Invalid learning rate"]),
+        (["model.num_classes=7"], ["the data has 10 classes but model.num_classes is 7"]),
+        (["ckpt_path=nowhere.ckpt"], ["there is no checkpoint nowhere.ckpt"]),
+        (["ckpt_path=last"], ["there is no last.ckpt below"]),
+        (["data=mnist", "data.data_dir=nowhere"], ["data_dir=nowhere lacks"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_train(command, tmp_path, arguments, expected):
+    """Unknown names come with the nearest right ones, wrong values with what was expected."""
+    fails(command("train", *arguments, cwd=tmp_path), *expected)
+
+
+def test_read_only_output_directory(command, tmp_path):
+    """A place that cannot be written is named, before any training."""
+    place = tmp_path / "place"
+    place.mkdir()
+    if os.geteuid() == 0:
+        # Permissions do not bind root: a file where a directory should be does.
+        (place / "runs").write_text("in the way")
+        fails(command("train", *QUICK, cwd=place), "runs")
+    else:
+        place.chmod(0o555)
+        fails(command("train", *QUICK, cwd=place), "Permission denied")
+        place.chmod(0o755)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A checkpoint of a very short run."""
+    import subprocess
+    import sys
+
+    directory = tmp_path_factory.mktemp("short")
+    arguments = [*QUICK, "hydra.run.dir=out"]
+    subprocess.run([sys.executable, "-m", "lightkit.train", *arguments], cwd=directory, check=True, capture_output=True)
+    return directory / "out" / "checkpoints" / "last.ckpt"
+
+
+def test_corrupt_checkpoint(command, tmp_path, checkpoint):
+    """Every command that reads a checkpoint says that it is damaged; the file is left alone."""
+    broken = tmp_path / "broken.ckpt"
+    broken.write_bytes(checkpoint.read_bytes()[:5000])
+    for name, arguments in (("train", QUICK), ("evaluate", []), ("predict", ["input=x.png"])):
+        (tmp_path / "x.png").write_bytes(b"")
+        fails(command(name, f"ckpt_path={broken}", *arguments, cwd=tmp_path), "damaged or not a checkpoint")
+    assert broken.stat().st_size == 5000
+
+
+def test_checkpoint_of_another_model(command, tmp_path, checkpoint):
+    """Resuming with another architecture says what differs."""
+    result = command("train", *QUICK, f"ckpt_path={checkpoint}", "model.image_size=32", cwd=tmp_path)
+    fails(result, "a checkpoint of another model", "classifier.1.weight")
+
+
+def test_checkpoint_without_configuration(command, tmp_path):
+    """A checkpoint of some other program is said to be that."""
+    torch.save({"state_dict": {}}, tmp_path / "plain.ckpt")
+    fails(command("evaluate", "ckpt_path=plain.ckpt", cwd=tmp_path), "was not made by lightkit.train")
+
+
+def test_corrupt_idx_file(command, tmp_path):
+    """A truncated data file is named with what it should hold."""
+    for name in (
+        "train-images-idx3-ubyte",
+        "train-labels-idx1-ubyte",
+        "t10k-images-idx3-ubyte",
+        "t10k-labels-idx1-ubyte",
+    ):
+        (tmp_path / name).write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 9, 1, 2]))
+    result = command("train", *QUICK, "data=fashion_mnist", f"data.data_dir={tmp_path}", cwd=tmp_path)
+    fails(result, "train-images-idx3-ubyte is truncated: 10 bytes")
+
+
+def test_folder_with_a_text_file(command, tmp_path, checkpoint):
+    """A file in a folder of pictures that is not one is named."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "readme.txt").write_text("hello")
+    result = command("predict", f"ckpt_path={checkpoint}", "input=in", cwd=tmp_path)
+    fails(result, "not PNG or JPEG pictures: readme.txt")
+
+
+@pytest.mark.parametrize("missing", ["ckpt_path", "input"])
+def test_missing_argument(command, tmp_path, checkpoint, missing):
+    """What must be given is named."""
+    given = {"ckpt_path": str(checkpoint), "input": "."}
+    arguments = [f"{key}={value}" for key, value in given.items() if key != missing]
+    fails(command("predict", *arguments, cwd=tmp_path), missing)
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="mounts a small file system")
+def test_disk_full_while_writing_a_checkpoint(tmp_path, checkpoint):
+    """On a disk that fills up during training the error says so, and the checkpoint before it still loads."""
+    import subprocess
+    import sys
+
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    # A checkpoint of this model with Adam's state takes 1.1 MB: there is room for one or two.
+    train = f"{sys.executable} -m lightkit.train +experiment=cnn data.batch_size=400 logger=csv test=false"
+    script = (
+        f"mount -t tmpfs -o size=2500k tmpfs {disk} && cd {disk} && {train} hydra.run.dir=out; status=$?; "
+        f"cp out/checkpoints/*.ckpt {tmp_path}; exit $status"
+    )
+    result = subprocess.run(["unshare", "--mount", "sh", "-c", script], capture_output=True, text=True)
+    if "permission denied" in result.stderr.lower() and "mount" in result.stderr:
+        pytest.skip("mounting is not permitted here")
+    assert result.returncode == 1
+    assert "could not be written" in result.stderr and "the one before it is intact" in result.stderr
+    saved = list(tmp_path.glob("*.ckpt"))
+    assert saved
+    for path in saved:
+        assert torch.load(path, weights_only=True)["state_dict"]

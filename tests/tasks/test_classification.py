@@ -1,0 +1,81 @@
+"""The classification task in a real Trainer."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+
+from lightkit.data import TensorBatches
+from lightkit.optim import SGD
+from lightkit.tasks import ClassificationTask
+
+
+def separable_batches(count=200, classes=3):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, classes, (count,), generator=generator)
+    inputs = nn.functional.one_hot(labels, classes).float() * 3 + torch.randn(count, classes, generator=generator)
+    return inputs, labels
+
+
+def trainer(**options):
+    return pl.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+
+
+def test_binds_any_model_loss_optimizer_scheduler_and_metrics():
+    """All parts can be exchanged, the model learns, and every metric is logged under its name."""
+    inputs, labels = separable_batches()
+    task = ClassificationTask(
+        nn.Linear(3, 3),
+        optimizer=partial(SGD, lr=0.5, momentum=0.9),
+        scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5),
+        loss=nn.CrossEntropyLoss(label_smoothing=0.1),
+        metrics={"accuracy": MulticlassAccuracy(3, average="micro"), "f1": MulticlassF1Score(3)},
+    )
+    runner = trainer(max_epochs=3)
+    runner.fit(task, TensorBatches([inputs, labels], 20, shuffle=True), TensorBatches([inputs, labels], 64))
+    assert runner.callback_metrics.keys() >= {"train/loss", "val/loss", "val/accuracy", "val/f1"}
+    assert runner.optimizers[0].param_groups[0]["lr"] == 0.5 * 0.5**3
+    (result,) = runner.test(task, TensorBatches([inputs, labels], 64), verbose=False)
+    exact = (task(inputs).argmax(1) == labels).float().mean().item()
+    assert result["test/accuracy"] == pytest.approx(exact)
+    assert exact > 0.9
+
+
+def test_metrics_weigh_batches_by_their_size():
+    """The logged loss of uneven batches is that of the whole set."""
+    inputs, labels = separable_batches(100)
+    task = ClassificationTask(nn.Linear(3, 3))
+    (result,) = trainer().test(task, TensorBatches([inputs, labels], 33), verbose=False)
+    assert result["test/loss"] == pytest.approx(nn.functional.cross_entropy(task(inputs), labels).item(), rel=1e-5)
+
+
+def test_plateau_scheduler_watches_the_validation_loss():
+    """ReduceLROnPlateau, which needs a value to watch, works without further settings."""
+    inputs, labels = separable_batches()
+    task = ClassificationTask(
+        nn.Linear(3, 3), scheduler=partial(torch.optim.lr_scheduler.ReduceLROnPlateau, patience=0, threshold=10.0)
+    )
+    runner = trainer(max_epochs=3)
+    runner.fit(task, TensorBatches([inputs, labels], 50), TensorBatches([inputs, labels], 50))
+    assert runner.optimizers[0].param_groups[0]["lr"] < 1e-3
+
+
+def test_predict_gives_probabilities():
+    """Prediction takes inputs alone or with labels, and returns probabilities."""
+    inputs, labels = separable_batches(10)
+    task = ClassificationTask(nn.Linear(3, 3))
+    alone, paired = task.predict_step(inputs, 0), task.predict_step((inputs, labels), 0)
+    assert torch.equal(alone, paired)
+    torch.testing.assert_close(alone.sum(1), torch.ones(10))

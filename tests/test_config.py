@@ -1,0 +1,158 @@
+"""From configuration to objects: what may be built, and what the errors say."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+from lightkit.config import allow_targets, build
+from lightkit.errors import ConfigError
+from lightkit.job import build_data, build_task
+from lightkit.models import CNN
+
+CONF = Path(__file__).parent.parent / "conf"
+
+
+def test_builds_from_the_inside_out():
+    """Targets nest, partials wait for the rest, null is nothing, containers stay containers."""
+    config = OmegaConf.create(
+        {
+            "model": {"_target_": "torch.nn.Linear", "in_features": 3, "out_features": "${size}"},
+            "optim": {"_target_": "lightkit.optim.SGD", "_partial_": True, "lr": 0.5},
+            "nothing": {"_target_": None},
+            "list": [{"_target_": "lightkit.models.CNN"}, 1, "x"],
+            "size": 2,
+        }
+    )
+    built = build(config)
+    assert built["model"].out_features == 2
+    assert isinstance(built["optim"], partial)
+    assert built["optim"](built["model"].parameters()).param_groups[0]["lr"] == 0.5
+    assert built["nothing"] is None
+    assert isinstance(built["list"][0], CNN) and built["list"][1:] == [1, "x"]
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "os.system",
+        "subprocess.Popen",
+        "builtins.eval",
+        # Ways through a trusted package to what it imports.
+        "lightning.pytorch.trainer.trainer.os.system",
+        "lightkit.native.compile.subprocess.Popen",
+        "lightkit.native.compile.os.system",
+        "torch.nn.modules.module.functools.partial",
+        "lightkit.files.tempfile.NamedTemporaryFile",
+        # Trusted, but not classes.
+        "lightkit.files.write_atomically",
+        "torch.nn.functional.relu",
+        "lightkit",
+        "",
+        "..",
+    ],
+)
+def test_refuses_what_is_not_a_class_of_a_trusted_package(target):
+    """A configuration is data: it cannot call functions or reach other packages, even through trusted ones."""
+    with pytest.raises(ConfigError, match="_target_"):
+        build({"_target_": target, "command": "true"})
+
+
+def test_own_packages_can_be_allowed(monkeypatch):
+    """A user's classes are built once their package is named, in code or in the environment."""
+    target = {"_target_": "collections.OrderedDict"}
+    with pytest.raises(ConfigError, match="LIGHTKIT_TARGETS"):
+        build(target)
+    monkeypatch.setenv("LIGHTKIT_TARGETS", "somewhere, collections")
+    assert build(target) == {}
+    monkeypatch.delenv("LIGHTKIT_TARGETS")
+    monkeypatch.setattr("lightkit.config._TRUSTED", ["lightkit"])
+    allow_targets("collections")
+    assert build(target) == {}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"_target_": "lightkit.models.CN"}, "did you mean lightkit.models.CNN"),
+        ({"_target_": "lightkit.model.CNN"}, "did you mean lightkit.models.CNN"),
+        ({"_target_": "torch.optim.SDG"}, "did you mean torch.optim.SGD"),
+        ({"_target_": "lightkit.models.CNN", "num_clases": 3}, "no argument 'num_clases'; did you mean num_classes"),
+        ({"_target_": "lightkit.data.MNIST", "batchsize": 3}, "no argument 'batchsize'; did you mean batch_size"),
+        ({"_target_": "lightkit.models.CNN", "num_classes": "ten"}, "num_classes must be int, got 'ten'"),
+        ({"_target_": "lightning.pytorch.Trainer", "max_epochs": "x"}, "max_epochs must be int or null, got 'x'"),
+        ({"_target_": "torch.nn.Linear", "in_features": 3}, "needs the argument 'out_features'"),
+        ({"_target_": "lightkit.models.CNN", "image_size": 3}, "could not be built: image_size must be at least 18"),
+    ],
+)
+def test_errors_name_what_is_right(config, message):
+    """Misspelt types and arguments, and values of a wrong type, come with the nearest right ones."""
+    with pytest.raises(ConfigError, match=message):
+        build(config)
+
+
+def test_partials_fail_in_the_same_words():
+    """A bad value of a part that is built later is the configuration's error, too."""
+    optimizer = build({"_target_": "torch.optim.Adam", "_partial_": True, "lr": -1})
+    with pytest.raises(ConfigError, match=r"torch\.optim\.Adam could not be built: Invalid learning rate"):
+        optimizer([torch.zeros(1, requires_grad=True)])
+
+
+def choices(group):
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+OVERRIDES = [
+    f"{'+' if group in ('experiment', 'debug') else ''}{group}={choice}"
+    for group in sorted(p.name for p in CONF.iterdir() if p.is_dir() and not p.name.startswith("_"))
+    for choice in choices(group)
+]
+
+
+@pytest.mark.parametrize("override", OVERRIDES)
+def test_every_choice_composes_and_builds(override, tmp_path):
+    """No group has a file that does not fit the rest."""
+    with initialize_config_module("lightkit.conf", version_base="1.3"):
+        config = compose("train", [override, f"run_dir={tmp_path}"])
+    task, data = build_task(config), build_data(config)
+    build(config.callbacks)
+    if "gpu" not in override or torch.cuda.is_available():
+        build(config.trainer)
+    task.configure_optimizers()
+    assert data.num_classes == config.model.num_classes
+
+
+def test_help_lists_every_experiment():
+    """--help is written by hand, and must not forget an experiment."""
+    text = (CONF / "train.yaml").read_text()
+    for name in choices("experiment"):
+        assert f"+experiment={name} " in text
+
+
+def test_documented_job():
+    """experiment=cnn is 5 epochs of batches of 32 with Adam, on data that need no network."""
+    with initialize_config_module("lightkit.conf", version_base="1.3"):
+        config = compose("train", ["+experiment=cnn", "run_dir=."])
+        other = compose("train", ["+experiment=cnn", "run_dir=.", "data=fashion_mnist", "optim=sgd"])
+    assert (config.trainer.max_epochs, config.data.batch_size) == (5, 32)
+    assert config.optim._target_ == "torch.optim.Adam"
+    assert config.data._target_ == "lightkit.data.MNIST5k"
+    assert (other.data._target_, other.optim._target_) == ("lightkit.data.FashionMNIST", "lightkit.optim.SGD")
+
+
+def test_groups_serve_a_hydra_application_of_the_user(tmp_path):
+    """Somebody's own application finds the groups through hydra.searchpath."""
+    from hydra import initialize_config_dir
+
+    (tmp_path / "mine.yaml").write_text(
+        "defaults:\n  - model: cnn\n  - optim: sgd\n  - _self_\nhydra:\n  searchpath:\n    - pkg://lightkit.conf\n"
+    )
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+        config = compose("mine", ["optim.lr=0.5"])
+    assert isinstance(build(config.model), CNN)
+    assert config.optim.lr == 0.5
