@@ -49,7 +49,10 @@ class Manifest:
 
 def native_root() -> Path:
     """Where the builds lie."""
-    return cache_root() / "native"
+    try:
+        return cache_root() / "native"
+    except RuntimeError as error:
+        raise CacheError(f"{error}; set LIGHTKIT_CACHE_DIR") from error
 
 
 def check_private(directory: Path) -> None:
@@ -86,12 +89,15 @@ def find() -> Path | None:
     compiler's will do.
     """
     directory = native_root()
-    if not directory.is_dir():
-        return None
-    check_private(directory)
     key = toolchain.compiler_key()
     pattern = f"{toolchain.target_key()}-{key or '*'}"
-    return next((library for build in sorted(directory.glob(pattern)) if (library := intact_library(build))), None)
+    try:
+        if not directory.is_dir():
+            return None
+        check_private(directory)
+        return next((library for build in sorted(directory.glob(pattern)) if (library := intact_library(build))), None)
+    except OSError as error:
+        raise CacheError(f"the cache cannot be read: {error}; set LIGHTKIT_CACHE_DIR") from error
 
 
 def build_directory() -> Path:
@@ -113,10 +119,11 @@ def intact_library(build: Path) -> Path | None:
     if manifest is None:
         return None
     check_private(build)
-    library = build / Path(manifest.library).name
     try:
+        library = build / Path(manifest.library).name
         data = library.read_bytes()
-    except OSError:
+    except (OSError, TypeError, ValueError):
+        # The manifest is JSON of the right keys, but what it names is no file.
         return None
     if len(data) != manifest.size or hashlib.sha256(data).hexdigest() != manifest.sha256:
         return None

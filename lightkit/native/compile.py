@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,35 +25,40 @@ def build() -> Path:
 
     Raises `ToolchainError` or `CacheError` where it cannot be built.
     """
-    directory = cache.make_root()
-    toolchain.require_compiler()
-    with cache.builder_lock(directory):
+    with _locked_cache() as directory:
         found = cache.find()
         return found if found is not None else _build(directory)
+
+
+@contextmanager
+def _locked_cache() -> Iterator[Path]:
+    """The cache directory, while this process is the one that builds."""
+    directory = cache.make_root()
+    try:
+        with cache.builder_lock(directory):
+            yield directory
+    except OSError as error:
+        raise cache.CacheError(f"the cache cannot be written: {error}; set LIGHTKIT_CACHE_DIR") from error
 
 
 def _build(directory: Path) -> Path:
     compiler = toolchain.require_compiler()
     cuda, reason = toolchain.find_cuda()
     started = time.monotonic()
-    try:
-        with cache.work_directory(directory) as work:
-            library = work / f"{toolchain.MODULE_NAME}.so"
-            rules = ninja_file(compiler, cuda, toolchain.sources(cuda is not None), library.name)
-            run_ninja(work, rules, f"lightkit: compiling the native kernels; {_HOW_LONG}")
-            manifest = {
-                "torch": torch.__version__,
-                "compiler": toolchain.compiler_version(compiler),
-                "flags": toolchain.compile_flags(compiler, cuda is not None),
-                "simd": toolchain.simd_level(compiler),
-                "cuda": f"nvcc {cuda.version} for {', '.join('sm_' + a for a in cuda.architectures)}"
-                if cuda
-                else f"none: {reason}",
-                "seconds": round(time.monotonic() - started, 1),
-            }
-            return cache.publish(work, library, manifest)
-    except OSError as error:
-        raise cache.CacheError(f"the native library could not be written: {error}") from error
+    with cache.work_directory(directory) as work:
+        library = work / f"{toolchain.MODULE_NAME}.so"
+        rules = ninja_file(compiler, cuda, toolchain.sources(cuda is not None), library.name)
+        run_ninja(work, rules, f"lightkit: compiling the native kernels; {_HOW_LONG}")
+        architectures = ", ".join(f"sm_{a}" for a in cuda.architectures) if cuda else ""
+        manifest = {
+            "torch": torch.__version__,
+            "compiler": toolchain.compiler_version(compiler),
+            "flags": toolchain.compile_flags(compiler, cuda is not None),
+            "simd": toolchain.simd_level(compiler),
+            "cuda": f"nvcc {cuda.version} for {architectures}" if cuda else f"none: {reason}",
+            "seconds": round(time.monotonic() - started, 1),
+        }
+        return cache.publish(work, library, manifest)
 
 
 def check_cuda(architectures: tuple[str, ...] = toolchain.DEFAULT_CUDA_ARCHITECTURES) -> list[str]:
@@ -64,8 +71,7 @@ def check_cuda(architectures: tuple[str, ...] = toolchain.DEFAULT_CUDA_ARCHITECT
         raise toolchain.ToolchainError(reason)
     cuda = replace(cuda, architectures=architectures)
     cuda_sources = [path for path in toolchain.sources(cuda=True) if toolchain.is_cuda_source(path)]
-    directory = cache.make_root()
-    with cache.builder_lock(directory), cache.work_directory(directory) as work:
+    with _locked_cache() as directory, cache.work_directory(directory) as work:
         # A CPU build of torch has the CUDA headers but for one that its own build would have generated.
         extra = () if torch.version.cuda else ("-DC10_USING_CUSTOM_GENERATED_MACROS",)
         rules = ninja_file(toolchain.require_compiler(), cuda, cuda_sources, None, extra)
@@ -88,7 +94,7 @@ def _shell(*words: str) -> str:
 
 
 def ninja_file(
-    compiler: str,
+    compiler: tuple[str, ...],
     cuda: toolchain.CudaToolchain | None,
     sources: list[Path],
     library: str | None,
@@ -96,12 +102,12 @@ def ninja_file(
 ) -> str:
     """The build: one object a source, and ``library`` of them all if it is named."""
     includes = toolchain.include_flags(cuda)
-    cxx = _shell(compiler, *toolchain.compile_flags(compiler, cuda is not None), *extra_flags, *includes)
+    cxx = _shell(*compiler, *toolchain.compile_flags(compiler, cuda is not None), *extra_flags, *includes)
     lines = [
         "rule cxx",
         f"  command = {cxx} -c $in -o $out",
         "rule link",
-        f"  command = {_shell(compiler)} $in -o $out {_shell(*toolchain.link_flags(cuda))}",
+        f"  command = {_shell(*compiler)} $in -o $out {_shell(*toolchain.link_flags(cuda))}",
     ]
     if cuda is not None:
         lines += ["rule nvcc", f"  command = {_shell(cuda.nvcc, *toolchain.cuda_compile_flags(cuda))} -c $in -o $out"]
@@ -151,7 +157,8 @@ def run_ninja(work: Path, rules: str, announcement: str) -> None:
                 print(f"\r{announcement} {progress[0]}", file=sys.stderr, end="", flush=True)
         failed = process.wait() != 0
     except BaseException:
-        process.kill()
+        # Terminated, not killed: ninja then ends its compilers, too.
+        process.terminate()
         process.wait()
         raise
     finally:

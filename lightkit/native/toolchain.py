@@ -6,6 +6,7 @@ import hashlib
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sysconfig
@@ -42,15 +43,16 @@ class CudaToolchain:
     library_dirs: tuple[str, ...]
 
 
-def find_compiler() -> str | None:
-    """The C++ compiler: ``$CXX``, else the first of g++, c++, clang++ on the path."""
+def find_compiler() -> tuple[str, ...] | None:
+    """The command of the C++ compiler: ``$CXX``, else the first of g++, c++, clang++ on the path."""
     wanted = os.environ.get("CXX")
-    candidates = [wanted] if wanted else ["g++", "c++", "clang++"]
-    return next((found for name in candidates if (found := shutil.which(name))), None)
+    candidates = [shlex.split(wanted)] if wanted else [["g++"], ["c++"], ["clang++"]]
+    # More than one word where there is a wrapper, as in CXX="ccache g++".
+    return next(((found, *rest) for name, *rest in candidates if (found := shutil.which(name))), None)
 
 
-def require_compiler() -> str:
-    """The C++ compiler, or a `ToolchainError` that says how to get one."""
+def require_compiler() -> tuple[str, ...]:
+    """The command of the C++ compiler, or a `ToolchainError` that says how to get one."""
     compiler = find_compiler()
     if compiler is None:
         wanted = os.environ.get("CXX")
@@ -61,21 +63,22 @@ def require_compiler() -> str:
 
 def _output(*command: str) -> str:
     result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    if result.returncode != 0:
-        raise ToolchainError(f"{' '.join(command)} failed: {result.stderr.strip() or result.stdout.strip()}")
+    if result.returncode != 0 or not result.stdout:
+        said = result.stderr.strip() or result.stdout.strip() or "it said nothing"
+        raise ToolchainError(f"{' '.join(command)} failed: {said}")
     return result.stdout
 
 
 @cache
-def compiler_version(compiler: str) -> str:
+def compiler_version(compiler: tuple[str, ...]) -> str:
     """The first line the compiler says of itself."""
-    return _output(compiler, "--version").splitlines()[0]
+    return _output(*compiler, "--version").splitlines()[0]
 
 
 @cache
-def simd_level(compiler: str) -> str:
+def simd_level(compiler: tuple[str, ...]) -> str:
     """The at::vec capability (AVX512, AVX2 or DEFAULT) that this compiler emits for this CPU."""
-    macros = set(_output(compiler, *_machine_flags(), "-dM", "-E", "-x", "c++", os.devnull).split())
+    macros = set(_output(*compiler, *_machine_flags(), "-dM", "-E", "-x", "c++", os.devnull).split())
     if macros.issuperset(_AVX512_MACROS):
         return "AVX512"
     if macros.issuperset(_AVX2_MACROS):
@@ -88,7 +91,7 @@ def _machine_flags() -> list[str]:
     return ["-mcpu=native"] if platform.machine() in ("arm64", "aarch64") else ["-march=native"]
 
 
-def compile_flags(compiler: str, cuda: bool) -> list[str]:
+def compile_flags(compiler: tuple[str, ...], cuda: bool) -> list[str]:
     """Flags of every C++ file."""
     level = simd_level(compiler)
     capability = [f"-DCPU_CAPABILITY={level}"] + ([f"-DCPU_CAPABILITY_{level}"] if level != "DEFAULT" else [])
@@ -135,9 +138,7 @@ def find_cuda() -> tuple[CudaToolchain | None, str]:
 
 def find_nvcc() -> tuple[CudaToolchain | None, str]:
     """nvcc, whatever torch is installed, or None and the reason."""
-    nvcc = shutil.which("nvcc")
-    if cpp_extension.CUDA_HOME is not None and (home := Path(cpp_extension.CUDA_HOME) / "bin" / "nvcc").exists():
-        nvcc = str(home)
+    nvcc = _nvcc_path()
     if nvcc is None:
         return None, "nvcc was not found on the path or under CUDA_HOME"
     version = next((line for line in _output(nvcc, "--version").splitlines() if "release" in line), "unknown")
@@ -150,6 +151,13 @@ def find_nvcc() -> tuple[CudaToolchain | None, str]:
     library_dirs = re.findall(r'"-L([^"\s]+)"', dry_run)
     unique = tuple(dict.fromkeys(include_dirs)), tuple(dict.fromkeys(library_dirs))
     return CudaToolchain(nvcc, number, _cuda_architectures(), *unique), ""
+
+
+def _nvcc_path() -> str | None:
+    home = os.environ.get("CUDA_HOME") or cpp_extension.CUDA_HOME
+    if home is not None and (inside := Path(home) / "bin" / "nvcc").exists():
+        return str(inside)
+    return shutil.which("nvcc")
 
 
 def _cuda_architectures() -> tuple[str, ...]:
@@ -204,7 +212,7 @@ def target_key() -> str:
     contents = []
     for path in sorted(path for path in SOURCE_DIR.rglob("*") if path.is_file()):
         contents += [str(path.relative_to(SOURCE_DIR)), path.read_bytes()]
-    recipe = Path(__file__).read_bytes()
+    recipe = Path(__file__).read_bytes() + Path(__file__).with_name("compile.py").read_bytes()
     torch_build = f"{torch.__version__} {torch.version.git_version} {torch.version.cuda}"
     architectures = " ".join(_cuda_architectures()) if torch.version.cuda else ""
     return _digest(
@@ -219,7 +227,8 @@ def compiler_key() -> str | None:
     if compiler is None:
         return None
     parts = []
-    for tool in filter(None, (compiler, shutil.which("nvcc") if torch.version.cuda else None)):
-        stat = os.stat(tool)
-        parts += [os.path.realpath(tool), f"{stat.st_size} {stat.st_mtime_ns}"]
+    for word in (*compiler, _nvcc_path() if torch.version.cuda else None):
+        tool = shutil.which(word) if word else None
+        stat = os.stat(tool) if tool else None
+        parts += [os.path.realpath(tool), f"{stat.st_size} {stat.st_mtime_ns}"] if stat else [str(word)]
     return _digest(*parts)

@@ -95,7 +95,7 @@ def compiler() -> str:
     found = toolchain.find_compiler()
     if found is None:
         pytest.skip("there is no C++ compiler")
-    return found
+    return found[0]
 
 
 @pytest.fixture(scope="session")
