@@ -32,45 +32,87 @@ const void* data_or_null(const Tensor& tensor) {
   return tensor.defined() ? tensor.const_data_ptr() : nullptr;
 }
 
-LossAndGradient forward_cuda(
+// Loss and lse; the gradient goes to `gradient` unless that is undefined.
+std::tuple<Tensor, Tensor> run(
+    const CrossEntropyProblem& problem,
     const Tensor& logits,
-    const Tensor& target,
-    const std::optional<Tensor>& weight,
-    int64_t reduction,
-    int64_t ignore_index,
-    double label_smoothing,
-    std::optional<at::ScalarType> dtype,
-    bool with_gradient) {
-  const c10::cuda::CUDAGuard guard(logits.device());
-  const auto problem = make_problem(logits, target, weight, reduction, label_smoothing);
-  const auto kind = static_cast<Reduction>(reduction);
-  const auto acc_type = logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  const Tensor losses = at::empty({problem.rows}, logits.options().dtype(acc_type));
-  const Tensor gradient = with_gradient ? at::empty_like(problem.logits) : at::empty({0}, logits.options());
-  const Tensor sums = at::empty({3}, logits.options().dtype(at::kDouble));
-  double* scratch = sums.mutable_data_ptr<double>();
+    const CrossEntropyOptions& options,
+    const Tensor& gradient,
+    bool with_lse) {
+  const auto acc_options = logits.options().dtype(accumulation_type(logits.scalar_type()));
+  const Tensor losses = at::empty({problem.rows}, acc_options);
+  const Tensor lse = with_lse ? at::empty(loss_sizes(logits), acc_options) : at::empty({0}, acc_options);
+  const Tensor sums = at::empty({2}, logits.options().dtype(at::kDouble));
+  const bool unreduced = options.reduction == Reduction::None;
 
   cuda::CrossEntropyRows rows{};
   rows.type = logits_type(logits);
   rows.logits = problem.logits.const_data_ptr();
   rows.rows = problem.rows;
   rows.classes = problem.classes;
-  rows.target = problem.target.const_data_ptr<int64_t>();
-  rows.ignore_index = ignore_index;
+  rows.target = problem.target.defined() ? problem.target.const_data_ptr<int64_t>() : nullptr;
+  rows.probabilities = data_or_null(problem.probabilities);
+  rows.ignore_index = options.ignore_index;
   rows.weight = data_or_null(problem.weight);
   rows.smooth = data_or_null(problem.smooth);
-  rows.confidence = 1 - label_smoothing;
-  rows.mean = kind == Reduction::Mean;
-  rows.denominator = scratch;
-  rows.smooth_sum = scratch + 1;
+  rows.confidence = 1 - options.label_smoothing;
+  rows.z_loss = options.z_loss;
+  rows.softcap = options.softcap;
+  rows.mean = options.reduction == Reduction::Mean;
+  rows.denominator = sums.mutable_data_ptr<double>();
   rows.losses = losses.mutable_data_ptr();
-  rows.gradient = with_gradient ? gradient.mutable_data_ptr() : nullptr;
-  rows.total = kind == Reduction::None ? nullptr : scratch + 2;
+  rows.lse = with_lse ? lse.mutable_data_ptr() : nullptr;
+  rows.gradient = gradient.defined() ? gradient.mutable_data_ptr() : nullptr;
+  rows.total = unreduced ? nullptr : rows.denominator + 1;
   C10_CUDA_CHECK(cuda::cross_entropy(rows, c10::cuda::getCurrentCUDAStream()));
 
-  const auto loss_type = dtype.value_or(logits.scalar_type());
-  const Tensor loss = kind == Reduction::None ? losses.view(target.sizes()).to(loss_type) : sums[2].to(loss_type);
-  return {loss, with_gradient ? unflatten_rows(gradient, logits) : gradient};
+  const auto loss_type = options.dtype.value_or(logits.scalar_type());
+  return {unreduced ? losses.view(loss_sizes(logits)).to(loss_type) : sums[1].to(loss_type), lse};
+}
+
+Results forward_cuda(
+    const Tensor& logits,
+    const Tensor& target,
+    const std::optional<Tensor>& weight,
+    int64_t reduction,
+    int64_t ignore_index,
+    double label_smoothing,
+    double z_loss,
+    double softcap,
+    std::optional<at::ScalarType> dtype,
+    bool with_gradient,
+    bool with_lse) {
+  const c10::cuda::CUDAGuard guard(logits.device());
+  const CrossEntropyOptions options{
+      static_cast<Reduction>(reduction), ignore_index, label_smoothing, z_loss, softcap, dtype};
+  const auto problem = make_problem(logits, target, weight, options, /*max_strided_classes=*/0);
+  const Tensor gradient = with_gradient ? at::empty_like(problem.logits) : Tensor();
+  auto [loss, lse] = run(problem, logits, options, gradient, with_lse);
+  return {
+      loss, lse, with_gradient ? as_logits_shaped(gradient, problem, logits) : at::empty({0}, logits.options())};
+}
+
+// The gradient takes the place of the logits, which the caller has checked to be contiguous.
+std::tuple<Tensor, Tensor> forward_inplace_cuda(
+    Tensor& logits,
+    const Tensor& target,
+    const std::optional<Tensor>& weight,
+    int64_t reduction,
+    int64_t ignore_index,
+    double label_smoothing,
+    double z_loss,
+    double softcap,
+    std::optional<at::ScalarType> dtype,
+    bool with_lse) {
+  const c10::cuda::CUDAGuard guard(logits.device());
+  const CrossEntropyOptions options{
+      static_cast<Reduction>(reduction), ignore_index, label_smoothing, z_loss, softcap, dtype};
+  const auto problem = make_problem(logits, target, weight, options, /*max_strided_classes=*/0);
+  auto results = run(problem, logits, options, problem.logits, with_lse);
+  if (problem.logits.data_ptr() != logits.data_ptr()) {
+    logits.copy_(as_logits_shaped(problem.logits, problem, logits));
+  }
+  return results;
 }
 
 Tensor& apply_upstream_cuda(Tensor& gradient, const Tensor& upstream) {
@@ -78,7 +120,7 @@ Tensor& apply_upstream_cuda(Tensor& gradient, const Tensor& upstream) {
     return gradient.mul_(upstream);
   }
   const c10::cuda::CUDAGuard guard(gradient.device());
-  const auto acc_type = gradient.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto acc_type = accumulation_type(gradient.scalar_type());
   const Tensor factor = upstream.to(acc_type).contiguous();
   const int64_t rows = gradient.dim() == 2 ? gradient.size(0) : 1;
   C10_CUDA_CHECK(cuda::scale_rows(
@@ -96,6 +138,7 @@ Tensor& apply_upstream_cuda(Tensor& gradient, const Tensor& upstream) {
 
 TORCH_LIBRARY_IMPL(lightkit, CUDA, m) {
   m.impl("_cross_entropy_forward", forward_cuda);
+  m.impl("_cross_entropy_forward_", forward_inplace_cuda);
   m.impl("_apply_upstream_", apply_upstream_cuda);
 }
 

@@ -12,7 +12,36 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """A drop-in for :class:`torch.nn.CrossEntropyLoss` on native kernels: see `lightkit.ops.cross_entropy`.
 
     Takes the arguments of torch's module, has the same state dict, and is an instance of it.
+
+    Args:
+        weight: ``(C)``, a factor for each class.
+        size_average: deprecated in torch; see ``reduction``.
+        ignore_index: targets that count for nothing.
+        reduce: deprecated in torch; see ``reduction``.
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``.
+        label_smoothing: between 0 and 1.
+        z_loss: coefficient of the squared log-partition function.
+        softcap: bound of the logits; 0 for none.
+        inplace: let the gradient take the memory of the logits.
     """
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        *,
+        z_loss: float = 0.0,
+        softcap: float = 0.0,
+        inplace: bool = False,
+    ) -> None:
+        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        self.z_loss = z_loss
+        self.softcap = softcap
+        self.inplace = inplace
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of logits ``input`` and class indices or probabilities ``target``."""
@@ -23,4 +52,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+            softcap=self.softcap,
+            inplace=self.inplace,
         )

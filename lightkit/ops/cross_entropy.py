@@ -20,46 +20,93 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     *,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
     dtype: torch.dtype | None = None,
-) -> Tensor:
-    r"""A drop-in for :func:`torch.nn.functional.cross_entropy` on native kernels.
+    return_lse: bool = False,
+    inplace: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""A drop-in for :func:`torch.nn.functional.cross_entropy` on native kernels, with more.
 
-    With class indices :math:`t`, class weights :math:`w`, label smoothing :math:`s` and
-    :math:`\text{lse} = \log \sum_c e^{z_c}`, the loss of a row of logits :math:`z` is
+    For logits :math:`z`, let :math:`u = c \tanh(z / c)` with a softcap :math:`c`, else :math:`u = z`, and
+    :math:`\text{lse} = \log \sum_c e^{u_c}`. With class weights :math:`w`, label smoothing :math:`s` and class
+    indices :math:`t`, the loss of a row is
 
-    .. math:: (1 - s) w_t (\text{lse} - z_t) + \frac{s}{C} \sum_c w_c (\text{lse} - z_c).
+    .. math:: (1 - s) w_t (\text{lse} - u_t) + \frac{s}{C} \sum_c w_c (\text{lse} - u_c)
+              + \text{z\_loss} \cdot \text{lse}^2
+
+    and with class probabilities :math:`q` the first two terms are
+    :math:`\sum_c w_c ((1 - s) q_c + s / C) (\text{lse} - u_c)`.
 
     Where a gradient is needed, the forward pass computes it too: the logits are read once and the gradient is
     written once. Half-precision logits are accumulated in float32. The result does not depend on the number
-    of threads.
+    of threads. The loss can be differentiated any number of times.
 
     Args:
         input: logits of shape ``(C)``, ``(N, C)`` or ``(N, C, d1, ...)``; float32, float64, bfloat16, float16.
         target: class indices of shape ``()``, ``(N)`` or ``(N, d1, ...)``; int64, int32 or uint8. Or class
-            probabilities of the shape and dtype of ``input``.
+            probabilities of the shape of ``input``, floating point.
         weight: ``(C)``, a factor for each class.
         ignore_index: rows with this target count for nothing and get gradient 0.
-        reduction: ``"none"``, ``"mean"`` (over the weights of the targets) or ``"sum"``.
+        reduction: ``"none"``, ``"mean"`` (over the weights of the targets; over the rows for probabilities) or
+            ``"sum"``.
         label_smoothing: between 0 and 1, see [1]_.
+        z_loss: coefficient of the square of the log-partition function in the loss of each row that is not
+            ignored, see [2]_.
+        softcap: bound of the logits, see [3]_; 0 for none.
         dtype: of the loss. Default: that of ``input``, or float32 under autocast, as torch does.
+        return_lse: return ``lse`` of each row too, 0 for ignored ones, in float32 (float64 for float64), of the
+            shape of the unreduced loss. It is not differentiable.
+        inplace: let the gradient take the memory of ``input``, whose values are then lost. Autograd raises an
+            error if something else needed them. No effect where no gradient is wanted or under torch.compile.
+
+    Returns:
+        The loss, or ``(loss, lse)`` with ``return_lse``.
 
     Raises:
         IndexError: a target is outside ``[0, C)`` and not ``ignore_index``; names the row.
-        ValueError: shapes that do not fit, an unknown ``reduction``.
-        RuntimeError: dtypes or devices that do not fit, ``label_smoothing`` outside [0, 1].
+        ValueError: shapes that do not fit, an unknown ``reduction``, a negative ``softcap``, or ``inplace``
+            with logits that are a leaf, a view or not contiguous.
+        RuntimeError: dtypes or devices that do not fit, ``label_smoothing`` outside [0, 1], a second
+            derivative after ``inplace``.
 
     References:
         .. [1] Szegedy et al., Rethinking the Inception Architecture for Computer Vision, CVPR 2016.
+        .. [2] Chowdhery et al., PaLM: Scaling Language Modeling with Pathways, JMLR 2023.
+        .. [3] Gemma Team, Gemma 2: Improving Open Language Models at a Practical Size, 2024.
     """
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, _REDUCTIONS))}, got {reduction!r}")
     if dtype is None and torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
         dtype = torch.float32
     if not _has_kernel(input, target):
-        return cross_entropy_reference(input, target, weight, ignore_index, reduction, label_smoothing, dtype=dtype)
-    return torch.ops.lightkit.cross_entropy(
-        input, target, weight, _REDUCTIONS[reduction], ignore_index, label_smoothing, dtype
+        return cross_entropy_reference(
+            input,
+            target,
+            weight,
+            ignore_index,
+            reduction,
+            label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            dtype=dtype,
+            return_lse=return_lse,
+            inplace=inplace,
+        )
+    loss, lse = torch.ops.lightkit.cross_entropy.default(
+        input,
+        target,
+        weight,
+        _REDUCTIONS[reduction],
+        ignore_index,
+        label_smoothing,
+        z_loss,
+        softcap,
+        dtype,
+        return_lse,
+        inplace,
     )
+    return (loss, lse) if return_lse else loss
 
 
 def cross_entropy_reference(
@@ -70,26 +117,65 @@ def cross_entropy_reference(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     *,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
     dtype: torch.dtype | None = None,
-) -> Tensor:
-    """The same function in terms of torch's own, for what the kernels do not cover: see `cross_entropy`."""
-    logits = input if dtype is None else input.to(dtype)
-    if target.is_floating_point():
-        target = target.to(logits.dtype)
-    elif target.dtype == torch.int32:
-        target = target.long()
-    if weight is not None:
-        weight = weight.to(logits.dtype)
-    return F.cross_entropy(
-        logits, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
-    )
+    return_lse: bool = False,
+    inplace: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The same function in terms of torch's own, for what the kernels do not cover: see `cross_entropy`.
+
+    ``inplace`` saves memory and changes no value: it has no effect here.
+    """
+    if not input.is_floating_point():
+        raise RuntimeError(f"cross_entropy: the logits must be floating point, got {input.dtype}")
+    if softcap < 0:
+        raise ValueError(f"cross_entropy: softcap must not be negative, got {softcap}")
+    output_dtype = input.dtype if dtype is None else dtype
+    logits = input.to(torch.promote_types(input.dtype, torch.float32))
+    if softcap > 0:
+        logits = softcap * torch.tanh(logits / softcap)
+    by_index = not target.is_floating_point()
+    target = target.to(torch.int64 if by_index else logits.dtype)
+    weight = None if weight is None else weight.to(logits.dtype)
+    lse = None
+    if z_loss != 0 or return_lse:
+        lse = logits.logsumexp(dim=0 if logits.dim() == 1 else 1)
+        if by_index:
+            lse = lse.masked_fill(target == ignore_index, 0)
+
+    if z_loss == 0:
+        options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+        loss = F.cross_entropy(logits, target, weight, reduction=reduction, **options)
+    else:
+        loss = F.cross_entropy(
+            logits, target, weight, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"
+        )
+        loss = loss + z_loss * lse.square()
+        if reduction != "none":
+            loss = loss.sum()
+        if reduction == "mean":
+            loss = loss / _denominator(lse, target if by_index else None, weight, ignore_index)
+    loss = loss.to(output_dtype)
+    return (loss, lse.detach()) if return_lse else loss
+
+
+def _denominator(lse: Tensor, target: Tensor | None, weight: Tensor | None, ignore_index: int) -> Tensor | int:
+    """What a mean divides by."""
+    if target is None:
+        return lse.numel()
+    counted = target != ignore_index
+    if weight is None:
+        return counted.sum()
+    return (weight[target.masked_fill(~counted, 0)] * counted).sum()
 
 
 def _has_kernel(input: Tensor, target: Tensor) -> bool:
     return (
-        not target.is_floating_point()
-        and input.dtype in _DTYPES
+        input.dtype in _DTYPES
         and _native_available(input.device.type)
+        # The kernels know no gradient with respect to probabilities.
+        and not (target.requires_grad and torch.is_grad_enabled())
         # Transforms of torch.func cannot see through an autograd function written in C++.
         and torch._C._functorch.peek_interpreter_stack() is None
     )

@@ -32,20 +32,33 @@ __device__ __forceinline__ acc_t lowest() {
   return sizeof(acc_t) == sizeof(float) ? acc_t(-3.402823466e+38f) : acc_t(-1.7976931348623157e+308);
 }
 
-// The running maximum, the sum of exp(z - maximum), and the sum of smooth * (pivot - z).
+// The running maximum, the sum of exp(u - maximum), that of the soft targets, and that of soft * (pivot - u).
 template <typename acc_t>
 struct Normalizer {
   acc_t maximum;
   acc_t sum;
+  acc_t soft_sum;
   acc_t offset;
 
   __device__ __forceinline__ void merge(const Normalizer& other) {
     const acc_t raised = fmax(maximum, other.maximum);
     sum = sum * fast_exp(maximum - raised) + other.sum * fast_exp(other.maximum - raised);
     maximum = raised;
+    soft_sum += other.soft_sum;
     offset += other.offset;
   }
 };
+
+template <typename acc_t>
+__device__ __forceinline__ acc_t capped(acc_t z, acc_t softcap) {
+  return softcap == acc_t(0) ? z : softcap * tanh(z / softcap);
+}
+
+// du/dz where u is the capped logit.
+template <typename acc_t>
+__device__ __forceinline__ acc_t cap_slope(acc_t u, acc_t softcap) {
+  return softcap == acc_t(0) ? acc_t(1) : acc_t(1) - (u / softcap) * (u / softcap);
+}
 
 // Merges the normalizers of the `threads` threads that share a row, in an order fixed by their number. All of
 // them get the result. `scratch` holds one entry a warp of the block.
@@ -56,6 +69,7 @@ __device__ Normalizer<acc_t> reduce_row(Normalizer<acc_t> value, int threads, No
     Normalizer<acc_t> other;
     other.maximum = __shfl_xor_sync(kFullMask, value.maximum, offset, width);
     other.sum = __shfl_xor_sync(kFullMask, value.sum, offset, width);
+    other.soft_sum = __shfl_xor_sync(kFullMask, value.soft_sum, offset, width);
     other.offset = __shfl_xor_sync(kFullMask, value.offset, offset, width);
     value.merge(other);
   }
@@ -88,7 +102,11 @@ __global__ void rows_kernel(CrossEntropyRows args) {
   const auto* weight = static_cast<const acc_t*>(args.weight);
   const auto* smooth = static_cast<const acc_t*>(args.smooth);
   auto* losses = static_cast<acc_t*>(args.losses);
-  const acc_t smooth_sum = smooth == nullptr ? acc_t(0) : static_cast<acc_t>(*args.smooth_sum);
+  const auto confidence = static_cast<acc_t>(args.confidence);
+  const auto z_loss = static_cast<acc_t>(args.z_loss);
+  const auto softcap = static_cast<acc_t>(args.softcap);
+  const bool by_index = args.target != nullptr;
+  const bool has_soft = !by_index || smooth != nullptr;
   const acc_t scale = args.mean ? static_cast<acc_t>(1.0 / *args.denominator) : acc_t(1);
   const int64_t units = args.classes / width;
 
@@ -97,29 +115,40 @@ __global__ void rows_kernel(CrossEntropyRows args) {
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y; first < args.rows; first += row_stride) {
     const int64_t row = first + threadIdx.y;
     const bool exists = row < args.rows;
-    const int64_t target = exists ? args.target[row] : args.ignore_index;
-    const bool counts = exists && target != args.ignore_index;
-    const scalar_t* logits = static_cast<const scalar_t*>(args.logits) + (exists ? row : 0) * args.classes;
-    const acc_t z_target = counts ? widen<acc_t>(logits[target]) : acc_t(0);
-    const acc_t pivot = isfinite(z_target) ? z_target : acc_t(0);
+    const int64_t target = exists && by_index ? args.target[row] : 0;
+    const bool counts = exists && !(by_index && target == args.ignore_index);
+    const int64_t offset = (exists ? row : 0) * args.classes;
+    const scalar_t* logits = static_cast<const scalar_t*>(args.logits) + offset;
+    const scalar_t* probabilities = static_cast<const scalar_t*>(args.probabilities) + (by_index ? 0 : offset);
+    const acc_t u_target = counts ? capped(widen<acc_t>(logits[target]), softcap) : acc_t(0);
+    const acc_t pivot = isfinite(u_target) ? u_target : acc_t(0);
+    const auto soft = [&](int64_t c) {
+      acc_t value = smooth == nullptr ? acc_t(0) : smooth[c];
+      if (!by_index) {
+        value += confidence * (weight == nullptr ? acc_t(1) : weight[c]) * widen<acc_t>(probabilities[c]);
+      }
+      return value;
+    };
 
-    Normalizer<acc_t> local{lowest<acc_t>(), acc_t(0), acc_t(0)};
+    Normalizer<acc_t> local{lowest<acc_t>(), acc_t(0), acc_t(0), acc_t(0)};
     Pack<scalar_t> kept[held ? kHeldPacks : 1];
     const auto absorb = [&](const scalar_t* values, int64_t begin) {
-      acc_t z[width];
+      acc_t u[width];
       acc_t raised = local.maximum;
 #pragma unroll
       for (int k = 0; k < width; ++k) {
-        z[k] = widen<acc_t>(values[k]);
-        raised = fmax(raised, z[k]);
+        u[k] = capped(widen<acc_t>(values[k]), softcap);
+        raised = fmax(raised, u[k]);
       }
       local.sum *= fast_exp(local.maximum - raised);
       local.maximum = raised;
 #pragma unroll
       for (int k = 0; k < width; ++k) {
-        local.sum += fast_exp(z[k] - raised);
-        if (smooth != nullptr) {
-          local.offset += smooth[begin + k] * (pivot - z[k]);
+        local.sum += fast_exp(u[k] - raised);
+        if (has_soft) {
+          const acc_t s = soft(begin + k);
+          local.soft_sum += s;
+          local.offset += s * (pivot - u[k]);
         }
       }
     };
@@ -149,41 +178,49 @@ __global__ void rows_kernel(CrossEntropyRows args) {
       continue;
     }
 
-    const acc_t log_sum = log(norm.sum);
-    const acc_t target_weight =
-        counts ? static_cast<acc_t>(args.confidence) * (weight == nullptr ? acc_t(1) : weight[target]) : acc_t(0);
-    const acc_t negative_log_p = log_sum + (norm.maximum - z_target);
     // The sum is 0 only where every logit is -inf, whose softmax is NaN.
-    const bool undefined = counts && !(norm.sum > acc_t(0));
-    const acc_t nan = static_cast<acc_t>(NAN);
+    const acc_t sum = norm.sum > acc_t(0) ? norm.sum : static_cast<acc_t>(NAN);
+    const acc_t log_sum = log(sum);
+    const acc_t lse = log_sum + norm.maximum;
+    const acc_t hard = counts && by_index ? confidence * (weight == nullptr ? acc_t(1) : weight[target]) : acc_t(0);
+    const acc_t negative_log_p = log_sum + (norm.maximum - u_target);
     if (threadIdx.x == 0) {
-      acc_t loss = target_weight * negative_log_p;
-      if (smooth != nullptr) {
-        loss += smooth_sum * (log_sum + (norm.maximum - pivot)) + norm.offset;
+      acc_t loss = z_loss == acc_t(0) ? acc_t(0) : z_loss * lse * lse;
+      if (by_index) {
+        loss += hard * negative_log_p;
       }
-      losses[row] = !counts ? acc_t(0) : undefined ? nan : loss;
+      if (has_soft) {
+        loss += norm.soft_sum * (log_sum + (norm.maximum - pivot)) + norm.offset;
+      }
+      losses[row] = counts ? loss : acc_t(0);
+      if (args.lse != nullptr) {
+        static_cast<acc_t*>(args.lse)[row] = counts ? lse : acc_t(0);
+      }
     }
     if (args.gradient == nullptr) {
       continue;
     }
 
-    scalar_t* gradient = static_cast<scalar_t*>(args.gradient) + row * args.classes;
-    const acc_t total = target_weight + smooth_sum;
-    const acc_t factor = undefined ? nan : scale * total / norm.sum;
-    const acc_t at_target = counts
-        ? scale * (total * expm1(-negative_log_p) + (smooth_sum - (smooth == nullptr ? acc_t(0) : smooth[target])))
+    scalar_t* gradient = static_cast<scalar_t*>(args.gradient) + offset;
+    const acc_t rest = norm.soft_sum + acc_t(2) * z_loss * lse;
+    const acc_t factor = scale * (hard + rest) / sum;
+    // p - 1 as expm1(log p), so that a confident row keeps its relative accuracy; rounded once.
+    const acc_t at_target = counts && by_index
+        ? scale * ((hard + rest) * expm1(-negative_log_p) + (rest - soft(target))) * cap_slope(u_target, softcap)
         : acc_t(0);
     const auto emit = [&](const scalar_t* values, int64_t begin, scalar_t* out) {
 #pragma unroll
       for (int k = 0; k < width; ++k) {
         acc_t value = acc_t(0);
         if (counts) {
-          value = fast_exp(widen<acc_t>(values[k]) - norm.maximum) * factor;
-          if (smooth != nullptr) {
-            value -= scale * smooth[begin + k];
+          const acc_t u = capped(widen<acc_t>(values[k]), softcap);
+          value = fast_exp(u - norm.maximum) * factor;
+          if (has_soft) {
+            value -= scale * soft(begin + k);
           }
-          if (begin + k == target) {
-            value = undefined ? nan : at_target;
+          value *= cap_slope(u, softcap);
+          if (by_index && begin + k == target) {
+            value = at_target;
           }
         }
         out[k] = narrow<scalar_t>(value);
@@ -233,12 +270,12 @@ __device__ double block_sum(double value) {
   return value;
 }
 
-// One block: checks every target, and sums what the other kernels divide by.
+// One block: checks every target, and sums what a mean divides by.
 template <typename acc_t>
 __global__ void prepare_kernel(CrossEntropyRows args) {
   const auto* weight = static_cast<const acc_t*>(args.weight);
   double counted = 0;
-  for (int64_t row = threadIdx.x; row < args.rows; row += kBlockThreads) {
+  for (int64_t row = threadIdx.x; args.target != nullptr && row < args.rows; row += kBlockThreads) {
     const int64_t target = args.target[row];
     if (target == args.ignore_index) {
       continue;
@@ -255,17 +292,8 @@ __global__ void prepare_kernel(CrossEntropyRows args) {
     counted += weight == nullptr ? 1.0 : static_cast<double>(weight[target]);
   }
   counted = block_sum(counted);
-  double smoothed = 0;
-  if (args.smooth != nullptr) {
-    const auto* smooth = static_cast<const acc_t*>(args.smooth);
-    for (int64_t c = threadIdx.x; c < args.classes; c += kBlockThreads) {
-      smoothed += smooth[c];
-    }
-  }
-  smoothed = block_sum(smoothed);
   if (threadIdx.x == 0) {
-    *args.denominator = counted;
-    *args.smooth_sum = smoothed;
+    *args.denominator = args.target == nullptr ? static_cast<double>(args.rows) : counted;
   }
 }
 

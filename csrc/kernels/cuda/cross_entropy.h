@@ -1,4 +1,4 @@
-// Cross-entropy of logits with class indices on a GPU. Same quantities as ../cpu/cross_entropy.h.
+// Cross-entropy of logits on a GPU. Same quantities as ../cpu/cross_entropy.h.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -15,16 +15,19 @@ struct CrossEntropyRows {
   const void* logits;      // (rows, classes), contiguous
   int64_t rows;
   int64_t classes;
-  const int64_t* target;   // (rows)
+  const int64_t* target;   // (rows), or null for probabilities
+  const void* probabilities;  // laid out as `logits` and of their type, or null for indices
   int64_t ignore_index;
   const void* weight;      // (classes) acc, or null for ones
   const void* smooth;      // (classes) acc, or null where there is no label smoothing
   double confidence;       // 1 - label smoothing
+  double z_loss;
+  double softcap;          // 0: none
   bool mean;               // scale the gradient by 1 / denominator
   double* denominator;     // scratch: what a mean divides by
-  double* smooth_sum;      // scratch: sum of `smooth`
   void* losses;            // (rows) acc
-  void* gradient;          // (rows, classes), contiguous, or null: the loss alone
+  void* lse;               // (rows) acc, or null
+  void* gradient;          // (rows, classes), contiguous, or null: the loss alone; may be `logits`
   double* total;           // sum of the losses, divided by the denominator of a mean; null if not wanted
 };
 

@@ -1,0 +1,185 @@
+// lightkit::cross_entropy on a CPU: checks of the labels, memory, and the kernel.
+
+#include "../kernels/cpu/cross_entropy.h"
+#include "buffer_pool.h"
+#include "cross_entropy.h"
+
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <numeric>
+
+namespace lightkit {
+namespace {
+
+using at::Tensor;
+
+// Checks every target and returns what a mean divides by: the summed weight of the rows that count.
+template <typename acc_t>
+double check_targets(const CrossEntropyProblem& problem, int64_t ignore_index) {
+  if (!problem.target.defined()) {
+    return static_cast<double>(problem.rows);
+  }
+  const int64_t* target = problem.target.const_data_ptr<int64_t>();
+  const acc_t* weight = problem.weight.defined() ? problem.weight.const_data_ptr<acc_t>() : nullptr;
+  int64_t counted = 0;
+  double weights = 0;
+  for (int64_t row = 0; row < problem.rows; ++row) {
+    if (target[row] == ignore_index) {
+      continue;
+    }
+    TORCH_CHECK_INDEX(
+        target[row] >= 0 && target[row] < problem.classes,
+        "cross_entropy: Target ",
+        target[row],
+        " is out of bounds: row ",
+        row,
+        " of the target must name one of the ",
+        problem.classes,
+        " classes (0 to ",
+        problem.classes - 1,
+        ") or be ignore_index (",
+        ignore_index,
+        ")");
+    ++counted;
+    if (weight != nullptr) {
+      weights += static_cast<double>(weight[target[row]]);
+    }
+  }
+  return weight == nullptr ? static_cast<double>(counted) : weights;
+}
+
+// In an order that depends on the count alone, so that the loss is the same whatever the number of threads.
+template <typename acc_t>
+double ordered_sum(const acc_t* values, int64_t count) {
+  constexpr int64_t lanes = 8;
+  double sums[lanes] = {};
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) {
+    for (int64_t k = 0; k < lanes; ++k) {
+      sums[k] += values[i + k];
+    }
+  }
+  for (; i < count; ++i) {
+    sums[i % lanes] += values[i];
+  }
+  return std::accumulate(sums, sums + lanes, 0.0);
+}
+
+template <typename T>
+const T* data_or_null(const Tensor& tensor) {
+  return tensor.defined() ? tensor.const_data_ptr<T>() : nullptr;
+}
+
+// Loss and lse; the gradient goes to `gradient`, laid out as `problem.logits`, unless that is undefined.
+template <typename scalar_t>
+std::tuple<Tensor, Tensor> run(
+    const CrossEntropyProblem& problem,
+    const Tensor& logits,
+    const CrossEntropyOptions& options,
+    const Tensor& gradient,
+    bool with_lse) {
+  using acc_t = cpu::accumulator_t<scalar_t>;
+  const double denominator = check_targets<acc_t>(problem, options.ignore_index);
+  const auto acc_options = logits.options().dtype(accumulation_type(logits.scalar_type()));
+  const Tensor losses = at::empty({problem.rows}, acc_options);
+  const Tensor lse = with_lse ? at::empty(loss_sizes(logits), acc_options) : at::empty({0}, acc_options);
+  const bool mean = options.reduction == Reduction::Mean;
+
+  cpu::cross_entropy<scalar_t>({
+      .logits = problem.logits.const_data_ptr<scalar_t>(),
+      .rows = problem.rows,
+      .classes = problem.classes,
+      .inner = problem.inner,
+      .target = data_or_null<int64_t>(problem.target),
+      .probabilities = data_or_null<scalar_t>(problem.probabilities),
+      .ignore_index = options.ignore_index,
+      .weight = data_or_null<acc_t>(problem.weight),
+      .smooth = data_or_null<acc_t>(problem.smooth),
+      .confidence = static_cast<acc_t>(1 - options.label_smoothing),
+      .z_loss = static_cast<acc_t>(options.z_loss),
+      .softcap = static_cast<acc_t>(options.softcap),
+      .gradient_scale = static_cast<acc_t>(mean ? 1 / denominator : 1),
+      .losses = losses.mutable_data_ptr<acc_t>(),
+      .lse = with_lse ? lse.mutable_data_ptr<acc_t>() : nullptr,
+      .gradient = gradient.defined() ? gradient.mutable_data_ptr<scalar_t>() : nullptr,
+  });
+
+  const auto loss_type = options.dtype.value_or(logits.scalar_type());
+  if (options.reduction == Reduction::None) {
+    return {losses.view(loss_sizes(logits)).to(loss_type), lse};
+  }
+  const double loss = ordered_sum(losses.const_data_ptr<acc_t>(), problem.rows) / (mean ? denominator : 1);
+  return {at::scalar_tensor(loss, logits.options().dtype(loss_type)), lse};
+}
+
+std::tuple<Tensor, Tensor> dispatch(
+    const CrossEntropyProblem& problem,
+    const Tensor& logits,
+    const CrossEntropyOptions& options,
+    const Tensor& gradient,
+    bool with_lse) {
+  switch (logits.scalar_type()) {
+    case at::kFloat:
+      return run<float>(problem, logits, options, gradient, with_lse);
+    case at::kDouble:
+      return run<double>(problem, logits, options, gradient, with_lse);
+    case at::kBFloat16:
+      return run<at::BFloat16>(problem, logits, options, gradient, with_lse);
+    default:
+      return run<at::Half>(problem, logits, options, gradient, with_lse);
+  }
+}
+
+Results forward_cpu(
+    const Tensor& logits,
+    const Tensor& target,
+    const std::optional<Tensor>& weight,
+    int64_t reduction,
+    int64_t ignore_index,
+    double label_smoothing,
+    double z_loss,
+    double softcap,
+    std::optional<at::ScalarType> dtype,
+    bool with_gradient,
+    bool with_lse) {
+  const CrossEntropyOptions options{
+      static_cast<Reduction>(reduction), ignore_index, label_smoothing, z_loss, softcap, dtype};
+  const auto problem = make_problem(logits, target, weight, options, cpu::kMaxStridedClasses);
+  const Tensor gradient = with_gradient ? pooled_empty_like(problem.logits) : Tensor();
+  auto [loss, lse] = dispatch(problem, logits, options, gradient, with_lse);
+  return {
+      loss, lse, with_gradient ? as_logits_shaped(gradient, problem, logits) : at::empty({0}, logits.options())};
+}
+
+// The gradient takes the place of the logits, which the caller has checked to be contiguous.
+std::tuple<Tensor, Tensor> forward_inplace_cpu(
+    Tensor& logits,
+    const Tensor& target,
+    const std::optional<Tensor>& weight,
+    int64_t reduction,
+    int64_t ignore_index,
+    double label_smoothing,
+    double z_loss,
+    double softcap,
+    std::optional<at::ScalarType> dtype,
+    bool with_lse) {
+  const CrossEntropyOptions options{
+      static_cast<Reduction>(reduction), ignore_index, label_smoothing, z_loss, softcap, dtype};
+  const auto problem = make_problem(logits, target, weight, options, cpu::kMaxStridedClasses);
+  auto results = dispatch(problem, logits, options, problem.logits, with_lse);
+  if (problem.logits.data_ptr() != logits.data_ptr()) {
+    // They had to be copied into rows.
+    logits.copy_(as_logits_shaped(problem.logits, problem, logits));
+  }
+  return results;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(lightkit, CPU, m) {
+  m.impl("_cross_entropy_forward", forward_cpu);
+  m.impl("_cross_entropy_forward_", forward_inplace_cpu);
+}
+
+}  // namespace lightkit
