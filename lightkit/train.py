@@ -12,7 +12,7 @@ from typing import Any, Optional
 import lightning.pytorch as pl
 from omegaconf import DictConfig, OmegaConf
 
-from lightkit import report, results
+from lightkit import native, report, results
 from lightkit.callbacks import TestRecorder, Throughput
 from lightkit.checkpoints import AtomicCheckpointIO, check_weights, find_last, load_checkpoint
 from lightkit.cli import entry_point
@@ -44,8 +44,10 @@ def train(config: DictConfig) -> dict[str, Any]:
     Raises:
         LightkitError: something in the configuration, the data or the checkpoint cannot be used.
     """
-    started = time.perf_counter()
     OmegaConf.merge(OmegaConf.structured(OwnKeys), {field.name: config[field.name] for field in fields(OwnKeys)})
+    # Compiled here if they must be, not in the middle of the first step or of its timing.
+    native.load()
+    started = time.perf_counter()
     run_dir = Path(config.run_dir)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     data = build_data(config)

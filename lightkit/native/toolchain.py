@@ -107,7 +107,10 @@ def compile_flags(compiler: tuple[str, ...], cuda: bool) -> list[str]:
 
 def include_flags(cuda: CudaToolchain | None) -> list[str]:
     """Header directories of torch, Python and, with a toolchain for it, CUDA."""
-    paths = [*cpp_extension.include_paths("cpu"), sysconfig.get_paths()["include"]]
+    python = sysconfig.get_paths()["include"]
+    if not (Path(python) / "Python.h").is_file():
+        raise ToolchainError(f"Python's headers are not in {python}; on Debian and Ubuntu: apt-get install python3-dev")
+    paths = [*cpp_extension.include_paths("cpu"), python]
     paths += cuda.include_dirs if cuda else ()
     return [flag for path in paths for flag in ("-isystem", path)]
 
