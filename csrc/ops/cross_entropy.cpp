@@ -18,16 +18,6 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// The arguments that describe the loss, in the order of the schema.
-#define LIGHTKIT_OPTION_PARAMETERS                                                               \
-  int64_t reduction, int64_t ignore_index, double label_smoothing, double z_loss, double softcap, \
-      std::optional<at::ScalarType> dtype
-#define LIGHTKIT_OPTION_ARGUMENTS reduction, ignore_index, label_smoothing, z_loss, softcap, dtype
-
-CrossEntropyOptions make_options(LIGHTKIT_OPTION_PARAMETERS) {
-  return {static_cast<Reduction>(reduction), ignore_index, label_smoothing, z_loss, softcap, dtype};
-}
-
 Results forward_meta(
     const Tensor& logits,
     const Tensor& target,

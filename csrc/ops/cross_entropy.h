@@ -6,11 +6,18 @@
 #include <cstdint>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 namespace lightkit {
 
 // torch's numbering (at::Reduction).
 enum class Reduction : int64_t { None = 0, Mean = 1, Sum = 2 };
+
+// The arguments that describe the loss, in the order of the ops' schemas.
+#define LIGHTKIT_OPTION_PARAMETERS                                                               \
+  int64_t reduction, int64_t ignore_index, double label_smoothing, double z_loss, double softcap, \
+      std::optional<at::ScalarType> dtype
+#define LIGHTKIT_OPTION_ARGUMENTS reduction, ignore_index, label_smoothing, z_loss, softcap, dtype
 
 struct CrossEntropyOptions {
   Reduction reduction;
@@ -20,6 +27,10 @@ struct CrossEntropyOptions {
   double softcap;                     // 0: none
   std::optional<at::ScalarType> dtype;  // of the loss; that of the logits if not given
 };
+
+inline CrossEntropyOptions make_options(LIGHTKIT_OPTION_PARAMETERS) {
+  return {static_cast<Reduction>(reduction), ignore_index, label_smoothing, z_loss, softcap, dtype};
+}
 
 // The arguments of one call after all checks, laid out for a kernel.
 struct CrossEntropyProblem {
@@ -36,23 +47,43 @@ struct CrossEntropyProblem {
 // float, or double for double.
 at::ScalarType accumulation_type(at::ScalarType type);
 
-// Checks the arguments as torch.nn.functional.cross_entropy does and lays them out. A (N, C, d1, ...) input is
-// taken as it lies where it is contiguous and has at most `max_strided_classes` classes, or where its classes
-// are last in memory; else it is copied.
-CrossEntropyProblem make_problem(
-    const at::Tensor& logits,
-    const at::Tensor& target,
-    const std::optional<at::Tensor>& weight,
-    const CrossEntropyOptions& options,
-    int64_t max_strided_classes);
-
-// A gradient in the layout of `problem.logits`, as one of the shape and strides that the op promises.
-at::Tensor as_logits_shaped(const at::Tensor& gradient, const CrossEntropyProblem& problem, const at::Tensor& logits);
-
 // The shape of the unreduced loss: that of the logits without the classes.
 std::vector<int64_t> loss_sizes(const at::Tensor& logits);
 
 // Loss, logsumexp of each row, and the gradient with respect to the logits ((0) where it was not asked for).
 using Results = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+// What a device brings: its kernel, which returns loss and lse and writes the gradient into a tensor laid out
+// as `problem.logits` unless that is undefined; where the gradient's memory comes from; and how many classes
+// it takes where they are not the last dimension.
+struct CrossEntropyDevice {
+  std::tuple<at::Tensor, at::Tensor> (*run)(
+      const CrossEntropyProblem& problem,
+      const at::Tensor& logits,
+      const CrossEntropyOptions& options,
+      const at::Tensor& gradient,
+      bool with_lse);
+  at::Tensor (*empty_like)(const at::Tensor& like);
+  int64_t max_strided_classes;
+};
+
+// lightkit::_cross_entropy_forward on a device: checks, layout, kernel.
+Results run_forward(
+    const CrossEntropyDevice& device,
+    const at::Tensor& logits,
+    const at::Tensor& target,
+    const std::optional<at::Tensor>& weight,
+    const CrossEntropyOptions& options,
+    bool with_gradient,
+    bool with_lse);
+
+// lightkit::_cross_entropy_forward_: the gradient takes the place of the contiguous logits.
+std::tuple<at::Tensor, at::Tensor> run_forward_inplace(
+    const CrossEntropyDevice& device,
+    const at::Tensor& logits,
+    const at::Tensor& target,
+    const std::optional<at::Tensor>& weight,
+    const CrossEntropyOptions& options,
+    bool with_lse);
 
 }  // namespace lightkit

@@ -131,48 +131,26 @@ std::tuple<Tensor, Tensor> dispatch(
   }
 }
 
+constexpr CrossEntropyDevice kDevice{dispatch, pooled_empty_like, cpu::kMaxStridedClasses};
+
 Results forward_cpu(
     const Tensor& logits,
     const Tensor& target,
     const std::optional<Tensor>& weight,
-    int64_t reduction,
-    int64_t ignore_index,
-    double label_smoothing,
-    double z_loss,
-    double softcap,
-    std::optional<at::ScalarType> dtype,
+    LIGHTKIT_OPTION_PARAMETERS,
     bool with_gradient,
     bool with_lse) {
-  const CrossEntropyOptions options{
-      static_cast<Reduction>(reduction), ignore_index, label_smoothing, z_loss, softcap, dtype};
-  const auto problem = make_problem(logits, target, weight, options, cpu::kMaxStridedClasses);
-  const Tensor gradient = with_gradient ? pooled_empty_like(problem.logits) : Tensor();
-  auto [loss, lse] = dispatch(problem, logits, options, gradient, with_lse);
-  return {
-      loss, lse, with_gradient ? as_logits_shaped(gradient, problem, logits) : at::empty({0}, logits.options())};
+  return run_forward(
+      kDevice, logits, target, weight, make_options(LIGHTKIT_OPTION_ARGUMENTS), with_gradient, with_lse);
 }
 
-// The gradient takes the place of the logits, which the caller has checked to be contiguous.
 std::tuple<Tensor, Tensor> forward_inplace_cpu(
     Tensor& logits,
     const Tensor& target,
     const std::optional<Tensor>& weight,
-    int64_t reduction,
-    int64_t ignore_index,
-    double label_smoothing,
-    double z_loss,
-    double softcap,
-    std::optional<at::ScalarType> dtype,
+    LIGHTKIT_OPTION_PARAMETERS,
     bool with_lse) {
-  const CrossEntropyOptions options{
-      static_cast<Reduction>(reduction), ignore_index, label_smoothing, z_loss, softcap, dtype};
-  const auto problem = make_problem(logits, target, weight, options, cpu::kMaxStridedClasses);
-  auto results = dispatch(problem, logits, options, problem.logits, with_lse);
-  if (problem.logits.data_ptr() != logits.data_ptr()) {
-    // They had to be copied into rows.
-    logits.copy_(as_logits_shaped(problem.logits, problem, logits));
-  }
-  return results;
+  return run_forward_inplace(kDevice, logits, target, weight, make_options(LIGHTKIT_OPTION_ARGUMENTS), with_lse);
 }
 
 }  // namespace

@@ -70,49 +70,32 @@ std::tuple<Tensor, Tensor> run(
   return {unreduced ? losses.view(loss_sizes(logits)).to(loss_type) : sums[1].to(loss_type), lse};
 }
 
+Tensor empty_rows(const Tensor& like) {
+  return at::empty_like(like);
+}
+
+constexpr CrossEntropyDevice kDevice{run, empty_rows, /*max_strided_classes=*/0};
+
 Results forward_cuda(
     const Tensor& logits,
     const Tensor& target,
     const std::optional<Tensor>& weight,
-    int64_t reduction,
-    int64_t ignore_index,
-    double label_smoothing,
-    double z_loss,
-    double softcap,
-    std::optional<at::ScalarType> dtype,
+    LIGHTKIT_OPTION_PARAMETERS,
     bool with_gradient,
     bool with_lse) {
   const c10::cuda::CUDAGuard guard(logits.device());
-  const CrossEntropyOptions options{
-      static_cast<Reduction>(reduction), ignore_index, label_smoothing, z_loss, softcap, dtype};
-  const auto problem = make_problem(logits, target, weight, options, /*max_strided_classes=*/0);
-  const Tensor gradient = with_gradient ? at::empty_like(problem.logits) : Tensor();
-  auto [loss, lse] = run(problem, logits, options, gradient, with_lse);
-  return {
-      loss, lse, with_gradient ? as_logits_shaped(gradient, problem, logits) : at::empty({0}, logits.options())};
+  return run_forward(
+      kDevice, logits, target, weight, make_options(LIGHTKIT_OPTION_ARGUMENTS), with_gradient, with_lse);
 }
 
-// The gradient takes the place of the logits, which the caller has checked to be contiguous.
 std::tuple<Tensor, Tensor> forward_inplace_cuda(
     Tensor& logits,
     const Tensor& target,
     const std::optional<Tensor>& weight,
-    int64_t reduction,
-    int64_t ignore_index,
-    double label_smoothing,
-    double z_loss,
-    double softcap,
-    std::optional<at::ScalarType> dtype,
+    LIGHTKIT_OPTION_PARAMETERS,
     bool with_lse) {
   const c10::cuda::CUDAGuard guard(logits.device());
-  const CrossEntropyOptions options{
-      static_cast<Reduction>(reduction), ignore_index, label_smoothing, z_loss, softcap, dtype};
-  const auto problem = make_problem(logits, target, weight, options, /*max_strided_classes=*/0);
-  auto results = run(problem, logits, options, problem.logits, with_lse);
-  if (problem.logits.data_ptr() != logits.data_ptr()) {
-    logits.copy_(as_logits_shaped(problem.logits, problem, logits));
-  }
-  return results;
+  return run_forward_inplace(kDevice, logits, target, weight, make_options(LIGHTKIT_OPTION_ARGUMENTS), with_lse);
 }
 
 Tensor& apply_upstream_cuda(Tensor& gradient, const Tensor& upstream) {

@@ -1,4 +1,4 @@
-// Checks and layout of the arguments of cross-entropy.
+// What cross-entropy does around the kernel of a device: checks, layout, shapes.
 
 #include "cross_entropy_checks.h"
 
@@ -90,8 +90,9 @@ Tensor as_rows(const Tensor& tensor, int64_t rows, int64_t classes) {
   return tensor.movedim(class_dim(tensor), -1).reshape({rows, classes}).contiguous();
 }
 
-}  // namespace
-
+// Checks the arguments as torch.nn.functional.cross_entropy does and lays them out. A (N, C, d1, ...) input is
+// taken as it lies where it is contiguous and has at most `max_strided_classes` classes, or where its classes
+// are last in memory; else it is copied.
 CrossEntropyProblem make_problem(
     const Tensor& logits,
     const Tensor& target,
@@ -136,6 +137,7 @@ CrossEntropyProblem make_problem(
   return problem;
 }
 
+// A gradient in the layout of `problem.logits`, as one of the shape and strides that the op promises.
 Tensor as_logits_shaped(const Tensor& gradient, const CrossEntropyProblem& problem, const Tensor& logits) {
   if (gradient.sizes() == logits.sizes()) {
     return gradient;
@@ -147,6 +149,39 @@ Tensor as_logits_shaped(const Tensor& gradient, const CrossEntropyProblem& probl
   sizes.push_back(problem.classes);
   const Tensor shaped = gradient.view(sizes).movedim(-1, class_dim(logits));
   return logits.is_contiguous() ? shaped.contiguous() : shaped;
+}
+
+}  // namespace
+
+Results run_forward(
+    const CrossEntropyDevice& device,
+    const Tensor& logits,
+    const Tensor& target,
+    const std::optional<Tensor>& weight,
+    const CrossEntropyOptions& options,
+    bool with_gradient,
+    bool with_lse) {
+  const auto problem = make_problem(logits, target, weight, options, device.max_strided_classes);
+  const Tensor gradient = with_gradient ? device.empty_like(problem.logits) : Tensor();
+  auto [loss, lse] = device.run(problem, logits, options, gradient, with_lse);
+  return {
+      loss, lse, with_gradient ? as_logits_shaped(gradient, problem, logits) : at::empty({0}, logits.options())};
+}
+
+std::tuple<Tensor, Tensor> run_forward_inplace(
+    const CrossEntropyDevice& device,
+    const Tensor& logits,
+    const Tensor& target,
+    const std::optional<Tensor>& weight,
+    const CrossEntropyOptions& options,
+    bool with_lse) {
+  const auto problem = make_problem(logits, target, weight, options, device.max_strided_classes);
+  auto results = device.run(problem, logits, options, problem.logits, with_lse);
+  if (problem.logits.data_ptr() != logits.data_ptr()) {
+    // They had to be copied into rows.
+    logits.copy_(as_logits_shaped(problem.logits, problem, logits));
+  }
+  return results;
 }
 
 }  // namespace lightkit

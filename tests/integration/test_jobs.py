@@ -144,7 +144,7 @@ def test_fashion_mnist(command, tmp_path):
     limits = ["trainer.max_epochs=1", "trainer.limit_train_batches=150", "trainer.limit_test_batches=4"]
     result = command("train", "+experiment=cnn", "data=fashion_mnist", *limits, "hydra.run.dir=out", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["test/accuracy"] > 0.7
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["test/accuracy"] > 0.6
 
 
 def test_works_without_native_kernels(command, tmp_path):

@@ -1,4 +1,4 @@
-// What the CPU kernels share: accumulators wider than the data, and an exp made for softmax.
+// What the CPU kernels share: accumulators wider than the data, loops over vectors, an exp made for softmax.
 #pragma once
 
 #include <ATen/cpu/vec/functional.h>
@@ -59,6 +59,37 @@ inline at::vec::Vectorized<float> exp_nonpositive(at::vec::Vectorized<float> x) 
 
 inline at::vec::Vectorized<double> exp_nonpositive(at::vec::Vectorized<double> x) {
   return x.exp();
+}
+
+
+template <typename acc_t>
+acc_t horizontal_sum(const at::vec::Vectorized<acc_t>& v) {
+  return at::vec::vec_reduce_all<acc_t>([](const auto& a, const auto& b) { return a + b; }, v);
+}
+
+template <typename acc_t>
+acc_t horizontal_max(const at::vec::Vectorized<acc_t>& v) {
+  return at::vec::vec_reduce_all<acc_t>([](const auto& a, const auto& b) { return at::vec::maximum(a, b); }, v);
+}
+
+// Calls f(i, n) for the whole vectors of a block and, with n < width, for what is left at its end.
+template <typename acc_t, typename F>
+void for_each_vector(int64_t count, const F& f) {
+  constexpr int64_t width = at::vec::Vectorized<acc_t>::size();
+  int64_t i = 0;
+  for (; i + width <= count; i += width) {
+    f(i, width);
+  }
+  if (i < count) {
+    f(i, count - i);
+  }
+}
+
+// The first `count` lanes of a vector from memory, the others `fill`.
+template <typename acc_t>
+at::vec::Vectorized<acc_t> load(const acc_t* data, int64_t count, acc_t fill) {
+  using Vec = at::vec::Vectorized<acc_t>;
+  return count == Vec::size() ? Vec::loadu(data) : Vec::set(Vec(fill), Vec::loadu(data, count), count);
 }
 
 }  // namespace lightkit::cpu
