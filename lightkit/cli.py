@@ -66,8 +66,11 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
                     traceback.print_exc()
                 print(f"error: {explain(error, config_name)}", file=sys.stderr)
                 return 1
-            except KeyboardInterrupt:
-                print("interrupted", file=sys.stderr)
+            except (KeyboardInterrupt, SystemExit) as error:
+                # Lightning turns the first into the second, once it has put things in order.
+                if not isinstance(error, KeyboardInterrupt) and not isinstance(error.__context__, KeyboardInterrupt):
+                    raise
+                print("interrupted: ckpt_path=last goes on from the last checkpoint", file=sys.stderr)
                 return 130
             return 0
 

@@ -57,6 +57,10 @@ def build(config: Any, **extra: Any) -> Any:
             return {**values, **extra}
         if config[_TARGET] is None:
             return None
+        if taken := values.keys() & extra.keys():
+            raise ConfigError(
+                f"{config[_TARGET]}: {', '.join(sorted(taken))} cannot be set here, it has keys of its own"
+            )
         return _instantiate(str(config[_TARGET]), {**values, **extra}, bool(config.get(_PARTIAL, False)))
     if isinstance(config, (list, tuple)):
         return [build(value) for value in config]
@@ -73,6 +77,9 @@ def _instantiate(target: str, arguments: dict[str, Any], as_partial: bool) -> An
 def _construct(cls: type, target: str, /, *positional: Any, **arguments: Any) -> Any:
     try:
         return cls(*positional, **arguments)
+    except ImportError as error:
+        # Mostly one of the packages that the extra brings; said in the words of whoever missed it.
+        raise ConfigError(f"{target} could not be built: {error}; pip install 'lightkit[app]'") from error
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{target} could not be built: {error}") from error
 

@@ -18,6 +18,7 @@ from lightkit.job import build_data, restore
 @entry_point("evaluate")
 def main(config: DictConfig) -> None:
     """Measures a checkpoint and prints the figures."""
+    results.check_output(config.output)
     metrics = evaluate(config)
     results.print_table(f"{config.ckpt_path}", {name: f"{value:.6g}" for name, value in metrics.items()})
     if config.output is not None:

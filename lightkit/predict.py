@@ -29,14 +29,17 @@ class Prediction:
     path: Path
     label: str
     probability: float
-    second: str
+    second: str | None
 
 
 @entry_point("predict")
 def main(config: DictConfig) -> None:
     """Classifies images and prints what they are."""
+    results.check_output(config.output)
     predictions = predict(config)
-    rows = {str(p.path): f"{p.label}  ({p.probability:.1%}; else {p.second})" for p in predictions[:_SHOWN]}
+    rows = {
+        str(p.path): f"{p.label}  ({p.probability:.1%}; else {p.second or 'nothing'})" for p in predictions[:_SHOWN]
+    }
     if len(predictions) > _SHOWN:
         rows["..."] = f"and {len(predictions) - _SHOWN} more; output=FILE.csv has them all"
     results.print_table("predictions", rows)
@@ -59,10 +62,11 @@ def predict(config: DictConfig) -> list[Prediction]:
     size = data.image_size
     pictures = torch.stack([read_picture(path, size, config.invert) for path in paths])
     probabilities = torch.cat([_probabilities(restored.task, chunk) for chunk in pictures.split(config.batch_size)])
-    values, indices = probabilities.topk(2)
+    values, indices = probabilities.topk(min(2, probabilities.shape[1]))
+    names = [[data.classes[i] for i in row] for row in indices.tolist()]
     return [
-        Prediction(path, data.classes[first], float(value[0]), data.classes[second])
-        for path, value, (first, second) in zip(paths, values, indices.tolist(), strict=True)
+        Prediction(path, best, float(value[0]), second[0] if second else None)
+        for path, value, (best, *second) in zip(paths, values, names, strict=True)
     ]
 
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightkit import __version__, native
+from lightkit.errors import ConfigError
 
 _PACKAGES = ("torch", "lightning", "hydra-core", "torchmetrics", "numpy")
 
@@ -22,6 +23,12 @@ _PACKAGES = ("torch", "lightning", "hydra-core", "torchmetrics", "numpy")
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes a dict as indented JSON."""
     path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def check_output(path: str | None) -> None:
+    """Refuses a file that cannot be written before the work is done that it is to hold."""
+    if path is not None and not Path(path).absolute().parent.is_dir():
+        raise ConfigError(f"output={path}: there is no directory {Path(path).absolute().parent}")
 
 
 def write_config(run_dir: Path, config: DictConfig) -> None:

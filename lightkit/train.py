@@ -60,8 +60,8 @@ def train(config: DictConfig) -> dict[str, Any]:
     recorder = TestRecorder()
     trainer = build(
         config.trainer,
-        callbacks=[*build(config.callbacks).values(), SaveConfig(config), recorder],
-        logger=list(build(config.logger).values()),
+        callbacks=[*build(config.get("callbacks") or {}).values(), SaveConfig(config), recorder],
+        logger=list(build(config.get("logger") or {}).values()),
         plugins=[AtomicCheckpointIO()],
         enable_model_summary=False,
     )
@@ -69,7 +69,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     metrics = _scalars(trainer) | {"epochs": trainer.current_epoch, "steps": trainer.global_step}
     if (rate := next((c.total for c in trainer.callbacks if isinstance(c, Throughput)), None)) is not None:
         metrics["train/images_per_second"] = rate
-    if config.test and not trainer.interrupted:
+    if config.test:
         trainer.test(task, datamodule=data, ckpt_path=_best(trainer), verbose=False)
         metrics |= _scalars(trainer)
     metrics["wall_seconds"] = time.perf_counter() - started
@@ -92,9 +92,14 @@ def _checkpoint_to_resume(config: DictConfig, task: pl.LightningModule) -> Path 
         path = Path(config.ckpt_path)
     checkpoint = load_checkpoint(path)
     check_weights(task, checkpoint, path)
-    done = checkpoint["epoch"] + 1
-    at_its_end = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"]
-    if at_its_end and 0 < config.trainer.max_epochs <= done:
+    try:
+        done = checkpoint["epoch"] + 1
+        at_its_end = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"]
+    except KeyError as error:
+        raise CheckpointError(
+            f"{path} cannot be resumed: it has the weights but not the state of a training"
+        ) from error
+    if at_its_end and 0 < (config.trainer.max_epochs or 0) <= done:
         raise CheckpointError(
             f"{path} has {done} epochs behind it and trainer.max_epochs is {config.trainer.max_epochs}: "
             f"nothing is left to train; pass trainer.max_epochs={done + 1} or more"

@@ -96,6 +96,12 @@ def test_errors_name_what_is_right(config, message):
         build(config)
 
 
+def test_keys_that_the_program_sets_are_refused():
+    """A value that would be overwritten is not swallowed in silence."""
+    with pytest.raises(ConfigError, match="in_features cannot be set here"):
+        build({"_target_": "torch.nn.Linear", "in_features": 1, "out_features": 1}, in_features=2)
+
+
 def test_partials_fail_in_the_same_words():
     """A bad value of a part that is built later is the configuration's error, too."""
     optimizer = build({"_target_": "torch.optim.Adam", "_partial_": True, "lr": -1})

@@ -106,8 +106,11 @@ Tensor differentiable_gradient(
     counted = at::ones({}, z.options());
     denominator = at::full({}, static_cast<double>(target.numel() / std::max<int64_t>(1, logits.size(dim))), z.options());
   } else {
-    counted = target.ne(options.ignore_index).unsqueeze(dim).to(type);
-    const Tensor index = target.where(target.ne(options.ignore_index), 0).to(at::kLong).unsqueeze(dim);
+    // Not in the target's own type, in which ignore_index might be another number.
+    const Tensor indices = target.to(at::kLong).unsqueeze(dim);
+    const Tensor valid = indices.ne(options.ignore_index);
+    counted = valid.to(type);
+    const Tensor index = indices.where(valid, 0);
     const Tensor target_weight = class_weight.expand_as(z).gather(dim, index) * counted;
     targets = at::zeros_like(z).scatter(dim, index, (1 - options.label_smoothing) * target_weight) + smooth * counted;
     denominator = target_weight.sum();

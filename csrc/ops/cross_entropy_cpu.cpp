@@ -82,8 +82,12 @@ std::tuple<Tensor, Tensor> run(
   using acc_t = cpu::accumulator_t<scalar_t>;
   const double denominator = check_targets<acc_t>(problem, options.ignore_index);
   const auto acc_options = logits.options().dtype(accumulation_type(logits.scalar_type()));
-  const Tensor losses = at::empty({problem.rows}, acc_options);
-  const Tensor lse = with_lse ? at::empty(loss_sizes(logits), acc_options) : at::empty({0}, acc_options);
+  // Without classes the kernel has nothing to do, and writes nothing.
+  const auto make = [&](at::IntArrayRef sizes) {
+    return problem.classes == 0 ? at::zeros(sizes, acc_options) : at::empty(sizes, acc_options);
+  };
+  const Tensor losses = make({problem.rows});
+  const Tensor lse = with_lse ? make(loss_sizes(logits)) : at::empty({0}, acc_options);
   const bool mean = options.reduction == Reduction::Mean;
 
   cpu::cross_entropy<scalar_t>({

@@ -40,8 +40,12 @@ std::tuple<Tensor, Tensor> run(
     const Tensor& gradient,
     bool with_lse) {
   const auto acc_options = logits.options().dtype(accumulation_type(logits.scalar_type()));
-  const Tensor losses = at::empty({problem.rows}, acc_options);
-  const Tensor lse = with_lse ? at::empty(loss_sizes(logits), acc_options) : at::empty({0}, acc_options);
+  // Without classes the kernel has nothing to do, and writes nothing.
+  const auto make = [&](at::IntArrayRef sizes) {
+    return problem.classes == 0 ? at::zeros(sizes, acc_options) : at::empty(sizes, acc_options);
+  };
+  const Tensor losses = make({problem.rows});
+  const Tensor lse = with_lse ? make(loss_sizes(logits)) : at::empty({0}, acc_options);
   const Tensor sums = at::empty({2}, logits.options().dtype(at::kDouble));
   const bool unreduced = options.reduction == Reduction::None;
 

@@ -95,7 +95,25 @@ Tensor laid_out_as(const Tensor& tensor, const Tensor& like) {
 }
 
 py::list parameters_of(const py::handle& group) {
-  return py::reinterpret_borrow<py::list>(item(group, "params"));
+  const py::handle parameters = item(group, "params");
+  // A list as a rule; anything else that can be iterated over is made one.
+  return PyList_Check(parameters.ptr()) ? py::reinterpret_borrow<py::list>(parameters)
+                                       : py::list(py::reinterpret_borrow<py::object>(parameters));
+}
+
+const Tensor& unpack(const py::object& object) {
+  TORCH_CHECK_TYPE(THPVariable_Check(object.ptr()), "SGD: expected a tensor, got ", std::string(py::str(py::type::of(object))));
+  return THPVariable_Unpack(object.ptr());
+}
+
+bool holds_tensor(const py::object& object) {
+  return object && !object.is_none();
+}
+
+// Whether a tensor's memory is what it stands for: not that of a subclass such as DTensor, whose storage is
+// elsewhere, and not with a negation still to be applied.
+bool is_plain(const Tensor& tensor) {
+  return tensor.layout() == at::kStrided && !tensor.is_neg() && !tensor.key_set().has(c10::DispatchKey::Python);
 }
 
 }  // namespace
@@ -118,10 +136,10 @@ bool SgdPlan::is_current(const py::list& param_groups, const py::dict& state) co
     }
     for (size_t i = 0; i < groups_[g].size(); ++i) {
       const Entry& entry = groups_[g][i];
-      if (PyList_GET_ITEM(parameters.ptr(), i) != entry.key.ptr()) {
+      if (PyList_GET_ITEM(parameters.ptr(), i) != entry.parameter.ptr()) {
         return false;
       }
-      if (entry.state && PyDict_GetItemString(entry.state.ptr(), "momentum_buffer") != entry.momentum_object.ptr()) {
+      if (entry.state && PyDict_GetItemString(entry.state.ptr(), "momentum_buffer") != entry.momentum.ptr()) {
         return false;
       }
     }
@@ -139,15 +157,11 @@ void SgdPlan::rebuild(const py::list& param_groups, const py::dict& state) {
     auto& entries = groups_.emplace_back();
     for (const auto& parameter : parameters_of(group)) {
       Entry entry;
-      entry.key = py::reinterpret_borrow<py::object>(parameter);
-      entry.parameter = THPVariable_Unpack(parameter.ptr());
+      entry.parameter = py::reinterpret_borrow<py::object>(parameter);
       if (PyDict_Contains(state.ptr(), parameter.ptr()) == 1) {
         entry.state = py::reinterpret_borrow<py::object>(PyDict_GetItem(state.ptr(), parameter.ptr()));
-        PyObject* buffer = PyDict_GetItemString(entry.state.ptr(), "momentum_buffer");
-        entry.momentum_object = py::reinterpret_borrow<py::object>(buffer);
-        if (buffer != nullptr && buffer != Py_None) {
-          entry.momentum = THPVariable_Unpack(buffer);
-        }
+        entry.momentum =
+            py::reinterpret_borrow<py::object>(PyDict_GetItemString(entry.state.ptr(), "momentum_buffer"));
       }
       entries.push_back(std::move(entry));
     }
@@ -156,41 +170,43 @@ void SgdPlan::rebuild(const py::list& param_groups, const py::dict& state) {
 
 // Adds what is to be done for one parameter; false if that is not for this kernel.
 bool SgdPlan::gather(Entry& entry, const SgdOptions& options, std::vector<Update>& updates) {
-  const Tensor& gradient = entry.parameter.grad();
-  if (!gradient.defined()) {
-    return true;
-  }
-  if (!has_kernel(entry.parameter.device()) || gradient.device() != entry.parameter.device() ||
-      gradient.layout() != at::kStrided || entry.parameter.layout() != at::kStrided ||
-      !kernel_type(entry.parameter.scalar_type())) {
-    return false;
-  }
-  TORCH_CHECK(
-      gradient.sizes() == entry.parameter.sizes(),
-      "SGD: a parameter of shape ",
-      entry.parameter.sizes(),
-      " has a gradient of shape ",
-      gradient.sizes());
-
   Update update;
   update.entry = &entry;
   update.options = &options;
-  update.parameter = entry.parameter.is_non_overlapping_and_dense()
-      ? entry.parameter
-      : entry.parameter.detach().clone(at::MemoryFormat::Contiguous);
-  update.gradient = laid_out_as(gradient, update.parameter);
-  update.first = !entry.momentum.defined();
+  update.parameter = unpack(entry.parameter);
+  const Tensor& parameter = update.parameter;
+  const Tensor& gradient = parameter.grad();
+  if (!gradient.defined()) {
+    return true;
+  }
+  if (!is_plain(parameter) || !is_plain(gradient) || !has_kernel(parameter.device()) ||
+      gradient.device() != parameter.device() || !kernel_type(parameter.scalar_type()) ||
+      !parameter.is_non_overlapping_and_dense()) {
+    return false;
+  }
+  TORCH_CHECK(
+      gradient.sizes() == parameter.sizes(),
+      "SGD: a parameter of shape ",
+      parameter.sizes(),
+      " has a gradient of shape ",
+      gradient.sizes());
+  update.gradient = laid_out_as(gradient, parameter);
+  update.first = !holds_tensor(entry.momentum);
   if (options.momentum != 0) {
     if (update.first) {
-      update.momentum = at::empty_like(update.parameter);
+      update.momentum = at::empty_like(parameter);
     } else {
+      const Tensor& momentum = unpack(entry.momentum);
+      if (!is_plain(momentum)) {
+        return false;
+      }
       TORCH_CHECK(
-          entry.momentum.sizes() == entry.parameter.sizes(),
+          momentum.sizes() == parameter.sizes(),
           "SGD: a parameter of shape ",
-          entry.parameter.sizes(),
+          parameter.sizes(),
           " has a momentum buffer of shape ",
-          entry.momentum.sizes());
-      update.momentum = laid_out_as(entry.momentum, update.parameter);
+          momentum.sizes());
+      update.momentum = laid_out_as(momentum, parameter);
     }
   }
   updates.push_back(std::move(update));
@@ -200,19 +216,18 @@ bool SgdPlan::gather(Entry& entry, const SgdOptions& options, std::vector<Update
 // Puts a buffer made in this step where Python, and the next step, find it.
 void SgdPlan::keep_momentum(Update& update, const py::dict& state) {
   Entry& entry = *update.entry;
-  if (!update.momentum.defined() || update.momentum.is_same(entry.momentum)) {
+  if (!update.momentum.defined() || (!update.first && update.momentum.is_same(unpack(entry.momentum)))) {
     return;
   }
   if (!entry.state) {
     // Through __getitem__: the state of an optimizer is a defaultdict.
-    entry.state = py::reinterpret_steal<py::object>(PyObject_GetItem(state.ptr(), entry.key.ptr()));
+    entry.state = py::reinterpret_steal<py::object>(PyObject_GetItem(state.ptr(), entry.parameter.ptr()));
     if (!entry.state) {
       throw py::error_already_set();
     }
   }
-  entry.momentum = update.momentum;
-  entry.momentum_object = py::reinterpret_steal<py::object>(THPVariable_Wrap(update.momentum));
-  if (PyDict_SetItemString(entry.state.ptr(), "momentum_buffer", entry.momentum_object.ptr()) != 0) {
+  entry.momentum = py::reinterpret_steal<py::object>(THPVariable_Wrap(update.momentum));
+  if (PyDict_SetItemString(entry.state.ptr(), "momentum_buffer", entry.momentum.ptr()) != 0) {
     throw py::error_already_set();
   }
 }
@@ -284,13 +299,9 @@ bool SgdPlan::step(const py::list& param_groups, const py::dict& state) {
       }
     }
     for (auto& update : updates) {
-      const Tensor& parameter = update.entry->parameter;
-      if (!update.parameter.is_same(parameter)) {
-        parameter.detach().copy_(update.parameter);
-      }
       // Autograd must notice that a tensor it saved has changed.
-      if (!parameter.is_inference()) {
-        parameter.unsafeGetTensorImpl()->bump_version();
+      if (!update.parameter.is_inference()) {
+        update.parameter.unsafeGetTensorImpl()->bump_version();
       }
       if (update.momentum.defined() && !update.momentum.is_inference()) {
         update.momentum.unsafeGetTensorImpl()->bump_version();

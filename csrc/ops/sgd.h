@@ -23,26 +23,25 @@ class SgdPlan {
  public:
   // One step over `param_groups` (those of torch.optim.SGD), with the momentum buffers in `state`. Returns
   // false, having changed nothing, if some parameter is not for this kernel: sparse gradients, another
-  // device, another dtype.
+  // device or dtype, a tensor subclass with a dispatch of its own, memory with gaps.
   bool step(const pybind11::list& param_groups, const pybind11::dict& state);
 
  private:
   struct Entry {
-    pybind11::object key;              // the parameter as Python holds it
-    at::Tensor parameter;
-    pybind11::object state;            // its dict in the optimizer's state, or null
-    pybind11::object momentum_object;  // the buffer as Python holds it, or null
-    at::Tensor momentum;
-    const void* memory = nullptr;      // where the parameter lay in the last step
+    // As Python holds them, not as tensors: a second owner would stand in the way of swap_tensors.
+    pybind11::object parameter;
+    pybind11::object state;        // the parameter's dict in the optimizer's state, or null
+    pybind11::object momentum;     // the buffer in it: a tensor, None, or null
+    const void* memory = nullptr;  // where the parameter lay in the last step
   };
 
   // What a step does to one parameter.
   struct Update {
     Entry* entry;
     const SgdOptions* options;
-    at::Tensor parameter;              // the parameter, or a dense copy of it
-    at::Tensor gradient;
-    at::Tensor momentum;
+    at::Tensor parameter;
+    at::Tensor gradient;  // laid out as the parameter
+    at::Tensor momentum;  // likewise, or undefined
     bool first;
   };
 

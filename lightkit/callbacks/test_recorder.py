@@ -13,7 +13,8 @@ from torch import Tensor
 class TestRecorder(Callback):
     """Collects logits ``(N, C)`` and labels ``(N)`` of a test, on the CPU, in the order of the data.
 
-    For tasks whose ``test_step`` returns ``{"logits": ...}`` for batches ``(inputs, labels)``.
+    For tasks whose ``test_step`` returns ``{"logits": ...}`` for batches ``(inputs, labels)``. With several
+    processes each sees a part of the data, which is nobody's test set: then there is no result.
     """
 
     # Not a test class, whatever its name looks like to pytest.
@@ -37,6 +38,8 @@ class TestRecorder(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keeps a batch."""
+        if trainer.world_size > 1:
+            return
         self._logits.append(outputs["logits"].detach().float().cpu())
         self._labels.append(batch[1].cpu())
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightkit.errors import DataError
+
 
 class TensorBatches:
     """Iterates over batches of tensors, each batch one slice of each tensor.
@@ -111,11 +113,21 @@ class TensorBatches:
         return torch.arange(total)[self.rank :: self.world_size] if self.world_size > 1 else None
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch, and how many of its batches have been handed out."""
-        return {"epoch": self._epoch, "batch": self._batch}
+        """The epoch, and how many of its batches, of which size, have been handed out."""
+        return {"epoch": self._epoch, "batch": self._batch, "batch_size": self.batch_size}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The next iteration goes on from there, unless `set_epoch` says it is another epoch."""
+        """The next iteration goes on from there, unless `set_epoch` says it is another epoch.
+
+        Raises:
+            DataError: the position is in the middle of an epoch, in batches of another size.
+        """
+        at_its_end = state["batch"] * state["batch_size"] >= self.num_samples
+        if not at_its_end and state["batch_size"] != self.batch_size:
+            raise DataError(
+                f"batch_size is {self.batch_size}, but the run to go on with was saved with batches of "
+                f"{state['batch_size']}: its place in the data is counted in those"
+            )
         self._epoch = int(state["epoch"])
-        self._batch = int(state["batch"])
+        self._batch = len(self) if at_its_end else int(state["batch"])
         self._resuming = True

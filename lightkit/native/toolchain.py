@@ -96,7 +96,7 @@ def compile_flags(compiler: tuple[str, ...], cuda: bool) -> list[str]:
     level = simd_level(compiler)
     capability = [f"-DCPU_CAPABILITY={level}"] + ([f"-DCPU_CAPABILITY_{level}"] if level != "DEFAULT" else [])
     return [
-        *("-std=c++20", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden"),
+        *("-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-fopenmp", "-fvisibility=hidden"),
         *_machine_flags(),
         *capability,
         *(["-DLIGHTKIT_CUDA"] if cuda else []),

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightkit import native
 
@@ -44,7 +47,7 @@ def cross_entropy(
 
     Args:
         input: logits of shape ``(C)``, ``(N, C)`` or ``(N, C, d1, ...)``; float32, float64, bfloat16, float16.
-        target: class indices of shape ``()``, ``(N)`` or ``(N, d1, ...)``; int64, int32 or uint8. Or class
+        target: class indices of shape ``()``, ``(N)`` or ``(N, d1, ...)``, of any integer type. Or class
             probabilities of the shape of ``input``, floating point.
         weight: ``(C)``, a factor for each class.
         ignore_index: rows with this target count for nothing and get gradient 0.
@@ -57,8 +60,10 @@ def cross_entropy(
         dtype: of the loss. Default: that of ``input``, or float32 under autocast, as torch does.
         return_lse: return ``lse`` of each row too, 0 for ignored ones, in float32 (float64 for float64), of the
             shape of the unreduced loss. It is not differentiable.
-        inplace: let the gradient take the memory of ``input``, whose values are then lost. Autograd raises an
-            error if something else needed them. No effect where no gradient is wanted or under torch.compile.
+        inplace: let the gradient take the memory of ``input``. Its values are then lost, for ``input`` itself
+            and for whatever else shows its memory, such as ``input.detach()``. Autograd raises an error if the
+            backward of something else needed them. No effect where no gradient is wanted or under
+            torch.compile.
 
     Returns:
         The loss, or ``(loss, lse)`` with ``return_lse``.
@@ -77,9 +82,17 @@ def cross_entropy(
     """
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, _REDUCTIONS))}, got {reduction!r}")
-    if dtype is None and torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
+    if not input.is_floating_point():
+        raise RuntimeError(f"cross_entropy: the logits must be floating point, got {input.dtype}")
+    if target.dtype == torch.bool:
+        raise RuntimeError("cross_entropy: class indices must be int64, int32 or uint8, got torch.bool")
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"cross_entropy: the dtype of the loss must be floating point, got {dtype}")
+    if not softcap >= 0:
+        raise ValueError(f"cross_entropy: softcap must not be negative, got {softcap}")
+    if dtype is None and input.dtype != torch.float64 and _autocast(input.device.type):
         dtype = torch.float32
-    if not _has_kernel(input, target):
+    if not _has_kernel(input, target, weight):
         return cross_entropy_reference(
             input,
             target,
@@ -127,10 +140,6 @@ def cross_entropy_reference(
 
     ``inplace`` saves memory and changes no value: it has no effect here.
     """
-    if not input.is_floating_point():
-        raise RuntimeError(f"cross_entropy: the logits must be floating point, got {input.dtype}")
-    if softcap < 0:
-        raise ValueError(f"cross_entropy: softcap must not be negative, got {softcap}")
     output_dtype = input.dtype if dtype is None else dtype
     logits = input.to(torch.promote_types(input.dtype, torch.float32))
     if softcap > 0:
@@ -170,14 +179,22 @@ def _denominator(lse: Tensor, target: Tensor | None, weight: Tensor | None, igno
     return (weight[target.masked_fill(~counted, 0)] * counted).sum()
 
 
-def _has_kernel(input: Tensor, target: Tensor) -> bool:
+def _autocast(device_type: str) -> bool:
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+def _has_kernel(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
     return (
         input.dtype in _DTYPES
         and _native_available(input.device.type)
-        # The kernels know no gradient with respect to probabilities.
-        and not (target.requires_grad and torch.is_grad_enabled())
-        # Transforms of torch.func cannot see through an autograd function written in C++.
+        # The kernels know the gradient with respect to the logits alone.
+        and not target.requires_grad
+        and not (weight is not None and weight.requires_grad)
+        # Forward-mode AD and the transforms of torch.func cannot see through an autograd function in C++.
+        and forward_ad._current_level < 0
         and torch._C._functorch.peek_interpreter_stack() is None
+        # DTensor and its like bring a dispatch of their own, which does not know the op.
+        and (type(input) in (Tensor, Parameter) or not is_traceable_wrapper_subclass(input))
     )
 
 

@@ -18,8 +18,8 @@ class SGD(torch.optim.SGD):
     update is computed in float32 (float64 for float64) and rounded once, whatever the parameter's dtype.
     Parameters may be frozen, unfrozen, moved or re-pointed between steps; their momentum follows.
 
-    What the kernel does not cover (sparse gradients, complex parameters, devices without kernels) is done by
-    torch's own loop.
+    What the kernel does not cover (sparse gradients, complex parameters, tensor subclasses such as DTensor,
+    memory with gaps, devices without kernels) is done by torch's own loop.
 
     Args:
         params: parameters, or dicts that define parameter groups.
@@ -87,5 +87,13 @@ class SGD(torch.optim.SGD):
         if self._plan is None and (module := native.load()) is not None:
             self._plan = module.SgdPlan()
         if self._plan is None or not self._plan.step(self.param_groups, self.state):
-            super().step()
+            _torch_step(self)
         return loss
+
+
+def _torch_step(optimizer: torch.optim.SGD) -> None:
+    """Takes torch's own step, without the hooks that it runs around it: the caller's step has run them."""
+    step = torch.optim.SGD.step
+    if getattr(step, "hooked", False):
+        step = step.__wrapped__
+    step(optimizer)

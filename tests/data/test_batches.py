@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightkit.data import TensorBatches
+from lightkit.errors import DataError
 
 
 def numbers(batches):
@@ -87,6 +88,19 @@ def test_next_epoch_after_resuming_at_the_end_of_one():
     resumed.load_state_dict(original.state_dict())
     resumed.set_epoch(1)
     assert numbers(resumed) == numbers(original)
+
+
+def test_resume_with_another_batch_size():
+    """A place in the middle of an epoch is not mistaken for another; at the end of one the size may change."""
+    original = TensorBatches([torch.arange(20)], 4, shuffle=True)
+    iterator = iter(original)
+    next(iterator)
+    other = TensorBatches([torch.arange(20)], 2, shuffle=True)
+    with pytest.raises(DataError, match=r"batch_size is 2, but .* batches of 4"):
+        other.load_state_dict(original.state_dict())
+    list(iterator)
+    other.load_state_dict(original.state_dict())
+    assert numbers(other) == numbers(original)
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,31 @@ def test_read_only_output_directory(command, tmp_path):
         place.chmod(0o755)
 
 
+def test_interrupt(tmp_path):
+    """Ctrl-C ends a training with a word on how to go on, and the status of an interrupted program."""
+    import signal
+    import subprocess
+    import sys
+    import time
+
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lightkit.train", "+experiment=cnn", "trainer.max_epochs=1000", "hydra.run.dir=out"],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    checkpoint = tmp_path / "out" / "checkpoints" / "last.ckpt"
+    while not checkpoint.exists():
+        assert process.poll() is None
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "interrupted: ckpt_path=last goes on" in errors and "Traceback" not in errors
+    assert torch.load(checkpoint, weights_only=True)["state_dict"]
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A checkpoint of a very short run."""

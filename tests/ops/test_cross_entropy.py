@@ -192,6 +192,7 @@ def test_label_out_of_range_is_an_index_error(classes, label):
         ((torch.randn(4, 3), torch.zeros(4).long()), {"label_smoothing": 1.5}, RuntimeError, "between 0.0 and 1.0"),
         ((torch.randn(4, 3), torch.zeros(4).long()), {"reduction": "avg"}, ValueError, "must be one of .*got 'avg'"),
         ((torch.randn(4, 3), torch.zeros(4).long()), {"softcap": -1.0}, ValueError, "softcap must not be negative"),
+        ((torch.randn(4, 3), torch.zeros(4).long()), {"dtype": torch.int64}, ValueError, "must be floating point"),
         ((torch.randn(4, 3), torch.rand(4)), {}, ValueError, r"must have the shape of the logits, \[4, 3\]"),
         ((torch.tensor(1.0), torch.tensor(0)), {}, ValueError, "at least one dimension"),
     ],
@@ -352,6 +353,47 @@ def test_class_probabilities(dtype, shape, reduction):
             eps = max(torch.finfo(dtype).eps, 8 * torch.finfo(torch.float64).eps)
             allowed = (other - truth).abs().max() + truth.abs() * eps + 8 * min(eps, 1e-7) * (1 + truth.abs())
             assert ((own - truth).abs() <= allowed).all()
+
+
+def test_gradient_of_weights():
+    """Weights that need a gradient get torch's, or torch's refusal."""
+    logits, target = torch.randn(5, 4), torch.rand(5, 4).softmax(1)
+    weight = torch.rand(4, requires_grad=True)
+    (ours,) = torch.autograd.grad(cross_entropy(logits, target, weight), weight)
+    (torchs,) = torch.autograd.grad(F.cross_entropy(logits, target, weight), weight)
+    torch.testing.assert_close(ours, torchs)
+
+
+def test_forward_mode():
+    """The directional derivative comes through, by way of the reference."""
+    logits, tangent, target = torch.randn(3, 4), torch.randn(3, 4), torch.tensor([0, 1, 2])
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(logits, tangent)
+        ours = torch.autograd.forward_ad.unpack_dual(cross_entropy(dual, target)).tangent
+        torchs = torch.autograd.forward_ad.unpack_dual(F.cross_entropy(dual, target)).tangent
+    torch.testing.assert_close(ours, torchs)
+
+
+def test_small_target_types_in_second_derivatives():
+    """ignore_index is compared as the number it is, not as what a uint8 makes of it."""
+    logits = torch.randn(2, 200, dtype=torch.float64, requires_grad=True)
+    target = torch.tensor([156, 3], dtype=torch.uint8)
+    (once,) = torch.autograd.grad(cross_entropy(logits, target), logits)
+    (twice,) = torch.autograd.grad(cross_entropy(logits, target), logits, create_graph=True)
+    torch.testing.assert_close(once, twice)
+
+
+def test_meta_tensors():
+    """Shapes can be had without memory."""
+    logits = torch.randn(3, 4, device="meta")
+    target = torch.zeros(3, dtype=torch.long, device="meta")
+    assert cross_entropy(logits, target, reduction="none").shape == (3,)
+
+
+def test_no_classes():
+    """Rows without classes, all ignored, lose nothing."""
+    losses = cross_entropy(torch.randn(3, 0), torch.full((3,), -100), reduction="none")
+    assert torch.equal(losses, torch.zeros(3))
 
 
 def test_gradient_of_probabilities():

@@ -288,6 +288,76 @@ def test_sparse_gradients_as_torch():
     compare(*results)
 
 
+def test_hooks_run_once_on_torchs_loop():
+    """Where torch's loop takes the step, hooks are not called a second time."""
+    torch.optim.SGD(make_parameters([1]))
+    embedding = nn.Embedding(4, 2, sparse=True)
+    optimizer = SGD(embedding.parameters(), lr=0.1)
+    calls = []
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    embedding(torch.tensor([1])).sum().backward()
+    optimizer.step()
+    assert calls == ["after"]
+
+
+def test_negated_gradients():
+    """A gradient whose negation is still to be applied is applied negated."""
+    parameter = nn.Parameter(torch.zeros(3))
+    parameter.grad = torch._neg_view(torch.ones(3))
+    SGD([parameter], lr=1.0).step()
+    assert torch.equal(parameter.data, torch.ones(3))
+
+
+def test_interleaved_parameters_in_one_storage():
+    """Parameters with gaps that overlap get all their updates."""
+    storage = torch.zeros(8)
+    first, second = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
+    first.data, second.data = storage[0:6:2], storage[2:8:2]
+    first.grad, second.grad = torch.ones(3), torch.ones(3)
+    SGD([first, second], lr=1.0).step()
+    assert torch.equal(storage[::2], torch.tensor([-1.0, -2.0, -2.0, -1.0]))
+
+
+def test_modules_can_be_converted_by_swapping():
+    """The optimizer does not stand in the way of swap_tensors, which modules may use to move."""
+    module = nn.Linear(2, 2)
+    optimizer = SGD(module.parameters(), lr=0.1, momentum=0.9)
+    module(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        module.to(torch.float64)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    module(torch.ones(1, 2, dtype=torch.float64)).sum().backward()
+    optimizer.step()
+    assert module.weight.dtype == torch.float64
+
+
+def test_tensor_subclasses_go_to_torch():
+    """A parameter whose memory is elsewhere, such as a DTensor, is left to torch's loop."""
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    parameter = nn.Parameter(TwoTensor(torch.ones(4), torch.ones(4)))
+    (parameter * 1.0).sum().backward()
+    SGD([parameter], lr=0.5).step()
+    assert torch.equal(parameter.detach().a, torch.full((4,), 0.5))
+
+
+def test_groups_need_not_be_lists():
+    """Parameters in a tuple are parameters, and what is no tensor is an error."""
+    parameter = nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.ones(2)
+    optimizer = SGD([parameter], lr=1.0)
+    optimizer.param_groups[0]["params"] = (parameter,)
+    optimizer.step()
+    assert torch.equal(parameter.data, -torch.ones(2))
+    optimizer.param_groups[0]["params"] = [1]
+    with pytest.raises(TypeError, match="expected a tensor"):
+        optimizer.step()
+
+
 def test_infinite_parameters_and_unwritten_buffers_stay_out():
     """A term that is switched off does not turn Inf into NaN."""
     parameter = nn.Parameter(torch.tensor([float("inf"), 1.0]))

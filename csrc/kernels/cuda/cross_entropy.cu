@@ -11,13 +11,13 @@ namespace lightkit::cuda {
 namespace {
 
 constexpr int kBlockThreads = 256;
-constexpr int kMaxRowThreads = 1024;
+constexpr int kMaxRowThreads = 256;
 constexpr unsigned kFullMask = 0xffffffffu;
 
 // A row is kept in registers if its share of a thread is at most this many packs.
 constexpr int kHeldPacks = 8;
 
-// log2(e): exp(x) is computed as exp2(x log2 e), one instruction on the device.
+// exp(x) as exp2(x log2 e), which the device has in hardware.
 template <typename acc_t>
 __device__ __forceinline__ acc_t fast_exp(acc_t x) {
   if constexpr (sizeof(acc_t) == sizeof(float)) {
@@ -94,7 +94,7 @@ __device__ Normalizer<acc_t> reduce_row(Normalizer<acc_t> value, int threads, No
 // blockDim = (threads a row, rows a block). With `packed`, rows start on 16-byte boundaries and hold whole
 // packs; with `held` too, a row is read from memory once and kept in registers for the gradient.
 template <typename scalar_t, bool packed, bool held>
-__global__ void rows_kernel(CrossEntropyRows args) {
+__global__ void __launch_bounds__(kMaxRowThreads) rows_kernel(CrossEntropyRows args) {
   using acc_t = accumulator_t<scalar_t>;
   constexpr int width = packed ? Pack<scalar_t>::size : 1;
   __shared__ Normalizer<acc_t> scratch[kMaxRowThreads / 32];
@@ -252,7 +252,7 @@ __global__ void rows_kernel(CrossEntropyRows args) {
   }
 }
 
-// Sum over a block in an order that does not depend on timing; thread 0 has the result.
+// Sum over a block in an order that does not depend on timing; every thread gets it.
 __device__ double block_sum(double value) {
   __shared__ double partial[kBlockThreads / 32];
   for (int offset = 16; offset > 0; offset /= 2) {

@@ -1,4 +1,4 @@
-// What the CUDA kernels share: accumulators, 16-byte packs, reductions.
+// What the CUDA kernels share: accumulators and 16-byte packs.
 #pragma once
 
 #include <cuda_bf16.h>
