@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 QUICK = ["+experiment=cnn", "+debug=quick"]
 
 
-def fails(result, *expected):
+def assert_fails(result, *expected):
     """The command failed with one error that says all this, and without a traceback."""
     assert result.returncode == 1, result.stdout
     assert "Traceback" not in result.stderr
@@ -46,7 +46,7 @@ def fails(result, *expected):
 )
 def test_train(command, tmp_path, arguments, expected):
     """Unknown names come with the nearest right ones, wrong values with what was expected."""
-    fails(command("train", *arguments, cwd=tmp_path), *expected)
+    assert_fails(command("train", *arguments, cwd=tmp_path), *expected)
 
 
 def test_read_only_output_directory(command, tmp_path):
@@ -56,10 +56,10 @@ def test_read_only_output_directory(command, tmp_path):
     if os.geteuid() == 0:
         # Permissions do not bind root: a file where a directory should be does.
         (place / "runs").write_text("in the way")
-        fails(command("train", *QUICK, cwd=place), "runs")
+        assert_fails(command("train", *QUICK, cwd=place), "runs")
     else:
         place.chmod(0o555)
-        fails(command("train", *QUICK, cwd=place), "Permission denied")
+        assert_fails(command("train", *QUICK, cwd=place), "Permission denied")
         place.chmod(0o755)
 
 
@@ -106,20 +106,20 @@ def test_corrupt_checkpoint(command, tmp_path, checkpoint):
     broken.write_bytes(checkpoint.read_bytes()[:5000])
     for name, arguments in (("train", QUICK), ("evaluate", []), ("predict", ["input=x.png"])):
         (tmp_path / "x.png").write_bytes(b"")
-        fails(command(name, f"ckpt_path={broken}", *arguments, cwd=tmp_path), "damaged or not a checkpoint")
+        assert_fails(command(name, f"ckpt_path={broken}", *arguments, cwd=tmp_path), "damaged or not a checkpoint")
     assert broken.stat().st_size == 5000
 
 
 def test_checkpoint_of_another_model(command, tmp_path, checkpoint):
     """Resuming with another architecture says what differs."""
     result = command("train", *QUICK, f"ckpt_path={checkpoint}", "model.image_size=32", cwd=tmp_path)
-    fails(result, "a checkpoint of another model", "classifier.1.weight")
+    assert_fails(result, "a checkpoint of another model", "classifier.1.weight")
 
 
 def test_checkpoint_without_configuration(command, tmp_path):
     """A checkpoint of some other program is said to be that."""
     torch.save({"state_dict": {}}, tmp_path / "plain.ckpt")
-    fails(command("evaluate", "ckpt_path=plain.ckpt", cwd=tmp_path), "was not made by lightkit.train")
+    assert_fails(command("evaluate", "ckpt_path=plain.ckpt", cwd=tmp_path), "was not made by lightkit.train")
 
 
 def test_corrupt_idx_file(command, tmp_path):
@@ -132,7 +132,7 @@ def test_corrupt_idx_file(command, tmp_path):
     ):
         (tmp_path / name).write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 9, 1, 2]))
     result = command("train", *QUICK, "data=fashion_mnist", f"data.data_dir={tmp_path}", cwd=tmp_path)
-    fails(result, "train-images-idx3-ubyte is truncated: 10 bytes")
+    assert_fails(result, "train-images-idx3-ubyte is truncated: 10 bytes")
 
 
 def test_folder_with_a_text_file(command, tmp_path, checkpoint):
@@ -140,7 +140,7 @@ def test_folder_with_a_text_file(command, tmp_path, checkpoint):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "readme.txt").write_text("hello")
     result = command("predict", f"ckpt_path={checkpoint}", "input=in", cwd=tmp_path)
-    fails(result, "not PNG or JPEG pictures: readme.txt")
+    assert_fails(result, "not PNG or JPEG pictures: readme.txt")
 
 
 @pytest.mark.parametrize("missing", ["ckpt_path", "input"])
@@ -148,7 +148,7 @@ def test_missing_argument(command, tmp_path, checkpoint, missing):
     """What must be given is named."""
     given = {"ckpt_path": str(checkpoint), "input": "."}
     arguments = [f"{key}={value}" for key, value in given.items() if key != missing]
-    fails(command("predict", *arguments, cwd=tmp_path), missing)
+    assert_fails(command("predict", *arguments, cwd=tmp_path), missing)
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="mounts a small file system")

@@ -50,7 +50,7 @@ def run(optimizer_class, parameters, steps=4, **options):
     return optimizer
 
 
-def compare(ours, theirs, dtype=torch.float32):
+def assert_same(ours, theirs, dtype=torch.float32):
     """Equal up to a few roundings: torch rounds after each operation, we once."""
     tolerance = {"rtol": 8 * torch.finfo(dtype).eps, "atol": 8 * torch.finfo(dtype).eps}
     for own, other in zip(ours, theirs, strict=True):
@@ -63,11 +63,11 @@ def test_same_steps_as_torch(dtype, options):
     """Every option, at every size where a loop ends, moves parameters and buffers as torch does."""
     ours, theirs = make_parameters(SIZES, dtype), make_parameters(SIZES, dtype)
     optimizer, reference = run(SGD, ours, **options), run(torch.optim.SGD, theirs, foreach=False, **options)
-    compare(ours, theirs, dtype)
+    assert_same(ours, theirs, dtype)
     for own, other in zip(ours, theirs, strict=True):
         assert optimizer.state[own].keys() == reference.state[other].keys()
         if "momentum_buffer" in optimizer.state[own]:
-            compare([optimizer.state[own]["momentum_buffer"]], [reference.state[other]["momentum_buffer"]], dtype)
+            assert_same([optimizer.state[own]["momentum_buffer"]], [reference.state[other]["momentum_buffer"]], dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -117,7 +117,7 @@ def test_any_options_as_torch(sizes, lr, momentum, dampening, weight_decay, maxi
         for step in range(3):
             set_gradients(parameters, step)
             optimizer.step()
-    compare(ours, theirs, torch.float64)
+    assert_same(ours, theirs, torch.float64)
 
 
 def test_groups_and_changes_at_any_time():
@@ -141,7 +141,7 @@ def test_groups_and_changes_at_any_time():
             optimizer.step()
             scheduler.step()
         results.append(parameters)
-    compare(*results)
+    assert_same(*results)
 
 
 def test_tensor_learning_rate():
@@ -150,7 +150,7 @@ def test_tensor_learning_rate():
     for parameters, optimizer in ((ours, SGD(ours, lr=torch.tensor(0.1))), (theirs, torch.optim.SGD(theirs, lr=0.1))):
         set_gradients(parameters, 0)
         optimizer.step()
-    compare(ours, theirs)
+    assert_same(ours, theirs)
 
 
 @pytest.mark.parametrize("first_class", [SGD, torch.optim.SGD])
@@ -173,7 +173,7 @@ def test_state_dict_exchange(first_class, second_class):
         for group, optimizer in ((uninterrupted, reference), (parameters, second)):
             set_gradients(group, step)
             optimizer.step()
-    compare(parameters, uninterrupted)
+    assert_same(parameters, uninterrupted)
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["copy", "pickle"])
@@ -189,7 +189,7 @@ def test_copies_are_independent(duplicate):
     assert torch.equal(parameters[0], before)
     set_gradients(parameters, 9)
     optimizer.step()
-    compare(parameters, copied)
+    assert_same(parameters, copied)
 
 
 def test_missing_late_and_returning_gradients():
@@ -206,7 +206,7 @@ def test_missing_late_and_returning_gradients():
                 parameters[2].grad = None
             optimizer.step()
         results.append(parameters)
-    compare(*results)
+    assert_same(*results)
 
 
 def test_moved_and_repointed_parameters():
@@ -261,7 +261,7 @@ def test_any_memory_layout(momentum):
                     parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
             optimizer.step()
         results.append(parameters)
-    compare(*results)
+    assert_same(*results)
     assert [p.stride() for p in results[0]] == [t.stride() for t in tensors()]
 
 
@@ -285,7 +285,7 @@ def test_sparse_gradients_as_torch():
         embedding(torch.tensor([1, 1, 4])).sum().backward()
         optimizer.step()
         results.append(list(embedding.parameters()))
-    compare(*results)
+    assert_same(*results)
 
 
 def test_hooks_run_once_on_torchs_loop():
@@ -461,4 +461,4 @@ def test_without_the_native_library(monkeypatch):
     ours, theirs = make_parameters([40]), make_parameters([40])
     run(SGD, ours, momentum=0.9)
     run(torch.optim.SGD, theirs, momentum=0.9)
-    compare(ours, theirs)
+    assert_same(ours, theirs)
