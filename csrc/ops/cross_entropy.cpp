@@ -7,15 +7,23 @@
 
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/graph_task.h>
+#include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
+
+#include <memory>
+#include <mutex>
+#include <string>
+#include <type_traits>
+#include <utility>
 
 namespace lightkit {
 namespace {
 
 using at::Tensor;
-using torch::autograd::AutogradContext;
+using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
 Results forward_meta(
@@ -149,78 +157,91 @@ void check_inplace(const Tensor& logits) {
       reason == nullptr, "cross_entropy: inplace=True cannot give the memory of these logits to their gradient: ", reason);
 }
 
-class CrossEntropy : public torch::autograd::Function<CrossEntropy> {
+// The node of the backward graph. It is written out, not made by torch::autograd::Function, whose bookkeeping
+// takes longer than a small loss.
+class CrossEntropyBackward : public torch::autograd::Node {
  public:
-  static variable_list forward(
-      AutogradContext* ctx,
-      const Tensor& logits,
-      const Tensor& target,
-      const std::optional<Tensor>& weight,
-      LIGHTKIT_OPTION_PARAMETERS,
-      bool with_lse,
-      bool inplace) {
-    Tensor loss, lse, gradient;
-    {
-      at::AutoDispatchBelowADInplaceOrView guard;
-      if (inplace) {
-        gradient = logits.detach();
-        std::tie(loss, lse) = call_forward_inplace(gradient, target, weight, LIGHTKIT_OPTION_ARGUMENTS, with_lse);
-        // Whoever saved the logits for a backward of their own must learn that they are gone.
-        logits.unsafeGetTensorImpl()->bump_version();
-      } else {
-        std::tie(loss, lse, gradient) =
-            call_forward(logits, target, weight, LIGHTKIT_OPTION_ARGUMENTS, /*with_gradient=*/true, with_lse);
-        // The logits serve only a second derivative.
-        ctx->save_for_backward({logits, target, weight.value_or(Tensor())});
-      }
+  CrossEntropyOptions options;
+  bool inplace;
+  SavedVariable logits, target, weight;  // for a second derivative alone; not kept where `inplace`
+  Tensor gradient;                       // given away in the first backward, unless that keeps the graph
+
+  variable_list apply(variable_list&& grad_outputs) override {
+    const std::lock_guard lock(mutex_);
+    const Tensor& grad_loss = grad_outputs[0];
+    if (!grad_loss.defined()) {
+      return {Tensor()};
     }
-    // Not a saved variable: backward gives it away.
-    ctx->saved_data["gradient"] = gradient;
-    ctx->saved_data["options"] =
-        c10::ivalue::Tuple::create({reduction, ignore_index, label_smoothing, z_loss, softcap, inplace});
-    ctx->mark_non_differentiable({lse});
-    return {loss, lse};
+    if (at::GradMode::is_enabled()) {
+      TORCH_CHECK(!inplace, "cross_entropy: with inplace=True there is no second derivative: the logits are gone");
+      return {differentiable_gradient(logits.unpack(), target.unpack(), weight.unpack(), grad_loss, options)};
+    }
+    TORCH_CHECK(
+        gradient.defined(),
+        "Trying to backward through the graph a second time: cross_entropy gave its gradient away in the first "
+        "backward. Specify retain_graph=True there if you need another.");
+    const Tensor upstream = options.reduction == Reduction::None ? grad_loss.unsqueeze(class_dim(gradient)) : grad_loss;
+    if (is_concrete(gradient) && !torch::autograd::get_current_graph_task_keep_graph()) {
+      return {call_apply_upstream(std::exchange(gradient, Tensor()), upstream)};
+    }
+    return {(gradient * upstream).to(gradient.scalar_type())};
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
-    const auto saved_options = ctx->saved_data["options"].toTuple();
-    const auto& elements = saved_options->elements();
-    const CrossEntropyOptions options{
-        static_cast<Reduction>(elements[0].toInt()),
-        elements[1].toInt(),
-        elements[2].toDouble(),
-        elements[3].toDouble(),
-        elements[4].toDouble(),
-        std::nullopt};
-    const bool inplace = elements[5].toBool();
-    const Tensor& grad_loss = grad_outputs[0];
-    Tensor grad_logits;
-    if (!grad_loss.defined()) {
-      // Nothing flows back.
-    } else if (at::GradMode::is_enabled()) {
-      TORCH_CHECK(!inplace, "cross_entropy: with inplace=True there is no second derivative: the logits are gone");
-      const auto saved = ctx->get_saved_variables();
-      grad_logits = differentiable_gradient(saved[0], saved[1], saved[2], grad_loss, options);
-    } else {
-      const auto found = ctx->saved_data.find("gradient");
-      TORCH_CHECK(
-          found != ctx->saved_data.end(),
-          "Trying to backward through the graph a second time: cross_entropy gave its gradient away in the first "
-          "backward. Specify retain_graph=True there if you need another.");
-      const Tensor gradient = found->second.toTensor();
-      const Tensor upstream = options.reduction == Reduction::None ? grad_loss.unsqueeze(class_dim(gradient)) : grad_loss;
-      if (is_concrete(gradient) && !torch::autograd::get_current_graph_task_keep_graph()) {
-        ctx->saved_data.erase(found);
-        grad_logits = call_apply_upstream(gradient, upstream);
-      } else {
-        grad_logits = (gradient * upstream).to(gradient.scalar_type());
-      }
-    }
-    variable_list gradients(11);
-    gradients[0] = grad_logits;
-    return gradients;
+  std::string name() const override {
+    return "CrossEntropyBackward";
+  }
+
+  void release_variables() override {
+    const std::lock_guard lock(mutex_);
+    logits.reset_data();
+    target.reset_data();
+    weight.reset_data();
+    gradient = Tensor();
   }
 };
+
+// torch counts the references of a node in itself from 2.13 on, and with std::shared_ptr before.
+template <typename T>
+auto make_node() {
+  if constexpr (std::is_base_of_v<c10::intrusive_ptr_target, T>) {
+    return c10::make_intrusive<T>();
+  } else {
+    return std::make_shared<T>();
+  }
+}
+
+std::tuple<Tensor, Tensor> cross_entropy_with_gradient(
+    const Tensor& logits,
+    const Tensor& target,
+    const std::optional<Tensor>& weight,
+    LIGHTKIT_OPTION_PARAMETERS,
+    bool with_lse,
+    bool inplace) {
+  const auto node = make_node<CrossEntropyBackward>();
+  node->options = make_options(LIGHTKIT_OPTION_ARGUMENTS);
+  node->inplace = inplace;
+  node->set_next_edges(torch::autograd::collect_next_edges(logits));
+  Tensor loss, lse;
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    if (inplace) {
+      node->gradient = logits.detach();
+      std::tie(loss, lse) = call_forward_inplace(node->gradient, target, weight, LIGHTKIT_OPTION_ARGUMENTS, with_lse);
+      // Whoever saved the logits for a backward of their own must learn that they are gone.
+      logits.unsafeGetTensorImpl()->bump_version();
+    } else {
+      std::tie(loss, lse, node->gradient) =
+          call_forward(logits, target, weight, LIGHTKIT_OPTION_ARGUMENTS, /*with_gradient=*/true, with_lse);
+    }
+  }
+  if (!inplace) {
+    node->logits = SavedVariable(logits, /*is_output=*/false);
+    node->target = SavedVariable(target, /*is_output=*/false);
+    node->weight = SavedVariable(weight.value_or(Tensor()), /*is_output=*/false);
+  }
+  torch::autograd::set_history(loss, node);
+  return {loss, lse};
+}
 
 std::tuple<Tensor, Tensor> cross_entropy(
     const Tensor& logits,
@@ -247,9 +268,7 @@ std::tuple<Tensor, Tensor> cross_entropy_autograd(
     if (take_memory) {
       check_inplace(logits);
     }
-    auto results =
-        CrossEntropy::apply(logits, target, weight, LIGHTKIT_OPTION_ARGUMENTS, return_lse, take_memory);
-    return {results[0], results[1]};
+    return cross_entropy_with_gradient(logits, target, weight, LIGHTKIT_OPTION_ARGUMENTS, return_lse, take_memory);
   }
   at::AutoDispatchBelowADInplaceOrView guard;
   return cross_entropy(logits, target, weight, LIGHTKIT_OPTION_ARGUMENTS, return_lse, inplace);

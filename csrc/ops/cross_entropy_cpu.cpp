@@ -5,8 +5,10 @@
 #include "cross_entropy.h"
 
 #include <ATen/ATen.h>
+#include <c10/util/SmallBuffer.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <numeric>
 
 namespace lightkit {
@@ -66,6 +68,21 @@ double ordered_sum(const acc_t* values, int64_t count) {
   return std::accumulate(sums, sums + lanes, 0.0);
 }
 
+// at::scalar_tensor without its detour through fill_.
+Tensor scalar(double value, const at::TensorOptions& options) {
+  Tensor tensor = at::empty({}, options);
+  switch (tensor.scalar_type()) {
+    case at::kFloat:
+      *tensor.mutable_data_ptr<float>() = static_cast<float>(value);
+      return tensor;
+    case at::kDouble:
+      *tensor.mutable_data_ptr<double>() = value;
+      return tensor;
+    default:
+      return tensor.fill_(value);
+  }
+}
+
 template <typename T>
 const T* data_or_null(const Tensor& tensor) {
   return tensor.defined() ? tensor.const_data_ptr<T>() : nullptr;
@@ -86,7 +103,13 @@ std::tuple<Tensor, Tensor> run(
   const auto make = [&](at::IntArrayRef sizes) {
     return problem.classes == 0 ? at::zeros(sizes, acc_options) : at::empty(sizes, acc_options);
   };
-  const Tensor losses = make({problem.rows});
+  const bool reduced = options.reduction != Reduction::None;
+  // Losses that are only summed need no tensor of their own.
+  const Tensor row_losses = reduced ? Tensor() : make({problem.rows});
+  c10::SmallBuffer<acc_t, 512> summands(reduced ? problem.rows : 0);
+  if (problem.classes == 0) {
+    std::fill(summands.begin(), summands.end(), acc_t(0));
+  }
   const Tensor lse = with_lse ? make(loss_sizes(logits)) : at::empty({0}, acc_options);
   const bool mean = options.reduction == Reduction::Mean;
 
@@ -104,17 +127,16 @@ std::tuple<Tensor, Tensor> run(
       .z_loss = static_cast<acc_t>(options.z_loss),
       .softcap = static_cast<acc_t>(options.softcap),
       .gradient_scale = static_cast<acc_t>(mean ? 1 / denominator : 1),
-      .losses = losses.mutable_data_ptr<acc_t>(),
+      .losses = reduced ? summands.data() : row_losses.mutable_data_ptr<acc_t>(),
       .lse = with_lse ? lse.mutable_data_ptr<acc_t>() : nullptr,
       .gradient = gradient.defined() ? gradient.mutable_data_ptr<scalar_t>() : nullptr,
   });
 
   const auto loss_type = options.dtype.value_or(logits.scalar_type());
-  if (options.reduction == Reduction::None) {
-    return {losses.view(loss_sizes(logits)).to(loss_type), lse};
+  if (!reduced) {
+    return {row_losses.view(loss_sizes(logits)).to(loss_type), lse};
   }
-  const double loss = ordered_sum(losses.const_data_ptr<acc_t>(), problem.rows) / (mean ? denominator : 1);
-  return {at::scalar_tensor(loss, logits.options().dtype(loss_type)), lse};
+  return {scalar(ordered_sum(summands.data(), problem.rows) / (mean ? denominator : 1), logits.options().dtype(loss_type)), lse};
 }
 
 std::tuple<Tensor, Tensor> dispatch(

@@ -106,7 +106,7 @@ def cross_entropy(
             return_lse=return_lse,
             inplace=inplace,
         )
-    loss, lse = torch.ops.lightkit.cross_entropy.default(
+    arguments = (
         input,
         target,
         weight,
@@ -119,7 +119,10 @@ def cross_entropy(
         return_lse,
         inplace,
     )
-    return (loss, lse) if return_lse else loss
+    if torch.compiler.is_compiling() or _is_overridden(input, target):
+        loss, lse = torch.ops.lightkit.cross_entropy.default(*arguments)
+        return (loss, lse) if return_lse else loss
+    return native.load().cross_entropy(*arguments)
 
 
 def cross_entropy_reference(
@@ -196,6 +199,11 @@ def _has_kernel(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
         # DTensor and its like bring a dispatch of their own, which does not know the op.
         and (type(input) in (Tensor, Parameter) or not is_traceable_wrapper_subclass(input))
     )
+
+
+def _is_overridden(*tensors: Tensor) -> bool:
+    """Whether ``__torch_function__`` of a subclass or a mode is to see the op."""
+    return torch._C._len_torch_function_stack() > 0 or any(type(t) not in (Tensor, Parameter) for t in tensors)
 
 
 @torch.compiler.assume_constant_result

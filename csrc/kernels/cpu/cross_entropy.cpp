@@ -34,7 +34,14 @@ void cross_entropy(const CrossEntropyRows<scalar_t>& args) {
     });
   } else {
     const int64_t grain = std::max<int64_t>(1, kGrain / args.classes);
-    at::parallel_for(0, args.rows, grain, [&](int64_t begin, int64_t end) { wide_rows(args, begin, end); });
+    const bool extras = args.softcap != 0 || args.smooth != nullptr || args.probabilities != nullptr;
+    at::parallel_for(0, args.rows, grain, [&](int64_t begin, int64_t end) {
+      if (extras) {
+        WideRows<scalar_t, true>(args).run(begin, end);
+      } else {
+        WideRows<scalar_t, false>(args).run(begin, end);
+      }
+    });
   }
 }
 

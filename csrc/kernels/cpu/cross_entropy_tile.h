@@ -113,7 +113,7 @@ class Tile {
     Vec offset(acc_t(0));
     for (int64_t c = 0; c < args_.classes; ++c) {
       const Vec shifted = at(logits_, c) - maximum;
-      const Vec e = exp_nonpositive(shifted);
+      const Vec e = exp_bounded(shifted);
       sum = sum + e;
       e.store(results_ + c * kLanes);
       if (has_soft()) {

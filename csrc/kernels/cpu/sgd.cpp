@@ -5,7 +5,6 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <array>
 
 namespace lightkit::cpu {
 namespace {
@@ -17,33 +16,6 @@ constexpr int64_t kGrain = 32768;
 
 // Threads meet only at multiples of this many elements of a tensor, so that no cache line has two writers.
 constexpr int64_t kAlignment = 64;
-
-// One to two vectors of accumulators: what one vector of scalar_t unpacks to.
-template <typename scalar_t>
-struct Pack {
-  using acc_t = accumulator_t<scalar_t>;
-  static constexpr int64_t size = Vectorized<scalar_t>::size();
-  static constexpr int parts = static_cast<int>(size / Vectorized<acc_t>::size());
-  std::array<Vectorized<acc_t>, parts> part;
-
-  static Pack load(const scalar_t* data, int64_t count = size) {
-    const auto packed = Vectorized<scalar_t>::loadu(data, count);
-    if constexpr (parts == 1) {
-      return {{packed}};
-    } else {
-      const auto [low, high] = at::vec::convert_to_float<scalar_t>(packed);
-      return {{low, high}};
-    }
-  }
-
-  void store(scalar_t* data, int64_t count = size) const {
-    if constexpr (parts == 1) {
-      part[0].store(data, static_cast<int>(count));
-    } else {
-      at::vec::convert_from_float<scalar_t>(part[0], part[1]).store(data, static_cast<int>(count));
-    }
-  }
-};
 
 enum class Momentum { None, First, Plain, Nesterov, FirstNesterov };
 

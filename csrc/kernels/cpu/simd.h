@@ -6,6 +6,8 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <type_traits>
 
@@ -17,6 +19,76 @@ using accumulator_t = std::conditional_t<std::is_same_v<scalar_t, double>, doubl
 
 template <typename scalar_t>
 inline constexpr bool is_half = std::is_same_v<scalar_t, at::BFloat16> || std::is_same_v<scalar_t, at::Half>;
+
+// What one vector of scalar_t unpacks to: one vector of accumulators, or two for half precision.
+template <typename scalar_t>
+struct Pack {
+  using acc_t = accumulator_t<scalar_t>;
+  using Vec = at::vec::Vectorized<acc_t>;
+  static constexpr int64_t size = at::vec::Vectorized<scalar_t>::size();
+  static constexpr int parts = static_cast<int>(size / Vec::size());
+  std::array<Vec, parts> part;
+
+  static Pack unpack(const at::vec::Vectorized<scalar_t>& packed) {
+    if constexpr (parts == 1) {
+      return {{packed}};
+    } else {
+      const auto [low, high] = at::vec::convert_to_float<scalar_t>(packed);
+      return {{low, high}};
+    }
+  }
+
+  // Lanes from `count` on are 0.
+  static Pack load(const scalar_t* data, int64_t count = size) {
+    return unpack(at::vec::Vectorized<scalar_t>::loadu(data, count));
+  }
+
+  // Lanes from `count` on are `fill`.
+  static Pack load(const scalar_t* data, int64_t count, scalar_t fill) {
+    if (count == size) {
+      return load(data);
+    }
+    std::array<scalar_t, size> lanes;
+    lanes.fill(fill);
+    std::copy_n(data, count, lanes.data());
+    return load(lanes.data());
+  }
+
+  at::vec::Vectorized<scalar_t> packed() const {
+    if constexpr (parts == 1) {
+      return part[0];
+    } else {
+      return at::vec::convert_from_float<scalar_t>(part[0], part[1]);
+    }
+  }
+
+  void store(scalar_t* data, int64_t count = size) const {
+    packed().store(data, static_cast<int>(count));
+  }
+};
+
+// Stores past the caches, for results that do not fit into them: an ordinary store reads the line first.
+// `data` is aligned to a vector. A thread orders its streamed stores before those that follow by stream_fence().
+template <typename scalar_t>
+void stream(const at::vec::Vectorized<scalar_t>& v, scalar_t* data) {
+#if defined(CPU_CAPABILITY_AVX512)
+  alignas(64) scalar_t lanes[at::vec::Vectorized<scalar_t>::size()];
+  v.store(lanes);
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(data), _mm512_load_si512(lanes));
+#elif defined(CPU_CAPABILITY_AVX2)
+  alignas(32) scalar_t lanes[at::vec::Vectorized<scalar_t>::size()];
+  v.store(lanes);
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(data), _mm256_load_si256(reinterpret_cast<const __m256i*>(lanes)));
+#else
+  v.store(data);
+#endif
+}
+
+inline void stream_fence() {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  _mm_sfence();
+#endif
+}
 
 // `count` values as accumulators: the data itself where the types agree, else converted into `buffer`.
 template <typename scalar_t>
@@ -30,13 +102,13 @@ inline const accumulator_t<scalar_t>* as_accumulators(
   }
 }
 
-// exp(x) for x <= 0, with an absolute error below 2e-7; exactly 0 from -88 down; NaN stays NaN.
+// exp(x) for x <= 88, with a relative error below 2e-7; exactly 0 from -88 down; NaN stays NaN.
 //
 // x = n ln 2 + r with |r| <= ln(2) / 2, then a degree-5 minimax polynomial in r, times 2^n. Adding 1.5 * 2^23
 // rounds to an integer and leaves it in the low bits of the sum; with 127 added too, shifted by 23, these are
 // the bits of 2^n, and 0 for the n that the clamp at -88 gives: what would underflow is 0 at no cost. One part
 // of ln 2 is enough: its error counts where n is large, and there the result is next to nothing.
-inline at::vec::Vectorized<float> exp_nonpositive(at::vec::Vectorized<float> x) {
+inline at::vec::Vectorized<float> exp_bounded(at::vec::Vectorized<float> x) {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
   using Vec = at::vec::Vectorized<float>;
   using IntVec = at::vec::Vectorized<int32_t>;
@@ -57,10 +129,9 @@ inline at::vec::Vectorized<float> exp_nonpositive(at::vec::Vectorized<float> x) 
 #endif
 }
 
-inline at::vec::Vectorized<double> exp_nonpositive(at::vec::Vectorized<double> x) {
+inline at::vec::Vectorized<double> exp_bounded(at::vec::Vectorized<double> x) {
   return x.exp();
 }
-
 
 template <typename acc_t>
 acc_t horizontal_sum(const at::vec::Vectorized<acc_t>& v) {
@@ -70,26 +141,6 @@ acc_t horizontal_sum(const at::vec::Vectorized<acc_t>& v) {
 template <typename acc_t>
 acc_t horizontal_max(const at::vec::Vectorized<acc_t>& v) {
   return at::vec::vec_reduce_all<acc_t>([](const auto& a, const auto& b) { return at::vec::maximum(a, b); }, v);
-}
-
-// Calls f(i, n) for the whole vectors of a block and, with n < width, for what is left at its end.
-template <typename acc_t, typename F>
-void for_each_vector(int64_t count, const F& f) {
-  constexpr int64_t width = at::vec::Vectorized<acc_t>::size();
-  int64_t i = 0;
-  for (; i + width <= count; i += width) {
-    f(i, width);
-  }
-  if (i < count) {
-    f(i, count - i);
-  }
-}
-
-// The first `count` lanes of a vector from memory, the others `fill`.
-template <typename acc_t>
-at::vec::Vectorized<acc_t> load(const acc_t* data, int64_t count, acc_t fill) {
-  using Vec = at::vec::Vectorized<acc_t>;
-  return count == Vec::size() ? Vec::loadu(data) : Vec::set(Vec(fill), Vec::loadu(data, count), count);
 }
 
 }  // namespace lightkit::cpu
