@@ -4,6 +4,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
+#include <cmath>
 #include <map>
 #include <optional>
 #include <utility>
@@ -33,17 +34,6 @@ double number(const py::handle& group, const char* key) {
 
 bool flag(const py::handle& group, const char* key) {
   return PyObject_IsTrue(item(group, key).ptr()) == 1;
-}
-
-SgdOptions options_of(const py::handle& group) {
-  return {
-      .lr = number(group, "lr"),
-      .momentum = number(group, "momentum"),
-      .dampening = number(group, "dampening"),
-      .weight_decay = number(group, "weight_decay"),
-      .nesterov = flag(group, "nesterov"),
-      .maximize = flag(group, "maximize"),
-  };
 }
 
 std::optional<SgdType> kernel_type(at::ScalarType type) {
@@ -85,13 +75,16 @@ void run(const std::vector<SgdTensor>& tensors, c10::Device device) {
   cpu::sgd(tensors);
 }
 
-// `tensor` with the dtype, device and order of elements in memory of `like`, which is dense.
-Tensor laid_out_as(const Tensor& tensor, const Tensor& like) {
-  if (tensor.strides() == like.strides() && tensor.scalar_type() == like.scalar_type() &&
-      tensor.device() == like.device()) {
+// `tensor` as `type`, with the device and the order of elements in memory of `like`, which is dense.
+Tensor laid_out_as(const Tensor& tensor, const Tensor& like, at::ScalarType type) {
+  if (tensor.strides() == like.strides() && tensor.scalar_type() == type && tensor.device() == like.device()) {
     return tensor;
   }
-  return at::empty_like(like).copy_(tensor);
+  return at::empty_like(like, type).copy_(tensor);
+}
+
+bool is_half(at::ScalarType type) {
+  return type == at::kBFloat16 || type == at::kHalf;
 }
 
 py::list parameters_of(const py::handle& group) {
@@ -139,20 +132,47 @@ bool SgdPlan::is_current(const py::list& param_groups, const py::dict& state) co
       if (PyList_GET_ITEM(parameters.ptr(), i) != entry.parameter.ptr()) {
         return false;
       }
-      if (entry.state && PyDict_GetItemString(entry.state.ptr(), "momentum_buffer") != entry.momentum.ptr()) {
-        return false;
+      for (int slot = 0; entry.state && slot < kSlots; ++slot) {
+        if (PyDict_GetItemString(entry.state.ptr(), kNames[slot]) != entry.buffers[slot].ptr()) {
+          return false;
+        }
       }
     }
   }
   return true;
 }
 
-void SgdPlan::rebuild(const py::list& param_groups, const py::dict& state) {
-  groups_.clear();
+SgdPlan::Group SgdPlan::read_group(const py::handle& group, double inverse_scale) {
+  const py::handle ema_decay = item(group, "ema_decay");
+  return {
+      .options =
+          {
+              .lr = number(group, "lr"),
+              .momentum = number(group, "momentum"),
+              .dampening = number(group, "dampening"),
+              .weight_decay = number(group, "weight_decay"),
+              .nesterov = flag(group, "nesterov"),
+              .maximize = flag(group, "maximize"),
+              .ema_decay = ema_decay.is_none() ? 0 : number(group, "ema_decay"),
+              .gradient_factor = inverse_scale,
+          },
+      .master_weights = flag(group, "master_weights"),
+      .averaged = !ema_decay.is_none(),
+      .stochastic = flag(group, "stochastic_rounding"),
+      .seed = PyLong_AsUnsignedLongLongMask(item(group, "rounding_seed").ptr()),
+  };
+}
+
+void SgdPlan::remember_items(const py::dict& state) {
   state_items_.clear();
   for (const auto& [key, value] : state) {
     state_items_.emplace_back(py::reinterpret_borrow<py::object>(key), py::reinterpret_borrow<py::object>(value));
   }
+}
+
+void SgdPlan::rebuild(const py::list& param_groups, const py::dict& state) {
+  groups_.clear();
+  remember_items(state);
   for (const auto& group : param_groups) {
     auto& entries = groups_.emplace_back();
     for (const auto& parameter : parameters_of(group)) {
@@ -160,28 +180,58 @@ void SgdPlan::rebuild(const py::list& param_groups, const py::dict& state) {
       entry.parameter = py::reinterpret_borrow<py::object>(parameter);
       if (PyDict_Contains(state.ptr(), parameter.ptr()) == 1) {
         entry.state = py::reinterpret_borrow<py::object>(PyDict_GetItem(state.ptr(), parameter.ptr()));
-        entry.momentum =
-            py::reinterpret_borrow<py::object>(PyDict_GetItemString(entry.state.ptr(), "momentum_buffer"));
+        for (int slot = 0; slot < kSlots; ++slot) {
+          entry.buffers[slot] =
+              py::reinterpret_borrow<py::object>(PyDict_GetItemString(entry.state.ptr(), kNames[slot]));
+        }
       }
       entries.push_back(std::move(entry));
     }
   }
 }
 
+// Finds or makes one of the buffers of a parameter.
+void SgdPlan::use_buffer(Update& update, Slot slot, at::ScalarType type) {
+  const py::object& held = update.entry->buffers[slot];
+  update.first[slot] = !holds_tensor(held);
+  if (update.first[slot]) {
+    update.buffers[slot] = at::empty_like(update.parameter, type);
+    return;
+  }
+  const Tensor& buffer = unpack(held);
+  TORCH_CHECK(
+      buffer.sizes() == update.parameter.sizes(),
+      "SGD: a parameter of shape ",
+      update.parameter.sizes(),
+      " has a ",
+      kNames[slot],
+      " of shape ",
+      buffer.sizes());
+  update.buffers[slot] = laid_out_as(buffer, update.parameter, type);
+}
+
 // Adds what is to be done for one parameter; false if that is not for this kernel.
-bool SgdPlan::gather(Entry& entry, const SgdOptions& options, std::vector<Update>& updates) {
-  Update update;
-  update.entry = &entry;
-  update.options = &options;
+bool SgdPlan::gather(Entry& entry, const Group& group, std::vector<Update>& updates) {
+  Update update{.entry = &entry, .options = &group.options};
   update.parameter = unpack(entry.parameter);
   const Tensor& parameter = update.parameter;
   const Tensor& gradient = parameter.grad();
   if (!gradient.defined()) {
     return true;
   }
+  const auto type = parameter.scalar_type();
   if (!is_plain(parameter) || !is_plain(gradient) || !has_kernel(parameter.device()) ||
-      gradient.device() != parameter.device() || !kernel_type(parameter.scalar_type()) ||
-      !parameter.is_non_overlapping_and_dense()) {
+      gradient.device() != parameter.device() || !kernel_type(type) || !parameter.is_non_overlapping_and_dense()) {
+    return false;
+  }
+  for (const auto& held : entry.buffers) {
+    if (holds_tensor(held) && !is_plain(unpack(held))) {
+      return false;
+    }
+  }
+  const bool master = group.master_weights && is_half(type);
+  update.stochastic = group.stochastic && !master && type == at::kBFloat16;
+  if (!parameter.is_cpu() && (master || group.averaged || update.stochastic)) {
     return false;
   }
   TORCH_CHECK(
@@ -190,45 +240,49 @@ bool SgdPlan::gather(Entry& entry, const SgdOptions& options, std::vector<Update
       parameter.sizes(),
       " has a gradient of shape ",
       gradient.sizes());
-  update.gradient = laid_out_as(gradient, parameter);
-  update.first = !holds_tensor(entry.momentum);
-  if (options.momentum != 0) {
-    if (update.first) {
-      update.momentum = at::empty_like(parameter);
-    } else {
-      const Tensor& momentum = unpack(entry.momentum);
-      if (!is_plain(momentum)) {
-        return false;
-      }
-      TORCH_CHECK(
-          momentum.sizes() == parameter.sizes(),
-          "SGD: a parameter of shape ",
-          parameter.sizes(),
-          " has a momentum buffer of shape ",
-          momentum.sizes());
-      update.momentum = laid_out_as(momentum, parameter);
+  update.gradient = laid_out_as(gradient, parameter, type);
+  if (group.options.momentum != 0) {
+    use_buffer(update, Momentum, master ? at::kFloat : type);
+  }
+  if (master) {
+    use_buffer(update, Master, at::kFloat);
+    Tensor& weight = update.buffers[Master];
+    // Whoever wrote into the parameter since the last step meant it to count.
+    const bool written = entry.version.has_value() && !parameter.is_inference() && *entry.version != parameter._version();
+    if (update.first[Master] || (written && !at::equal(weight.to(type), parameter))) {
+      weight.copy_(parameter.detach());
     }
+  }
+  if (group.averaged) {
+    use_buffer(update, Average, type == at::kDouble ? at::kDouble : at::kFloat);
+  }
+  if (update.stochastic) {
+    // Another sequence for each step and each place in it: odd factors spread both over all bits.
+    update.key = group.seed * 0x9e3779b97f4a7c15u + updates.size() * 0xbf58476d1ce4e5b9u;
   }
   updates.push_back(std::move(update));
   return true;
 }
 
-// Puts a buffer made in this step where Python, and the next step, find it.
-void SgdPlan::keep_momentum(Update& update, const py::dict& state) {
+// Puts buffers made in this step where Python, and the next step, find them.
+void SgdPlan::keep_buffers(Update& update, const py::dict& state) {
   Entry& entry = *update.entry;
-  if (!update.momentum.defined() || (!update.first && update.momentum.is_same(unpack(entry.momentum)))) {
-    return;
-  }
-  if (!entry.state) {
-    // Through __getitem__: the state of an optimizer is a defaultdict.
-    entry.state = py::reinterpret_steal<py::object>(PyObject_GetItem(state.ptr(), entry.parameter.ptr()));
+  for (int slot = 0; slot < kSlots; ++slot) {
+    const Tensor& buffer = update.buffers[slot];
+    if (!buffer.defined() || (!update.first[slot] && buffer.is_same(unpack(entry.buffers[slot])))) {
+      continue;
+    }
     if (!entry.state) {
+      // Through __getitem__: the state of an optimizer is a defaultdict.
+      entry.state = py::reinterpret_steal<py::object>(PyObject_GetItem(state.ptr(), entry.parameter.ptr()));
+      if (!entry.state) {
+        throw py::error_already_set();
+      }
+    }
+    entry.buffers[slot] = py::reinterpret_steal<py::object>(THPVariable_Wrap(buffer));
+    if (PyDict_SetItemString(entry.state.ptr(), kNames[slot], entry.buffers[slot].ptr()) != 0) {
       throw py::error_already_set();
     }
-  }
-  entry.momentum = py::reinterpret_steal<py::object>(THPVariable_Wrap(update.momentum));
-  if (PyDict_SetItemString(entry.state.ptr(), "momentum_buffer", entry.momentum.ptr()) != 0) {
-    throw py::error_already_set();
   }
 }
 
@@ -258,67 +312,104 @@ bool SgdPlan::shares_memory(const std::vector<Update>& updates) {
   return shares_memory_;
 }
 
-bool SgdPlan::step(const py::list& param_groups, const py::dict& state) {
+py::object SgdPlan::step(
+    const py::list& param_groups,
+    const py::dict& state,
+    std::optional<double> max_grad_norm,
+    bool skip_nonfinite,
+    double inverse_scale) {
   if (!is_current(param_groups, state)) {
     rebuild(param_groups, state);
   }
-  std::vector<SgdOptions> options;
-  options.reserve(groups_.size());
+  std::vector<Group> groups;
+  groups.reserve(groups_.size());
   std::vector<Update> updates;
   for (size_t g = 0; g < groups_.size(); ++g) {
-    options.push_back(options_of(param_groups[g]));
+    groups.push_back(read_group(param_groups[g], inverse_scale));
     for (auto& entry : groups_[g]) {
-      if (!gather(entry, options.back(), updates)) {
-        return false;
+      if (!gather(entry, groups.back(), updates)) {
+        return py::none();
       }
     }
   }
 
   std::map<c10::Device, std::vector<SgdTensor>, DeviceOrder> by_device;
   for (const auto& update : updates) {
+    const auto& [momentum, master, average] = update.buffers;
     by_device[update.parameter.device()].push_back({
         .parameter = update.parameter.mutable_data_ptr(),
         .gradient = update.gradient.const_data_ptr(),
-        .momentum = update.momentum.defined() ? update.momentum.mutable_data_ptr() : nullptr,
+        .momentum = momentum.defined() ? momentum.mutable_data_ptr() : nullptr,
+        .master = master.defined() ? master.mutable_data_ptr<float>() : nullptr,
+        .average = average.defined() ? average.mutable_data_ptr() : nullptr,
         .numel = update.parameter.numel(),
         .type = *kernel_type(update.parameter.scalar_type()),
-        .first = update.first,
+        .first = update.first[Momentum],
+        .first_average = update.first[Average],
+        .stochastic = update.stochastic,
+        .key = update.key,
         .options = update.options,
     });
   }
+  const bool measured = max_grad_norm.has_value() || skip_nonfinite;
+  const auto on_cpu = [](const auto& item) { return item.first.is_cpu(); };
+  if (measured && !std::all_of(by_device.begin(), by_device.end(), on_cpu)) {
+    return py::none();
+  }
   const bool one_by_one = shares_memory(updates);
+  double norm = 0;
+  bool skipped = false;
   {
     py::gil_scoped_release release;
-    for (const auto& [device, tensors] : by_device) {
-      if (one_by_one) {
-        for (const auto& tensor : tensors) {
-          run({tensor}, device);
+    if (measured) {
+      for (const auto& [device, tensors] : by_device) {
+        norm += cpu::gradient_square_sum(tensors);
+      }
+      norm = std::sqrt(norm) * std::abs(inverse_scale);
+      skipped = skip_nonfinite && !std::isfinite(norm);
+      if (max_grad_norm.has_value()) {
+        // As torch.nn.utils.clip_grad_norm_ does it. NaN comes through.
+        const double factor = *max_grad_norm / (norm + 1e-6);
+        for (auto& group : groups) {
+          group.options.gradient_factor *= factor > 1 ? 1 : factor;
         }
-      } else {
-        run(tensors, device);
       }
     }
+    if (!skipped) {
+      for (const auto& [device, tensors] : by_device) {
+        if (one_by_one) {
+          for (const auto& tensor : tensors) {
+            run({tensor}, device);
+          }
+        } else {
+          run(tensors, device);
+        }
+      }
+      for (auto& update : updates) {
+        // Autograd must notice that a tensor it saved has changed.
+        const auto bump = [](const Tensor& tensor) {
+          if (tensor.defined() && !tensor.is_inference()) {
+            tensor.unsafeGetTensorImpl()->bump_version();
+          }
+        };
+        bump(update.parameter);
+        std::for_each(update.buffers.begin(), update.buffers.end(), bump);
+        if (!update.parameter.is_inference()) {
+          update.entry->version = update.parameter._version();
+        }
+      }
+    }
+  }
+  if (!skipped) {
+    const size_t states = state.size();
     for (auto& update : updates) {
-      // Autograd must notice that a tensor it saved has changed.
-      if (!update.parameter.is_inference()) {
-        update.parameter.unsafeGetTensorImpl()->bump_version();
-      }
-      if (update.momentum.defined() && !update.momentum.is_inference()) {
-        update.momentum.unsafeGetTensorImpl()->bump_version();
-      }
+      keep_buffers(update, state);
+    }
+    if (state.size() != states) {
+      remember_items(state);
     }
   }
-  const size_t states = state.size();
-  for (auto& update : updates) {
-    keep_momentum(update, state);
-  }
-  if (state.size() != states) {
-    state_items_.clear();
-    for (const auto& [key, value] : state) {
-      state_items_.emplace_back(py::reinterpret_borrow<py::object>(key), py::reinterpret_borrow<py::object>(value));
-    }
-  }
-  return true;
+  return py::make_tuple(measured ? py::object(py::float_(norm)) : py::none(), skipped);
 }
 
 }  // namespace lightkit

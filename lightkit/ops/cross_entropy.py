@@ -80,6 +80,23 @@ def cross_entropy(
         .. [2] Chowdhery et al., PaLM: Scaling Language Modeling with Pathways, JMLR 2023.
         .. [3] Gemma Team, Gemma 2: Improving Open Language Models at a Practical Size, 2024.
     """
+    if not torch.compiler.is_compiling() and (module := native.load()) is not None:
+        result = module.cross_entropy(
+            input,
+            target,
+            weight,
+            _REDUCTIONS.get(reduction, -1),
+            ignore_index,
+            label_smoothing,
+            z_loss,
+            softcap,
+            dtype,
+            return_lse,
+            inplace,
+        )
+        if result is not NotImplemented:
+            return result
+    # From here on, what is not plain tensors and class indices: traced, transformed, wrapped, or wrong.
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, _REDUCTIONS))}, got {reduction!r}")
     if not input.is_floating_point():
@@ -106,7 +123,7 @@ def cross_entropy(
             return_lse=return_lse,
             inplace=inplace,
         )
-    arguments = (
+    loss, lse = torch.ops.lightkit.cross_entropy.default(
         input,
         target,
         weight,
@@ -119,10 +136,7 @@ def cross_entropy(
         return_lse,
         inplace,
     )
-    if torch.compiler.is_compiling() or _is_overridden(input, target):
-        loss, lse = torch.ops.lightkit.cross_entropy.default(*arguments)
-        return (loss, lse) if return_lse else loss
-    return native.load().cross_entropy(*arguments)
+    return (loss, lse) if return_lse else loss
 
 
 def cross_entropy_reference(
@@ -199,11 +213,6 @@ def _has_kernel(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
         # DTensor and its like bring a dispatch of their own, which does not know the op.
         and (type(input) in (Tensor, Parameter) or not is_traceable_wrapper_subclass(input))
     )
-
-
-def _is_overridden(*tensors: Tensor) -> bool:
-    """Whether ``__torch_function__`` of a subclass or a mode is to see the op."""
-    return torch._C._len_torch_function_stack() > 0 or any(type(t) not in (Tensor, Parameter) for t in tensors)
 
 
 @torch.compiler.assume_constant_result

@@ -12,6 +12,7 @@
 #include <array>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 namespace lightkit::cpu {
@@ -37,7 +38,11 @@ class WideRows {
             args.rows * args.classes * static_cast<int64_t>(sizeof(scalar_t)) >= kStreamedBytes),
         // The last pack of a row is stored whole.
         exponentials_(((args.gradient == nullptr ? std::min(kBlock, args.classes) : args.classes) + Values::size)),
-        shifts_((args.classes + kBlock - 1) / kBlock) {}
+        shifts_((args.classes + kBlock - 1) / kBlock) {
+    if (args.smooth != nullptr) {
+      smooth_sum_ = static_cast<acc_t>(std::accumulate(args.smooth, args.smooth + args.classes, 0.0));
+    }
+  }
 
   void run(int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
@@ -229,21 +234,28 @@ class WideRows {
       sum = sum + block.sum;
 
       if (has_soft()) {
+        // Sums of a block before those of the row: long chains of additions lose digits.
+        std::array<Vec, 2> weights{Vec(acc_t(0)), Vec(acc_t(0))};
+        std::array<Vec, 2> distances{Vec(acc_t(0)), Vec(acc_t(0))};
         for (int64_t i = 0; i < count; i += Values::size) {
           const int64_t n = std::min(Values::size, count - i);
           const Values u = logits_at(logits + start + i, n);
           const Values soft = soft_at(probabilities, start + i, n);
           for (int k = 0; k < Values::parts; ++k) {
             const int64_t lanes = std::clamp<int64_t>(n - k * Vec::size(), 0, Vec::size());
+            const int chain = static_cast<int>((i / Vec::size() + k) % 2);
             // Beyond the end 0 times infinity must not make NaN.
             const Vec distance = Vec::set(Vec(acc_t(0)), Vec(pivot) - u.part[k], lanes);
-            soft_sum = soft_sum + soft.part[k];
-            offset = at::vec::fmadd(soft.part[k], distance, offset);
+            weights[chain] = weights[chain] + soft.part[k];
+            distances[chain] = at::vec::fmadd(soft.part[k], distance, distances[chain]);
           }
         }
+        soft_sum = soft_sum + (weights[0] + weights[1]);
+        offset = offset + (distances[0] + distances[1]);
       }
     }
-    return {maximum, horizontal_sum(sum), horizontal_sum(soft_sum), horizontal_sum(offset)};
+    const acc_t soft_total = args_.probabilities == nullptr ? smooth_sum_ : horizontal_sum(soft_sum);
+    return {maximum, horizontal_sum(sum), soft_total, horizontal_sum(offset)};
   }
 
   // gradient = (exp(u - maximum) * factor - scale * soft) du/dz
@@ -300,6 +312,7 @@ class WideRows {
   const bool streamed_;
   std::vector<acc_t> exponentials_;
   std::vector<acc_t> shifts_;  // of each block
+  acc_t smooth_sum_ = 0;       // the soft targets of a row without probabilities
 };
 
 }  // namespace lightkit::cpu

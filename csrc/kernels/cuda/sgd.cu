@@ -38,10 +38,8 @@ __device__ __forceinline__ void update(
     scalar_t& parameter, scalar_t gradient, scalar_t* momentum, const SgdOptions& options) {
   using acc_t = accumulator_t<scalar_t>;
   const acc_t p = widen<acc_t>(parameter);
-  acc_t direction = widen<acc_t>(gradient);
-  if (options.maximize) {
-    direction = -direction;
-  }
+  const double factor = options.maximize ? -options.gradient_factor : options.gradient_factor;
+  acc_t direction = static_cast<acc_t>(factor) * widen<acc_t>(gradient);
   if (options.weight_decay != 0) {
     direction += static_cast<acc_t>(options.weight_decay) * p;
   }
