@@ -50,7 +50,8 @@ def cross_entropy(
         target: class indices of shape ``()``, ``(N)`` or ``(N, d1, ...)``, of any integer type. Or class
             probabilities of the shape of ``input``, floating point.
         weight: ``(C)``, a factor for each class.
-        ignore_index: rows with this target count for nothing and get gradient 0.
+        ignore_index: rows with this target count for nothing and get gradient 0. Negative with probabilities,
+            which name no class.
         reduction: ``"none"``, ``"mean"`` (over the weights of the targets; over the rows for probabilities) or
             ``"sum"``.
         label_smoothing: between 0 and 1, see [1]_.
@@ -72,8 +73,8 @@ def cross_entropy(
         IndexError: a target is outside ``[0, C)`` and not ``ignore_index``; names the row.
         ValueError: shapes that do not fit, an unknown ``reduction``, a negative ``softcap``, or ``inplace``
             with logits that are a leaf, a view or not contiguous.
-        RuntimeError: dtypes or devices that do not fit, ``label_smoothing`` outside [0, 1], a second
-            derivative after ``inplace``.
+        RuntimeError: dtypes or devices that do not fit, ``label_smoothing`` outside [0, 1], an ``ignore_index``
+            of 0 or more with probabilities, a second derivative after ``inplace``.
 
     References:
         .. [1] Szegedy et al., Rethinking the Inception Architecture for Computer Vision, CVPR 2016.
@@ -86,6 +87,10 @@ def cross_entropy(
         raise RuntimeError(f"cross_entropy: the logits must be floating point, got {input.dtype}")
     if target.dtype == torch.bool:
         raise RuntimeError("cross_entropy: class indices must be int64, int32 or uint8, got torch.bool")
+    if target.is_floating_point() and ignore_index >= 0:
+        raise RuntimeError(
+            f"cross_entropy: ignore_index is not supported for floating point target, got ignore_index={ignore_index}"
+        )
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"cross_entropy: the dtype of the loss must be floating point, got {dtype}")
     if not softcap >= 0:
