@@ -61,10 +61,10 @@ def cross_entropy(
         dtype: of the loss. Default: that of ``input``, or float32 under autocast, as torch does.
         return_lse: return ``lse`` of each row too, 0 for ignored ones, in float32 (float64 for float64), of the
             shape of the unreduced loss. It is not differentiable.
-        inplace: let the gradient take the memory of ``input``. Its values are then lost, for ``input`` itself
-            and for whatever else shows its memory, such as ``input.detach()``. Autograd raises an error if the
-            backward of something else needed them. No effect where no gradient is wanted or under
-            torch.compile.
+        inplace: let the gradient take the memory of ``input``, whose values are then lost. Refused while
+            something else holds that memory, such as ``input.detach()`` or the result that ``tanh`` keeps for
+            its backward. Autograd raises an error if the backward of something else needed ``input``. No effect
+            where no gradient is wanted or under torch.compile.
 
     Returns:
         The loss, or ``(loss, lse)`` with ``return_lse``.
@@ -72,7 +72,7 @@ def cross_entropy(
     Raises:
         IndexError: a target is outside ``[0, C)`` and not ``ignore_index``; names the row.
         ValueError: shapes that do not fit, an unknown ``reduction``, a negative ``softcap``, or ``inplace``
-            with logits that are a leaf, a view or not contiguous.
+            with logits that are a leaf, a view, not contiguous or of shared memory.
         RuntimeError: dtypes or devices that do not fit, ``label_smoothing`` outside [0, 1], an ``ignore_index``
             of 0 or more with probabilities, a second derivative after ``inplace``.
 

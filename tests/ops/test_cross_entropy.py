@@ -498,11 +498,66 @@ def test_inplace_is_refused_where_it_is_unsafe():
     assert cross_entropy(leaf.detach(), target, inplace=True) == cross_entropy(leaf.detach(), target)
 
 
+def test_inplace_is_refused_while_others_hold_the_memory():
+    """What else shows the logits keeps its values: an alias, NumPy's, or a result kept for backward; and once that is
+    gone, the memory is taken."""
+    base, target = torch.randn(4, 5, requires_grad=True), torch.zeros(4, dtype=torch.long)
+    for hold in (torch.Tensor.detach, lambda z: z.detach().numpy(), lambda z: z.detach()[1:, 2:]):
+        logits = base * 1
+        held = hold(logits)
+        with pytest.raises(ValueError, match="something else holds the memory"):
+            cross_entropy(logits, target, inplace=True)
+        assert torch.equal(logits, base)
+        del held
+        assert cross_entropy(logits, target, inplace=True) == cross_entropy(base, target)
+        assert not torch.equal(logits, base)
+    for function in (torch.exp, torch.tanh, torch.relu, torch.sigmoid):
+        with pytest.raises(ValueError, match="keeps its result for backward"):
+            cross_entropy(function(base), target, inplace=True)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        torch.nn.Linear(5, 4),
+        torch.nn.Linear(5, 4, bias=False),
+        torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4)),
+        torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.BatchNorm1d(4)),
+        torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.LayerNorm(4), torch.nn.Dropout(0.5)),
+    ],
+    ids=lambda model: (
+        "-".join(type(layer).__name__ for layer in model.children()) or f"Linear-{model.bias is not None}"
+    ),
+)
+@pytest.mark.parametrize("way", ["plain", "checkpoint", "autocast", "retained", "hooked"])
+def test_inplace_takes_what_models_give(model, way):
+    """Logits as models, checkpointing, autocast, hooks and retain_grad hand them over are nobody else's."""
+    inputs, target = torch.randn(6, 5), torch.tensor([0, 3, 1, 2, 2, 0])
+    seen = []
+    handle = model.register_forward_hook(lambda module, given, result: seen.append(result)) if way == "hooked" else None
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=way == "autocast"):
+        logits = (
+            torch.utils.checkpoint.checkpoint(model, inputs, use_reentrant=False)
+            if way == "checkpoint"
+            else model(inputs)
+        )
+        if way == "retained":
+            logits.retain_grad()
+        # As a metric looks at them, and lets go.
+        assert logits.detach().argmax(1).shape == target.shape
+        loss = cross_entropy(logits, target, inplace=True)
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    if handle is not None:
+        handle.remove()
+
+
 def test_inplace_misuse_is_noticed():
     """Autograd raises if the logits were needed by somebody else; a second derivative says what is missing."""
     base, target = torch.randn(4, 5, requires_grad=True), torch.zeros(4, dtype=torch.long)
-    logits = base.exp()
-    loss = cross_entropy(logits, target, inplace=True)
+    logits = base * 1
+    other = logits.square().sum()
+    loss = cross_entropy(logits, target, inplace=True) + other
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
     loss = cross_entropy(base * 1, target, inplace=True)
