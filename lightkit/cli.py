@@ -66,6 +66,14 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
                     traceback.print_exc()
                 print(f"error: {explain(error, config_name)}", file=sys.stderr)
                 return 1
+            except ValueError as error:
+                # Any other than Hydra's answer to GROUP=null is a fault of the program.
+                if not str(error).startswith("Config group override must be") or not (message := _explain_null()):
+                    raise
+                if show_traceback:
+                    traceback.print_exc()
+                print(f"error: {message}", file=sys.stderr)
+                return 1
             except (KeyboardInterrupt, SystemExit) as error:
                 # Lightning turns the first into the second, once it has put things in order.
                 if not isinstance(error, KeyboardInterrupt) and not isinstance(error.__context__, KeyboardInterrupt):
@@ -108,7 +116,7 @@ def explain(error: BaseException, config_name: str) -> str:
     message = str(error).strip()
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
-        return f"there is no {group}={name}{nearest(name, error.options)} Choices: {', '.join(error.options)}"
+        return _no_choice(group, name, error.options)
     if isinstance(error, ConfigCompositionException):
         cause = str(error.__cause__).partition("\n")[0] if error.__cause__ else ""
         key = re.search(r"Could not (?:override|append|delete) '([^'@]+)", message)
@@ -121,11 +129,33 @@ def explain(error: BaseException, config_name: str) -> str:
     return message or type(error).__name__
 
 
+def _no_choice(group: str, name: str, choices: list[str]) -> str:
+    """That a group has no such choice, and which it has."""
+    hint = nearest(name, choices) or ("; did you mean none?" if name == "null" and "none" in choices else ".")
+    return f"there is no {group}={name}{hint} Choices: {', '.join(choices)}"
+
+
+def _explain_null() -> str | None:
+    """What to say of the ``GROUP=null`` on the command line, which Hydra answers with a traceback; None without one."""
+    with _config_loader() as loader:
+        for word in sys.argv[1:]:
+            name, _, value = word.lstrip("+").partition("=")
+            group = name.partition("@")[0]
+            if group in loader.list_groups("") and "null" in value.lower().split(","):
+                return _no_choice(group, "null", loader.get_group_options(group))
+    return None
+
+
 def check_top_level(config: Mapping[str, Any], config_name: str) -> None:
-    """Refuses keys that nothing reads: Hydra's ``+key=value`` adds whatever it is given, typing errors too."""
+    """Refuses keys that nothing reads, and their lack: Hydra's ``+key=value`` and ``~key`` do as they are told."""
     with _config_loader() as loader:
         known = [str(key) for key in _defaults(loader, config_name)]
         groups = loader.list_groups("")
+        # Hydra's own is not handed on; a group that may be none may as well be away.
+        optional = ["hydra", *(group for group in groups if "none" in loader.get_group_options(group))]
+    # Iterated over: for a value that must yet be given, `in` says no.
+    if missing := set(known).difference(map(str, config), optional):
+        raise ConfigError(f"the configuration needs {', '.join(sorted(missing))}, which cannot be removed")
     for key in config:
         if key not in known:
             raise ConfigError(f"{key!r} is not a key of the configuration{nearest(str(key), [*known, *groups])}")

@@ -30,9 +30,9 @@ class SaveConfig(Callback):
 
 def build_task(config: DictConfig) -> pl.LightningModule:
     """The task with its model, optimizer and scheduler."""
-    return build(
-        config.task, model=build(config.model), optimizer=build(config.optim), scheduler=build(config.scheduler)
-    )
+    # ~scheduler on the command line says the same as scheduler=none.
+    scheduler = build(config.get("scheduler"))
+    return build(config.task, model=build(config.model), optimizer=build(config.optim), scheduler=scheduler)
 
 
 def build_data(config: DictConfig) -> pl.LightningDataModule:

@@ -152,6 +152,9 @@ void check_inplace(const Tensor& logits) {
     reason = "they are a view: others see the memory, too";
   } else if (!logits.is_contiguous()) {
     reason = "they are not contiguous";
+  } else if (logits.storage().use_count() > 1) {
+    // A detach(), a NumPy array; or a saved result, which autograd would miss only in backward.
+    reason = "something else holds the memory, such as their detach() or a function that keeps its result for backward";
   }
   TORCH_CHECK_VALUE(
       reason == nullptr, "cross_entropy: inplace=True cannot give the memory of these logits to their gradient: ", reason);

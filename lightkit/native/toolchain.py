@@ -27,6 +27,9 @@ DEFAULT_CUDA_ARCHITECTURES = ("80", "90")
 _AVX512_MACROS = ("__AVX512F__", "__AVX512BW__", "__AVX512DQ__", "__AVX512VL__", "__FMA__")
 _AVX2_MACROS = ("__AVX2__", "__FMA__", "__F16C__")
 
+# What LIGHTKIT_NATIVE_SANITIZE may name: the sanitizers that work in a library that Python loads.
+_SANITIZERS = ("address", "undefined")
+
 
 class ToolchainError(RuntimeError):
     """The native library cannot be built here; the message says what is missing."""
@@ -91,6 +94,29 @@ def _machine_flags() -> list[str]:
     return ["-mcpu=native"] if platform.machine() in ("arm64", "aarch64") else ["-march=native"]
 
 
+def sanitizers() -> tuple[str, ...]:
+    """The sanitizers that ``LIGHTKIT_NATIVE_SANITIZE`` names, separated by commas; none by default.
+
+    For tests of the kernels: what such a build does wrong ends the process with a report. It loads only where
+    the run-time of the sanitizers was loaded before everything else, by ``LD_PRELOAD``.
+    """
+    named = tuple(name for name in os.environ.get("LIGHTKIT_NATIVE_SANITIZE", "").split(",") if name)
+    if unknown := [name for name in named if name not in _SANITIZERS]:
+        raise ToolchainError(f"LIGHTKIT_NATIVE_SANITIZE knows {', '.join(_SANITIZERS)}, got {unknown[0]!r}")
+    return named
+
+
+def sanitize_flags() -> list[str]:
+    """Flags of every C++ file, and of the link, for the sanitizers that are wanted."""
+    names = sanitizers()
+    if not names:
+        return []
+    # Without vptr: that check wants the run-time types of torch's classes, which torch keeps to itself.
+    flags = [f"-fsanitize={','.join(names)}", "-fno-sanitize-recover=all", "-fno-sanitize=vptr"]
+    # Optimized less than a release, for the time it takes; lines and whole stacks for the report.
+    return [*flags, "-O1", "-g1", "-fno-omit-frame-pointer", "-D_GLIBCXX_ASSERTIONS"]
+
+
 def compile_flags(compiler: tuple[str, ...], cuda: bool) -> list[str]:
     """Flags of every C++ file."""
     level = simd_level(compiler)
@@ -98,6 +124,7 @@ def compile_flags(compiler: tuple[str, ...], cuda: bool) -> list[str]:
     return [
         *("-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-fopenmp", "-fvisibility=hidden"),
         *_machine_flags(),
+        *sanitize_flags(),
         *capability,
         *(["-DLIGHTKIT_CUDA"] if cuda else []),
         f"-DLIGHTKIT_MODULE={MODULE_NAME}",
@@ -129,7 +156,8 @@ def link_flags(cuda: CudaToolchain | None) -> list[str]:
         libraries += ["c10_cuda", "torch_cuda", "cudart_static", "rt", "dl", "pthread"]
         paths += cuda.library_dirs
     undefined = ["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else ["-Wl,-z,now"]
-    return ["-shared", *undefined, *(f"-L{path}" for path in paths), *(f"-l{name}" for name in libraries)]
+    found = [*(f"-L{path}" for path in paths), *(f"-l{name}" for name in libraries)]
+    return ["-shared", *undefined, *sanitize_flags(), *found]
 
 
 def find_cuda() -> tuple[CudaToolchain | None, str]:
@@ -211,16 +239,15 @@ def _digest(*parts: str | bytes) -> str:
 
 @cache
 def target_key() -> str:
-    """What a build depends on besides the compiler: sources, torch, Python, CPU, CUDA."""
+    """What a build depends on besides the compiler: sources, torch, Python, CPU, CUDA, sanitizers."""
     contents = []
     for path in sorted(path for path in SOURCE_DIR.rglob("*") if path.is_file()):
         contents += [str(path.relative_to(SOURCE_DIR)), path.read_bytes()]
     recipe = Path(__file__).read_bytes() + Path(__file__).with_name("compile.py").read_bytes()
     torch_build = f"{torch.__version__} {torch.version.git_version} {torch.version.cuda}"
     architectures = " ".join(_cuda_architectures()) if torch.version.cuda else ""
-    return _digest(
-        *contents, recipe, torch_build, str(sysconfig.get_config_var("SOABI")), _cpu_features(), architectures
-    )
+    built_for = (str(sysconfig.get_config_var("SOABI")), _cpu_features(), architectures, " ".join(sanitizers()))
+    return _digest(*contents, recipe, torch_build, *built_for)
 
 
 @cache

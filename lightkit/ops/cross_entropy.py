@@ -50,7 +50,8 @@ def cross_entropy(
         target: class indices of shape ``()``, ``(N)`` or ``(N, d1, ...)``, of any integer type. Or class
             probabilities of the shape of ``input``, floating point.
         weight: ``(C)``, a factor for each class.
-        ignore_index: rows with this target count for nothing and get gradient 0.
+        ignore_index: rows with this target count for nothing and get gradient 0. Negative with probabilities,
+            which name no class.
         reduction: ``"none"``, ``"mean"`` (over the weights of the targets; over the rows for probabilities) or
             ``"sum"``.
         label_smoothing: between 0 and 1, see [1]_.
@@ -60,10 +61,10 @@ def cross_entropy(
         dtype: of the loss. Default: that of ``input``, or float32 under autocast, as torch does.
         return_lse: return ``lse`` of each row too, 0 for ignored ones, in float32 (float64 for float64), of the
             shape of the unreduced loss. It is not differentiable.
-        inplace: let the gradient take the memory of ``input``. Its values are then lost, for ``input`` itself
-            and for whatever else shows its memory, such as ``input.detach()``. Autograd raises an error if the
-            backward of something else needed them. No effect where no gradient is wanted or under
-            torch.compile.
+        inplace: let the gradient take the memory of ``input``, whose values are then lost. Refused while
+            something else holds that memory, such as ``input.detach()`` or the result that ``tanh`` keeps for
+            its backward. Autograd raises an error if the backward of something else needed ``input``. No effect
+            where no gradient is wanted or under torch.compile.
 
     Returns:
         The loss, or ``(loss, lse)`` with ``return_lse``.
@@ -71,9 +72,9 @@ def cross_entropy(
     Raises:
         IndexError: a target is outside ``[0, C)`` and not ``ignore_index``; names the row.
         ValueError: shapes that do not fit, an unknown ``reduction``, a negative ``softcap``, or ``inplace``
-            with logits that are a leaf, a view or not contiguous.
-        RuntimeError: dtypes or devices that do not fit, ``label_smoothing`` outside [0, 1], a second
-            derivative after ``inplace``.
+            with logits that are a leaf, a view, not contiguous or of shared memory.
+        RuntimeError: dtypes or devices that do not fit, ``label_smoothing`` outside [0, 1], an ``ignore_index``
+            of 0 or more with probabilities, a second derivative after ``inplace``.
 
     References:
         .. [1] Szegedy et al., Rethinking the Inception Architecture for Computer Vision, CVPR 2016.
@@ -103,6 +104,10 @@ def cross_entropy(
         raise RuntimeError(f"cross_entropy: the logits must be floating point, got {input.dtype}")
     if target.dtype == torch.bool:
         raise RuntimeError("cross_entropy: class indices must be int64, int32 or uint8, got torch.bool")
+    if target.is_floating_point() and ignore_index >= 0:
+        raise RuntimeError(
+            f"cross_entropy: ignore_index is not supported for floating point target, got ignore_index={ignore_index}"
+        )
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"cross_entropy: the dtype of the loss must be floating point, got {dtype}")
     if not softcap >= 0:

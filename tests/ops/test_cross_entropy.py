@@ -203,6 +203,23 @@ def test_wrong_arguments(arguments, options, error, message):
         cross_entropy(*arguments, **options)
 
 
+@pytest.mark.parametrize("ignore_index", [-100, -1, 0, 2, 99])
+def test_ignore_index_with_probabilities_as_torch(ignore_index):
+    """Probabilities name no class to ignore: what torch refuses is refused, kernel or not, and nothing else."""
+    logits, target = torch.randn(4, 3), torch.rand(4, 3).softmax(1)
+    needs_gradient = target.clone().requires_grad_()
+    try:
+        expected = F.cross_entropy(logits, target, ignore_index=ignore_index)
+    except RuntimeError:
+        for probabilities in (target, needs_gradient):
+            with pytest.raises(RuntimeError, match="ignore_index is not supported for floating point target"):
+                cross_entropy(logits, probabilities, ignore_index=ignore_index)
+    else:
+        for probabilities in (target, needs_gradient):
+            ours = cross_entropy(logits, probabilities, ignore_index=ignore_index)
+            torch.testing.assert_close(ours.detach(), expected)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_loss_of_half_precision_in_float32(dtype, reduction):
@@ -238,6 +255,8 @@ def test_gradcheck_and_gradgradcheck(classes, reduction, options, probabilities)
     target, weight = torch.tensor([0, 1, 2, 3, 1]), torch.rand(classes, dtype=torch.float64)
     if probabilities:
         target = torch.rand(5, classes, dtype=torch.float64).softmax(1)
+        # Which is for indices.
+        options = {name: value for name, value in options.items() if name != "ignore_index"}
 
     def function(z):
         return cross_entropy(z, target, weight, reduction=reduction, **options)
@@ -479,11 +498,66 @@ def test_inplace_is_refused_where_it_is_unsafe():
     assert cross_entropy(leaf.detach(), target, inplace=True) == cross_entropy(leaf.detach(), target)
 
 
+def test_inplace_is_refused_while_others_hold_the_memory():
+    """What else shows the logits keeps its values: an alias, NumPy's, or a result kept for backward; and once that is
+    gone, the memory is taken."""
+    base, target = torch.randn(4, 5, requires_grad=True), torch.zeros(4, dtype=torch.long)
+    for hold in (torch.Tensor.detach, lambda z: z.detach().numpy(), lambda z: z.detach()[1:, 2:]):
+        logits = base * 1
+        held = hold(logits)
+        with pytest.raises(ValueError, match="something else holds the memory"):
+            cross_entropy(logits, target, inplace=True)
+        assert torch.equal(logits, base)
+        del held
+        assert cross_entropy(logits, target, inplace=True) == cross_entropy(base, target)
+        assert not torch.equal(logits, base)
+    for function in (torch.exp, torch.tanh, torch.relu, torch.sigmoid):
+        with pytest.raises(ValueError, match="keeps its result for backward"):
+            cross_entropy(function(base), target, inplace=True)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        torch.nn.Linear(5, 4),
+        torch.nn.Linear(5, 4, bias=False),
+        torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4)),
+        torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.BatchNorm1d(4)),
+        torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.LayerNorm(4), torch.nn.Dropout(0.5)),
+    ],
+    ids=lambda model: (
+        "-".join(type(layer).__name__ for layer in model.children()) or f"Linear-{model.bias is not None}"
+    ),
+)
+@pytest.mark.parametrize("way", ["plain", "checkpoint", "autocast", "retained", "hooked"])
+def test_inplace_takes_what_models_give(model, way):
+    """Logits as models, checkpointing, autocast, hooks and retain_grad hand them over are nobody else's."""
+    inputs, target = torch.randn(6, 5), torch.tensor([0, 3, 1, 2, 2, 0])
+    seen = []
+    handle = model.register_forward_hook(lambda module, given, result: seen.append(result)) if way == "hooked" else None
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=way == "autocast"):
+        logits = (
+            torch.utils.checkpoint.checkpoint(model, inputs, use_reentrant=False)
+            if way == "checkpoint"
+            else model(inputs)
+        )
+        if way == "retained":
+            logits.retain_grad()
+        # As a metric looks at them, and lets go.
+        assert logits.detach().argmax(1).shape == target.shape
+        loss = cross_entropy(logits, target, inplace=True)
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    if handle is not None:
+        handle.remove()
+
+
 def test_inplace_misuse_is_noticed():
     """Autograd raises if the logits were needed by somebody else; a second derivative says what is missing."""
     base, target = torch.randn(4, 5, requires_grad=True), torch.zeros(4, dtype=torch.long)
-    logits = base.exp()
-    loss = cross_entropy(logits, target, inplace=True)
+    logits = base * 1
+    other = logits.square().sum()
+    loss = cross_entropy(logits, target, inplace=True) + other
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
     loss = cross_entropy(base * 1, target, inplace=True)
@@ -529,6 +603,34 @@ def test_reference_agrees_with_kernel(dtype):
     torch.testing.assert_close(
         cross_entropy(logits, target, **options), cross_entropy_reference(logits, target, **options)
     )
+
+
+@pytest.fixture
+def device_mesh(tmp_path):
+    """A mesh of this process alone."""
+    distributed = pytest.importorskip("torch.distributed")
+    if not distributed.is_available() or not distributed.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    store = distributed.FileStore(str(tmp_path / "store"), 1)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield distributed.device_mesh.init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_distributed_tensors(device_mesh, reduction):
+    """Logits and labels that are DTensors, split by rows, get torch's loss and a gradient split like them."""
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    logits, target = torch.randn(6, 5), torch.tensor([0, 4, -100, 2, 1, 3])
+    expected = loss_and_gradient(F.cross_entropy, logits, target, reduction=reduction)
+    shards = distribute_tensor(logits, device_mesh, [Shard(0)]).requires_grad_()
+    loss = cross_entropy(shards, distribute_tensor(target, device_mesh, [Shard(0)]), reduction=reduction)
+    assert isinstance(loss, DTensor)
+    loss.backward()
+    assert shards.grad.placements == (Shard(0),)
+    actual = loss.full_tensor().detach().double(), shards.grad.full_tensor().double()
+    torch.testing.assert_close(actual, expected)
 
 
 def test_module_is_a_drop_in():
