@@ -39,6 +39,11 @@ class SGD(torch.optim.SGD):
         .. [1] Sutskever et al., On the importance of initialization and momentum in deep learning, ICML 2013.
     """
 
+    # As class attributes they hold for a converted optimizer too, whose __init__ was torch's: see `convert`.
+    _plan: Any = None
+    # Whatever torch's `fused` said: the gradient scaler must unscale the gradients itself.
+    _step_supports_amp_scaling = property(lambda self: False)
+
     def __init__(
         self,
         params: Any,
@@ -59,16 +64,10 @@ class SGD(torch.optim.SGD):
                 "use torch.optim.SGD to differentiate through the optimizer"
             )
         super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize, foreach=False)
-        self._plan = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plan = None
-        for group in self.param_groups:
-            # torch's fused step leaves half-precision parameters on a CPU nearly unchanged (2.13), and is not
-            # what a state dict that was made with it should bring back.
-            group["fused"] = None
-        self._step_supports_amp_scaling = False
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -96,4 +95,13 @@ def _torch_step(optimizer: torch.optim.SGD) -> None:
     step = torch.optim.SGD.step
     if getattr(step, "hooked", False):
         step = step.__wrapped__
-    step(optimizer)
+    # Not the fused one, which a state dict may ask for: it takes neither sparse gradients nor gaps, and leaves
+    # half-precision parameters on a CPU nearly unchanged (2.13).
+    fused = [group.get("fused") for group in optimizer.param_groups]
+    try:
+        for group in optimizer.param_groups:
+            group["fused"] = None
+        step(optimizer)
+    finally:
+        for group, value in zip(optimizer.param_groups, fused, strict=True):
+            group["fused"] = value
