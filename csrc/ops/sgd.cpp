@@ -36,6 +36,12 @@ bool flag(const py::handle& group, const char* key) {
   return PyObject_IsTrue(item(group, key).ptr()) == 1;
 }
 
+// One of the options that the groups of torch's SGD do not have, or null where it is not set.
+PyObject* extra(const py::handle& group, const char* key) {
+  PyObject* value = PyDict_GetItemString(group.ptr(), key);
+  return value == nullptr || value == Py_None || value == Py_False ? nullptr : value;
+}
+
 std::optional<SgdType> kernel_type(at::ScalarType type) {
   switch (type) {
     case at::kFloat:
@@ -143,7 +149,8 @@ bool SgdPlan::is_current(const py::list& param_groups, const py::dict& state) co
 }
 
 SgdPlan::Group SgdPlan::read_group(const py::handle& group, double inverse_scale) {
-  const py::handle ema_decay = item(group, "ema_decay");
+  const bool averaged = extra(group, "ema_decay") != nullptr;
+  const bool stochastic = extra(group, "stochastic_rounding") != nullptr;
   return {
       .options =
           {
@@ -153,13 +160,13 @@ SgdPlan::Group SgdPlan::read_group(const py::handle& group, double inverse_scale
               .weight_decay = number(group, "weight_decay"),
               .nesterov = flag(group, "nesterov"),
               .maximize = flag(group, "maximize"),
-              .ema_decay = ema_decay.is_none() ? 0 : number(group, "ema_decay"),
+              .ema_decay = averaged ? number(group, "ema_decay") : 0,
               .gradient_factor = inverse_scale,
           },
-      .master_weights = flag(group, "master_weights"),
-      .averaged = !ema_decay.is_none(),
-      .stochastic = flag(group, "stochastic_rounding"),
-      .seed = PyLong_AsUnsignedLongLongMask(item(group, "rounding_seed").ptr()),
+      .master_weights = extra(group, "master_weights") != nullptr,
+      .averaged = averaged,
+      .stochastic = stochastic,
+      .seed = stochastic ? PyLong_AsUnsignedLongLongMask(item(group, "rounding_seed").ptr()) : 0,
   };
 }
 

@@ -1,7 +1,8 @@
 """Lightning callbacks."""
 
+from lightkit.callbacks.fuse_kernels import FuseKernels
 from lightkit.callbacks.progress import Progress
 from lightkit.callbacks.test_recorder import TestRecorder
 from lightkit.callbacks.throughput import Throughput
 
-__all__ = ["Progress", "TestRecorder", "Throughput"]
+__all__ = ["FuseKernels", "Progress", "TestRecorder", "Throughput"]

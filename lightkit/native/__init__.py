@@ -19,8 +19,11 @@ from types import ModuleType
 
 _POLICIES = ("auto", "require", "off")
 
+_OFF = "LIGHTKIT_NATIVE=off"
+
 _lock = threading.Lock()
-_loaded: tuple[ModuleType | None] | None = None
+_loaded: tuple[ModuleType | None, str] | None = None
+_warned = False
 
 
 class NativeUnavailableError(RuntimeError):
@@ -37,32 +40,41 @@ def policy() -> str:
 
 def load() -> ModuleType | None:
     """The native module, compiled first if need be; None where the references are to be used."""
+    global _warned
+    module, cause = _load_once()
+    if module is None and cause != _OFF and not _warned:
+        _warned = True
+        warnings.warn(
+            f"lightkit works without its native kernels, more slowly: {cause}\n"
+            "(LIGHTKIT_NATIVE=off silences this, LIGHTKIT_NATIVE=require makes it an error)",
+            RuntimeWarning,
+            stacklevel=1,
+        )
+    return module
+
+
+def _load_once() -> tuple[ModuleType | None, str]:
     global _loaded
     if _loaded is None:
         with _lock:
             if _loaded is None:
-                _loaded = (_load(),)
-    return _loaded[0]
+                _loaded = _load()
+    return _loaded
 
 
-def _load() -> ModuleType | None:
+def _load() -> tuple[ModuleType | None, str]:
+    """The module, or None and the cause."""
     chosen = policy()
     if chosen == "off":
-        return None
+        return None, _OFF
     from . import cache, compile, toolchain
 
     try:
-        return _import(cache.find() or compile.build())
+        return _import(cache.find() or compile.build()), ""
     except (toolchain.ToolchainError, cache.CacheError, ImportError) as error:
         if chosen == "require":
             raise NativeUnavailableError(f"LIGHTKIT_NATIVE=require, but there is no native library: {error}") from error
-        warnings.warn(
-            f"lightkit works without its native kernels, more slowly: {error}\n"
-            "(LIGHTKIT_NATIVE=off silences this, LIGHTKIT_NATIVE=require makes it an error)",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return None
+        return None, str(error)
 
 
 def _import(library: Path) -> ModuleType:
@@ -78,3 +90,16 @@ def available(device_type: str = "cpu") -> bool:
     """Whether there are native kernels for tensors on such a device."""
     module = load()
     return module is not None and device_type in module.devices
+
+
+def missing(device_type: str = "cpu") -> str | None:
+    """Why there are no native kernels for tensors on such a device, or None where there are.
+
+    For callers that tell the user themselves: unlike `load`, it does not warn.
+    """
+    module, cause = _load_once()
+    if module is None:
+        return cause
+    if device_type not in module.devices:
+        return f"the native library has kernels for {' and '.join(module.devices)}, not for {device_type}"
+    return None

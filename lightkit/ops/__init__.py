@@ -1,5 +1,6 @@
 """The kernels as functions, each with the signature of its counterpart in torch."""
 
 from lightkit.ops.cross_entropy import cross_entropy, cross_entropy_reference
+from lightkit.ops.substitute import substitute_cross_entropy
 
-__all__ = ["cross_entropy", "cross_entropy_reference"]
+__all__ = ["cross_entropy", "cross_entropy_reference", "substitute_cross_entropy"]

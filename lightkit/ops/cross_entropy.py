@@ -114,7 +114,7 @@ def cross_entropy(
         raise ValueError(f"cross_entropy: softcap must not be negative, got {softcap}")
     if dtype is None and input.dtype != torch.float64 and _autocast(input.device.type):
         dtype = torch.float32
-    if not _has_kernel(input, target, weight):
+    if not has_kernel(input, target, weight):
         return cross_entropy_reference(
             input,
             target,
@@ -205,7 +205,8 @@ def _autocast(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
-def _has_kernel(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
+def has_kernel(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
+    """Whether the kernels cover this call; if not, `cross_entropy` takes the reference."""
     return (
         input.dtype in _DTYPES
         and _native_available(input.device.type)

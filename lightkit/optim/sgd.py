@@ -12,7 +12,7 @@ from torch import Tensor
 from lightkit import native
 from lightkit.optim.sgd_reference import sgd_reference
 
-# What the parameter groups have beside torch's options.
+# What the parameter groups have beside torch's options. Those of a converted optimizer lack them.
 _GROUP_DEFAULTS = {"ema_decay": None, "master_weights": False, "stochastic_rounding": False, "rounding_seed": 0}
 
 # What an optimizer has beside its groups; kept by copies and pickles.
@@ -63,6 +63,7 @@ class SGD(torch.optim.SGD):
         .. [1] Sutskever et al., On the importance of initialization and momentum in deep learning, ICML 2013.
     """
 
+    # As class attributes they hold for a converted optimizer too, whose __init__ was torch's: see `convert`.
     max_grad_norm: float | None = None
     skip_nonfinite: bool = False
     grad_norm: float | None = None
@@ -123,7 +124,7 @@ class SGD(torch.optim.SGD):
         if decay is not None and not 0 <= decay < 1:
             raise ValueError(f"ema_decay must be at least 0 and less than 1, got {decay}")
         if group["master_weights"] and group["stochastic_rounding"]:
-            raise ValueError("master_weights and stochastic_rounding exclude each other: there is nothing left to round")
+            raise ValueError("master_weights and stochastic_rounding exclude each other: nothing is left to round")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{name: getattr(self, name) for name in _ATTRIBUTES}}
@@ -196,7 +197,7 @@ class SGD(torch.optim.SGD):
         self.grad_norm, skipped = outcome
         self.skipped_steps += skipped
         for group in self.param_groups:
-            if group["stochastic_rounding"] and not skipped:
+            if group.get("stochastic_rounding") and not skipped:
                 group["rounding_seed"] += 1
         return loss
 
@@ -220,10 +221,11 @@ class SGD(torch.optim.SGD):
 
     def _is_plain(self) -> bool:
         """Whether nothing is asked that torch's SGD does not do."""
+        extras = ("master_weights", "stochastic_rounding")
         return (
             self.max_grad_norm is None
             and not self.skip_nonfinite
-            and not any(g["master_weights"] or g["stochastic_rounding"] or g["ema_decay"] is not None for g in self.param_groups)
+            and not any(g.get("ema_decay") is not None or any(map(g.get, extras)) for g in self.param_groups)
         )
 
 
@@ -232,4 +234,13 @@ def _torch_step(optimizer: torch.optim.SGD) -> None:
     step = torch.optim.SGD.step
     if getattr(step, "hooked", False):
         step = step.__wrapped__
-    step(optimizer)
+    # Not the fused one, which a state dict may ask for: it takes neither sparse gradients nor gaps, and leaves
+    # half-precision parameters on a CPU nearly unchanged (2.13).
+    fused = [group.get("fused") for group in optimizer.param_groups]
+    try:
+        for group in optimizer.param_groups:
+            group["fused"] = None
+        step(optimizer)
+    finally:
+        for group, value in zip(optimizer.param_groups, fused, strict=True):
+            group["fused"] = value

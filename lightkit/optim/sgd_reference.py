@@ -62,9 +62,9 @@ def _update(parameter: Tensor, state: dict[Tensor, dict[str, Any]], group: dict[
     dtype = torch.promote_types(parameter.dtype, torch.float32)
     half = dtype != parameter.dtype
     entry = state[parameter]
-    if group["master_weights"] and half and "master_weight" not in entry:
+    if group.get("master_weights") and half and "master_weight" not in entry:
         entry["master_weight"] = parameter.detach().to(dtype)
-    if group["master_weights"] and half:
+    if group.get("master_weights") and half:
         value = entry["master_weight"]
         if not torch.equal(value.to(parameter.dtype), parameter):
             value.copy_(parameter)
@@ -80,17 +80,17 @@ def _update(parameter: Tensor, state: dict[Tensor, dict[str, Any]], group: dict[
             buffer = direction
         else:
             buffer = group["momentum"] * buffer.to(dtype) + (1 - group["dampening"]) * direction
-        keep = dtype if group["master_weights"] else parameter.dtype
+        keep = dtype if group.get("master_weights") else parameter.dtype
         entry["momentum_buffer"] = buffer.to(keep, copy=True)
         direction = direction + group["momentum"] * buffer if group["nesterov"] else buffer
     value.sub_(group["lr"] * direction)
 
-    if group["stochastic_rounding"] and parameter.dtype == torch.bfloat16:
+    if group.get("stochastic_rounding") and parameter.dtype == torch.bfloat16:
         parameter.copy_(_rounded_stochastically(value))
     else:
         parameter.copy_(value)
-    if group["ema_decay"] is not None:
-        current = value if group["master_weights"] and half else parameter.detach().to(dtype)
+    if group.get("ema_decay") is not None:
+        current = value if group.get("master_weights") and half else parameter.detach().to(dtype)
         average = entry.get("average")
         if average is None:
             entry["average"] = current.clone()

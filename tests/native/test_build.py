@@ -171,6 +171,15 @@ def test_unknown_policy_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
         native.load()
 
 
+def test_missing_says_why(monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder) -> None:
+    """Whoever tells the user himself gets the cause, for the library as for a device, and no warning besides."""
+    assert native.missing("cpu") is None
+    assert native.missing("xla").endswith("not for xla")
+    monkeypatch.setattr(native, "_loaded", (None, "there is no compiler"))
+    assert native.missing("cpu") == "there is no compiler"
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize(("changes", "cause"), _NO_COMPILER)
 def test_prebuilt_library_needs_no_compiler(
     run_python, built_cache: Path, changes: dict[str, str | None], cause: str

@@ -1,0 +1,187 @@
+"""Brings the kernels to a LightningModule that knows nothing of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
+from torch.nn.modules.loss import _Loss
+
+from lightkit import native
+from lightkit.nn import CrossEntropyLoss
+from lightkit.ops import substitute, substitute_cross_entropy
+from lightkit.optim.convert import convert
+from lightkit.optim.convert import obstacle as optimizer_obstacle
+
+_FUNCTION = "torch.nn.functional.cross_entropy"
+_REPLACEMENT = "lightkit.ops.cross_entropy"
+_COMPILED = "it is under torch.compile, whose graphs stay torch's"
+
+
+@dataclass(frozen=True)
+class Found:
+    """An optimizer or a loss that a run has, and what became of it.
+
+    Args:
+        name: where it is, such as ``optimizers[0]`` or the name of a submodule.
+        kind: what it is in the user's code, such as ``torch.optim.SGD``.
+        replacement: what does its work, or None if it was kept.
+        reason: why it was kept.
+    """
+
+    name: str
+    kind: str
+    replacement: str | None = None
+    reason: str | None = None
+
+    def __str__(self) -> str:
+        outcome = f"kept: {self.reason}" if self.replacement is None else f"replaced by {self.replacement}"
+        return f"{self.name}: {outcome}" if self.name == self.kind else f"{self.name} ({self.kind}): {outcome}"
+
+
+class FuseKernels(Callback):
+    """Replaces SGD and cross-entropy of torch by lightkit's, for as long as the trainer runs.
+
+    Goes with any LightningModule, unchanged: ``Trainer(callbacks=[FuseKernels()])``. Replaced are
+
+    - optimizers that are a ``torch.optim.SGD``, in place: see `lightkit.optim.convert`. For a fit;
+    - ``torch.nn.functional.cross_entropy``, however it is called, in the thread of the trainer, and with it
+      ``torch.nn.CrossEntropyLoss``: see `lightkit.ops.substitute_cross_entropy`. For fit, validate, test and
+      predict. Calls that the kernels do not cover, and code under torch.compile, stay torch's.
+
+    When the run ends, or an exception or Ctrl-C ends it, everything is torch's again. Modules keep their classes
+    throughout, and checkpoints hold nothing of lightkit: one made with this callback continues without it, and
+    the other way round.
+
+    What was found, and what became of it, is logged once a run and kept in ``report``. With strategies that
+    spawn processes it stays in those. Without native kernels for the trainer's device nothing is replaced, and
+    one warning says why.
+    """
+
+    def __init__(self) -> None:
+        self._report: list[Found] = []
+        # By trainer: one callback may serve several, also one within the other.
+        self._undo: dict[int, ExitStack] = {}
+
+    @property
+    def report(self) -> tuple[Found, ...]:
+        """What the last run had, and what became of it; ``str()`` of an entry is its line in the log."""
+        return tuple(self._report)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Replaces the function, before the module is set up."""
+        self._restore(trainer)
+        if _obstacle(trainer) is None and substitute.obstacle() is None:
+            self._undo_of(trainer).enter_context(substitute_cross_entropy())
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Converts the optimizers, before their state is restored from a checkpoint."""
+        self._replace_and_tell(trainer, pl_module)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Tells what a validation on its own has."""
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._replace_and_tell(trainer, pl_module)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Tells what a test has."""
+        self._replace_and_tell(trainer, pl_module)
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Tells what a prediction has."""
+        self._replace_and_tell(trainer, pl_module)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Makes everything torch's again."""
+        self._restore(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Likewise, where the run does not come to its end."""
+        self._restore(trainer)
+
+    def _undo_of(self, trainer: pl.Trainer) -> ExitStack:
+        return self._undo.setdefault(id(trainer), ExitStack())
+
+    def _restore(self, trainer: pl.Trainer) -> None:
+        self._undo.pop(id(trainer), ExitStack()).close()
+
+    def _replace_and_tell(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        cause = _obstacle(trainer)
+        self._report = []
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._report += [self._optimizer(trainer, i, cause) for i in range(len(trainer.optimizers))]
+        function_cause = cause or substitute.obstacle()
+        self._report += _losses(pl_module, function_cause)
+        self._report.append(Found(_FUNCTION, _FUNCTION, None if function_cause else _REPLACEMENT, function_cause))
+        if cause is not None:
+            rank_zero_warn(f"FuseKernels replaces nothing: {cause}")
+        else:
+            rank_zero_info("\n  ".join(["FuseKernels:", *map(str, self._report)]))
+
+    def _optimizer(self, trainer: pl.Trainer, index: int, cause: str | None) -> Found:
+        optimizer = trainer.optimizers[index]
+        if isinstance(optimizer, LightningOptimizer):
+            optimizer = optimizer.optimizer
+        name, cls = f"optimizers[{index}]", type(optimizer)
+        cause = cause or optimizer_obstacle(optimizer)
+        if cause is not None:
+            return Found(name, _name(cls), reason=cause)
+        self._undo_of(trainer).callback(convert(optimizer))
+        return Found(name, _name(cls), replacement=_name(type(optimizer)))
+
+
+def _obstacle(trainer: pl.Trainer) -> str | None:
+    cause = native.missing(trainer.strategy.root_device.type)
+    return None if cause is None else f"there are no native kernels: {cause}"
+
+
+def _losses(pl_module: pl.LightningModule, cause: str | None) -> Iterator[Found]:
+    """Every loss module, and every module under torch.compile."""
+    compiled = {name: module for name, module in pl_module.named_modules() if _is_compiled(module)}
+    for name, module in pl_module.named_modules():
+        # "" is the name of the whole, which is above all others.
+        above = [other for other in compiled if other == "" or name == other or name.startswith(f"{other}.")]
+        found = Found(name or type(module).__name__, _name(type(module)))
+        if isinstance(module, _Loss):
+            reason = _COMPILED if above else cause or _loss_obstacle(module)
+            yield Found(found.name, found.kind, None if reason else _REPLACEMENT, reason)
+        elif above == [name]:
+            yield Found(found.name, found.kind, reason=_COMPILED)
+
+
+def _loss_obstacle(module: nn.Module) -> str | None:
+    if type(module) is nn.CrossEntropyLoss:
+        return None
+    if isinstance(module, CrossEntropyLoss):
+        return "it is lightkit's already"
+    if isinstance(module, nn.CrossEntropyLoss):
+        return f"it is a subclass of torch.nn.CrossEntropyLoss; what it calls of {_FUNCTION} is replaced"
+    return "lightkit has no kernel for it"
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    # The wrapper that torch.compile makes, a module compiled in place, and a LightningModule that Lightning has
+    # taken out of its wrapper.
+    from torch._dynamo import OptimizedModule
+
+    return (
+        isinstance(module, OptimizedModule)
+        or getattr(module, "_compiled_call_impl", None) is not None
+        or getattr(module, "_compiler_ctx", None) is not None
+    )
+
+
+def _name(cls: type[Any]) -> str:
+    """The name of a class as one writes it: `torch.optim.SGD`, not `torch.optim.sgd.SGD`."""
+    for package in ("torch.optim", "torch.nn", "lightkit.optim", "lightkit.nn"):
+        if cls.__module__.startswith(f"{package}."):
+            return f"{package}.{cls.__qualname__}"
+    return f"{cls.__module__}.{cls.__qualname__}"

@@ -1,0 +1,655 @@
+"""FuseKernels in real Trainers: modules that know nothing of lightkit train as before, on its kernels."""
+
+from __future__ import annotations
+
+import _thread
+import copy
+import io
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins import MixedPrecision
+from plain import LOSSES, Plain, batches, make, trainer
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import lightkit
+from lightkit import native
+from lightkit.callbacks import FuseKernels
+from lightkit.nn import CrossEntropyLoss
+from lightkit.ops import substitute
+from lightkit.optim import SGD
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*(does not have many workers|lower value for log_every|GPU available)")
+
+CODE = F.cross_entropy.__code__
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays():
+    """Every test leaves torch as it was."""
+    yield
+    assert F.cross_entropy.__code__ is CODE and not substitute._threads
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Counts the calls that reach lightkit's cross-entropy through torch's name."""
+    seen = []
+
+    def counted(*arguments):
+        seen.append(threading.get_ident())
+        return lightkit.ops.cross_entropy(*arguments)
+
+    monkeypatch.setattr(substitute, "cross_entropy", counted)
+    return seen
+
+
+def each(callback, name):
+    return next(found for found in callback.report if found.name == name)
+
+
+def weights(module):
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+class Watch(Callback):
+    """Keeps the types of the optimizers while batches run."""
+
+    def __init__(self):
+        self.types = set()
+
+    def on_train_batch_end(self, trainer, *_):
+        self.types |= {type(optimizer) for optimizer in trainer.optimizers}
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_same_training_on_the_kernels(loss, calls):
+    """However cross-entropy is called, losses and weights are those of torch, and lightkit computed them."""
+    plain, fused, watch = make(loss=loss), make(loss=loss), Watch()
+    trainer().fit(plain, batches())
+    assert calls == []
+    runner = trainer(FuseKernels(), watch)
+    runner.fit(fused, batches())
+    assert len(calls) == 10 and watch.types == {SGD}
+    torch.testing.assert_close(torch.tensor(fused.losses), torch.tensor(plain.losses))
+    torch.testing.assert_close(weights(fused), weights(plain))
+    assert fused.losses[-1] < fused.losses[0]
+    assert type(runner.optimizers[0]) is torch.optim.SGD
+
+
+def test_every_stage(calls):
+    """Validation, test and prediction run on the kernels too, sanity check included, with the same results."""
+    results = []
+    for callbacks in ([], [FuseKernels()]):
+        module, runner = make(), trainer(*callbacks, max_epochs=1)
+        runner.fit(module, batches(), batches())
+        results.append(
+            [*runner.validate(module, batches(), verbose=False), *runner.test(module, batches(), verbose=False)]
+        )
+        results[-1].append({"predicted": torch.cat(runner.predict(module, batches())).sum().item()})
+    # 5 of the fit, 2 of the sanity check, 5 of its validation, 5 of each other stage.
+    assert len(calls) == 27
+    for plain, fused in zip(*results, strict=True):
+        assert plain == pytest.approx(fused, rel=1e-5)
+
+
+class Many(Plain):
+    """Several optimizers and losses."""
+
+    class Mine(torch.optim.SGD):
+        pass
+
+    class MyLoss(nn.CrossEntropyLoss):
+        pass
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.criteria = nn.ModuleDict(
+            {
+                "torch": nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 0.5])),
+                "derived": Many.MyLoss(),
+                "other": nn.NLLLoss(),
+                "lightkit": CrossEntropyLoss(),
+            }
+        )
+
+    def configure_optimizers(self):
+        parameters = list(self.parameters())
+        patched = torch.optim.SGD([parameters[3]], lr=0.1)
+        patched.step = lambda *_, **__: None
+        return [
+            torch.optim.SGD(parameters[:1], lr=0.1, momentum=0.9),
+            torch.optim.Adam(parameters[1:2], lr=0.01),
+            Many.Mine(parameters[2:3], lr=0.1),
+            patched,
+            torch.optim.SGD([parameters[3]], lr=0.0, differentiable=True),
+            SGD([parameters[3]], lr=0.0),
+        ]
+
+    def training_step(self, batch, batch_idx):
+        logits = self(batch[0])
+        optimizers = self.optimizers()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss = sum(self.criteria[name](logits, batch[1]) for name in ("torch", "derived", "lightkit"))
+        self.manual_backward(loss + self.criteria["other"](logits.log_softmax(1), batch[1]))
+        self.clip_gradients(optimizers[0], gradient_clip_val=0.5, gradient_clip_algorithm="norm")
+        for optimizer in (*optimizers[:4], optimizers[5]):
+            # A differentiable one steps on parameters that are no leaves.
+            optimizer.step()
+        self.losses.append(loss.item())
+
+
+def test_report(caplog, calls):
+    """Everything found is named with what became of it, in one log message; and the module trains as before."""
+    plain, fused = make(Many), make(Many)
+    trainer().fit(plain, batches())
+    keys = list(plain.state_dict())
+    callback = FuseKernels()
+    with caplog.at_level(logging.INFO):
+        trainer(callback).fit(fused, batches())
+    (message,) = [record.getMessage() for record in caplog.records if "FuseKernels" in record.getMessage()]
+    name = f"{Many.__module__}.Many"
+    assert message.splitlines() == [
+        "FuseKernels:",
+        "  optimizers[0] (torch.optim.SGD): replaced by lightkit.optim.SGD",
+        "  optimizers[1] (torch.optim.Adam): kept: lightkit has no kernel for it",
+        f"  optimizers[2] ({name}.Mine): kept: it is a subclass of torch.optim.SGD, which may do something else",
+        "  optimizers[3] (torch.optim.SGD): kept: its method step has been replaced",
+        "  optimizers[4] (torch.optim.SGD): kept: differentiable=True, and autograd does not see the native step",
+        "  optimizers[5] (lightkit.optim.SGD): kept: it is lightkit's already",
+        "  criteria.torch (torch.nn.CrossEntropyLoss): replaced by lightkit.ops.cross_entropy",
+        f"  criteria.derived ({name}.MyLoss): kept: it is a subclass of torch.nn.CrossEntropyLoss; "
+        "what it calls of torch.nn.functional.cross_entropy is replaced",
+        "  criteria.other (torch.nn.NLLLoss): kept: lightkit has no kernel for it",
+        "  criteria.lightkit (lightkit.nn.CrossEntropyLoss): kept: it is lightkit's already",
+        "  torch.nn.functional.cross_entropy: replaced by lightkit.ops.cross_entropy",
+    ]
+    assert [f"  {found}" for found in callback.report] == message.splitlines()[1:]
+    assert len(calls) == 20
+    torch.testing.assert_close(weights(fused), weights(plain))
+    assert list(fused.state_dict()) == keys and type(fused.criteria["torch"]) is nn.CrossEntropyLoss
+
+
+def test_nothing_without_native_kernels(monkeypatch, calls):
+    """One warning says why; nothing is replaced and training is torch's, bit for bit."""
+    monkeypatch.setenv("LIGHTKIT_NATIVE", "off")
+    monkeypatch.setattr(native, "_loaded", None)
+    plain, fused, watch, callback = make(), make(), Watch(), FuseKernels()
+    trainer().fit(plain, batches())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(callback, watch).fit(fused, batches())
+    (message,) = [str(w.message) for w in caught if "kernels" in str(w.message)]
+    assert message == "FuseKernels replaces nothing: there are no native kernels: LIGHTKIT_NATIVE=off"
+    assert calls == [] and watch.types == {torch.optim.SGD}
+    assert all(found.replacement is None and "LIGHTKIT_NATIVE=off" in found.reason for found in callback.report)
+    assert torch.equal(weights(plain), weights(fused))
+
+
+def test_no_native_library_warns_once(monkeypatch):
+    """Where it cannot be built, the cause is told once, not by the library and the callback."""
+    monkeypatch.setattr(native, "_loaded", (None, "there is no C++ compiler"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(FuseKernels()).fit(make(), batches())
+    (message,) = [str(w.message) for w in caught if "compiler" in str(w.message)]
+    assert message.startswith("FuseKernels replaces nothing")
+
+
+@pytest.mark.parametrize("where", ["training_step", "validation_step", "setup", "on_train_epoch_end"])
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_undone_after_an_exception(where, error):
+    """Whatever ends the run, wherever it happens, optimizer and function are torch's again."""
+    module, made = make(), []
+
+    def fail(*_, **__):
+        assert F.cross_entropy.__code__ is not CODE
+        made.extend(module.trainer.optimizers)
+        raise error("stop")
+
+    setattr(module, where, fail)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        # Lightning ends the process after Ctrl-C, and ignores further ones.
+        with pytest.raises(SystemExit if error is KeyboardInterrupt else error):
+            trainer(FuseKernels()).fit(module, batches(), batches())
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert F.cross_entropy.__code__ is CODE
+    assert all(type(optimizer) is torch.optim.SGD for optimizer in made)
+    assert bool(made) == (where != "setup")
+
+
+def test_fits_in_a_row(calls):
+    """The same trainer and callback again, and once more after a failure: each fit runs on the kernels."""
+    callback, watch = FuseKernels(), Watch()
+    plain, fused = make(), make()
+    for module, callbacks in ((plain, []), (fused, [callback, watch])):
+        runner = trainer(*callbacks)
+        runner.fit(module, batches())
+        runner.fit_loop.max_epochs = 4
+        runner.fit(module, batches())
+    assert watch.types == {SGD} and len(calls) == 20
+    torch.testing.assert_close(weights(fused), weights(plain))
+
+    class Failing(Plain):
+        def training_step(self, batch, batch_idx):
+            raise ValueError("stop")
+
+    with pytest.raises(ValueError, match="stop"):
+        trainer(callback).fit(make(Failing), batches())
+    again = make()
+    trainer(callback).fit(again, batches())
+    assert len(calls) == 30 and again.losses[0] == pytest.approx(fused.losses[0])
+
+
+def test_an_optimizer_that_outlives_the_fit():
+    """One kept in the module is torch's between fits, keeps its momentum, and can be pickled without lightkit."""
+
+    class Keeping(Plain):
+        def configure_optimizers(self):
+            if not hasattr(self, "kept"):
+                self.kept = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, foreach=True)
+            return self.kept
+
+    plain, fused = make(Keeping), make(Keeping)
+    for module, callbacks in ((plain, []), (fused, [FuseKernels()])):
+        for _ in range(2):
+            trainer(*callbacks).fit(module, batches())
+            assert vars(module.kept).keys() == vars(plain.kept).keys()
+            file = io.BytesIO()
+            torch.save(module.kept, file)
+            assert b"lightkit" not in file.getvalue()
+    torch.testing.assert_close(weights(fused), weights(plain))
+    for own, other in zip(fused.kept.state.values(), plain.kept.state.values(), strict=True):
+        torch.testing.assert_close(own["momentum_buffer"], other["momentum_buffer"])
+    assert fused.kept.state_dict()["param_groups"] == plain.kept.state_dict()["param_groups"]
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": False}], ids=str)
+def test_resume_is_exact(tmp_path, options):
+    """Stopped and resumed, a run ends where it would have, in every combination with and without the callback."""
+    ends = {}
+    for first in (False, True):
+        for second in (False, True):
+            path = tmp_path / f"{first}{second}.ckpt"
+            module = make(**options)
+            runner = trainer(*[FuseKernels()] * first)
+            runner.fit(module, batches())
+            runner.save_checkpoint(path)
+            (saved,) = torch.load(path, weights_only=False)["optimizer_states"]
+            assert saved["param_groups"] == runner.optimizers[0].state_dict()["param_groups"]
+            assert saved["param_groups"][0].items() >= options.items()
+            module = make(**options)
+            runner = trainer(*[FuseKernels()] * second, max_epochs=4)
+            runner.fit(module, batches(), ckpt_path=path, weights_only=False)
+            ends[first, second] = weights(module)
+            assert runner.optimizers[0].param_groups[0]["lr"] == 0.1 * 0.5**6
+    for fused in (False, True):
+        whole = make(**options)
+        trainer(*[FuseKernels()] * fused, max_epochs=4).fit(whole, batches())
+        assert torch.equal(weights(whole), ends[fused, fused])
+    for end in ends.values():
+        torch.testing.assert_close(end, ends[False, False])
+
+
+_WITHOUT_LIGHTKIT = """
+import importlib.abc, sys, torch
+
+class Blocker(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "lightkit":
+            raise ImportError("lightkit is not installed")
+
+sys.meta_path.insert(0, Blocker())
+from plain import Plain, batches, make, trainer
+
+path = sys.argv[1]
+checkpoint = torch.load(path, weights_only=False)
+optimizer = torch.optim.SGD(Plain().parameters(), lr=1.0)
+optimizer.load_state_dict(checkpoint["optimizer_states"][0])
+optimizer.step()
+Plain.load_from_checkpoint(path, weights_only=False)
+module = make()
+trainer(max_epochs=4).fit(module, batches(), ckpt_path=path, weights_only=False)
+torch.save(module.state_dict(), sys.argv[2])
+assert not any(name.startswith("lightkit") for name in sys.modules)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["attribute", "module"])
+def test_checkpoints_need_no_lightkit(tmp_path, loss):
+    """A checkpoint saved in the midst of a fit, hyperparameters included, goes on where lightkit is not installed."""
+
+    class Save(Callback):
+        def on_train_epoch_end(self, trainer, *_):
+            if trainer.current_epoch == 1:
+                trainer.save_checkpoint(tmp_path / "last.ckpt")
+
+    # These are pickled by name, unlike the lambdas.
+    function = {"attribute": F.cross_entropy, "module": nn.CrossEntropyLoss()}[loss]
+    module = make(loss=function)
+    trainer(FuseKernels(), Save(), max_epochs=4).fit(module, batches())
+    assert b"lightkit" not in (tmp_path / "last.ckpt").read_bytes()
+    result = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_LIGHTKIT, str(tmp_path / "last.ckpt"), str(tmp_path / "end.pt")],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    torch.testing.assert_close(torch.load(tmp_path / "end.pt"), module.state_dict())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_clip_val": 0.1},
+        {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
+        {"accumulate_grad_batches": 2},
+        {"precision": "bf16-mixed"},
+        {"precision": "64-true"},
+    ],
+    ids=str,
+)
+def test_trainer_options(options, calls):
+    """Clipping, accumulation and precisions do to the training what they do without the callback."""
+    plain, fused = make(), make()
+    trainer(**options).fit(plain, batches())
+    trainer(FuseKernels(), **options).fit(fused, batches())
+    assert len(calls) == 10
+    tolerance = {"rtol": 0.02, "atol": 0.01} if options.get("precision") == "bf16-mixed" else {}
+    torch.testing.assert_close(weights(fused), weights(plain), **tolerance)
+
+
+@pytest.mark.parametrize("fused", [None, True])
+def test_gradient_scaler(fused):
+    """Gradients are unscaled once and overflowing steps are skipped, also where torch's fused step would unscale."""
+    ends = []
+    # torch's loop is the measure of both: after an overflow in the first step, its fused step goes on with a momentum
+    # buffer that nobody has written (2.13).
+    for callbacks, options in (([], {}), ([FuseKernels()], {"fused": fused})):
+        module = make(**options)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=2)
+        plugin = MixedPrecision("16-mixed", "cpu", scaler)
+        trainer(*callbacks, plugins=[plugin], max_epochs=8).fit(module, batches())
+        ends.append((weights(module), scaler.get_scale()))
+    assert ends[0][1] == ends[1][1] < 2.0**40
+    torch.testing.assert_close(ends[0][0], ends[1][0], rtol=0.02, atol=0.01)
+    assert not torch.equal(ends[1][0], weights(make()))
+
+
+def test_schedulers_and_hooks():
+    """Schedulers made before and during the fit, hooks and the optimizer itself stay connected."""
+    events = []
+
+    class Scheduled(Plain):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+            optimizer.register_step_pre_hook(lambda *_: events.append("before"))
+            optimizer.register_step_post_hook(lambda *_: events.append("after"))
+            self.made = optimizer
+            one = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=4)
+            two = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.9)
+            return [optimizer], [{"scheduler": scheduler, "interval": "step"} for scheduler in (one, two)]
+
+        def on_train_epoch_start(self):
+            assert type(self.made) is expected and self.trainer.optimizers == [self.made]
+            assert self.optimizers().optimizer is self.made
+            torch.optim.lr_scheduler.ConstantLR(self.made, factor=1.0)
+
+    with warnings.catch_warnings():
+        # Torch warns if it believes that a scheduler was stepped before its optimizer.
+        warnings.filterwarnings("error", ".*lr_scheduler.step.*")
+        expected = torch.optim.SGD
+        plain = make(Scheduled)
+        trainer().fit(plain, batches())
+        expected = SGD
+        fused = make(Scheduled)
+        trainer(FuseKernels()).fit(fused, batches())
+    assert events == ["before", "after"] * 20
+    assert fused.made.param_groups[0]["lr"] == plain.made.param_groups[0]["lr"]
+    torch.testing.assert_close(weights(fused), weights(plain))
+    # It is torch's again, and goes on as such.
+    assert type(fused.made) is torch.optim.SGD
+    for module in (plain, fused):
+        module.made.step()
+    torch.testing.assert_close(weights(fused), weights(plain))
+
+
+def test_a_scheduler_made_during_the_fit_outlives_it():
+    """It wraps lightkit's step; the optimizer steps with torch's once it is torch's again."""
+
+    class Late(Plain):
+        def configure_optimizers(self):
+            self.made = torch.optim.SGD(self.parameters(), lr=0.1)
+            return self.made
+
+        def on_train_start(self):
+            self.late = torch.optim.lr_scheduler.StepLR(self.made, 1)
+
+    module = make(Late)
+    trainer(FuseKernels()).fit(module, batches())
+    assert type(module.made) is torch.optim.SGD
+    before = weights(module).clone()
+    module(torch.ones(1, 4)).sum().backward()
+    module.made.step()
+    module.late.step()
+    assert not torch.equal(weights(module), before)
+    assert module.made.step.__wrapped__ is torch.optim.SGD.step and not hasattr(module.made, "_plan")
+
+
+def test_an_optimizer_that_comes_wrapped():
+    """configure_optimizers may return Lightning's wrapper."""
+    from lightning.pytorch.core.optimizer import LightningOptimizer
+
+    class Wrapped(Plain):
+        def configure_optimizers(self):
+            return LightningOptimizer(torch.optim.SGD(self.parameters(), lr=0.1))
+
+        def on_train_epoch_end(self):
+            kinds.append(type(self.optimizers().optimizer))
+
+    kinds, callback = [], FuseKernels()
+    trainer(callback).fit(make(Wrapped), batches())
+    assert kinds == [SGD, SGD]
+    assert each(callback, "optimizers[0]").kind == "torch.optim.SGD"
+
+
+def test_deepcopy_and_pickle_during_the_fit(calls):
+    """Copies of the module made in the midst of a fit are whole, plain, and run after it."""
+    copies = []
+
+    class Copy(Callback):
+        def on_train_epoch_end(self, trainer, module):
+            copies.append(copy.deepcopy(module))
+            file = io.BytesIO()
+            torch.save(module.loss, file)
+            assert b"lightkit" not in file.getvalue()
+
+    module = make(loss=nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0])))
+    trainer(FuseKernels(), Copy()).fit(module, batches())
+    count = len(calls)
+    trainer().fit(copies[0], batches())
+    assert len(calls) == count and type(copies[0].loss) is nn.CrossEntropyLoss
+    torch.testing.assert_close(copies[1].loss.weight, module.loss.weight)
+
+
+def test_compiled_submodules_stay_torchs(calls):
+    """A loss in a compiled submodule is torch's, in the graph and in the report; the one outside is not."""
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+            self.criterion = nn.CrossEntropyLoss()
+
+        def forward(self, inputs, labels):
+            logits = self.layer(inputs)
+            return self.criterion(logits, labels) + F.cross_entropy(logits, labels), logits
+
+    class Compiled(Plain):
+        def __init__(self):
+            super().__init__()
+            self.network = torch.compile(Network(), backend="aot_eager", fullgraph=True)
+
+        def training_step(self, batch, batch_idx):
+            loss, logits = self.network(*batch)
+            return loss + self.loss(logits, batch[1])
+
+    callback, plain, fused = FuseKernels(), make(Compiled), make(Compiled)
+    trainer().fit(plain, batches())
+    trainer(callback).fit(fused, batches())
+    assert len(calls) == 10
+    for name in ("network", "network._orig_mod.criterion"):
+        assert each(callback, name).reason == "it is under torch.compile, whose graphs stay torch's"
+    torch.testing.assert_close(weights(fused), weights(plain))
+
+
+def test_compiled_lightning_module(calls):
+    """A LightningModule under torch.compile trains as before; its losses stay torch's."""
+    callback, plain, fused = FuseKernels(), make(loss=nn.CrossEntropyLoss()), make(loss=nn.CrossEntropyLoss())
+    trainer().fit(plain, batches())
+    trainer(callback).fit(torch.compile(fused, backend="aot_eager"), batches())
+    assert each(callback, "loss").reason == "it is under torch.compile, whose graphs stay torch's"
+    torch.testing.assert_close(weights(fused), weights(plain))
+
+
+def test_nested_trainers(calls):
+    """A trainer in a callback of another, with the same callback: the outer one goes on where it was."""
+    shared, watch = FuseKernels(), Watch()
+
+    class Inner(Callback):
+        def on_train_epoch_end(self, *_):
+            trainer(shared, max_epochs=1).fit(make(), batches())
+
+    trainer(shared, Inner(), watch).fit(make(), batches())
+    assert len(calls) == 20 and watch.types == {SGD}
+
+
+def test_two_callbacks_in_one_trainer(calls):
+    """A second one finds nothing to do, and disturbs nothing."""
+
+    class Second(FuseKernels):
+        pass
+
+    first, second = FuseKernels(), Second()
+    trainer(first, second).fit(make(), batches())
+    assert len(calls) == 10
+    assert each(second, "optimizers[0]").reason == "it is lightkit's already"
+
+
+def test_other_threads_keep_torchs(calls):
+    """Code in a thread of its own computes with torch's function while a trainer runs."""
+    values = []
+
+    class Aside(Callback):
+        def on_train_batch_start(self, *_):
+            if not values:
+                thread = threading.Thread(target=lambda: values.append(F.cross_entropy(logits, labels)))
+                thread.start()
+                thread.join()
+
+    logits, labels = torch.randn(5, 3), torch.tensor([0, 1, 2, 1, 0])
+    trainer(FuseKernels(), Aside()).fit(make(), batches())
+    assert len(calls) == 10 and set(calls) == {threading.get_ident()}
+    assert torch.equal(values[0], F.cross_entropy(logits, labels))
+
+
+def test_threads_of_autograd(calls):
+    """Threads that Python has not started, which recompute checkpointed losses for a GPU, have the same kernel."""
+
+    class Aside(Callback):
+        def on_train_start(self, *_):
+            done = threading.Event()
+
+            def compute():
+                F.cross_entropy(torch.randn(5, 3), torch.tensor([0, 1, 2, 1, 0]))
+                done.set()
+
+            _thread.start_new_thread(compute, ())
+            assert done.wait(60)
+
+    trainer(FuseKernels(), Aside()).fit(make(), batches())
+    assert len(calls) == 11 and len(set(calls)) == 2
+
+
+def test_checkpointed_losses(calls):
+    """Recomputed in the backward pass, the loss comes from the same kernel as in the forward pass."""
+
+    def loss(logits, labels):
+        # The exponential's result must be recomputed, and with it the loss.
+        return checkpoint(lambda logits: F.cross_entropy(logits, labels).exp(), logits, use_reentrant=False)
+
+    plain, fused = make(loss=loss), make(loss=loss)
+    trainer().fit(plain, batches())
+    trainer(FuseKernels()).fit(fused, batches())
+    assert len(calls) == 20
+    torch.testing.assert_close(weights(fused), weights(plain))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn"])
+def test_two_processes(tmp_path, strategy):
+    """Data parallel over two processes, each replaces and undoes; the weights are those of torch."""
+    script = tmp_path / "train.py"
+    script.write_text(_TWO_PROCESSES)
+    ends = []
+    for fuse in ("", "fuse"):
+        result = subprocess.run(
+            [sys.executable, str(script), strategy, str(tmp_path / f"end{fuse}.pt"), fuse],
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join([str(Path(lightkit.__file__).parents[1]), str(Path(__file__).parent)]),
+            },
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert result.returncode == 0, result.stderr
+        ends.append(torch.load(tmp_path / f"end{fuse}.pt"))
+        # Told once, by the first process.
+        assert (result.stdout + result.stderr).count("optimizers[0] (torch.optim.SGD): replaced by") == bool(fuse)
+    torch.testing.assert_close(*ends)
+
+
+_TWO_PROCESSES = """
+import sys
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback
+from plain import Plain, batches, make, trainer
+from lightkit.callbacks import FuseKernels
+from lightkit.optim import SGD
+
+
+class Check(Callback):
+    def on_train_batch_end(self, trainer, *_):
+        assert type(trainer.optimizers[0]) is (SGD if fuse else torch.optim.SGD)
+        assert trainer.world_size == 2
+
+
+strategy, path, fuse = sys.argv[1], sys.argv[2], bool(sys.argv[3])
+if __name__ == "__main__":
+    code = F.cross_entropy.__code__
+    runner = trainer(*[FuseKernels()] * fuse, Check(), strategy=strategy, devices=2)
+    module = make()
+    runner.fit(module, batches())
+    assert F.cross_entropy.__code__ is code
+    if runner.global_rank == 0:
+        torch.save(module.state_dict(), path)
+"""
