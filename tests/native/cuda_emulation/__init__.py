@@ -22,7 +22,10 @@ KERNELS = HERE.parents[2] / "csrc" / "kernels"
 # Pointers to scalars are read as packs of them, which CUDA's compiler allows.
 _FLAGS = ["-std=c++20", "-O1", "-g1", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"]
 # A misaligned or wild access ends the process; so does one beyond the end of any buffer.
-_SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+_SANITIZERS = [
+    "-fsanitize=address,alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero",
+    *("-fno-sanitize-recover=all", "-fno-omit-frame-pointer"),
+]
 
 _ENVIRONMENT = {
     "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:abort_on_error=0",

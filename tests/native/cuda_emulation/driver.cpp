@@ -15,6 +15,7 @@
 #include <unistd.h>
 
 #include <cstdio>
+#include <cstring>
 #include <iostream>
 #include <map>
 #include <sstream>
@@ -73,16 +74,18 @@ cudaError_t call_cross_entropy() {
   rows.probabilities = buffer("probabilities");
   rows.ignore_index = setting<int64_t>("ignore_index", -100);
   rows.weight = buffer("weight");
-  rows.smooth = buffer("smooth");
-  rows.confidence = setting<double>("confidence", 1);
+  rows.smoothing = setting<double>("smoothing");
   rows.z_loss = setting<double>("z_loss");
   rows.softcap = setting<double>("softcap");
   rows.mean = setting<int>("mean");
-  rows.denominator = buffer<double>("denominator");
+  Buffer scratch(sizeof(cuda::CrossEntropyScratch), 0);
+  std::memset(scratch.data(), 0xff, scratch.bytes());
+  rows.scratch = reinterpret_cast<cuda::CrossEntropyScratch*>(scratch.data());
   rows.losses = buffer("losses");
   rows.lse = buffer("lse");
   rows.gradient = buffer(setting<int>("inplace") ? "logits" : "gradient");
-  rows.total = buffer<double>("total");
+  rows.total = buffer("total");
+  rows.total_type = static_cast<cuda::LogitsType>(setting<int>("total_type"));
   return cuda::cross_entropy(rows, nullptr);
 }
 

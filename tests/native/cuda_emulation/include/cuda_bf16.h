@@ -15,3 +15,7 @@ struct __nv_bfloat16 {
   }
   operator float() const { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
 };
+
+inline uint16_t __bfloat16_as_ushort(__nv_bfloat16 value) {
+  return value.bits;
+}

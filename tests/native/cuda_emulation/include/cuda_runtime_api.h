@@ -53,8 +53,9 @@ inline cudaError_t cudaGetLastError() {
   return emulation::trapped() ? cudaErrorLaunchFailure : error;
 }
 
+// A device of its own for each that the emulation can be, as kernels remember what a device can do.
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = emulation::device.largest_cluster;
   return cudaSuccess;
 }
 
@@ -164,6 +165,19 @@ template <typename T>
 T atomicAdd(T* address, T value) {
   return std::exchange(*address, static_cast<T>(*address + value));
 }
+
+template <typename T>
+T __ldcg(const T* address) {
+  return *address;
+}
+
+inline float __uint_as_float(unsigned bits) {
+  return std::bit_cast<float>(bits);
+}
+
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 
 [[noreturn]] inline void __trap() {
   throw emulation::Trap{};
