@@ -38,7 +38,7 @@ struct CrossEntropyProblem {
   at::Tensor target;         // (rows) int64, or undefined
   at::Tensor probabilities;  // laid out as the logits and of their dtype, or undefined
   at::Tensor weight;         // (classes) in the accumulation dtype, or undefined
-  at::Tensor smooth;         // (classes): label_smoothing / classes * weight, or undefined
+  at::Tensor smooth;         // (classes): label_smoothing / classes * weight, or undefined; on a CPU
   int64_t rows;
   int64_t classes;
   int64_t inner;             // 1 where the classes are the last dimension in memory

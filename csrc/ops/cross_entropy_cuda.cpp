@@ -15,8 +15,8 @@ namespace {
 
 using at::Tensor;
 
-cuda::LogitsType logits_type(const Tensor& logits) {
-  switch (logits.scalar_type()) {
+cuda::LogitsType logits_type(at::ScalarType type) {
+  switch (type) {
     case at::kFloat:
       return cuda::LogitsType::Float;
     case at::kDouble:
@@ -26,6 +26,10 @@ cuda::LogitsType logits_type(const Tensor& logits) {
     default:
       return cuda::LogitsType::Half;
   }
+}
+
+bool is_logits_type(at::ScalarType type) {
+  return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
 }
 
 const void* data_or_null(const Tensor& tensor) {
@@ -46,11 +50,15 @@ std::tuple<Tensor, Tensor> run(
   };
   const Tensor losses = make({problem.rows});
   const Tensor lse = with_lse ? make(loss_sizes(logits)) : at::empty({0}, acc_options);
-  const Tensor sums = at::empty({2}, logits.options().dtype(at::kDouble));
   const bool unreduced = options.reduction == Reduction::None;
+  const auto loss_type = options.dtype.value_or(logits.scalar_type());
+  // Written in its own type by the kernel where that knows it: a conversion would be one more launch.
+  const auto total_type = is_logits_type(loss_type) ? loss_type : at::kDouble;
+  const Tensor total = unreduced ? Tensor() : at::empty({}, logits.options().dtype(total_type));
+  const Tensor scratch = at::empty({sizeof(cuda::CrossEntropyScratch)}, logits.options().dtype(at::kByte));
 
   cuda::CrossEntropyRows rows{};
-  rows.type = logits_type(logits);
+  rows.type = logits_type(logits.scalar_type());
   rows.logits = problem.logits.const_data_ptr();
   rows.rows = problem.rows;
   rows.classes = problem.classes;
@@ -58,20 +66,19 @@ std::tuple<Tensor, Tensor> run(
   rows.probabilities = data_or_null(problem.probabilities);
   rows.ignore_index = options.ignore_index;
   rows.weight = data_or_null(problem.weight);
-  rows.smooth = data_or_null(problem.smooth);
-  rows.confidence = 1 - options.label_smoothing;
+  rows.smoothing = options.label_smoothing;
   rows.z_loss = options.z_loss;
   rows.softcap = options.softcap;
   rows.mean = options.reduction == Reduction::Mean;
-  rows.denominator = sums.mutable_data_ptr<double>();
+  rows.scratch = static_cast<cuda::CrossEntropyScratch*>(scratch.mutable_data_ptr());
   rows.losses = losses.mutable_data_ptr();
   rows.lse = with_lse ? lse.mutable_data_ptr() : nullptr;
   rows.gradient = gradient.defined() ? gradient.mutable_data_ptr() : nullptr;
-  rows.total = unreduced ? nullptr : rows.denominator + 1;
+  rows.total = unreduced ? nullptr : total.mutable_data_ptr();
+  rows.total_type = logits_type(total_type);
   C10_CUDA_CHECK(cuda::cross_entropy(rows, c10::cuda::getCurrentCUDAStream()));
 
-  const auto loss_type = options.dtype.value_or(logits.scalar_type());
-  return {unreduced ? losses.view(loss_sizes(logits)).to(loss_type) : sums[1].to(loss_type), lse};
+  return {unreduced ? losses.view(loss_sizes(logits)).to(loss_type) : total.to(loss_type), lse};
 }
 
 Tensor empty_rows(const Tensor& like) {
@@ -112,7 +119,7 @@ Tensor& apply_upstream_cuda(Tensor& gradient, const Tensor& upstream) {
   const int64_t rows = gradient.dim() == 2 ? gradient.size(0) : 1;
   C10_CUDA_CHECK(cuda::scale_rows(
       gradient.mutable_data_ptr(),
-      logits_type(gradient),
+      logits_type(gradient.scalar_type()),
       rows,
       gradient.numel() / std::max<int64_t>(rows, 1),
       factor.const_data_ptr(),

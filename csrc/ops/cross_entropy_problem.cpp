@@ -130,7 +130,8 @@ CrossEntropyProblem make_problem(
   if (weighted) {
     problem.weight = weight->detach().to(type).contiguous();
   }
-  if (options.label_smoothing > 0 && problem.classes > 0) {
+  // The kernel on a GPU works it out as it goes, which costs less than a launch.
+  if (options.label_smoothing > 0 && problem.classes > 0 && logits.is_cpu()) {
     const double share = options.label_smoothing / static_cast<double>(problem.classes);
     problem.smooth = weighted ? problem.weight * share : at::full({problem.classes}, share, logits.options().dtype(type));
   }

@@ -24,15 +24,22 @@ __device__ __forceinline__ acc_t widen(scalar_t value) {
   return static_cast<acc_t>(value);
 }
 
+// As a shift, not as the conversion that sm_90 has: the compiler would then keep what it has converted, in twice
+// the registers.
+template <>
+__device__ __forceinline__ float widen<float, __nv_bfloat16>(__nv_bfloat16 value) {
+  return __uint_as_float(static_cast<unsigned>(__bfloat16_as_ushort(value)) << 16);
+}
+
 template <typename scalar_t, typename acc_t>
 __device__ __forceinline__ scalar_t narrow(acc_t value) {
   return static_cast<scalar_t>(value);
 }
 
-// One memory transaction of a thread: 128 bits.
-template <typename scalar_t>
-struct alignas(16) Pack {
-  static constexpr int size = 16 / sizeof(scalar_t);
+// `size` elements that a thread moves at once; by default one transaction of 128 bits.
+template <typename scalar_t, int elements = 16 / sizeof(scalar_t)>
+struct alignas(elements * sizeof(scalar_t)) Pack {
+  static constexpr int size = elements;
   scalar_t values[size];
 };
 

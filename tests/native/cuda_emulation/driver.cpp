@@ -1,0 +1,176 @@
+// Runs kernels on request. A request is a line on standard input, for `buffer` with its bytes after it:
+//
+//   buffer NAME BYTES OFFSET   memory of exactly that size, OFFSET bytes behind a multiple of 16
+//   set NAME VALUE             an option of the next call
+//   call FUNCTION              answers "done ERROR LAUNCHES": the CUDA error and the number of kernels run
+//   fetch NAME                 answers with the bytes of a buffer
+//   clear                      forgets buffers, options and errors
+//
+// What kernels print goes to standard error.
+#include "../../../csrc/kernels/cuda/cross_entropy.h"
+#include "../../../csrc/kernels/cuda/sgd.h"
+#include "faults.h"
+
+#include <sanitizer/asan_interface.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <cstring>
+#include <iostream>
+#include <map>
+#include <sstream>
+#include <string>
+#include <vector>
+
+namespace {
+
+using namespace lightkit;
+
+class Buffer {
+ public:
+  Buffer(size_t bytes, size_t offset) : bytes_(bytes), offset_(offset), memory_(new (kAligned) char[bytes + offset]) {
+    __asan_poison_memory_region(memory_, offset);
+  }
+  ~Buffer() {
+    __asan_unpoison_memory_region(memory_, offset_);
+    operator delete[](memory_, kAligned);
+  }
+  Buffer(const Buffer&) = delete;
+  char* data() { return memory_ + offset_; }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  static constexpr std::align_val_t kAligned{16};
+  size_t bytes_;
+  size_t offset_;
+  char* memory_;
+};
+
+std::map<std::string, Buffer> buffers;
+std::map<std::string, std::string> settings;
+
+template <typename T>
+T setting(const std::string& name, T otherwise = {}) {
+  T value = otherwise;
+  if (const auto found = settings.find(name); found != settings.end()) {
+    std::istringstream(found->second) >> value;
+  }
+  return value;
+}
+
+template <typename T = void>
+T* buffer(const std::string& name) {
+  const auto found = buffers.find(name);
+  return found == buffers.end() ? nullptr : reinterpret_cast<T*>(found->second.data());
+}
+
+cudaError_t call_cross_entropy() {
+  cuda::CrossEntropyRows rows{};
+  rows.type = static_cast<cuda::LogitsType>(setting<int>("type"));
+  rows.logits = buffer("logits");
+  rows.rows = setting<int64_t>("rows");
+  rows.classes = setting<int64_t>("classes");
+  rows.target = buffer<int64_t>("target");
+  rows.probabilities = buffer("probabilities");
+  rows.ignore_index = setting<int64_t>("ignore_index", -100);
+  rows.weight = buffer("weight");
+  rows.smoothing = setting<double>("smoothing");
+  rows.z_loss = setting<double>("z_loss");
+  rows.softcap = setting<double>("softcap");
+  rows.mean = setting<int>("mean");
+  Buffer scratch(sizeof(cuda::CrossEntropyScratch), 0);
+  std::memset(scratch.data(), 0xff, scratch.bytes());
+  rows.scratch = reinterpret_cast<cuda::CrossEntropyScratch*>(scratch.data());
+  rows.losses = buffer("losses");
+  rows.lse = buffer("lse");
+  rows.gradient = buffer(setting<int>("inplace") ? "logits" : "gradient");
+  rows.total = buffer("total");
+  rows.total_type = static_cast<cuda::LogitsType>(setting<int>("total_type"));
+  return cuda::cross_entropy(rows, nullptr);
+}
+
+cudaError_t call_scale_rows() {
+  return cuda::scale_rows(
+      buffer("gradient"),
+      static_cast<cuda::LogitsType>(setting<int>("type")),
+      setting<int64_t>("rows"),
+      setting<int64_t>("classes"),
+      buffer("factor"),
+      setting<int>("per_row"),
+      nullptr);
+}
+
+// The tensors are the buffers parameter0, gradient0, momentum0, parameter1, ...
+cudaError_t call_sgd() {
+  const SgdOptions options{
+      .lr = setting<double>("lr"),
+      .momentum = setting<double>("momentum"),
+      .dampening = setting<double>("dampening"),
+      .weight_decay = setting<double>("weight_decay"),
+      .nesterov = setting<int>("nesterov") != 0,
+      .maximize = setting<int>("maximize") != 0,
+  };
+  std::vector<SgdTensor> tensors;
+  for (int i = 0; i < setting<int>("tensors"); ++i) {
+    const auto number = std::to_string(i);
+    tensors.push_back({
+        .parameter = buffer("parameter" + number),
+        .gradient = buffer("gradient" + number),
+        .momentum = buffer("momentum" + number),
+        .numel = setting<int64_t>("numel" + number),
+        .type = static_cast<SgdType>(setting<int>("type" + number)),
+        .first = setting<int>("first" + number) != 0,
+        .options = &options,
+    });
+  }
+  return cuda::sgd(tensors, nullptr);
+}
+
+cudaError_t call(const std::string& function) {
+  emulation::device.largest_cluster = setting<int>("largest_cluster", 16);
+  emulation::order = static_cast<emulation::Order>(setting<int>("order"));
+  emulation::reset();
+  emulated_error = cudaSuccess;
+  if (function == "cross_entropy") {
+    return call_cross_entropy();
+  }
+  if (function == "scale_rows") {
+    return call_scale_rows();
+  }
+  if (function == "sgd") {
+    return call_sgd();
+  }
+  return cuda::fault(function, buffer<float>("out"));
+}
+
+}  // namespace
+
+int main() {
+  std::FILE* answers = fdopen(dup(STDOUT_FILENO), "wb");
+  dup2(STDERR_FILENO, STDOUT_FILENO);
+  std::string line;
+  while (std::getline(std::cin, line)) {
+    std::istringstream words(line);
+    std::string request, name;
+    words >> request >> name;
+    if (request == "buffer") {
+      size_t bytes = 0, offset = 0;
+      words >> bytes >> offset;
+      auto& made = buffers.try_emplace(name, bytes, offset).first->second;
+      std::cin.read(made.data(), static_cast<std::streamsize>(bytes));
+    } else if (request == "set") {
+      words >> settings[name];
+    } else if (request == "call") {
+      const cudaError_t error = call(name);
+      std::fflush(stdout);
+      std::fprintf(answers, "done %d %lld\n", static_cast<int>(error), static_cast<long long>(emulation::launches()));
+    } else if (request == "fetch") {
+      Buffer& found = buffers.at(name);
+      std::fwrite(found.data(), 1, found.bytes(), answers);
+    } else {
+      buffers.clear();
+      settings.clear();
+    }
+    std::fflush(answers);
+  }
+}
