@@ -141,6 +141,13 @@ Tensor laid_out(const Tensor& tensor, at::IntArrayRef padding) {
 }
 
 cpu::ConvReluPoolShape make_shape(const Tensor& padded, const Tensor& weight, bool pool) {
+  // Places within an image, and within the weight with its rows filled up to vectors, are 32-bit numbers.
+  TORCH_CHECK_VALUE(
+      padded.numel() / padded.size(0) < (int64_t(1) << 30) && weight.numel() < (int64_t(1) << 26),
+      "conv_relu_pool: images of up to 2^30 values and weights of up to 2^26 are supported, got ",
+      padded.sizes(),
+      " and ",
+      weight.sizes());
   return {
       .images = padded.size(0),
       .height = padded.size(2),

@@ -6,6 +6,16 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <memory>
+#include <new>
+
+// A loop over an array of vectors stays in registers only if it is unrolled early: where this is a pragma. (The
+// lambdas of c10::ForcedUnroll leave the array in memory.)
+#if defined(__clang__)
+#define LIGHTKIT_UNROLL _Pragma("unroll")
+#else
+#define LIGHTKIT_UNROLL _Pragma("GCC unroll 64")
+#endif
 
 namespace lightkit::cpu {
 
@@ -93,6 +103,28 @@ class OutputCursor {
   int64_t column_;
   int64_t row_;
   int64_t image_;
+};
+
+// Memory of which no vector lies in two cache lines, not initialised.
+template <typename T>
+class AlignedBuffer {
+ public:
+  explicit AlignedBuffer(int64_t size) : data_(static_cast<T*>(::operator new(size * sizeof(T), kAlignment))) {}
+  T* data() {
+    return data_.get();
+  }
+  const T* data() const {
+    return data_.get();
+  }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  struct Delete {
+    void operator()(T* data) const {
+      ::operator delete(data, kAlignment);
+    }
+  };
+  std::unique_ptr<T, Delete> data_;
 };
 
 // (out_channels, in_channels, kernel_height, kernel_width) with any strides.

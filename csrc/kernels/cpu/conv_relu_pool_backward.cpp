@@ -5,13 +5,10 @@
 // run of memory. So both are the same work: sum over a list of (coefficient, where a patch begins), the sums kept in
 // registers. The lists are made without a branch that depends on the data, which would be mispredicted all the time.
 
-#include "conv_relu_pool.h"
+#include "conv_relu_pool_backward.h"
 
 #include <ATen/Parallel.h>
-#include <c10/util/Unroll.h>
 
-#include <memory>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -61,32 +58,38 @@ void accumulate(
   constexpr int size = rows * vectors;
   constexpr int sets = size * 4 <= kSums ? 4 : size * 2 <= kSums ? 2 : 1;
   Vec<T> sums[sets][rows][vectors];
-  c10::ForcedUnroll<sets>{}([&](auto s) {
-    c10::ForcedUnroll<rows>{}(
-        [&](auto r) { c10::ForcedUnroll<vectors>{}([&](auto v) { sums[s][r][v] = Vec<T>(T(0)); }); });
-  });
-  const auto add = [&](const Entry<T>& entry, auto s) {
-    const Vec<T> coefficient(entry.coefficient);
-    const T* from = source + entry.offset;
-    c10::ForcedUnroll<rows>{}([&](auto r) {
-      c10::ForcedUnroll<vectors>{}([&](auto v) {
-        sums[s][r][v] = at::vec::fmadd(coefficient, Vec<T>::loadu(from + v * width), sums[s][r][v]);
-      });
-      from += source_row;
-    });
-  };
-  int64_t i = 0;
-  for (; i + sets <= count; i += sets) {
-    c10::ForcedUnroll<sets>{}([&](auto s) { add(entries[i + s], s); });
+  LIGHTKIT_UNROLL for (int s = 0; s < sets; ++s) {
+    LIGHTKIT_UNROLL for (int r = 0; r < rows; ++r) {
+      LIGHTKIT_UNROLL for (int v = 0; v < vectors; ++v) {
+        sums[s][r][v] = Vec<T>(T(0));
+      }
+    }
   }
-  for (; i < count; ++i) {
-    add(entries[i], std::integral_constant<int, 0>{});
+  for (; count >= sets; count -= sets, entries += sets) {
+    LIGHTKIT_UNROLL for (int s = 0; s < sets; ++s) {
+      const Vec<T> coefficient(entries[s].coefficient);
+      const T* from = source + entries[s].offset;
+      LIGHTKIT_UNROLL for (int r = 0; r < rows; ++r, from += source_row) {
+        LIGHTKIT_UNROLL for (int v = 0; v < vectors; ++v) {
+          sums[s][r][v] = at::vec::fmadd(coefficient, Vec<T>::loadu(from + v * width), sums[s][r][v]);
+        }
+      }
+    }
   }
-  c10::ForcedUnroll<rows>{}([&](auto r) {
-    c10::ForcedUnroll<vectors>{}([&](auto v) {
+  for (; count > 0; --count, ++entries) {
+    const Vec<T> coefficient(entries->coefficient);
+    const T* from = source + entries->offset;
+    LIGHTKIT_UNROLL for (int r = 0; r < rows; ++r, from += source_row) {
+      LIGHTKIT_UNROLL for (int v = 0; v < vectors; ++v) {
+        sums[0][r][v] = at::vec::fmadd(coefficient, Vec<T>::loadu(from + v * width), sums[0][r][v]);
+      }
+    }
+  }
+  LIGHTKIT_UNROLL for (int r = 0; r < rows; ++r) {
+    LIGHTKIT_UNROLL for (int v = 0; v < vectors; ++v) {
       Vec<T> sum = sums[0][r][v];
-      if constexpr (sets > 1) {
-        c10::ForcedUnroll<sets - 1>{}([&](auto s) { sum = sum + sums[s + 1][r][v]; });
+      LIGHTKIT_UNROLL for (int s = 1; s < sets; ++s) {
+        sum = sum + sums[s][r][v];
       }
       T* to = target + r * target_row + v * width;
       if (v + 1 < vectors || last == width) {
@@ -94,8 +97,8 @@ void accumulate(
       } else {
         (Vec<T>::loadu(to, last) + sum).store(to, static_cast<int>(last));
       }
-    });
-  });
+    }
+  }
 }
 
 template <typename T>
@@ -162,37 +165,46 @@ int64_t padded_run(const ConvReluPoolShape& shape) {
 template <typename T>
 class Lists {
  public:
-  Lists(int64_t count, int64_t capacity)
-      : stride_(capacity + 8), entries_(new Entry<T>[count * stride_]), sizes_(count, 0) {}
+  Lists(int64_t count, int64_t capacity) : stride_(capacity + 8), entries_(count * stride_), ends_(count) {}
 
   void clear() {
-    std::fill(sizes_.begin(), sizes_.end(), 0);
+    for (size_t list = 0; list < ends_.size(); ++list) {
+      ends_[list] = entries_.data() + list * stride_;
+    }
   }
-  // Counted only if it is live: what is not is overwritten by the next.
-  void append(int64_t list, int64_t offset, T coefficient, bool live) {
-    entries_[list * stride_ + sizes_[list]] = {static_cast<int32_t>(offset), coefficient};
-    sizes_[list] += live;
+  // Where the lists end, for `append`: a copy of the pointer spares loading it for every entry.
+  Entry<T>** ends() {
+    return ends_.data();
   }
   const Entry<T>* entries(int64_t list) const {
-    return entries_.get() + list * stride_;
+    return entries_.data() + list * stride_;
   }
   int64_t size(int64_t list) const {
-    return sizes_[list];
+    return ends_[list] - entries(list);
   }
 
  private:
   const int64_t stride_;
-  const std::unique_ptr<Entry<T>[]> entries_;
-  std::vector<int64_t> sizes_;
+  AlignedBuffer<Entry<T>> entries_;
+  std::vector<Entry<T>*> ends_;
 };
+
+// Counted only if it is live: what is not is overwritten by the next.
+template <typename T>
+inline void append(Entry<T>*& end, int64_t offset, T coefficient, bool live) {
+  Entry<T>* const entry = end;
+  entry->offset = static_cast<int32_t>(offset);
+  entry->coefficient = coefficient;
+  end = entry + live;
+}
 
 // The weight as (out_channels, kernel_height, padded run).
 template <typename T>
-std::unique_ptr<T[]> pack(const ConvReluPoolShape& shape, const ConvKernel<const T>& weight) {
+AlignedBuffer<T> pack(const ConvReluPoolShape& shape, const ConvKernel<const T>& weight) {
   const int64_t run = padded_run<T>(shape);
-  std::unique_ptr<T[]> packed(new T[shape.out_channels * shape.kernel_height * run]);
+  AlignedBuffer<T> packed(shape.out_channels * shape.kernel_height * run);
   at::parallel_for(0, shape.out_channels, conv_grain(8 * shape.taps()), [&](int64_t begin, int64_t end) {
-    T* to = packed.get() + begin * shape.kernel_height * run;
+    T* to = packed.data() + begin * shape.kernel_height * run;
     for (int64_t out = begin; out < end; ++out) {
       for (int64_t row = 0; row < shape.kernel_height; ++row, to += run) {
         for (int64_t column = 0; column < shape.kernel_width; ++column) {
@@ -243,6 +255,7 @@ void conv_relu_pool_grad_input(
   const auto quad_offsets = shape.quad_offsets();
   const int64_t channels = shape.out_channels;
   const int64_t run = padded_run<T>(shape);
+  const int64_t patch = shape.kernel_height * run;
   const int64_t quads = shape.quads();
   const int64_t positions = shape.rows() * shape.columns();
   // Outputs whose lists are made at once, taking turns: an append waits for the one before to the same list.
@@ -261,14 +274,23 @@ void conv_relu_pool_grad_input(
         lists.clear();
         for (int64_t p = 0; p < count; p += 4) {
           const int64_t together = std::min<int64_t>(4, count - p);
-          for (int64_t c = 0; c < channels; ++c) {
-            for (int64_t k = p; k < p + together; ++k) {
-              const uint8_t winner = winners[k * channels + c];
-              lists.append(
-                  k * quads + (winner & (quads - 1)),
-                  c * shape.kernel_height * run,
-                  grads[k * channels + c],
-                  winner != kDead);
+          Entry<T>** ends = lists.ends() + p * quads;
+          const auto append_channel = [&](int64_t c, int64_t k) {
+            const uint8_t winner = winners[(p + k) * channels + c];
+            append(
+                ends[k * quads + (winner & (quads - 1))], c * patch, grads[(p + k) * channels + c], winner != kDead);
+          };
+          if (together == 4) {
+            for (int64_t c = 0; c < channels; ++c) {
+              LIGHTKIT_UNROLL for (int64_t k = 0; k < 4; ++k) {
+                append_channel(c, k);
+              }
+            }
+          } else {
+            for (int64_t c = 0; c < channels; ++c) {
+              for (int64_t k = 0; k < together; ++k) {
+                append_channel(c, k);
+              }
             }
           }
         }
@@ -283,7 +305,7 @@ void conv_relu_pool_grad_input(
               segment.accumulate(
                   lists.entries(list),
                   lists.size(list),
-                  packed.get() + segment.row * run + segment.start,
+                  packed.data() + segment.row * run + segment.start,
                   run,
                   target + offsets[list / quads] + quad_offsets[list % quads] + segment.row * shape.row_size() +
                       segment.start,
@@ -305,6 +327,9 @@ void conv_relu_pool_grad_weight(
     const T* input,
     const ConvKernel<T>& grad_weight,
     T* grad_bias) {
+  if (is_thin<T>(shape)) {
+    return thin_grad_weight(shape, grad_output, index, input, grad_weight, grad_bias);
+  }
   const auto segments = make_segments<T>(shape);
   const int64_t run = padded_run<T>(shape);
   const int64_t patch = shape.kernel_height * run;
@@ -331,11 +356,11 @@ void conv_relu_pool_grad_weight(
   const int64_t grain = conv_grain(shape.images * products(shape) / blocks);
   at::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
     Lists<T> lists(kChannels, most);
-    std::vector<T> sums(kChannels * patch);
+    AlignedBuffer<T> sums(kChannels * patch);
     for (int64_t channel = begin * kChannels; channel < std::min(end * kChannels, shape.out_channels);
          channel += kChannels) {
       const int64_t channels = std::min(kChannels, shape.out_channels - channel);
-      std::fill(sums.begin(), sums.end(), T(0));
+      std::fill_n(sums.data(), kChannels * patch, T(0));
       T bias_sums[kChannels] = {};
       OutputCursor cursor(shape, 0);
       for (int64_t first = 0, last; first < total; first = last) {
@@ -343,12 +368,22 @@ void conv_relu_pool_grad_weight(
         last = std::min(first + most, in_last ? total : last_image * positions);
         const int64_t base = cursor.image() * shape.image_size();
         lists.clear();
+        Entry<T>** ends = lists.ends();
         for (int64_t o = first; o < last; ++o, cursor.advance()) {
           const int64_t offset = cursor.image() * shape.image_size() + cursor.offset() - base;
           const T* grads = grad_output + o * shape.out_channels + channel;
           const uint8_t* winners = index + o * shape.out_channels + channel;
-          for (int64_t c = 0; c < channels; ++c) {
-            lists.append(c, offset + quad_offsets[winners[c]], grads[c], winners[c] != kDead);
+          const auto append_channel = [&](int64_t c) {
+            append(ends[c], offset + quad_offsets[winners[c]], grads[c], winners[c] != kDead);
+          };
+          if (channels == kChannels) {
+            LIGHTKIT_UNROLL for (int64_t c = 0; c < kChannels; ++c) {
+              append_channel(c);
+            }
+          } else {
+            for (int64_t c = 0; c < channels; ++c) {
+              append_channel(c);
+            }
           }
         }
         const T* source = in_last && !copy_of_last.empty() ? copy_of_last.data() : input + base;

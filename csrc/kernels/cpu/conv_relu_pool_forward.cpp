@@ -9,7 +9,7 @@
 #include <ATen/Parallel.h>
 #include <c10/util/Unroll.h>
 
-#include <memory>
+#include <type_traits>
 
 namespace lightkit::cpu {
 namespace {
@@ -40,26 +40,36 @@ void convolve(
   const int64_t run = shape.run();
   const int64_t row_size = shape.row_size();
   const T* x[kPositions];
+  std::copy_n(inputs, kPositions, x);
   Vec<T> sum[kPositions][vectors];
-  c10::ForcedUnroll<kPositions>{}([&](auto p) {
-    x[p] = inputs[p];
-    c10::ForcedUnroll<vectors>{}([&](auto v) { sum[p][v] = Vec<T>::loadu(bias + v * width); });
-  });
+  LIGHTKIT_UNROLL for (int p = 0; p < kPositions; ++p) {
+    LIGHTKIT_UNROLL for (int v = 0; v < vectors; ++v) {
+      sum[p][v] = Vec<T>::loadu(bias + v * width);
+    }
+  }
   for (int64_t row = 0; row < shape.kernel_height; ++row) {
     for (int64_t i = 0; i < run; ++i) {
       Vec<T> w[vectors];
-      c10::ForcedUnroll<vectors>{}([&](auto v) { w[v] = Vec<T>::loadu(weight + v * width); });
+      LIGHTKIT_UNROLL for (int v = 0; v < vectors; ++v) {
+        w[v] = Vec<T>::loadu(weight + v * width);
+      }
       weight += vectors * width;
-      c10::ForcedUnroll<kPositions>{}([&](auto p) {
+      LIGHTKIT_UNROLL for (int p = 0; p < kPositions; ++p) {
         const Vec<T> value(x[p][i]);
-        c10::ForcedUnroll<vectors>{}([&](auto v) { sum[p][v] = at::vec::fmadd(value, w[v], sum[p][v]); });
-      });
+        LIGHTKIT_UNROLL for (int v = 0; v < vectors; ++v) {
+          sum[p][v] = at::vec::fmadd(value, w[v], sum[p][v]);
+        }
+      }
     }
-    c10::ForcedUnroll<kPositions>{}([&](auto p) { x[p] += row_size; });
+    LIGHTKIT_UNROLL for (int p = 0; p < kPositions; ++p) {
+      x[p] += row_size;
+    }
   }
-  c10::ForcedUnroll<kPositions>{}([&](auto p) {
-    c10::ForcedUnroll<vectors>{}([&](auto v) { sum[p][v].store(sums + (p * vectors + v) * width); });
-  });
+  LIGHTKIT_UNROLL for (int p = 0; p < kPositions; ++p) {
+    LIGHTKIT_UNROLL for (int v = 0; v < vectors; ++v) {
+      sum[p][v].store(sums + (p * vectors + v) * width);
+    }
+  }
 }
 
 // Small whole numbers in the lanes of a vector, as bytes.
@@ -105,14 +115,14 @@ class PackedWeight {
   PackedWeight(const ConvReluPoolShape& shape, const ConvKernel<const T>& weight, const T* bias)
       : taps_(shape.taps()),
         vectors_((shape.out_channels + kWidth<T> - 1) / kWidth<T>),
-        weight_(new T[vectors_ * kWidth<T> * taps_]),
-        bias_(new T[vectors_ * kWidth<T>]) {
+        weight_(vectors_ * kWidth<T> * taps_),
+        bias_(vectors_ * kWidth<T>) {
     at::parallel_for(0, blocks(), conv_grain(kVectors * kWidth<T> * taps_), [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
         const int64_t lanes = vectors(b) * kWidth<T>;
         const int64_t first = b * kVectors * kWidth<T>;
         const int64_t filled = std::min(lanes, shape.out_channels - first);
-        T* to = weight_.get() + first * taps_;
+        T* to = weight_.data() + first * taps_;
         for (int64_t row = 0; row < shape.kernel_height; ++row) {
           for (int64_t column = 0; column < shape.kernel_width; ++column) {
             for (int64_t in = 0; in < shape.in_channels; ++in, to += lanes) {
@@ -123,7 +133,7 @@ class PackedWeight {
           }
         }
         for (int64_t lane = 0; lane < lanes; ++lane) {
-          bias_[first + lane] = lane < filled && bias != nullptr ? bias[first + lane] : T(0);
+          bias_.data()[first + lane] = lane < filled && bias != nullptr ? bias[first + lane] : T(0);
         }
       }
     });
@@ -136,17 +146,17 @@ class PackedWeight {
     return std::min<int64_t>(kVectors, vectors_ - block * kVectors);
   }
   const T* weight(int64_t block) const {
-    return weight_.get() + block * kVectors * kWidth<T> * taps_;
+    return weight_.data() + block * kVectors * kWidth<T> * taps_;
   }
   const T* bias(int64_t block) const {
-    return bias_.get() + block * kVectors * kWidth<T>;
+    return bias_.data() + block * kVectors * kWidth<T>;
   }
 
  private:
   const int64_t taps_;
   const int64_t vectors_;
-  const std::unique_ptr<T[]> weight_;
-  const std::unique_ptr<T[]> bias_;
+  AlignedBuffer<T> weight_;
+  AlignedBuffer<T> bias_;
 };
 
 // `vectors` vectors of channels of one block of positions, into the outputs.
