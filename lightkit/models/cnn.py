@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from lightkit.models.blocks import run_fused
+
+_BLOCKS = ("fused", "torch")
+
 
 class CNN(nn.Module):
     """Conv 32 - pool - Conv 64 - pool - Conv 64 - Dense 64 - Dense ``num_classes``.
@@ -16,22 +20,31 @@ class CNN(nn.Module):
         in_channels: channels of an image.
         num_classes: number of logits.
         image_size: height and width of an image in pixels, at least 18.
+        blocks: ``"fused"`` runs a convolution, its ReLU and its pool as one operation, `lightkit.ops.conv_relu_pool`;
+            ``"torch"`` runs the layers one by one. Parameters, state dict and results are the same but for
+            rounding. Layers that have been replaced or parametrized, or that have hooks, are run one by one.
+            Both may be chosen for the weights of the other.
 
     Shape:
         ``(N, in_channels, image_size, image_size)`` -> ``(N, num_classes)``, floating point.
 
     Raises:
-        ValueError: an argument is too small, or the input has another shape.
+        ValueError: an argument is too small, ``blocks`` is unknown, or the input has another shape.
     """
 
-    def __init__(self, in_channels: int = 1, num_classes: int = 10, image_size: int = 28) -> None:
+    def __init__(
+        self, in_channels: int = 1, num_classes: int = 10, image_size: int = 28, blocks: str = "fused"
+    ) -> None:
         super().__init__()
+        if blocks not in _BLOCKS:
+            raise ValueError(f"blocks must be one of {', '.join(map(repr, _BLOCKS))}, got {blocks!r}")
         if in_channels < 1 or num_classes < 1:
             raise ValueError(f"in_channels and num_classes must be positive, got {in_channels} and {num_classes}")
         if image_size < 18:
             raise ValueError(f"image_size must be at least 18 for three convolutions and two pools, got {image_size}")
         side = ((image_size - 2) // 2 - 2) // 2 - 2
         self.image_shape = (in_channels, image_size, image_size)
+        self.blocks = blocks
         self.features = nn.Sequential(
             nn.Conv2d(in_channels, 32, kernel_size=3),
             nn.ReLU(),
@@ -54,4 +67,5 @@ class CNN(nn.Module):
         if images.dim() != 4 or images.shape[1:] != self.image_shape:
             expected = ", ".join(map(str, self.image_shape))
             raise ValueError(f"CNN takes images of shape (N, {expected}), got {tuple(images.shape)}")
-        return self.classifier(self.features(images))
+        features = run_fused(self.features, images) if self.blocks == "fused" else self.features(images)
+        return self.classifier(features)

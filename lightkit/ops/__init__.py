@@ -1,6 +1,13 @@
 """The kernels as functions, each with the signature of its counterpart in torch."""
 
+from lightkit.ops.conv_relu_pool import conv_relu_pool, conv_relu_pool_reference
 from lightkit.ops.cross_entropy import cross_entropy, cross_entropy_reference
 from lightkit.ops.substitute import substitute_cross_entropy
 
-__all__ = ["cross_entropy", "cross_entropy_reference", "substitute_cross_entropy"]
+__all__ = [
+    "conv_relu_pool",
+    "conv_relu_pool_reference",
+    "cross_entropy",
+    "cross_entropy_reference",
+    "substitute_cross_entropy",
+]

@@ -1,0 +1,213 @@
+// The gradient of the weight where a position reads fewer inputs in a row than half a vector, as with one channel.
+//
+// Vectors are over the output channels. Of each output the gradient is spread over its positions, 0 but for the one
+// that won: four times the products of conv_relu_pool_backward.cpp, but no list is made and all lanes are used.
+
+#include "conv_relu_pool_backward.h"
+
+#include <ATen/Parallel.h>
+
+#include <type_traits>
+#include <vector>
+
+namespace lightkit::cpu {
+namespace {
+
+template <typename T>
+using Vec = at::vec::Vectorized<T>;
+
+template <typename T>
+constexpr int kWidth = Vec<T>::size();
+
+// Of the kernel, what one pass over an image sums: all sums and the four gradients fit 16 registers.
+constexpr int kMostRows = 3;
+constexpr int kMostTaps = 3;
+
+// Images are summed in this many parts, whatever the number of threads.
+constexpr int64_t kParts = 16;
+
+// The gradients of one vector of channels in one image.
+template <typename T>
+struct Outputs {
+  const T* grads;
+  const uint8_t* winners;
+  int64_t stride;  // from output to output
+  int64_t count;   // of channels, up to a vector
+
+  // Of one output: its gradient at each of its positions. Returns it at all of them.
+  template <int quads>
+  Vec<T> load(int64_t output, Vec<T> (&spread)[quads]) const {
+    const uint8_t* winner = winners + output * stride;
+    const T* grad = grads + output * stride;
+    alignas(64) T numbers[kWidth<T>];
+    Vec<T> gradient;
+    if (count == kWidth<T>) {
+      for (int i = 0; i < kWidth<T>; ++i) {
+        numbers[i] = static_cast<T>(static_cast<int>(winner[i]));
+      }
+      gradient = Vec<T>::loadu(grad);
+    } else {
+      for (int64_t i = 0; i < count; ++i) {
+        numbers[i] = static_cast<T>(static_cast<int>(winner[i]));
+      }
+      std::fill(numbers + count, numbers + kWidth<T>, T(kDead));
+      gradient = cpu::load(grad, count, T(0));
+    }
+    const Vec<T> number = Vec<T>::loadu(numbers);
+    LIGHTKIT_UNROLL for (int q = 0; q < quads; ++q) {
+      spread[q] = gradient & (number == Vec<T>(T(q)));
+    }
+    return gradient & (number != Vec<T>(T(kDead)));
+  }
+};
+
+// Adds to sums[r][t], `row_stride` from row to row and a vector from tap to tap, what an image has of gradient times
+// input, for some rows and taps of the kernel; and to `bias_sum`, unless null, what it has of gradient.
+template <typename T, int quads, int rows, int taps>
+void add_image(
+    const ConvReluPoolShape& shape,
+    const Outputs<T>& outputs,
+    const T* image,
+    T* sums,
+    int64_t row_stride,
+    int64_t tap_stride,
+    T* bias_sum) {
+  constexpr int step = quads == 4 ? 2 : 1;
+  constexpr int rows_read = rows + step - 1;
+  Vec<T> sum[rows][taps];
+  LIGHTKIT_UNROLL for (int r = 0; r < rows; ++r) {
+    LIGHTKIT_UNROLL for (int t = 0; t < taps; ++t) {
+      sum[r][t] = Vec<T>(T(0));
+    }
+  }
+  Vec<T> total(T(0));
+  const int64_t channels = shape.in_channels;
+  int64_t output = 0;
+  for (int64_t row = 0; row < shape.rows(); ++row) {
+    const T* x[rows_read];
+    LIGHTKIT_UNROLL for (int r = 0; r < rows_read; ++r) {
+      x[r] = image + (row * step + r) * shape.row_size();
+    }
+    for (int64_t column = 0; column < shape.columns(); ++column, ++output) {
+      Vec<T> spread[quads];
+      total = total + outputs.load(output, spread);
+      LIGHTKIT_UNROLL for (int q = 0; q < quads; ++q) {
+        LIGHTKIT_UNROLL for (int r = 0; r < rows; ++r) {
+          LIGHTKIT_UNROLL for (int t = 0; t < taps; ++t) {
+            sum[r][t] = at::vec::fmadd(spread[q], Vec<T>(x[r + q / 2][q % 2 * channels + t]), sum[r][t]);
+          }
+        }
+      }
+      LIGHTKIT_UNROLL for (int r = 0; r < rows_read; ++r) {
+        x[r] += step * channels;
+      }
+    }
+  }
+  LIGHTKIT_UNROLL for (int r = 0; r < rows; ++r) {
+    LIGHTKIT_UNROLL for (int t = 0; t < taps; ++t) {
+      T* to = sums + r * row_stride + t * tap_stride;
+      (Vec<T>::loadu(to) + sum[r][t]).store(to);
+    }
+  }
+  if (bias_sum != nullptr) {
+    (Vec<T>::loadu(bias_sum) + total).store(bias_sum);
+  }
+}
+
+// Calls f(n) with n, from 1 to 3, known when compiled.
+template <typename F>
+void with_constant(int64_t n, const F& f) {
+  n == 1 ? f(std::integral_constant<int, 1>{})
+      : n == 2 ? f(std::integral_constant<int, 2>{})
+               : f(std::integral_constant<int, 3>{});
+}
+
+// One image: sums lie as (kernel_height, run, out_channels in whole vectors), and after them those of the bias.
+template <typename T, int quads>
+void add_all(
+    const ConvReluPoolShape& shape, const T* grads, const uint8_t* winners, const T* image, T* sums) {
+  const int64_t padded = (shape.out_channels + kWidth<T> - 1) / kWidth<T> * kWidth<T>;
+  for (int64_t channel = 0; channel < shape.out_channels; channel += kWidth<T>) {
+    const Outputs<T> outputs{
+        grads + channel,
+        winners + channel,
+        shape.out_channels,
+        std::min<int64_t>(kWidth<T>, shape.out_channels - channel)};
+    for (int64_t row = 0; row < shape.kernel_height; row += kMostRows) {
+      for (int64_t tap = 0; tap < shape.run(); tap += kMostTaps) {
+        with_constant(std::min<int64_t>(kMostRows, shape.kernel_height - row), [&](auto rows) {
+          with_constant(std::min<int64_t>(kMostTaps, shape.run() - tap), [&](auto taps) {
+            add_image<T, quads, rows, taps>(
+                shape,
+                outputs,
+                image + row * shape.row_size() + tap,
+                sums + (row * shape.run() + tap) * padded + channel,
+                shape.run() * padded,
+                padded,
+                row == 0 && tap == 0 ? sums + shape.taps() * padded + channel : nullptr);
+          });
+        });
+      }
+    }
+  }
+}
+
+}  // namespace
+
+template <typename T>
+bool is_thin(const ConvReluPoolShape& shape) {
+  return shape.run() * 2 < kWidth<T>;
+}
+
+template <typename T>
+void thin_grad_weight(
+    const ConvReluPoolShape& shape,
+    const T* grad_output,
+    const uint8_t* index,
+    const T* input,
+    const ConvKernel<T>& grad_weight,
+    T* grad_bias) {
+  const int64_t padded = (shape.out_channels + kWidth<T> - 1) / kWidth<T> * kWidth<T>;
+  const int64_t size = (shape.taps() + 1) * padded;
+  const int64_t parts = std::min(kParts, shape.images);
+  std::vector<T> sums(parts * size);
+  const int64_t outputs = shape.rows() * shape.columns() * shape.out_channels;
+  const int64_t products = outputs * shape.quads() * shape.taps() * shape.images / parts;
+  at::parallel_for(0, parts, conv_grain(products), [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      for (int64_t image = part * shape.images / parts; image < (part + 1) * shape.images / parts; ++image) {
+        const auto add = shape.pool ? add_all<T, 4> : add_all<T, 1>;
+        add(shape,
+            grad_output + image * outputs,
+            index + image * outputs,
+            input + image * shape.image_size(),
+            sums.data() + part * size);
+      }
+    }
+  });
+  for (int64_t part = 1; part < parts; ++part) {
+    for (int64_t i = 0; i < size; ++i) {
+      sums[i] += sums[part * size + i];
+    }
+  }
+  const T* from = sums.data();
+  for (int64_t row = 0; row < shape.kernel_height; ++row) {
+    for (int64_t column = 0; column < shape.kernel_width; ++column) {
+      for (int64_t in = 0; in < shape.in_channels; ++in, from += padded) {
+        for (int64_t out = 0; out < shape.out_channels; ++out) {
+          grad_weight.at(out, in, row, column) = from[out];
+        }
+      }
+    }
+  }
+  std::copy_n(from, shape.out_channels, grad_bias);
+}
+
+template bool is_thin<float>(const ConvReluPoolShape&);
+template bool is_thin<double>(const ConvReluPoolShape&);
+template void thin_grad_weight(
+    const ConvReluPoolShape&, const float*, const uint8_t*, const float*, const ConvKernel<float>&, float*);
+template void thin_grad_weight(
+    const ConvReluPoolShape&, const double*, const uint8_t*, const double*, const ConvKernel<double>&, double*);
+
+}  // namespace lightkit::cpu
