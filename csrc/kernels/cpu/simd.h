@@ -143,4 +143,11 @@ acc_t horizontal_max(const at::vec::Vectorized<acc_t>& v) {
   return at::vec::vec_reduce_all<acc_t>([](const auto& a, const auto& b) { return at::vec::maximum(a, b); }, v);
 }
 
+// The first `count` lanes of a vector from memory, the others `fill`.
+template <typename acc_t>
+at::vec::Vectorized<acc_t> load(const acc_t* data, int64_t count, acc_t fill) {
+  using Vec = at::vec::Vectorized<acc_t>;
+  return count == Vec::size() ? Vec::loadu(data) : Vec::set(Vec(fill), Vec::loadu(data, count), count);
+}
+
 }  // namespace lightkit::cpu
