@@ -3,8 +3,9 @@
     python benchmarks/cross_entropy.py [--compiled] [--seconds 4]
 
 Peers: torch eager and, with --compiled, torch.compile of the same. Ours with a gradient in memory of its own,
-and in place. All read the same logits, which come out of an operation as in a model; that operation is part of
-no figure. The floor is a copy of the logits: two streams, what must be read once and written once.
+and in place. All read the same logits. "bare" is the backward of a loss that computes nothing: what autograd takes
+in all of them, most of the time where the logits are few. The floor is a copy of the logits: two streams, what must
+be read once and written once.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ class Job:
         generator = torch.Generator().manual_seed(0)
         self.logits = torch.randn(rows, classes, generator=generator).to(dtype)
         self.target = torch.randint(0, classes, (rows,), generator=generator)
-        self.scratch = torch.empty_like(self.logits)
+        self.scratch = torch.zeros_like(self.logits)
+        self.produced = self.logits.clone()
+        self.loss = torch.zeros((), dtype=dtype)
 
     def leaf(self, function) -> None:
         """The gradient arrives at a leaf and is dropped, as a model's backward would drop it."""
@@ -38,25 +41,44 @@ class Job:
 
     def in_place(self) -> None:
         """The logits are overwritten: refilling them afterwards is not what is asked, so they are not."""
-        base = self.scratch.detach().requires_grad_()
-        logits = _Alias.apply(base)
-        torch.autograd.grad(cross_entropy(logits, self.target, inplace=True), base)
+        base = self.logits.detach().requires_grad_()
+        torch.autograd.grad(cross_entropy(_Produced.apply(base, self.produced), self.target, inplace=True), base)
+        # A result without history again, for the next call.
+        self.produced.detach_()
+
+    def bare(self) -> None:
+        """No loss at all."""
+        logits = self.logits.detach().requires_grad_()
+        torch.autograd.grad(_Nothing.apply(logits, self.loss, self.scratch), logits)
 
     def copy(self) -> None:
         """The floor."""
         self.scratch.copy_(self.logits)
 
 
-class _Alias(torch.autograd.Function):
-    """A non-leaf over given memory, at no cost: what an in-place loss gets from the layer before it."""
+class _Produced(torch.autograd.Function):
+    """Gives out a tensor as its result, at no cost: what an in-place loss gets from the layer before it."""
 
     @staticmethod
-    def forward(ctx, base):
-        return torch.empty(0, dtype=base.dtype).set_(base.untyped_storage(), 0, base.shape, base.stride())
+    def forward(ctx, base, result):
+        return result
 
     @staticmethod
     def backward(ctx, gradient):
-        return gradient
+        return gradient, None
+
+
+class _Nothing(torch.autograd.Function):
+    """A loss and a gradient that are there already."""
+
+    @staticmethod
+    def forward(ctx, logits, loss, gradient):
+        ctx.gradient = gradient
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return ctx.gradient, None, None
 
 
 def main() -> None:
@@ -71,6 +93,7 @@ def main() -> None:
             "eager": lambda job=job: job.leaf(F.cross_entropy),
             "lightkit": lambda job=job: job.leaf(cross_entropy),
             "lightkit in place": job.in_place,
+            "bare": job.bare,
             "copy": job.copy,
         }
         if options.compiled:

@@ -19,6 +19,9 @@ REPLACEMENTS: dict[type[Optimizer], type[Optimizer]] = {
     torch.optim.SGD: SGD,
 }
 
+# What they set in a step that torch's have no use for.
+_LEFT_BEHIND = ("_plan", "grad_norm", "skipped_steps")
+
 
 def convert(optimizer: Optimizer) -> Callable[[], None]:
     """Makes an optimizer of torch's one of lightkit's, in place.
@@ -69,7 +72,8 @@ def _revert(optimizer: Optimizer, original: type[Optimizer]) -> None:
     # One that was given another class or another step since is somebody else's to take apart.
     if type(optimizer) is REPLACEMENTS[original] and _has_own_step(optimizer):
         _change_class(optimizer, original)
-        vars(optimizer).pop("_plan", None)
+        for name in _LEFT_BEHIND:
+            vars(optimizer).pop(name, None)
 
 
 def _has_own_step(optimizer: Optimizer) -> bool:

@@ -194,8 +194,11 @@ class SGD(torch.optim.SGD):
             outcome = sgd_reference(
                 self.param_groups, self.state, self.max_grad_norm, self.skip_nonfinite, inverse_scale
             )
-        self.grad_norm, skipped = outcome
-        self.skipped_steps += skipped
+        norm, skipped = outcome
+        if norm is not None:
+            self.grad_norm = norm
+        if skipped:
+            self.skipped_steps += 1
         for group in self.param_groups:
             if group.get("stochastic_rounding") and not skipped:
                 group["rounding_seed"] += 1
