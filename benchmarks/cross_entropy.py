@@ -42,7 +42,7 @@ class Job:
     def in_place(self) -> None:
         """The logits are overwritten: refilling them afterwards is not what is asked, so they are not."""
         base = self.logits.detach().requires_grad_()
-        torch.autograd.grad(cross_entropy(_Produced.apply(base, self.produced), self.target, inplace=True), base)
+        torch.autograd.grad(cross_entropy(_Produced.apply(base, self), self.target, inplace=True), base)
         # A result without history again, for the next call.
         self.produced.detach_()
 
@@ -57,11 +57,11 @@ class Job:
 
 
 class _Produced(torch.autograd.Function):
-    """Gives out a tensor as its result, at no cost: what an in-place loss gets from the layer before it."""
+    """Gives out a job's tensor as its result, at no cost: what an in-place loss gets from the layer before it."""
 
     @staticmethod
-    def forward(ctx, base, result):
-        return result
+    def forward(ctx, base, job):
+        return job.produced
 
     @staticmethod
     def backward(ctx, gradient):

