@@ -28,9 +28,9 @@ def conv_relu_pool(
     each output tells backward which position won, the first of equals as in torch. backward leaves out every
     product with a gradient that pool or ReLU made 0. The result does not depend on the number of threads.
 
-    Half-precision data is accumulated in float32 and rounded once. Where the kernel does not apply, or where torch's
-    own is likely faster (many channels, large kernels), `conv_relu_pool_reference` does the work. The second
-    derivative is torch's.
+    Half-precision data is accumulated in float32 and rounded once. Where the kernel does not apply (another device,
+    no native library, torch.func, tensor subclasses), and for 1x1 kernels without a pool, where torch is the faster
+    one, `conv_relu_pool_reference` does the work. The second derivative is torch's.
 
     NaN goes through ReLU and pool as in torch. Since products with 0 are left out of the gradients, an infinite or
     NaN input or weight does not make NaN of a gradient that does not depend on it.
@@ -44,7 +44,7 @@ def conv_relu_pool(
 
     Returns:
         ``(N, C_out, H', W')`` with ``H' = H + 2 padding - KH + 1``, halved (rounded down) by the pool. Its memory
-        format is ``torch.channels_last``, whatever that of ``input``, if the kernel did the work.
+        format is ``torch.channels_last``, whatever that of ``input``, where the kernel did the work.
 
     Raises:
         ValueError: shapes that do not fit, a negative padding, or an input too small for kernel and pool.
@@ -57,7 +57,7 @@ def conv_relu_pool(
         dtype = torch.get_autocast_dtype(input.device.type)
         input, weight = input.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    if not (_has_kernel(input, weight, bias) and _is_worth_it(input, weight, padding)):
+    if not (_has_kernel(input, weight, bias) and _is_faster(weight, pool)):
         return conv_relu_pool_reference(input, weight, bias, padding, pool)
     return torch.ops.lightkit.conv_relu_pool.default(input, weight, bias, padding, pool)
 
@@ -130,14 +130,15 @@ def _has_kernel(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and _native_available()
         # Forward-mode AD and the transforms of torch.func cannot see through an autograd function in C++.
         and forward_ad._current_level < 0
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch._C._are_functorch_transforms_active()
         # DTensor and its like bring a dispatch of their own, which does not know the op.
         and all(type(t) in (Tensor, Parameter) or not is_traceable_wrapper_subclass(t) for t in tensors)
     )
 
 
-def _is_worth_it(input: Tensor, weight: Tensor, padding: tuple[int, int]) -> bool:
-    return True
+def _is_faster(weight: Tensor, pool: bool) -> bool:
+    # A 1x1 convolution is one matrix product, in which dead units are too few to make up for lists of the others.
+    return pool or weight.shape[2] * weight.shape[3] > 1
 
 
 @torch.compiler.assume_constant_result
