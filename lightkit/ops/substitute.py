@@ -17,6 +17,8 @@ from torch.overrides import has_torch_function_variadic
 
 from lightkit.ops.cross_entropy import cross_entropy, has_kernel
 
+_PLAIN = (Tensor, Parameter)
+
 _lock = threading.Lock()
 _threads: Counter[int] = Counter()
 
@@ -27,8 +29,9 @@ def substitute_cross_entropy() -> Iterator[None]:
 
     However the function came to its caller: as an attribute of `torch.nn.functional`, imported by name, kept in
     an attribute or a `functools.partial`, or through :class:`torch.nn.CrossEntropyLoss`. Calls that the kernels
-    do not cover, and those under torch.compile, torch.func, tracing or a dispatch mode, stay torch's. Contexts
-    may be nested. `torch.jit.script` cannot compile the function meanwhile.
+    do not cover, and those under torch.compile, torch.func, tracing or a dispatch mode, stay torch's. What
+    torch.compile has compiled before is compiled once more. `torch.jit.script` cannot compile the function
+    meanwhile. Contexts may be nested.
 
     Raises:
         RuntimeError: there is an `obstacle`.
@@ -96,9 +99,9 @@ def _choose(
         and _in_scope()
         and size_average is None
         and reduce is None
-        and _is_plain(input)
-        and _is_plain(target)
-        and (weight is None or _is_plain(weight))
+        and type(input) in _PLAIN
+        and type(target) in _PLAIN
+        and (weight is None or type(weight) in _PLAIN)
         # Modes that watch torch's functions or operators, such as tracers, are to see torch's.
         and not has_torch_function_variadic(input, target)
         and torch._C._len_torch_dispatch_stack() == 0
@@ -107,10 +110,6 @@ def _choose(
     ):
         return cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
     return _torch_cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-
-
-def _is_plain(value: Any) -> bool:
-    return type(value) is Tensor or type(value) is Parameter
 
 
 def _in_scope() -> bool:

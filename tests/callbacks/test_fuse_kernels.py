@@ -71,6 +71,8 @@ class Watch(Callback):
 
     def on_train_batch_end(self, trainer, *_):
         self.types |= {type(optimizer) for optimizer in trainer.optimizers}
+        # The native step has been taken: a scheduler's wrapper might still lead to torch's.
+        assert all(optimizer._plan is not None for optimizer in trainer.optimizers if type(optimizer) is SGD)
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
