@@ -135,9 +135,6 @@ class SGD(torch.optim.SGD):
         for name, value in _GROUP_DEFAULTS.items():
             self.defaults.setdefault(name, value)
         for group in self.param_groups:
-            # torch's fused step leaves half-precision parameters on a CPU nearly unchanged (2.13), and is not
-            # what a state dict that was made with it should bring back.
-            group["fused"] = None
             # A state dict of torch's SGD does not know these.
             for name in _GROUP_DEFAULTS:
                 group.setdefault(name, self.defaults[name])
