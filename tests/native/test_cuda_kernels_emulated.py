@@ -182,7 +182,9 @@ def exact_cross_entropy(logits, target, *, weight=None, ignore_index=-100, smoot
         if smoothing:
             losses = losses - smoothing / classes * (w * log_p).sum(1)
         denominator = (w[index] * counts).sum()
-    losses = (losses + z_loss * lse.square()).where(counts, 0)
+    if z_loss:
+        losses = losses + z_loss * lse.square()
+    losses = losses.where(counts, 0)
     losses.sum().backward()
     return losses.detach(), lse.detach().where(counts, 0), denominator, z.grad
 
