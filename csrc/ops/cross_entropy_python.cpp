@@ -85,6 +85,9 @@ PyObject* call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     Py_RETURN_NOTIMPLEMENTED;
   }
   const Tensor& logits = THPVariable_Unpack(arguments[0]);
+  if (!is_device_of_kernels(logits.device())) {
+    Py_RETURN_NOTIMPLEMENTED;
+  }
   const Tensor& target = THPVariable_Unpack(arguments[1]);
   const auto weight = arguments[2] == Py_None ? std::nullopt : std::optional(THPVariable_Unpack(arguments[2]));
   const int64_t reduction = integer(arguments[3]);
@@ -100,8 +103,7 @@ PyObject* call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   }
   const bool return_lse = flag(arguments[9]);
   const bool inplace = flag(arguments[10]);
-  if (!is_type_of_kernels(logits.scalar_type()) || !is_device_of_kernels(logits.device()) ||
-      !at::isIntegralType(target.scalar_type(), /*includeBool=*/false) ||
+  if (!is_type_of_kernels(logits.scalar_type()) || !at::isIntegralType(target.scalar_type(), /*includeBool=*/false) ||
       has_other_derivatives(logits, target, weight) || reduction < 0 || !(softcap >= 0) ||
       (dtype.has_value() && !at::isFloatingType(*dtype))) {
     Py_RETURN_NOTIMPLEMENTED;

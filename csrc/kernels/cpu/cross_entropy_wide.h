@@ -23,6 +23,15 @@ constexpr int64_t kBlock = 1024;
 // Gradients from this size on are stored past the caches: they would not stay there anyway.
 constexpr int64_t kStreamedBytes = int64_t(32) << 20;
 
+// In double, and with errors that grow with the logarithm of the count: equal values round the same way.
+template <typename acc_t>
+double pairwise_sum(const acc_t* values, int64_t count) {
+  if (count <= 16) {
+    return std::accumulate(values, values + count, 0.0);
+  }
+  return pairwise_sum(values, count / 2) + pairwise_sum(values + count / 2, count - count / 2);
+}
+
 // The rows that one thread works on. `extras`: there may be a softcap or soft targets.
 template <typename scalar_t, bool extras>
 class WideRows {
@@ -40,7 +49,7 @@ class WideRows {
         exponentials_(((args.gradient == nullptr ? std::min(kBlock, args.classes) : args.classes) + Values::size)),
         shifts_((args.classes + kBlock - 1) / kBlock) {
     if (args.smooth != nullptr) {
-      smooth_sum_ = static_cast<acc_t>(std::accumulate(args.smooth, args.smooth + args.classes, 0.0));
+      smooth_sum_ = static_cast<acc_t>(pairwise_sum(args.smooth, args.classes));
     }
   }
 
@@ -127,8 +136,10 @@ class WideRows {
     Values u = Values::load(logits, count, -std::numeric_limits<scalar_t>::infinity());
     if constexpr (extras) {
       if (args_.softcap != 0) {
-        for (auto& part : u.part) {
-          part = capped(part, args_.softcap);
+        for (int k = 0; k < Values::parts; ++k) {
+          const int64_t lanes = std::clamp<int64_t>(count - k * Vec::size(), 0, Vec::size());
+          // The cap of -inf is a number.
+          u.part[k] = Vec::set(Vec(-std::numeric_limits<acc_t>::infinity()), capped(u.part[k], args_.softcap), lanes);
         }
       }
     }
