@@ -51,7 +51,8 @@ cudaError_t launch_typed_rows(const CrossEntropyRows& args, cudaStream_t stream)
     const int from = layout.aligned ? static_cast<int>(std::min<int64_t>(packs, 2)) : 32;
     launch_rows<scalar_t, plain, width, kNarrowPacks, true>(args, threads_for(packs, kNarrowPacks, from, 32), stream);
   } else if (packs <= kWideThreads * kWidePacks) {
-    launch_rows<scalar_t, plain, width, kWidePacks, true>(args, threads_for(packs, kWidePacks, 32, kWideThreads), stream);
+    launch_rows<scalar_t, plain, width, kWidePacks, true>(
+        args, threads_for(packs, kWidePacks, 32, kWideThreads), stream);
   } else {
     const int size = threads_for(packs, kWideThreads * kWidePacks, 2, kMaxCluster);
     const bool fits = packs <= static_cast<int64_t>(size) * kWideThreads * kWidePacks && args.rows < (int64_t{1} << 26);

@@ -131,7 +131,8 @@ __device__ inline RowRange rows_of_part(int64_t rows) {
 template <typename scalar_t>
 __global__ void __launch_bounds__(kSumThreads) prepare_kernel(const __grid_constant__ CrossEntropyRows args) {
   const RowRange range = rows_of_part(args.rows);
-  const double sum = args.target == nullptr ? 0.0 : check_targets<accumulator_t<scalar_t>>(args, range.begin, range.end);
+  const double sum =
+      args.target == nullptr ? 0.0 : check_targets<accumulator_t<scalar_t>>(args, range.begin, range.end);
   if (threadIdx.x == 0) {
     args.scratch->weights[blockIdx.x] = sum;
     if (blockIdx.x == 0) {
