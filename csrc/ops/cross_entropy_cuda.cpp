@@ -55,7 +55,8 @@ std::tuple<Tensor, Tensor> run(
   // Written in its own type by the kernel where that knows it: a conversion would be one more launch.
   const auto total_type = is_logits_type(loss_type) ? loss_type : at::kDouble;
   const Tensor total = unreduced ? Tensor() : at::empty({}, logits.options().dtype(total_type));
-  const Tensor scratch = at::empty({sizeof(cuda::CrossEntropyScratch)}, logits.options().dtype(at::kByte));
+  const auto scratch_bytes = static_cast<int64_t>(sizeof(cuda::CrossEntropyScratch));
+  const Tensor scratch = at::empty({scratch_bytes}, logits.options().dtype(at::kByte));
 
   cuda::CrossEntropyRows rows{};
   rows.type = logits_type(logits.scalar_type());

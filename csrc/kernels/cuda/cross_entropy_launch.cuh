@@ -1,4 +1,4 @@
-// Which kernel a cross-entropy gets. Instantiated for each type of logits in a file of its own: compilers work on
+// Which kernels a cross-entropy gets. Instantiated for each type of logits in a file of its own: compilers work on
 // them at the same time.
 #pragma once
 
@@ -51,7 +51,8 @@ cudaError_t launch_typed_rows(const CrossEntropyRows& args, cudaStream_t stream)
     const int from = layout.aligned ? static_cast<int>(std::min<int64_t>(packs, 2)) : 32;
     launch_rows<scalar_t, plain, width, kNarrowPacks, true>(args, threads_for(packs, kNarrowPacks, from, 32), stream);
   } else if (packs <= kWideThreads * kWidePacks) {
-    launch_rows<scalar_t, plain, width, kWidePacks, true>(args, threads_for(packs, kWidePacks, 32, kWideThreads), stream);
+    launch_rows<scalar_t, plain, width, kWidePacks, true>(
+        args, threads_for(packs, kWidePacks, 32, kWideThreads), stream);
   } else {
     const int size = threads_for(packs, kWideThreads * kWidePacks, 2, kMaxCluster);
     const bool fits = packs <= static_cast<int64_t>(size) * kWideThreads * kWidePacks && args.rows < (int64_t{1} << 26);
@@ -65,7 +66,6 @@ cudaError_t launch_typed_rows(const CrossEntropyRows& args, cudaStream_t stream)
 
 template <typename scalar_t, bool plain>
 cudaError_t launch(const CrossEntropyRows& args, cudaStream_t stream) {
-  using acc_t = accumulator_t<scalar_t>;
   const int64_t row_bytes = args.classes * static_cast<int64_t>(sizeof(scalar_t));
   if (args.rows <= kAloneRows && row_bytes > 0 && row_bytes <= kTileRowBytes) {
     launch_tiles<scalar_t, plain>(args, /*alone=*/true, stream);
@@ -73,7 +73,7 @@ cudaError_t launch(const CrossEntropyRows& args, cudaStream_t stream) {
   }
   const int parts = parts_of(args.rows);
   if (args.target != nullptr || parts > 1) {
-    prepare_kernel<acc_t><<<parts, kSumThreads, 0, stream>>>(args);
+    prepare_kernel<scalar_t><<<parts, kSumThreads, 0, stream>>>(args);
   }
   if (args.rows > 0 && args.classes > 0) {
     if (const auto error = launch_typed_rows<scalar_t, plain>(args, stream); error != cudaSuccess) {
@@ -81,7 +81,7 @@ cudaError_t launch(const CrossEntropyRows& args, cudaStream_t stream) {
     }
   }
   if (args.total != nullptr) {
-    total_kernel<acc_t><<<parts, kSumThreads, 0, stream>>>(args);
+    total_kernel<scalar_t><<<parts, kSumThreads, 0, stream>>>(args);
   }
   return cudaGetLastError();
 }

@@ -32,7 +32,8 @@ __device__ void copy_tile(const scalar_t* from, scalar_t* to, int count) {
 
 // The row that lies at `values`, by one thread; its gradient takes its place.
 template <typename scalar_t, bool plain>
-__device__ void work_on_row(const CrossEntropyRows& args, int64_t index, scalar_t* values, accumulator_t<scalar_t> scale) {
+__device__ void work_on_row(
+    const CrossEntropyRows& args, int64_t index, scalar_t* values, accumulator_t<scalar_t> scale) {
   using acc_t = accumulator_t<scalar_t>;
   const int classes = static_cast<int>(args.classes);
   Row<scalar_t, plain> row(args, index, values);
@@ -68,7 +69,8 @@ __global__ void __launch_bounds__(kTileRows) tile_kernel(const __grid_constant__
 
   double denominator = 1;
   if constexpr (alone) {
-    const double weights = args.target == nullptr ? static_cast<double>(args.rows) : check_targets<acc_t>(args, 0, args.rows);
+    const double weights =
+        args.target == nullptr ? static_cast<double>(args.rows) : check_targets<acc_t>(args, 0, args.rows);
     denominator = args.mean ? weights : 1.0;
   } else if (args.mean && args.gradient != nullptr) {
     denominator = mean_denominator(args);
@@ -83,7 +85,8 @@ __global__ void __launch_bounds__(kTileRows) tile_kernel(const __grid_constant__
     copy_tile(static_cast<const scalar_t*>(args.logits) + offset, tile, count);
     __syncthreads();
     if (static_cast<int>(threadIdx.x) < rows) {
-      work_on_row<scalar_t, plain>(args, first + threadIdx.x, tile + threadIdx.x * static_cast<int>(args.classes), scale);
+      scalar_t* values = tile + threadIdx.x * static_cast<int>(args.classes);
+      work_on_row<scalar_t, plain>(args, first + threadIdx.x, values, scale);
     }
     __syncthreads();
     if (args.gradient != nullptr) {

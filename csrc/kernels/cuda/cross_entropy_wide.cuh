@@ -108,7 +108,8 @@ __device__ __forceinline__ void keep_narrow(Pack<scalar_t, size>& pack) {
 
 // Merges the normalizers of the blockDim.x threads of a block that share a row. All of them get the result.
 template <typename acc_t>
-__device__ __forceinline__ Normalizer<acc_t> merge_team(Normalizer<acc_t> value, Normalizer<acc_t>* entries, bool has_soft) {
+__device__ __forceinline__ Normalizer<acc_t> merge_team(
+    Normalizer<acc_t> value, Normalizer<acc_t>* entries, bool has_soft) {
   const int threads = static_cast<int>(blockDim.x);
   // Where the gradient takes the logits' place, all lanes have read the target's logit before one overwrites it.
   __syncwarp();

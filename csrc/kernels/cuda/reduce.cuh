@@ -128,10 +128,11 @@ __device__ inline RowRange rows_of_part(int64_t rows) {
 }
 
 // A block a part: checks every target, and sums what a mean divides by.
-template <typename acc_t>
+template <typename scalar_t>
 __global__ void __launch_bounds__(kSumThreads) prepare_kernel(const __grid_constant__ CrossEntropyRows args) {
   const RowRange range = rows_of_part(args.rows);
-  const double sum = args.target == nullptr ? 0.0 : check_targets<acc_t>(args, range.begin, range.end);
+  const double sum =
+      args.target == nullptr ? 0.0 : check_targets<accumulator_t<scalar_t>>(args, range.begin, range.end);
   if (threadIdx.x == 0) {
     args.scratch->weights[blockIdx.x] = sum;
     if (blockIdx.x == 0) {
@@ -141,11 +142,11 @@ __global__ void __launch_bounds__(kSumThreads) prepare_kernel(const __grid_const
 }
 
 // A block a part: sums its losses. The one that finishes last adds up the parts.
-template <typename acc_t>
+template <typename scalar_t>
 __global__ void __launch_bounds__(kSumThreads) total_kernel(const __grid_constant__ CrossEntropyRows args) {
   __shared__ bool last;
   const RowRange range = rows_of_part(args.rows);
-  double sum = sum_losses<acc_t>(args, range.begin, range.end);
+  double sum = sum_losses<accumulator_t<scalar_t>>(args, range.begin, range.end);
   if (gridDim.x > 1) {
     if (threadIdx.x == 0) {
       args.scratch->losses[blockIdx.x] = sum;
