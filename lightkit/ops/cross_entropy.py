@@ -215,7 +215,7 @@ def has_kernel(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
         and not (weight is not None and weight.requires_grad)
         # Forward-mode AD and the transforms of torch.func cannot see through an autograd function in C++.
         and forward_ad._current_level < 0
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch._C._are_functorch_transforms_active()
         # DTensor and its like bring a dispatch of their own, which does not know the op.
         and (type(input) in (Tensor, Parameter) or not is_traceable_wrapper_subclass(input))
     )

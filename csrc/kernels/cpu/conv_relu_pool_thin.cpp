@@ -157,7 +157,7 @@ void add_all(
 
 template <typename T>
 bool is_thin(const ConvReluPoolShape& shape) {
-  // Where the products that are with 0 cost less than lists, and lanes that a run leaves empty: measured.
+  // Where the products that are with 0 cost less than lists, and lanes that a run leaves empty: an estimate.
   return shape.quads() * shape.run() * 2 <= 3 * kWidth<T>;
 }
 
