@@ -1,0 +1,48 @@
+"""Brings the lean training loop to any LightningModule."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lightkit.loops import LeanEpochLoop, obstacle
+
+
+class LeanLoop(Callback):
+    """Takes most of Lightning's overhead out of a training step: ``Trainer(callbacks=[LeanLoop()])``.
+
+    Weights, running values, counters, checkpoints, the hooks that somebody implements and their order are the
+    same to the bit; see `lightkit.loops.LeanEpochLoop`. What is not done in every step any more is what nobody sees
+    there: collecting metrics that no logger takes, drawing a progress bar more than ten times a second, looking up
+    hooks that are empty, checking the options of ``self.log`` anew.
+
+    Where Lightning's step is another one than this loop knows (manual optimization, several devices, a GradScaler, a
+    profiler, an overridden ``optimizer_step``) all stays as it is, and ``obstacle`` says why.
+    """
+
+    def __init__(self) -> None:
+        self.obstacle: str | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Changes the loop, when everything has been set up."""
+        self.obstacle = obstacle(trainer)
+        if self.obstacle is None:
+            trainer.fit_loop.epoch_loop.__class__ = LeanEpochLoop
+        else:
+            rank_zero_info(f"LeanLoop leaves Lightning's loop as it is: {self.obstacle}")
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Makes it Lightning's again."""
+        _restore(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Likewise, where the training does not come to its end."""
+        _restore(trainer)
+
+
+def _restore(trainer: pl.Trainer) -> None:
+    loop = trainer.fit_loop.epoch_loop
+    if type(loop) is LeanEpochLoop:
+        loop.__class__ = _TrainingEpochLoop

@@ -1,0 +1,74 @@
+"""Lightning's training loop, with most of its steps taken by `LeanStep`."""
+
+from __future__ import annotations
+
+from lightning.pytorch.loops.fetchers import _DataFetcher
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+
+from lightkit.loops.log import fast_log
+from lightkit.loops.step import LeanStep
+
+
+class LeanEpochLoop(_TrainingEpochLoop):
+    """Runs an epoch as Lightning's own loop does, to the bit and to the counter, with less work between the steps.
+
+    The first and the last batch of an epoch, the batch before a validation, the last step of a training and
+    everything at a restart go through Lightning's own code. What lies between is taken by `LeanStep`, which calls
+    the same hooks in the same order where somebody implements them.
+
+    It has the state of Lightning's loop and no other: a loop becomes one by its ``__class__``.
+    """
+
+    def run(self, data_fetcher: _DataFetcher) -> None:
+        """Runs one epoch."""
+        self.reset()
+        self.on_run_start(data_fetcher)
+        step: LeanStep | None = None
+        while not self.done:
+            try:
+                ahead = self._lean_steps_ahead()
+                if ahead > 0:
+                    # After Lightning's first step of the epoch: what that sets up is found then.
+                    step = step or LeanStep(self.trainer)
+                    self._take(step, ahead, data_fetcher)
+                else:
+                    self.advance(data_fetcher)
+                    self.on_advance_end(data_fetcher)
+            except StopIteration:
+                break
+            finally:
+                self.on_iteration_done()
+
+    def _take(self, step: LeanStep, count: int, data_fetcher: _DataFetcher) -> None:
+        trainer = self.trainer
+        with fast_log(trainer.lightning_module, self._results):
+            for _ in range(count):
+                step(data_fetcher)
+                if trainer.should_stop or trainer.received_sigterm:
+                    # Lightning knows what follows from these.
+                    trainer._logger_connector.on_batch_end()
+                    self.on_advance_end(data_fetcher)
+                    return
+                step.advance_end()
+        trainer._logger_connector.on_batch_end()
+
+    def _lean_steps_ahead(self) -> int:
+        """How many batches lie before the next one that Lightning must see."""
+        trainer = self.trainer
+        done = self.batch_progress.current.ready
+        # Lightning resets running values at the first batch, which may also be the first after a restart.
+        if self.restarting or done == 0 or trainer._logger_connector._first_loop_iter is None:
+            return 0
+        if trainer.should_stop or trainer.fast_dev_run or trainer._val_check_time_interval is not None:
+            return 0
+        if trainer.num_training_batches == float("inf"):
+            return 0
+        ahead = trainer.num_training_batches - 1 - done
+        if self._should_check_val_epoch() and trainer.val_check_batch != float("inf"):
+            every = trainer.val_check_batch
+            passed = self.batch_progress.total.ready if trainer.check_val_every_n_epoch is None else done
+            ahead = min(ahead, every - 1 - passed % every)
+        if self.max_steps != -1:
+            # Each step takes at least one batch.
+            ahead = min(ahead, self.max_steps - 1 - self.global_step)
+        return int(ahead)

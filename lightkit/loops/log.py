@@ -1,0 +1,79 @@
+"""``LightningModule.log`` without what is the same at every call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection, _ResultMetric
+from torch import Tensor
+
+_PLAIN = (bool, int, str, type(None))
+
+
+class FastLog:
+    """Takes the place of a module's ``log`` between two of Lightning's own steps.
+
+    Lightning's own checks the arguments, makes a record of them and compares it with the one there is, at every
+    call. Here that is done at the first one; one that follows with the same options and a scalar tensor goes
+    straight to the running value, by Lightning's own arithmetic. Anything else is Lightning's as before.
+    """
+
+    def __init__(self, module: pl.LightningModule, results: _ResultCollection) -> None:
+        self._module = module
+        self._results = results
+        self._connector = module.trainer._logger_connector
+        self._log = module.log
+        # By hook and name: the options it was logged with, and the running value.
+        self._known: dict[tuple[str, str], tuple[tuple, dict[str, Any], _ResultMetric]] = {}
+
+    def __call__(self, name: str, value: Any, *args: Any, **options: Any) -> None:
+        """See ``LightningModule.log``."""
+        hook = self._module._current_fx_name
+        batch_size = options.pop("batch_size", None)
+        known = self._known.get((hook, name))
+        if (
+            known is not None
+            and type(value) is Tensor
+            and value.dim() == 0
+            and known[0] == args
+            and known[1] == options
+            and value.device == known[2].value.device
+        ):
+            metric = known[2]
+            size = self._results._extract_batch_size(metric, batch_size, metric.meta)
+            # What torchmetrics does around an update.
+            metric._computed = None
+            metric._update_count += 1
+            _ResultMetric.update(metric, value.detach(), size)
+            metric.has_reset = False
+            self._connector._current_fx = hook
+            return
+        if batch_size is None:
+            self._log(name, value, *args, **options)
+        else:
+            self._log(name, value, *args, batch_size=batch_size, **options)
+        self._remember(hook, name, args, options)
+
+    def _remember(self, hook: str, name: str, args: tuple, options: dict[str, Any]) -> None:
+        metric = self._results.get(f"{hook}.{name}")
+        plain = all(isinstance(o, _PLAIN) for o in (*args, *options.values()))
+        if metric is not None and metric.is_tensor and plain and not metric.meta.enable_graph:
+            self._known[hook, name] = (args, options, metric)
+
+
+@contextmanager
+def fast_log(module: pl.LightningModule, results: _ResultCollection) -> Iterator[None]:
+    """Within this context the module logs by `FastLog`, if its ``log`` is Lightning's."""
+    if type(module).log is not pl.LightningModule.log or "log" in vars(module) or module.trainer.barebones:
+        yield
+        return
+    # Past nn.Module's __setattr__, which would look whether it is a parameter.
+    vars(module)["log"] = torch.compiler.disable(FastLog(module, results))
+    try:
+        yield
+    finally:
+        vars(module).pop("log", None)

@@ -1,0 +1,57 @@
+"""What keeps a run from taking lean steps: everything that could make Lightning's step another one."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
+from lightning.pytorch.loops.optimization.automatic import _AutomaticOptimization
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+# The releases whose loop `LeanEpochLoop` was written after, and tested to equal: it is no public interface.
+_LIGHTNING = ("2.6.",)
+
+# What a module may override to take over a part of the step, instead of watching it.
+_TAKEN_OVER = ("on_train_batch_start", "optimizer_step", "optimizer_zero_grad", "backward")
+
+# The methods through which a precision plug-in takes part in a step.
+_PRECISION = ("pre_backward", "backward", "post_backward", "optimizer_step", "_wrap_closure", "_after_closure")
+
+
+def obstacle(trainer: pl.Trainer) -> str | None:
+    """Why this run cannot take lean steps, or None. To be asked in ``on_train_start``: all is set up then."""
+    module = trainer.lightning_module
+    loop = trainer.fit_loop.epoch_loop
+    if not pl.__version__.startswith(_LIGHTNING):
+        return f"Lightning is {pl.__version__}; its loop is known of {', '.join(v + 'x' for v in _LIGHTNING)} alone"
+    if not module.automatic_optimization:
+        return "the module optimizes manually (automatic_optimization is False)"
+    if type(trainer.strategy) is not SingleDeviceStrategy:
+        return f"the strategy is {type(trainer.strategy).__name__}, not that of a single device"
+    if trainer.strategy.model is not module:
+        return "the module is wrapped"
+    if not isinstance(trainer.profiler, PassThroughProfiler):
+        return f"{type(trainer.profiler).__name__} measures every part of Lightning's own step"
+    for name in _TAKEN_OVER:
+        if is_overridden(name, module):
+            return f"{type(module).__name__}.{name} takes over a part of the step"
+    if (cause := _precision_obstacle(trainer.precision_plugin)) is not None:
+        return cause
+    if type(loop) is not _TrainingEpochLoop:
+        return f"the training loop is {type(loop).__name__}, which may do something else"
+    if type(loop.automatic_optimization) is not _AutomaticOptimization:
+        return f"the optimization loop is {type(loop.automatic_optimization).__name__}, which may do something else"
+    if isinstance(trainer.fit_loop._data_fetcher, _DataLoaderIterDataFetcher):
+        return "training_step takes dataloader_iter"
+    return None
+
+
+def _precision_obstacle(plugin: Precision) -> str | None:
+    cls = type(plugin)
+    if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
+        return "a GradScaler decides which steps are taken (precision 16-mixed)"
+    changed = [n for n in _PRECISION if getattr(cls, n) not in (getattr(Precision, n), getattr(MixedPrecision, n))]
+    return f"the precision plug-in {cls.__name__} has its own {changed[0]}" if changed else None

@@ -1,0 +1,215 @@
+"""One training step as Lightning takes it, with all that is the same in every step looked up beforehand."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loops.fetchers import _DataFetcher
+from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResult
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+
+from lightkit.loops.hooks import Hooks
+
+
+class LeanStep:
+    """Takes a batch from the data to the updated weights, and keeps Lightning's books.
+
+    It does what ``_TrainingEpochLoop.advance`` of Lightning 2.6 does for automatic optimization on one device, in
+    the same order, for a batch that is neither the first nor the last of an epoch.
+
+    Args:
+        trainer: in the middle of a fit for which there is no `obstacle`.
+    """
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self._trainer = trainer
+        self._module = module = trainer.lightning_module
+        self._loop = loop = trainer.fit_loop.epoch_loop
+        self._connector = trainer._logger_connector
+        self._precision = trainer.precision_plugin
+        self._optimizer = trainer.optimizers[0]
+        self._progress = loop.batch_progress
+        self._step_progress = loop.automatic_optimization.optim_progress.optimizer.step
+        self._zero_grad_progress = loop.automatic_optimization.optim_progress.optimizer.zero_grad
+        self._accumulate = trainer.accumulate_grad_batches
+        self._takes_index = "batch_idx" in loop._build_kwargs(OrderedDict(), None, 0)
+        self._clips = trainer.gradient_clip_val is not None or is_overridden("configure_gradient_clipping", module)
+        self._steps_schedulers = any(c.interval == "step" for c in trainer.lr_scheduler_configs)
+        self._batch_start = Hooks(trainer, "on_train_batch_start")
+        self._before_zero_grad = Hooks(trainer, "on_before_zero_grad")
+        self._before_backward = Hooks(trainer, "on_before_backward")
+        self._after_backward = Hooks(trainer, "on_after_backward")
+        self._before_step = Hooks(trainer, "on_before_optimizer_step")
+        self._batch_end = Hooks(trainer, "on_train_batch_end")
+        self._transfer = _Transfer(trainer)
+        # Of the batch at hand.
+        self._batch: Any = None
+        self._batch_idx = 0
+        self._outputs: dict[str, Any] = {}
+
+    def __call__(self, data_fetcher: _DataFetcher) -> None:
+        """Fetches a batch and trains on it.
+
+        Raises:
+            StopIteration: there is none.
+        """
+        batch, _, _ = next(data_fetcher)
+        total, current = self._progress.total, self._progress.current
+        self._batch_idx = current.ready
+        self._progress.is_last_batch = data_fetcher.done
+        self._batch = batch = self._transfer(batch)
+        total.ready += 1
+        current.ready += 1
+        self._connector.on_batch_start(batch)
+        if batch is None:
+            self._loop._warning_cache.warn(
+                "train_dataloader yielded None. If this was on purpose, ignore this warning..."
+            )
+            self._outputs = None
+        else:
+            if self._batch_start:
+                self._batch_start(batch, self._batch_idx)
+            total.started += 1
+            current.started += 1
+            self._optimize()
+        total.processed += 1
+        current.processed += 1
+        if self._steps_schedulers:
+            self._loop.update_lr_schedulers("step", update_plateau_schedulers=False)
+        if self._batch_end:
+            self._batch_end(self._outputs, batch, self._batch_idx)
+        # Lightning's connector computes every metric here; those who want one ask for it.
+        results = self._trainer._results
+        results.batch = results.batch_size = None
+        self._batch = self._outputs = None
+        total.completed += 1
+        current.completed += 1
+        if self._connector.should_update_logs:
+            self._connector.update_train_step_metrics()
+
+    def advance_end(self) -> None:
+        """What follows a batch that is not followed by a validation."""
+        if self._steps_schedulers:
+            self._loop.update_lr_schedulers("step", update_plateau_schedulers=True)
+        if not self._accumulates():
+            self._loop._batches_that_stepped += 1
+
+    def _accumulates(self) -> bool:
+        return self._accumulate > 1 and self._progress.current.ready % self._accumulate != 0
+
+    def _optimize(self) -> None:
+        if self._accumulates():
+            self._forward_backward()
+            return
+        self._step_progress.increment_ready()
+        # The optimizer calls it, as with Lightning: some do so more than once.
+        self._optimizer.step(closure=self._closure)
+        self._step_progress.increment_completed()
+
+    def _closure(self) -> Tensor | None:
+        loss = self._forward_backward()
+        if self._before_step:
+            self._before_step(self._optimizer)
+        if self._clips:
+            trainer = self._trainer
+            self._precision._clip_gradients(
+                self._module,
+                self._optimizer,
+                trainer.gradient_clip_val,
+                gradient_clip_algorithm=trainer.gradient_clip_algorithm,
+            )
+        return loss
+
+    @torch.enable_grad()
+    def _forward_backward(self) -> Tensor | None:
+        module = self._module
+        before = module._current_fx_name
+        # Past nn.Module's __setattr__, which would look whether it is a parameter.
+        module.__dict__["_current_fx_name"] = "training_step"
+        with self._forward_context():
+            if self._takes_index:
+                output = module.training_step(self._batch, self._batch_idx)
+            else:
+                output = module.training_step(self._batch)
+        module.__dict__["_current_fx_name"] = before
+        if type(output) is Tensor and self._accumulate == 1:
+            closure_loss, loss = output, output.detach().clone()
+            self._outputs = {"loss": loss}
+        else:
+            result = ClosureResult.from_training_step_output(output, self._accumulate)
+            closure_loss, loss = result.closure_loss, result.loss
+            self._outputs = {} if loss is None else result.asdict()
+        if closure_loss is None:
+            Closure.warning_cache.warn(
+                "`training_step` returned `None`. If this was on purpose, ignore this warning..."
+            )
+        if self._batch_idx % self._accumulate == 0:
+            self._zero_grad()
+        if closure_loss is not None:
+            if self._before_backward:
+                self._before_backward(closure_loss)
+            closure_loss.backward()
+            if self._after_backward:
+                self._after_backward()
+        return loss
+
+    def _forward_context(self) -> AbstractContextManager:
+        # The base class's is one that does nothing, in two layers.
+        plain = type(self._precision) is Precision
+        return nullcontext() if plain else self._precision.train_step_context()
+
+    def _zero_grad(self) -> None:
+        progress = self._zero_grad_progress
+        progress.increment_ready()
+        if self._before_zero_grad:
+            self._before_zero_grad(self._optimizer)
+        progress.increment_started()
+        self._optimizer.zero_grad()
+        progress.increment_completed()
+
+
+class _Transfer:
+    """Brings a batch to the device, through the hooks of data module and module that are implemented."""
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self._strategy = trainer.strategy
+        self._module = module = trainer.lightning_module
+        self._convert = None
+        if type(trainer.precision_plugin).convert_input is not Precision.convert_input:
+            self._convert = trainer.precision_plugin.convert_input
+        selector = trainer._data_connector._datahook_selector
+        self._is_cpu = trainer.strategy.root_device.type == "cpu"
+        self._before = _implemented(selector, "on_before_batch_transfer")
+        self._after = _implemented(selector, "on_after_batch_transfer")
+        self._own_transfer = _implemented(selector, "transfer_batch_to_device") is not None
+        self._generic = self._before is not None or self._own_transfer
+
+    def __call__(self, batch: Any) -> Any:
+        if self._convert is not None:
+            batch = self._convert(batch)
+        if self._generic or not (self._is_cpu and _is_on_cpu(batch)):
+            batch = self._module._on_before_batch_transfer(batch, dataloader_idx=0)
+            return self._strategy.batch_to_device(batch, dataloader_idx=0)
+        if self._after is not None:
+            self._module.__dict__["_current_fx_name"], before = "on_after_batch_transfer", self._module._current_fx_name
+            batch = self._after(batch, 0)
+            self._module.__dict__["_current_fx_name"] = before
+        return batch
+
+
+def _implemented(selector: Any, hook: str) -> Any:
+    instance = selector.get_instance(hook)
+    return getattr(instance, hook) if is_overridden(hook, instance) else None
+
+
+def _is_on_cpu(batch: Any) -> bool:
+    """Whether a batch is a flat sequence of tensors that need not be moved."""
+    if type(batch) is Tensor:
+        return batch.device.type == "cpu"
+    return type(batch) in (tuple, list) and all(type(t) is Tensor and t.device.type == "cpu" for t in batch)

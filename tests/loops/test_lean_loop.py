@@ -1,0 +1,440 @@
+"""The lean loop against Lightning's own: the same run twice, compared to the bit, to the counter and to the call."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint, Timer
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.profilers import SimpleProfiler
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightkit.callbacks import LeanLoop
+from lightkit.loops.step import LeanStep
+
+HOOKS = (
+    "on_train_batch_start",
+    "on_before_zero_grad",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "on_train_batch_end",
+    "on_validation_start",
+    "on_train_epoch_end",
+)
+
+
+class MemoryLogger(Logger):
+    """Keeps what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    name = property(lambda self: "memory")
+    version = property(lambda self: 0)
+
+    def log_hyperparams(self, *args, **kwargs):
+        pass
+
+    def log_metrics(self, metrics, step):
+        self.rows.append((step, dict(metrics)))
+
+
+class Watcher(Callback):
+    """Implements every hook of a step and writes down when it was called, with what, and what could be seen then."""
+
+    def __init__(self):
+        self.calls = []
+
+    def _note(self, hook, trainer, *facts):
+        counters = trainer.fit_loop.epoch_loop.state_dict()
+        del counters["val_loop.state_dict"], counters["val_loop.batch_progress"]
+        self.calls.append((hook, trainer.global_step, str(counters), *map(str, facts)))
+
+
+def _watching(hook):
+    def method(self, trainer, pl_module, *args):
+        facts = [pl_module._current_fx_name]
+        if hook == "on_train_batch_end":
+            facts += [args[0], args[2], sorted(trainer.callback_metrics.items())]
+        self._note(hook, trainer, *facts)
+
+    return method
+
+
+for _hook in HOOKS:
+    setattr(Watcher, _hook, _watching(_hook))
+
+
+class Module(pl.LightningModule):
+    """As people write them: dropout, a metric, several ways to log."""
+
+    def __init__(self, interval="step", output="tensor"):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3))
+        self.accuracy = MulticlassAccuracy(3)
+        self.interval = interval
+        self.output = output
+
+    def training_step(self, batch, batch_idx):
+        inputs, labels = batch
+        logits = self.net(inputs)
+        loss = F.cross_entropy(logits, labels)
+        self.accuracy(logits, labels)
+        self.log("loss", loss, prog_bar=True, on_step=True, on_epoch=True)
+        self.log("largest", logits.max(), reduce_fx="max", on_epoch=True, on_step=False)
+        self.log("index", batch_idx, on_step=True)
+        self.log("accuracy", self.accuracy, on_step=True, on_epoch=True)
+        self.log_dict({"a": loss * 2, "b": loss.detach().double()}, batch_size=5 if batch_idx % 2 else 3)
+        if self.output == "none" and batch_idx % 3 == 1:
+            return None
+        return {"loss": loss, "extra": batch_idx} if self.output == "dict" else loss
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.log("logged in a hook", float(batch_idx))
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", F.cross_entropy(self.net(batch[0]), batch[1]))
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+        if self.interval == "plateau":
+            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+            entry = {"scheduler": scheduler, "interval": "step", "monitor": "loss", "frequency": 2}
+        else:
+            scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.7)
+            entry = {"scheduler": scheduler, "interval": self.interval, "frequency": 1}
+        return {"optimizer": optimizer, "lr_scheduler": entry}
+
+
+def loader(count=44, batch_size=4, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(count, 4, generator=generator)
+    labels = torch.randint(0, 3, (count,), generator=generator)
+    return DataLoader(TensorDataset(inputs, labels), batch_size=batch_size, shuffle=True)
+
+
+def run(lean, directory, make=Module, callbacks=(), ckpt_path=None, checkpoints=None, train=None, **options):
+    """Trains once; returns everything that can be compared."""
+    pl.seed_everything(3, verbose=False)
+    module = make()
+    logger, watcher, loop = MemoryLogger(), Watcher(), LeanLoop()
+    extra = [c() for c in callbacks]
+    saving = ModelCheckpoint(dirpath=directory, **(checkpoints or {"save_last": True}))
+    trainer = pl.Trainer(
+        **{
+            "accelerator": "cpu",
+            "max_epochs": 2,
+            "log_every_n_steps": 3,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "default_root_dir": directory,
+            "num_sanity_val_steps": 0,
+            "logger": logger,
+            "callbacks": [watcher, saving, *extra, *([loop] if lean else [])],
+            **options,
+        }
+    )
+    steps = 0
+    original = LeanStep.__call__
+
+    def counting(self, fetcher):
+        nonlocal steps
+        steps += 1
+        return original(self, fetcher)
+
+    LeanStep.__call__ = counting
+    try:
+        trainer.fit(module, loader() if train is None else train, loader(12, seed=2), ckpt_path=ckpt_path)
+    finally:
+        LeanStep.__call__ = original
+    assert type(trainer.fit_loop.epoch_loop) is _TrainingEpochLoop
+    assert "log" not in vars(module)
+    return {
+        "weights": {k: v.clone() for k, v in module.state_dict().items()},
+        "optimizer": trainer.optimizers[0].state_dict(),
+        "loops": str(trainer.fit_loop.state_dict()),
+        "rows": logger.rows,
+        "calls": watcher.calls,
+        "metrics": {k: v.clone() for k, v in trainer.callback_metrics.items()},
+        "logged": {k: v.clone() for k, v in trainer.logged_metrics.items()},
+        "files": sorted(os.listdir(directory)),
+        "best": saving.best_model_score,
+        "steps": trainer.global_step,
+    }, (steps, loop.obstacle)
+
+
+def assert_same(tmp_path, lean_steps=True, **options):
+    own, _ = run(False, tmp_path / "own", **options)
+    ours, (steps, obstacle) = run(True, tmp_path / "lean", **options)
+    assert obstacle is None
+    assert (steps > 0) == lean_steps
+    assert_equal(ours, own)
+    return ours
+
+
+def assert_equal(ours, own, where=""):
+    """Equal to the bit; names the place of the first difference."""
+    assert type(ours) is type(own), where
+    if isinstance(own, dict):
+        assert sorted(ours, key=str) == sorted(own, key=str), where
+        for key in own:
+            assert_equal(ours[key], own[key], f"{where}.{key}")
+    elif isinstance(own, (list, tuple)):
+        for index, pair in enumerate(itertools.zip_longest(ours, own)):
+            assert_equal(*pair, f"{where}[{index}]")
+    elif isinstance(own, torch.Tensor):
+        torch.testing.assert_close(ours, own, rtol=0, atol=0, equal_nan=True, msg=lambda text: f"{where}: {text}")
+    else:
+        assert ours == own or (ours != ours and own != own), where
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="plain"),
+        pytest.param({"make": lambda: Module("epoch")}, id="scheduler by the epoch"),
+        pytest.param({"make": lambda: Module("plateau")}, id="plateau scheduler by the step"),
+        pytest.param({"make": lambda: Module(output="dict")}, id="training_step returns a dict"),
+        pytest.param({"make": lambda: Module(output="none")}, id="training_step returns None at times"),
+        pytest.param({"accumulate_grad_batches": 3}, id="accumulation, not dividing the epoch"),
+        pytest.param({"accumulate_grad_batches": 4, "max_steps": 4, "max_epochs": -1}, id="accumulation to max_steps"),
+        pytest.param({"gradient_clip_val": 0.05}, id="clipping by norm"),
+        pytest.param({"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}, id="clipping by value"),
+        pytest.param({"val_check_interval": 4}, id="validation every 4 batches"),
+        pytest.param({"val_check_interval": 0.5}, id="validation twice an epoch"),
+        pytest.param({"val_check_interval": 7, "check_val_every_n_epoch": None}, id="validation across epochs"),
+        pytest.param({"check_val_every_n_epoch": 2}, id="validation every second epoch"),
+        pytest.param({"limit_val_batches": 0}, id="no validation"),
+        pytest.param({"limit_train_batches": 5}, id="a part of the batches"),
+        pytest.param({"max_steps": 15, "max_epochs": -1}, id="max_steps in the middle of an epoch"),
+        pytest.param({"precision": "bf16-mixed"}, id="bfloat16"),
+        pytest.param({"precision": "64-true"}, id="float64"),
+        pytest.param({"log_every_n_steps": 1}, id="logging every step"),
+        pytest.param({"logger": False}, id="no logger"),
+        pytest.param({"num_sanity_val_steps": 2}, id="sanity check"),
+        pytest.param({"reload_dataloaders_every_n_epochs": 1}, id="new loaders each epoch"),
+        pytest.param({"overfit_batches": 6}, id="overfitting"),
+        pytest.param(
+            {"checkpoints": {"every_n_train_steps": 4, "save_top_k": -1, "filename": "{step}"}},
+            id="checkpoints every 4 steps",
+        ),
+        pytest.param(
+            {"checkpoints": {"every_n_train_steps": 4, "save_top_k": 2, "monitor": "loss"}}, id="monitored checkpoints"
+        ),
+        pytest.param({"callbacks": [LearningRateMonitor]}, id="learning-rate monitor"),
+        pytest.param({"callbacks": [lambda: Timer(duration="00:01:00:00")]}, id="timer"),
+        pytest.param(
+            {"callbacks": [lambda: EarlyStopping("val_loss", patience=1, mode="max")], "max_epochs": 5},
+            id="early stopping",
+        ),
+    ],
+)
+def test_a_run_is_the_same_to_the_bit(tmp_path, options):
+    """Weights, optimizer, counters, log, checkpoints and every call of a hook are those of Lightning's own loop."""
+    assert_same(tmp_path, **options)
+
+
+class StopAt(Callback):
+    """Asks the trainer to stop at some step, from a hook of the batch."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == 6:
+            trainer.should_stop = True
+
+
+@pytest.mark.parametrize("min_epochs", [None, 2])
+def test_a_callback_may_stop_a_run_at_any_step(tmp_path, min_epochs):
+    """`should_stop` ends the epoch at that step, with the validation that follows it, or goes on to min_epochs."""
+    ours = assert_same(tmp_path, callbacks=[StopAt], min_epochs=min_epochs, max_epochs=3)
+    assert ours["steps"] == (6 if min_epochs is None else 22)
+
+
+class Boom(Callback):
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if trainer.global_step == 5:
+            raise RuntimeError("boom")
+
+
+def test_an_exception_leaves_lightnings_loop_behind(tmp_path):
+    """The loop and the module are as they were when a step fails, and the counters say which step it was."""
+    trainers = []
+    for lean in (False, True):
+        pl.seed_everything(3, verbose=False)
+        module = Module()
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            max_epochs=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[Boom(), *([LeanLoop()] if lean else [])],
+        )
+        with pytest.raises(RuntimeError, match="boom"):
+            trainer.fit(module, loader())
+        assert type(trainer.fit_loop.epoch_loop) is _TrainingEpochLoop and "log" not in vars(module)
+        trainers.append(trainer)
+    own, ours = (str(t.fit_loop.epoch_loop.state_dict()) for t in trainers)
+    assert ours == own
+
+
+class Terminate(Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_ends_a_run_at_the_next_step(tmp_path):
+    """A cluster's signal is seen after the step in which it arrives, as without the lean loop."""
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    for lean in (False, True):
+        watcher = Watcher()
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            max_epochs=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[watcher, Terminate(), *([LeanLoop()] if lean else [])],
+        )
+        with pytest.raises((SIGTERMException, SystemExit)):
+            trainer.fit(Module(), loader())
+        assert trainer.global_step == 5
+
+
+class Stateful:
+    """A loader that can be resumed in the middle of an epoch."""
+
+    def __init__(self):
+        self.batches = list(DataLoader(loader().dataset, batch_size=4))
+        self.position = 0
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        start = self.position if self.position < len(self.batches) else 0
+        for index in range(start, len(self.batches)):
+            self.position = index + 1
+            yield self.batches[index]
+
+    def state_dict(self):
+        return {"position": self.position}
+
+    def load_state_dict(self, state):
+        self.position = state["position"]
+
+
+def test_a_checkpoint_of_one_loop_goes_on_in_the_other(tmp_path):
+    """Saved in the middle of an epoch by either loop and resumed by either, the runs end the same."""
+    saving = {"every_n_train_steps": 5, "save_top_k": -1, "filename": "{step}"}
+
+    class Deterministic(Module):
+        def __init__(self):
+            super().__init__()
+            self.net[2] = nn.Identity()
+
+    options = {"make": Deterministic, "checkpoints": saving}
+    whole, _ = run(False, tmp_path / "whole", train=Stateful(), **options)
+    for first, second in itertools.product((False, True), repeat=2):
+        path = tmp_path / f"{first}{second}"
+        run(first, path / "a", train=Stateful(), max_steps=5, **options)
+        checkpoint = path / "a" / "step=5.ckpt"
+        resumed, (steps, _) = run(second, path / "b", train=Stateful(), ckpt_path=checkpoint, **options)
+        assert (steps > 0) == second
+        assert_equal(resumed["weights"], whole["weights"])
+        assert_equal(resumed["optimizer"], whole["optimizer"])
+        assert resumed["steps"] == whole["steps"]
+
+
+class OwnStep(Module):
+    def optimizer_step(self, *args, **kwargs):
+        super().optimizer_step(*args, **kwargs)
+
+
+class Manual(Module):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        loss = F.cross_entropy(self.net(batch[0]), batch[1])
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+
+
+class Unsized(IterableDataset):
+    def __iter__(self):
+        return iter(list(loader().dataset))
+
+
+@pytest.mark.parametrize(
+    ("cause", "options"),
+    [
+        ("OwnStep.optimizer_step takes over", {"make": OwnStep}),
+        ("optimizes manually", {"make": Manual}),
+        ("SimpleProfiler measures", {"profiler": SimpleProfiler()}),
+        ("the strategy is DDPStrategy", {"strategy": "ddp"}),
+    ],
+)
+def test_what_is_not_lightnings_step_stays_as_it_is(tmp_path, monkeypatch, cause, options):
+    """Where a part of the step is another's, no lean step is taken, and the callback says why."""
+    _, (steps, obstacle) = run(True, tmp_path, **options)
+    assert cause in obstacle
+    assert steps == 0
+
+
+def test_data_without_a_length_goes_through_lightning(tmp_path):
+    """Which batch is the last is not known beforehand there: every step is Lightning's."""
+    assert_same(tmp_path, lean_steps=False, train=DataLoader(Unsized(), batch_size=4))
+
+
+def test_another_release_of_lightning_is_left_alone(tmp_path, monkeypatch):
+    """The loop is not a public interface: a release that it was not compared with keeps its own."""
+    monkeypatch.setattr(pl, "__version__", "2.7.0")
+    _, (steps, obstacle) = run(True, tmp_path)
+    assert steps == 0 and "2.7.0" in obstacle
+
+
+def test_log_refuses_what_lightnings_refuses(tmp_path):
+    """A value of several elements, or options that change, fail at any step as they do at the first."""
+
+    class Wrong(Module):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            if batch_idx == 5:
+                self.log("loss", torch.zeros(2), prog_bar=True, on_step=True, on_epoch=True)
+            return loss
+
+    with pytest.raises(ValueError, match="single element"):
+        run(True, tmp_path, make=Wrong)
+
+    class Changing(Module):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.log("c", loss, on_step=batch_idx != 5, on_epoch=True)
+            return loss
+
+    with pytest.raises(Exception, match="with different arguments"):
+        run(True, tmp_path, make=Changing)
+
+
+def test_progress_bar_shows_the_end_of_an_epoch(tmp_path, capsys):
+    """A bar that is redrawn by time still ends at the last batch."""
+    run(True, tmp_path, enable_progress_bar=True, callbacks=[])
+    assert "11/11" in capsys.readouterr().out
