@@ -179,7 +179,7 @@ class _Transfer:
 
     def __init__(self, trainer: pl.Trainer) -> None:
         self._strategy = trainer.strategy
-        self._module = module = trainer.lightning_module
+        self._module = trainer.lightning_module
         self._convert = None
         if type(trainer.precision_plugin).convert_input is not Precision.convert_input:
             self._convert = trainer.precision_plugin.convert_input

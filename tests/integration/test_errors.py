@@ -82,6 +82,8 @@ def test_interrupt(tmp_path):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        # A job in the background of a script ignores Ctrl-C, and so do its children unless told otherwise.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     checkpoint = tmp_path / "out" / "checkpoints" / "last.ckpt"
     while not checkpoint.exists():
