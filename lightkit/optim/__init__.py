@@ -1,6 +1,8 @@
 """Optimizers with the signatures of torch.optim, on lightkit's kernels."""
 
+from lightkit.optim.adam import Adam, AdamW
 from lightkit.optim.convert import convert
+from lightkit.optim.fused import FusedStep
 from lightkit.optim.sgd import SGD
 
-__all__ = ["SGD", "convert"]
+__all__ = ["SGD", "Adam", "AdamW", "FusedStep", "convert"]

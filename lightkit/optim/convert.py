@@ -11,12 +11,16 @@ import torch
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lightkit.optim.adam import Adam, AdamW
+from lightkit.optim.fused import FusedStep
 from lightkit.optim.sgd import SGD
 
 # Each class is derived from the one it replaces, has the same groups and state, and needs nothing that an __init__
 # of its own would set: an optimizer can change from one to the other at any time between two steps.
-REPLACEMENTS: dict[type[Optimizer], type[Optimizer]] = {
+REPLACEMENTS: dict[type[Optimizer], type[FusedStep]] = {
     torch.optim.SGD: SGD,
+    torch.optim.Adam: Adam,
+    torch.optim.AdamW: AdamW,
 }
 
 # What they set in a step that torch's have no use for.
@@ -71,6 +75,7 @@ def obstacle(optimizer: Optimizer) -> str | None:
 def _revert(optimizer: Optimizer, original: type[Optimizer]) -> None:
     # One that was given another class or another step since is somebody else's to take apart.
     if type(optimizer) is REPLACEMENTS[original] and _has_own_step(optimizer):
+        REPLACEMENTS[original].release(optimizer)
         _change_class(optimizer, original)
         for name in _LEFT_BEHIND:
             vars(optimizer).pop(name, None)

@@ -90,7 +90,10 @@ def test_interrupt(tmp_path):
         assert process.poll() is None
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
+    try:
+        _, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert "interrupted: ckpt_path=last goes on" in errors and "Traceback" not in errors
     assert torch.load(checkpoint, weights_only=True)["state_dict"]

@@ -104,15 +104,15 @@ cudaError_t launch(const Batch& batch, int tensors, bool first, cudaStream_t str
   return cudaGetLastError();
 }
 
-cudaError_t launch_typed(SgdType type, const Batch& batch, int tensors, bool first, cudaStream_t stream) {
+cudaError_t launch_typed(ParameterType type, const Batch& batch, int tensors, bool first, cudaStream_t stream) {
   switch (type) {
-    case SgdType::Float:
+    case ParameterType::Float:
       return launch<float>(batch, tensors, first, stream);
-    case SgdType::Double:
+    case ParameterType::Double:
       return launch<double>(batch, tensors, first, stream);
-    case SgdType::BFloat16:
+    case ParameterType::BFloat16:
       return launch<__nv_bfloat16>(batch, tensors, first, stream);
-    case SgdType::Half:
+    case ParameterType::Half:
       return launch<__half>(batch, tensors, first, stream);
   }
   return cudaErrorInvalidValue;
@@ -122,7 +122,7 @@ cudaError_t launch_typed(SgdType type, const Batch& batch, int tensors, bool fir
 
 cudaError_t sgd(const std::vector<SgdTensor>& tensors, cudaStream_t stream) {
   // What one launch can do together: one type, one set of options, all or none at their first step.
-  std::map<std::tuple<SgdType, const SgdOptions*, bool>, std::vector<const SgdTensor*>> kinds;
+  std::map<std::tuple<ParameterType, const SgdOptions*, bool>, std::vector<const SgdTensor*>> kinds;
   for (const auto& tensor : tensors) {
     if (tensor.numel > 0) {
       kinds[{tensor.type, tensor.options, tensor.first}].push_back(&tensor);
@@ -144,7 +144,7 @@ cudaError_t sgd(const std::vector<SgdTensor>& tensors, cudaStream_t stream) {
         const SgdTensor& tensor = *members[start + i];
         batch.parameter[i] = tensor.parameter;
         batch.gradient[i] = tensor.gradient;
-        batch.momentum[i] = tensor.momentum;
+        batch.momentum[i] = tensor.states[0];
         batch.numel[i] = tensor.numel;
         batch.first_chunk[i + 1] =
             batch.first_chunk[i] + static_cast<int>((tensor.numel + batch.chunk - 1) / batch.chunk);

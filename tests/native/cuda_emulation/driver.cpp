@@ -102,23 +102,22 @@ cudaError_t call_scale_rows() {
 
 // The tensors are the buffers parameter0, gradient0, momentum0, parameter1, ...
 cudaError_t call_sgd() {
-  const SgdOptions options{
-      .lr = setting<double>("lr"),
-      .momentum = setting<double>("momentum"),
-      .dampening = setting<double>("dampening"),
-      .weight_decay = setting<double>("weight_decay"),
-      .nesterov = setting<int>("nesterov") != 0,
-      .maximize = setting<int>("maximize") != 0,
-  };
+  SgdOptions options{};
+  options.lr = setting<double>("lr");
+  options.momentum = setting<double>("momentum");
+  options.dampening = setting<double>("dampening");
+  options.weight_decay = setting<double>("weight_decay");
+  options.nesterov = setting<int>("nesterov") != 0;
+  options.maximize = setting<int>("maximize") != 0;
   std::vector<SgdTensor> tensors;
   for (int i = 0; i < setting<int>("tensors"); ++i) {
     const auto number = std::to_string(i);
     tensors.push_back({
         .parameter = buffer("parameter" + number),
         .gradient = buffer("gradient" + number),
-        .momentum = buffer("momentum" + number),
+        .states = {buffer("momentum" + number)},
         .numel = setting<int64_t>("numel" + number),
-        .type = static_cast<SgdType>(setting<int>("type" + number)),
+        .type = static_cast<ParameterType>(setting<int>("type" + number)),
         .first = setting<int>("first" + number) != 0,
         .options = &options,
     });

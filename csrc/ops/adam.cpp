@@ -1,0 +1,28 @@
+#include "adam.h"
+
+namespace lightkit {
+
+AdamOptions AdamAlgorithm::read(const pybind11::handle& group) {
+  const pybind11::handle betas = group_item(group, "betas");
+  const auto beta = [&](Py_ssize_t index) {
+    const auto item = pybind11::reinterpret_steal<pybind11::object>(PySequence_GetItem(betas.ptr(), index));
+    const double value = item ? PyFloat_AsDouble(item.ptr()) : -1.0;
+    if (PyErr_Occurred()) {
+      throw pybind11::error_already_set();
+    }
+    return value;
+  };
+  AdamOptions options{};
+  options.lr = group_number(group, "lr");
+  options.beta1 = beta(0);
+  options.beta2 = beta(1);
+  options.eps = group_number(group, "eps");
+  options.weight_decay = group_number(group, "weight_decay");
+  options.decoupled = group_flag(group, "decoupled_weight_decay");
+  options.amsgrad = group_flag(group, "amsgrad");
+  return options;
+}
+
+template class StepPlan<AdamAlgorithm>;
+
+}  // namespace lightkit

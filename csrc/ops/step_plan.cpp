@@ -1,0 +1,82 @@
+#include "step_plan.h"
+
+namespace lightkit {
+
+namespace py = pybind11;
+using at::Tensor;
+
+py::handle group_item(const py::handle& group, const char* key) {
+  PyObject* value = PyDict_GetItemString(group.ptr(), key);
+  if (value == nullptr) {
+    throw py::key_error(std::string("a parameter group has no '") + key + "'");
+  }
+  return value;
+}
+
+double group_number(const py::handle& group, const char* key) {
+  const double value = PyFloat_AsDouble(group_item(group, key).ptr());
+  if (value == -1.0 && PyErr_Occurred()) {
+    throw py::error_already_set();
+  }
+  return value;
+}
+
+bool group_flag(const py::handle& group, const char* key) {
+  return PyObject_IsTrue(group_item(group, key).ptr()) == 1;
+}
+
+PyObject* group_extra(const py::handle& group, const char* key) {
+  PyObject* value = PyDict_GetItemString(group.ptr(), key);
+  return value == nullptr || value == Py_None || value == Py_False ? nullptr : value;
+}
+
+py::list group_parameters(const py::handle& group) {
+  const py::handle parameters = group_item(group, "params");
+  // A list as a rule; anything else that can be iterated over is made one.
+  return PyList_Check(parameters.ptr()) ? py::reinterpret_borrow<py::list>(parameters)
+                                       : py::list(py::reinterpret_borrow<py::object>(parameters));
+}
+
+std::optional<ParameterType> parameter_type(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return ParameterType::Float;
+    case at::kDouble:
+      return ParameterType::Double;
+    case at::kBFloat16:
+      return ParameterType::BFloat16;
+    case at::kHalf:
+      return ParameterType::Half;
+    default:
+      return std::nullopt;
+  }
+}
+
+const Tensor& unpack_tensor(const py::object& object) {
+  TORCH_CHECK_TYPE(
+      THPVariable_Check(object.ptr()), "expected a tensor, got ", std::string(py::str(py::type::of(object))));
+  return THPVariable_Unpack(object.ptr());
+}
+
+bool is_plain(const Tensor& tensor) {
+  return tensor.layout() == at::kStrided && !tensor.is_neg() && !tensor.key_set().has(c10::DispatchKey::Python);
+}
+
+Tensor laid_out_as(const Tensor& tensor, const Tensor& like, at::ScalarType type) {
+  if (tensor.strides() == like.strides() && tensor.scalar_type() == type && tensor.device() == like.device()) {
+    return tensor;
+  }
+  return at::empty_like(like, type).copy_(tensor);
+}
+
+float* step_counter(const py::object& held) {
+  if (!THPVariable_Check(held.ptr())) {
+    return nullptr;
+  }
+  const Tensor& tensor = THPVariable_Unpack(held.ptr());
+  const bool readable =
+      is_plain(tensor) && tensor.is_cpu() && tensor.scalar_type() == at::kFloat && tensor.numel() == 1;
+  return readable ? tensor.mutable_data_ptr<float>() : nullptr;
+}
+
+}  // namespace lightkit

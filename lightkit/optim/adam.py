@@ -1,0 +1,131 @@
+"""Adam and AdamW, one native call a step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightkit.optim.fused import FusedStep, to_parameter_dtype
+from lightkit.optim.reference import adam_rule
+
+_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+
+class Adam(FusedStep, torch.optim.Adam):
+    """A drop-in for :class:`torch.optim.Adam` [1]_: one pass over all parameters, in one native call on a CPU.
+
+    For what all optimizers here have in common, the arguments from ``foreach`` on among it, see `FusedStep`. The
+    moments of half-precision parameters are kept in float32: in half precision a second moment would stand still,
+    since 0.999 times a value rounds to that value.
+
+    Args:
+        params: parameters, or dicts that define parameter groups.
+        lr: learning rate, a float or a one-element tensor.
+        betas: what remains in a step of the running means of the gradient and of its square.
+        eps: added to the denominator.
+        weight_decay: L2 penalty, or decoupled [2]_ with ``decoupled_weight_decay=True``.
+        amsgrad: divide by the largest second moment so far [3]_.
+        foreach: see `FusedStep`, as for ``differentiable`` and ``fused``.
+        maximize: ascend instead of descend.
+        capturable: torch's, where its operations take the step on a GPU.
+        differentiable: not supported.
+        fused: for a ``GradScaler``.
+        decoupled_weight_decay: see ``weight_decay``.
+        max_grad_norm: see `FusedStep`, as for all that follow: clips within the step.
+        skip_nonfinite: leaves out steps with NaN or infinite gradients.
+        ema_decay: keeps averaged parameters.
+        master_weights: keeps float32 copies of half-precision parameters.
+        stochastic_rounding: of bfloat16 parameters.
+        rounding_seed: of that.
+
+    Raises:
+        ValueError: values out of range, or ``differentiable=True``.
+
+    References:
+        .. [1] Kingma and Ba, Adam: a method for stochastic optimization, ICLR 2015.
+        .. [2] Loshchilov and Hutter, Decoupled weight decay regularization, ICLR 2019.
+        .. [3] Reddi et al., On the convergence of Adam and beyond, ICLR 2018.
+    """
+
+    _torch_class = torch.optim.Adam
+    _plan_name = "AdamPlan"
+    _rule = staticmethod(adam_rule)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        ema_decay: float | None = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        rounding_seed: int | None = None,
+    ) -> None:
+        options = {} if isinstance(self, torch.optim.AdamW) else {"decoupled_weight_decay": decoupled_weight_decay}
+        self._init(
+            params,
+            lr,
+            # From a configuration they come as a list.
+            tuple(betas),
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            max_grad_norm=max_grad_norm,
+            skip_nonfinite=skip_nonfinite,
+            ema_decay=ema_decay,
+            master_weights=master_weights,
+            stochastic_rounding=stochastic_rounding,
+            rounding_seed=rounding_seed,
+            **options,
+        )
+
+    @classmethod
+    def _unrounded(cls, entry: dict[str, Any]) -> set[str]:
+        return super()._unrounded(entry) | {name for name in _MOMENTS if isinstance(entry.get(name), Tensor)}
+
+    def _is_plain(self) -> bool:
+        # torch's step would want the moments of half-precision parameters in half precision.
+        halves = (torch.bfloat16, torch.float16)
+        return super()._is_plain() and not any(p.dtype in halves for g in self.param_groups for p in g["params"])
+
+    @classmethod
+    def release(cls, optimizer: torch.optim.Optimizer) -> None:
+        """Rounds the moments of half-precision parameters to what torch keeps."""
+        to_parameter_dtype(optimizer, _MOMENTS)
+
+
+class AdamW(Adam, torch.optim.AdamW):
+    """A drop-in for :class:`torch.optim.AdamW`: `Adam` with decoupled weight decay, 0.01 unless told otherwise."""
+
+    _torch_class = torch.optim.AdamW
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **options)

@@ -1,0 +1,242 @@
+"""What lightkit's optimizers have in common: one native call a step, and what that can do beside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lightkit import native
+from lightkit.optim.reference import Rule, step_reference
+
+# What the parameter groups have beside torch's options. Those of a converted optimizer lack them.
+_GROUP_DEFAULTS = {"ema_decay": None, "master_weights": False, "stochastic_rounding": False, "rounding_seed": 0}
+
+# What an optimizer has beside its groups; kept by copies and pickles.
+_ATTRIBUTES = ("max_grad_norm", "skip_nonfinite", "grad_norm", "skipped_steps", "_step_supports_amp_scaling")
+
+
+class FusedStep(torch.optim.Optimizer):
+    """The base of `SGD`, `Adam` and `AdamW`, each of which is also derived from torch's optimizer of that name.
+
+    Arguments, defaults, parameter groups and state dict are those of torch's, in both directions. The update is
+    computed in float32 (float64 for float64) and rounded once, whatever the parameter's dtype. Parameters may be
+    frozen, unfrozen, moved or re-pointed between steps; their state follows.
+
+    What the kernel does not cover (sparse gradients, complex parameters, tensor subclasses such as DTensor,
+    memory with gaps, devices without kernels) is done by torch's operations; so are, on a GPU, the options
+    that follow. ``foreach`` is accepted as torch's: there is one implementation. So is ``fused``; as in torch,
+    ``True`` lets a ``GradScaler`` leave unscaling and the skipping of overflowed steps to the optimizer, which saves
+    a pass over the gradients. ``differentiable`` is not supported.
+
+    Args:
+        max_grad_norm: scale the gradients of all groups down where their 2-norm is larger, as
+            :func:`torch.nn.utils.clip_grad_norm_` does before a step, without writing them. The norm before
+            scaling is then in ``grad_norm``.
+        skip_nonfinite: leave everything as it is where some gradient is NaN or infinite. ``skipped_steps``
+            counts these steps, and those that a ``GradScaler`` skips.
+        ema_decay: keep an exponential moving average of each parameter in float32 (float64 for float64),
+            ``average = decay * average + (1 - decay) * parameter``, that starts with the first step's result;
+            see `averaged_parameters`. A group may have its own.
+        master_weights: keep a float32 copy of each bfloat16 and float16 parameter, of which the parameter is
+            the rounding, and the state in float32. What others write into a parameter goes into its copy.
+        stochastic_rounding: round bfloat16 parameters up or down at random, such that updates too small to
+            change a parameter change it on average. Not with ``master_weights``.
+        rounding_seed: of that randomness; the groups' entry of this name counts on from it, so that a resumed
+            run rounds as one that was not interrupted. Default: :func:`torch.initial_seed`.
+
+    Raises:
+        ValueError: values out of range, or ``differentiable=True``.
+    """
+
+    # The class of torch's whose place is taken, the native plan, and the update in torch's operations.
+    _torch_class: ClassVar[type[torch.optim.Optimizer]]
+    _plan_name: ClassVar[str]
+    _rule: ClassVar[Rule]
+
+    # As class attributes they hold for a converted optimizer too, whose __init__ was torch's: see `convert`.
+    max_grad_norm: float | None = None
+    skip_nonfinite: bool = False
+    grad_norm: float | None = None
+    skipped_steps: int = 0
+    _step_supports_amp_scaling: bool = False
+    _plan: Any = None
+
+    def _init(
+        self,
+        *arguments: Any,
+        max_grad_norm: float | None,
+        skip_nonfinite: bool,
+        ema_decay: float | None,
+        master_weights: bool,
+        stochastic_rounding: bool,
+        rounding_seed: int | None,
+        differentiable: bool,
+        fused: bool | None,
+        **options: Any,
+    ) -> None:
+        """Makes torch's optimizer of its arguments, and adds what it does not have."""
+        if differentiable:
+            raise ValueError(
+                "differentiable=True is not supported: the native step is not recorded by autograd; "
+                f"use torch.optim.{self._torch_class.__name__} to differentiate through the optimizer"
+            )
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be positive, got {max_grad_norm}")
+        if rounding_seed is None:
+            rounding_seed = torch.initial_seed() if stochastic_rounding else 0
+        self._extra_defaults = {
+            "ema_decay": ema_decay,
+            "master_weights": master_weights,
+            "stochastic_rounding": stochastic_rounding,
+            "rounding_seed": rounding_seed,
+        }
+        self._torch_class.__init__(self, *arguments, **options)
+        self.defaults.update(self._extra_defaults)
+        del self._extra_defaults
+        self.max_grad_norm = max_grad_norm
+        self.skip_nonfinite = skip_nonfinite
+        self._step_supports_amp_scaling = bool(fused)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, which takes the optimizer's defaults for what it does not say."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        # While the optimizer is being made, torch fills in what it knows of alone.
+        for name, value in getattr(self, "_extra_defaults", {}).items():
+            group.setdefault(name, value)
+        decay = group["ema_decay"]
+        if decay is not None and not 0 <= decay < 1:
+            raise ValueError(f"ema_decay must be at least 0 and less than 1, got {decay}")
+        if group["master_weights"] and group["stochastic_rounding"]:
+            raise ValueError("master_weights and stochastic_rounding exclude each other: nothing is left to round")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in _ATTRIBUTES}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plan = None
+        for name, value in _GROUP_DEFAULTS.items():
+            self.defaults.setdefault(name, value)
+        for group in self.param_groups:
+            # A state dict of torch's does not know these.
+            for name in _GROUP_DEFAULTS:
+                group.setdefault(name, self.defaults[name])
+        if "_step_supports_amp_scaling" not in state:
+            self._step_supports_amp_scaling = type(self)._step_supports_amp_scaling
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` of this class or of torch's returned."""
+        amp_scaling = self._step_supports_amp_scaling
+        super().load_state_dict(state_dict)
+        self._step_supports_amp_scaling = amp_scaling
+        # torch has rounded every tensor to the dtype of its parameter.
+        for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for parameter, index in zip(own["params"], saved["params"], strict=True):
+                entry = state_dict["state"].get(index, {})
+                for name in self._unrounded(entry):
+                    self.state[parameter][name] = entry[name].detach().clone().to(parameter.device)
+
+    @classmethod
+    def _unrounded(cls, entry: dict[str, Any]) -> set[str]:
+        """What of a parameter's saved state has a dtype of its own."""
+        return {"master_weight", "average"} & entry.keys()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Updates the parameters that have a gradient.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            What the closure returned, or None without one.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        # A GradScaler sets these for the time of a step.
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if found_inf is not None and found_inf.item() != 0:
+            self.skipped_steps += 1
+            return loss
+        inverse_scale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
+        options = (self.param_groups, self.state, self.max_grad_norm, self.skip_nonfinite, inverse_scale)
+
+        if self._plan is None and (module := native.load()) is not None:
+            self._plan = getattr(module, self._plan_name)()
+        outcome = None if self._plan is None else self._plan.step(*options)
+        if outcome is None:
+            if found_inf is None and grad_scale is None and self._is_plain():
+                self._take_torch_step()
+                return loss
+            outcome = step_reference(type(self)._rule, *options)
+        norm, skipped = outcome
+        if norm is not None:
+            self.grad_norm = norm
+        if skipped:
+            self.skipped_steps += 1
+        for group in self.param_groups:
+            if group.get("stochastic_rounding") and not skipped:
+                group["rounding_seed"] += 1
+        return loss
+
+    @contextmanager
+    def averaged_parameters(self) -> Iterator[None]:
+        """Within this context the parameters have their averages' values (see ``ema_decay``).
+
+        Afterwards they have their own again, whatever was written into them in between. Parameters without an
+        average keep their values.
+        """
+        own = {p: p.detach().clone() for p, entry in self.state.items() if "average" in entry}
+        try:
+            with torch.no_grad():
+                for parameter in own:
+                    parameter.copy_(self.state[parameter]["average"])
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, value in own.items():
+                    parameter.copy_(value)
+
+    def _is_plain(self) -> bool:
+        """Whether nothing is asked that torch's optimizer does not do."""
+        extras = ("master_weights", "stochastic_rounding")
+        return (
+            self.max_grad_norm is None
+            and not self.skip_nonfinite
+            and not any(g.get("ema_decay") is not None or any(map(g.get, extras)) for g in self.param_groups)
+        )
+
+    def _take_torch_step(self) -> None:
+        """Takes torch's own step, without the hooks that it runs around it: the caller's step has run them."""
+        step = self._torch_class.step
+        if getattr(step, "hooked", False):
+            step = step.__wrapped__
+        # Not the fused one, which a state dict may ask for: it takes neither sparse gradients nor gaps, and SGD's
+        # leaves half-precision parameters on a CPU nearly unchanged (2.13).
+        fused = [group.get("fused") for group in self.param_groups]
+        try:
+            for group in self.param_groups:
+                group["fused"] = None
+            step(self)
+        finally:
+            for group, value in zip(self.param_groups, fused, strict=True):
+                group["fused"] = value
+
+    @classmethod
+    def release(cls, optimizer: torch.optim.Optimizer) -> None:
+        """Makes the state of an optimizer one that torch's class goes on with: see `convert`."""
+
+
+def to_parameter_dtype(optimizer: torch.optim.Optimizer, names: tuple[str, ...]) -> None:
+    """Rounds some entries of an optimizer's state to the dtypes of the parameters, as torch keeps them."""
+    for parameter, entry in optimizer.state.items():
+        for name in names:
+            if isinstance(entry.get(name), Tensor):
+                entry[name] = entry[name].to(parameter.dtype)

@@ -1,0 +1,133 @@
+"""The steps of lightkit's optimizers in terms of torch's operations, for what their kernels do not cover."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Moves a value, of the accumulation type, by its gradient, with the state and the options of its parameter. The
+# state is kept in the accumulation type where the last argument says so.
+Rule = Callable[[Tensor, Tensor, dict[str, Any], dict[str, Any], torch.dtype], None]
+
+
+def step_reference(
+    rule: Rule,
+    param_groups: list[dict[str, Any]],
+    state: dict[Tensor, dict[str, Any]],
+    max_grad_norm: float | None,
+    skip_nonfinite: bool,
+    inverse_scale: float,
+) -> tuple[float | None, bool]:
+    """One step, with the options and the state of `lightkit.optim.FusedStep`.
+
+    Args:
+        rule: of the algorithm.
+        param_groups: those of the optimizer.
+        state: the optimizer's, with what the rule keeps of a parameter, ``master_weight`` and ``average``.
+        max_grad_norm: larger gradients are scaled down to this norm.
+        skip_nonfinite: change nothing if some gradient is NaN or infinite.
+        inverse_scale: factor of every gradient.
+
+    Returns:
+        The norm of the gradients, or None where neither clipping nor skipping asks for it; and whether the step
+        was skipped.
+
+    Raises:
+        ValueError: some gradient is sparse.
+    """
+    gradients = [p.grad for group in param_groups for p in group["params"] if p.grad is not None]
+    if any(g.is_sparse for g in gradients):
+        raise ValueError(
+            "sparse gradients are taken without max_grad_norm, skip_nonfinite, ema_decay, master_weights, "
+            "stochastic_rounding and loss scaling only"
+        )
+    norm, factor = None, inverse_scale
+    if max_grad_norm is not None or skip_nonfinite:
+        norm = _norm(gradients) * abs(inverse_scale)
+        if skip_nonfinite and not norm < float("inf"):
+            return norm, True
+        if max_grad_norm is not None:
+            clip = max_grad_norm / (norm + 1e-6)
+            factor *= 1.0 if clip > 1 else clip
+    for group in param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                _update(rule, parameter, state[parameter], group, factor)
+    return norm, False
+
+
+def sgd_rule(
+    value: Tensor, gradient: Tensor, entry: dict[str, Any], group: dict[str, Any], state_dtype: torch.dtype
+) -> None:
+    """The update of `lightkit.optim.SGD`."""
+    if group["weight_decay"] != 0:
+        gradient = gradient + group["weight_decay"] * value
+    if group["momentum"] != 0:
+        buffer = entry.get("momentum_buffer")
+        if buffer is None:
+            buffer = gradient
+        else:
+            buffer = group["momentum"] * buffer.to(value.dtype) + (1 - group["dampening"]) * gradient
+        entry["momentum_buffer"] = buffer.to(state_dtype, copy=True)
+        gradient = gradient + group["momentum"] * buffer if group["nesterov"] else buffer
+    value.sub_(group["lr"] * gradient)
+
+
+def adam_rule(
+    value: Tensor, gradient: Tensor, entry: dict[str, Any], group: dict[str, Any], state_dtype: torch.dtype
+) -> None:
+    """The update of `lightkit.optim.Adam` and `AdamW`, whose state is never in half precision."""
+    step = entry.setdefault("step", torch.zeros((), dtype=torch.float32))
+    step += 1
+    count, (beta1, beta2) = float(step), map(float, group["betas"])
+    if group["weight_decay"] != 0 and group["decoupled_weight_decay"]:
+        value.mul_(1 - group["lr"] * group["weight_decay"])
+    elif group["weight_decay"] != 0:
+        gradient = gradient + group["weight_decay"] * value
+    for name in ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])):
+        entry[name] = entry[name].to(value.dtype) if name in entry else torch.zeros_like(value)
+    mean = entry["exp_avg"].lerp_(gradient, 1 - beta1)
+    square = entry["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    if group["amsgrad"]:
+        square = torch.maximum(entry["max_exp_avg_sq"], square, out=entry["max_exp_avg_sq"])
+    denominator = square.sqrt().div_((1 - beta2**count) ** 0.5).add_(group["eps"])
+    value.sub_(group["lr"] / (1 - beta1**count) * (mean / denominator))
+
+
+def _norm(gradients: list[Tensor]) -> float:
+    """The 2-norm of all gradients together."""
+    return sum(float(torch.linalg.vector_norm(g, dtype=torch.float64)) ** 2 for g in gradients) ** 0.5
+
+
+def _update(rule: Rule, parameter: Tensor, entry: dict[str, Any], group: dict[str, Any], factor: float) -> None:
+    """The step of one parameter."""
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    mastered = bool(group.get("master_weights")) and dtype != parameter.dtype
+    if mastered:
+        value = entry.setdefault("master_weight", parameter.detach().to(dtype))
+        if not torch.equal(value.to(parameter.dtype), parameter):
+            value.copy_(parameter)
+    else:
+        value = parameter.detach().to(dtype, copy=True)
+    gradient = parameter.grad.to(dtype) * (-factor if group["maximize"] else factor)
+    rule(value, gradient, entry, group, dtype if mastered else parameter.dtype)
+    if group.get("stochastic_rounding") and parameter.dtype == torch.bfloat16:
+        parameter.copy_(_rounded_stochastically(value))
+    else:
+        parameter.copy_(value)
+    if group.get("ema_decay") is not None:
+        current = value if mastered else parameter.detach().to(dtype)
+        if "average" in entry:
+            entry["average"].lerp_(current, 1 - group["ema_decay"])
+        else:
+            entry["average"] = current.clone()
+
+
+def _rounded_stochastically(value: Tensor) -> Tensor:
+    """float32 values as bfloat16, up or down at random so that the expected result is the value."""
+    noise = torch.randint(0, 1 << 16, value.shape, dtype=torch.int32, device=value.device)
+    rounded = ((value.view(torch.int32) + noise) & -65536).view(torch.float32)
+    return torch.where(value.isfinite(), rounded, value).to(torch.bfloat16)
