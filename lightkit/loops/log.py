@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection, _ResultMetric
 from torch import Tensor
 
@@ -68,11 +67,13 @@ class FastLog:
 @contextmanager
 def fast_log(module: pl.LightningModule, results: _ResultCollection) -> Iterator[None]:
     """Within this context the module logs by `FastLog`, if its ``log`` is Lightning's."""
-    if type(module).log is not pl.LightningModule.log or "log" in vars(module) or module.trainer.barebones:
+    own = type(module).log is not pl.LightningModule.log or "log" in vars(module)
+    # A compiled module would trace it; Lightning's own steps out of the graph.
+    if own or module.trainer.barebones or module._compiler_ctx is not None:
         yield
         return
     # Past nn.Module's __setattr__, which would look whether it is a parameter.
-    vars(module)["log"] = torch.compiler.disable(FastLog(module, results))
+    vars(module)["log"] = FastLog(module, results)
     try:
         yield
     finally:

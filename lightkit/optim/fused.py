@@ -23,8 +23,9 @@ class FusedStep(torch.optim.Optimizer):
     """The base of `SGD`, `Adam` and `AdamW`, each of which is also derived from torch's optimizer of that name.
 
     Arguments, defaults, parameter groups and state dict are those of torch's, in both directions. The update is
-    computed in float32 (float64 for float64) and rounded once, whatever the parameter's dtype. Parameters may be
-    frozen, unfrozen, moved or re-pointed between steps; their state follows.
+    computed in float32 (float64 for float64) and rounded once, whatever the parameter's dtype. On a CPU, numbers
+    below the smallest normal one (1e-38 in float32) count as 0. Parameters may be frozen, unfrozen, moved or
+    re-pointed between steps; their state follows.
 
     What the kernel does not cover (sparse gradients, complex parameters, tensor subclasses such as DTensor,
     memory with gaps, devices without kernels) is done by torch's operations; so are, on a GPU, the options

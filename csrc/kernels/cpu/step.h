@@ -30,6 +30,26 @@ inline size_t tensor_of(const std::vector<int64_t>& starts, int64_t run) {
   return std::upper_bound(starts.begin(), starts.end(), run) - starts.begin() - 1;
 }
 
+// While it lives, this thread counts numbers below the smallest normal one as 0, in float and double. The running means
+// of a parameter that gets no gradient, such as one of a dead unit, shrink until they are such numbers, with which a
+// processor is some ten times slower.
+class FlushDenormals {
+ public:
+#if defined(__SSE2__)
+  FlushDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | kFlushResults | kFlushOperands); }
+  ~FlushDenormals() { _mm_setcsr(before_); }
+
+ private:
+  static constexpr unsigned kFlushResults = 0x8000;
+  static constexpr unsigned kFlushOperands = 0x0040;
+  unsigned before_;
+#else
+  FlushDenormals() {}
+#endif
+  FlushDenormals(const FlushDenormals&) = delete;
+  FlushDenormals& operator=(const FlushDenormals&) = delete;
+};
+
 // Calls update(tensor, begin, end) for ranges that together make up all tensors, shared out evenly over threads.
 template <typename Tensor, typename Update>
 void for_each_range(const std::vector<Tensor>& tensors, const Update& update) {
@@ -37,6 +57,7 @@ void for_each_range(const std::vector<Tensor>& tensors, const Update& update) {
   constexpr int64_t kAlignment = 64;
   const auto starts = starts_of_runs(tensors, kAlignment);
   at::parallel_for(0, starts.back(), kStepGrain / kAlignment, [&](int64_t begin, int64_t end) {
+    const FlushDenormals flush;
     for (size_t i = tensor_of(starts, begin); i < tensors.size() && starts[i] < end; ++i) {
       const int64_t from = std::max<int64_t>(begin - starts[i], 0) * kAlignment;
       const int64_t to = std::min((end - starts[i]) * kAlignment, tensors[i].numel);

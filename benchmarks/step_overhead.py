@@ -1,0 +1,146 @@
+"""What does Lightning's loop cost a step, with and without lightkit's, where the model itself takes next to nothing?
+
+    python benchmarks/step_overhead.py [--steps 2000] [--rounds 5]
+
+A linear model of 16 inputs, batches of 32 that lie ready in memory, SGD; the loss is logged, checkpoints and a progress
+bar are on, as they are unless told otherwise. Each round trains all contenders anew, one after the other; "loop" is
+the same in plain PyTorch, which the overhead is counted from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import tempfile
+import time
+import warnings
+from contextlib import contextmanager
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from rows import append
+from timing import median
+
+from lightkit.callbacks import LeanLoop, Progress
+from lightkit.data.batches import TensorBatches
+
+BATCH = 32
+
+
+def data(steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(steps * BATCH, 16, generator=generator), torch.randn(steps * BATCH, 1, generator=generator)
+
+
+class Tiny(pl.LightningModule):
+    def __init__(self, logs: bool = True) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(16, 1)
+        self.logs = logs
+
+    def training_step(self, batch, batch_idx):
+        loss = F.mse_loss(self.layer(batch[0]), batch[1])
+        if self.logs:
+            self.log("loss", loss, prog_bar=True, on_step=True, on_epoch=True)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def loop(steps: int) -> float:
+    """Seconds of a plain loop over the same batches."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(16, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    batches = TensorBatches(data(steps), BATCH, shuffle=True)
+    started = time.perf_counter()
+    for inputs, targets in batches:
+        optimizer.zero_grad()
+        F.mse_loss(model(inputs), targets).backward()
+        optimizer.step()
+    return time.perf_counter() - started
+
+
+class Clock(pl.Callback):
+    """Times an epoch, with its end."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self.started = time.perf_counter()
+
+    def on_train_end(self, trainer, pl_module):
+        self.seconds = time.perf_counter() - self.started
+
+
+def lightning(steps: int, logs: bool = True, callbacks=(), **options) -> float:
+    """Seconds of an epoch in a Trainer."""
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as directory, _silence():
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            max_epochs=1,
+            default_root_dir=directory,
+            enable_model_summary=False,
+            callbacks=[clock, *callbacks],
+            **options,
+        )
+        trainer.fit(Tiny(logs), TensorBatches(data(steps), BATCH, shuffle=True))
+    return clock.seconds
+
+
+@contextmanager
+def _silence():
+    """Bars are drawn where nobody looks, as on a terminal."""
+    out, err = os.dup(1), os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os.dup2(out, 1)
+            os.dup2(err, 2)
+
+
+BARE = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+
+CONTENDERS = {
+    "loop": loop,
+    "lightning": lightning,
+    "lightning, nothing on": lambda steps: lightning(steps, logs=False, **BARE),
+    "lean loop": lambda steps: lightning(steps, callbacks=[LeanLoop()]),
+    "lean loop, nothing on": lambda steps: lightning(steps, logs=False, callbacks=[LeanLoop()], **BARE),
+    "lean loop, lightkit's bar": lambda steps: lightning(steps, callbacks=[LeanLoop(), Progress()]),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for contender in CONTENDERS.values():
+        contender(50)
+    seconds = {name: [] for name in CONTENDERS}
+    for _ in range(options.rounds):
+        for name, contender in CONTENDERS.items():
+            seconds[name].append(contender(options.steps))
+    rows = []
+    for name, times in seconds.items():
+        milliseconds = median(times) / options.steps * 1e3
+        overhead = median([(a - b) / options.steps * 1e3 for a, b in zip(times, seconds["loop"], strict=True)])
+        row = {"what": name, "milliseconds_a_step": round(milliseconds, 4), "above_the_loop": round(overhead, 4)}
+        rows.append({**row, "steps": options.steps, "n": len(times)})
+        print(row, flush=True)
+    print(f"appended to {append('step_overhead', rows)}")
+
+
+if __name__ == "__main__":
+    main()
