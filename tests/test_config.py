@@ -146,7 +146,7 @@ def test_documented_job():
         config = compose("train", ["+experiment=cnn", "run_dir=."])
         other = compose("train", ["+experiment=cnn", "run_dir=.", "data=fashion_mnist", "optim=sgd"])
     assert (config.trainer.max_epochs, config.data.batch_size) == (5, 32)
-    assert config.optim._target_ == "torch.optim.Adam"
+    assert config.optim._target_ == "lightkit.optim.Adam"
     assert config.data._target_ == "lightkit.data.MNIST5k"
     assert (other.data._target_, other.optim._target_) == ("lightkit.data.FashionMNIST", "lightkit.optim.SGD")
 

@@ -13,6 +13,7 @@
 #include <cmath>
 #include <cstdint>
 #include <map>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <utility>
@@ -81,6 +82,24 @@ class StepPlan {
     return slot == kMaster ? "master_weight" : slot == kAverage ? "average" : Algorithm::kStateNames[slot];
   }
 
+  // The entry of a parameter's state, or null.
+  static PyObject* find(const pybind11::object& state, size_t slot) {
+    // Looked up for every parameter at every step: as strings that need not be made each time.
+    static const auto keys = [] {
+      std::array<PyObject*, kSlots> made;
+      for (size_t i = 0; i < kSlots; ++i) {
+        made[i] = PyUnicode_InternFromString(slot_name(i));
+      }
+      return made;
+    }();
+    return PyDict_GetItem(state.ptr(), keys[slot]);
+  }
+
+  static PyObject* find_count(const pybind11::object& state) {
+    static PyObject* const key = PyUnicode_InternFromString("step");
+    return PyDict_GetItem(state.ptr(), key);
+  }
+
   struct Entry {
     // As Python holds them, not as tensors: a second owner would stand in the way of swap_tensors.
     pybind11::object parameter;
@@ -101,16 +120,16 @@ class StepPlan {
 
   // What a step does to one parameter.
   struct Update {
-    Entry* entry;
-    const Options* options;
+    Entry* entry = nullptr;
+    const Options* options = nullptr;
     at::Tensor parameter;
     at::Tensor gradient;                      // laid out as the parameter
     std::array<at::Tensor, kSlots> buffers;   // likewise, or undefined
-    std::array<bool, kSlots> first;           // the buffer holds nothing yet
+    std::array<bool, kSlots> first{};         // the buffer holds nothing yet
     at::Tensor new_count;                     // the counter, where this is the parameter's first step
-    float* count;
-    bool stochastic;
-    uint64_t key;
+    float* count = nullptr;
+    bool stochastic = false;
+    uint64_t key = 0;
   };
 
   bool is_current(const pybind11::list& param_groups, const pybind11::dict& state) const;
@@ -156,11 +175,11 @@ bool StepPlan<Algorithm>::is_current(const pybind11::list& param_groups, const p
         continue;
       }
       for (size_t slot = 0; slot < kSlots; ++slot) {
-        if (PyDict_GetItemString(entry.state.ptr(), slot_name(slot)) != entry.buffers[slot].ptr()) {
+        if (find(entry.state, slot) != entry.buffers[slot].ptr()) {
           return false;
         }
       }
-      if (Algorithm::kCounts && PyDict_GetItemString(entry.state.ptr(), "step") != entry.count.ptr()) {
+      if (Algorithm::kCounts && find_count(entry.state) != entry.count.ptr()) {
         return false;
       }
     }
@@ -208,10 +227,10 @@ void StepPlan<Algorithm>::rebuild(const pybind11::list& param_groups, const pybi
       if (PyDict_Contains(state.ptr(), parameter.ptr()) == 1) {
         entry.state = borrow(PyDict_GetItem(state.ptr(), parameter.ptr()));
         for (size_t slot = 0; slot < kSlots; ++slot) {
-          entry.buffers[slot] = borrow(PyDict_GetItemString(entry.state.ptr(), slot_name(slot)));
+          entry.buffers[slot] = borrow(find(entry.state, slot));
         }
         if (Algorithm::kCounts) {
-          entry.count = borrow(PyDict_GetItemString(entry.state.ptr(), "step"));
+          entry.count = borrow(find_count(entry.state));
         }
       }
       entries.push_back(std::move(entry));
@@ -245,9 +264,7 @@ void StepPlan<Algorithm>::use_buffer(Update& update, size_t slot, at::ScalarType
 // Adds what is to be done for one parameter; false if that is not for this kernel.
 template <typename Algorithm>
 bool StepPlan<Algorithm>::gather(Entry& entry, const Group& group, std::vector<Update>& updates) {
-  Update update{.entry = &entry, .options = &group.options};
-  update.parameter = unpack_tensor(entry.parameter);
-  const at::Tensor& parameter = update.parameter;
+  const at::Tensor& parameter = unpack_tensor(entry.parameter);
   const at::Tensor& gradient = parameter.grad();
   if (!gradient.defined()) {
     return true;
@@ -262,6 +279,10 @@ bool StepPlan<Algorithm>::gather(Entry& entry, const Group& group, std::vector<U
       return false;
     }
   }
+  Update& update = updates.emplace_back();
+  update.entry = &entry;
+  update.options = &group.options;
+  update.parameter = parameter;
   const bool half = type == at::kBFloat16 || type == at::kHalf;
   const bool master = group.master_weights && half;
   update.stochastic = group.stochastic && !master && type == at::kBFloat16;
@@ -303,9 +324,8 @@ bool StepPlan<Algorithm>::gather(Entry& entry, const Group& group, std::vector<U
   }
   if (update.stochastic) {
     // Another sequence for each step and each place in it: odd factors spread both over all bits.
-    update.key = group.seed * 0x9e3779b97f4a7c15u + updates.size() * 0xbf58476d1ce4e5b9u;
+    update.key = group.seed * 0x9e3779b97f4a7c15u + (updates.size() - 1) * 0xbf58476d1ce4e5b9u;
   }
-  updates.push_back(std::move(update));
   return true;
 }
 
@@ -417,6 +437,9 @@ pybind11::object StepPlan<Algorithm>::step(
   std::vector<Group> groups;
   groups.reserve(groups_.size());
   std::vector<Update> updates;
+  updates.reserve(std::accumulate(groups_.begin(), groups_.end(), size_t{0}, [](size_t sum, const auto& entries) {
+    return sum + entries.size();
+  }));
   for (size_t g = 0; g < groups_.size(); ++g) {
     groups.push_back(read_group(param_groups[g], inverse_scale));
     for (auto& entry : groups_[g]) {
@@ -430,8 +453,14 @@ pybind11::object StepPlan<Algorithm>::step(
     return std::pair(a.type(), a.index()) < std::pair(b.type(), b.index());
   };
   std::map<c10::Device, std::vector<Tensor>, decltype(order)> by_device(order);
-  for (const auto& update : updates) {
-    by_device[update.parameter.device()].push_back(describe(update));
+  for (size_t i = 0; i < updates.size();) {
+    // As a rule one device has them all.
+    const c10::Device device = updates[i].parameter.device();
+    auto& tensors = by_device[device];
+    tensors.reserve(updates.size());
+    for (; i < updates.size() && updates[i].parameter.device() == device; ++i) {
+      tensors.push_back(describe(updates[i]));
+    }
   }
   const bool measured = max_grad_norm.has_value() || skip_nonfinite;
   const auto on_cpu = [](const auto& item) { return item.first.is_cpu(); };

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.loss import _Loss
 
 from lightkit import native
-from lightkit.nn import CrossEntropyLoss
+from lightkit.nn import CrossEntropyLoss, FusedSequential, can_fuse
 from lightkit.ops import substitute, substitute_cross_entropy
 from lightkit.optim.convert import convert
 from lightkit.optim.convert import obstacle as optimizer_obstacle
@@ -48,18 +48,20 @@ class Found:
 
 
 class FuseKernels(Callback):
-    """Replaces SGD and cross-entropy of torch by lightkit's, for as long as the trainer runs.
+    """Replaces optimizers, cross-entropy and convolution blocks of torch by lightkit's, while the trainer runs.
 
     Goes with any LightningModule, unchanged: ``Trainer(callbacks=[FuseKernels()])``. Replaced are
 
-    - optimizers that are a ``torch.optim.SGD``, in place: see `lightkit.optim.convert`. For a fit;
+    - optimizers that are a ``torch.optim.SGD``, ``Adam`` or ``AdamW``, in place: see `lightkit.optim.convert`. For a
+      fit;
     - ``torch.nn.functional.cross_entropy``, however it is called, in the thread of the trainer, and with it
       ``torch.nn.CrossEntropyLoss``: see `lightkit.ops.substitute_cross_entropy`. For fit, validate, test and
-      predict. Calls that the kernels do not cover, and code under torch.compile, stay torch's.
+      predict. Calls that the kernels do not cover, and code under torch.compile, stay torch's;
+    - on a CPU, each ``torch.nn.Sequential`` with convolutions that a ReLU follows, in place, by
+      `lightkit.nn.FusedSequential`. For fit, validate, test and predict.
 
-    When the run ends, or an exception or Ctrl-C ends it, everything is torch's again. Modules keep their classes
-    throughout, and checkpoints hold nothing of lightkit: one made with this callback continues without it, and
-    the other way round.
+    When the run ends, or an exception or Ctrl-C ends it, everything is torch's again. Checkpoints hold nothing of
+    lightkit: one made with this callback continues without it, and the other way round.
 
     What was found, and what became of it, is logged once a run and kept in ``report``. With strategies that
     spawn processes it stays in those. Without native kernels for the trainer's device nothing is replaced, and
@@ -118,8 +120,10 @@ class FuseKernels(Callback):
         self._report = []
         if trainer.state.fn == TrainerFn.FITTING:
             self._report += [self._optimizer(trainer, i, cause) for i in range(len(trainer.optimizers))]
+        compiled = _Compiled(pl_module)
+        self._report += self._sequentials(trainer, pl_module, cause, compiled)
         function_cause = cause or substitute.obstacle()
-        self._report += _losses(pl_module, function_cause)
+        self._report += _losses(pl_module, function_cause, compiled)
         self._report.append(Found(_FUNCTION, _FUNCTION, None if function_cause else _REPLACEMENT, function_cause))
         if cause is not None:
             rank_zero_warn(f"FuseKernels replaces nothing: {cause}")
@@ -137,24 +141,49 @@ class FuseKernels(Callback):
         self._undo_of(trainer).callback(convert(optimizer))
         return Found(name, _name(cls), replacement=_name(type(optimizer)))
 
+    def _sequentials(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, cause: str | None, compiled: _Compiled
+    ) -> Iterator[Found]:
+        """Every Sequential that could be fused."""
+        device = trainer.strategy.root_device.type
+        if device != "cpu":
+            cause = f"convolutions are torch's on {device}"
+        for name, module in pl_module.named_modules():
+            if type(module) is nn.Sequential and can_fuse(module):
+                reason = cause or (_COMPILED if compiled.above(name) else None)
+                if reason is None:
+                    module.__class__ = FusedSequential
+                    self._undo_of(trainer).callback(setattr, module, "__class__", nn.Sequential)
+                yield Found(name, "torch.nn.Sequential", None if reason else "lightkit.nn.FusedSequential", reason)
+
 
 def _obstacle(trainer: pl.Trainer) -> str | None:
     cause = native.missing(trainer.strategy.root_device.type)
     return None if cause is None else f"there are no native kernels: {cause}"
 
 
-def _losses(pl_module: pl.LightningModule, cause: str | None) -> Iterator[Found]:
+def _losses(pl_module: pl.LightningModule, cause: str | None, compiled: _Compiled) -> Iterator[Found]:
     """Every loss module, and every module under torch.compile."""
-    compiled = {name: module for name, module in pl_module.named_modules() if _is_compiled(module)}
     for name, module in pl_module.named_modules():
-        # "" is the name of the whole, which is above all others.
-        above = [other for other in compiled if other == "" or name == other or name.startswith(f"{other}.")]
+        above = compiled.above(name)
         found = Found(name or type(module).__name__, _name(type(module)))
         if isinstance(module, _Loss):
             reason = _COMPILED if above else cause or _loss_obstacle(module)
             yield Found(found.name, found.kind, None if reason else _REPLACEMENT, reason)
         elif above == [name]:
             yield Found(found.name, found.kind, reason=_COMPILED)
+
+
+class _Compiled:
+    """The names of the modules that are under torch.compile."""
+
+    def __init__(self, pl_module: pl.LightningModule) -> None:
+        self._names = [name for name, module in pl_module.named_modules() if _is_compiled(module)]
+
+    def above(self, name: str) -> list[str]:
+        """Those that a module is one of, or a part of."""
+        # "" is the name of the whole, which is above all others.
+        return [other for other in self._names if other == "" or name == other or name.startswith(f"{other}.")]
 
 
 def _loss_obstacle(module: nn.Module) -> str | None:

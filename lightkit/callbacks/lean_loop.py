@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lightkit.data.slices import fetch_slices, fetch_slices_now
 from lightkit.loops import LeanEpochLoop, obstacle
 
 
@@ -18,12 +21,15 @@ class LeanLoop(Callback):
     there: collecting metrics that no logger takes, drawing a progress bar more than ten times a second, looking up
     hooks that are empty, checking the options of ``self.log`` anew.
 
+    A ``DataLoader`` over a ``TensorDataset`` gives the same batches by slicing: see `lightkit.data.fetch_slices`.
+
     Where Lightning's step is another one than this loop knows (manual optimization, several devices, a GradScaler, a
     profiler, an overridden ``optimizer_step``) all stays as it is, and ``obstacle`` says why.
     """
 
     def __init__(self) -> None:
         self.obstacle: str | None = None
+        self._undo = ExitStack()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Changes the loop, when everything has been set up."""
@@ -33,16 +39,26 @@ class LeanLoop(Callback):
         else:
             rank_zero_info(f"LeanLoop leaves Lightning's loop as it is: {self.obstacle}")
 
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Has the loaders slice, new ones among them."""
+        combined = trainer.fit_loop._combined_loader
+        for loader in combined.flattened:
+            if (undo := fetch_slices(loader)) is not None:
+                self._undo.callback(undo)
+        if combined._iterator is not None:
+            for iterator in combined._iterator.iterators:
+                fetch_slices_now(iterator)
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Makes it Lightning's again."""
-        _restore(trainer)
+        """Makes all of it Lightning's and torch's again."""
+        self._restore(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Likewise, where the training does not come to its end."""
-        _restore(trainer)
+        self._restore(trainer)
 
-
-def _restore(trainer: pl.Trainer) -> None:
-    loop = trainer.fit_loop.epoch_loop
-    if type(loop) is LeanEpochLoop:
-        loop.__class__ = _TrainingEpochLoop
+    def _restore(self, trainer: pl.Trainer) -> None:
+        self._undo.close()
+        loop = trainer.fit_loop.epoch_loop
+        if type(loop) is LeanEpochLoop:
+            loop.__class__ = _TrainingEpochLoop

@@ -4,5 +4,6 @@ from lightkit.data.batches import TensorBatches
 from lightkit.data.images import ImageDataModule, ImageSet
 from lightkit.data.mnist import MNIST, FashionMNIST
 from lightkit.data.mnist_5k import MNIST5k
+from lightkit.data.slices import fetch_slices
 
-__all__ = ["MNIST", "FashionMNIST", "ImageDataModule", "ImageSet", "MNIST5k", "TensorBatches"]
+__all__ = ["MNIST", "FashionMNIST", "ImageDataModule", "ImageSet", "MNIST5k", "TensorBatches", "fetch_slices"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lightkit.models.blocks import run_fused
+from lightkit.nn import FusedSequential
 
 _BLOCKS = ("fused", "torch")
 
@@ -22,8 +22,7 @@ class CNN(nn.Module):
         image_size: height and width of an image in pixels, at least 18.
         blocks: ``"fused"`` runs a convolution, its ReLU and its pool as one operation, `lightkit.ops.conv_relu_pool`;
             ``"torch"`` runs the layers one by one. Parameters, state dict and results are the same but for
-            rounding. Layers that have been replaced or parametrized, or that have hooks, are run one by one.
-            Both may be chosen for the weights of the other.
+            rounding; see `lightkit.nn.FusedSequential`. Both may be chosen for the weights of the other.
 
     Shape:
         ``(N, in_channels, image_size, image_size)`` -> ``(N, num_classes)``, floating point.
@@ -44,8 +43,8 @@ class CNN(nn.Module):
             raise ValueError(f"image_size must be at least 18 for three convolutions and two pools, got {image_size}")
         side = ((image_size - 2) // 2 - 2) // 2 - 2
         self.image_shape = (in_channels, image_size, image_size)
-        self.blocks = blocks
-        self.features = nn.Sequential(
+        sequential = FusedSequential if blocks == "fused" else nn.Sequential
+        self.features = sequential(
             nn.Conv2d(in_channels, 32, kernel_size=3),
             nn.ReLU(),
             nn.MaxPool2d(2),
@@ -67,5 +66,4 @@ class CNN(nn.Module):
         if images.dim() != 4 or images.shape[1:] != self.image_shape:
             expected = ", ".join(map(str, self.image_shape))
             raise ValueError(f"CNN takes images of shape (N, {expected}), got {tuple(images.shape)}")
-        features = run_fused(self.features, images) if self.blocks == "fused" else self.features(images)
-        return self.classifier(features)
+        return self.classifier(self.features(images))

@@ -1,5 +1,6 @@
-"""Loss modules with the signatures of torch.nn, on lightkit's kernels."""
+"""Modules with the signatures of torch.nn, on lightkit's kernels."""
 
 from lightkit.nn.cross_entropy import CrossEntropyLoss
+from lightkit.nn.fused_sequential import FusedSequential, can_fuse
 
-__all__ = ["CrossEntropyLoss"]
+__all__ = ["CrossEntropyLoss", "FusedSequential", "can_fuse"]

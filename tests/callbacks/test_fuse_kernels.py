@@ -133,7 +133,7 @@ class Many(Plain):
         patched.step = lambda *_, **__: None
         return [
             torch.optim.SGD(parameters[:1], lr=0.1, momentum=0.9),
-            torch.optim.Adam(parameters[1:2], lr=0.01),
+            torch.optim.RMSprop(parameters[1:2], lr=0.01),
             Many.Mine(parameters[2:3], lr=0.1),
             patched,
             torch.optim.SGD([parameters[3]], lr=0.0, differentiable=True),
@@ -167,7 +167,7 @@ def test_report(caplog, calls):
     assert message.splitlines() == [
         "FuseKernels:",
         "  optimizers[0] (torch.optim.SGD): replaced by lightkit.optim.SGD",
-        "  optimizers[1] (torch.optim.Adam): kept: lightkit has no kernel for it",
+        "  optimizers[1] (torch.optim.RMSprop): kept: lightkit has no kernel for it",
         f"  optimizers[2] ({name}.Mine): kept: it is a subclass of torch.optim.SGD, which may do something else",
         "  optimizers[3] (torch.optim.SGD): kept: its method step has been replaced",
         "  optimizers[4] (torch.optim.SGD): kept: differentiable=True, and autograd does not see the native step",

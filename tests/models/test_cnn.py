@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import AotEagerAndRecordGraphs
-from torch.nn.utils import parametrizations, prune
 
-from lightkit.models import CNN, blocks
+from lightkit.models import CNN
+from lightkit.nn import fused_sequential
 from lightkit.ops import conv_relu_pool
 
 
@@ -84,90 +84,12 @@ def test_fused_blocks_are_used(monkeypatch):
         calls.append(pool)
         return conv_relu_pool(input, weight, bias, padding, pool)
 
-    monkeypatch.setattr(blocks, "conv_relu_pool", recorded)
+    monkeypatch.setattr(fused_sequential, "conv_relu_pool", recorded)
     fused, plain = twins()
     plain(torch.zeros(1, 1, 28, 28))
     assert calls == []
     fused(torch.zeros(1, 1, 28, 28))
     assert calls == [True, True, False]
-
-
-def assert_runs_layer_by_layer(monkeypatch, model: CNN) -> None:
-    def never(*_):
-        raise AssertionError("the fused operation was called")
-
-    monkeypatch.setattr(blocks, "conv_relu_pool", never)
-    images = torch.randn(2, 1, 28, 28)
-    assert torch.equal(model(images), model.classifier(model.features(images)))
-
-
-@pytest.mark.parametrize("layer", [0, 1, 2, None])
-@pytest.mark.parametrize(
-    "kind", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook", "global"]
-)
-def test_hooks_are_called(monkeypatch, kind, layer):
-    """A hook on a layer, on the sequence of layers or on all modules is not passed over."""
-    model, called = CNN(), []
-
-    def hook(*_):
-        called.append(kind)
-
-    target = model.features if layer is None else model.features[layer]
-    register = (
-        nn.modules.module.register_module_forward_hook if kind == "global" else getattr(target, f"register_{kind}")
-    )
-    handle = register(hook)
-    try:
-        assert_runs_layer_by_layer(monkeypatch, model)
-        # torch calls no backward hook for an input that needs no gradient, but warns.
-        model(torch.randn(2, 1, 28, 28, requires_grad=True)).sum().backward()
-    finally:
-        handle.remove()
-    assert called
-
-
-class Doubled(nn.Conv2d):
-    """A stand-in for a convolution that does something else."""
-
-    def forward(self, input):
-        return 2 * super().forward(input)
-
-
-def replace(layer: int, module: nn.Module):
-    """A change of a network: another module in place of a layer."""
-    return lambda model: model.features.__setitem__(layer, module)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        replace(0, Doubled(1, 32, 3)),
-        replace(1, nn.GELU()),
-        replace(2, nn.AvgPool2d(2)),
-        replace(2, nn.MaxPool2d(3, 2, 1)),
-        replace(2, nn.Identity()),
-        replace(3, nn.Conv2d(32, 64, 3, padding="same", padding_mode="reflect")),
-        replace(6, nn.Conv2d(64, 64, 3, groups=2)),
-        lambda model: model.features.append(nn.Dropout(0.0)),
-        lambda model: prune.l1_unstructured(model.features[3], "weight", 0.5),
-        lambda model: parametrizations.weight_norm(model.features[3]),
-        lambda model: setattr(model.features[1], "forward", torch.tanh),
-    ],
-)
-def test_changed_layers_are_respected(monkeypatch, change):
-    """What is not a plain block of convolution, ReLU and pool runs as it stands, pruned or parametrized too."""
-    model = CNN(image_size=28)
-    change(model)
-    side = model.features(torch.zeros(1, 1, 28, 28)).shape[-1]
-    model.classifier[1] = nn.Linear(64 * side * side, 64)
-    assert_runs_layer_by_layer(monkeypatch, model)
-
-
-def test_a_relu_must_follow(monkeypatch):
-    """A convolution without its ReLU at the end is none of the blocks."""
-    model = CNN()
-    del model.features[7]
-    assert_runs_layer_by_layer(monkeypatch, model)
 
 
 def test_compile_fullgraph():

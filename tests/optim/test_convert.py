@@ -120,7 +120,7 @@ class Derived(torch.optim.SGD):
 @pytest.mark.parametrize(
     ("made", "cause"),
     [
-        (lambda p: torch.optim.AdamW([p]), "lightkit has no kernel for it"),
+        (lambda p: torch.optim.RMSprop([p]), "lightkit has no kernel for it"),
         (lambda p: Derived([p]), "it is a subclass of torch.optim.SGD, which may do something else"),
         (lambda p: SGD([p]), "it is lightkit's already"),
         (lambda p: torch.optim.SGD([p], differentiable=True), "differentiable=True"),

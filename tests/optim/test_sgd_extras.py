@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightkit.optim import SGD
-from lightkit.optim.sgd_reference import sgd_reference
+from lightkit.optim.reference import sgd_rule, step_reference
 
 # Around the SIMD widths, the blocks of the kernel (256, 512) and the runs that its sums are made of (16384).
 SIZES = [0, 1, 7, 8, 9, 15, 16, 17, 63, 64, 65, 255, 256, 257, 511, 513, 16383, 16384, 16385, 40000]
@@ -256,7 +256,7 @@ def test_kernel_and_reference_agree(dtype, sizes, momentum, nesterov, max_grad_n
                 optimizer.step()
             else:
                 with torch.no_grad():
-                    sgd_reference(optimizer.param_groups, optimizer.state, max_grad_norm, False, 1.0)
+                    step_reference(sgd_rule, optimizer.param_groups, optimizer.state, max_grad_norm, False, 1.0)
         results.append((parameters, [optimizer.state.get(p, {}) for p in parameters]))
     assert_close(results[0][0], results[1][0], dtype)
     for own, other in zip(results[0][1], results[1][1], strict=True):

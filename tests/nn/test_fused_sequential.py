@@ -1,0 +1,164 @@
+"""A fused Sequential gives what a plain one gives, whatever its layers are, and passes over nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+from lightkit.nn import FusedSequential, can_fuse, fused_sequential
+from lightkit.ops import conv_relu_pool
+
+
+def layers():
+    torch.manual_seed(0)
+    return [
+        nn.Conv2d(2, 8, 3),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Dropout(0.0),
+        nn.Conv2d(8, 4, 3, bias=False),
+    ]
+
+
+@pytest.fixture
+def fused(monkeypatch) -> list[nn.Parameter]:
+    """The weights that went through the fused operation, in order."""
+    weights = []
+
+    def recorded(input, weight, *rest):
+        weights.append(weight)
+        return conv_relu_pool(input, weight, *rest)
+
+    monkeypatch.setattr(fused_sequential, "conv_relu_pool", recorded)
+    return weights
+
+
+def assert_same_as_plain(model: FusedSequential) -> None:
+    images = torch.randn(3, 2, 14, 14, generator=torch.Generator().manual_seed(1))
+    results = []
+    for cls in (FusedSequential, nn.Sequential):
+        model.__class__ = cls
+        model.zero_grad()
+        x = images.clone().requires_grad_()
+        y = model(x)
+        y.square().sum().backward()
+        results.append([y, x.grad, *(p.grad for p in model.parameters())])
+        results[-1].append(torch.tensor(y.stride()))
+    model.__class__ = FusedSequential
+    for own, other in zip(*results, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4)
+
+
+def test_runs_of_layers_are_fused(fused):
+    """Convolution, ReLU and pool; convolution and ReLU; not a convolution that no ReLU follows."""
+    model = FusedSequential(*layers())
+    model(torch.zeros(1, 2, 14, 14))
+    assert [w is model[i].weight for w, i in zip(fused, (0, 3), strict=True)] == [True, True]
+    assert_same_as_plain(model)
+
+
+def test_it_is_a_sequential():
+    """Names, slices, state dict and class tests are those of torch's."""
+    model, plain = FusedSequential(*layers()), nn.Sequential(*layers())
+    assert isinstance(model, nn.Sequential) and list(model.state_dict()) == list(plain.state_dict())
+    assert type(model[:3]) is FusedSequential and can_fuse(model) and can_fuse(plain)
+    assert not can_fuse(nn.Sequential(nn.Conv2d(1, 1, 3), nn.BatchNorm2d(1), nn.ReLU()))
+    assert not can_fuse(nn.Sequential())
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2, None])
+@pytest.mark.parametrize(
+    "kind", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook", "global"]
+)
+def test_hooks_are_called(fused, kind, layer):
+    """A hook on a layer keeps its block from being fused, one on all modules keeps all; one on the whole is called."""
+    model, called = FusedSequential(*layers()), []
+
+    def hook(module, *_):
+        called.append(module)
+
+    target = model if layer is None else model[layer]
+    register = (
+        nn.modules.module.register_module_forward_hook if kind == "global" else getattr(target, f"register_{kind}")
+    )
+    handle = register(hook)
+    try:
+        model(torch.randn(2, 2, 14, 14, requires_grad=True)).sum().backward()
+    finally:
+        handle.remove()
+    assert target in called
+    assert not any(w is model[0].weight for w in fused) or (layer is None and kind != "global") or layer == 2
+    if kind == "global":
+        assert fused == [] and len(called) == 8
+
+
+class Doubled(nn.Conv2d):
+    """A stand-in for a convolution that does something else."""
+
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+class Viewing(nn.Module):
+    """A layer of somebody who knows how their tensors lie in memory."""
+
+    def forward(self, input):
+        return input.view(len(input), -1).view(input.shape)
+
+
+def replace(layer: int, module: nn.Module):
+    """A change of a network: another module in place of a layer."""
+    return lambda model: model.__setitem__(layer, module)
+
+
+@pytest.mark.parametrize(
+    ("change", "still_fused"),
+    [
+        (replace(0, Doubled(2, 8, 3)), [3]),
+        (replace(1, nn.GELU()), [3]),
+        (replace(1, nn.ReLU(inplace=True)), [0, 3]),
+        (replace(2, nn.AvgPool2d(2)), [0, 3]),
+        (replace(2, nn.MaxPool2d(3, 2, 1)), [0, 3]),
+        (replace(2, nn.MaxPool2d((2, 2), (2, 2))), [0, 3]),
+        (replace(2, nn.Identity()), [0, 3]),
+        (replace(2, Viewing()), [0, 3]),
+        (replace(3, nn.Conv2d(8, 8, 3, padding="same", padding_mode="reflect")), [0]),
+        (replace(3, nn.Conv2d(8, 8, 3, stride=2, padding=2)), [0]),
+        (replace(3, nn.Conv2d(8, 8, 3, groups=2)), [0]),
+        (lambda model: model.insert(4, nn.BatchNorm2d(8)), [0]),
+        (lambda model: model.append(nn.Sigmoid()), [0, 3]),
+        (lambda model: model.append(nn.ReLU()), [0, 3, 6]),
+        (lambda model: prune.l1_unstructured(model[3], "weight", 0.5), [0]),
+        (lambda model: parametrizations.weight_norm(model[3]), [0]),
+        (lambda model: setattr(model[1], "forward", torch.tanh), [3]),
+    ],
+)
+def test_other_layers_run_as_they_stand(fused, change, still_fused):
+    """What is not a plain block of convolution, ReLU and pool is not fused, and the others are."""
+    model = FusedSequential(*layers())
+    change(model)
+    model(torch.zeros(1, 2, 14, 14))
+    weights = [model[i].weight for i in still_fused]
+    assert len(fused) == len(weights) and all(a is b for a, b in zip(fused, weights, strict=True))
+    assert_same_as_plain(model)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_memory_format_of_the_result(memory_format):
+    """It is that of the input, as with torch's layers: code that takes a view of the result works on."""
+    model = FusedSequential(*layers()[:3])
+    images = torch.randn(3, 2, 14, 14).contiguous(memory_format=memory_format)
+    assert model(images).is_contiguous(memory_format=memory_format)
+    if memory_format is torch.contiguous_format:
+        assert model(images).view(3, -1).shape == (3, 288)
+
+
+def test_one_image_without_a_batch():
+    """As torch's convolutions, it takes a single image ``(C, H, W)``."""
+    model = FusedSequential(*layers())
+    image = torch.randn(2, 14, 14)
+    torch.testing.assert_close(model(image), model(image.unsqueeze(0)).squeeze(0))
