@@ -36,6 +36,8 @@ def data(steps: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Tiny(pl.LightningModule):
+    """The model that takes next to nothing."""
+
     def __init__(self, logs: bool = True) -> None:
         super().__init__()
         self.layer = torch.nn.Linear(16, 1)

@@ -18,8 +18,9 @@ class LeanLoop(Callback):
 
     Weights, running values, counters, checkpoints, the hooks that somebody implements and their order are the
     same to the bit; see `lightkit.loops.LeanEpochLoop`. What is not done in every step any more is what nobody sees
-    there: collecting metrics that no logger takes, drawing a progress bar more than ten times a second, looking up
-    hooks that are empty, checking the options of ``self.log`` anew.
+    there: collecting metrics that no logger takes, writing the loggers' files more than once a second, drawing a
+    progress bar more than ten times a second, looking up hooks that are empty, checking the options of ``self.log``
+    anew.
 
     A ``DataLoader`` over a ``TensorDataset`` gives the same batches by slicing: see `lightkit.data.fetch_slices`.
 

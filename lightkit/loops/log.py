@@ -1,16 +1,21 @@
-"""``LightningModule.log`` without what is the same at every call."""
+"""Logging without what is the same at every call, and without writing to the disk at each."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection, _ResultMetric
 from torch import Tensor
 
 _PLAIN = (bool, int, str, type(None))
+
+# Seconds after which what the loggers have is on the disk.
+_SAVE = 1.0
 
 
 class FastLog:
@@ -78,3 +83,37 @@ def fast_log(module: pl.LightningModule, results: _ResultCollection) -> Iterator
         yield
     finally:
         vars(module).pop("log", None)
+
+
+class StepLogger:
+    """Hands the metrics of a step to the loggers, as ``_LoggerConnector.update_train_step_metrics`` does.
+
+    Lightning has every logger write its files at each of these. Here they do so once a second; and at the end of an
+    epoch, before a validation's figures and after an exception, when Lightning does.
+    """
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self._trainer = trainer
+        self._connector = trainer._logger_connector
+        self._saved = time.monotonic()
+
+    def __call__(self) -> None:
+        """Logs if this step is one that is to be logged."""
+        trainer = self._trainer
+        if not self._connector.should_update_logs or trainer.fit_loop._should_accumulate():
+            return
+        metrics = self._connector.metrics["log"]
+        if not trainer.loggers or not metrics:
+            return
+        self._connector._logged_metrics.update(metrics)
+        values = convert_tensors_to_scalars(metrics)
+        step = values.pop("step", None)
+        if step is None:
+            values.setdefault("epoch", trainer.current_epoch)
+            step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics=values, step=int(step))
+        if (now := time.monotonic()) - self._saved > _SAVE:
+            self._saved = now
+            for logger in trainer.loggers:
+                logger.save()

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lightkit.loops.hooks import Hooks
+from lightkit.loops.log import StepLogger
 
 
 class LeanStep:
@@ -49,6 +50,7 @@ class LeanStep:
         self._before_step = Hooks(trainer, "on_before_optimizer_step")
         self._batch_end = Hooks(trainer, "on_train_batch_end")
         self._transfer = _Transfer(trainer)
+        self._log = StepLogger(trainer)
         # Of the batch at hand.
         self._batch: Any = None
         self._batch_idx = 0
@@ -91,8 +93,7 @@ class LeanStep:
         self._batch = self._outputs = None
         total.completed += 1
         current.completed += 1
-        if self._connector.should_update_logs:
-            self._connector.update_train_step_metrics()
+        self._log()
 
     def advance_end(self) -> None:
         """What follows a batch that is not followed by a validation."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import os
 import signal
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint, Timer
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.profilers import SimpleProfiler
@@ -95,6 +97,8 @@ class Module(pl.LightningModule):
         self.log("largest", logits.max(), reduce_fx="max", on_epoch=True, on_step=False)
         self.log("index", batch_idx, on_step=True)
         self.log("accuracy", self.accuracy, on_step=True, on_epoch=True)
+        if self.interval == "own step":
+            self.log("step", float(100 + batch_idx))
         self.log_dict({"a": loss * 2, "b": loss.detach().double()}, batch_size=5 if batch_idx % 2 else 3)
         if self.output == "none" and batch_idx % 3 == 1:
             return None
@@ -113,7 +117,8 @@ class Module(pl.LightningModule):
             entry = {"scheduler": scheduler, "interval": "step", "monitor": "loss", "frequency": 2}
         else:
             scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.7)
-            entry = {"scheduler": scheduler, "interval": self.interval, "frequency": 1}
+            interval = "step" if self.interval == "own step" else self.interval
+            entry = {"scheduler": scheduler, "interval": interval, "frequency": 1}
         return {"optimizer": optimizer, "lr_scheduler": entry}
 
 
@@ -205,6 +210,7 @@ def assert_equal(ours, own, where=""):
         pytest.param({}, id="plain"),
         pytest.param({"make": lambda: Module("epoch")}, id="scheduler by the epoch"),
         pytest.param({"make": lambda: Module("plateau")}, id="plateau scheduler by the step"),
+        pytest.param({"make": lambda: Module("own step")}, id="a step of one's own in the log"),
         pytest.param({"make": lambda: Module(output="dict")}, id="training_step returns a dict"),
         pytest.param({"make": lambda: Module(output="none")}, id="training_step returns None at times"),
         pytest.param({"accumulate_grad_batches": 3}, id="accumulation, not dividing the epoch"),
@@ -287,6 +293,25 @@ def test_an_exception_leaves_lightnings_loop_behind(tmp_path):
         trainers.append(trainer)
     own, ours = (str(t.fit_loop.epoch_loop.state_dict()) for t in trainers)
     assert ours == own
+
+
+def test_an_exception_loses_no_logged_row(tmp_path):
+    """Loggers write their files once a second; what they have is written when a run fails, too."""
+    logger = CSVLogger(tmp_path, name="", version="")
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=logger,
+        log_every_n_steps=1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[Boom(), LeanLoop()],
+    )
+    with pytest.raises(RuntimeError, match="boom"):
+        trainer.fit(Module(), loader())
+    with open(tmp_path / "metrics.csv") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["0", "1", "2", "3", "4"]
 
 
 class Terminate(Callback):
