@@ -40,12 +40,12 @@ def lightkit_job(data: str, seed: int) -> tuple[float, float]:
 
 
 def plain_loop(data: str, seed: int) -> tuple[float, float]:
-    """The same for a loop that anybody would write, on images that are floats already."""
+    """The same for a loop that anybody would write, with torch's layers, on images that are floats already."""
     sets = SETS[data]()
     sets.setup()
     inputs, labels = to_input(sets.train.images), sets.train.labels
     torch.manual_seed(seed)
-    model = CNN()
+    model = CNN(blocks="torch")
     optimizer = torch.optim.Adam(model.parameters())
     started = time.perf_counter()
     for _ in range(5):

@@ -1,21 +1,23 @@
-"""How fast is cross-entropy, forward and backward, next to what a user would take instead?
+"""How fast is cross-entropy, forward alone and with backward, next to what a user would take instead?
 
     python benchmarks/cross_entropy.py [--compiled] [--seconds 4]
 
 Peers: torch eager and, with --compiled, torch.compile of the same. Ours with a gradient in memory of its own,
 and in place. All read the same logits. "bare" is the backward of a loss that computes nothing: what autograd takes
 in all of them, most of the time where the logits are few. The floor is a copy of the logits: two streams, what must
-be read once and written once.
+be read once and written once; of the forward alone, a sum over them, which reads them once. Peak memory is what the
+first call takes beyond what there was before it.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from rows import append
-from timing import interleaved, median
+from timing import interleaved, median, peak_memory
 
 from lightkit.ops import cross_entropy
 
@@ -81,43 +83,59 @@ class _Nothing(torch.autograd.Function):
         return ctx.gradient, None, None
 
 
+def passes(job: Job, compiled: bool) -> dict[str, dict[str, Callable[[], object]]]:
+    """What is timed against each other, for each of the two passes."""
+    both = {
+        "eager": lambda: job.leaf(F.cross_entropy),
+        "lightkit": lambda: job.leaf(cross_entropy),
+        "lightkit in place": job.in_place,
+        "bare": job.bare,
+        "floor": job.copy,
+    }
+    alone = {
+        "eager": torch.no_grad()(lambda: F.cross_entropy(job.logits, job.target)),
+        "lightkit": torch.no_grad()(lambda: cross_entropy(job.logits, job.target)),
+        "floor": lambda: job.logits.sum(),
+    }
+    if compiled:
+        torch._dynamo.reset()
+        function = torch.compile(lambda z, t: F.cross_entropy(z, t), dynamic=False)
+        both["compiled"] = lambda: job.leaf(function)
+        alone["compiled"] = torch.no_grad()(lambda: function(job.logits, job.target))
+        for functions in (both, alone):
+            # What compiling takes is not what calling takes.
+            functions["compiled"]()
+    return {"forward and backward": both, "forward": alone}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--compiled", action="store_true", help="also time torch.compile, which takes minutes to build")
-    parser.add_argument("--seconds", type=float, default=4.0, help="for each size and dtype")
+    parser.add_argument("--seconds", type=float, default=4.0, help="for each size, dtype and pass")
     options = parser.parse_args()
     rows = []
     for (count, classes), (name, dtype) in ((s, d) for s in SIZES for d in DTYPES.items()):
-        job = Job(count, classes, dtype)
-        functions = {
-            "eager": lambda job=job: job.leaf(F.cross_entropy),
-            "lightkit": lambda job=job: job.leaf(cross_entropy),
-            "lightkit in place": job.in_place,
-            "bare": job.bare,
-            "copy": job.copy,
-        }
-        if options.compiled:
-            torch._dynamo.reset()
-            compiled = torch.compile(lambda z, t: F.cross_entropy(z, t), dynamic=False)
-            functions["compiled"] = lambda job=job, compiled=compiled: job.leaf(compiled)
-        measured = interleaved(functions, options.seconds)
-        times = {what: median(t) for what, t in measured.items()}
-        for what, seconds in times.items():
-            rows.append(
-                {
-                    "rows": count,
-                    "classes": classes,
-                    "dtype": name,
-                    "what": what,
-                    "milliseconds": round(seconds * 1e3, 4),
-                    "times_eager": round(times["eager"] / seconds, 2),
-                    "fraction_of_copy": round(times["copy"] / seconds, 3),
-                    "n": len(measured[what]),
-                }
-            )
-        print(
-            f"{count} x {classes} {name}: " + ", ".join(f"{w} {t * 1e3:.3f} ms" for w, t in times.items()), flush=True
-        )
+        for which, functions in passes(Job(count, classes, dtype), options.compiled).items():
+            memory = {what: peak_memory(function) for what, function in functions.items()}
+            measured = interleaved(functions, options.seconds)
+            times = {what: median(t) for what, t in measured.items()}
+            for what, seconds in times.items():
+                rows.append(
+                    {
+                        "rows": count,
+                        "classes": classes,
+                        "dtype": name,
+                        "pass": which,
+                        "what": what,
+                        "milliseconds": round(seconds * 1e3, 4),
+                        "times_eager": round(times["eager"] / seconds, 2),
+                        "fraction_of_floor": round(times["floor"] / seconds, 3),
+                        "peak_mib": "" if memory[what] is None else round(memory[what], 1),
+                        "n": len(measured[what]),
+                    }
+                )
+            shown = ", ".join(f"{w} {t * 1e3:.3f} ms" for w, t in times.items())
+            print(f"{count} x {classes} {name}, {which}: {shown}", flush=True)
     print(f"appended to {append('cross_entropy', rows)}")
 
 

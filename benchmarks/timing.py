@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -41,3 +42,29 @@ def interleaved(functions: dict[str, Callable[[], object]], seconds: float, leas
 def median(times: list[float]) -> float:
     """The middle value."""
     return statistics.median(times)
+
+
+def peak_memory(function: Callable[[], object]) -> float | None:
+    """MiB that the first call of a function has in use at its peak beyond what there was, or None if unknown.
+
+    Of this process on a CPU (Linux), of the device on a GPU.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    try:
+        # Sets the process's peak to what it has in use now.
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    before = _status("VmRSS")
+    function()
+    return (_status("VmHWM") - before) / 2**10
+
+
+def _status(key: str) -> int:
+    """KiB in a line of the kernel's account of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(f"{key}:")))

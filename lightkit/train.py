@@ -34,6 +34,7 @@ class OwnKeys:
     name: str
     seed: int
     ckpt_path: Optional[str]  # noqa: UP045 (OmegaConf reads the annotation)
+    compile: bool
     test: bool
     run_dir: str
 
@@ -52,6 +53,9 @@ def train(config: DictConfig) -> dict[str, Any]:
     pl.seed_everything(config.seed, workers=True, verbose=False)
     data = build_data(config)
     task = build_task(config)
+    if config.compile:
+        # In place, and the model alone: parameters keep their names, and what a LightningModule logs stays outside.
+        task.model.compile()
     resume = _checkpoint_to_resume(config, task)
 
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -67,8 +71,11 @@ def train(config: DictConfig) -> dict[str, Any]:
     )
     trainer.fit(task, datamodule=data, ckpt_path=resume)
     metrics = _scalars(trainer) | {"epochs": trainer.current_epoch, "steps": trainer.global_step}
-    if (rate := next((c.total for c in trainer.callbacks if isinstance(c, Throughput)), None)) is not None:
-        metrics["train/images_per_second"] = rate
+    for throughput in (c for c in trainer.callbacks if isinstance(c, Throughput)):
+        if throughput.total is not None:
+            metrics["train/images_per_second"] = throughput.total
+        if throughput.step is not None:
+            metrics |= {f"step/{part} (ms)": value for part, value in throughput.step.items()}
     if config.test:
         trainer.test(task, datamodule=data, ckpt_path=_best(trainer), verbose=False)
         metrics |= _scalars(trainer)
@@ -127,6 +134,12 @@ def _summarize(config: DictConfig, metrics: dict[str, Any], page: Path | None) -
         "epochs": "{}",
     }
     rows = {name: form.format(metrics[name]) for name, form in formats.items() if name in metrics}
+    parts = {name.removeprefix("step/"): value for name, value in metrics.items() if name.startswith("step/")}
+    if parts:
+        shares = ", ".join(
+            f"{name.removesuffix(' (ms)')} {value / sum(parts.values()):.0%}" for name, value in parts.items()
+        )
+        rows["step"] = f"{sum(parts.values()):.2f} ms: {shares}"
     rows["run"] = os.path.relpath(config.run_dir)
     if page is not None:
         rows["report"] = os.path.relpath(page)

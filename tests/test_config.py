@@ -151,6 +151,14 @@ def test_documented_job():
     assert (other.data._target_, other.optim._target_) == ("lightkit.data.FashionMNIST", "lightkit.optim.SGD")
 
 
+@pytest.mark.parametrize("override", ["scheduler=none", "~scheduler"])
+def test_no_scheduler(override):
+    """The group is set to none or taken away: the task has an optimizer alone."""
+    with initialize_config_module("lightkit.conf", version_base="1.3"):
+        task = build_task(compose("train", ["+experiment=cnn", "run_dir=.", override]))
+    assert isinstance(task.configure_optimizers(), torch.optim.Optimizer)
+
+
 def test_groups_serve_a_hydra_application_of_the_user(tmp_path):
     """Somebody's own application finds the groups through hydra.searchpath."""
     from hydra import initialize_config_dir

@@ -1,4 +1,4 @@
-"""How many samples a second training gets through."""
+"""How many samples a second training gets through, and what a step's time goes into."""
 
 from __future__ import annotations
 
@@ -9,15 +9,21 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 
+_PARTS = ("data and loop", "forward", "backward", "optimizer")
+
 
 class Throughput(Callback):
     """Logs ``train/images_per_second`` at the end of every epoch.
 
     Counts the samples of this process, and the time of training alone: from the start of an epoch to its last
-    batch, without the validation in it. ``total`` has the figure of all epochs together.
+    batch, without the validation in it. ``total`` has the figure of all epochs together, ``step`` what the time
+    of a step goes into.
     """
 
     def __init__(self) -> None:
+        self._parts = dict.fromkeys(_PARTS, 0.0)
+        self._steps = 0
+        self._mark = 0.0
         self._samples = 0
         self._seconds = 0.0
         self._epoch_samples = 0
@@ -29,15 +35,43 @@ class Throughput(Callback):
         """Samples a second over all epochs, or None before any has been trained."""
         return self._samples / self._seconds if self._seconds > 0 else None
 
+    @property
+    def step(self) -> dict[str, float] | None:
+        """Milliseconds of a batch in the mean, by part: forward, backward, optimizer, and the rest of the loop.
+
+        The rest is what comes between two batches: fetching and moving the next one, logging, progress, and
+        Lightning. None before any batch has been trained, and where kernels run on after Python has moved on.
+        """
+        if self._steps == 0:
+            return None
+        return {name: seconds / self._steps * 1e3 for name, seconds in self._parts.items()}
+
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the clock."""
         self._epoch_samples, self._epoch_seconds = 0, 0.0
         self._resume_clock()
 
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """The batch is there."""
+        self._end_of("data and loop")
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Any) -> None:
+        """The loss is there."""
+        self._end_of("forward")
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The gradients are there."""
+        self._end_of("backward")
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Counts a batch."""
+        self._end_of("optimizer")
+        if pl_module.device.type == "cpu":
+            self._steps += 1
         self._epoch_samples += _batch_length(batch)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -58,7 +92,12 @@ class Throughput(Callback):
             pl_module.log("train/images_per_second", self._epoch_samples / self._epoch_seconds)
 
     def _resume_clock(self) -> None:
-        self._since = time.perf_counter()
+        self._since = self._mark = time.perf_counter()
+
+    def _end_of(self, part: str) -> None:
+        now = time.perf_counter()
+        self._parts[part] += now - self._mark
+        self._mark = now
 
     def _stop_clock(self, pl_module: pl.LightningModule) -> None:
         if pl_module.device.type == "cuda":

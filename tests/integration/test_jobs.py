@@ -95,6 +95,17 @@ def test_predict_gives_the_same_numbers(run, command, tmp_path):
     assert accuracy == pytest.approx(json.loads((run[0] / "metrics.json").read_text())["test/accuracy"])
 
 
+def test_compiled_model(command, tmp_path):
+    """compile=true trains under torch.compile, and its checkpoint is that of any other run."""
+    arguments = [*QUICK, "compile=true", "hydra.run.dir=out"]
+    result = command("train", *arguments, cwd=tmp_path, environment={"TORCH_LOGS": "graph_code"})
+    assert result.returncode == 0, result.stderr
+    assert "lightkit._conv_relu_pool_forward" in result.stderr
+    assert "model.features.0.weight" in weights(tmp_path / "out" / "checkpoints" / "last.ckpt")
+    evaluated = command("evaluate", "ckpt_path=out/checkpoints/last.ckpt", cwd=tmp_path)
+    assert evaluated.returncode == 0, evaluated.stderr
+
+
 def weights(path):
     return load_checkpoint(path)["state_dict"]
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._dynamo.testing import AotEagerAndRecordGraphs
 
 from lightkit.nn import CrossEntropyLoss
 from lightkit.ops import cross_entropy, cross_entropy_reference
@@ -342,6 +343,25 @@ def test_compile_fullgraph(shape):
     logits = torch.randn(shape)
     compiled = torch.compile(function, fullgraph=True)
     torch.testing.assert_close(loss_and_gradient(compiled, logits, target), loss_and_gradient(function, logits, target))
+
+
+def test_compiled_graphs_have_the_op():
+    """What torch.compile makes of the loss calls the kernel, not the reference's operations."""
+    torch._dynamo.reset()
+    recorder = AotEagerAndRecordGraphs()
+    compiled = torch.compile(lambda z, t: cross_entropy(z, t), fullgraph=True, backend=recorder)
+    compiled(torch.randn(4, 10, requires_grad=True), torch.randint(0, 10, (4,))).backward()
+    assert "lightkit._cross_entropy_forward" in recorder.fw_graphs[0].code
+    assert "log_softmax" not in recorder.fw_graphs[0].code
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_smoothing_over_a_large_vocabulary(dtype):
+    """The sum of 32,000 logits that smoothing takes is as accurate as that of ten."""
+    generator = torch.Generator().manual_seed(1)
+    logits = (torch.randn(5, 32000, generator=generator) * 3 + 50).to(dtype)
+    target = torch.randint(0, 32000, (5,), generator=generator)
+    assert_as_accurate_as_torch(logits, target, label_smoothing=0.2)
 
 
 def test_functional_transforms():

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from steps import make_parameters, set_gradients
 from torch import nn
 
 from lightkit.optim import Adam, AdamW, convert
@@ -28,17 +29,6 @@ OPTIONS = [
 # converted at once, and the grain of 32768 below which one thread does it all.
 SIZES = [0, 1, 3, 7, 8, 9, 15, 16, 17, 63, 64, 65, 511, 512, 513, 32767, 32768, 32769, 70001]
 HALF = [torch.bfloat16, torch.float16]
-
-
-def make_parameters(sizes, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [nn.Parameter(torch.randn(size, generator=generator).to(dtype)) for size in sizes]
-
-
-def set_gradients(parameters, step):
-    generator = torch.Generator().manual_seed(1000 + step)
-    for parameter in parameters:
-        parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
 
 
 def run(optimizer, steps=5, first=0):

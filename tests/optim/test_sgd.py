@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from steps import make_parameters, set_gradients
 from torch import nn
 
 from lightkit.optim import SGD
@@ -28,17 +29,6 @@ OPTIONS = [
 # One less and one more than vectors of 4 to 32 elements, the unit of 64 that threads meet at, and the grain
 # of 32768 below which one thread does it all.
 SIZES = [0, 1, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 1000, 32767, 32768, 32769, 100003]
-
-
-def make_parameters(sizes, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [nn.Parameter(torch.randn(size, generator=generator).to(dtype)) for size in sizes]
-
-
-def set_gradients(parameters, step):
-    generator = torch.Generator().manual_seed(1000 + step)
-    for parameter in parameters:
-        parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
 
 
 def run(optimizer_class, parameters, steps=4, **options):
