@@ -134,12 +134,10 @@ def _summarize(config: DictConfig, metrics: dict[str, Any], page: Path | None) -
         "epochs": "{}",
     }
     rows = {name: form.format(metrics[name]) for name, form in formats.items() if name in metrics}
-    parts = {name.removeprefix("step/"): value for name, value in metrics.items() if name.startswith("step/")}
-    if parts:
-        shares = ", ".join(
-            f"{name.removesuffix(' (ms)')} {value / sum(parts.values()):.0%}" for name, value in parts.items()
-        )
-        rows["step"] = f"{sum(parts.values()):.2f} ms: {shares}"
+    parts = {name[len("step/") : -len(" (ms)")]: value for name, value in metrics.items() if name.startswith("step/")}
+    if total := sum(parts.values()):
+        shares = ", ".join(f"{part} {value / total:.0%}" for part, value in parts.items())
+        rows["step"] = f"{total:.2f} ms: {shares}"
     rows["run"] = os.path.relpath(config.run_dir)
     if page is not None:
         rows["report"] = os.path.relpath(page)
