@@ -19,11 +19,13 @@ from lightkit.cli import entry_point
 from lightkit.config import build
 from lightkit.errors import CheckpointError
 from lightkit.job import SaveConfig, build_data, build_task
+from lightkit.memory import keep_freed_memory
 
 
 @entry_point("train")
 def main(config: DictConfig) -> None:
     """Trains what the configuration describes."""
+    keep_freed_memory()
     train(config)
 
 

@@ -106,8 +106,6 @@ class StepPlan {
     pybind11::object state;                         // the parameter's dict in the optimizer's state, or null
     std::array<pybind11::object, kSlots> buffers;   // in it: a tensor, None, or null
     pybind11::object count;                         // in it, likewise
-    const void* memory = nullptr;                   // where the parameter lay in the last step
-    std::optional<uint32_t> version;                // of the parameter after the last step
   };
 
   struct Group {
@@ -146,6 +144,7 @@ class StepPlan {
 
   std::vector<std::vector<Entry>> groups_;
   std::vector<std::pair<pybind11::object, pybind11::object>> state_items_;
+  std::vector<const void*> memory_;  // where the parameters of the last step lay, and whether some share it
   bool shares_memory_ = false;
 };
 
@@ -312,11 +311,8 @@ bool StepPlan<Algorithm>::gather(Entry& entry, const Group& group, std::vector<U
   }
   if (master) {
     use_buffer(update, kMaster, at::kFloat);
-    at::Tensor& weight = update.buffers[kMaster];
-    // Whoever wrote into the parameter since the last step meant it to count.
-    const bool written = entry.version.has_value() && !parameter.is_inference() && *entry.version != parameter._version();
-    if (update.first[kMaster] || (written && !at::equal(weight.to(type), parameter))) {
-      weight.copy_(parameter.detach());
+    if (update.first[kMaster]) {
+      update.buffers[kMaster].copy_(parameter.detach());
     }
   }
   if (group.averaged) {
@@ -354,17 +350,18 @@ typename StepPlan<Algorithm>::Tensor StepPlan<Algorithm>::describe(const Update&
 }
 
 // Whether two parameters lie in the same memory, so that their updates must come one after the other. Looked
-// at again only when a parameter has moved.
+// at again only when a parameter has moved, or others have gradients.
 template <typename Algorithm>
 bool StepPlan<Algorithm>::shares_memory(const std::vector<Update>& updates) {
-  bool moved = false;
-  for (const auto& update : updates) {
-    const void* memory = update.parameter.const_data_ptr();
-    moved |= update.entry->memory != memory;
-    update.entry->memory = memory;
-  }
-  if (!moved) {
+  const auto lies_there = [](const Update& update, const void* memory) {
+    return update.parameter.const_data_ptr() == memory;
+  };
+  if (std::equal(updates.begin(), updates.end(), memory_.begin(), memory_.end(), lies_there)) {
     return shares_memory_;
+  }
+  memory_.clear();
+  for (const auto& update : updates) {
+    memory_.push_back(update.parameter.const_data_ptr());
   }
   std::vector<std::pair<const char*, const char*>> spans;
   for (const auto& update : updates) {
@@ -502,9 +499,6 @@ pybind11::object StepPlan<Algorithm>::step(
         };
         bump(update.parameter);
         std::for_each(update.buffers.begin(), update.buffers.end(), bump);
-        if (!update.parameter.is_inference()) {
-          update.entry->version = update.parameter._version();
-        }
         if constexpr (Algorithm::kCounts) {
           *update.count += 1;
         }

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightkit.data.slices import fetch_slices, fetch_slices_now
+from lightkit.data.slices import fetch_slices
 from lightkit.loops import LeanEpochLoop, obstacle
 
 
@@ -17,7 +17,8 @@ class LeanLoop(Callback):
     """Takes most of Lightning's overhead out of a training step: ``Trainer(callbacks=[LeanLoop()])``.
 
     Weights, running values, counters, checkpoints, the hooks that somebody implements and their order are the
-    same to the bit; see `lightkit.loops.LeanEpochLoop`. What is not done in every step any more is what nobody sees
+    same to the bit; see `lightkit.loops.LeanEpochLoop`. Which callbacks, hooks and schedulers there are is looked up
+    at the start of an epoch and after each validation. What is not done in every step any more is what nobody sees
     there: collecting metrics that no logger takes, writing the loggers' files more than once a second, drawing a
     progress bar more than ten times a second, looking up hooks that are empty, checking the options of ``self.log``
     anew.
@@ -30,7 +31,8 @@ class LeanLoop(Callback):
 
     def __init__(self) -> None:
         self.obstacle: str | None = None
-        self._undo = ExitStack()
+        # By trainer: one callback may serve several, also one within the other.
+        self._undo: dict[int, ExitStack] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Changes the loop, when everything has been set up."""
@@ -42,13 +44,13 @@ class LeanLoop(Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Has the loaders slice, new ones among them."""
+        if type(trainer.fit_loop.epoch_loop) is not LeanEpochLoop:
+            return
         combined = trainer.fit_loop._combined_loader
+        iterators = combined._iterator.iterators if combined._iterator is not None else []
         for loader in combined.flattened:
-            if (undo := fetch_slices(loader)) is not None:
-                self._undo.callback(undo)
-        if combined._iterator is not None:
-            for iterator in combined._iterator.iterators:
-                fetch_slices_now(iterator)
+            if (undo := fetch_slices(loader, iterators)) is not None:
+                self._undo.setdefault(id(trainer), ExitStack()).callback(undo)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Makes all of it Lightning's and torch's again."""
@@ -59,7 +61,7 @@ class LeanLoop(Callback):
         self._restore(trainer)
 
     def _restore(self, trainer: pl.Trainer) -> None:
-        self._undo.close()
+        self._undo.pop(id(trainer), ExitStack()).close()
         loop = trainer.fit_loop.epoch_loop
         if type(loop) is LeanEpochLoop:
             loop.__class__ = _TrainingEpochLoop

@@ -107,6 +107,7 @@ class Throughput(Callback):
 
 
 def _batch_length(batch: Any) -> int:
-    while isinstance(batch, (tuple, list, dict)):
+    """The samples in a batch, by its first tensor; 0 where there is none."""
+    while isinstance(batch, (tuple, list, dict)) and batch:
         batch = next(iter(batch.values())) if isinstance(batch, dict) else batch[0]
-    return len(batch)
+    return len(batch) if isinstance(batch, torch.Tensor) and batch.dim() > 0 else 0

@@ -15,7 +15,6 @@ from lightning.pytorch.callbacks import (
     Timer,
     TQDMProgressBar,
 )
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
 # A person sees no more than this many seconds between two states of a progress bar.
 _REFRESH = 0.1
@@ -33,8 +32,8 @@ class Hooks:
         self._trainer = trainer
         self._module = trainer.lightning_module
         self._name = name
-        self._callbacks = [(c, _due(c, name)) for c in trainer.callbacks if is_overridden(name, c, parent=Callback)]
-        self._own = getattr(self._module, name) if is_overridden(name, self._module) else None
+        self._callbacks = [(c, _due(c, name)) for c in trainer.callbacks if is_implemented(name, c, Callback)]
+        self._own = getattr(self._module, name) if is_implemented(name, self._module, pl.LightningModule) else None
 
     def __bool__(self) -> bool:
         return bool(self._callbacks) or self._own is not None
@@ -52,9 +51,14 @@ class Hooks:
         self._module.__dict__["_current_fx_name"] = before
 
 
+def is_implemented(name: str, instance: Any, parent: type) -> bool:
+    """Whether an object's method is another than that of a class it is derived from, be it wrapped or a mock."""
+    return name in vars(instance) or getattr(type(instance), name) is not getattr(parent, name)
+
+
 def _due(callback: Callback, hook: str) -> Callable[[pl.Trainer, Any], bool] | None:
     """When a callback of Lightning's has something to do in a hook, or None for one that is called in every step."""
-    implementation = getattr(type(callback), hook)
+    implementation = None if hook in vars(callback) else getattr(type(callback), hook)
     for cls, name, is_due in _DUE:
         # By function: a subclass with one of its own may do anything.
         if name == hook and implementation is getattr(cls, name):

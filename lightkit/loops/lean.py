@@ -5,7 +5,7 @@ from __future__ import annotations
 from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
-from lightkit.loops.log import fast_log
+from lightkit.loops.log import StepLogger, fast_log
 from lightkit.loops.step import LeanStep
 
 
@@ -23,14 +23,12 @@ class LeanEpochLoop(_TrainingEpochLoop):
         """Runs one epoch."""
         self.reset()
         self.on_run_start(data_fetcher)
-        step: LeanStep | None = None
+        log = StepLogger(self.trainer)
         while not self.done:
             try:
-                ahead = self._lean_steps_ahead()
+                ahead = self._lean_steps_ahead(data_fetcher)
                 if ahead > 0:
-                    # After Lightning's first step of the epoch: what that sets up is found then.
-                    step = step or LeanStep(self.trainer)
-                    self._take(step, ahead, data_fetcher)
+                    self._take(LeanStep(self.trainer, log), ahead, data_fetcher)
                 else:
                     self.advance(data_fetcher)
                     self.on_advance_end(data_fetcher)
@@ -41,18 +39,20 @@ class LeanEpochLoop(_TrainingEpochLoop):
 
     def _take(self, step: LeanStep, count: int, data_fetcher: _DataFetcher) -> None:
         trainer = self.trainer
-        with fast_log(trainer.lightning_module, self._results):
-            for _ in range(count):
-                step(data_fetcher)
-                if trainer.should_stop or trainer.received_sigterm:
-                    # Lightning knows what follows from these.
-                    trainer._logger_connector.on_batch_end()
-                    self.on_advance_end(data_fetcher)
-                    return
-                step.advance_end()
-        trainer._logger_connector.on_batch_end()
+        try:
+            with fast_log(trainer.lightning_module, self._results):
+                for _ in range(count):
+                    step(data_fetcher)
+                    if trainer.should_stop or trainer.received_sigterm:
+                        break
+                    step.advance_end()
+        finally:
+            step.finish()
+        if trainer.should_stop or trainer.received_sigterm:
+            # Lightning knows what follows from these.
+            self.on_advance_end(data_fetcher)
 
-    def _lean_steps_ahead(self) -> int:
+    def _lean_steps_ahead(self, data_fetcher: _DataFetcher) -> int:
         """How many batches lie before the next one that Lightning must see."""
         trainer = self.trainer
         done = self.batch_progress.current.ready
@@ -61,9 +61,13 @@ class LeanEpochLoop(_TrainingEpochLoop):
             return 0
         if trainer.should_stop or trainer.fast_dev_run or trainer._val_check_time_interval is not None:
             return 0
-        if trainer.num_training_batches == float("inf"):
+        # Without backward, as where batch norms are only to see the data, a step is another one.
+        if trainer.fit_loop._skip_backward:
             return 0
-        ahead = trainer.num_training_batches - 1 - done
+        # Which batch is the last must be known before it is there.
+        if trainer.num_training_batches == float("inf") or data_fetcher.length is None:
+            return 0
+        ahead = min(trainer.num_training_batches - done, data_fetcher.length - data_fetcher.fetched) - 1
         if self._should_check_val_epoch() and trainer.val_check_batch != float("inf"):
             every = trainer.val_check_batch
             passed = self.batch_progress.total.ready if trainer.check_val_every_n_epoch is None else done

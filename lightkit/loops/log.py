@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection, _ResultMetric
 from torch import Tensor
@@ -45,6 +46,7 @@ class FastLog:
             and value.dim() == 0
             and known[0] == args
             and known[1] == options
+            and not torch.compiler.is_compiling()
             and value.device == known[2].value.device
         ):
             metric = known[2]
@@ -61,6 +63,10 @@ class FastLog:
         else:
             self._log(name, value, *args, batch_size=batch_size, **options)
         self._remember(hook, name, args, options)
+
+    def __reduce__(self) -> tuple:
+        # A copy of the module, or a pickle, logs as any module does, and does not bring the trainer with it.
+        return getattr, (self._module, "log")
 
     def _remember(self, hook: str, name: str, args: tuple, options: dict[str, Any]) -> None:
         metric = self._results.get(f"{hook}.{name}")
@@ -88,14 +94,14 @@ def fast_log(module: pl.LightningModule, results: _ResultCollection) -> Iterator
 class StepLogger:
     """Hands the metrics of a step to the loggers, as ``_LoggerConnector.update_train_step_metrics`` does.
 
-    Lightning has every logger write its files at each of these. Here they do so once a second; and at the end of an
-    epoch, before a validation's figures and after an exception, when Lightning does.
+    Lightning has every logger write its files at each of these. Here they do so once a second, and by `save`.
     """
 
     def __init__(self, trainer: pl.Trainer) -> None:
         self._trainer = trainer
         self._connector = trainer._logger_connector
         self._saved = time.monotonic()
+        self._unsaved = False
 
     def __call__(self) -> None:
         """Logs if this step is one that is to be logged."""
@@ -113,7 +119,13 @@ class StepLogger:
             step = trainer.fit_loop.epoch_loop._batches_that_stepped
         for logger in trainer.loggers:
             logger.log_metrics(metrics=values, step=int(step))
-        if (now := time.monotonic()) - self._saved > _SAVE:
-            self._saved = now
-            for logger in trainer.loggers:
+        self._unsaved = True
+        if time.monotonic() - self._saved > _SAVE:
+            self.save()
+
+    def save(self) -> None:
+        """Has the loggers write what they have not written yet."""
+        if self._unsaved:
+            for logger in self._trainer.loggers:
                 logger.save()
+            self._unsaved, self._saved = False, time.monotonic()

@@ -9,7 +9,8 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from lightkit.loops.hooks import is_implemented
 
 # The releases whose loop `LeanEpochLoop` was written after, and tested to equal: it is no public interface.
 _LIGHTNING = ("2.6.",)
@@ -36,7 +37,7 @@ def obstacle(trainer: pl.Trainer) -> str | None:
     if not isinstance(trainer.profiler, PassThroughProfiler):
         return f"{type(trainer.profiler).__name__} measures every part of Lightning's own step"
     for name in _TAKEN_OVER:
-        if is_overridden(name, module):
+        if is_implemented(name, module, pl.LightningModule):
             return f"{type(module).__name__}.{name} takes over a part of the step"
     if (cause := _precision_obstacle(trainer.precision_plugin)) is not None:
         return cause

@@ -11,10 +11,9 @@ import torch
 from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResult
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
-from lightkit.loops.hooks import Hooks
+from lightkit.loops.hooks import Hooks, is_implemented
 from lightkit.loops.log import StepLogger
 
 
@@ -26,22 +25,26 @@ class LeanStep:
 
     Args:
         trainer: in the middle of a fit for which there is no `obstacle`.
+        log: hands what was logged to the loggers.
     """
 
-    def __init__(self, trainer: pl.Trainer) -> None:
+    def __init__(self, trainer: pl.Trainer, log: StepLogger) -> None:
         self._trainer = trainer
+        self._log = log
         self._module = module = trainer.lightning_module
         self._loop = loop = trainer.fit_loop.epoch_loop
         self._connector = trainer._logger_connector
         self._precision = trainer.precision_plugin
         self._optimizer = trainer.optimizers[0]
-        self._zeroes_plainly = type(self._optimizer).zero_grad is torch.optim.Optimizer.zero_grad
+        self._zeroes_plainly = not is_implemented("zero_grad", self._optimizer, torch.optim.Optimizer)
         self._progress = loop.batch_progress
         self._step_progress = loop.automatic_optimization.optim_progress.optimizer.step
         self._zero_grad_progress = loop.automatic_optimization.optim_progress.optimizer.zero_grad
-        self._accumulate = trainer.accumulate_grad_batches
         self._takes_index = "batch_idx" in loop._build_kwargs(OrderedDict(), None, 0)
-        self._clips = trainer.gradient_clip_val is not None or is_overridden("configure_gradient_clipping", module)
+        self._clips = any(
+            is_implemented(name, module, pl.LightningModule)
+            for name in ("configure_gradient_clipping", "clip_gradients")
+        ) or any(is_implemented(name, self._precision, Precision) for name in ("_clip_gradients", "clip_gradients"))
         self._steps_schedulers = any(c.interval == "step" for c in trainer.lr_scheduler_configs)
         self._batch_start = Hooks(trainer, "on_train_batch_start")
         self._before_zero_grad = Hooks(trainer, "on_before_zero_grad")
@@ -50,7 +53,6 @@ class LeanStep:
         self._before_step = Hooks(trainer, "on_before_optimizer_step")
         self._batch_end = Hooks(trainer, "on_train_batch_end")
         self._transfer = _Transfer(trainer)
-        self._log = StepLogger(trainer)
         # Of the batch at hand.
         self._batch: Any = None
         self._batch_idx = 0
@@ -102,8 +104,13 @@ class LeanStep:
         if not self._accumulates():
             self._loop._batches_that_stepped += 1
 
+    def finish(self) -> None:
+        """What is left to do when Lightning's own step, or nothing, follows: those who look find what it leaves."""
+        self._connector.on_batch_end()
+        self._log.save()
+
     def _accumulates(self) -> bool:
-        return self._accumulate > 1 and self._progress.current.ready % self._accumulate != 0
+        return self._progress.current.ready % self._trainer.accumulate_grad_batches != 0
 
     def _optimize(self) -> None:
         if self._accumulates():
@@ -118,8 +125,8 @@ class LeanStep:
         loss = self._forward_backward()
         if self._before_step:
             self._before_step(self._optimizer)
-        if self._clips:
-            trainer = self._trainer
+        trainer = self._trainer
+        if self._clips or trainer.gradient_clip_val is not None:
             self._precision._clip_gradients(
                 self._module,
                 self._optimizer,
@@ -131,6 +138,7 @@ class LeanStep:
     @torch.enable_grad()
     def _forward_backward(self) -> Tensor | None:
         module = self._module
+        accumulate = self._trainer.accumulate_grad_batches
         before = module._current_fx_name
         # Past nn.Module's __setattr__, which would look whether it is a parameter.
         module.__dict__["_current_fx_name"] = "training_step"
@@ -140,18 +148,18 @@ class LeanStep:
             else:
                 output = module.training_step(self._batch)
         module.__dict__["_current_fx_name"] = before
-        if type(output) is Tensor and self._accumulate == 1:
+        if type(output) is Tensor and accumulate == 1:
             closure_loss, loss = output, output.detach().clone()
             self._outputs = {"loss": loss}
         else:
-            result = ClosureResult.from_training_step_output(output, self._accumulate)
+            result = ClosureResult.from_training_step_output(output, accumulate)
             closure_loss, loss = result.closure_loss, result.loss
             self._outputs = {} if loss is None else result.asdict()
         if closure_loss is None:
             Closure.warning_cache.warn(
                 "`training_step` returned `None`. If this was on purpose, ignore this warning..."
             )
-        if self._batch_idx % self._accumulate == 0:
+        if self._batch_idx % accumulate == 0:
             self._zero_grad()
         if closure_loss is not None:
             if self._before_backward:
@@ -213,7 +221,8 @@ class _Transfer:
 
 def _implemented(selector: Any, hook: str) -> Any:
     instance = selector.get_instance(hook)
-    return getattr(instance, hook) if is_overridden(hook, instance) else None
+    parent = pl.LightningModule if isinstance(instance, pl.LightningModule) else pl.LightningDataModule
+    return getattr(instance, hook) if is_implemented(hook, instance, parent) else None
 
 
 def _is_on_cpu(batch: Any) -> bool:

@@ -19,7 +19,8 @@ class FusedSequential(nn.Sequential):
     where one of them has a hook, which would not be called, is a subclass or parametrized, or has settings that the
     operation does not know: stride, dilation, groups, another pool than 2x2.
 
-    The result has the memory format that it would have without, so that a ``view`` of it works as before.
+    The result has the memory format of the input, as do the inputs of layers to which it may matter: code that takes a
+    ``view`` works as before, and dropout draws as before.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -31,8 +32,7 @@ class FusedSequential(nn.Sequential):
                 x, reordered = conv_relu_pool(x, convolution.weight, convolution.bias, convolution.padding, pool), True
                 continue
             for layer in run:
-                # Who wrote a layer of their own may rely on the order in memory.
-                if reordered and not type(layer).__module__.startswith("torch.nn."):
+                if reordered and _minds_order(layer):
                     x, reordered = _ordered_as(x, input), False
                 x = layer(x)
         return _ordered_as(x, input) if reordered else x
@@ -77,6 +77,13 @@ def _is_plain(layer: nn.Module) -> bool:
         or layer._backward_pre_hooks
         or "forward" in layer.__dict__
     )
+
+
+def _minds_order(layer: nn.Module) -> bool:
+    """Whether the order of its input in memory may change what a layer does, or whom it calls."""
+    # Random numbers are drawn in the order in memory.
+    draws = isinstance(layer, (nn.modules.dropout._DropoutNd, nn.RReLU))
+    return draws or not type(layer).__module__.startswith("torch.nn.") or bool(layer._modules) or not _is_plain(layer)
 
 
 # Not isinstance: a subclass may do anything.

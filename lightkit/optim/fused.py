@@ -13,7 +13,7 @@ from lightkit import native
 from lightkit.optim.reference import Rule, step_reference
 
 # What the parameter groups have beside torch's options. Those of a converted optimizer lack them.
-_GROUP_DEFAULTS = {"ema_decay": None, "master_weights": False, "stochastic_rounding": False, "rounding_seed": 0}
+_GROUP_DEFAULTS = ("ema_decay", "master_weights", "stochastic_rounding", "rounding_seed")
 
 # What an optimizer has beside its groups; kept by copies and pickles.
 _ATTRIBUTES = ("max_grad_norm", "skip_nonfinite", "grad_norm", "skipped_steps", "_step_supports_amp_scaling")
@@ -23,9 +23,9 @@ class FusedStep(torch.optim.Optimizer):
     """The base of `SGD`, `Adam` and `AdamW`, each of which is also derived from torch's optimizer of that name.
 
     Arguments, defaults, parameter groups and state dict are those of torch's, in both directions. The update is
-    computed in float32 (float64 for float64) and rounded once, whatever the parameter's dtype. On a CPU, numbers
-    below the smallest normal one (1e-38 in float32) count as 0. Parameters may be frozen, unfrozen, moved or
-    re-pointed between steps; their state follows.
+    computed in float32 (float64 for float64) and rounded once, whatever the parameter's dtype. On an x86 CPU,
+    numbers below the smallest normal one (1e-38 in float32) count as 0. Parameters may be frozen, unfrozen, moved
+    or re-pointed between steps; their state follows.
 
     What the kernel does not cover (sparse gradients, complex parameters, tensor subclasses such as DTensor,
     memory with gaps, devices without kernels) is done by torch's operations; so are, on a GPU, the options
@@ -109,10 +109,11 @@ class FusedStep(torch.optim.Optimizer):
         # While the optimizer is being made, torch fills in what it knows of alone.
         for name, value in getattr(self, "_extra_defaults", {}).items():
             group.setdefault(name, value)
-        decay = group["ema_decay"]
+        # The groups of a converted optimizer have none of these.
+        decay = group.get("ema_decay")
         if decay is not None and not 0 <= decay < 1:
             raise ValueError(f"ema_decay must be at least 0 and less than 1, got {decay}")
-        if group["master_weights"] and group["stochastic_rounding"]:
+        if group.get("master_weights") and group.get("stochastic_rounding"):
             raise ValueError("master_weights and stochastic_rounding exclude each other: nothing is left to round")
 
     def __getstate__(self) -> dict[str, Any]:
@@ -121,12 +122,11 @@ class FusedStep(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plan = None
-        for name, value in _GROUP_DEFAULTS.items():
-            self.defaults.setdefault(name, value)
         for group in self.param_groups:
-            # A state dict of torch's does not know these.
+            # A state dict of torch's does not know these; nor does a converted optimizer.
             for name in _GROUP_DEFAULTS:
-                group.setdefault(name, self.defaults[name])
+                if name in self.defaults:
+                    group.setdefault(name, self.defaults[name])
         if "_step_supports_amp_scaling" not in state:
             self._step_supports_amp_scaling = type(self)._step_supports_amp_scaling
 

@@ -7,7 +7,6 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Subset, TensorDataset, WeightedRandomSampler
 
 from lightkit.data import fetch_slices
-from lightkit.data.slices import fetch_slices_now
 
 
 def dataset():
@@ -56,19 +55,44 @@ def test_same_batches(options):
 
 
 def test_an_iterator_that_exists_already():
-    """One made before goes on with slices too, and one made while slicing goes on when it is undone."""
+    """One made before takes slices from then on, one made while slicing goes on when it is undone."""
     loader, expected = DataLoader(dataset(), batch_size=4), list(DataLoader(dataset(), batch_size=4))
     iterator = iter(loader)
     got = [next(iterator)]
-    undo = fetch_slices(loader)
-    fetch_slices_now(iterator)
-    got.append(next(iterator))
+    undo = fetch_slices(loader, [iterator, iter([])])
+    got += iterator
     second = iter(loader)
     next(second)
     undo()
-    assert "__getitems__" not in vars(loader.dataset)
-    torch.testing.assert_close([*got, *iterator][:2], expected[:2], rtol=0, atol=0)
-    torch.testing.assert_close(list(loader), expected, rtol=0, atol=0)
+    assert "_get_iterator" not in vars(loader)
+    for batches in (got, [expected[0], *second], list(loader)):
+        torch.testing.assert_close(batches, expected, rtol=0, atol=0)
+
+
+def test_other_loaders_of_the_same_data_are_as_they_were():
+    """Of a data set that several loaders share, one may slice and the others collate, before and after."""
+    shared = dataset()
+    others = [
+        lambda: DataLoader(shared, batch_size=5),
+        lambda: DataLoader(Subset(shared, range(7)), batch_size=3),
+        lambda: DataLoader(shared, batch_size=5, collate_fn=len),
+    ]
+    expected = [list(make()) for make in others]
+    loader = DataLoader(shared, batch_size=4)
+    waiting = [iter(make()) for make in others]
+    assert fetch_slices(loader, waiting) is not None and fetch_slices(loader) is None
+    list(loader)
+    for make, iterator, batches in zip(others, waiting, expected, strict=True):
+        torch.testing.assert_close([list(make()), list(iterator)], [batches, batches], rtol=0, atol=0)
+
+
+def test_tensors_that_are_replaced():
+    """A data set that is given other tensors between two epochs serves those."""
+    loader = DataLoader(dataset(), batch_size=23)
+    fetch_slices(loader)
+    list(loader)
+    loader.dataset.tensors = (torch.ones(23),)
+    assert torch.equal(next(iter(loader))[0], torch.ones(23))
 
 
 class Own(Dataset):

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import csv
+import functools
 import itertools
 import os
+import pickle
 import signal
+from unittest.mock import Mock
 
 import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint, Timer
+from lightning.pytorch.callbacks import (
+    Callback,
+    EarlyStopping,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    Timer,
+)
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
@@ -249,6 +260,101 @@ def assert_equal(ours, own, where=""):
 def test_a_run_is_the_same_to_the_bit(tmp_path, options):
     """Weights, optimizer, counters, log, checkpoints and every call of a hook are those of Lightning's own loop."""
     assert_same(tmp_path, **options)
+
+
+class Normalized(Module):
+    """With a batch norm, whose statistics stochastic weight averaging takes anew in an epoch without backward."""
+
+    def __init__(self):
+        super().__init__("epoch")
+        self.net.insert(1, nn.BatchNorm1d(8))
+
+
+@pytest.mark.parametrize("limit_val_batches", [0, 1.0])
+def test_weight_averaging_with_batch_norm(tmp_path, limit_val_batches):
+    """The epoch that only shows the data to the batch norms changes no weight."""
+    averaging = [lambda: StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1)]
+    assert_same(tmp_path, make=Normalized, callbacks=averaging, max_epochs=3, limit_val_batches=limit_val_batches)
+
+
+class Wrapping(Callback):
+    """Puts an instrumented hook on the module and a stand-in for one on a callback, as tests and tracers do."""
+
+    def setup(self, trainer, pl_module, stage):
+        original = pl_module.on_before_zero_grad
+        self.calls = calls = []
+
+        @functools.wraps(original)
+        def instrumented(*args):
+            calls.append(trainer.global_step)
+            return original(*args)
+
+        vars(pl_module)["on_before_zero_grad"] = instrumented
+        self.on_after_backward = Mock()
+
+    def on_fit_end(self, trainer, pl_module):
+        del vars(pl_module)["on_before_zero_grad"]
+        pl_module.seen = (self.calls, self.on_after_backward.call_count)
+
+
+def test_wrapped_hooks_are_called():
+    """A hook that is a wrapper of an empty one, or a mock, is called in every step."""
+    seen = []
+    for lean in (False, True):
+        module = Module()
+        pl.Trainer(
+            accelerator="cpu",
+            max_epochs=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[Wrapping(), *([LeanLoop()] if lean else [])],
+        ).fit(module, loader())
+        seen.append(module.seen)
+    assert seen[0] == seen[1] == (list(range(11)), 11)
+
+
+class Copying(Callback):
+    """Copies the module in the middle of an epoch, as a hand-written average of the weights does."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == 5:
+            self.copy = copy.deepcopy(pl_module)
+            self.pickled = pickle.dumps(pl_module)
+
+
+def test_a_copy_of_the_module_is_free_of_the_run(tmp_path):
+    """A module copied or pickled during a step logs as any other, and has nothing of the trainer."""
+    copying = Copying()
+    run(True, tmp_path, callbacks=[lambda: copying])
+    for module in (copying.copy, pickle.loads(copying.pickled)):
+        assert module._trainer is None
+        assert getattr(module.log, "__func__", None) is pl.LightningModule.log
+    assert len(copying.pickled) < 20_000
+
+
+def test_data_of_another_kind_or_shared(tmp_path):
+    """A list as data set, and one data set for training and validation, train as without the lean loop."""
+    samples = list(loader().dataset)
+    assert_same(tmp_path / "list", train=DataLoader(samples, batch_size=4))
+    shared = loader()
+    whole = []
+    for lean in (False, True):
+        pl.seed_everything(3, verbose=False)
+        module = Module()
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            max_epochs=2,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[LeanLoop()] if lean else [],
+        )
+        trainer.fit(module, shared, DataLoader(shared.dataset, batch_size=5))
+        whole.append((module.state_dict(), trainer.callback_metrics))
+    assert_equal(*whole)
 
 
 class StopAt(Callback):

@@ -43,6 +43,7 @@ def assert_same_as_plain(model: FusedSequential) -> None:
     for cls in (FusedSequential, nn.Sequential):
         model.__class__ = cls
         model.zero_grad()
+        torch.manual_seed(2)
         x = images.clone().requires_grad_()
         y = model(x)
         y.square().sum().backward()
@@ -126,6 +127,9 @@ def replace(layer: int, module: nn.Module):
         (replace(2, nn.MaxPool2d((2, 2), (2, 2))), [0, 3]),
         (replace(2, nn.Identity()), [0, 3]),
         (replace(2, Viewing()), [0, 3]),
+        (replace(2, nn.Sequential(Viewing())), [0, 3]),
+        (replace(5, nn.Dropout(0.5)), [0, 3]),
+        (replace(5, nn.RReLU()), [0, 3]),
         (replace(3, nn.Conv2d(8, 8, 3, padding="same", padding_mode="reflect")), [0]),
         (replace(3, nn.Conv2d(8, 8, 3, stride=2, padding=2)), [0]),
         (replace(3, nn.Conv2d(8, 8, 3, groups=2)), [0]),

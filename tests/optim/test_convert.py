@@ -143,3 +143,17 @@ def test_every_replacement_fits():
         plain, own = original([nn.Parameter(torch.ones(1))]), replacement([nn.Parameter(torch.ones(1))])
         assert all(hasattr(replacement, name) for name in vars(own).keys() - vars(plain).keys())
         assert plain.param_groups[0].keys() <= own.param_groups[0].keys()
+
+
+@pytest.mark.parametrize("cls", list(REPLACEMENTS))
+def test_groups_that_are_added_or_loaded_while_converted(cls):
+    """A converted optimizer takes further groups and state dicts, and nothing of ours is in it afterwards."""
+    optimizer = cls([nn.Parameter(torch.randn(3))], lr=0.1)
+    revert = convert(optimizer)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.randn(2))], "lr": 0.2})
+    step(optimizer, 0)
+    optimizer.load_state_dict(optimizer.state_dict())
+    step(optimizer, 1)
+    revert()
+    plain = cls([nn.Parameter(torch.randn(3))], lr=0.1)
+    assert [group.keys() for group in optimizer.param_groups] == [plain.param_groups[0].keys()] * 2

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lightkit.optim import SGD
+from lightkit.optim import SGD, Adam
 from lightkit.optim.reference import sgd_rule, step_reference
 
 # Around the SIMD widths, the blocks of the kernel (256, 512) and the runs that its sums are made of (16384).
@@ -397,3 +397,25 @@ def test_trajectory_of_a_thousand_steps(dtype, options):
     ours = (results["ours"] - results["exact"]).abs().max()
     theirs = (results["torch"] - results["exact"]).abs().max()
     assert ours <= theirs + 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("optimizer_class", [SGD, Adam])
+@pytest.mark.parametrize("dtype", HALF)
+def test_what_is_written_past_autograd_counts_too(optimizer_class, dtype):
+    """A parameter that is clamped, or re-pointed, through .data takes its master weight along, element by element."""
+    (parameter,) = make_parameters([700], dtype=dtype)
+    optimizer = optimizer_class([parameter], lr=1e-3, master_weights=True)
+    set_gradients([parameter], 0)
+    optimizer.step()
+    before = optimizer.state[parameter]["master_weight"].clone()
+    parameter.data.clamp_(-0.5, 0.5)
+    parameter.data = parameter.data.clone()
+    inside = before.abs() < 0.49
+    parameter.grad = torch.zeros_like(parameter)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    after = optimizer.state[parameter]["master_weight"]
+    assert parameter.abs().max() == 0.5 and torch.equal(parameter, after.to(dtype))
+    # What nobody has written keeps the bits that its rounding lacks.
+    assert torch.equal(after[inside], before[inside])

@@ -85,6 +85,7 @@ void update_range(const AdamTensor& tensor, int64_t begin, int64_t end) {
     if constexpr (!is_half<scalar_t>) {
       p = parameter + start;
     } else if (tensor.master != nullptr) {
+      refresh_master<scalar_t>(tensor, start, count);
       p = tensor.master + start;
     } else {
       at::vec::convert(parameter + start, values, count);

@@ -82,10 +82,11 @@ void update_with_extras(const SgdTensor& tensor, int64_t begin, int64_t end) {
 
   for (int64_t start = begin; start < end; start += kBlock) {
     const int64_t count = std::min(kBlock, end - start);
-    if (tensor.master != nullptr) {
-      at::vec::convert(tensor.master + start, p, count);
-    } else {
+    if (tensor.master == nullptr) {
       at::vec::convert(parameter + start, p, count);
+    } else if constexpr (is_half<scalar_t>) {
+      refresh_master<scalar_t>(tensor, start, count);
+      std::copy_n(tensor.master + start, count, p);
     }
     at::vec::convert(gradient + start, g, count);
     if (buffer != nullptr && !tensor.first) {

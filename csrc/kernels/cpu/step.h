@@ -8,6 +8,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 namespace lightkit::cpu {
@@ -92,6 +93,27 @@ acc_t signed_factor(const StepOptions& options) {
 // bits are added below the last bit that stays. The bits are a hash of the key and the element's index, so that
 // neither threads nor blocks change them.
 void round_stochastically(const float* values, at::BFloat16* out, int64_t count, uint64_t key, int64_t first_index);
+
+// Takes into a master weight what others have written into its parameter since the last step: where the parameter is
+// no longer its rounding.
+template <typename scalar_t, typename Options>
+void refresh_master(const StepTensor<Options>& tensor, int64_t start, int64_t count) {
+  constexpr int64_t kBlock = 256;
+  scalar_t rounded[kBlock];
+  for (int64_t i = 0; i < count; i += kBlock) {
+    const int64_t n = std::min(kBlock, count - i);
+    const auto* parameter = static_cast<const scalar_t*>(tensor.parameter) + start + i;
+    float* master = tensor.master + start + i;
+    at::vec::convert(master, rounded, n);
+    if (std::memcmp(rounded, parameter, n * sizeof(scalar_t)) != 0) {
+      for (int64_t k = 0; k < n; ++k) {
+        if (std::memcmp(rounded + k, parameter + k, sizeof(scalar_t)) != 0) {
+          master[k] = static_cast<float>(parameter[k]);
+        }
+      }
+    }
+  }
+}
 
 // Writes new values of `count` elements of a parameter from `start` on: rounded, into its master weight, and into
 // its average. `values` may be the parameter itself, where that has the accumulation type.

@@ -1,0 +1,48 @@
+"""Freed memory stays in the process once it was asked for, and comes back cleared where it was not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import resource, sys, torch
+from lightkit.memory import keep_freed_memory
+if sys.argv[1] == "keep":
+    assert keep_freed_memory() and keep_freed_memory()
+
+def step():
+    # 64 MiB: above every threshold that glibc adapts by itself.
+    for _ in range(3):
+        torch.empty(16 << 20).fill_(1)
+
+# Until the heap has its size.
+for _ in range(6):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's settings")
+def test_no_page_faults_at_the_same_step_again():
+    """A tensor as large as one that was freed takes that one's pages: the system has none to clear."""
+    faults = {}
+    for how in ("keep", "leave"):
+        done = subprocess.run([sys.executable, "-c", SCRIPT, how], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        faults[how] = int(done.stdout)
+    assert faults["keep"] < 100
+    assert faults["leave"] > 10 * faults["keep"]
+
+
+def test_elsewhere_it_says_no(monkeypatch):
+    """Where there is no such setting nothing happens."""
+    from lightkit.memory import keep_freed_memory
+
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert keep_freed_memory() is False
