@@ -26,7 +26,9 @@ void bind_plan(py::module_& m, const char* name) {
           py::arg("state"),
           py::arg("max_grad_norm"),
           py::arg("skip_nonfinite"),
-          py::arg("inverse_scale"));
+          py::arg("inverse_scale"),
+          py::arg("grad_scale"),
+          py::arg("found_inf"));
 }
 
 }  // namespace

@@ -15,6 +15,11 @@ struct StepOptions {
   bool maximize = false;
   double gradient_factor = 1;  // what clipping and loss scaling leave of a gradient
   double ema_decay = 0;        // used where a tensor has an average
+  // What a GPU knows and the host need not wait for, or null: a learning rate that takes the place of the algorithm's,
+  // a divisor of the gradients, and whether the step is left out (not 0).
+  const float* lr_on_device = nullptr;
+  const float* scale_on_device = nullptr;
+  const float* skip_on_device = nullptr;
 };
 
 // One tensor of a step: its elements lie in the same order in all arrays, which do not overlap.

@@ -1,5 +1,7 @@
 #include "adam.h"
 
+#include "step_plan_body.h"
+
 namespace lightkit {
 
 AdamOptions AdamAlgorithm::read(const pybind11::handle& group) {

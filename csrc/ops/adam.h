@@ -19,6 +19,7 @@ struct AdamAlgorithm {
   static at::ScalarType state_type(at::ScalarType parameter, bool) {
     return parameter == at::kDouble ? at::kDouble : at::kFloat;
   }
+  static bool may_start_from_zeros(const Options&) { return true; }
   static bool has_kernel(c10::Device device) { return device.is_cpu(); }
   static void run(const std::vector<AdamTensor>& tensors, c10::Device) { cpu::adam(tensors); }
 };

@@ -1,10 +1,14 @@
 #include "sgd.h"
 
+#include "step_plan_body.h"
+
 namespace lightkit {
 
 SgdOptions SgdAlgorithm::read(const pybind11::handle& group) {
   SgdOptions options{};
-  options.lr = group_number(group, "lr");
+  if (number_on_device(group_item(group, "lr").ptr()) == nullptr) {
+    options.lr = group_number(group, "lr");
+  }
   options.momentum = group_number(group, "momentum");
   options.dampening = group_number(group, "dampening");
   options.weight_decay = group_number(group, "weight_decay");

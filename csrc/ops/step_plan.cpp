@@ -1,5 +1,10 @@
 #include "step_plan.h"
 
+#include <ATen/Functions.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <string>
+
 namespace lightkit {
 
 namespace py = pybind11;
@@ -11,6 +16,15 @@ py::handle group_item(const py::handle& group, const char* key) {
     throw py::key_error(std::string("a parameter group has no '") + key + "'");
   }
   return value;
+}
+
+const float* number_on_device(PyObject* object) {
+  if (!THPVariable_Check(object)) {
+    return nullptr;
+  }
+  const Tensor& tensor = THPVariable_Unpack(object);
+  const bool fits = tensor.is_cuda() && is_plain(tensor) && tensor.scalar_type() == at::kFloat && tensor.numel() == 1;
+  return fits ? tensor.const_data_ptr<float>() : nullptr;
 }
 
 double group_number(const py::handle& group, const char* key) {

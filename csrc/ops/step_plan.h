@@ -3,19 +3,12 @@
 
 #include "../kernels/step.h"
 
-#include <ATen/Functions.h>
 #include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
-#include <torch/csrc/autograd/python_variable.h>
 
-#include <algorithm>
 #include <array>
-#include <cmath>
 #include <cstdint>
-#include <map>
-#include <numeric>
 #include <optional>
-#include <string>
 #include <utility>
 #include <vector>
 
@@ -42,6 +35,8 @@ inline bool holds_tensor(const pybind11::object& object) {
 bool is_plain(const at::Tensor& tensor);
 // `tensor` as `type`, with the device and the order of elements in memory of `like`, which is dense.
 at::Tensor laid_out_as(const at::Tensor& tensor, const at::Tensor& like, at::ScalarType type);
+// Where a number lies on a GPU: the memory of a float32 tensor of one element there; null for any other object.
+const float* number_on_device(PyObject* object);
 // Where a parameter's count of steps is kept, if that can be read without waiting: float32 on the CPU.
 float* step_counter(const pybind11::object& held);
 
@@ -53,20 +48,24 @@ float* step_counter(const pybind11::object& held);
 //
 // An Algorithm has: Options (with kStates, see ../kernels/step.h), kName, kStateNames, kCounts (whether the state
 // has a "step"), kZeroed (whether buffers begin as zeros), read(group) -> Options, uses(options, state),
-// state_type(parameter's type, whether there is a master weight), has_kernel(device), run(tensors, device).
+// state_type(parameter's type, whether there is a master weight), may_start_from_zeros(options): whether states of zeros
+// are as good as none, has_kernel(device), run(tensors, device).
 template <typename Algorithm>
 class StepPlan {
  public:
   // One step over `param_groups`, with the buffers in `state`. Returns (norm of the gradients or None where nobody
   // asked, whether the step was skipped); or None, having changed nothing, if some parameter is not for this
   // kernel: sparse gradients, another device or dtype, a tensor subclass with a dispatch of its own, memory with
-  // gaps.
+  // gaps. `grad_scale` and `found_inf` are None, or tensors on a GPU that the step divides the gradients by and is left
+  // out for, without anyone waiting for them.
   pybind11::object step(
       const pybind11::list& param_groups,
       const pybind11::dict& state,
       std::optional<double> max_grad_norm,
       bool skip_nonfinite,
-      double inverse_scale);
+      double inverse_scale,
+      const pybind11::object& grad_scale,
+      const pybind11::object& found_inf);
 
  private:
   using Options = typename Algorithm::Options;
@@ -110,6 +109,7 @@ class StepPlan {
 
   struct Group {
     Options options;
+    std::optional<c10::Device> device;  // the one that some of the options are on
     bool master_weights;
     bool averaged;
     bool stochastic;
@@ -124,6 +124,7 @@ class StepPlan {
     at::Tensor gradient;                      // laid out as the parameter
     std::array<at::Tensor, kSlots> buffers;   // likewise, or undefined
     std::array<bool, kSlots> first{};         // the buffer holds nothing yet
+    bool starts_from_zeros = false;           // the states do, which is as good
     at::Tensor new_count;                     // the counter, where this is the parameter's first step
     float* count = nullptr;
     bool stochastic = false;
@@ -133,7 +134,11 @@ class StepPlan {
   bool is_current(const pybind11::list& param_groups, const pybind11::dict& state) const;
   void rebuild(const pybind11::list& param_groups, const pybind11::dict& state);
   void remember_items(const pybind11::dict& state);
-  static Group read_group(const pybind11::handle& group, double inverse_scale);
+  static Group read_group(
+      const pybind11::handle& group,
+      double inverse_scale,
+      const pybind11::object& grad_scale,
+      const pybind11::object& found_inf);
   static bool gather(Entry& entry, const Group& group, std::vector<Update>& updates);
   static void use_buffer(Update& update, size_t slot, at::ScalarType type);
   static Tensor describe(const Update& update);
@@ -147,374 +152,5 @@ class StepPlan {
   std::vector<const void*> memory_;  // where the parameters of the last step lay, and whether some share it
   bool shares_memory_ = false;
 };
-
-template <typename Algorithm>
-bool StepPlan<Algorithm>::is_current(const pybind11::list& param_groups, const pybind11::dict& state) const {
-  if (param_groups.size() != groups_.size() || state.size() != state_items_.size()) {
-    return false;
-  }
-  PyObject *key = nullptr, *value = nullptr;
-  Py_ssize_t position = 0;
-  for (size_t i = 0; PyDict_Next(state.ptr(), &position, &key, &value); ++i) {
-    if (key != state_items_[i].first.ptr() || value != state_items_[i].second.ptr()) {
-      return false;
-    }
-  }
-  for (size_t g = 0; g < groups_.size(); ++g) {
-    const pybind11::list parameters = group_parameters(param_groups[g]);
-    if (parameters.size() != groups_[g].size()) {
-      return false;
-    }
-    for (size_t i = 0; i < groups_[g].size(); ++i) {
-      const Entry& entry = groups_[g][i];
-      if (PyList_GET_ITEM(parameters.ptr(), i) != entry.parameter.ptr()) {
-        return false;
-      }
-      if (!entry.state) {
-        continue;
-      }
-      for (size_t slot = 0; slot < kSlots; ++slot) {
-        if (find(entry.state, slot) != entry.buffers[slot].ptr()) {
-          return false;
-        }
-      }
-      if (Algorithm::kCounts && find_count(entry.state) != entry.count.ptr()) {
-        return false;
-      }
-    }
-  }
-  return true;
-}
-
-template <typename Algorithm>
-typename StepPlan<Algorithm>::Group StepPlan<Algorithm>::read_group(
-    const pybind11::handle& group, double inverse_scale) {
-  const bool averaged = group_extra(group, "ema_decay") != nullptr;
-  const bool stochastic = group_extra(group, "stochastic_rounding") != nullptr;
-  Options options = Algorithm::read(group);
-  options.maximize = group_flag(group, "maximize");
-  options.gradient_factor = inverse_scale;
-  options.ema_decay = averaged ? group_number(group, "ema_decay") : 0;
-  return {
-      .options = options,
-      .master_weights = group_extra(group, "master_weights") != nullptr,
-      .averaged = averaged,
-      .stochastic = stochastic,
-      .seed = stochastic ? PyLong_AsUnsignedLongLongMask(group_item(group, "rounding_seed").ptr()) : 0,
-  };
-}
-
-template <typename Algorithm>
-void StepPlan<Algorithm>::remember_items(const pybind11::dict& state) {
-  state_items_.clear();
-  for (const auto& [key, value] : state) {
-    state_items_.emplace_back(
-        pybind11::reinterpret_borrow<pybind11::object>(key), pybind11::reinterpret_borrow<pybind11::object>(value));
-  }
-}
-
-template <typename Algorithm>
-void StepPlan<Algorithm>::rebuild(const pybind11::list& param_groups, const pybind11::dict& state) {
-  const auto borrow = [](PyObject* object) { return pybind11::reinterpret_borrow<pybind11::object>(object); };
-  groups_.clear();
-  remember_items(state);
-  for (const auto& group : param_groups) {
-    auto& entries = groups_.emplace_back();
-    for (const auto& parameter : group_parameters(group)) {
-      Entry entry;
-      entry.parameter = borrow(parameter.ptr());
-      if (PyDict_Contains(state.ptr(), parameter.ptr()) == 1) {
-        entry.state = borrow(PyDict_GetItem(state.ptr(), parameter.ptr()));
-        for (size_t slot = 0; slot < kSlots; ++slot) {
-          entry.buffers[slot] = borrow(find(entry.state, slot));
-        }
-        if (Algorithm::kCounts) {
-          entry.count = borrow(find_count(entry.state));
-        }
-      }
-      entries.push_back(std::move(entry));
-    }
-  }
-}
-
-// Finds or makes one of the buffers of a parameter.
-template <typename Algorithm>
-void StepPlan<Algorithm>::use_buffer(Update& update, size_t slot, at::ScalarType type) {
-  const pybind11::object& held = update.entry->buffers[slot];
-  update.first[slot] = !holds_tensor(held);
-  if (update.first[slot]) {
-    update.buffers[slot] = Algorithm::kZeroed && slot < kStates ? at::zeros_like(update.parameter, type)
-                                                                : at::empty_like(update.parameter, type);
-    return;
-  }
-  const at::Tensor& buffer = unpack_tensor(held);
-  TORCH_CHECK(
-      buffer.sizes() == update.parameter.sizes(),
-      Algorithm::kName,
-      ": a parameter of shape ",
-      update.parameter.sizes(),
-      " has a ",
-      slot_name(slot),
-      " of shape ",
-      buffer.sizes());
-  update.buffers[slot] = laid_out_as(buffer, update.parameter, type);
-}
-
-// Adds what is to be done for one parameter; false if that is not for this kernel.
-template <typename Algorithm>
-bool StepPlan<Algorithm>::gather(Entry& entry, const Group& group, std::vector<Update>& updates) {
-  const at::Tensor& parameter = unpack_tensor(entry.parameter);
-  const at::Tensor& gradient = parameter.grad();
-  if (!gradient.defined()) {
-    return true;
-  }
-  const auto type = parameter.scalar_type();
-  if (!is_plain(parameter) || !is_plain(gradient) || !Algorithm::has_kernel(parameter.device()) ||
-      gradient.device() != parameter.device() || !parameter_type(type) || !parameter.is_non_overlapping_and_dense()) {
-    return false;
-  }
-  for (const auto& held : entry.buffers) {
-    if (holds_tensor(held) && !is_plain(unpack_tensor(held))) {
-      return false;
-    }
-  }
-  Update& update = updates.emplace_back();
-  update.entry = &entry;
-  update.options = &group.options;
-  update.parameter = parameter;
-  const bool half = type == at::kBFloat16 || type == at::kHalf;
-  const bool master = group.master_weights && half;
-  update.stochastic = group.stochastic && !master && type == at::kBFloat16;
-  if (!parameter.is_cpu() && (master || group.averaged || update.stochastic)) {
-    return false;
-  }
-  if constexpr (Algorithm::kCounts) {
-    if (!holds_tensor(entry.count)) {
-      update.new_count = at::zeros({}, at::kFloat);
-      update.count = static_cast<float*>(update.new_count.mutable_data_ptr());
-    } else if ((update.count = step_counter(entry.count)) == nullptr) {
-      return false;
-    }
-  }
-  TORCH_CHECK(
-      gradient.sizes() == parameter.sizes(),
-      Algorithm::kName,
-      ": a parameter of shape ",
-      parameter.sizes(),
-      " has a gradient of shape ",
-      gradient.sizes());
-  update.gradient = laid_out_as(gradient, parameter, type);
-  for (size_t slot = 0; slot < kStates; ++slot) {
-    if (Algorithm::uses(group.options, slot)) {
-      use_buffer(update, slot, Algorithm::state_type(type, master));
-    }
-  }
-  if (master) {
-    use_buffer(update, kMaster, at::kFloat);
-    if (update.first[kMaster]) {
-      update.buffers[kMaster].copy_(parameter.detach());
-    }
-  }
-  if (group.averaged) {
-    use_buffer(update, kAverage, type == at::kDouble ? at::kDouble : at::kFloat);
-  }
-  if (update.stochastic) {
-    // Another sequence for each step and each place in it: odd factors spread both over all bits.
-    update.key = group.seed * 0x9e3779b97f4a7c15u + (updates.size() - 1) * 0xbf58476d1ce4e5b9u;
-  }
-  return true;
-}
-
-template <typename Algorithm>
-typename StepPlan<Algorithm>::Tensor StepPlan<Algorithm>::describe(const Update& update) {
-  const auto memory = [](const at::Tensor& tensor) { return tensor.defined() ? tensor.mutable_data_ptr() : nullptr; };
-  Tensor tensor{
-      .parameter = update.parameter.mutable_data_ptr(),
-      .gradient = update.gradient.const_data_ptr(),
-      .states = {},
-      .master = static_cast<float*>(memory(update.buffers[kMaster])),
-      .average = memory(update.buffers[kAverage]),
-      .numel = update.parameter.numel(),
-      .type = *parameter_type(update.parameter.scalar_type()),
-      .count = Algorithm::kCounts ? static_cast<int64_t>(*update.count) + 1 : 0,
-      .first = update.first[0],
-      .first_average = update.first[kAverage],
-      .stochastic = update.stochastic,
-      .key = update.key,
-      .options = update.options,
-  };
-  for (size_t slot = 0; slot < kStates; ++slot) {
-    tensor.states[slot] = memory(update.buffers[slot]);
-  }
-  return tensor;
-}
-
-// Whether two parameters lie in the same memory, so that their updates must come one after the other. Looked
-// at again only when a parameter has moved, or others have gradients.
-template <typename Algorithm>
-bool StepPlan<Algorithm>::shares_memory(const std::vector<Update>& updates) {
-  const auto lies_there = [](const Update& update, const void* memory) {
-    return update.parameter.const_data_ptr() == memory;
-  };
-  if (std::equal(updates.begin(), updates.end(), memory_.begin(), memory_.end(), lies_there)) {
-    return shares_memory_;
-  }
-  memory_.clear();
-  for (const auto& update : updates) {
-    memory_.push_back(update.parameter.const_data_ptr());
-  }
-  std::vector<std::pair<const char*, const char*>> spans;
-  for (const auto& update : updates) {
-    const auto* begin = static_cast<const char*>(update.parameter.const_data_ptr());
-    if (update.parameter.numel() > 0) {
-      spans.emplace_back(begin, begin + update.parameter.nbytes());
-    }
-  }
-  std::sort(spans.begin(), spans.end());
-  shares_memory_ = std::adjacent_find(spans.begin(), spans.end(), [](const auto& a, const auto& b) {
-                     return b.first < a.second;
-                   }) != spans.end();
-  return shares_memory_;
-}
-
-template <typename Algorithm>
-void StepPlan<Algorithm>::run(const std::vector<Tensor>& tensors, c10::Device device, bool one_by_one) {
-  if (!one_by_one) {
-    return Algorithm::run(tensors, device);
-  }
-  for (const auto& tensor : tensors) {
-    Algorithm::run({tensor}, device);
-  }
-}
-
-template <typename Algorithm>
-void StepPlan<Algorithm>::keep(
-    const pybind11::object& state, const char* key, pybind11::object& place, const at::Tensor& tensor) {
-  place = pybind11::reinterpret_steal<pybind11::object>(THPVariable_Wrap(tensor));
-  if (PyDict_SetItemString(state.ptr(), key, place.ptr()) != 0) {
-    throw pybind11::error_already_set();
-  }
-}
-
-// Puts buffers made in this step where Python, and the next step, find them.
-template <typename Algorithm>
-void StepPlan<Algorithm>::keep_buffers(Update& update, const pybind11::dict& state) {
-  Entry& entry = *update.entry;
-  const auto owner = [&]() -> const pybind11::object& {
-    if (!entry.state) {
-      // Through __getitem__: the state of an optimizer is a defaultdict.
-      entry.state = pybind11::reinterpret_steal<pybind11::object>(PyObject_GetItem(state.ptr(), entry.parameter.ptr()));
-      if (!entry.state) {
-        throw pybind11::error_already_set();
-      }
-    }
-    return entry.state;
-  };
-  if (update.new_count.defined()) {
-    keep(owner(), "step", entry.count, update.new_count);
-  }
-  for (size_t slot = 0; slot < kSlots; ++slot) {
-    const at::Tensor& buffer = update.buffers[slot];
-    if (buffer.defined() && (update.first[slot] || !buffer.is_same(unpack_tensor(entry.buffers[slot])))) {
-      keep(owner(), slot_name(slot), entry.buffers[slot], buffer);
-    }
-  }
-}
-
-template <typename Algorithm>
-pybind11::object StepPlan<Algorithm>::step(
-    const pybind11::list& param_groups,
-    const pybind11::dict& state,
-    std::optional<double> max_grad_norm,
-    bool skip_nonfinite,
-    double inverse_scale) {
-  if (!is_current(param_groups, state)) {
-    rebuild(param_groups, state);
-  }
-  std::vector<Group> groups;
-  groups.reserve(groups_.size());
-  std::vector<Update> updates;
-  updates.reserve(std::accumulate(groups_.begin(), groups_.end(), size_t{0}, [](size_t sum, const auto& entries) {
-    return sum + entries.size();
-  }));
-  for (size_t g = 0; g < groups_.size(); ++g) {
-    groups.push_back(read_group(param_groups[g], inverse_scale));
-    for (auto& entry : groups_[g]) {
-      if (!gather(entry, groups.back(), updates)) {
-        return pybind11::none();
-      }
-    }
-  }
-
-  const auto order = [](c10::Device a, c10::Device b) {
-    return std::pair(a.type(), a.index()) < std::pair(b.type(), b.index());
-  };
-  std::map<c10::Device, std::vector<Tensor>, decltype(order)> by_device(order);
-  for (size_t i = 0; i < updates.size();) {
-    // As a rule one device has them all.
-    const c10::Device device = updates[i].parameter.device();
-    auto& tensors = by_device[device];
-    tensors.reserve(updates.size());
-    for (; i < updates.size() && updates[i].parameter.device() == device; ++i) {
-      tensors.push_back(describe(updates[i]));
-    }
-  }
-  const bool measured = max_grad_norm.has_value() || skip_nonfinite;
-  const auto on_cpu = [](const auto& item) { return item.first.is_cpu(); };
-  if (measured && !std::all_of(by_device.begin(), by_device.end(), on_cpu)) {
-    return pybind11::none();
-  }
-  const bool one_by_one = shares_memory(updates);
-  double norm = 0;
-  bool skipped = false;
-  {
-    pybind11::gil_scoped_release release;
-    if (measured) {
-      std::vector<Gradient> gradients;
-      for (const auto& [device, tensors] : by_device) {
-        for (const auto& tensor : tensors) {
-          gradients.push_back({tensor.gradient, tensor.numel, tensor.type});
-        }
-      }
-      norm = std::sqrt(cpu::square_sum(gradients)) * std::abs(inverse_scale);
-      skipped = skip_nonfinite && !std::isfinite(norm);
-      if (max_grad_norm.has_value()) {
-        // As torch.nn.utils.clip_grad_norm_ does it. NaN comes through.
-        const double factor = *max_grad_norm / (norm + 1e-6);
-        for (auto& group : groups) {
-          group.options.gradient_factor *= factor > 1 ? 1 : factor;
-        }
-      }
-    }
-    if (!skipped) {
-      for (const auto& [device, tensors] : by_device) {
-        run(tensors, device, one_by_one);
-      }
-      for (auto& update : updates) {
-        // Autograd must notice that a tensor it saved has changed.
-        const auto bump = [](const at::Tensor& tensor) {
-          if (tensor.defined() && !tensor.is_inference()) {
-            tensor.unsafeGetTensorImpl()->bump_version();
-          }
-        };
-        bump(update.parameter);
-        std::for_each(update.buffers.begin(), update.buffers.end(), bump);
-        if constexpr (Algorithm::kCounts) {
-          *update.count += 1;
-        }
-      }
-    }
-  }
-  if (!skipped) {
-    const size_t states = state.size();
-    for (auto& update : updates) {
-      keep_buffers(update, state);
-    }
-    if (state.size() != states) {
-      remember_items(state);
-    }
-  }
-  return pybind11::make_tuple(measured ? pybind11::object(pybind11::float_(norm)) : pybind11::none(), skipped);
-}
 
 }  // namespace lightkit

@@ -31,14 +31,16 @@ class FusedStep(torch.optim.Optimizer):
     memory with gaps, devices without kernels) is done by torch's operations; so are, on a GPU, the options
     that follow. ``foreach`` is accepted as torch's: there is one implementation. So is ``fused``; as in torch,
     ``True`` lets a ``GradScaler`` leave unscaling and the skipping of overflowed steps to the optimizer, which saves
-    a pass over the gradients. ``differentiable`` is not supported.
+    a pass over the gradients. On a GPU the kernel of SGD itself reads the scale, the overflow and a learning rate
+    that is a float32 tensor there: nothing waits for the device, and the step can be captured in a CUDA graph.
+    ``differentiable`` is not supported.
 
     Args:
         max_grad_norm: scale the gradients of all groups down where their 2-norm is larger, as
             :func:`torch.nn.utils.clip_grad_norm_` does before a step, without writing them. The norm before
             scaling is then in ``grad_norm``.
         skip_nonfinite: leave everything as it is where some gradient is NaN or infinite. ``skipped_steps``
-            counts these steps, and those that a ``GradScaler`` skips.
+            counts these steps, and those that a ``GradScaler`` skips, if not on a GPU.
         ema_decay: keep an exponential moving average of each parameter in float32 (float64 for float64),
             ``average = decay * average + (1 - decay) * parameter``, that starts with the first step's result;
             see `averaged_parameters`. A group may have its own.
@@ -163,15 +165,20 @@ class FusedStep(torch.optim.Optimizer):
                 loss = closure()
         # A GradScaler sets these for the time of a step.
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if found_inf is not None and found_inf.item() != 0:
-            self.skipped_steps += 1
-            return loss
-        inverse_scale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
-        options = (self.param_groups, self.state, self.max_grad_norm, self.skip_nonfinite, inverse_scale)
-
+        options = (self.param_groups, self.state, self.max_grad_norm, self.skip_nonfinite)
         if self._plan is None and (module := native.load()) is not None:
             self._plan = getattr(module, self._plan_name)()
-        outcome = None if self._plan is None else self._plan.step(*options)
+
+        outcome = None
+        if self._plan is not None and _is_cuda(found_inf) and (grad_scale is None or _is_cuda(grad_scale)):
+            outcome = self._plan.step(*options, 1.0, grad_scale, found_inf)
+        if outcome is None:
+            if found_inf is not None and found_inf.item() != 0:
+                self.skipped_steps += 1
+                return loss
+            options += (1.0 if grad_scale is None else 1.0 / float(grad_scale),)
+            if self._plan is not None:
+                outcome = self._plan.step(*options, None, None)
         if outcome is None:
             if found_inf is None and grad_scale is None and self._is_plain():
                 self._take_torch_step()
@@ -233,6 +240,10 @@ class FusedStep(torch.optim.Optimizer):
     @classmethod
     def release(cls, optimizer: torch.optim.Optimizer) -> None:
         """Makes the state of an optimizer one that torch's class goes on with: see `convert`."""
+
+
+def _is_cuda(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.is_cuda
 
 
 def to_parameter_dtype(optimizer: torch.optim.Optimizer, names: tuple[str, ...]) -> None:

@@ -480,3 +480,28 @@ def test_sgd(emulator, options, first):
         assert torch.equal(buffers[f"gradient{i}"], before[f"gradient{i}"])
         if m is not None:
             torch.testing.assert_close(buffers[f"momentum{i}"].double(), m, rtol=eps, atol=eps)
+
+
+_OF_FLOAT = {"numel": 70, "type": DTYPES.index(torch.float32), "first": 0}
+
+
+@pytest.mark.parametrize("skip", [0.0, 1.0, None])
+def test_sgd_with_numbers_on_the_device(emulator, skip):
+    """The learning rate and a scaler's numbers are read where they lie; a step that overflowed writes nothing."""
+    generator = torch.Generator().manual_seed(0)
+    buffers = {f"{name}{i}": torch.randn(70, generator=generator) for name in ("parameter", "gradient") for i in (0, 1)}
+    buffers |= {"momentum0": torch.randn(70, generator=generator), "momentum1": torch.zeros(70)}
+    buffers |= {"lr_on_device": torch.tensor([0.25]), "scale_on_device": torch.tensor([8.0])}
+    if skip is not None:
+        buffers["skip_on_device"] = torch.tensor([skip])
+    settings = {"tensors": 2, "lr": 77.0, "momentum": 0.9, "dampening": 0.0, "weight_decay": 0.1, "nesterov": 1}
+    settings |= {"maximize": 0, **{f"{name}{i}": value for i in (0, 1) for name, value in _OF_FLOAT.items()}}
+    before = {name: tensor.clone() for name, tensor in buffers.items()}
+    assert emulator.call("sgd", buffers, settings)[0] == 0
+    options = {"lr": 0.25, "mu": 0.9, "dampening": 0.0, "weight_decay": 0.1, "nesterov": True, "maximize": False}
+    for i in (0, 1):
+        p, m = exact_sgd(before[f"parameter{i}"], before[f"gradient{i}"] / 8, before[f"momentum{i}"], False, **options)
+        if skip:
+            p, m = before[f"parameter{i}"].double(), before[f"momentum{i}"].double()
+        torch.testing.assert_close(buffers[f"parameter{i}"].double(), p, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(buffers[f"momentum{i}"].double(), m, rtol=1e-6, atol=1e-6)

@@ -56,6 +56,16 @@ __device__ __forceinline__ void update(
 template <typename scalar_t, bool first>
 __global__ void __launch_bounds__(kThreads) sgd_kernel(const __grid_constant__ Batch batch, int tensors) {
   constexpr int width = Pack<scalar_t>::size;
+  SgdOptions options = batch.options;
+  if (options.skip_on_device != nullptr && *options.skip_on_device != 0) {
+    return;
+  }
+  if (options.lr_on_device != nullptr) {
+    options.lr = *options.lr_on_device;
+  }
+  if (options.scale_on_device != nullptr) {
+    options.gradient_factor /= *options.scale_on_device;
+  }
   int low = 0, high = tensors;
   while (high - low > 1) {
     const int middle = (low + high) / 2;
@@ -80,7 +90,7 @@ __global__ void __launch_bounds__(kThreads) sgd_kernel(const __grid_constant__ B
       }
 #pragma unroll
       for (int k = 0; k < width; ++k) {
-        update<scalar_t, first>(p.values[k], g.values[k], momentum == nullptr ? nullptr : &m.values[k], batch.options);
+        update<scalar_t, first>(p.values[k], g.values[k], momentum == nullptr ? nullptr : &m.values[k], options);
       }
       *reinterpret_cast<Pack<scalar_t>*>(parameter + i) = p;
       if (momentum != nullptr) {
@@ -89,7 +99,7 @@ __global__ void __launch_bounds__(kThreads) sgd_kernel(const __grid_constant__ B
     }
   }
   for (int64_t i = packed_end + threadIdx.x; i < end; i += kThreads) {
-    update<scalar_t, first>(parameter[i], gradient[i], momentum == nullptr ? nullptr : momentum + i, batch.options);
+    update<scalar_t, first>(parameter[i], gradient[i], momentum == nullptr ? nullptr : momentum + i, options);
   }
 }
 

@@ -109,6 +109,9 @@ cudaError_t call_sgd() {
   options.weight_decay = setting<double>("weight_decay");
   options.nesterov = setting<int>("nesterov") != 0;
   options.maximize = setting<int>("maximize") != 0;
+  options.lr_on_device = buffer<float>("lr_on_device");
+  options.scale_on_device = buffer<float>("scale_on_device");
+  options.skip_on_device = buffer<float>("skip_on_device");
   std::vector<SgdTensor> tensors;
   for (int i = 0; i < setting<int>("tensors"); ++i) {
     const auto number = std::to_string(i);
