@@ -140,6 +140,13 @@ def loader(count=44, batch_size=4, seed=1):
     return DataLoader(TensorDataset(inputs, labels), batch_size=batch_size, shuffle=True)
 
 
+def bare_trainer(lean, *callbacks, **options):
+    """A trainer of one epoch that writes and shows nothing."""
+    nothing = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    callbacks = [*callbacks, *([LeanLoop()] if lean else [])]
+    return pl.Trainer(**{"accelerator": "cpu", "max_epochs": 1, **nothing, "callbacks": callbacks, **options})
+
+
 def run(lean, directory, make=Module, callbacks=(), ckpt_path=None, checkpoints=None, train=None, **options):
     """Trains once; returns everything that can be compared."""
     pl.seed_everything(3, verbose=False)
@@ -302,15 +309,7 @@ def test_wrapped_hooks_are_called():
     seen = []
     for lean in (False, True):
         module = Module()
-        pl.Trainer(
-            accelerator="cpu",
-            max_epochs=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[Wrapping(), *([LeanLoop()] if lean else [])],
-        ).fit(module, loader())
+        bare_trainer(lean, Wrapping()).fit(module, loader())
         seen.append(module.seen)
     assert seen[0] == seen[1] == (list(range(11)), 11)
 
@@ -343,15 +342,7 @@ def test_data_of_another_kind_or_shared(tmp_path):
     for lean in (False, True):
         pl.seed_everything(3, verbose=False)
         module = Module()
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            max_epochs=2,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[LeanLoop()] if lean else [],
-        )
+        trainer = bare_trainer(lean, max_epochs=2)
         trainer.fit(module, shared, DataLoader(shared.dataset, batch_size=5))
         whole.append((module.state_dict(), trainer.callback_metrics))
     assert_equal(*whole)
@@ -384,15 +375,7 @@ def test_an_exception_leaves_lightnings_loop_behind(tmp_path):
     for lean in (False, True):
         pl.seed_everything(3, verbose=False)
         module = Module()
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            max_epochs=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[Boom(), *([LeanLoop()] if lean else [])],
-        )
+        trainer = bare_trainer(lean, Boom())
         with pytest.raises(RuntimeError, match="boom"):
             trainer.fit(module, loader())
         assert type(trainer.fit_loop.epoch_loop) is _TrainingEpochLoop and "log" not in vars(module)
@@ -404,16 +387,7 @@ def test_an_exception_leaves_lightnings_loop_behind(tmp_path):
 def test_an_exception_loses_no_logged_row(tmp_path):
     """Loggers write their files once a second; what they have is written when a run fails, too."""
     logger = CSVLogger(tmp_path, name="", version="")
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        logger=logger,
-        log_every_n_steps=1,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[Boom(), LeanLoop()],
-    )
+    trainer = bare_trainer(True, Boom(), logger=logger, log_every_n_steps=1)
     with pytest.raises(RuntimeError, match="boom"):
         trainer.fit(Module(), loader())
     with open(tmp_path / "metrics.csv") as file:
@@ -431,16 +405,7 @@ def test_sigterm_ends_a_run_at_the_next_step(tmp_path):
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     for lean in (False, True):
-        watcher = Watcher()
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            max_epochs=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[watcher, Terminate(), *([LeanLoop()] if lean else [])],
-        )
+        trainer = bare_trainer(lean, Terminate())
         with pytest.raises((SIGTERMException, SystemExit)):
             trainer.fit(Module(), loader())
         assert trainer.global_step == 5
