@@ -9,7 +9,7 @@ import itertools
 import os
 import pickle
 import signal
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import lightning.pytorch as pl
 import pytest
@@ -479,6 +479,15 @@ class Unsized(IterableDataset):
         return iter(list(loader().dataset))
 
 
+@pytest.fixture
+def leaves_no_process_group():
+    """Lightning's strategies leave theirs, and its address in the environment, to the end of the process."""
+    with patch.dict(os.environ):
+        yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize(
     ("cause", "options"),
     [
@@ -488,7 +497,7 @@ class Unsized(IterableDataset):
         ("the strategy is DDPStrategy", {"strategy": "ddp"}),
     ],
 )
-def test_what_is_not_lightnings_step_stays_as_it_is(tmp_path, monkeypatch, cause, options):
+def test_what_is_not_lightnings_step_stays_as_it_is(tmp_path, leaves_no_process_group, cause, options):
     """Where a part of the step is another's, no lean step is taken, and the callback says why."""
     _, (steps, obstacle) = run(True, tmp_path, **options)
     assert cause in obstacle
