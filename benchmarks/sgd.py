@@ -97,6 +97,8 @@ def main() -> None:
     rows = []
     for case, shapes in CASES.items():
         for extras in ("", "clip", "clip + ema"):
+            # Each case is compiled for itself: dynamo gives up on a function that it has compiled eight times.
+            torch._dynamo.reset()
             functions = {what: make_step(what, extras, shapes) for what in names}
             functions["copy"] = make_copy(shapes)
             measured = interleaved(functions, options.seconds)
