@@ -200,16 +200,15 @@ class _Transfer:
         if type(trainer.precision_plugin).convert_input is not Precision.convert_input:
             self._convert = trainer.precision_plugin.convert_input
         selector = trainer._data_connector._datahook_selector
-        self._is_cpu = trainer.strategy.root_device.type == "cpu"
-        self._before = _implemented(selector, "on_before_batch_transfer")
         self._after = _implemented(selector, "on_after_batch_transfer")
-        self._own_transfer = _implemented(selector, "transfer_batch_to_device") is not None
-        self._generic = self._before is not None or self._own_transfer
+        moving = ("on_before_batch_transfer", "transfer_batch_to_device")
+        is_moved = any(_implemented(selector, hook) is not None for hook in moving)
+        self._may_stay = trainer.strategy.root_device.type == "cpu" and not is_moved
 
     def __call__(self, batch: Any) -> Any:
         if self._convert is not None:
             batch = self._convert(batch)
-        if self._generic or not (self._is_cpu and _is_on_cpu(batch)):
+        if not (self._may_stay and _is_on_cpu(batch)):
             batch = self._module._on_before_batch_transfer(batch, dataloader_idx=0)
             return self._strategy.batch_to_device(batch, dataloader_idx=0)
         if self._after is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,15 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # A vector has 4, 8 or 16 lanes; rows of up to 64 classes go side by side; wide rows go in blocks of 1024.
 CLASSES = [1, 2, 3, 7, 8, 9, 10, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 1000, 1023, 1024, 1025, 2049]
 ROWS = [1, 2, 7, 8, 9, 15, 16, 17, 33]
+
+
+def available_gib() -> float:
+    """Memory that this machine has to give, by Linux's account; 0 where there is none."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))) / 2**20
 
 
 def loss_and_gradient(function, logits, target, weight=None, **options):
@@ -362,6 +372,23 @@ def test_smoothing_over_a_large_vocabulary(dtype):
     logits = (torch.randn(5, 32000, generator=generator) * 3 + 50).to(dtype)
     target = torch.randint(0, 32000, (5,), generator=generator)
     assert_as_accurate_as_torch(logits, target, label_smoothing=0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(available_gib() < 14, reason="takes 9 GiB of memory, and some to spare")
+def test_more_elements_than_32_bits_count():
+    """Rows before, at and behind element 2^31 get the gradients that each gets alone."""
+    rows, classes = 17_000, 130_000
+    block = torch.randn(1000, classes, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    logits = block.repeat(17, 1).requires_grad_()
+    target = torch.arange(rows) % classes
+    assert logits.numel() > 2**31
+    cross_entropy(logits, target, reduction="sum").backward()
+    across = 2**31 // classes
+    for row in (0, across - 1, across, across + 1, rows - 1):
+        alone = block[row % 1000].double()[None].requires_grad_()
+        F.cross_entropy(alone, target[row : row + 1]).backward()
+        torch.testing.assert_close(logits.grad[row].double(), alone.grad[0], rtol=2**-8, atol=1e-9)
 
 
 def test_functional_transforms():
