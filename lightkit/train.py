@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightkit import native, report, results
 from lightkit.callbacks import TestRecorder, Throughput
+from lightkit.callbacks.throughput import rate_name
 from lightkit.checkpoints import AtomicCheckpointIO, check_weights, find_last, load_checkpoint
 from lightkit.cli import entry_point
 from lightkit.config import build
@@ -75,17 +76,19 @@ def train(config: DictConfig) -> dict[str, Any]:
     metrics = _scalars(trainer) | {"epochs": trainer.current_epoch, "steps": trainer.global_step}
     for throughput in (c for c in trainer.callbacks if isinstance(c, Throughput)):
         if throughput.total is not None:
-            metrics["train/images_per_second"] = throughput.total
+            metrics[rate_name(data)] = throughput.total
         if throughput.step is not None:
             metrics |= {f"step/{part} (ms)": value for part, value in throughput.step.items()}
     if config.test:
         trainer.test(task, datamodule=data, ckpt_path=_best(trainer), verbose=False)
         metrics |= _scalars(trainer)
+        # What the simplest rules reach on the same test set, where the data knows some.
+        metrics |= {f"baseline/{name}": value for name, value in getattr(data, "baselines", dict)().items()}
     metrics["wall_seconds"] = time.perf_counter() - started
 
     if trainer.is_global_zero:
         results.write_json(run_dir / "metrics.json", metrics)
-        page = report.write(run_dir, metrics, data, recorder.result())
+        page = report.write(run_dir, metrics, task, data, recorder.result())
         _summarize(config, metrics, page)
     return metrics
 
@@ -128,14 +131,9 @@ def _scalars(trainer: pl.Trainer) -> dict[str, Any]:
 
 
 def _summarize(config: DictConfig, metrics: dict[str, Any], page: Path | None) -> None:
-    formats = {
-        "test/accuracy": "{:.4f}",
-        "test/loss": "{:.4f}",
-        "train/images_per_second": "{:,.0f} images/s",
-        "wall_seconds": "{:.1f} s",
-        "epochs": "{}",
-    }
-    rows = {name: form.format(metrics[name]) for name, form in formats.items() if name in metrics}
+    rows = {name: f"{value:.4f}" for name, value in metrics.items() if name.startswith(("test/", "baseline/"))}
+    rows |= {name: f"{value:,.0f}" for name, value in metrics.items() if name.endswith("_per_second")}
+    rows |= {"wall_seconds": f"{metrics['wall_seconds']:.1f} s", "epochs": str(metrics["epochs"])}
     parts = {name[len("step/") : -len(" (ms)")]: value for name, value in metrics.items() if name.startswith("step/")}
     if total := sum(parts.values()):
         shares = ", ".join(f"{part} {value / total:.0%}" for part, value in parts.items())

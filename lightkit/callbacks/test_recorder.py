@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,22 +12,21 @@ from torch import Tensor
 
 
 class TestRecorder(Callback):
-    """Collects logits ``(N, C)`` and labels ``(N)`` of a test, on the CPU, in the order of the data.
+    """Collects what ``test_step`` returns, on the CPU, in the order of the data.
 
-    For tasks whose ``test_step`` returns ``{"logits": ...}`` for batches ``(inputs, labels)``. With several
-    processes each sees a part of the data, which is nobody's test set: then there is no result.
+    For tasks whose ``test_step`` returns a dict of tensors with one entry a sample, as those of lightkit do. With
+    several processes each sees a part of the data, which is nobody's test set: then there is no result.
     """
 
     # Not a test class, whatever its name looks like to pytest.
     __test__ = False
 
     def __init__(self) -> None:
-        self._logits: list[Tensor] = []
-        self._labels: list[Tensor] = []
+        self._parts: dict[str, list[Tensor]] = defaultdict(list)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forgets an earlier test."""
-        self._logits, self._labels = [], []
+        self._parts.clear()
 
     def on_test_batch_end(
         self,
@@ -38,11 +38,12 @@ class TestRecorder(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keeps a batch."""
-        if trainer.world_size > 1:
+        if trainer.world_size > 1 or not isinstance(outputs, dict):
             return
-        self._logits.append(outputs["logits"].detach().float().cpu())
-        self._labels.append(batch[1].cpu())
+        for name, values in outputs.items():
+            values = values.detach().cpu()
+            self._parts[name].append(values.float() if values.is_floating_point() else values)
 
-    def result(self) -> tuple[Tensor, Tensor] | None:
-        """Logits and labels of the whole test, or None if there was none."""
-        return (torch.cat(self._logits), torch.cat(self._labels)) if self._labels else None
+    def result(self) -> dict[str, Tensor]:
+        """What was collected under each name, of the whole test; empty if there was none."""
+        return {name: torch.cat(parts) for name, parts in self._parts.items()}

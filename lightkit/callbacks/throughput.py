@@ -13,7 +13,10 @@ _PARTS = ("data and loop", "forward", "backward", "optimizer")
 
 
 class Throughput(Callback):
-    """Logs ``train/images_per_second`` at the end of every epoch.
+    """Logs ``train/samples_per_second`` at the end of every epoch.
+
+    A data module may say what its samples are called in the plural (``unit``: ``train/images_per_second``), and how
+    many there are in a batch (``count(batch)``); else it is the length of the first tensor.
 
     Counts the samples of this process, and the time of training alone: from the start of an epoch to its last
     batch, without the validation in it. ``total`` has the figure of all epochs together, ``step`` what the time
@@ -72,7 +75,8 @@ class Throughput(Callback):
         self._end_of("optimizer")
         if pl_module.device.type == "cpu":
             self._steps += 1
-        self._epoch_samples += _batch_length(batch)
+        count = getattr(trainer.datamodule, "count", _batch_length)
+        self._epoch_samples += count(batch)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stops the clock for a validation within training."""
@@ -89,7 +93,7 @@ class Throughput(Callback):
         self._samples += self._epoch_samples
         self._seconds += self._epoch_seconds
         if self._epoch_seconds > 0:
-            pl_module.log("train/images_per_second", self._epoch_samples / self._epoch_seconds)
+            pl_module.log(rate_name(trainer.datamodule), self._epoch_samples / self._epoch_seconds)
 
     def _resume_clock(self) -> None:
         self._since = self._mark = time.perf_counter()
@@ -104,6 +108,11 @@ class Throughput(Callback):
             # Kernels run on after Python has moved on.
             torch.cuda.synchronize(pl_module.device)
         self._epoch_seconds += time.perf_counter() - self._since
+
+
+def rate_name(data: pl.LightningDataModule | None) -> str:
+    """What the samples a second of a data module are logged as."""
+    return f"train/{getattr(data, 'unit', 'samples')}_per_second"
 
 
 def _batch_length(batch: Any) -> int:

@@ -45,6 +45,9 @@ class ImageSet:
         return self
 
 
+_LAYOUTS = ("image", "rows")
+
+
 def to_input(images: Tensor) -> Tensor:
     """What a model is fed: uint8 ``(N, H, W)`` -> float32 ``(N, 1, H, W)`` in [0, 1]."""
     return images.unsqueeze(1).to(torch.float32).div_(255)
@@ -76,7 +79,7 @@ def stratified_split(labels: Tensor, size: int, seed: int) -> tuple[Tensor, Tens
 
 
 class ImageDataModule(pl.LightningDataModule):
-    """Serves grey images of one size from memory, as float32 ``(N, 1, H, W)`` in [0, 1] and int64 labels.
+    """Serves grey images of one size from memory, as float32 in [0, 1] and int64 labels.
 
     Images stay uint8 until a batch is on its device. A subclass defines ``classes``, ``image_size`` and `read`.
 
@@ -85,7 +88,12 @@ class ImageDataModule(pl.LightningDataModule):
         eval_batch_size: of validation, test and prediction, where it changes nothing but speed.
         validation_size: samples taken from the training set for validation, stratified; 0 for none.
         seed: of the order of training. The split does not depend on it.
+        layout: ``"image"`` serves ``(N, 1, H, W)``; ``"rows"`` serves each image as a sequence of its rows from top
+            to bottom, ``(N, H, W)``.
     """
+
+    # What the samples are called in the plural.
+    unit = "images"
 
     classes: tuple[str, ...]
     image_size: int
@@ -94,9 +102,16 @@ class ImageDataModule(pl.LightningDataModule):
     split_seed = 0
 
     def __init__(
-        self, batch_size: int = 32, eval_batch_size: int = 500, validation_size: int = 0, seed: int = 0
+        self,
+        batch_size: int = 32,
+        eval_batch_size: int = 500,
+        validation_size: int = 0,
+        seed: int = 0,
+        layout: str = "image",
     ) -> None:
         super().__init__()
+        if layout not in _LAYOUTS:
+            raise DataError(f"layout must be one of {', '.join(_LAYOUTS)}, got {layout!r}")
         for name, value in {"batch_size": batch_size, "eval_batch_size": eval_batch_size}.items():
             if value < 1:
                 raise DataError(f"{name} must be at least 1, got {value}")
@@ -104,6 +119,7 @@ class ImageDataModule(pl.LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.validation_size = validation_size
         self.seed = seed
+        self.layout = layout
         self.train: ImageSet | None = None
         self.validation: ImageSet | None = None
         self.test: ImageSet | None = None
@@ -159,4 +175,9 @@ class ImageDataModule(pl.LightningDataModule):
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
         """Turns pixels into inputs, on the device of the batch."""
         images, labels = batch
-        return to_input(images), labels
+        return self.to_input(images), labels
+
+    def to_input(self, images: Tensor) -> Tensor:
+        """What a model of this data is fed: uint8 ``(N, H, W)`` in the layout that was chosen."""
+        inputs = to_input(images)
+        return inputs.squeeze(1) if self.layout == "rows" else inputs

@@ -6,7 +6,7 @@ import hashlib
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from lightkit.data.idx import read_idx
 from lightkit.data.images import ImageDataModule, ImageSet
@@ -51,7 +51,7 @@ class MNIST(ImageDataModule):
         "test_labels": "ec29112dd5afa0611ce80d1b7f02629c",
     }
 
-    def __init__(self, data_dir: str | None = None, **options: int) -> None:
+    def __init__(self, data_dir: str | None = None, **options: Any) -> None:
         super().__init__(**options)
         self.data_dir = data_dir
 

@@ -9,20 +9,24 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import Tensor
 
+from lightkit.tasks import ClassificationTask
+
 
 def write(
     run_dir: Path,
     metrics: dict[str, Any],
+    task: pl.LightningModule,
     data: pl.LightningDataModule,
-    predictions: tuple[Tensor, Tensor] | None,
+    recorded: dict[str, Tensor],
 ) -> Path | None:
     """Writes the figures and ``report.html`` into a run directory.
 
     Args:
         run_dir: with ``config.yaml``, ``environment.json`` and ``metrics.csv`` in it.
         metrics: the final metrics.
+        task: what was trained; its kind decides what is shown of single predictions.
         data: what the run was about; an image data module gets its mistakes shown.
-        predictions: logits ``(N, C)`` and labels ``(N)`` of the test set.
+        recorded: what `lightkit.callbacks.TestRecorder` has of the test.
 
     Returns:
         The page, or None where matplotlib is not installed.
@@ -32,20 +36,14 @@ def write(
     except ImportError as error:
         warnings.warn(f"no report: {error.name} is not installed; pip install 'lightkit[app]'", stacklevel=2)
         return None
-    from lightkit.report import page
+    from lightkit.report import classification, page
+    from lightkit.report.section import Section
 
-    shown = {}
+    sections = []
     if (curves := figures.learning_curves(run_dir / "metrics.csv")) is not None:
-        shown["Learning curves"] = figures.save(curves, run_dir / "learning_curves.png")
-    table = None
-    if predictions is not None and hasattr(data, "classes"):
-        logits, labels = predictions
-        table = page.class_table(logits, labels, data.classes)
-        confusion = figures.confusion_matrix(logits, labels, data.classes)
-        shown["Confusion matrix"] = figures.save(confusion, run_dir / "confusion_matrix.png")
-        images = getattr(getattr(data, "test", None), "images", None)
-        if images is not None and (worst := figures.worst_mistakes(images, logits, labels, data.classes)) is not None:
-            shown["The worst mistakes"] = figures.save(worst, run_dir / "mistakes.png")
+        sections.append(Section("Learning curves", figure=figures.save(curves, run_dir / "learning_curves.png")))
+    if isinstance(task, ClassificationTask):
+        sections += classification.sections(run_dir, data, recorded)
     target = run_dir / "report.html"
-    target.write_text(page.render(run_dir, metrics, shown, table), encoding="utf-8")
+    target.write_text(page.render(run_dir, metrics, sections), encoding="utf-8")
     return target

@@ -1,5 +1,6 @@
 """LightningModules that bind a model, a loss, an optimizer and metrics to a kind of task."""
 
 from lightkit.tasks.classification import ClassificationTask
+from lightkit.tasks.task import Task
 
-__all__ = ["ClassificationTask"]
+__all__ = ["ClassificationTask", "Task"]

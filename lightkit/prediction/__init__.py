@@ -1,0 +1,47 @@
+"""What `lightkit.predict` does for each kind of task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from omegaconf import DictConfig
+
+from lightkit.errors import ConfigError
+from lightkit.job import Restored
+from lightkit.tasks import ClassificationTask
+
+# Keys of conf/predict.yaml that say something to one kind of task alone; null where they are not given.
+_KEYS_OF = {"images": ("invert", "batch_size")}
+
+
+class Prediction(Protocol):
+    """What a model makes of an input."""
+
+    def show(self) -> None:
+        """Prints it for a person."""
+
+    def write(self, path: Path) -> None:
+        """Writes all of it to a file."""
+
+
+def predict(config: DictConfig, restored: Restored) -> Prediction:
+    """Lets the model of a checkpoint predict what ``config`` asks for.
+
+    Raises:
+        LightkitError: the input cannot be used, or a key is of another kind of task.
+    """
+    kind = _kind(restored)
+    for other, keys in _KEYS_OF.items():
+        given = [key for key in keys if config.get(key) is not None]
+        if other != kind and given:
+            raise ConfigError(f"{', '.join(given)}: the checkpoint is of a model for {kind}, these are for {other}")
+    from lightkit.prediction import images
+
+    return {"images": images.predict}[kind](config, restored)
+
+
+def _kind(restored: Restored) -> str:
+    if isinstance(restored.task, ClassificationTask):
+        return "images"
+    raise ConfigError(f"there is no prediction with a {type(restored.task).__name__}")

@@ -1,0 +1,84 @@
+"""Classifies an image, or a folder of images."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from lightkit import results
+from lightkit.data.images import ImageDataModule
+from lightkit.data.pictures import find_pictures, read_picture
+from lightkit.errors import ConfigError
+from lightkit.job import Restored, build_data
+
+# How many predictions the terminal shows; a file gets all.
+_SHOWN = 20
+
+_BATCH_SIZE = 256
+
+
+@dataclass(frozen=True)
+class Image:
+    """The class of one image, and how sure the model is of it."""
+
+    path: Path
+    label: str
+    probability: float
+    second: str | None
+
+
+class Images:
+    """The classes of some images."""
+
+    def __init__(self, images: list[Image]) -> None:
+        self.images = images
+
+    def show(self) -> None:
+        """Prints the first ones."""
+        rows = {
+            str(p.path): f"{p.label}  ({p.probability:.1%}; else {p.second or 'nothing'})" for p in self.images[:_SHOWN]
+        }
+        if len(self.images) > _SHOWN:
+            rows["..."] = f"and {len(self.images) - _SHOWN} more; output=FILE.csv has them all"
+        results.print_table("predictions", rows)
+
+    def write(self, path: Path) -> None:
+        """Writes CSV."""
+        with open(path, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["path", "label", "probability"])
+            writer.writerows([p.path, p.label, p.probability] for p in self.images)
+
+
+def predict(config: DictConfig, restored: Restored) -> Images:
+    """Classifies one image, or every image of a folder in the order of their names."""
+    invert = "auto" if config.invert is None else config.invert
+    batch_size = _BATCH_SIZE if config.batch_size is None else config.batch_size
+    if invert not in ("auto", True, False):
+        raise ConfigError(f"invert must be auto, true or false, got {invert!r}")
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
+    paths = find_pictures(Path(config.input))
+    data = build_data(restored.config)
+    if not isinstance(data, ImageDataModule):
+        raise ConfigError(f"the checkpoint is of a model for {type(data).__name__}, which are not images")
+    pictures = torch.stack([read_picture(path, data.image_size, invert) for path in paths])
+    probabilities = torch.cat([_probabilities(restored.task, data, part) for part in pictures.split(batch_size)])
+    values, indices = probabilities.topk(min(2, probabilities.shape[1]))
+    names = [[data.classes[i] for i in row] for row in indices.tolist()]
+    return Images(
+        [
+            Image(path, best, float(value[0]), second[0] if second else None)
+            for path, value, (best, *second) in zip(paths, values, names, strict=True)
+        ]
+    )
+
+
+@torch.inference_mode()
+def _probabilities(task: torch.nn.Module, data: ImageDataModule, pictures: Tensor) -> Tensor:
+    return task.predict_step(data.to_input(pictures), 0)

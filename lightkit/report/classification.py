@@ -1,0 +1,94 @@
+"""What the report of a classification shows: the confusion matrix, the worst mistakes, class by class."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from lightkit.report.figures import GREEN, grid, save, styled
+from lightkit.report.section import Section
+
+
+def sections(run_dir: Path, data: pl.LightningDataModule, recorded: dict[str, Tensor]) -> list[Section]:
+    """The sections of a test whose ``logits`` ``(N, C)`` and ``labels`` ``(N)`` were recorded."""
+    classes = getattr(data, "classes", None)
+    if not recorded or classes is None:
+        return []
+    logits, labels = recorded["logits"], recorded["labels"]
+    matrix = confusion_matrix(logits, labels, classes)
+    found = [Section("Confusion matrix", figure=save(matrix, run_dir / "confusion_matrix.png"))]
+    images = getattr(getattr(data, "test", None), "images", None)
+    if images is not None and (worst := worst_mistakes(images, logits, labels, classes)) is not None:
+        found.append(Section("The worst mistakes", figure=save(worst, run_dir / "mistakes.png")))
+    found.append(Section("Class by class", html=class_table(logits, labels, classes)))
+    return found
+
+
+@styled
+def confusion_matrix(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> Figure:
+    """How often each class was taken for each other; mistakes are what the colour shows."""
+    count = len(classes)
+    matrix = torch.zeros(count, count, dtype=torch.long)
+    matrix.index_put_((labels, logits.argmax(dim=1)), torch.ones_like(labels), accumulate=True)
+    mistakes = matrix.clone().fill_diagonal_(0).float()
+    side = max(4.0, 0.45 * count)
+    figure, axes = grid(side + 0.8, side, nrows=1, ncols=1)
+    axis = axes[0, 0]
+    axis.grid(False)
+    axis.imshow(mistakes.numpy(), cmap="Oranges", vmin=0, vmax=max(1.0, float(mistakes.max())))
+    dark = float(mistakes.max()) * 0.6
+    for i in range(count):
+        for j in range(count):
+            value = int(matrix[i, j])
+            if value:
+                color = GREEN if i == j else ("white" if mistakes[i, j] > dark else "black")
+                axis.text(j, i, str(value), ha="center", va="center", color=color, fontsize=9)
+    axis.set(xlabel="predicted", ylabel="true")
+    axis.set_xticks(range(count), classes, rotation=45 if max(map(len, classes)) > 2 else 0, ha="center")
+    axis.set_yticks(range(count), classes)
+    return figure
+
+
+@styled
+def worst_mistakes(
+    images: Tensor, logits: Tensor, labels: Tensor, classes: Sequence[str], rows: int = 3, columns: int = 8
+) -> Figure | None:
+    """The wrong predictions that were most sure of themselves, with predicted and true label."""
+    probabilities = logits.softmax(dim=1)
+    confidence, predicted = probabilities.max(dim=1)
+    wrong = (predicted != labels).nonzero().squeeze(1)
+    if len(wrong) == 0:
+        return None
+    wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)][: rows * columns]
+    columns = min(columns, len(wrong))
+    rows = -(-len(wrong) // columns)
+    figure, axes = grid(1.45 * columns, 1.95 * rows, nrows=rows, ncols=columns)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, index in zip(axes.flat, wrong.tolist(), strict=False):
+        axis.imshow(images[index].numpy(), cmap="gray_r")
+        guess, truth = classes[predicted[index]], classes[labels[index]]
+        axis.set_title(
+            f"{guess} ({confidence[index]:.0%})\ntrue: {truth}", fontsize=9, fontweight="normal", loc="center"
+        )
+    return figure
+
+
+def class_table(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> str:
+    """Precision, recall and number of samples of each class."""
+    predicted = logits.argmax(dim=1)
+    rows = []
+    for index, name in enumerate(classes):
+        hits = int(((predicted == index) & (labels == index)).sum())
+        claimed, present = int((predicted == index).sum()), int((labels == index).sum())
+        precision = f"{hits / claimed:.1%}" if claimed else "–"
+        recall = f"{hits / present:.1%}" if present else "–"
+        rows.append(f"<tr><td>{html.escape(name)}</td><td>{precision}</td><td>{recall}</td><td>{present}</td></tr>")
+    head = "<tr><th>class</th><th>precision</th><th>recall</th><th>samples</th></tr>"
+    return f'<table class="classes">{head}{"".join(rows)}</table>'
