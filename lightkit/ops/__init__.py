@@ -2,6 +2,7 @@
 
 from lightkit.ops.conv_relu_pool import conv_relu_pool, conv_relu_pool_reference
 from lightkit.ops.cross_entropy import cross_entropy, cross_entropy_reference
+from lightkit.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from lightkit.ops.substitute import substitute_cross_entropy
 
 __all__ = [
@@ -9,5 +10,7 @@ __all__ = [
     "conv_relu_pool_reference",
     "cross_entropy",
     "cross_entropy_reference",
+    "linear_cross_entropy",
+    "linear_cross_entropy_reference",
     "substitute_cross_entropy",
 ]
