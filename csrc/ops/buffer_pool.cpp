@@ -80,13 +80,13 @@ Pool& pool() {
 
 }  // namespace
 
-at::Tensor pooled_empty_like(const at::Tensor& like) {
-  const size_t bytes = like.nbytes();
+at::Tensor pooled_empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  const size_t bytes = c10::multiply_integers(sizes) * options.dtype().itemsize();
   if (bytes < kSmallest) {
-    return at::empty(like.sizes(), like.options());
+    return at::empty(sizes, options);
   }
   const Buffer buffer = pool().take(bytes);
-  return at::from_blob(buffer.data, like.sizes(), [buffer](void*) { pool().give_back(buffer); }, like.options());
+  return at::from_blob(buffer.data, sizes, [buffer](void*) { pool().give_back(buffer); }, options);
 }
 
 }  // namespace lightkit

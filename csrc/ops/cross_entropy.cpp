@@ -3,20 +3,18 @@
 // Training goes through lightkit::_cross_entropy_forward with `with_gradient`: it reads the logits once and
 // writes loss and gradient; backward then only applies the upstream gradient, and nothing where that is 1.
 
+#include "autograd_node.h"
 #include "cross_entropy_checks.h"
 
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
-#include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
-#include <memory>
 #include <mutex>
 #include <string>
-#include <type_traits>
 #include <utility>
 
 namespace lightkit {
@@ -81,13 +79,6 @@ Tensor& apply_upstream_cpu(Tensor& gradient, const Tensor& upstream) {
   return upstream.dim() == 0 && upstream.item<double>() == 1 ? gradient : gradient.mul_(upstream);
 }
 
-Tensor call_apply_upstream(Tensor gradient, const Tensor& upstream) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("lightkit::_apply_upstream_", "")
-                             .typed<decltype(apply_upstream_cpu)>();
-  return op.call(gradient, upstream);
-}
-
 // The gradient written with differentiable operations, for backward with create_graph=True: see
 // kernels/cpu/cross_entropy.h for the formula.
 Tensor differentiable_gradient(
@@ -137,12 +128,6 @@ Tensor differentiable_gradient(
   return (gradient * upstream).to(logits.scalar_type());
 }
 
-// Whether operations on `tensor` run now on its memory, rather than being recorded by a tracer.
-bool is_concrete(const Tensor& tensor) {
-  return !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
-      !tensor.key_set().has_any(c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::Functionalize}));
-}
-
 // Raises, with the reason, where the gradient cannot take the logits' memory.
 void check_inplace(const Tensor& logits) {
   const char* reason = nullptr;
@@ -184,10 +169,7 @@ class CrossEntropyBackward : public torch::autograd::Node {
         "Trying to backward through the graph a second time: cross_entropy gave its gradient away in the first "
         "backward. Specify retain_graph=True there if you need another.");
     const Tensor upstream = options.reduction == Reduction::None ? grad_loss.unsqueeze(class_dim(gradient)) : grad_loss;
-    if (is_concrete(gradient) && !torch::autograd::get_current_graph_task_keep_graph()) {
-      return {call_apply_upstream(std::exchange(gradient, Tensor()), upstream)};
-    }
-    return {(gradient * upstream).to(gradient.scalar_type())};
+    return {take_gradient(gradient, upstream)};
   }
 
   std::string name() const override {
@@ -202,16 +184,6 @@ class CrossEntropyBackward : public torch::autograd::Node {
     gradient = Tensor();
   }
 };
-
-// torch counts the references of a node in itself from 2.13 on, and with std::shared_ptr before.
-template <typename T>
-auto make_node() {
-  if constexpr (std::is_base_of_v<c10::intrusive_ptr_target, T>) {
-    return c10::make_intrusive<T>();
-  } else {
-    return std::make_shared<T>();
-  }
-}
 
 std::tuple<Tensor, Tensor> cross_entropy_with_gradient(
     const Tensor& logits,

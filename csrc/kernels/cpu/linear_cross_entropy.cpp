@@ -1,0 +1,538 @@
+#include "linear_cross_entropy.h"
+
+#include "linear_cross_entropy_tile.h"
+#include "operands.h"
+#include "tile_gemm.h"
+
+#include <ATen/Parallel.h>
+#include <c10/core/CPUAllocator.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <vector>
+
+namespace lightkit::cpu {
+namespace {
+
+// Classes whose sums of exponentials are one term of a row's: a sum does not depend on who computes which term.
+constexpr int64_t kSumClasses = 1024;
+
+// Of a product with many terms a call of tile_gemm adds so many: its operands stay in the second-level cache.
+constexpr int64_t kTerms = 128;
+constexpr int64_t kFeatures = 512;
+
+// Rows of the hidden gradient that are worked on at a time; fewer where threads would be idle.
+constexpr int64_t kMostRows = 256;
+
+// Classes, and columns, of the weight gradient that are worked on at a time; fewer where threads would be idle.
+constexpr int64_t kMostClasses = 256;
+constexpr int64_t kMostColumns = 512;
+constexpr int64_t kLeastColumns = 64;
+
+// Rows whose logits fill a chunk, at least: with fewer the weights are read too often.
+constexpr int64_t kLeastChunk = 64;
+
+// Of the memory, the share of a slice where not everything can be kept: a slice is a trip through all hidden states.
+constexpr int64_t kSliceShare = 8;
+
+int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+int64_t round_up(int64_t a, int64_t multiple) {
+  return ceil_div(a, multiple) * multiple;
+}
+
+// How memory and work are shared out.
+struct Plan {
+  int64_t chunk;     // rows that are worked on together
+  int64_t stride;    // of a class in memory: the rows of a chunk, rounded up
+  int64_t kept;      // classes, the first ones, whose exponentials stay in memory
+  int64_t slice;     // of the others, at most how many have their gradients in memory at a time
+  int64_t kept_bytes;
+  int64_t slice_bytes;
+  int64_t sum_bytes;  // for the sum of the hidden gradient in float
+
+  int64_t bytes() const {
+    return kept_bytes + slice_bytes + sum_bytes;
+  }
+};
+
+template <typename scalar_t, typename operand_t>
+Plan make_plan(const LinearCrossEntropy<scalar_t>& args, int64_t limit) {
+  constexpr int64_t size = sizeof(operand_t);
+  Plan plan{args.rows, round_up(args.rows, kRowMultiple), 0, 0, 0, 0, 0};
+  if (args.gradient_scale == nullptr) {
+    return plan;
+  }
+  const bool with_loss = args.losses != nullptr;
+  if (!is_half<scalar_t> && with_loss) {
+    int64_t rows = limit / (args.classes * size);
+    rows -= rows % (rows >= kTileRows ? kTileRows : kRowMultiple);
+    rows = std::min(rows, plan.stride);
+    if (rows >= std::min(plan.stride, kLeastChunk)) {
+      return {std::min(rows, args.rows), rows, args.classes, 0, args.classes * rows * size, 0, 0};
+    }
+  }
+  if (is_half<scalar_t> && args.hidden_gradient != nullptr) {
+    plan.sum_bytes = args.rows * args.features * static_cast<int64_t>(sizeof(accumulator_t<scalar_t>));
+  }
+  const int64_t class_bytes = plan.stride * size;
+  const int64_t fitting = std::max<int64_t>(0, limit - plan.sum_bytes) / class_bytes;
+  if (with_loss && fitting >= args.classes) {
+    plan.kept = args.classes;
+  } else {
+    const int64_t slice = std::max(with_loss ? fitting / kSliceShare : fitting, kMostClasses);
+    plan.slice = std::min(slice / kTileClasses * kTileClasses, args.classes);
+    plan.kept = with_loss ? std::max<int64_t>(0, fitting - plan.slice) / kTileClasses * kTileClasses : 0;
+  }
+  plan.kept_bytes = plan.kept * class_bytes;
+  plan.slice_bytes = plan.slice * class_bytes;
+  return plan;
+}
+
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) : memory_(c10::GetCPUAllocator()->allocate(count * sizeof(T))) {}
+  T* data() const {
+    return static_cast<T*>(memory_.get());
+  }
+
+ private:
+  at::DataPtr memory_;
+};
+
+// One call: the passes over its chunks of rows.
+template <typename scalar_t, typename operand_t>
+class Passes {
+  using acc_t = accumulator_t<scalar_t>;
+  using Vec = at::vec::Vectorized<acc_t>;
+  using Operand = Operands<scalar_t, operand_t>;
+  static constexpr bool kSumsApart = is_half<scalar_t>;
+
+  // What a thread works with.
+  struct Scratch {
+    Scratch(int64_t features)
+        : panel(features * kTileRows),
+          left(std::max(kTileClasses * kFeatures, kMostRows * kTerms)),
+          right((kTerms + 1) * kMostColumns),
+          tile(std::max(kTileClasses * kTileRows, kMostClasses * kMostColumns)) {}
+    Buffer<operand_t> panel;  // the hidden states of some rows, transposed
+    Buffer<operand_t> left;
+    Buffer<operand_t> right;
+    Buffer<acc_t> tile;
+  };
+
+ public:
+  Passes(const LinearCrossEntropy<scalar_t>& args, const Plan& plan)
+      : args_(args),
+        plan_(plan),
+        kept_(reinterpret_cast<operand_t*>(args.workspace)),
+        slice_(reinterpret_cast<operand_t*>(args.workspace + plan.kept_bytes)),
+        hidden_sums_(reinterpret_cast<acc_t*>(args.workspace + plan.kept_bytes + plan.slice_bytes)),
+        blocks_(ceil_div(args.classes, kSumClasses)),
+        sums_(args.losses == nullptr ? 0 : blocks_ * plan.stride * RowSums<acc_t>::kFields),
+        rows_(plan.stride * (RowGradients<acc_t>::kFields + 1)),
+        shifts_(ceil_div(plan.kept, kTileClasses) * plan.stride),
+        threads_(at::get_num_threads()) {
+    if (args.smoothing != 0) {
+      double sum = 0;
+      for (int64_t c = 0; c < args.classes; ++c) {
+        sum += args.weight == nullptr ? 1 : args.weight[c];
+      }
+      weight_sum_ = static_cast<acc_t>(sum);
+    }
+    scratch_.reserve(threads_);
+    for (int64_t t = 0; t < threads_; ++t) {
+      scratch_.emplace_back(args.features);
+    }
+  }
+
+  void run() {
+    for (first_ = 0; first_ < args_.rows; first_ += plan_.chunk) {
+      count_ = std::min(plan_.chunk, args_.rows - first_);
+      padded_ = round_up(count_, kRowMultiple);
+      if (args_.losses != nullptr) {
+        sum_exponentials();
+      }
+      finish_rows();
+      if (args_.gradient_scale != nullptr) {
+        write_gradients();
+      }
+    }
+  }
+
+ private:
+  // Runs `work(unit, scratch)` for every unit, each on one thread.
+  template <typename Work>
+  void for_each(int64_t units, const Work& work) {
+    at::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
+      Scratch& scratch = scratch_[at::get_thread_num()];
+      for (int64_t unit = begin; unit < end; ++unit) {
+        work(unit, scratch);
+      }
+      end_tile_gemm();
+    });
+  }
+
+  // Rows of the chunk are worked on in blocks of kTileRows.
+  int64_t row_blocks() const {
+    return ceil_div(count_, kTileRows);
+  }
+
+  struct RowBlock {
+    int64_t begin;   // in the chunk
+    int64_t count;
+    int64_t padded;
+  };
+
+  RowBlock row_block(int64_t index) const {
+    const int64_t begin = index * kTileRows;
+    return {begin, std::min(kTileRows, count_ - begin), std::min(kTileRows, padded_ - begin)};
+  }
+
+  RowSums<acc_t> sums(int64_t block, int64_t row) const {
+    acc_t* data = sums_.data() + block * RowSums<acc_t>::kFields * plan_.stride + row;
+    return {data, data + plan_.stride, data + 2 * plan_.stride};
+  }
+
+  RowGradients<acc_t> row_gradients(int64_t row) const {
+    acc_t* data = rows_.data() + row;
+    return {data, data + plan_.stride, data + 2 * plan_.stride, data + 3 * plan_.stride};
+  }
+
+  // Of each row, the logit of its target; for the losses.
+  acc_t* target_logits() const {
+    return rows_.data() + RowGradients<acc_t>::kFields * plan_.stride;
+  }
+
+  const int64_t* targets(int64_t row) const {
+    return args_.target + first_ + row;
+  }
+
+  Matrix<const scalar_t> hidden(int64_t row, int64_t feature = 0) const {
+    return Matrix<const scalar_t>{args_.hidden, args_.features}.at(first_ + row, feature);
+  }
+
+  Matrix<const scalar_t> weights(int64_t c, int64_t feature = 0) const {
+    return Matrix<const scalar_t>{args_.linear_weight, args_.features}.at(c, feature);
+  }
+
+  Matrix<const operand_t> transposed_hidden(const RowBlock& block, Scratch& scratch) const {
+    return Operand::right_transposed(
+        hidden(block.begin), block.count, args_.features, block.padded, scratch.panel.data());
+  }
+
+  // The logits of a tile of classes, in the scratch.
+  LogitTile<scalar_t> compute_logits(
+      const RowBlock& block, int64_t c, int64_t classes, Matrix<const operand_t> panel, Scratch& scratch) const {
+    const Matrix<acc_t> out{scratch.tile.data(), kTileRows};
+    for (int64_t d = 0; d < args_.features; d += kFeatures) {
+      const int64_t terms = std::min(kFeatures, args_.features - d);
+      const auto left = Operand::left(weights(c, d), classes, terms, scratch.left.data());
+      // Pairs of features are rows of the panel that are twice as long.
+      const operand_t* right = panel.data + d * panel.stride;
+      tile_gemm(
+          classes, block.padded, terms, left.data, left.stride, right, panel.stride, out.data, out.stride, d > 0);
+    }
+    const LogitTile<scalar_t> tile(args_, out, c, classes, block.padded);
+    tile.finish_logits();
+    return tile;
+  }
+
+  KeptTile<operand_t, acc_t> kept(int64_t c, int64_t row) const {
+    return {
+        Matrix<operand_t>{kept_, plan_.stride}.at(c, row),
+        shifts_.data() + c / kTileClasses * plan_.stride + row};
+  }
+
+  // First pass: what the loss of every row needs of its logits.
+  void sum_exponentials() {
+    const int64_t row_blocks = this->row_blocks();
+    // Neighbouring units share the weights.
+    for_each(blocks_ * row_blocks, [&](int64_t unit, Scratch& scratch) {
+      const int64_t b = unit / row_blocks;
+      const RowBlock block = row_block(unit % row_blocks);
+      const auto panel = transposed_hidden(block, scratch);
+      const RowSums<acc_t> sums = this->sums(b, block.begin);
+      sums.reset(block.padded);
+      const int64_t end = std::min((b + 1) * kSumClasses, args_.classes);
+      for (int64_t c = b * kSumClasses; c < end; c += kTileClasses) {
+        const auto tile = compute_logits(block, c, std::min(kTileClasses, end - c), panel, scratch);
+        const auto kept = c < plan_.kept ? std::optional(this->kept(c, block.begin)) : std::nullopt;
+        tile.add_to(sums, kept ? &*kept : nullptr);
+        tile.pick_targets(targets(block.begin), block.count, target_logits() + block.begin);
+      }
+    });
+  }
+
+  // Losses of the rows, and what their gradients consist of. See cross_entropy.h for the formulas.
+  void finish_rows() {
+    const RowGradients<acc_t> out = row_gradients(0);
+    const acc_t share = args_.smoothing / static_cast<acc_t>(std::max<int64_t>(1, args_.classes));
+    for (int64_t r = 0; r < count_; ++r) {
+      const int64_t row = first_ + r;
+      const acc_t target_weight = args_.weight == nullptr ? acc_t(1) : args_.weight[args_.target[row]];
+      const acc_t hard = (1 - args_.smoothing) * target_weight;
+      const acc_t soft = share * weight_sum_;
+      if (args_.losses != nullptr) {
+        finish_loss(r, hard, soft, share);
+      }
+      if (args_.gradient_scale == nullptr) {
+        continue;
+      }
+      const acc_t lse = args_.lse[row];
+      const acc_t scale = args_.gradient_scale[row];
+      const acc_t rest = soft + 2 * args_.z_loss * lse;
+      out.lse[r] = lse;
+      out.factor[r] = scale * (hard + rest);
+      out.soft[r] = scale * share;
+      out.target_rest[r] = scale * (rest - share * target_weight);
+    }
+    for (int64_t r = count_; r < padded_; ++r) {
+      // Nothing comes of the rows that fill up the last vector.
+      out.lse[r] = std::numeric_limits<acc_t>::max();
+      out.factor[r] = out.soft[r] = 0;
+    }
+  }
+
+  void finish_loss(int64_t r, acc_t hard, acc_t soft, acc_t share) {
+    acc_t maximum = std::numeric_limits<acc_t>::lowest();
+    for (int64_t b = 0; b < blocks_; ++b) {
+      maximum = std::max(maximum, *sums(b, r).maximum);
+    }
+    double sum = 0, soft_logits = 0;
+    for (int64_t b = 0; b < blocks_; ++b) {
+      const RowSums<acc_t> part = sums(b, r);
+      sum += static_cast<double>(*part.sum) * std::exp(static_cast<double>(*part.maximum) - maximum);
+      soft_logits += *part.soft;
+    }
+    // 0 only where every logit is -inf, whose softmax is NaN.
+    const auto log_sum = static_cast<acc_t>(sum > 0 ? std::log(sum) : std::numeric_limits<double>::quiet_NaN());
+    const acc_t lse = log_sum + maximum;
+    // log(sum) + (max - u): the large parts cancel exactly.
+    acc_t loss = hard * (log_sum + (maximum - target_logits()[r]));
+    if (args_.smoothing != 0) {
+      loss += static_cast<acc_t>(static_cast<double>(soft) * lse - share * soft_logits);
+    }
+    if (args_.z_loss != 0) {
+      loss += args_.z_loss * lse * lse;
+    }
+    args_.losses[first_ + r] = loss;
+    args_.lse[first_ + r] = lse;
+  }
+
+  // Second pass: the gradients, of the classes that were kept and then slice by slice of the others.
+  void write_gradients() {
+    if (plan_.kept > 0) {
+      const Matrix<operand_t> kept{kept_, plan_.stride};
+      fill_kept();
+      use_gradients(0, plan_.kept, kept);
+    }
+    for (int64_t begin = plan_.kept; begin < args_.classes; begin += plan_.slice) {
+      const int64_t end = std::min(begin + plan_.slice, args_.classes);
+      const Matrix<operand_t> slice{slice_, plan_.stride};
+      fill(begin, end, slice);
+      use_gradients(begin, end, slice);
+    }
+    if (kSumsApart && args_.hidden_gradient != nullptr) {
+      at::parallel_for(0, count_, 16, [&](int64_t begin, int64_t end) {
+        const int64_t place = begin * args_.features;
+        at::vec::convert(
+            hidden_sums_ + place, args_.hidden_gradient + first_ * args_.features + place, (end - begin) * args_.features);
+      });
+    }
+  }
+
+  // Turns the exponentials that were kept into gradients with respect to the logits.
+  void fill_kept() {
+    const int64_t row_blocks = this->row_blocks();
+    for_each(ceil_div(plan_.kept, kTileClasses) * row_blocks, [&](int64_t unit, Scratch& scratch) {
+      const RowBlock block = row_block(unit % row_blocks);
+      const int64_t c = unit / row_blocks * kTileClasses, classes = std::min(kTileClasses, plan_.kept - c);
+      const LogitTile<scalar_t> tile(args_, {scratch.tile.data(), kTileRows}, c, classes, block.padded);
+      const auto kept = this->kept(c, block.begin);
+      tile.write_gradient(row_gradients(block.begin), kept);
+      write_targets(tile, block, kept.exponentials);
+    });
+  }
+
+  // The same for classes whose logits must be computed again.
+  void fill(int64_t begin, int64_t end, Matrix<operand_t> slice) {
+    const int64_t row_blocks = this->row_blocks();
+    for_each(ceil_div(end - begin, kSumClasses) * row_blocks, [&](int64_t unit, Scratch& scratch) {
+      const RowBlock block = row_block(unit % row_blocks);
+      const auto panel = transposed_hidden(block, scratch);
+      const int64_t first = begin + unit / row_blocks * kSumClasses;
+      const int64_t last = std::min(first + kSumClasses, end);
+      for (int64_t c = first; c < last; c += kTileClasses) {
+        const auto tile = compute_logits(block, c, std::min(kTileClasses, last - c), panel, scratch);
+        tile.pick_targets(targets(block.begin), block.count, target_logits() + block.begin);
+        const Matrix<operand_t> out = slice.at(c - begin, block.begin);
+        tile.write_gradient(row_gradients(block.begin), out);
+        write_targets(tile, block, out);
+      }
+    });
+  }
+
+  void write_targets(const LogitTile<scalar_t>& tile, const RowBlock& block, Matrix<operand_t> gradient) const {
+    tile.write_targets(
+        row_gradients(block.begin), targets(block.begin), block.count, target_logits() + block.begin, gradient);
+  }
+
+  // What the gradients with respect to the logits of some classes give.
+  void use_gradients(int64_t begin, int64_t end, Matrix<operand_t> filled) {
+    const Matrix<const operand_t> gradient{filled.data, filled.stride};
+    if (args_.weight_gradient != nullptr) {
+      write_weight_gradient(begin, end, gradient);
+    }
+    if (args_.bias_gradient != nullptr) {
+      write_bias_gradient(begin, end, gradient);
+    }
+    if (args_.hidden_gradient != nullptr) {
+      add_to_hidden_gradient(begin, end, gradient);
+    }
+  }
+
+  // A size for parts of `total` that leaves no thread idle, where there are `others` to combine each part with.
+  int64_t part_size(int64_t total, int64_t most, int64_t least, int64_t others) const {
+    int64_t size = most;
+    while (size > least && ceil_div(total, size) * others < 2 * threads_) {
+      size /= 2;
+    }
+    return size;
+  }
+
+  // weight_gradient (classes, features) = gradient (classes, rows) x hidden (rows, features)
+  void write_weight_gradient(int64_t begin, int64_t end, Matrix<const operand_t> gradient) {
+    const int64_t columns = std::min(kMostColumns, args_.features);
+    const int64_t column_parts = ceil_div(args_.features, columns);
+    const int64_t size = part_size(end - begin, kMostClasses, kTileClasses, column_parts);
+    const Matrix<scalar_t> out{args_.weight_gradient, args_.features};
+    for_each(ceil_div(end - begin, size) * column_parts, [&](int64_t unit, Scratch& scratch) {
+      const int64_t c = begin + unit / column_parts * size, classes = std::min(size, end - c);
+      const int64_t d = unit % column_parts * columns, width = std::min(columns, args_.features - d);
+      // In the place of the gradient where it is of the right type: what earlier chunks gave is there.
+      Matrix<acc_t> sum{scratch.tile.data(), width};
+      if constexpr (!kSumsApart) {
+        sum = out.at(c, d);
+      }
+      for (int64_t r = 0; r < count_; r += kTerms) {
+        const int64_t terms = std::min(kTerms, count_ - r);
+        const auto left = gradient.at(c - begin, r);
+        const auto right = Operand::right(hidden(r, d), terms, width, scratch.right.data());
+        tile_gemm(
+            classes, width, paired_terms(terms), left.data, left.stride, right.data, right.stride, sum.data, sum.stride,
+            r > 0 || first_ > 0);
+      }
+      if constexpr (kSumsApart) {
+        convert(Matrix<const acc_t>{sum.data, sum.stride}, classes, width, out.at(c, d));
+      }
+    });
+  }
+
+  // Where operands are pairs of terms: an odd last one has a 0 at its side, in `gradient` and in the pairs.
+  static int64_t paired_terms(int64_t terms) {
+    return Operand::paired ? round_up(terms, 2) : terms;
+  }
+
+  void write_bias_gradient(int64_t begin, int64_t end, Matrix<const operand_t> gradient) {
+    at::parallel_for(begin, end, kTileClasses, [&](int64_t first, int64_t last) {
+      for (int64_t c = first; c < last; ++c) {
+        const operand_t* values = gradient.at(c - begin, 0).data;
+        Vec lanes(acc_t(0));
+        for (int64_t r = 0; r < padded_; r += Pack<operand_t>::size) {
+          for (const Vec& part : Pack<operand_t>::load(values + r).part) {
+            lanes = lanes + part;
+          }
+        }
+        const acc_t sum = horizontal_sum(lanes);
+        args_.bias_gradient[c] = first_ == 0 ? sum : args_.bias_gradient[c] + sum;
+      }
+    });
+  }
+
+  // hidden_gradient (rows, features) += gradient^T (rows, classes) x weights (classes, features)
+  void add_to_hidden_gradient(int64_t begin, int64_t end, Matrix<const operand_t> gradient) {
+    const int64_t size = part_size(count_, kMostRows, kTileRows, 1);
+    const int64_t row_parts = ceil_div(count_, size);
+    const int64_t columns = part_size(args_.features, kMostColumns, kLeastColumns, row_parts);
+    const int64_t column_parts = ceil_div(args_.features, columns);
+    Matrix<acc_t> sums{hidden_sums_, args_.features};
+    if constexpr (!kSumsApart) {
+      sums.data = args_.hidden_gradient + first_ * args_.features;
+    }
+    for_each(row_parts * column_parts, [&](int64_t unit, Scratch& scratch) {
+      const int64_t r = unit / column_parts * size, rows = std::min(size, count_ - r);
+      const int64_t d = unit % column_parts * columns, width = std::min(columns, args_.features - d);
+      const Matrix<acc_t> out = sums.at(r, d);
+      for (int64_t c = begin; c < end; c += kTerms) {
+        const int64_t terms = std::min(kTerms, end - c), even = paired_terms(terms);
+        const Matrix<operand_t> left{scratch.left.data(), kTerms};
+        transpose(gradient.at(c - begin, r), terms, rows, left);
+        if (even > terms) {
+          for (int64_t i = 0; i < rows; ++i) {
+            *left.at(i, terms).data = operand_t(0);
+          }
+        }
+        const auto right = Operand::right(weights(c, d), terms, width, scratch.right.data());
+        tile_gemm(rows, width, even, left.data, left.stride, right.data, right.stride, out.data, out.stride, c > 0);
+      }
+    });
+  }
+
+  const LinearCrossEntropy<scalar_t>& args_;
+  const Plan plan_;
+  operand_t* const kept_;     // (kept, stride)
+  operand_t* const slice_;    // (slice, stride)
+  acc_t* const hidden_sums_;  // (rows, features)
+  const int64_t blocks_;
+  const Buffer<acc_t> sums_;  // (blocks, fields, stride)
+  const Buffer<acc_t> rows_;    // (fields, stride)
+  const Buffer<acc_t> shifts_;  // (tiles of those kept, stride)
+  const int64_t threads_;
+  std::vector<Scratch> scratch_;
+  acc_t weight_sum_ = 0;
+  int64_t first_ = 0, count_ = 0, padded_ = 0;  // the rows of the chunk
+};
+
+// What the products are computed with: bfloat16 where the machine multiplies that, pairs of features at a time.
+template <typename scalar_t, typename Function>
+auto with_operand(const LinearCrossEntropy<scalar_t>& args, const Function& function) {
+  using acc_t = accumulator_t<scalar_t>;
+  if constexpr (std::is_same_v<scalar_t, at::BFloat16>) {
+    if (has_bfloat16_gemm() && args.features % 2 == 0) {
+      return function(at::BFloat16());
+    }
+  }
+  return function(acc_t());
+}
+
+}  // namespace
+
+template <typename scalar_t>
+int64_t linear_cross_entropy_workspace(const LinearCrossEntropy<scalar_t>& args, int64_t limit) {
+  return with_operand(args, [&](auto operand) { return make_plan<scalar_t, decltype(operand)>(args, limit).bytes(); });
+}
+
+template <typename scalar_t>
+void linear_cross_entropy(const LinearCrossEntropy<scalar_t>& args) {
+  with_operand(args, [&](auto operand) {
+    using operand_t = decltype(operand);
+    Passes<scalar_t, operand_t>(args, make_plan<scalar_t, operand_t>(args, args.workspace_bytes)).run();
+  });
+}
+
+#define LIGHTKIT_INSTANTIATE(scalar_t)                                                                 \
+  template int64_t linear_cross_entropy_workspace(const LinearCrossEntropy<scalar_t>&, int64_t limit); \
+  template void linear_cross_entropy(const LinearCrossEntropy<scalar_t>&);
+LIGHTKIT_INSTANTIATE(float)
+LIGHTKIT_INSTANTIATE(double)
+LIGHTKIT_INSTANTIATE(at::BFloat16)
+LIGHTKIT_INSTANTIATE(at::Half)
+#undef LIGHTKIT_INSTANTIATE
+
+}  // namespace lightkit::cpu

@@ -1,0 +1,58 @@
+// Cross-entropy of the logits hidden x linear_weight^T + linear_bias on a CPU. The logits exist tile by tile.
+#pragma once
+
+#include "simd.h"
+
+#include <cstdint>
+
+namespace lightkit::cpu {
+
+// Loss and gradient of a row are those of cross_entropy.h with target indices. No row is ignored: the caller leaves
+// out those that are. Every target lies in [0, classes): the caller checks.
+//
+// All pointers are to distinct memory, rows one after the other.
+template <typename scalar_t>
+struct LinearCrossEntropy {
+  using acc_t = accumulator_t<scalar_t>;
+
+  const scalar_t* hidden;         // (rows, features)
+  const scalar_t* linear_weight;  // (classes, features)
+  const acc_t* linear_bias;       // (classes), or null for none
+  int64_t rows;
+  int64_t features;
+  int64_t classes;
+  const int64_t* target;          // (rows)
+  const acc_t* weight;            // (classes), or null for ones
+  acc_t smoothing;
+  acc_t z_loss;
+  acc_t softcap;                  // 0: none
+
+  // The loss: written, with lse, unless `losses` is null; then `lse` is what an earlier call has written.
+  acc_t* losses;                  // (rows)
+  acc_t* lse;                     // (rows)
+
+  // The gradients of sum_r gradient_scale[r] loss[r], each written unless it is null.
+  const acc_t* gradient_scale;    // (rows), or null: no gradients
+  scalar_t* hidden_gradient;      // (rows, features)
+  scalar_t* weight_gradient;      // (classes, features)
+  acc_t* bias_gradient;           // (classes)
+
+  // `workspace_bytes` of memory at `workspace`, aligned to 64 bytes; see `linear_cross_entropy_workspace`.
+  char* workspace;
+  int64_t workspace_bytes;
+};
+
+// How much of `limit` bytes of workspace can be used, or the little that is needed where that is more.
+template <typename scalar_t>
+int64_t linear_cross_entropy_workspace(const LinearCrossEntropy<scalar_t>& args, int64_t limit);
+
+// Runs on the threads of at::parallel_for. The results do not depend on their number.
+//
+// Where gradients of the type of the accumulators are wanted with the loss, rows are worked on in chunks whose logits
+// fit into the workspace: 3 products of (rows, features, classes). Otherwise every row is in the one chunk, so that
+// each gradient of half precision is rounded once, and the logits that the workspace does not hold are computed
+// twice: up to 4 products.
+template <typename scalar_t>
+void linear_cross_entropy(const LinearCrossEntropy<scalar_t>& args);
+
+}  // namespace lightkit::cpu

@@ -1,0 +1,120 @@
+// What `tile_gemm` multiplies, made of matrices as they lie in memory: a tile is converted, transposed or paired only
+// where it must be.
+#pragma once
+
+#include "simd.h"
+
+#include <c10/util/BFloat16.h>
+
+#include <algorithm>
+#include <cstdint>
+
+namespace lightkit::cpu {
+
+// A row-major matrix in memory.
+template <typename T>
+struct Matrix {
+  T* data;
+  int64_t stride;  // of its rows
+
+  Matrix at(int64_t row, int64_t column) const {
+    return {data + row * stride + column, stride};
+  }
+};
+
+template <typename T>
+void transpose(Matrix<const T> from, int64_t rows, int64_t columns, Matrix<T> to) {
+  // As many as at::vec transposes in registers.
+  constexpr int64_t side = sizeof(T) == 2 ? 32 : 16;
+  for (int64_t i = 0; i < rows; i += side) {
+    for (int64_t j = 0; j < columns; j += side) {
+      at::vec::transpose_mxn<T>(
+          from.at(i, j).data,
+          from.stride,
+          to.at(j, i).data,
+          to.stride,
+          static_cast<int>(std::min(side, rows - i)),
+          static_cast<int>(std::min(side, columns - j)));
+    }
+  }
+}
+
+template <typename from_t, typename to_t>
+void convert(Matrix<const from_t> from, int64_t rows, int64_t columns, Matrix<to_t> to) {
+  for (int64_t i = 0; i < rows; ++i) {
+    at::vec::convert(from.at(i, 0).data, to.at(i, 0).data, columns);
+  }
+}
+
+// Operands of type operand_t of a matrix of scalar_t. `scratch` holds what had to be rearranged.
+template <typename scalar_t, typename operand_t>
+struct Operands {
+  static constexpr bool converted = !std::is_same_v<scalar_t, operand_t>;
+  static constexpr bool paired = is_half<operand_t>;
+  static_assert(!(converted && paired));
+
+  // (m, k), the left one.
+  static Matrix<const operand_t> left(Matrix<const scalar_t> from, int64_t m, int64_t k, operand_t* scratch) {
+    if constexpr (converted) {
+      convert(from, m, k, Matrix<operand_t>{scratch, k});
+      return {scratch, k};
+    } else {
+      return from;
+    }
+  }
+
+  // (k, n), the right one; in pairs of rows where the product wants that, after an odd one a row of zeros.
+  static Matrix<const operand_t> right(Matrix<const scalar_t> from, int64_t k, int64_t n, operand_t* scratch) {
+    if constexpr (paired) {
+      auto* pairs = reinterpret_cast<uint32_t*>(scratch);
+      for (int64_t p = 0; p < k; p += 2, pairs += n) {
+        const auto* first = reinterpret_cast<const uint16_t*>(from.at(p, 0).data);
+        if (p + 1 < k) {
+          const auto* second = reinterpret_cast<const uint16_t*>(from.at(p + 1, 0).data);
+          for (int64_t j = 0; j < n; ++j) {
+            pairs[j] = first[j] | static_cast<uint32_t>(second[j]) << 16;
+          }
+        } else {
+          std::copy_n(first, n, pairs);
+        }
+      }
+      return {scratch, n};
+    } else if constexpr (converted) {
+      convert(from, k, n, Matrix<operand_t>{scratch, n});
+      return {scratch, n};
+    } else {
+      return from;
+    }
+  }
+
+  // (k, n) of a matrix (n, k), with `width` >= n columns, those beyond n 0. k is even where pairs are wanted.
+  static Matrix<const operand_t> right_transposed(
+      Matrix<const scalar_t> from, int64_t n, int64_t k, int64_t width, operand_t* scratch) {
+    // A pair of features is one word, whose value is not looked at.
+    using word_t = std::conditional_t<paired, float, operand_t>;
+    const int64_t words = k * static_cast<int64_t>(sizeof(operand_t)) / static_cast<int64_t>(sizeof(word_t));
+    const Matrix<word_t> to{reinterpret_cast<word_t*>(scratch), width};
+    if constexpr (converted) {
+      constexpr int64_t side = 16;
+      operand_t block[side * side];
+      for (int64_t i = 0; i < n; i += side) {
+        for (int64_t j = 0; j < k; j += side) {
+          const int64_t height = std::min(side, n - i), length = std::min(side, k - j);
+          convert(from.at(i, j), height, length, Matrix<operand_t>{block, side});
+          transpose(Matrix<const operand_t>{block, side}, height, length, to.at(j, i));
+        }
+      }
+    } else {
+      const int64_t stride = from.stride * static_cast<int64_t>(sizeof(operand_t)) / static_cast<int64_t>(sizeof(word_t));
+      transpose(Matrix<const word_t>{reinterpret_cast<const word_t*>(from.data), stride}, n, words, to);
+    }
+    if (width > n) {
+      for (int64_t p = 0; p < words; ++p) {
+        std::fill_n(to.at(p, n).data, width - n, word_t(0));
+      }
+    }
+    return {scratch, width};
+  }
+};
+
+}  // namespace lightkit::cpu

@@ -1,0 +1,394 @@
+// lightkit::linear_cross_entropy: schema, checks, shapes for tracing, and autograd.
+//
+// A loss that is reduced computes its gradients in forward, while it has the logits; backward applies the upstream
+// gradient to them. Where every row has its own upstream gradient, and in float16, whose range ends at 6e-8 and
+// wants the factor of a GradScaler before anything is rounded, backward computes the logits again.
+
+#include "linear_cross_entropy.h"
+
+#include "autograd_node.h"
+
+#include <ATen/ATen.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/library.h>
+
+#include <mutex>
+#include <string>
+
+namespace lightkit {
+
+using at::Tensor;
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
+
+void check_linear_arguments(const LinearInputs& inputs, const CrossEntropyOptions& options, int64_t memory_limit) {
+  const Tensor &hidden = inputs.hidden, &head = inputs.linear_weight, &target = inputs.target;
+  TORCH_CHECK_VALUE(
+      hidden.dim() == 2 && head.dim() == 2 && hidden.sym_size(1) == head.sym_size(1),
+      "linear_cross_entropy: input and linear_weight must be (N, D) and (C, D), got ",
+      hidden.sym_sizes(),
+      " and ",
+      head.sym_sizes());
+  TORCH_CHECK_VALUE(
+      head.sym_size(0) > 0 && head.sym_size(1) > 0,
+      "linear_cross_entropy: linear_weight must not be empty, got ",
+      head.sym_sizes());
+  TORCH_CHECK(
+      at::isFloatingType(hidden.scalar_type()) && hidden.element_size() > 1,
+      "linear_cross_entropy: the input must be float32, float64, bfloat16 or float16, got ",
+      hidden.scalar_type());
+  TORCH_CHECK(
+      hidden.scalar_type() == head.scalar_type(),
+      "linear_cross_entropy: linear_weight must be of the dtype of the input, ",
+      hidden.scalar_type(),
+      ", got ",
+      head.scalar_type());
+  TORCH_CHECK(
+      at::isIntegralType(target.scalar_type(), /*includeBool=*/false),
+      "linear_cross_entropy: class indices must be int64, int32 or uint8, got ",
+      target.scalar_type());
+  TORCH_CHECK_VALUE(
+      target.dim() == 1 && target.sym_size(0) == hidden.sym_size(0),
+      "linear_cross_entropy: for an input of shape ",
+      hidden.sym_sizes(),
+      " the target must have shape [",
+      hidden.sym_size(0),
+      "], got ",
+      target.sym_sizes());
+  const auto check_classes = [&](const std::optional<Tensor>& values, const char* name) {
+    if (values.has_value() && values->defined()) {
+      TORCH_CHECK(
+          values->dim() == 1 && values->sym_size(0) == head.sym_size(0) && at::isFloatingType(values->scalar_type()),
+          "linear_cross_entropy: ",
+          name,
+          " must hold a floating point value for each of the ",
+          head.sym_size(0),
+          " classes, got ",
+          values->scalar_type(),
+          " of shape ",
+          values->sym_sizes());
+    }
+  };
+  check_classes(inputs.linear_bias, "linear_bias");
+  check_classes(inputs.weight, "weight");
+  const auto check_device = [&](const Tensor& tensor, const char* name) {
+    TORCH_CHECK(
+        !tensor.defined() || tensor.device() == hidden.device(),
+        "linear_cross_entropy: ",
+        name,
+        " is on ",
+        tensor.device(),
+        " but the input is on ",
+        hidden.device());
+  };
+  check_device(head, "linear_weight");
+  check_device(target, "the target");
+  check_device(inputs.linear_bias.value_or(Tensor()), "linear_bias");
+  check_device(inputs.weight.value_or(Tensor()), "weight");
+  const auto reduction = static_cast<int64_t>(options.reduction);
+  TORCH_CHECK_VALUE(
+      reduction >= 0 && reduction <= 2,
+      "linear_cross_entropy: reduction must be 0 (none), 1 (mean) or 2 (sum), got ",
+      reduction);
+  TORCH_CHECK(
+      options.label_smoothing >= 0.0 && options.label_smoothing <= 1.0,
+      "linear_cross_entropy: label_smoothing must be between 0.0 and 1.0, got ",
+      options.label_smoothing);
+  TORCH_CHECK_VALUE(
+      options.softcap >= 0.0, "linear_cross_entropy: softcap must not be negative, got ", options.softcap);
+  TORCH_CHECK_VALUE(memory_limit > 0, "linear_cross_entropy: memory_limit must be positive, got ", memory_limit);
+}
+
+void check_backward_arguments(
+    const Tensor& grad_loss, const Tensor& lse, const LinearInputs& inputs, const CrossEntropyOptions& options) {
+  const Tensor& hidden = inputs.hidden;
+  TORCH_CHECK_VALUE(
+      lse.dim() == 1 && lse.sym_size(0) == hidden.sym_size(0) &&
+          lse.scalar_type() == accumulation_type(hidden.scalar_type()) && lse.device() == hidden.device(),
+      "linear_cross_entropy: lse must be what the forward pass returned, got ",
+      lse.scalar_type(),
+      " of shape ",
+      lse.sym_sizes());
+  const bool each = options.reduction == Reduction::None;
+  TORCH_CHECK_VALUE(
+      grad_loss.dim() == (each ? 1 : 0) && (!each || grad_loss.sym_size(0) == hidden.sym_size(0)) &&
+          grad_loss.device() == hidden.device(),
+      "linear_cross_entropy: grad_loss must have the shape of the loss, got ",
+      grad_loss.sym_sizes());
+}
+
+namespace {
+
+// Empty tensors for the gradients.
+LinearGradients empty_gradients(const LinearInputs& inputs, const WantedGradients& wanted) {
+  const auto make = [](const Tensor& like, bool is_wanted) {
+    return is_wanted ? at::empty_symint(like.sym_sizes(), like.options()) : at::empty_symint({0}, like.options());
+  };
+  return {
+      make(inputs.hidden, wanted.hidden),
+      make(inputs.linear_weight, wanted.linear_weight),
+      make(inputs.linear_bias.value_or(inputs.linear_weight), wanted.linear_bias && inputs.linear_bias.has_value())};
+}
+
+LinearResults forward_meta(
+    LIGHTKIT_LINEAR_PARAMETERS, LIGHTKIT_OPTION_PARAMETERS, int64_t memory_limit, LIGHTKIT_WANTED_PARAMETERS) {
+  const LinearInputs inputs{LIGHTKIT_LINEAR_ARGUMENTS};
+  const auto options = make_options(LIGHTKIT_OPTION_ARGUMENTS);
+  check_linear_arguments(inputs, options, memory_limit);
+  const auto loss_options = hidden.options().dtype(dtype.value_or(hidden.scalar_type()));
+  const auto lse_options = hidden.options().dtype(accumulation_type(hidden.scalar_type()));
+  Tensor loss = options.reduction == Reduction::None ? at::empty_symint({hidden.sym_size(0)}, loss_options)
+                                                     : at::empty_symint({}, loss_options);
+  auto [hidden_gradient, weight_gradient, bias_gradient] = empty_gradients(inputs, {LIGHTKIT_WANTED_ARGUMENTS});
+  return {loss, at::empty_symint({hidden.sym_size(0)}, lse_options), hidden_gradient, weight_gradient, bias_gradient};
+}
+
+LinearGradients backward_meta(
+    const Tensor& grad_loss,
+    const Tensor& lse,
+    LIGHTKIT_LINEAR_PARAMETERS,
+    LIGHTKIT_OPTION_PARAMETERS,
+    int64_t memory_limit,
+    LIGHTKIT_WANTED_PARAMETERS) {
+  return empty_gradients({LIGHTKIT_LINEAR_ARGUMENTS}, {LIGHTKIT_WANTED_ARGUMENTS});
+}
+
+LinearResults call_forward(
+    LIGHTKIT_LINEAR_PARAMETERS, LIGHTKIT_OPTION_PARAMETERS, int64_t memory_limit, LIGHTKIT_WANTED_PARAMETERS) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("lightkit::_linear_cross_entropy_forward", "")
+                             .typed<decltype(forward_meta)>();
+  return op.call(LIGHTKIT_LINEAR_ARGUMENTS, LIGHTKIT_OPTION_ARGUMENTS, memory_limit, LIGHTKIT_WANTED_ARGUMENTS);
+}
+
+LinearGradients call_backward(
+    const Tensor& grad_loss,
+    const Tensor& lse,
+    LIGHTKIT_LINEAR_PARAMETERS,
+    LIGHTKIT_OPTION_PARAMETERS,
+    int64_t memory_limit,
+    LIGHTKIT_WANTED_PARAMETERS) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("lightkit::_linear_cross_entropy_backward", "")
+                             .typed<decltype(backward_meta)>();
+  return op.call(
+      grad_loss, lse, LIGHTKIT_LINEAR_ARGUMENTS, LIGHTKIT_OPTION_ARGUMENTS, memory_limit, LIGHTKIT_WANTED_ARGUMENTS);
+}
+
+using CrossEntropy = std::tuple<Tensor, Tensor>(
+    const Tensor&, const Tensor&, const std::optional<Tensor>&, LIGHTKIT_OPTION_PARAMETERS, bool, bool);
+
+class LinearCrossEntropyBackward : public torch::autograd::Node {
+ public:
+  CrossEntropyOptions options;
+  int64_t memory_limit;
+  WantedGradients wanted;
+  SavedVariable hidden, linear_weight, target, linear_bias, weight, lse;
+  // Computed in forward, and given away in the first backward unless that keeps the graph; else undefined.
+  Tensor hidden_gradient, weight_gradient, bias_gradient;
+  bool computed_in_forward;
+
+  variable_list apply(variable_list&& grad_outputs) override {
+    const std::lock_guard lock(mutex_);
+    const Tensor& grad_loss = grad_outputs[0];
+    if (!grad_loss.defined()) {
+      return {Tensor(), Tensor(), Tensor()};
+    }
+    if (at::GradMode::is_enabled()) {
+      return differentiable_gradients(grad_loss);
+    }
+    if (!computed_in_forward) {
+      return gradients_from_new_logits(grad_loss);
+    }
+    TORCH_CHECK(!wanted.hidden || hidden_gradient.defined(), kGivenAway);
+    TORCH_CHECK(!wanted.linear_weight || weight_gradient.defined(), kGivenAway);
+    TORCH_CHECK(!wanted.linear_bias || bias_gradient.defined(), kGivenAway);
+    const auto take = [&](bool is_wanted, Tensor& gradient) {
+      return is_wanted ? take_gradient(gradient, grad_loss) : Tensor();
+    };
+    return {
+        take(wanted.hidden, hidden_gradient),
+        take(wanted.linear_weight, weight_gradient),
+        take(wanted.linear_bias, bias_gradient)};
+  }
+
+  std::string name() const override {
+    return "LinearCrossEntropyBackward";
+  }
+
+  void release_variables() override {
+    const std::lock_guard lock(mutex_);
+    for (SavedVariable* saved : {&hidden, &linear_weight, &target, &linear_bias, &weight, &lse}) {
+      saved->reset_data();
+    }
+    hidden_gradient = weight_gradient = bias_gradient = Tensor();
+  }
+
+ private:
+  static constexpr const char* kGivenAway =
+      "Trying to backward through the graph a second time: linear_cross_entropy gave its gradients away in the first "
+      "backward. Specify retain_graph=True there if you need another.";
+
+  static std::optional<Tensor> as_optional(Tensor tensor) {
+    return tensor.defined() ? std::optional(std::move(tensor)) : std::nullopt;
+  }
+
+  LinearInputs unpack() {
+    return {
+        hidden.unpack(),
+        linear_weight.unpack(),
+        target.unpack(),
+        as_optional(linear_bias.unpack()),
+        as_optional(weight.unpack())};
+  }
+
+  variable_list gradients_from_new_logits(const Tensor& grad_loss) {
+    const LinearInputs in = unpack();
+    auto [of_hidden, of_weight, of_bias] = call_backward(
+        grad_loss,
+        lse.unpack(),
+        in.hidden,
+        in.linear_weight,
+        in.target,
+        in.linear_bias,
+        in.weight,
+        static_cast<int64_t>(options.reduction),
+        options.ignore_index,
+        options.label_smoothing,
+        options.z_loss,
+        options.softcap,
+        options.dtype,
+        memory_limit,
+        wanted.hidden,
+        wanted.linear_weight,
+        wanted.linear_bias);
+    return {
+        wanted.hidden ? of_hidden : Tensor(),
+        wanted.linear_weight ? of_weight : Tensor(),
+        wanted.linear_bias ? of_bias : Tensor()};
+  }
+
+  // For backward with create_graph=True: through the logits as a whole, whose cross-entropy knows its second
+  // derivative.
+  variable_list differentiable_gradients(const Tensor& grad_loss) {
+    const LinearInputs in = unpack();
+    static const auto cross_entropy =
+        c10::Dispatcher::singleton().findSchemaOrThrow("lightkit::cross_entropy", "").typed<CrossEntropy>();
+    const Tensor logits = at::linear(in.hidden, in.linear_weight, in.linear_bias);
+    const auto [loss, unused] = cross_entropy.call(
+        logits,
+        in.target,
+        in.weight,
+        static_cast<int64_t>(options.reduction),
+        options.ignore_index,
+        options.label_smoothing,
+        options.z_loss,
+        options.softcap,
+        options.dtype,
+        /*return_lse=*/false,
+        /*inplace=*/false);
+    variable_list inputs;
+    if (wanted.hidden) {
+      inputs.push_back(in.hidden);
+    }
+    if (wanted.linear_weight) {
+      inputs.push_back(in.linear_weight);
+    }
+    if (wanted.linear_bias) {
+      inputs.push_back(*in.linear_bias);
+    }
+    const variable_list found = torch::autograd::grad(
+        {loss}, inputs, {grad_loss}, /*retain_graph=*/std::nullopt, /*create_graph=*/true);
+    auto next = found.begin();
+    return {
+        wanted.hidden ? *next++ : Tensor(),
+        wanted.linear_weight ? *next++ : Tensor(),
+        wanted.linear_bias ? *next++ : Tensor()};
+  }
+};
+
+// Reduced losses of a type that keeps small gradients.
+bool computes_in_forward(const Tensor& hidden, int64_t reduction) {
+  return static_cast<Reduction>(reduction) != Reduction::None && hidden.scalar_type() != at::kHalf;
+}
+
+std::tuple<Tensor, Tensor> linear_cross_entropy(
+    LIGHTKIT_LINEAR_PARAMETERS, LIGHTKIT_OPTION_PARAMETERS, int64_t memory_limit) {
+  auto [loss, lse, hidden_gradient, weight_gradient, bias_gradient] =
+      call_forward(LIGHTKIT_LINEAR_ARGUMENTS, LIGHTKIT_OPTION_ARGUMENTS, memory_limit, false, false, false);
+  return {loss, lse};
+}
+
+std::tuple<Tensor, Tensor> linear_cross_entropy_autograd(
+    LIGHTKIT_LINEAR_PARAMETERS, LIGHTKIT_OPTION_PARAMETERS, int64_t memory_limit) {
+  const bool has_bias = linear_bias.has_value() && linear_bias->defined();
+  const bool grad_mode = at::GradMode::is_enabled();
+  const WantedGradients wanted{
+      grad_mode && hidden.requires_grad(),
+      grad_mode && linear_weight.requires_grad(),
+      grad_mode && has_bias && linear_bias->requires_grad()};
+  if (!wanted.any()) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return linear_cross_entropy(LIGHTKIT_LINEAR_ARGUMENTS, LIGHTKIT_OPTION_ARGUMENTS, memory_limit);
+  }
+  const auto node = make_node<LinearCrossEntropyBackward>();
+  node->options = make_options(LIGHTKIT_OPTION_ARGUMENTS);
+  node->memory_limit = memory_limit;
+  node->wanted = wanted;
+  node->computed_in_forward = computes_in_forward(hidden, reduction);
+  node->set_next_edges(torch::autograd::collect_next_edges(hidden, linear_weight, has_bias ? *linear_bias : Tensor()));
+  const bool now = node->computed_in_forward;
+  Tensor loss, lse;
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    std::tie(loss, lse, node->hidden_gradient, node->weight_gradient, node->bias_gradient) = call_forward(
+        LIGHTKIT_LINEAR_ARGUMENTS,
+        LIGHTKIT_OPTION_ARGUMENTS,
+        memory_limit,
+        now && wanted.hidden,
+        now && wanted.linear_weight,
+        now && wanted.linear_bias);
+  }
+  node->hidden = SavedVariable(hidden, /*is_output=*/false);
+  node->linear_weight = SavedVariable(linear_weight, /*is_output=*/false);
+  node->target = SavedVariable(target, /*is_output=*/false);
+  node->linear_bias = SavedVariable(linear_bias.value_or(Tensor()), /*is_output=*/false);
+  node->weight = SavedVariable(weight.value_or(Tensor()), /*is_output=*/false);
+  node->lse = SavedVariable(now ? Tensor() : lse.detach(), /*is_output=*/false);
+  torch::autograd::set_history(loss, node);
+  return {loss, lse};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(lightkit, m) {
+#define LIGHTKIT_LINEAR_SCHEMA "Tensor hidden, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight, "
+#define LIGHTKIT_OPTION_SCHEMA \
+  "int reduction, int ignore_index, float label_smoothing, float z_loss, float softcap, ScalarType? dtype, "
+#define LIGHTKIT_WANTED_SCHEMA "bool hidden_wanted, bool weight_wanted, bool bias_wanted"
+  m.def("linear_cross_entropy(" LIGHTKIT_LINEAR_SCHEMA LIGHTKIT_OPTION_SCHEMA "int memory_limit) -> (Tensor loss, Tensor lse)");
+  m.def("_linear_cross_entropy_forward(" LIGHTKIT_LINEAR_SCHEMA LIGHTKIT_OPTION_SCHEMA
+        "int memory_limit, " LIGHTKIT_WANTED_SCHEMA
+        ") -> (Tensor loss, Tensor lse, Tensor hidden_gradient, Tensor weight_gradient, Tensor bias_gradient)");
+  m.def("_linear_cross_entropy_backward(Tensor grad_loss, Tensor lse, " LIGHTKIT_LINEAR_SCHEMA LIGHTKIT_OPTION_SCHEMA
+        "int memory_limit, " LIGHTKIT_WANTED_SCHEMA
+        ") -> (Tensor hidden_gradient, Tensor weight_gradient, Tensor bias_gradient)");
+}
+
+TORCH_LIBRARY_IMPL(lightkit, Meta, m) {
+  m.impl("_linear_cross_entropy_forward", forward_meta);
+  m.impl("_linear_cross_entropy_backward", backward_meta);
+}
+
+TORCH_LIBRARY_IMPL(lightkit, CompositeExplicitAutograd, m) {
+  m.impl("linear_cross_entropy", linear_cross_entropy);
+}
+
+TORCH_LIBRARY_IMPL(lightkit, Autograd, m) {
+  m.impl("linear_cross_entropy", linear_cross_entropy_autograd);
+}
+
+}  // namespace lightkit

@@ -1,0 +1,54 @@
+// What the CPU and the CUDA side of the fused linear cross-entropy share.
+#pragma once
+
+#include "cross_entropy.h"
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <tuple>
+
+namespace lightkit {
+
+// The tensors of a call, in the order of the ops' schemas.
+#define LIGHTKIT_LINEAR_PARAMETERS                                                             \
+  const at::Tensor &hidden, const at::Tensor &linear_weight, const at::Tensor &target,         \
+      const std::optional<at::Tensor>&linear_bias, const std::optional<at::Tensor>&weight
+#define LIGHTKIT_LINEAR_ARGUMENTS hidden, linear_weight, target, linear_bias, weight
+
+// Which gradients are wanted.
+#define LIGHTKIT_WANTED_PARAMETERS bool hidden_wanted, bool weight_wanted, bool bias_wanted
+#define LIGHTKIT_WANTED_ARGUMENTS hidden_wanted, weight_wanted, bias_wanted
+
+struct LinearInputs {
+  at::Tensor hidden;                      // (N, D)
+  at::Tensor linear_weight;               // (C, D)
+  at::Tensor target;                      // (N), an integer type
+  std::optional<at::Tensor> linear_bias;  // (C)
+  std::optional<at::Tensor> weight;       // (C)
+};
+
+struct WantedGradients {
+  bool hidden;
+  bool linear_weight;
+  bool linear_bias;
+
+  bool any() const {
+    return hidden || linear_weight || linear_bias;
+  }
+};
+
+// With respect to hidden, linear_weight and linear_bias; those not wanted are of no elements.
+using LinearGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+// Loss, lse and gradients.
+using LinearResults = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+// Raises for arguments that do not fit, in words that name them.
+void check_linear_arguments(const LinearInputs& inputs, const CrossEntropyOptions& options, int64_t memory_limit);
+
+// The same for what the backward pass gets besides.
+void check_backward_arguments(
+    const at::Tensor& grad_loss, const at::Tensor& lse, const LinearInputs& inputs, const CrossEntropyOptions& options);
+
+}  // namespace lightkit
