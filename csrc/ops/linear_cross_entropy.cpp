@@ -103,15 +103,15 @@ void check_linear_arguments(const LinearInputs& inputs, const CrossEntropyOption
 }
 
 void check_backward_arguments(
-    const Tensor& grad_loss, const Tensor& lse, const LinearInputs& inputs, const CrossEntropyOptions& options) {
+    const Tensor& grad_loss, const Tensor& rows_known, const LinearInputs& inputs, const CrossEntropyOptions& options) {
   const Tensor& hidden = inputs.hidden;
   TORCH_CHECK_VALUE(
-      lse.dim() == 1 && lse.sym_size(0) == hidden.sym_size(0) &&
-          lse.scalar_type() == accumulation_type(hidden.scalar_type()) && lse.device() == hidden.device(),
-      "linear_cross_entropy: lse must be what the forward pass returned, got ",
-      lse.scalar_type(),
+      rows_known.dim() == 2 && rows_known.sym_size(0) == 3 && rows_known.sym_size(1) == hidden.sym_size(0) &&
+          rows_known.scalar_type() == accumulation_type(hidden.scalar_type()) && rows_known.device() == hidden.device(),
+      "linear_cross_entropy: rows_known must be what the forward pass returned, got ",
+      rows_known.scalar_type(),
       " of shape ",
-      lse.sym_sizes());
+      rows_known.sym_sizes());
   const bool each = options.reduction == Reduction::None;
   TORCH_CHECK_VALUE(
       grad_loss.dim() == (each ? 1 : 0) && (!each || grad_loss.sym_size(0) == hidden.sym_size(0)) &&
@@ -139,16 +139,16 @@ LinearResults forward_meta(
   const auto options = make_options(LIGHTKIT_OPTION_ARGUMENTS);
   check_linear_arguments(inputs, options, memory_limit);
   const auto loss_options = hidden.options().dtype(dtype.value_or(hidden.scalar_type()));
-  const auto lse_options = hidden.options().dtype(accumulation_type(hidden.scalar_type()));
+  const auto acc_options = hidden.options().dtype(accumulation_type(hidden.scalar_type()));
   Tensor loss = options.reduction == Reduction::None ? at::empty_symint({hidden.sym_size(0)}, loss_options)
                                                      : at::empty_symint({}, loss_options);
   auto [hidden_gradient, weight_gradient, bias_gradient] = empty_gradients(inputs, {LIGHTKIT_WANTED_ARGUMENTS});
-  return {loss, at::empty_symint({hidden.sym_size(0)}, lse_options), hidden_gradient, weight_gradient, bias_gradient};
+  return {loss, at::empty_symint({3, hidden.sym_size(0)}, acc_options), hidden_gradient, weight_gradient, bias_gradient};
 }
 
 LinearGradients backward_meta(
     const Tensor& grad_loss,
-    const Tensor& lse,
+    const Tensor& rows_known,
     LIGHTKIT_LINEAR_PARAMETERS,
     LIGHTKIT_OPTION_PARAMETERS,
     int64_t memory_limit,
@@ -166,7 +166,7 @@ LinearResults call_forward(
 
 LinearGradients call_backward(
     const Tensor& grad_loss,
-    const Tensor& lse,
+    const Tensor& rows_known,
     LIGHTKIT_LINEAR_PARAMETERS,
     LIGHTKIT_OPTION_PARAMETERS,
     int64_t memory_limit,
@@ -175,7 +175,7 @@ LinearGradients call_backward(
                              .findSchemaOrThrow("lightkit::_linear_cross_entropy_backward", "")
                              .typed<decltype(backward_meta)>();
   return op.call(
-      grad_loss, lse, LIGHTKIT_LINEAR_ARGUMENTS, LIGHTKIT_OPTION_ARGUMENTS, memory_limit, LIGHTKIT_WANTED_ARGUMENTS);
+      grad_loss, rows_known, LIGHTKIT_LINEAR_ARGUMENTS, LIGHTKIT_OPTION_ARGUMENTS, memory_limit, LIGHTKIT_WANTED_ARGUMENTS);
 }
 
 using CrossEntropy = std::tuple<Tensor, Tensor>(
@@ -186,7 +186,7 @@ class LinearCrossEntropyBackward : public torch::autograd::Node {
   CrossEntropyOptions options;
   int64_t memory_limit;
   WantedGradients wanted;
-  SavedVariable hidden, linear_weight, target, linear_bias, weight, lse;
+  SavedVariable hidden, linear_weight, target, linear_bias, weight, rows_known;
   // Computed in forward, and given away in the first backward unless that keeps the graph; else undefined.
   Tensor hidden_gradient, weight_gradient, bias_gradient;
   bool computed_in_forward;
@@ -221,7 +221,7 @@ class LinearCrossEntropyBackward : public torch::autograd::Node {
 
   void release_variables() override {
     const std::lock_guard lock(mutex_);
-    for (SavedVariable* saved : {&hidden, &linear_weight, &target, &linear_bias, &weight, &lse}) {
+    for (SavedVariable* saved : {&hidden, &linear_weight, &target, &linear_bias, &weight, &rows_known}) {
       saved->reset_data();
     }
     hidden_gradient = weight_gradient = bias_gradient = Tensor();
@@ -249,7 +249,7 @@ class LinearCrossEntropyBackward : public torch::autograd::Node {
     const LinearInputs in = unpack();
     auto [of_hidden, of_weight, of_bias] = call_backward(
         grad_loss,
-        lse.unpack(),
+        rows_known.unpack(),
         in.hidden,
         in.linear_weight,
         in.target,
@@ -315,11 +315,15 @@ bool computes_in_forward(const Tensor& hidden, int64_t reduction) {
   return static_cast<Reduction>(reduction) != Reduction::None && hidden.scalar_type() != at::kHalf;
 }
 
+Tensor lse_of(const Tensor& rows_known) {
+  return rows_known.select(0, 0) + rows_known.select(0, 1);
+}
+
 std::tuple<Tensor, Tensor> linear_cross_entropy(
     LIGHTKIT_LINEAR_PARAMETERS, LIGHTKIT_OPTION_PARAMETERS, int64_t memory_limit) {
-  auto [loss, lse, hidden_gradient, weight_gradient, bias_gradient] =
+  auto [loss, rows_known, hidden_gradient, weight_gradient, bias_gradient] =
       call_forward(LIGHTKIT_LINEAR_ARGUMENTS, LIGHTKIT_OPTION_ARGUMENTS, memory_limit, false, false, false);
-  return {loss, lse};
+  return {loss, lse_of(rows_known)};
 }
 
 std::tuple<Tensor, Tensor> linear_cross_entropy_autograd(
@@ -341,23 +345,24 @@ std::tuple<Tensor, Tensor> linear_cross_entropy_autograd(
   node->computed_in_forward = computes_in_forward(hidden, reduction);
   node->set_next_edges(torch::autograd::collect_next_edges(hidden, linear_weight, has_bias ? *linear_bias : Tensor()));
   const bool now = node->computed_in_forward;
-  Tensor loss, lse;
+  Tensor loss, rows_known, lse;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    std::tie(loss, lse, node->hidden_gradient, node->weight_gradient, node->bias_gradient) = call_forward(
+    std::tie(loss, rows_known, node->hidden_gradient, node->weight_gradient, node->bias_gradient) = call_forward(
         LIGHTKIT_LINEAR_ARGUMENTS,
         LIGHTKIT_OPTION_ARGUMENTS,
         memory_limit,
         now && wanted.hidden,
         now && wanted.linear_weight,
         now && wanted.linear_bias);
+    lse = lse_of(rows_known);
   }
   node->hidden = SavedVariable(hidden, /*is_output=*/false);
   node->linear_weight = SavedVariable(linear_weight, /*is_output=*/false);
   node->target = SavedVariable(target, /*is_output=*/false);
   node->linear_bias = SavedVariable(linear_bias.value_or(Tensor()), /*is_output=*/false);
   node->weight = SavedVariable(weight.value_or(Tensor()), /*is_output=*/false);
-  node->lse = SavedVariable(now ? Tensor() : lse.detach(), /*is_output=*/false);
+  node->rows_known = SavedVariable(now ? Tensor() : rows_known, /*is_output=*/false);
   torch::autograd::set_history(loss, node);
   return {loss, lse};
 }
@@ -372,8 +377,8 @@ TORCH_LIBRARY_FRAGMENT(lightkit, m) {
   m.def("linear_cross_entropy(" LIGHTKIT_LINEAR_SCHEMA LIGHTKIT_OPTION_SCHEMA "int memory_limit) -> (Tensor loss, Tensor lse)");
   m.def("_linear_cross_entropy_forward(" LIGHTKIT_LINEAR_SCHEMA LIGHTKIT_OPTION_SCHEMA
         "int memory_limit, " LIGHTKIT_WANTED_SCHEMA
-        ") -> (Tensor loss, Tensor lse, Tensor hidden_gradient, Tensor weight_gradient, Tensor bias_gradient)");
-  m.def("_linear_cross_entropy_backward(Tensor grad_loss, Tensor lse, " LIGHTKIT_LINEAR_SCHEMA LIGHTKIT_OPTION_SCHEMA
+        ") -> (Tensor loss, Tensor rows_known, Tensor hidden_gradient, Tensor weight_gradient, Tensor bias_gradient)");
+  m.def("_linear_cross_entropy_backward(Tensor grad_loss, Tensor rows_known, " LIGHTKIT_LINEAR_SCHEMA LIGHTKIT_OPTION_SCHEMA
         "int memory_limit, " LIGHTKIT_WANTED_SCHEMA
         ") -> (Tensor hidden_gradient, Tensor weight_gradient, Tensor bias_gradient)");
 }

@@ -41,7 +41,8 @@ struct WantedGradients {
 // With respect to hidden, linear_weight and linear_bias; those not wanted are of no elements.
 using LinearGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
-// Loss, lse and gradients.
+// Loss, what is known of the rows, and gradients. Of each row (3, N): the largest logit, the logarithm of the sum of
+// exp(u - largest), and the logarithm of the probability of the target; 0 for rows that are ignored.
 using LinearResults = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 // Raises for arguments that do not fit, in words that name them.
@@ -49,6 +50,9 @@ void check_linear_arguments(const LinearInputs& inputs, const CrossEntropyOption
 
 // The same for what the backward pass gets besides.
 void check_backward_arguments(
-    const at::Tensor& grad_loss, const at::Tensor& lse, const LinearInputs& inputs, const CrossEntropyOptions& options);
+    const at::Tensor& grad_loss,
+    const at::Tensor& rows_known,
+    const LinearInputs& inputs,
+    const CrossEntropyOptions& options);
 
 }  // namespace lightkit

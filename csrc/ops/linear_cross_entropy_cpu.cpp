@@ -75,14 +75,19 @@ struct Rows {
     }
   }
 
-  // `values` of the rows that count as those of all rows, the others 0.
-  Tensor spread(const Tensor& values) const {
+  // `values` of the rows that count, along `dim`, as those of all rows, the others 0.
+  Tensor spread(const Tensor& values, int64_t dim = 0) const {
     if (count == total) {
       return values;
     }
     auto sizes = values.sizes().vec();
-    sizes[0] = total;
-    return at::zeros(sizes, values.options()).index_copy_(0, index, values);
+    sizes[dim] = total;
+    return at::zeros(sizes, values.options()).index_copy_(dim, index, values);
+  }
+
+  // The other way round.
+  Tensor pick(const Tensor& values, int64_t dim = 0) const {
+    return (count < total ? values.index_select(dim, index) : values).contiguous();
   }
 
   int64_t total;
@@ -111,6 +116,13 @@ cpu::LinearCrossEntropy<scalar_t> make_arguments(
   args.z_loss = static_cast<acc_t>(options.z_loss);
   args.softcap = static_cast<acc_t>(options.softcap);
   return args;
+}
+
+// (3, rows), contiguous, as the kernel has them.
+template <typename acc_t>
+cpu::RowStatistics<acc_t> as_statistics(const Tensor& known) {
+  acc_t* data = known.mutable_data_ptr<acc_t>();
+  return {data, data + known.size(1), data + 2 * known.size(1)};
 }
 
 // Runs the kernel with its workspace.
@@ -175,9 +187,9 @@ LinearResults forward(
   const Tensor bias = as_accumulators<acc_t>(inputs.linear_bias);
   auto args = make_arguments(rows, head, bias, options);
   const auto acc_options = inputs.hidden.options().dtype(c10::CppTypeToScalarType<acc_t>::value);
-  const Tensor losses = at::empty({rows.count}, acc_options), lse = at::empty({rows.count}, acc_options);
+  const Tensor losses = at::empty({rows.count}, acc_options), known = at::empty({3, rows.count}, acc_options);
   args.losses = losses.mutable_data_ptr<acc_t>();
-  args.lse = lse.mutable_data_ptr<acc_t>();
+  args.rows_known = as_statistics<acc_t>(known);
 
   const bool mean = options.reduction == Reduction::Mean;
   const double scale = mean && rows.count > 0 ? 1 / rows.denominator : 1;
@@ -204,13 +216,13 @@ LinearResults forward(
     loss = at::scalar_tensor(mean ? sum / rows.denominator : sum, inputs.hidden.options().dtype(loss_type));
   }
   auto& [of_hidden, of_weight, of_bias] = gradients;
-  return {loss, rows.spread(lse), of_hidden, of_weight, of_bias};
+  return {loss, rows.spread(known, /*dim=*/1), of_hidden, of_weight, of_bias};
 }
 
 template <typename scalar_t>
 LinearGradients backward(
     const Tensor& grad_loss,
-    const Tensor& lse,
+    const Tensor& rows_known,
     const LinearInputs& inputs,
     const CrossEntropyOptions& options,
     int64_t memory_limit,
@@ -221,14 +233,11 @@ LinearGradients backward(
   const Tensor head = inputs.linear_weight.contiguous();
   const Tensor bias = as_accumulators<acc_t>(inputs.linear_bias);
   auto args = make_arguments(rows, head, bias, options);
-  const auto of_rows = [&](const Tensor& values) {
-    return (rows.count < rows.total ? values.index_select(0, rows.index) : values).contiguous();
-  };
-  const Tensor known = of_rows(lse);
-  args.lse = known.mutable_data_ptr<acc_t>();
+  const Tensor known = rows.pick(rows_known, /*dim=*/1);
+  args.rows_known = as_statistics<acc_t>(known);
   Tensor scales = grad_loss.to(acc_type);
   if (options.reduction == Reduction::None) {
-    scales = of_rows(scales);
+    scales = rows.pick(scales);
   } else {
     scales = (options.reduction == Reduction::Mean ? scales / rows.denominator : scales).expand({rows.count}).contiguous();
   }
@@ -264,7 +273,7 @@ LinearResults forward_cpu(
 
 LinearGradients backward_cpu(
     const Tensor& grad_loss,
-    const Tensor& lse,
+    const Tensor& rows_known,
     LIGHTKIT_LINEAR_PARAMETERS,
     LIGHTKIT_OPTION_PARAMETERS,
     int64_t memory_limit,
@@ -272,9 +281,9 @@ LinearGradients backward_cpu(
   const LinearInputs inputs{LIGHTKIT_LINEAR_ARGUMENTS};
   const auto options = make_options(LIGHTKIT_OPTION_ARGUMENTS);
   check_linear_arguments(inputs, options, memory_limit);
-  check_backward_arguments(grad_loss, lse, inputs, options);
+  check_backward_arguments(grad_loss, rows_known, inputs, options);
   return with_type(hidden.scalar_type(), [&](auto value) {
-    return backward<decltype(value)>(grad_loss, lse, inputs, options, memory_limit, {LIGHTKIT_WANTED_ARGUMENTS});
+    return backward<decltype(value)>(grad_loss, rows_known, inputs, options, memory_limit, {LIGHTKIT_WANTED_ARGUMENTS});
   });
 }
 

@@ -77,7 +77,7 @@ class Slices {
     return (weight_.defined() ? target_weight() * counted_ : counted_.to(acc_type_)).sum(acc_type_);
   }
 
-  // First pass: losses and lse of the rows. With `keep`, the logits of the last slices stay for the second.
+  // First pass: losses and what is known of the rows. With `keep`, the logits of the last slices stay for the second.
   std::tuple<Tensor, Tensor> losses(bool keep) {
     const auto make = [&] { return at::empty({rows_}, acc_options_); };
     const Tensor maximum = make(), sum = make(), soft = make(), target_logit = make();
@@ -93,25 +93,32 @@ class Slices {
         kept_.push_back(logits);
       }
     }
-    const Tensor log_sum = sum.log();
-    const Tensor lse = (log_sum + maximum).masked_fill_(counted_.logical_not(), 0);
-    Tensor loss = hard() * (log_sum + (maximum - target_logit));
+    const Tensor log_sum = sum.log(), lse = log_sum + maximum;
+    // The large parts cancel exactly.
+    const Tensor negative_log_p = log_sum + (maximum - target_logit);
+    Tensor loss = hard() * negative_log_p;
     if (options_.label_smoothing > 0) {
       loss = loss + soft_total() * lse - share() * soft;
     }
     if (options_.z_loss != 0) {
       loss = loss + options_.z_loss * lse.square();
     }
-    return {loss.masked_fill(counted_.logical_not(), 0), lse};
+    return {loss.masked_fill(counted_.logical_not(), 0), at::stack({maximum, log_sum, -negative_log_p})};
   }
 
   // Second pass: gradients of the losses times `scale`, (rows) or a scalar.
   LinearGradients gradients(
-      const LinearInputs& inputs, const Tensor& lse, const Tensor& scale, const WantedGradients& wanted) {
+      const LinearInputs& inputs, const Tensor& rows_known, const Tensor& scale, const WantedGradients& wanted) {
+    const Tensor maximum = rows_known.select(0, 0), log_sum = rows_known.select(0, 1), log_p = rows_known.select(0, 2);
+    const Tensor lse = maximum + log_sum;
     const Tensor rest = soft_total() + 2 * options_.z_loss * lse;
     const auto per_row = [&](const Tensor& values) { return values.expand({rows_}).contiguous(); };
-    const Tensor factor = per_row(scale * (hard() + rest)), soft_factor = per_row(scale * share());
-    const Tensor target_rest = per_row(scale * (rest - share() * target_weight()));
+    const Tensor factor = per_row(scale * (hard() + rest) * (-log_sum).exp()), soft_factor = per_row(scale * share());
+    // p - 1 as expm1(log p), so that a confident row keeps its relative accuracy.
+    Tensor target_gradient = per_row(scale * ((hard() + rest) * log_p.expm1() + (rest - share() * target_weight())));
+    if (options_.softcap != 0) {
+      target_gradient = target_gradient * (1 - ((log_p + lse) / options_.softcap).square());
+    }
 
     const Tensor none = at::empty({0}, hidden_.options());
     Tensor of_hidden = wanted.hidden ? at::zeros({rows_, hidden_.size(1)}, acc_options_) : none;
@@ -122,10 +129,10 @@ class Slices {
       const Tensor logits = is_kept ? std::exchange(kept_[index], Tensor()) : compute_logits(begin);
       const Tensor gradient = in_place() ? logits : at::empty(logits.sizes(), hidden_.options());
       auto args = arguments(logits, begin);
-      args.lse = lse.data_ptr();
+      args.maximum = maximum.data_ptr();
       args.factor = factor.data_ptr();
       args.soft_factor = soft_factor.data_ptr();
-      args.target_rest = target_rest.data_ptr();
+      args.target_gradient = target_gradient.data_ptr();
       args.gradient = gradient.data_ptr();
       C10_CUDA_CHECK(cuda::slice_gradient(args, c10::cuda::getCurrentCUDAStream()));
       if (wanted.linear_weight) {
@@ -216,7 +223,7 @@ LinearResults forward_cuda(
   const WantedGradients wanted{LIGHTKIT_WANTED_ARGUMENTS};
   check_linear_arguments(inputs, options, memory_limit);
   Slices slices(inputs, options, memory_limit);
-  const auto [losses, lse] = slices.losses(/*keep=*/wanted.any());
+  const auto [losses, rows_known] = slices.losses(/*keep=*/wanted.any());
   const bool mean = options.reduction == Reduction::Mean;
   const Tensor denominator = mean ? slices.denominator() : at::ones({}, slices.acc_options());
   const auto loss_type = options.dtype.value_or(hidden.scalar_type());
@@ -226,15 +233,15 @@ LinearResults forward_cuda(
   if (wanted.any()) {
     // Without a row that counts there is nothing to divide.
     const Tensor scale = denominator.reciprocal().masked_fill(denominator.eq(0), 0);
-    gradients = slices.gradients(inputs, lse, scale, wanted);
+    gradients = slices.gradients(inputs, rows_known, scale, wanted);
   }
   auto& [of_hidden, of_weight, of_bias] = gradients;
-  return {loss.to(loss_type), lse, of_hidden, of_weight, of_bias};
+  return {loss.to(loss_type), rows_known, of_hidden, of_weight, of_bias};
 }
 
 LinearGradients backward_cuda(
     const Tensor& grad_loss,
-    const Tensor& lse,
+    const Tensor& rows_known,
     LIGHTKIT_LINEAR_PARAMETERS,
     LIGHTKIT_OPTION_PARAMETERS,
     int64_t memory_limit,
@@ -243,13 +250,13 @@ LinearGradients backward_cuda(
   const LinearInputs inputs{LIGHTKIT_LINEAR_ARGUMENTS};
   const auto options = make_options(LIGHTKIT_OPTION_ARGUMENTS);
   check_linear_arguments(inputs, options, memory_limit);
-  check_backward_arguments(grad_loss, lse, inputs, options);
+  check_backward_arguments(grad_loss, rows_known, inputs, options);
   Slices slices(inputs, options, memory_limit);
-  Tensor scale = grad_loss.to(lse.scalar_type());
+  Tensor scale = grad_loss.to(rows_known.scalar_type());
   if (options.reduction == Reduction::Mean) {
     scale = scale / slices.denominator();
   }
-  return slices.gradients(inputs, lse.contiguous(), scale, {LIGHTKIT_WANTED_ARGUMENTS});
+  return slices.gradients(inputs, rows_known.contiguous(), scale, {LIGHTKIT_WANTED_ARGUMENTS});
 }
 
 }  // namespace

@@ -72,7 +72,7 @@ def linear_cross_entropy(
 
     Raises:
         IndexError: a target is outside ``[0, C)`` and not ``ignore_index``; names the row.
-        ValueError: shapes that do not fit, an unknown ``reduction``, a negative ``softcap``, a ``memory_limit`` below 1.
+        ValueError: shapes that do not fit, an unknown ``reduction``, a negative ``softcap``, no ``memory_limit``.
         RuntimeError: dtypes or devices that do not fit, ``label_smoothing`` outside [0, 1].
 
     References:

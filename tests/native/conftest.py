@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from cuda_emulation import Emulator, build
 
 import lightkit
 from lightkit.native import toolchain
@@ -153,3 +154,11 @@ def tiny_sources(compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def forget_keys() -> Callable[[], None]:
     """Makes this process look at its sources and compilers again."""
     return _forget
+
+
+@pytest.fixture(scope="session")
+def emulator(compiler: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Emulator]:
+    """The emulated GPU with every CUDA kernel."""
+    emulator = Emulator(build(compiler, tmp_path_factory.mktemp("emulation")))
+    yield emulator
+    emulator.close()

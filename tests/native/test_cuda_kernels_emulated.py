@@ -5,12 +5,11 @@ What they cost on a GPU cannot be seen here. What can: results, barriers, shared
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
 import torch
-from cuda_emulation import EmulationError, Emulator, build
+from cuda_emulation import EmulationError
 from torch import Tensor
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -18,13 +17,6 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 FORWARD, BACKWARD, SHUFFLED = range(3)
 LAUNCH_FAILURE = 719
 GARBAGE = -7.0
-
-
-@pytest.fixture(scope="module")
-def emulator(compiler: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Emulator]:
-    emulator = Emulator(build(compiler, tmp_path_factory.mktemp("emulation")))
-    yield emulator
-    emulator.close()
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -19,9 +19,10 @@ namespace {
 // Classes whose sums of exponentials are one term of a row's: a sum does not depend on who computes which term.
 constexpr int64_t kSumClasses = 1024;
 
-// Of a product with many terms a call of tile_gemm adds so many: its operands stay in the second-level cache.
+// Of a product with many terms a call of tile_gemm adds so many: its operands stay in the second-level cache. Sums of
+// two calls are added to those before: one long chain of additions would lose digits.
 constexpr int64_t kTerms = 128;
-constexpr int64_t kFeatures = 512;
+constexpr int64_t kChain = 256;
 
 // Rows of the hidden gradient that are worked on at a time; fewer where threads would be idle.
 constexpr int64_t kMostRows = 256;
@@ -117,13 +118,15 @@ class Passes {
   struct Scratch {
     Scratch(int64_t features)
         : panel(features * kTileRows),
-          left(std::max(kTileClasses * kFeatures, kMostRows * kTerms)),
+          left(std::max(kTileClasses * kChain, kMostRows * kTerms)),
           right((kTerms + 1) * kMostColumns),
-          tile(std::max(kTileClasses * kTileRows, kMostClasses * kMostColumns)) {}
+          tile(std::max(kTileClasses * kTileRows, kMostClasses * kMostColumns)),
+          chain(std::max(kMostClasses, kMostRows) * kMostColumns) {}
     Buffer<operand_t> panel;  // the hidden states of some rows, transposed
     Buffer<operand_t> left;
     Buffer<operand_t> right;
     Buffer<acc_t> tile;
+    Buffer<acc_t> chain;      // a sum of kChain terms
   };
 
  public:
@@ -226,18 +229,41 @@ class Passes {
         hidden(block.begin), block.count, args_.features, block.padded, scratch.panel.data());
   }
 
+  // out (m, n) = or += a product of `total` terms. `multiply(term, terms, place, accumulate)` does `terms` of them, at
+  // most `step`.
+  template <typename Multiply>
+  void add_terms(
+      int64_t m, int64_t n, int64_t total, int64_t step, Matrix<acc_t> out, bool accumulate, Scratch& scratch,
+      const Multiply& multiply) const {
+    for (int64_t begin = 0; begin < total; begin += kChain) {
+      const int64_t end = std::min(begin + kChain, total);
+      const bool direct = begin == 0 && !accumulate;
+      const Matrix<acc_t> place = direct ? out : Matrix<acc_t>{scratch.chain.data(), n};
+      for (int64_t term = begin; term < end; term += step) {
+        multiply(term, std::min(step, end - term), place, term > begin);
+      }
+      for (int64_t i = 0; !direct && i < m; ++i) {
+        acc_t* to = out.at(i, 0).data;
+        const acc_t* from = place.at(i, 0).data;
+        for (int64_t j = 0; j < n; ++j) {
+          to[j] += from[j];
+        }
+      }
+    }
+  }
+
   // The logits of a tile of classes, in the scratch.
   LogitTile<scalar_t> compute_logits(
       const RowBlock& block, int64_t c, int64_t classes, Matrix<const operand_t> panel, Scratch& scratch) const {
     const Matrix<acc_t> out{scratch.tile.data(), kTileRows};
-    for (int64_t d = 0; d < args_.features; d += kFeatures) {
-      const int64_t terms = std::min(kFeatures, args_.features - d);
+    const auto multiply = [&](int64_t d, int64_t terms, Matrix<acc_t> place, bool accumulate) {
       const auto left = Operand::left(weights(c, d), classes, terms, scratch.left.data());
       // Pairs of features are rows of the panel that are twice as long.
       const operand_t* right = panel.data + d * panel.stride;
       tile_gemm(
-          classes, block.padded, terms, left.data, left.stride, right, panel.stride, out.data, out.stride, d > 0);
-    }
+          classes, block.padded, terms, left.data, left.stride, right, panel.stride, place.data, place.stride, accumulate);
+    };
+    add_terms(classes, block.padded, args_.features, kChain, out, false, scratch, multiply);
     const LogitTile<scalar_t> tile(args_, out, c, classes, block.padded);
     tile.finish_logits();
     return tile;
@@ -272,29 +298,34 @@ class Passes {
   // Losses of the rows, and what their gradients consist of. See cross_entropy.h for the formulas.
   void finish_rows() {
     const RowGradients<acc_t> out = row_gradients(0);
-    const acc_t share = args_.smoothing / static_cast<acc_t>(std::max<int64_t>(1, args_.classes));
+    const RowStatistics<acc_t>& known = args_.rows_known;
+    const acc_t share = args_.smoothing / static_cast<acc_t>(args_.classes);
+    const acc_t soft = share * weight_sum_;
     for (int64_t r = 0; r < count_; ++r) {
       const int64_t row = first_ + r;
       const acc_t target_weight = args_.weight == nullptr ? acc_t(1) : args_.weight[args_.target[row]];
       const acc_t hard = (1 - args_.smoothing) * target_weight;
-      const acc_t soft = share * weight_sum_;
       if (args_.losses != nullptr) {
         finish_loss(r, hard, soft, share);
       }
       if (args_.gradient_scale == nullptr) {
         continue;
       }
-      const acc_t lse = args_.lse[row];
+      const acc_t log_p = known.target_log_p[row], lse = known.maximum[row] + known.log_sum[row];
       const acc_t scale = args_.gradient_scale[row];
       const acc_t rest = soft + 2 * args_.z_loss * lse;
-      out.lse[r] = lse;
-      out.factor[r] = scale * (hard + rest);
+      out.maximum[r] = known.maximum[row];
+      out.factor[r] = scale * (hard + rest) * std::exp(-known.log_sum[row]);
       out.soft[r] = scale * share;
-      out.target_rest[r] = scale * (rest - share * target_weight);
+      // p - 1 as expm1(log p), so that a confident row keeps its relative accuracy; rounded once.
+      out.target[r] = scale * ((hard + rest) * std::expm1(log_p) + (rest - share * target_weight));
+      if (args_.softcap != 0) {
+        out.target[r] *= cap_slope(log_p + lse, args_.softcap);
+      }
     }
     for (int64_t r = count_; r < padded_; ++r) {
       // Nothing comes of the rows that fill up the last vector.
-      out.lse[r] = std::numeric_limits<acc_t>::max();
+      out.maximum[r] = std::numeric_limits<acc_t>::max();
       out.factor[r] = out.soft[r] = 0;
     }
   }
@@ -312,17 +343,19 @@ class Passes {
     }
     // 0 only where every logit is -inf, whose softmax is NaN.
     const auto log_sum = static_cast<acc_t>(sum > 0 ? std::log(sum) : std::numeric_limits<double>::quiet_NaN());
-    const acc_t lse = log_sum + maximum;
     // log(sum) + (max - u): the large parts cancel exactly.
-    acc_t loss = hard * (log_sum + (maximum - target_logits()[r]));
+    const acc_t negative_log_p = log_sum + (maximum - target_logits()[r]);
+    acc_t loss = hard * negative_log_p;
     if (args_.smoothing != 0) {
-      loss += static_cast<acc_t>(static_cast<double>(soft) * lse - share * soft_logits);
+      loss += static_cast<acc_t>(static_cast<double>(soft) * (static_cast<double>(log_sum) + maximum) - share * soft_logits);
     }
     if (args_.z_loss != 0) {
-      loss += args_.z_loss * lse * lse;
+      loss += args_.z_loss * (log_sum + maximum) * (log_sum + maximum);
     }
     args_.losses[first_ + r] = loss;
-    args_.lse[first_ + r] = lse;
+    args_.rows_known.maximum[first_ + r] = maximum;
+    args_.rows_known.log_sum[first_ + r] = log_sum;
+    args_.rows_known.target_log_p[first_ + r] = -negative_log_p;
   }
 
   // Second pass: the gradients, of the classes that were kept and then slice by slice of the others.
@@ -370,7 +403,6 @@ class Passes {
       const int64_t last = std::min(first + kSumClasses, end);
       for (int64_t c = first; c < last; c += kTileClasses) {
         const auto tile = compute_logits(block, c, std::min(kTileClasses, last - c), panel, scratch);
-        tile.pick_targets(targets(block.begin), block.count, target_logits() + block.begin);
         const Matrix<operand_t> out = slice.at(c - begin, block.begin);
         tile.write_gradient(row_gradients(block.begin), out);
         write_targets(tile, block, out);
@@ -379,8 +411,7 @@ class Passes {
   }
 
   void write_targets(const LogitTile<scalar_t>& tile, const RowBlock& block, Matrix<operand_t> gradient) const {
-    tile.write_targets(
-        row_gradients(block.begin), targets(block.begin), block.count, target_logits() + block.begin, gradient);
+    tile.write_targets(row_gradients(block.begin), targets(block.begin), block.count, gradient);
   }
 
   // What the gradients with respect to the logits of some classes give.
@@ -420,14 +451,14 @@ class Passes {
       if constexpr (!kSumsApart) {
         sum = out.at(c, d);
       }
-      for (int64_t r = 0; r < count_; r += kTerms) {
-        const int64_t terms = std::min(kTerms, count_ - r);
+      const auto multiply = [&](int64_t r, int64_t terms, Matrix<acc_t> place, bool accumulate) {
         const auto left = gradient.at(c - begin, r);
         const auto right = Operand::right(hidden(r, d), terms, width, scratch.right.data());
         tile_gemm(
-            classes, width, paired_terms(terms), left.data, left.stride, right.data, right.stride, sum.data, sum.stride,
-            r > 0 || first_ > 0);
-      }
+            classes, width, paired_terms(terms), left.data, left.stride, right.data, right.stride, place.data,
+            place.stride, accumulate);
+      };
+      add_terms(classes, width, count_, kTerms, sum, first_ > 0, scratch, multiply);
       if constexpr (kSumsApart) {
         convert(Matrix<const acc_t>{sum.data, sum.stride}, classes, width, out.at(c, d));
       }
@@ -469,18 +500,20 @@ class Passes {
       const int64_t r = unit / column_parts * size, rows = std::min(size, count_ - r);
       const int64_t d = unit % column_parts * columns, width = std::min(columns, args_.features - d);
       const Matrix<acc_t> out = sums.at(r, d);
-      for (int64_t c = begin; c < end; c += kTerms) {
-        const int64_t terms = std::min(kTerms, end - c), even = paired_terms(terms);
+      const auto multiply = [&](int64_t term, int64_t terms, Matrix<acc_t> place, bool accumulate) {
+        const int64_t c = begin + term, even = paired_terms(terms);
         const Matrix<operand_t> left{scratch.left.data(), kTerms};
-        transpose(gradient.at(c - begin, r), terms, rows, left);
+        transpose(gradient.at(term, r), terms, rows, left);
         if (even > terms) {
           for (int64_t i = 0; i < rows; ++i) {
             *left.at(i, terms).data = operand_t(0);
           }
         }
         const auto right = Operand::right(weights(c, d), terms, width, scratch.right.data());
-        tile_gemm(rows, width, even, left.data, left.stride, right.data, right.stride, out.data, out.stride, c > 0);
-      }
+        tile_gemm(
+            rows, width, even, left.data, left.stride, right.data, right.stride, place.data, place.stride, accumulate);
+      };
+      add_terms(rows, width, end - begin, kTerms, out, begin > 0, scratch, multiply);
     });
   }
 

@@ -7,6 +7,15 @@
 
 namespace lightkit::cpu {
 
+// What is known of each row's logits once all have been seen: (rows) values each. lse is maximum + log_sum; apart they
+// keep what is lost in a sum with a large maximum.
+template <typename acc_t>
+struct RowStatistics {
+  acc_t* maximum;
+  acc_t* log_sum;       // of exp(u - maximum)
+  acc_t* target_log_p;  // u_target - lse
+};
+
 // Loss and gradient of a row are those of cross_entropy.h with target indices. No row is ignored: the caller leaves
 // out those that are. Every target lies in [0, classes): the caller checks.
 //
@@ -27,9 +36,10 @@ struct LinearCrossEntropy {
   acc_t z_loss;
   acc_t softcap;                  // 0: none
 
-  // The loss: written, with lse, unless `losses` is null; then `lse` is what an earlier call has written.
+  // The loss: written, with what is known of each row, unless `losses` is null; then the latter is what an earlier
+  // call has written.
   acc_t* losses;                  // (rows)
-  acc_t* lse;                     // (rows)
+  RowStatistics<acc_t> rows_known;
 
   // The gradients of sum_r gradient_scale[r] loss[r], each written unless it is null.
   const acc_t* gradient_scale;    // (rows), or null: no gradients

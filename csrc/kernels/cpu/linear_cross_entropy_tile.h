@@ -8,7 +8,6 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
 #include <limits>
 #include <utility>
 
@@ -20,6 +19,9 @@ constexpr int64_t kTileClasses = 64;
 // Rows to a tile, and what the number of rows in memory is rounded up to: whole vectors of every type.
 constexpr int64_t kTileRows = 128;
 constexpr int64_t kRowMultiple = 32;
+
+// Sums of exponentials that a tile has at a time.
+constexpr int kChains = 4;
 
 // What is known of the sum of exponentials of some rows after a number of classes. One value a row; rows that pad the
 // last vector have values, too.
@@ -40,14 +42,13 @@ struct RowSums {
 };
 
 // What the gradient with respect to the logits of a row consists of:
-//   factor exp(u - lse) - soft weight_c, and at the target factor expm1(u - lse) + target_rest.
-// p - 1 as expm1(log p), so that a confident row keeps its relative accuracy; rounded once.
+//   factor exp(u - maximum) - soft weight_c, times the slope of the softcap; and target at the target.
 template <typename acc_t>
 struct RowGradients {
-  acc_t* lse;
+  acc_t* maximum;
   acc_t* factor;
   acc_t* soft;
-  acc_t* target_rest;
+  acc_t* target;
 
   static constexpr int64_t kFields = 4;
 };
@@ -93,7 +94,7 @@ class LogitTile {
   void add_to(const RowSums<acc_t>& sums, const KeptTile<operand_t, acc_t>* kept) const {
     constexpr int parts = Pack<operand_t>::parts;
     for (int64_t r = 0; r < rows_; r += Pack<operand_t>::size) {
-      std::array<Vec, parts> maximum, sum;
+      std::array<Vec, parts> maximum;
       for (int k = 0; k < parts; ++k) {
         maximum[k] = Vec::loadu(sums.maximum + r + k * Vec::size());
       }
@@ -104,21 +105,33 @@ class LogitTile {
           maximum[k] = at::vec::clamp_min(logit(c, r + k * Vec::size()), maximum[k]);
         }
       }
-      for (int k = 0; k < parts; ++k) {
-        sum[k] = Vec::loadu(sums.sum + r + k * Vec::size()) * exp_bounded(before[k] - maximum[k]);
+      // In several sums of a tile each: small terms would get lost in a long chain with a large one.
+      std::array<std::array<Vec, parts>, kChains> chains;
+      for (auto& chain : chains) {
+        chain.fill(Vec(acc_t(0)));
       }
-      for (int64_t c = 0; c < classes_; ++c) {
+      const auto add = [&](int64_t c, std::array<Vec, parts>& chain) {
         Pack<operand_t> e;
         for (int k = 0; k < parts; ++k) {
           e.part[k] = exp_bounded(logit(c, r + k * Vec::size()) - maximum[k]);
-          sum[k] = sum[k] + e.part[k];
+          chain[k] = chain[k] + e.part[k];
         }
         if (kept != nullptr) {
           e.store(kept->exponentials.at(c, r).data);
         }
+      };
+      int64_t c = 0;
+      for (; c + kChains <= classes_; c += kChains) {
+        for (int i = 0; i < kChains; ++i) {
+          add(c + i, chains[i]);
+        }
+      }
+      for (; c < classes_; ++c) {
+        add(c, chains[0]);
       }
       for (int k = 0; k < parts; ++k) {
-        sum[k].store(sums.sum + r + k * Vec::size());
+        const Vec sum = Vec::loadu(sums.sum + r + k * Vec::size()) * exp_bounded(before[k] - maximum[k]);
+        (sum + ((chains[0][k] + chains[1][k]) + (chains[2][k] + chains[3][k]))).store(sums.sum + r + k * Vec::size());
         maximum[k].store(sums.maximum + r + k * Vec::size());
         if (kept != nullptr) {
           maximum[k].store(kept->shifts + r + k * Vec::size());
@@ -151,10 +164,10 @@ class LogitTile {
   template <typename operand_t>
   void write_gradient(const RowGradients<acc_t>& row, Matrix<operand_t> gradient) const {
     write_gradient(row, gradient, [&](int64_t r) {
-      const Vec lse = Vec::loadu(row.lse + r), factor = Vec::loadu(row.factor + r);
-      return [this, lse, factor, r](int64_t c, const Vec&) {
+      const Vec maximum = Vec::loadu(row.maximum + r), factor = Vec::loadu(row.factor + r);
+      return [this, maximum, factor, r](int64_t c, const Vec&) {
         const Vec u = logit(c, r);
-        return std::pair(exp_bounded(u - lse) * factor, u);
+        return std::pair(exp_bounded(u - maximum) * factor, u);
       };
     });
   }
@@ -164,7 +177,7 @@ class LogitTile {
   void write_gradient(const RowGradients<acc_t>& row, const KeptTile<operand_t, acc_t>& kept) const {
     write_gradient(row, kept.exponentials, [&](int64_t r) {
       const Vec shift = Vec::loadu(kept.shifts + r);
-      const Vec factor = Vec::loadu(row.factor + r) * exp_bounded(shift - Vec::loadu(row.lse + r));
+      const Vec factor = Vec::loadu(row.factor + r) * exp_bounded(shift - Vec::loadu(row.maximum + r));
       return [this, shift, factor](int64_t, const Vec& e) {
         // Where e is too small for its logarithm it does not matter: it is as good as 0.
         const Vec u = args_.softcap == 0 ? e : at::vec::clamp_min(shift + e.log(), Vec(-args_.softcap));
@@ -176,14 +189,10 @@ class LogitTile {
   // Puts the gradient at the targets of the first `count` rows, where they are in this tile.
   template <typename operand_t>
   void write_targets(
-      const RowGradients<acc_t>& row, const int64_t* targets, int64_t count, const acc_t* target_logits,
-      Matrix<operand_t> gradient) const {
+      const RowGradients<acc_t>& row, const int64_t* targets, int64_t count, Matrix<operand_t> gradient) const {
     for (int64_t r = 0; r < count; ++r) {
       if (is_here(targets[r])) {
-        const acc_t u = target_logits[r];
-        const acc_t value = row.factor[r] * std::expm1(u - row.lse[r]) + row.target_rest[r];
-        *gradient.at(targets[r] - first_, r).data =
-            static_cast<operand_t>(args_.softcap == 0 ? value : value * cap_slope(u, args_.softcap));
+        *gradient.at(targets[r] - first_, r).data = static_cast<operand_t>(row.target[r]);
       }
     }
   }

@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kThreads) gradient_kernel(const __grid_constan
     const int64_t target = args.target[row];
     const acc_t* logits = static_cast<const acc_t*>(args.logits) + row * args.classes;
     scalar_t* gradient = static_cast<scalar_t*>(args.gradient) + row * args.classes;
-    const acc_t lse = static_cast<const acc_t*>(args.lse)[row];
+    const acc_t maximum = static_cast<const acc_t*>(args.maximum)[row];
     const acc_t factor = static_cast<const acc_t*>(args.factor)[row];
     const acc_t soft_factor = static_cast<const acc_t*>(args.soft_factor)[row];
     for (int64_t c = threadIdx.x; c < args.classes; c += kThreads) {
@@ -152,11 +152,12 @@ __global__ void __launch_bounds__(kThreads) gradient_kernel(const __grid_constan
         gradient[c] = narrow<scalar_t>(acc_t(0));
         continue;
       }
+      if (args.begin + c == target) {
+        gradient[c] = narrow<scalar_t>(static_cast<const acc_t*>(args.target_gradient)[row]);
+        continue;
+      }
       const acc_t u = finish_logit(args, logits[c], c);
-      // p - 1 as expm1(log p), so that a confident row keeps its relative accuracy.
-      acc_t value = args.begin + c == target
-          ? factor * expm1(u - lse) + static_cast<const acc_t*>(args.target_rest)[row]
-          : factor * exp(u - lse) - (args.smooth ? soft_factor * weight_of<acc_t>(args, c) : acc_t(0));
+      acc_t value = factor * exp(u - maximum) - (args.smooth ? soft_factor * weight_of<acc_t>(args, c) : acc_t(0));
       if (args.softcap != 0) {
         const acc_t ratio = u / static_cast<acc_t>(args.softcap);
         value *= 1 - ratio * ratio;

@@ -31,12 +31,11 @@ struct LinearCrossEntropySlice {
   void* soft;              // sum of weight_c u_c
   void* target_logit;
 
-  // What its gradient consists of: factor exp(u - lse) - soft_factor weight_c, and at the target
-  // factor expm1(u - lse) + target_rest. (rows) acc each.
-  const void* lse;
+  // What its gradient consists of: factor exp(u - maximum) - soft_factor weight_c, times the slope of the softcap, and
+  // target_gradient at the target. (rows) acc each, with the maximum of all slices.
   const void* factor;
   const void* soft_factor;
-  const void* target_rest;
+  const void* target_gradient;
   void* gradient;          // (rows, classes), contiguous; may be `logits` where the types agree
 };
 

@@ -8,6 +8,7 @@
 //
 // What kernels print goes to standard error.
 #include "../../../csrc/kernels/cuda/cross_entropy.h"
+#include "../../../csrc/kernels/cuda/linear_cross_entropy.h"
 #include "../../../csrc/kernels/cuda/sgd.h"
 #include "faults.h"
 
@@ -89,6 +90,31 @@ cudaError_t call_cross_entropy() {
   return cuda::cross_entropy(rows, nullptr);
 }
 
+cuda::LinearCrossEntropySlice linear_slice() {
+  cuda::LinearCrossEntropySlice slice{};
+  slice.type = static_cast<cuda::LogitsType>(setting<int>("type"));
+  slice.logits = buffer("logits");
+  slice.rows = setting<int64_t>("rows");
+  slice.begin = setting<int64_t>("begin");
+  slice.classes = setting<int64_t>("classes");
+  slice.all_classes = setting<int64_t>("all_classes");
+  slice.target = buffer<int64_t>("target");
+  slice.ignore_index = setting<int64_t>("ignore_index", -100);
+  slice.bias = buffer("bias");
+  slice.weight = buffer("weight");
+  slice.smooth = setting<int>("smooth") != 0;
+  slice.softcap = setting<double>("softcap");
+  slice.maximum = buffer("maximum");
+  slice.sum = buffer("sum");
+  slice.soft = buffer("soft");
+  slice.target_logit = buffer("target_logit");
+  slice.factor = buffer("factor");
+  slice.soft_factor = buffer("soft_factor");
+  slice.target_gradient = buffer("target_gradient");
+  slice.gradient = buffer(setting<int>("inplace") ? "logits" : "gradient");
+  return slice;
+}
+
 cudaError_t call_scale_rows() {
   return cuda::scale_rows(
       buffer("gradient"),
@@ -135,6 +161,12 @@ cudaError_t call(const std::string& function) {
   emulated_error = cudaSuccess;
   if (function == "cross_entropy") {
     return call_cross_entropy();
+  }
+  if (function == "add_slice") {
+    return cuda::add_slice(linear_slice(), nullptr);
+  }
+  if (function == "slice_gradient") {
+    return cuda::slice_gradient(linear_slice(), nullptr);
   }
   if (function == "scale_rows") {
     return call_scale_rows();
