@@ -3,7 +3,7 @@
     python benchmarks/linear_cross_entropy.py [--seconds 20] [--sizes small,large]
 
 Peers: F.linear and F.cross_entropy as they are and under torch.compile; torch's own linear_cross_entropy (2.13) with
-its chunks; a loop over chunks of rows by hand; and where they are installed and run, Liger's and Apple's
+its chunks; a loop over chunks of rows by hand; and, on a GPU, where they are installed, Liger's and Apple's
 cut-cross-entropy. Ours with the default 64 MiB for logits and with room for all of them. "products" are the three
 matrix products that no exact way can do without, on logits that are there already: the floor.
 
@@ -18,6 +18,7 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -107,30 +108,28 @@ def contenders(job: Job) -> dict[str, Callable[[], object]]:
     }
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
         options = torch.nn.LinearCrossEntropyOptions()
-        found["torch, chunked"] = lambda: job.gradients(
-            lambda h, w, t: F.linear_cross_entropy(h, w, t, options=options)
-        )
+        found["torch, chunked"] = lambda: job.gradients(partial(F.linear_cross_entropy, options=options))
     return found | _installed(job)
 
 
 def _installed(job: Job) -> dict[str, Callable[[], object]]:
+    """Peers whose kernels are Triton's, and so a GPU's."""
     found = {}
+    if DEVICE != "cuda":
+        return found
     try:
         from cut_cross_entropy import linear_cross_entropy as cut
 
-        # Its kernels are Triton's; elsewhere it has a compiled implementation.
-        how = {} if DEVICE == "cuda" else {"impl": "torch_compile"}
-        found["cut-cross-entropy"] = lambda: job.gradients(lambda h, w, t: cut(h, w, t, **how))
+        found["cut-cross-entropy"] = lambda: job.gradients(cut)
     except ImportError:
         pass
-    if DEVICE == "cuda":
-        try:
-            from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+    try:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-            liger = LigerFusedLinearCrossEntropyLoss()
-            found["Liger"] = lambda: job.gradients(lambda h, w, t: liger(w, h, t))
-        except ImportError:
-            pass
+        liger = LigerFusedLinearCrossEntropyLoss()
+        found["Liger"] = lambda: job.gradients(lambda h, w, t: liger(w, h, t))
+    except ImportError:
+        pass
     return found
 
 
@@ -147,10 +146,9 @@ def measure_memory(size: str, dtype: str, what: str) -> float | None:
     contenders(small)[what]()
     job = Job(*SIZES[size], DTYPES[dtype])
     function = contenders(job)[what]
-    if what in ("compiled", "cut-cross-entropy"):
+    if what == "compiled":
         # Compiling is not measured. What it leaves is given back to the system before the call that is.
         function()
-        torch.ones(1)
     gradients = (job.hidden.nbytes + job.head.nbytes) / 2**20
     peak = peak_memory(function)
     return None if peak is None else peak - gradients
