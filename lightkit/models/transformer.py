@@ -11,16 +11,18 @@ from lightkit.models.language_model import LanguageModel
 # Keys and values of each layer, (N, heads, tokens so far, head size).
 State = list[tuple[Tensor, Tensor]]
 
-_INIT_STD = 0.02
+# GPT-2's deviation of 0.02 belongs to its width of 768: narrower maps need larger weights for values as large.
+_INIT_STD, _INIT_DIM = 0.02, 768
 
 
 class Transformer(LanguageModel):
     """A decoder [1]_ as it is built today: normalised before each block [2]_, rotary positions [3]_, SwiGLU [4]_.
 
-    The linear maps have no biases. Weights start as in GPT-2 [5]_: normal with a deviation of 0.02, and by
-    ``sqrt(2 * num_layers)`` less in the two maps of a layer that add to the residual stream. With D = ``dim`` and
-    F = ``feed_forward_size`` it has ``num_layers * (4 D^2 + 3 D F + 2 D) + D`` parameters in the body, and
-    ``vocab_size * D`` in the embedding and, unless tied, as many in the head.
+    The linear maps have no biases. Weights start as in GPT-2 [5]_: normal, with a deviation of
+    ``0.02 * sqrt(768 / dim)``, and by ``sqrt(2 * num_layers)`` less in the two maps of a layer that add to the
+    residual stream. With D = ``dim`` and F = ``feed_forward_size`` it has
+    ``num_layers * (4 D^2 + 3 D F + 2 D) + D`` parameters in the body, and ``vocab_size * D`` in the embedding and,
+    unless tied, as many in the head.
 
     Args:
         vocab_size: number of different tokens.
@@ -58,11 +60,13 @@ class Transformer(LanguageModel):
             feed_forward_size = -(-8 * dim // (3 * 32)) * 32
         body = _Decoder(dim, num_layers, num_heads, context, feed_forward_size, dropout)
         super().__init__(vocab_size, dim, dim, body, tie_weights, context)
-        self.apply(_initialize)
-        with torch.no_grad():
-            for layer in body.layers:
-                for onto_residual in (layer.attention.out, layer.feed_forward.out):
-                    onto_residual.weight.div_((2 * num_layers) ** 0.5)
+        deviation = _INIT_STD * (_INIT_DIM / dim) ** 0.5
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=deviation)
+        for layer in body.layers:
+            for onto_residual in (layer.attention.out, layer.feed_forward.out):
+                nn.init.normal_(onto_residual.weight, std=deviation / (2 * num_layers) ** 0.5)
 
 
 class _Decoder(nn.Module):
@@ -182,8 +186,3 @@ def rotate(vectors: Tensor, rotation: Tensor) -> Tensor:
     first, second = vectors.float().chunk(2, dim=-1)
     cos, sin = rotation
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1).to(vectors.dtype)
-
-
-def _initialize(module: nn.Module) -> None:
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=_INIT_STD)
