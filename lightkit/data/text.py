@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 import stat
 import sysconfig
@@ -254,7 +255,13 @@ def _map(path: Path, size: int) -> Tensor:
     """The bytes of a file, uint8, read when they are looked at."""
     if size == 0:
         return torch.empty(0, dtype=torch.uint8)
-    return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+    with open(path, "rb") as file:
+        # For reading alone: what may be written, the system wants memory for.
+        mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+    with warnings.catch_warnings():
+        # torch knows no tensors that cannot be written. Batches are copies, and nobody writes to the windows.
+        warnings.filterwarnings("ignore", "The given buffer is not writable")
+        return torch.frombuffer(mapped, dtype=torch.uint8)
 
 
 def _join(parts: list[list[File]]) -> list[Tensor]:

@@ -62,13 +62,14 @@ def predict(config: DictConfig, restored: Restored) -> Continuation:
 
 
 def _prompt(config: DictConfig) -> bytes:
+    given = [key for key in ("input", "text") if config.get(key) is not None]
+    if len(given) != 1:
+        raise ConfigError(f"input=FILE or text=TEXT says what is to be continued: give one of them, not {len(given)}")
     if config.text is None:
         path = Path(config.input)
         try:
             return path.read_bytes()
         except OSError as error:
             raise DataError(f"input={path} cannot be read: {error.strerror}") from error
-    if config.get("input") is not None:
-        raise ConfigError("input and text both say what is to be continued: give one of them")
     # A number on the command line is one to Hydra.
     return str(config.text).encode(errors="surrogateescape")
