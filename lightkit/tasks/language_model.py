@@ -58,6 +58,7 @@ class LanguageModelTask(Task):
         super().__init__(model, None, optimizer, scheduler, metrics)
         self.label_smoothing = label_smoothing
         self.z_loss = z_loss
+        self._recorded = 0
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits ``(N, T, V)``."""
@@ -73,10 +74,17 @@ class LanguageModelTask(Task):
         """Feeds the validation metrics."""
         self._evaluate(batch, self.val_metrics)
 
+    def on_test_start(self) -> None:
+        """Starts to record anew."""
+        self._recorded = 0
+
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor] | None:
         """Feeds the test metrics; returns ``losses`` ``(N, T)`` in nats, of the first millions of tokens."""
         losses = self._evaluate(batch, self.test_metrics)
-        return {"losses": losses} if batch_idx * losses.numel() < _RECORDED_TOKENS else None
+        if self._recorded >= _RECORDED_TOKENS:
+            return None
+        self._recorded += losses.numel()
+        return {"losses": losses}
 
     def _evaluate(self, batch: tuple[Tensor, Tensor], metrics: nn.Module) -> Tensor:
         losses = self._loss(batch, "none").float()
