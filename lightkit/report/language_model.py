@@ -24,6 +24,9 @@ _PROMPT, _ADDED, _PASSAGE = 80, 240, 1600
 _SAMPLES = 3
 _TEMPERATURE = 0.8
 
+# Of what was given: lighter than what was made, and dark enough to be read.
+_GIVEN = "#64748b"
+
 # Bits at which a character has the strongest colour: those of a byte of which nothing is known.
 _STRONGEST = 8
 _PRE = '<pre style="white-space: pre-wrap; overflow-wrap: anywhere">'
@@ -91,7 +94,7 @@ def samples(task: LanguageModelTask, data: Text, windows: Tensor) -> str:
         prompt = window[:_PROMPT].long()
         added = task.generate(prompt, _ADDED, temperature=_TEMPERATURE, generator=generator)
         given, made = (html.escape(data.decode(part).decode(errors="replace")) for part in (prompt, added))
-        parts.append(f'{_PRE}<span style="color: {GREY}">{given}</span>{made}</pre>')
+        parts.append(f'{_PRE}<span style="color: {_GIVEN}">{given}</span>{made}</pre>')
     note = f"<p>Grey is from the test set, black is what the model adds, at temperature {_TEMPERATURE}.</p>"
     return note + "".join(parts)
 

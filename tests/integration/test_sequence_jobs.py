@@ -111,7 +111,7 @@ def test_report_of_a_language_model(language_model):
     assert not re.search(r'(src|href)="(?!data:)', page)
     for title in ("Learning curves", "Bits a byte of the test", "By place in the window", "What it writes"):
         assert f"<h2>{title}</h2>" in page
-    assert page.count('<span style="color: #94a3b8">') == 3
+    assert page.count('<span style="color: #64748b">') == 3
     assert page.count("rgba(234, 88, 12,") > 100
     assert "bits a byte of the test</span>" in page
 
