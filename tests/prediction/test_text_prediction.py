@@ -80,5 +80,5 @@ def test_wrong_keys(restored, given, named):
 
 def test_input_that_is_not_there(restored, tmp_path):
     """A file that cannot be read is named."""
-    with pytest.raises(DataError, match="input=.*nowhere cannot be read: No such file"):
+    with pytest.raises(DataError, match=r"input=.*nowhere cannot be read: No such file"):
         predict(restored, input=str(tmp_path / "nowhere"))
