@@ -145,19 +145,28 @@ class LanguageModelTask(Task):
         tokens = torch.cat((prompt.to(self.device), prompt.new_empty(length, device=self.device)))
         was_training = self.training
         self.eval()
-        # Compiling for every length of the state would take longer than all of it.
-        with torch.compiler.set_stance("force_eager"):
-            state, read, start = None, 0, max(0, len(prompt) - (self.model.context or len(prompt)))
-            for end in range(len(prompt), len(tokens)):
-                if self.model.context is not None and end - start > self.model.context:
-                    state, start = None, end - (self.model.context + 1) // 2
-                    read = start
-                hidden, state = self.model.hidden(tokens[None, max(read, start) : end], state)
-                read = end
-                logits = self.model.head(hidden[0, -1]).float()
-                tokens[end] = _choose(logits, temperature, top_k, generator)
-        self.train(was_training)
+        try:
+            # Compiling for every length of the state would take longer than all of it.
+            with torch.compiler.set_stance("force_eager"):
+                self._continue(tokens, len(prompt), temperature, top_k, generator)
+        finally:
+            self.train(was_training)
         return tokens[len(prompt) :]
+
+    def _continue(
+        self, tokens: Tensor, given: int, temperature: float, top_k: int | None, generator: torch.Generator | None
+    ) -> None:
+        """Fills tokens up from the first ones, that many of which are given."""
+        context = self.model.context or len(tokens)
+        # Of the window at hand: where it starts, and what of it stands behind the state.
+        start, read, state = max(0, given - context), 0, None
+        for end in range(given, len(tokens)):
+            if end - start > context:
+                start, read, state = end - (context + 1) // 2, 0, None
+            hidden, state = self.model.hidden(tokens[None, start + read : end], state)
+            read = end - start
+            logits = self.model.head(hidden[0, -1]).float()
+            tokens[end] = _choose(logits, temperature, top_k, generator)
 
 
 def _choose(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
