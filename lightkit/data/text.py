@@ -31,7 +31,7 @@ SEPARATOR = b"\0"
 # Bytes read from a file at once.
 _CHUNK = 1 << 20
 
-# Folders of the standard library that are not of its code; the last is one file of documentation, a 15th of all.
+# Folders of the standard library that are not of its code; the last is one file of documentation, a 16th of all.
 _NOT_LIBRARY = ("site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data")
 
 
