@@ -5,5 +5,6 @@ from lightkit.data.images import ImageDataModule, ImageSet
 from lightkit.data.mnist import MNIST, FashionMNIST
 from lightkit.data.mnist_5k import MNIST5k
 from lightkit.data.slices import fetch_slices
+from lightkit.data.text import Text
 
-__all__ = ["MNIST", "FashionMNIST", "ImageDataModule", "ImageSet", "MNIST5k", "TensorBatches", "fetch_slices"]
+__all__ = ["MNIST", "FashionMNIST", "ImageDataModule", "ImageSet", "MNIST5k", "TensorBatches", "Text", "fetch_slices"]

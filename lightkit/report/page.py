@@ -17,6 +17,8 @@ _TEMPLATE = Path(__file__).with_name("template.html")
 # The figures a person looks for first, and how to write them.
 _CARDS = (
     ("test/accuracy", "test accuracy", "{:.2%}"),
+    ("test/bits_per_byte", "bits a byte of the test", "{:.3f}"),
+    ("test/perplexity", "test perplexity", "{:.3f}"),
     ("test/loss", "test loss", "{:.4f}"),
     ("train/images_per_second", "images a second in training", "{:,.0f}"),
     ("train/tokens_per_second", "tokens a second in training", "{:,.0f}"),
