@@ -132,16 +132,31 @@ class SeriesDataModule(pl.LightningDataModule):
                     f"one window without a gap: history={self.history} and horizon={self.horizon} come to "
                     f"{self.history + self.horizon}, of which the horizon must lie in the part"
                 )
-        known = series.values[:validation][series.measured[:validation]]
-        if known.min() == known.max():
-            raise DataError(f"{type(self).__name__}: column {series.name} is {known[0]:g} throughout the training part")
         self.train, self.validation, self.test = cut["training"], cut["validation"], cut["test"]
-        self._training_values = known
+        self._training_values = series.values[:validation][series.measured[:validation]]
         self.series = series
 
-    def scale(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the training part's measured values, float64 scalars."""
-        return self._training_values.mean(), self._training_values.std(correction=0)
+    def scale(self, relative: bool = False) -> tuple[Tensor, Tensor]:
+        """Center and scale of the training part, float64 scalars.
+
+        Args:
+            relative: zero, and the root mean square of how far the targets are from the last value of their history.
+                Otherwise mean and standard deviation of the measured values.
+
+        Raises:
+            DataError: nothing changes in the training part.
+        """
+        values = self._training_values
+        center, scale = values.mean(), values.std(correction=0)
+        if relative:
+            last = self.train.history[:, -1, 0]
+            # Step by step: all the differences at once would take many times the memory of the series.
+            squares = torch.stack([(step - last).square().mean() for step in self.train.target.unbind(dim=1)])
+            center, scale = torch.zeros_like(center), squares.mean().sqrt()
+        # Not zero: the mean of equal numbers may be rounded.
+        if scale <= 1e-12 * values.abs().max():
+            raise DataError(f"{type(self).__name__}: column {self.series.name} does not vary in the training part")
+        return center, scale
 
     def baselines(self) -> dict[str, float]:
         """MAE and RMSE of two rules on the targets of the test, in the units of the series.

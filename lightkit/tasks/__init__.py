@@ -1,6 +1,7 @@
 """LightningModules that bind a model, a loss, an optimizer and metrics to a kind of task."""
 
 from lightkit.tasks.classification import ClassificationTask
+from lightkit.tasks.forecast import ForecastTask
 from lightkit.tasks.task import Task
 
-__all__ = ["ClassificationTask", "Task"]
+__all__ = ["ClassificationTask", "ForecastTask", "Task"]
