@@ -129,7 +129,8 @@ class ForecastTask(Task):
         loss = self.loss(standardised, self._standardised(target, base))
         self.log(f"{stage}/loss", loss, prog_bar=True, batch_size=len(target), sync_dist=True)
         forecast = base + self.scale * standardised
-        metrics.update(forecast, target)
+        # Windows are views of the series, and torchmetrics takes views of those.
+        metrics.update(forecast, target.contiguous())
         self.log_dict(metrics, prog_bar=True, batch_size=len(target))
         return forecast
 
