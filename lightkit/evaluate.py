@@ -32,6 +32,10 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         if "data_dir" not in restored.config.data:
             raise ConfigError(f"data_dir: {restored.config.data._target_} does not read from a directory")
         restored.config.data.data_dir = config.data_dir
+    if config.data_path is not None:
+        if "path" not in restored.config.data:
+            raise ConfigError(f"data_path: {restored.config.data._target_} does not read from a file")
+        restored.config.data.path = config.data_path
     trainer = pl.Trainer(
         accelerator=config.accelerator,
         devices=1,

@@ -86,7 +86,12 @@ class SeriesDataModule(pl.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        positive = {"history": history, "horizon": horizon, "batch_size": batch_size, "eval_batch_size": eval_batch_size}
+        positive = {
+            "history": history,
+            "horizon": horizon,
+            "batch_size": batch_size,
+            "eval_batch_size": eval_batch_size,
+        }
         if season is not None:
             positive["season"] = season
         for name, value in positive.items():

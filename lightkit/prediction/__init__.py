@@ -9,10 +9,10 @@ from omegaconf import DictConfig
 
 from lightkit.errors import ConfigError
 from lightkit.job import Restored
-from lightkit.tasks import ClassificationTask
+from lightkit.tasks import ClassificationTask, ForecastTask
 
 # Keys of conf/predict.yaml that say something to one kind of task alone; null where they are not given.
-_KEYS_OF = {"images": ("invert", "batch_size")}
+_KEYS_OF = {"images": ("invert", "batch_size"), "series": ("column", "horizon")}
 
 
 class Prediction(Protocol):
@@ -36,12 +36,14 @@ def predict(config: DictConfig, restored: Restored) -> Prediction:
         given = [key for key in keys if config.get(key) is not None]
         if other != kind and given:
             raise ConfigError(f"{', '.join(given)}: the checkpoint is of a model for {kind}, these are for {other}")
-    from lightkit.prediction import images
+    from lightkit.prediction import images, series
 
-    return {"images": images.predict}[kind](config, restored)
+    return {"images": images.predict, "series": series.predict}[kind](config, restored)
 
 
 def _kind(restored: Restored) -> str:
     if isinstance(restored.task, ClassificationTask):
         return "images"
+    if isinstance(restored.task, ForecastTask):
+        return "series"
     raise ConfigError(f"there is no prediction with a {type(restored.task).__name__}")

@@ -17,6 +17,9 @@ _TEMPLATE = Path(__file__).with_name("template.html")
 # The figures a person looks for first, and how to write them.
 _CARDS = (
     ("test/accuracy", "test accuracy", "{:.2%}"),
+    ("test/mae", "mean absolute test error", "{:.4g}"),
+    ("test/rmse", "root mean squared test error", "{:.4g}"),
+    ("test/coverage", "of test values in their interval", "{:.1%}"),
     ("test/loss", "test loss", "{:.4f}"),
     ("train/images_per_second", "images a second in training", "{:,.0f}"),
     ("train/tokens_per_second", "tokens a second in training", "{:,.0f}"),
