@@ -44,7 +44,7 @@ class CO2(SeriesDataModule):
 
 
 def _source(name: str) -> Path:
-    # Found, not imported: importing statsmodels loads pandas and scipy, which takes longer than an epoch.
+    # Found, not imported: importing statsmodels loads pandas, which takes longer than an epoch.
     spec = find_spec("statsmodels")
     if spec is None:
         raise DataError(f"data={name} reads a file of the package statsmodels: pip install 'lightkit[app]'")

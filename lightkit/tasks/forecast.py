@@ -75,7 +75,7 @@ class ForecastTask(Task):
 
     def setup(self, stage: str) -> None:
         """Takes center and scale from the data module, if it has any; a checkpoint's come later and win."""
-        if self.center.dtype != torch.float64:
+        if self.trainer.precision in ("16-true", "bf16-true"):
             raise ConfigError("a series cannot be told in half precision: use trainer.precision=bf16-mixed")
         if stage == "fit" and hasattr(self.trainer.datamodule, "scale"):
             center, scale = self.trainer.datamodule.scale(self.relative)
