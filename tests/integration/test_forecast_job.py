@@ -10,8 +10,12 @@ import sys
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from lightkit import prediction
 from lightkit.checkpoints import load_checkpoint
+from lightkit.errors import LightkitError
+from lightkit.job import restore
 
 pytestmark = pytest.mark.slow
 
@@ -84,23 +88,24 @@ def test_predict_another_file(run, command, tmp_path):
     assert "price: forecast (90% interval)" in result.stdout
 
 
-def test_bad_predictions(run, command, tmp_path):
-    """Too few rows, too far ahead, a gap at the end, another column, keys of another kind: one error each."""
-    best = run / "out" / "checkpoints" / "best.ckpt"
+def test_bad_predictions(run, tmp_path):
+    """Too few rows, too far ahead, a gap at the end, another column, keys of another kind: one clear error each."""
+    restored = restore(run / "out" / "checkpoints" / "best.ckpt")
     write_wave(tmp_path / "short.csv", rows=5)
     write_wave(tmp_path / "whole.csv")
     write_wave(tmp_path / "gap.csv", row239="")
     cases = [
-        (["input=short.csv"], "short.csv has 5 rows, but the model forecasts from 12"),
-        (["input=whole.csv", "horizon=5"], "horizon must be from 1 to 4, got 5"),
-        (["input=gap.csv"], "gap.csv, column price: line 241 is empty"),
-        (["input=whole.csv", "column=cost"], "whole.csv has no column 'cost'; it has day, price"),
-        (["input=whole.csv", "invert=true"], "invert: the checkpoint is of a model for series"),
+        ("short.csv", {}, "short.csv has 5 rows, but the model forecasts from 12"),
+        ("whole.csv", {"horizon": 5}, "horizon must be from 1 to 4, got 5"),
+        ("gap.csv", {}, "gap.csv, column price: line 241 is empty"),
+        ("whole.csv", {"column": "cost"}, "whole.csv has no column 'cost'; it has day, price"),
+        ("whole.csv", {"invert": True}, "invert: the checkpoint is of a model for series"),
     ]
-    for arguments, expected in cases:
-        result = command("predict", f"ckpt_path={best}", *arguments, cwd=tmp_path)
-        assert result.returncode == 1 and "Traceback" not in result.stderr
-        assert expected in result.stderr, result.stderr
+    for name, keys, expected in cases:
+        config = OmegaConf.create({"input": str(tmp_path / name), "column": None, "horizon": None, **keys})
+        with pytest.raises(LightkitError) as error:
+            prediction.predict(config, restored)
+        assert expected in str(error.value)
 
 
 @pytest.mark.parametrize(
