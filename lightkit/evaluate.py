@@ -29,13 +29,10 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     """The test metrics of a checkpoint, computed as lightkit.train computes them."""
     restored = restore(config.ckpt_path)
     if config.data_dir is not None:
-        if "data_dir" not in restored.config.data:
+        key = next((key for key in ("data_dir", "path") if key in restored.config.data), None)
+        if key is None:
             raise ConfigError(f"data_dir: {restored.config.data._target_} does not read from a directory")
-        restored.config.data.data_dir = config.data_dir
-    if config.data_path is not None:
-        if "path" not in restored.config.data:
-            raise ConfigError(f"data_path: {restored.config.data._target_} does not read from a file")
-        restored.config.data.path = config.data_path
+        restored.config.data[key] = config.data_dir
     trainer = pl.Trainer(
         accelerator=config.accelerator,
         devices=1,

@@ -38,9 +38,11 @@ def build_task(config: DictConfig) -> pl.LightningModule:
 def build_data(config: DictConfig) -> pl.LightningDataModule:
     """The data module, checked to have as many classes as the model where both say."""
     data = build(config.data)
-    classes, outputs = getattr(data, "num_classes", None), config.model.get("num_classes")
-    if classes is not None and outputs is not None and classes != outputs:
-        raise ConfigError(f"the data has {classes} classes but model.num_classes is {outputs}")
+    classes = getattr(data, "num_classes", None)
+    for key in ("num_classes", "num_outputs"):
+        outputs = config.model.get(key)
+        if classes is not None and outputs is not None and classes != outputs:
+            raise ConfigError(f"the data has {classes} classes but model.{key} is {outputs}")
     return data
 
 

@@ -31,8 +31,8 @@ class Progress(RichProgressBar):
         super().on_train_epoch_end(trainer, pl_module)
         if self._on_terminal or not trainer.is_global_zero:
             return
-        wanted = ("train/loss_epoch", "val/loss", "val/accuracy")
         metrics = trainer.callback_metrics
+        wanted = ("train/loss_epoch", "val/loss", *(n for n in metrics if n.startswith("val/") and n != "val/loss"))
         shown = [f"{name.removesuffix('_epoch')} {metrics[name].item():.4f}" for name in wanted if name in metrics]
         total = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else "?"
         print(f"epoch {trainer.current_epoch + 1}/{total}  {'  '.join(shown)}", flush=True)

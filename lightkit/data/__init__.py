@@ -7,6 +7,7 @@ from lightkit.data.mnist_5k import MNIST5k
 from lightkit.data.series import Series, SeriesDataModule
 from lightkit.data.slices import fetch_slices
 from lightkit.data.statsmodels import CO2, Sunspots
+from lightkit.data.text import Text
 
 __all__ = [
     "CO2",
@@ -19,5 +20,6 @@ __all__ = [
     "SeriesDataModule",
     "Sunspots",
     "TensorBatches",
+    "Text",
     "fetch_slices",
 ]

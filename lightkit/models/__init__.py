@@ -1,6 +1,9 @@
 """Plain nn.Modules, free of Lightning."""
 
 from lightkit.models.cnn import CNN
+from lightkit.models.language_model import LanguageModel
 from lightkit.models.rnn import RNN
+from lightkit.models.rnn_language_model import RNNLanguageModel
+from lightkit.models.transformer import Transformer
 
-__all__ = ["CNN", "RNN"]
+__all__ = ["CNN", "RNN", "LanguageModel", "RNNLanguageModel", "Transformer"]

@@ -87,7 +87,7 @@ def recurrent_layers(
     """
     if cell not in _CELLS:
         raise ValueError(f"cell must be one of {', '.join(map(repr, _CELLS))}, got {cell!r}")
-    sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers}
+    sizes = {"hidden_size": hidden_size, "input_size": input_size, "num_layers": num_layers}
     for name, value in sizes.items():
         if value < 1:
             raise ValueError(f"{name} must be positive, got {value}")

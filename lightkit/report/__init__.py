@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import Tensor
 
-from lightkit.tasks import ClassificationTask, ForecastTask
+from lightkit.tasks import ClassificationTask, ForecastTask, LanguageModelTask
 
 
 def write(
@@ -36,7 +36,7 @@ def write(
     except ImportError as error:
         warnings.warn(f"no report: {error.name} is not installed; pip install 'lightkit[app]'", stacklevel=2)
         return None
-    from lightkit.report import classification, forecast, page
+    from lightkit.report import classification, forecast, language_model, page
     from lightkit.report.section import Section
 
     sections = []
@@ -46,6 +46,8 @@ def write(
         sections += classification.sections(run_dir, data, recorded)
     if isinstance(task, ForecastTask):
         sections += forecast.sections(run_dir, task, data, recorded)
+    if isinstance(task, LanguageModelTask):
+        sections += language_model.sections(run_dir, metrics, task, data, recorded)
     target = run_dir / "report.html"
     target.write_text(page.render(run_dir, metrics, sections), encoding="utf-8")
     return target

@@ -20,6 +20,8 @@ _CARDS = (
     ("test/mae", "mean absolute test error", "{:.4g}"),
     ("test/rmse", "root mean squared test error", "{:.4g}"),
     ("test/coverage", "of test values in their interval", "{:.1%}"),
+    ("test/bits_per_byte", "bits a byte of the test", "{:.3f}"),
+    ("test/perplexity", "test perplexity", "{:.3f}"),
     ("test/loss", "test loss", "{:.4f}"),
     ("train/images_per_second", "images a second in training", "{:,.0f}"),
     ("train/tokens_per_second", "tokens a second in training", "{:,.0f}"),

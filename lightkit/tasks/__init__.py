@@ -2,6 +2,7 @@
 
 from lightkit.tasks.classification import ClassificationTask
 from lightkit.tasks.forecast import ForecastTask
+from lightkit.tasks.language_model import LanguageModelTask
 from lightkit.tasks.task import Task
 
-__all__ = ["ClassificationTask", "ForecastTask", "Task"]
+__all__ = ["ClassificationTask", "ForecastTask", "LanguageModelTask", "Task"]

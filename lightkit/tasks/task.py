@@ -23,7 +23,7 @@ class Task(pl.LightningModule):
 
     Args:
         model: the network.
-        loss: the loss module.
+        loss: the loss module, or None for a task that has it from a function.
         optimizer: makes the optimizer of an iterable of parameters, such as ``partial(SGD, lr=0.1)``.
         scheduler: makes the learning-rate scheduler of the optimizer; stepped once an epoch.
         metrics: torchmetrics metrics by name.
@@ -32,7 +32,7 @@ class Task(pl.LightningModule):
     def __init__(
         self,
         model: nn.Module,
-        loss: nn.Module,
+        loss: nn.Module | None,
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] = torch.optim.Adam,
         scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         metrics: Mapping[str, Metric] | None = None,

@@ -34,7 +34,7 @@ def assert_fails(result, *expected):
         (["compile=maybe"], ["compile", "maybe"]),
         (["scheduler=null"], ["there is no scheduler=null; did you mean none?"]),
         (["trainer=null"], ["there is no trainer=null. Choices: cpu, default, gpu"]),
-        (["+experiment=null"], ["there is no experiment=null. Choices: cnn"]),
+        (["+experiment=null"], ["there is no experiment=null. Choices: char_rnn, cnn"]),
         (["-m", "callbacks=default,null"], ["there is no callbacks=null; did you mean none?"]),
         (["~trainer"], ["the configuration needs trainer, which cannot be removed"]),
         (["optm=sgd"], ["'optm'", "did you mean optim"]),

@@ -61,7 +61,7 @@ def test_evaluate_gives_the_same_numbers(run, command, tmp_path):
     """From the checkpoint, with the file somewhere else, the figures of the test come out as in training."""
     (run / "wave.csv").rename(tmp_path / "moved.csv")
     best = run / "out" / "checkpoints" / "best.ckpt"
-    arguments = [f"ckpt_path={best}", "data_path=moved.csv", "output=figures.json"]
+    arguments = [f"ckpt_path={best}", "data_dir=moved.csv", "output=figures.json"]
     result = command("evaluate", *arguments, cwd=tmp_path)
     write_wave(run / "wave.csv")
     assert result.returncode == 0, result.stderr

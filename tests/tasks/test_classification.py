@@ -11,6 +11,7 @@ from torch import nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from lightkit.data import TensorBatches
+from lightkit.models import RNN
 from lightkit.optim import SGD
 from lightkit.tasks import ClassificationTask
 
@@ -79,3 +80,26 @@ def test_predict_gives_probabilities():
     alone, paired = task.predict_step(inputs, 0), task.predict_step((inputs, labels), 0)
     assert torch.equal(alone, paired)
     torch.testing.assert_close(alone.sum(1), torch.ones(10))
+
+
+def test_sequences_of_different_lengths():
+    """A model of sequences gets them and their lengths; what stands in the padding is never looked at."""
+    torch.manual_seed(0)
+    lengths = torch.randint(1, 9, (200,))
+    labels = torch.randint(0, 2, (200,))
+    # The last valid step tells the class; the padding would make every loss NaN.
+    sequences = torch.full((200, 8, 1), torch.nan)
+    for row, length in enumerate(lengths.tolist()):
+        sequences[row, :length] = torch.randn(length, 1)
+        sequences[row, length - 1] = 3.0 if labels[row] else -3.0
+    task = ClassificationTask(
+        RNN(1, 8, num_outputs=2),
+        optimizer=partial(torch.optim.Adam, lr=0.03),
+        metrics={"accuracy": MulticlassAccuracy(2, average="micro")},
+    )
+    runner = trainer(max_epochs=6)
+    batch = [sequences, lengths, labels]
+    runner.fit(task, TensorBatches(batch, 20, shuffle=True), TensorBatches(batch, 64))
+    assert runner.callback_metrics["val/accuracy"] > 0.95
+    assert runner.callback_metrics["train/loss"].isfinite()
+    assert task.predict_step((sequences, lengths, labels), 0).shape == (200, 2)

@@ -1,0 +1,319 @@
+"""Text as bytes: windows of a file, of a folder of files, or of Python's own standard library."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import stat
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from lightkit.data.batches import TensorBatches
+from lightkit.data.bigram import bits_per_byte
+from lightkit.errors import DataError
+from lightkit.files import write_atomically
+from lightkit.paths import cache_root
+
+_PARTS = ("train", "validation", "test")
+
+# What stands between two files, and nowhere in a text.
+SEPARATOR = b"\0"
+
+# Bytes read from a file at once.
+_CHUNK = 1 << 20
+
+# Folders of the standard library that are not of its code; the last is one file of documentation, a 15th of all.
+_NOT_LIBRARY = ("site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data")
+
+
+class Text(pl.LightningDataModule):
+    """Serves windows of a text as int64 ``(inputs (N, T), targets (N, T))``, the targets one byte further on.
+
+    The vocabulary is the 256 bytes, whatever they encode. The text is read from the disk as it is needed (the files
+    of a folder are joined once, with a zero byte between two, and kept in the cache directory), so that it may be
+    larger than the memory.
+
+    A folder is split by file, by a hash of each one's path within it: the same on every machine, and a file that is
+    added moves no other. Hidden files and ``__pycache__`` are left out, and so are links to folders; a file that is
+    there under several names is read under the first. A single file is split by position: its head, its middle and
+    its tail.
+
+    Args:
+        path: a file or a folder. Default: the Python source files of the standard library of this Python.
+        context: bytes of a window, T.
+        batch_size: windows in a batch of training.
+        eval_batch_size: of validation and test, where it changes nothing but speed.
+        validation_share: share of the text, or of its files, for validation; 0 for none.
+        test_share: the same for the test.
+        seed: of the order of training. The split does not depend on it.
+
+    Raises:
+        DataError: an argument is out of its range, and in `setup`: there is no text at the path, a file cannot be
+            read, or a part of the text is shorter than one window.
+    """
+
+    # What the samples are called in the plural.
+    unit = "tokens"
+
+    vocab_size = 256
+
+    def __init__(
+        self,
+        path: str | None = None,
+        context: int = 128,
+        batch_size: int = 32,
+        eval_batch_size: int = 128,
+        validation_share: float = 0.05,
+        test_share: float = 0.05,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value in {"context": context, "batch_size": batch_size, "eval_batch_size": eval_batch_size}.items():
+            if value < 1:
+                raise DataError(f"{name} must be at least 1, got {value}")
+        if not (0 <= validation_share < 1 and 0 < test_share < 1 and validation_share + test_share < 1):
+            raise DataError(
+                "validation_share must be at least 0, test_share more, and both together below 1, "
+                f"got {validation_share} and {test_share}"
+            )
+        self.path = path
+        self.context = context
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.validation_share = validation_share
+        self.test_share = test_share
+        self.seed = seed
+        # Windows, uint8 (N, T + 1): views that share their last byte with the next one's first.
+        self.train: Tensor | None = None
+        self.validation: Tensor | None = None
+        self.test: Tensor | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Finds, splits and maps the text, once."""
+        if self.train is not None:
+            return
+        parts = self._parts()
+        for name, part in zip(_PARTS, parts, strict=True):
+            optional = name == "validation" and self.validation_share == 0
+            if len(part) <= self.context and not optional:
+                sizes = ", ".join(f"{n} {len(p):,}" for n, p in zip(_PARTS, parts, strict=True))
+                raise DataError(
+                    f"the {name} part of {self._root()} has {len(part):,} bytes, but one window takes context + 1 = "
+                    f"{self.context + 1}; all parts, in bytes: {sizes}"
+                )
+        self.train, self.validation, self.test = (self._windows(part) for part in parts)
+
+    def _root(self) -> Path:
+        return Path(sysconfig.get_paths()["stdlib"]) if self.path is None else Path(self.path)
+
+    def _parts(self) -> list[Tensor]:
+        """The bytes of training, validation and test."""
+        root = self._root()
+        if root.is_dir():
+            found = library_files(root) if self.path is None else text_files(root)
+            return _join([[file for file in found if self._part_of(file.name) == part] for part in _PARTS])
+        whole = _map(root, _open_text(root))
+        test = round(len(whole) * self.test_share)
+        validation = round(len(whole) * self.validation_share)
+        return list(whole.split([len(whole) - validation - test, validation, test]))
+
+    def _part_of(self, name: str) -> str:
+        place = int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big") / 2**64
+        if place < self.test_share:
+            return "test"
+        return "validation" if place < self.test_share + self.validation_share else "train"
+
+    def _windows(self, part: Tensor) -> Tensor:
+        if len(part) <= self.context:
+            return part.new_empty(0, self.context + 1)
+        return part.unfold(0, self.context + 1, self.context)
+
+    def _batches(self, windows: Tensor, batch_size: int, shuffle: bool = False) -> TensorBatches:
+        trainer = self.trainer
+        return TensorBatches(
+            (windows,),
+            batch_size,
+            shuffle=shuffle,
+            seed=self.seed,
+            rank=trainer.global_rank if trainer else 0,
+            world_size=trainer.world_size if trainer else 1,
+        )
+
+    def train_dataloader(self) -> TensorBatches:
+        """Shuffled batches of the windows of training."""
+        return self._batches(self.train, self.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> TensorBatches | list:
+        """Batches of the windows of validation, in order."""
+        return self._batches(self.validation, self.eval_batch_size) if len(self.validation) else []
+
+    def test_dataloader(self) -> TensorBatches:
+        """Batches of the windows of the test, in order."""
+        return self._batches(self.test, self.eval_batch_size)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        """Takes inputs and targets from windows, on the device of the batch."""
+        (windows,) = batch
+        return windows[:, :-1].long(), windows[:, 1:].long()
+
+    def count(self, batch: tuple[Tensor, Tensor]) -> int:
+        """The bytes that are predicted in a batch."""
+        return batch[1].numel()
+
+    def encode(self, text: str | bytes) -> Tensor:
+        """The tokens of a text, int64."""
+        data = text.encode() if isinstance(text, str) else text
+        return torch.frombuffer(bytearray(data), dtype=torch.uint8).long() if data else torch.empty(0).long()
+
+    def decode(self, tokens: Tensor) -> bytes:
+        """The bytes that tokens stand for."""
+        return bytes(tokens.tolist())
+
+    def baselines(self) -> dict[str, float]:
+        """Bits a byte of the test's targets under counts of single bytes and of pairs in the training text."""
+        return {f"{name}_bits_per_byte": bits for name, bits in bits_per_byte(self.train, self.test).items()}
+
+
+@dataclass(frozen=True)
+class File:
+    """A file that is there to be read: its path below the root, with slashes, and its size in bytes."""
+
+    path: Path
+    name: str
+    size: int
+
+
+def text_files(root: Path, suffix: str = "", without: tuple[str, ...] = ()) -> list[File]:
+    """The files below a folder that are not hidden, sorted by name, each once.
+
+    Args:
+        root: the folder.
+        suffix: what names must end with.
+        without: folders that are left out.
+
+    Raises:
+        DataError: there are none, or one cannot be looked at.
+    """
+    found: list[File] = []
+    seen: set[tuple[int, int]] = set()
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+    # Links to folders are not followed: they may lead round in a circle.
+    paths = []
+    for folder, folders, names in os.walk(root, onerror=refuse):
+        folders[:] = [name for name in folders if name not in (*without, "__pycache__") and name[0] != "."]
+        paths += [Path(folder, name) for name in names if name[0] != "." and name.endswith(suffix)]
+    for name, path in sorted((path.relative_to(root).as_posix(), path) for path in paths):
+        try:
+            status = path.stat()
+        except OSError as error:
+            refuse(error)
+        # A pipe or a device would be read for ever.
+        if not stat.S_ISREG(status.st_mode) or status.st_size == 0 or (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        found.append(File(path, name, status.st_size))
+    if not found:
+        raise DataError(f"{root} holds no text: no file that is neither hidden nor empty")
+    return found
+
+
+def library_files(root: Path) -> list[File]:
+    """The Python sources of the standard library, without its tests and what else is installed."""
+    return text_files(root, ".py", _NOT_LIBRARY)
+
+
+def _open_text(path: Path) -> int:
+    """The size of a file that can be read.
+
+    Raises:
+        DataError: it cannot, or it is no file.
+    """
+    if not path.exists():
+        raise DataError(f"there is no text at {path}")
+    if not path.is_file():
+        raise DataError(f"{path} is neither a file nor a folder")
+    try:
+        with open(path, "rb"):
+            return path.stat().st_size
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _map(path: Path, size: int) -> Tensor:
+    """The bytes of a file, uint8, read when they are looked at."""
+    if size == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    with open(path, "rb") as file:
+        # For reading alone: what may be written, the system wants memory for.
+        mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+    with warnings.catch_warnings():
+        # torch knows no tensors that cannot be written. Batches are copies, and nobody writes to the windows.
+        warnings.filterwarnings("ignore", "The given buffer is not writable")
+        return torch.frombuffer(mapped, dtype=torch.uint8)
+
+
+def _join(parts: list[list[File]]) -> list[Tensor]:
+    """The joined files of each part, from the cache or else put there."""
+    digest = hashlib.sha256()
+    for part in parts:
+        for file in part:
+            digest.update(f"{file.name}\n{file.size}\n".encode("utf-8", "surrogateescape"))
+            for chunk in _read(file):
+                digest.update(chunk)
+        digest.update(b"end of part\n")
+    sizes = [sum(file.size for file in part) + max(len(part) - 1, 0) for part in parts]
+    cached = cache_root() / "data" / f"text-{digest.hexdigest()[:16]}.bin"
+    # Its name says what is in it, and it gets its name when it is whole.
+    if not cached.is_file() or cached.stat().st_size != sum(sizes):
+        try:
+            write_atomically(cached, lambda stream: _write_joined(stream, parts))
+        except DataError:
+            raise
+        except OSError as error:
+            warnings.warn(f"the joined text is not kept, but held in memory: {error}", stacklevel=2)
+            joined = bytearray().join(_joined(parts))
+            return list(torch.frombuffer(joined, dtype=torch.uint8).split(sizes))
+    return list(_map(cached, sum(sizes)).split(sizes))
+
+
+def _write_joined(stream: BinaryIO, parts: list[list[File]]) -> None:
+    for chunk in _joined(parts):
+        stream.write(chunk)
+
+
+def _joined(parts: list[list[File]]) -> Iterator[bytes]:
+    for part in parts:
+        for index, file in enumerate(part):
+            if index:
+                yield SEPARATOR
+            yield from _read(file)
+
+
+def _read(file: File) -> Iterator[bytes]:
+    """The content of a file, as long as it was when it was found.
+
+    Raises:
+        DataError: it cannot be read, or has become shorter.
+    """
+    left = file.size
+    try:
+        with open(file.path, "rb") as stream:
+            while left and (chunk := stream.read(min(left, _CHUNK))):
+                left -= len(chunk)
+                yield chunk
+    except OSError as error:
+        raise DataError(f"{file.path} cannot be read: {error.strerror}") from error
+    if left:
+        raise DataError(f"{file.path} has changed while it was read")

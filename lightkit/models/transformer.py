@@ -1,0 +1,188 @@
+"""The transformer that reads from left to right."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightkit.models.language_model import LanguageModel
+
+# Keys and values of each layer, (N, heads, tokens so far, head size).
+State = list[tuple[Tensor, Tensor]]
+
+# GPT-2's deviation of 0.02 belongs to its width of 768: narrower maps need larger weights for values as large.
+_INIT_STD, _INIT_DIM = 0.02, 768
+
+
+class Transformer(LanguageModel):
+    """A decoder [1]_ as it is built today: normalised before each block [2]_, rotary positions [3]_, SwiGLU [4]_.
+
+    The linear maps have no biases. Weights start as in GPT-2 [5]_: normal, with a deviation of
+    ``0.02 * sqrt(768 / dim)``, and by ``sqrt(2 * num_layers)`` less in the two maps of a layer that add to the
+    residual stream. With D = ``dim`` and F = ``feed_forward_size`` it has
+    ``num_layers * (4 D^2 + 3 D F + 2 D) + D`` parameters in the body, and ``vocab_size * D`` in the embedding and,
+    unless tied, as many in the head.
+
+    Args:
+        vocab_size: number of different tokens.
+        dim: width of the residual stream, a multiple of ``2 * num_heads``.
+        num_layers: layers, each of attention and feed-forward.
+        num_heads: heads of attention in a layer.
+        context: most tokens it can look at, those behind the state included.
+        feed_forward_size: inner width of the feed-forward blocks. Default: 8/3 of ``dim``, which makes their three
+            maps as large as the usual two, rounded up to a multiple of 32.
+        dropout: share zeroed in training: of the embeddings, of the attention, and of what a block adds.
+        tie_weights: the head's weight is the embedding's.
+
+    Shape, state and errors: see `LanguageModel`. The state holds the keys and values of what has been read.
+
+    References:
+        .. [1] Vaswani et al., Attention Is All You Need, NeurIPS 2017.
+        .. [2] Zhang and Sennrich, Root Mean Square Layer Normalization, NeurIPS 2019.
+        .. [3] Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding, Neurocomputing 2024.
+        .. [4] Shazeer, GLU Variants Improve Transformer, 2020.
+        .. [5] Radford et al., Language Models are Unsupervised Multitask Learners, 2019.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        dim: int,
+        num_layers: int,
+        num_heads: int,
+        context: int,
+        feed_forward_size: int | None = None,
+        dropout: float = 0.0,
+        tie_weights: bool = True,
+    ) -> None:
+        if feed_forward_size is None:
+            feed_forward_size = -(-8 * dim // (3 * 32)) * 32
+        body = _Decoder(dim, num_layers, num_heads, context, feed_forward_size, dropout)
+        super().__init__(vocab_size, dim, dim, body, tie_weights, context)
+        deviation = _INIT_STD * (_INIT_DIM / dim) ** 0.5
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=deviation)
+        for layer in body.layers:
+            for onto_residual in (layer.attention.out, layer.feed_forward.out):
+                nn.init.normal_(onto_residual.weight, std=deviation / (2 * num_layers) ** 0.5)
+
+
+class _Decoder(nn.Module):
+    """The layers, and a norm after the last."""
+
+    def __init__(
+        self, dim: int, num_layers: int, num_heads: int, context: int, feed_forward_size: int, dropout: float
+    ) -> None:
+        super().__init__()
+        sizes = {"num_layers": num_layers, "num_heads": num_heads, "feed_forward_size": feed_forward_size}
+        for name, value in sizes.items():
+            if value < 1:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if dim < 1 or dim % (2 * num_heads) != 0:
+            raise ValueError(
+                f"dim must be a multiple of 2 * num_heads = {2 * num_heads}, for rotations take pairs; got {dim}"
+            )
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
+        self.context = context
+        self.dropout = nn.Dropout(dropout)
+        self.layers = nn.ModuleList(_Layer(dim, num_heads, feed_forward_size, dropout) for _ in range(num_layers))
+        self.norm = nn.RMSNorm(dim)
+        # Recomputed wherever the model is built: no part of what has been learnt.
+        self.register_buffer("rotation", rotation(context, dim // num_heads), persistent=False)
+
+    def forward(self, embedded: Tensor, state: State | None) -> tuple[Tensor, State]:
+        start = 0 if state is None else state[0][0].shape[2]
+        end = start + embedded.shape[1]
+        if end > self.context:
+            raise ValueError(f"the transformer looks at {self.context} tokens at most, got {end}")
+        rotation = self.rotation[:, start:end]
+        hidden = self.dropout(embedded)
+        after = []
+        for index, layer in enumerate(self.layers):
+            hidden, kept = layer(hidden, rotation, None if state is None else state[index])
+            after.append(kept)
+        return self.norm(hidden), after
+
+
+class _Layer(nn.Module):
+    """Attention, then feed-forward, each added to what it has read."""
+
+    def __init__(self, dim: int, num_heads: int, feed_forward_size: int, dropout: float) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(dim)
+        self.attention = _Attention(dim, num_heads, dropout)
+        self.feed_forward_norm = nn.RMSNorm(dim)
+        self.feed_forward = _SwiGLU(dim, feed_forward_size)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self, hidden: Tensor, rotation: Tensor, past: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        seen, kept = self.attention(self.attention_norm(hidden), rotation, past)
+        hidden = hidden + self.dropout(seen)
+        return hidden + self.dropout(self.feed_forward(self.feed_forward_norm(hidden))), kept
+
+
+class _Attention(nn.Module):
+    """Causal attention of several heads with rotary positions."""
+
+    def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+
+    def forward(
+        self, hidden: Tensor, rotation: Tensor, past: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        batch, steps, dim = hidden.shape
+        # (3, N, heads, T, head size)
+        qkv = self.qkv(hidden).view(batch, steps, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        query, key, value = rotate(qkv[0], rotation), rotate(qkv[1], rotation), qkv[2]
+        mask = None
+        if past is not None:
+            key, value = torch.cat((past[0], key), dim=2), torch.cat((past[1], value), dim=2)
+            # is_causal would align the first query with the first key; here the last ones belong together.
+            if steps > 1:
+                mask = torch.ones(steps, key.shape[2], dtype=torch.bool, device=key.device)
+                mask = mask.tril(key.shape[2] - steps)
+        seen = F.scaled_dot_product_attention(
+            query, key, value, mask, self.dropout if self.training else 0.0, is_causal=past is None
+        )
+        return self.out(seen.transpose(1, 2).reshape(batch, steps, dim)), (key, value)
+
+
+class _SwiGLU(nn.Module):
+    """Two maps, one of which gates the other, and one back."""
+
+    def __init__(self, dim: int, size: int) -> None:
+        super().__init__()
+        self.gate_and_value = nn.Linear(dim, 2 * size, bias=False)
+        self.out = nn.Linear(size, dim, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        gate, value = self.gate_and_value(hidden).chunk(2, dim=-1)
+        return self.out(F.silu(gate) * value)
+
+
+def rotation(steps: int, size: int, base: float = 10_000.0) -> Tensor:
+    """Cosines and sines ``(2, steps, size / 2)`` of the angles by which `rotate` turns the pairs at each position."""
+    # In float64: a float32 angle of some thousand radians has lost what tells neighbours apart.
+    frequencies = base ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+    angles = torch.arange(steps, dtype=torch.float64)[:, None] * frequencies
+    return torch.stack((angles.cos(), angles.sin())).float()
+
+
+def rotate(vectors: Tensor, rotation: Tensor) -> Tensor:
+    """Turns vectors ``(..., T, size)`` by their positions: dot products then depend on distances alone.
+
+    A pair is a value of the first half and the one at its place in the second.
+    """
+    # Half precision would round positions that are near each other to the same angle.
+    first, second = vectors.float().chunk(2, dim=-1)
+    cos, sin = rotation
+    return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1).to(vectors.dtype)

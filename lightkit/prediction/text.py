@@ -1,0 +1,75 @@
+"""Continues a text."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+
+from lightkit.data.text import SEPARATOR, Text
+from lightkit.errors import ConfigError, DataError
+from lightkit.job import Restored, build_data
+
+_LENGTH = 400
+_TEMPERATURE = 0.8
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A text, as bytes: what was given and what the model has added."""
+
+    prompt: bytes
+    added: bytes
+
+    def show(self) -> None:
+        """Prints all of it; what is no text comes out as a replacement character."""
+        print((self.prompt + self.added).decode(errors="replace"))
+        sys.stdout.flush()
+
+    def write(self, path: Path) -> None:
+        """Writes the bytes as they are."""
+        path.write_bytes(self.prompt + self.added)
+
+
+def predict(config: DictConfig, restored: Restored) -> Continuation:
+    """Continues the text of a file or of the command line; an empty one as a file begins."""
+    data = build_data(restored.config)
+    if not isinstance(data, Text):
+        raise ConfigError(f"the checkpoint is of a model for {type(data).__name__}, which is not text")
+    length = _LENGTH if config.length is None else config.length
+    temperature = _TEMPERATURE if config.temperature is None else config.temperature
+    if type(length) is not int or length < 1:
+        raise ConfigError(f"length must be a whole number of at least 1, got {length!r}")
+    if type(temperature) not in (int, float) or temperature < 0:
+        raise ConfigError(f"temperature must be a number of at least 0, got {temperature!r}")
+    if config.top_k is not None and (type(config.top_k) is not int or config.top_k < 1):
+        raise ConfigError(f"top_k must be a whole number of at least 1, got {config.top_k!r}")
+    if config.seed is not None and (type(config.seed) is not int or config.seed < 0):
+        raise ConfigError(f"seed must be a whole number of at least 0, got {config.seed!r}")
+    prompt = _prompt(config)
+    generator = torch.Generator()
+    if config.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(config.seed)
+    added = restored.task.generate(
+        data.encode(prompt or SEPARATOR), length, temperature, config.top_k, generator=generator
+    )
+    return Continuation(prompt, data.decode(added))
+
+
+def _prompt(config: DictConfig) -> bytes:
+    given = [key for key in ("input", "text") if config.get(key) is not None]
+    if len(given) != 1:
+        raise ConfigError(f"input=FILE or text=TEXT says what is to be continued: give one of them, not {len(given)}")
+    if config.text is None:
+        path = Path(config.input)
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise DataError(f"input={path} cannot be read: {error.strerror}") from error
+    # A number on the command line is one to Hydra.
+    return str(config.text).encode(errors="surrogateescape")
