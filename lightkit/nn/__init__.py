@@ -1,7 +1,16 @@
-"""Modules with the signatures of torch.nn, on lightkit's kernels."""
+"""Modules with the signatures of torch.nn, on lightkit's kernels; losses that torch suffices for are torch's own."""
+
+from torch.nn import BCEWithLogitsLoss, MSELoss
 
 from lightkit.nn.cross_entropy import CrossEntropyLoss
 from lightkit.nn.fused_sequential import FusedSequential, can_fuse
 from lightkit.nn.linear_cross_entropy import LinearCrossEntropyLoss
 
-__all__ = ["CrossEntropyLoss", "FusedSequential", "LinearCrossEntropyLoss", "can_fuse"]
+__all__ = [
+    "BCEWithLogitsLoss",
+    "CrossEntropyLoss",
+    "FusedSequential",
+    "LinearCrossEntropyLoss",
+    "MSELoss",
+    "can_fuse",
+]

@@ -9,11 +9,12 @@ from omegaconf import DictConfig
 
 from lightkit.errors import ConfigError
 from lightkit.job import Restored
-from lightkit.tasks import ClassificationTask, LanguageModelTask
+from lightkit.tasks import ClassificationTask, ForecastTask, LanguageModelTask
 
 # Keys of conf/predict.yaml that say something to one kind of task alone; null where they are not given.
 _KEYS_OF = {
     "images": ("invert", "batch_size"),
+    "series": ("column", "horizon"),
     "text": ("text", "length", "temperature", "top_k", "seed"),
 }
 
@@ -39,14 +40,16 @@ def predict(config: DictConfig, restored: Restored) -> Prediction:
         given = [key for key in keys if config.get(key) is not None]
         if other != kind and given:
             raise ConfigError(f"{', '.join(given)}: the checkpoint is of a model for {kind}, these are for {other}")
-    from lightkit.prediction import images, text
+    from lightkit.prediction import images, series, text
 
-    return {"images": images.predict, "text": text.predict}[kind](config, restored)
+    return {"images": images.predict, "series": series.predict, "text": text.predict}[kind](config, restored)
 
 
 def _kind(restored: Restored) -> str:
     if isinstance(restored.task, ClassificationTask):
         return "images"
+    if isinstance(restored.task, ForecastTask):
+        return "series"
     if isinstance(restored.task, LanguageModelTask):
         return "text"
     raise ConfigError(f"there is no prediction with a {type(restored.task).__name__}")

@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import Tensor
 
-from lightkit.tasks import ClassificationTask, LanguageModelTask
+from lightkit.tasks import ClassificationTask, ForecastTask, LanguageModelTask
 
 
 def write(
@@ -36,7 +36,7 @@ def write(
     except ImportError as error:
         warnings.warn(f"no report: {error.name} is not installed; pip install 'lightkit[app]'", stacklevel=2)
         return None
-    from lightkit.report import classification, language_model, page
+    from lightkit.report import classification, forecast, language_model, page
     from lightkit.report.section import Section
 
     sections = []
@@ -44,6 +44,8 @@ def write(
         sections.append(Section("Learning curves", figure=figures.save(curves, run_dir / "learning_curves.png")))
     if isinstance(task, ClassificationTask):
         sections += classification.sections(run_dir, data, recorded)
+    if isinstance(task, ForecastTask):
+        sections += forecast.sections(run_dir, task, data, recorded)
     if isinstance(task, LanguageModelTask):
         sections += language_model.sections(run_dir, metrics, task, data, recorded)
     target = run_dir / "report.html"

@@ -17,6 +17,9 @@ _TEMPLATE = Path(__file__).with_name("template.html")
 # The figures a person looks for first, and how to write them.
 _CARDS = (
     ("test/accuracy", "test accuracy", "{:.2%}"),
+    ("test/mae", "mean absolute test error", "{:.4g}"),
+    ("test/rmse", "root mean squared test error", "{:.4g}"),
+    ("test/coverage", "of test values in their interval", "{:.1%}"),
     ("test/bits_per_byte", "bits a byte of the test", "{:.3f}"),
     ("test/perplexity", "test perplexity", "{:.3f}"),
     ("test/loss", "test loss", "{:.4f}"),

@@ -1,7 +1,8 @@
 """LightningModules that bind a model, a loss, an optimizer and metrics to a kind of task."""
 
 from lightkit.tasks.classification import ClassificationTask
+from lightkit.tasks.forecast import ForecastTask
 from lightkit.tasks.language_model import LanguageModelTask
 from lightkit.tasks.task import Task
 
-__all__ = ["ClassificationTask", "LanguageModelTask", "Task"]
+__all__ = ["ClassificationTask", "ForecastTask", "LanguageModelTask", "Task"]
