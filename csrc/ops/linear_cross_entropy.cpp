@@ -1,4 +1,4 @@
-// lightkit::linear_cross_entropy: schema, checks, shapes for tracing, and autograd.
+// lightkit::linear_cross_entropy: schema, shapes for tracing, and autograd.
 //
 // A loss that is reduced computes its gradients in forward, while it has the logits; backward applies the upstream
 // gradient to them. Where every row has its own upstream gradient, and in float16, whose range ends at 6e-8 and
@@ -24,102 +24,6 @@ using at::Tensor;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-void check_linear_arguments(const LinearInputs& inputs, const CrossEntropyOptions& options, int64_t memory_limit) {
-  const Tensor &hidden = inputs.hidden, &head = inputs.linear_weight, &target = inputs.target;
-  TORCH_CHECK_VALUE(
-      hidden.dim() == 2 && head.dim() == 2 && hidden.sym_size(1) == head.sym_size(1),
-      "linear_cross_entropy: input and linear_weight must be (N, D) and (C, D), got ",
-      hidden.sym_sizes(),
-      " and ",
-      head.sym_sizes());
-  TORCH_CHECK_VALUE(
-      head.sym_size(0) > 0 && head.sym_size(1) > 0,
-      "linear_cross_entropy: linear_weight must not be empty, got ",
-      head.sym_sizes());
-  TORCH_CHECK(
-      at::isFloatingType(hidden.scalar_type()) && hidden.element_size() > 1,
-      "linear_cross_entropy: the input must be float32, float64, bfloat16 or float16, got ",
-      hidden.scalar_type());
-  TORCH_CHECK(
-      hidden.scalar_type() == head.scalar_type(),
-      "linear_cross_entropy: linear_weight must be of the dtype of the input, ",
-      hidden.scalar_type(),
-      ", got ",
-      head.scalar_type());
-  TORCH_CHECK(
-      at::isIntegralType(target.scalar_type(), /*includeBool=*/false),
-      "linear_cross_entropy: class indices must be int64, int32 or uint8, got ",
-      target.scalar_type());
-  TORCH_CHECK_VALUE(
-      target.dim() == 1 && target.sym_size(0) == hidden.sym_size(0),
-      "linear_cross_entropy: for an input of shape ",
-      hidden.sym_sizes(),
-      " the target must have shape [",
-      hidden.sym_size(0),
-      "], got ",
-      target.sym_sizes());
-  const auto check_classes = [&](const std::optional<Tensor>& values, const char* name) {
-    if (values.has_value() && values->defined()) {
-      TORCH_CHECK(
-          values->dim() == 1 && values->sym_size(0) == head.sym_size(0) && at::isFloatingType(values->scalar_type()),
-          "linear_cross_entropy: ",
-          name,
-          " must hold a floating point value for each of the ",
-          head.sym_size(0),
-          " classes, got ",
-          values->scalar_type(),
-          " of shape ",
-          values->sym_sizes());
-    }
-  };
-  check_classes(inputs.linear_bias, "linear_bias");
-  check_classes(inputs.weight, "weight");
-  const auto check_device = [&](const Tensor& tensor, const char* name) {
-    TORCH_CHECK(
-        !tensor.defined() || tensor.device() == hidden.device(),
-        "linear_cross_entropy: ",
-        name,
-        " is on ",
-        tensor.device(),
-        " but the input is on ",
-        hidden.device());
-  };
-  check_device(head, "linear_weight");
-  check_device(target, "the target");
-  check_device(inputs.linear_bias.value_or(Tensor()), "linear_bias");
-  check_device(inputs.weight.value_or(Tensor()), "weight");
-  const auto reduction = static_cast<int64_t>(options.reduction);
-  TORCH_CHECK_VALUE(
-      reduction >= 0 && reduction <= 2,
-      "linear_cross_entropy: reduction must be 0 (none), 1 (mean) or 2 (sum), got ",
-      reduction);
-  TORCH_CHECK(
-      options.label_smoothing >= 0.0 && options.label_smoothing <= 1.0,
-      "linear_cross_entropy: label_smoothing must be between 0.0 and 1.0, got ",
-      options.label_smoothing);
-  TORCH_CHECK_VALUE(
-      options.softcap >= 0.0, "linear_cross_entropy: softcap must not be negative, got ", options.softcap);
-  TORCH_CHECK_VALUE(memory_limit > 0, "linear_cross_entropy: memory_limit must be positive, got ", memory_limit);
-}
-
-void check_backward_arguments(
-    const Tensor& grad_loss, const Tensor& rows_known, const LinearInputs& inputs, const CrossEntropyOptions& options) {
-  const Tensor& hidden = inputs.hidden;
-  TORCH_CHECK_VALUE(
-      rows_known.dim() == 2 && rows_known.sym_size(0) == 3 && rows_known.sym_size(1) == hidden.sym_size(0) &&
-          rows_known.scalar_type() == accumulation_type(hidden.scalar_type()) && rows_known.device() == hidden.device(),
-      "linear_cross_entropy: rows_known must be what the forward pass returned, got ",
-      rows_known.scalar_type(),
-      " of shape ",
-      rows_known.sym_sizes());
-  const bool each = options.reduction == Reduction::None;
-  TORCH_CHECK_VALUE(
-      grad_loss.dim() == (each ? 1 : 0) && (!each || grad_loss.sym_size(0) == hidden.sym_size(0)) &&
-          grad_loss.device() == hidden.device(),
-      "linear_cross_entropy: grad_loss must have the shape of the loss, got ",
-      grad_loss.sym_sizes());
-}
-
 namespace {
 
 // Empty tensors for the gradients.
@@ -143,7 +47,8 @@ LinearResults forward_meta(
   Tensor loss = options.reduction == Reduction::None ? at::empty_symint({hidden.sym_size(0)}, loss_options)
                                                      : at::empty_symint({}, loss_options);
   auto [hidden_gradient, weight_gradient, bias_gradient] = empty_gradients(inputs, {LIGHTKIT_WANTED_ARGUMENTS});
-  return {loss, at::empty_symint({3, hidden.sym_size(0)}, acc_options), hidden_gradient, weight_gradient, bias_gradient};
+  const Tensor rows_known = at::empty_symint({3, hidden.sym_size(0)}, acc_options);
+  return {loss, rows_known, hidden_gradient, weight_gradient, bias_gradient};
 }
 
 LinearGradients backward_meta(
@@ -175,7 +80,12 @@ LinearGradients call_backward(
                              .findSchemaOrThrow("lightkit::_linear_cross_entropy_backward", "")
                              .typed<decltype(backward_meta)>();
   return op.call(
-      grad_loss, rows_known, LIGHTKIT_LINEAR_ARGUMENTS, LIGHTKIT_OPTION_ARGUMENTS, memory_limit, LIGHTKIT_WANTED_ARGUMENTS);
+      grad_loss,
+      rows_known,
+      LIGHTKIT_LINEAR_ARGUMENTS,
+      LIGHTKIT_OPTION_ARGUMENTS,
+      memory_limit,
+      LIGHTKIT_WANTED_ARGUMENTS);
 }
 
 using CrossEntropy = std::tuple<Tensor, Tensor>(
@@ -370,16 +280,18 @@ std::tuple<Tensor, Tensor> linear_cross_entropy_autograd(
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(lightkit, m) {
-#define LIGHTKIT_LINEAR_SCHEMA "Tensor hidden, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight, "
+#define LIGHTKIT_LINEAR_SCHEMA \
+  "Tensor hidden, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight, "
 #define LIGHTKIT_OPTION_SCHEMA \
   "int reduction, int ignore_index, float label_smoothing, float z_loss, float softcap, ScalarType? dtype, "
 #define LIGHTKIT_WANTED_SCHEMA "bool hidden_wanted, bool weight_wanted, bool bias_wanted"
-  m.def("linear_cross_entropy(" LIGHTKIT_LINEAR_SCHEMA LIGHTKIT_OPTION_SCHEMA "int memory_limit) -> (Tensor loss, Tensor lse)");
+  m.def("linear_cross_entropy(" LIGHTKIT_LINEAR_SCHEMA LIGHTKIT_OPTION_SCHEMA
+        "int memory_limit) -> (Tensor loss, Tensor lse)");
   m.def("_linear_cross_entropy_forward(" LIGHTKIT_LINEAR_SCHEMA LIGHTKIT_OPTION_SCHEMA
         "int memory_limit, " LIGHTKIT_WANTED_SCHEMA
         ") -> (Tensor loss, Tensor rows_known, Tensor hidden_gradient, Tensor weight_gradient, Tensor bias_gradient)");
-  m.def("_linear_cross_entropy_backward(Tensor grad_loss, Tensor rows_known, " LIGHTKIT_LINEAR_SCHEMA LIGHTKIT_OPTION_SCHEMA
-        "int memory_limit, " LIGHTKIT_WANTED_SCHEMA
+  m.def("_linear_cross_entropy_backward(Tensor grad_loss, Tensor rows_known, " LIGHTKIT_LINEAR_SCHEMA
+        LIGHTKIT_OPTION_SCHEMA "int memory_limit, " LIGHTKIT_WANTED_SCHEMA
         ") -> (Tensor hidden_gradient, Tensor weight_gradient, Tensor bias_gradient)");
 }
 

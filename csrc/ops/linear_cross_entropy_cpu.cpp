@@ -128,8 +128,9 @@ cpu::RowStatistics<acc_t> as_statistics(const Tensor& known) {
 // Runs the kernel with its workspace.
 template <typename scalar_t>
 void run(cpu::LinearCrossEntropy<scalar_t>& args, int64_t memory_limit) {
-  args.workspace_bytes = cpu::linear_cross_entropy_workspace(args, memory_limit);
-  const Tensor workspace = pooled_empty({args.workspace_bytes}, at::TensorOptions(at::kByte));
+  args.memory_limit = memory_limit;
+  const int64_t bytes = cpu::linear_cross_entropy_workspace(args);
+  const Tensor workspace = pooled_empty({bytes}, at::TensorOptions(at::kByte));
   args.workspace = reinterpret_cast<char*>(workspace.mutable_data_ptr());
   cpu::linear_cross_entropy(args);
 }
@@ -180,7 +181,10 @@ class Gradients {
 
 template <typename scalar_t>
 LinearResults forward(
-    const LinearInputs& inputs, const CrossEntropyOptions& options, int64_t memory_limit, const WantedGradients& wanted) {
+    const LinearInputs& inputs,
+    const CrossEntropyOptions& options,
+    int64_t memory_limit,
+    const WantedGradients& wanted) {
   using acc_t = cpu::accumulator_t<scalar_t>;
   const Rows<scalar_t> rows(inputs, options);
   const Tensor head = inputs.linear_weight.contiguous();
@@ -193,7 +197,8 @@ LinearResults forward(
 
   const bool mean = options.reduction == Reduction::Mean;
   const double scale = mean && rows.count > 0 ? 1 / rows.denominator : 1;
-  LinearGradients gradients{at::empty({0}, head.options()), at::empty({0}, head.options()), at::empty({0}, head.options())};
+  const Tensor none = at::empty({0}, head.options());
+  LinearGradients gradients{none, none, none};
   if (wanted.any()) {
     const Tensor scales = at::full({rows.count}, scale, acc_options);
     const Gradients<scalar_t> written(rows, inputs, wanted, scales, args);
@@ -239,7 +244,8 @@ LinearGradients backward(
   if (options.reduction == Reduction::None) {
     scales = rows.pick(scales);
   } else {
-    scales = (options.reduction == Reduction::Mean ? scales / rows.denominator : scales).expand({rows.count}).contiguous();
+    const Tensor scale = options.reduction == Reduction::Mean ? scales / rows.denominator : scales;
+    scales = scale.expand({rows.count}).contiguous();
   }
   const Gradients<scalar_t> written(rows, inputs, wanted, scales, args);
   run(args, memory_limit);

@@ -61,7 +61,8 @@ class Slices {
     const int64_t fitting = memory_limit / class_bytes;
     // Where not everything fits, half of the memory keeps logits for the second pass.
     slice_ = fitting >= classes_ ? classes_ : std::min(classes_, std::max(kLeastClasses, fitting / 2));
-    most_kept_ = std::max<int64_t>(1, (memory_limit - slice_ * class_bytes) / std::max<int64_t>(1, slice_ * rows_ * acc_size));
+    const int64_t slice_bytes = std::max<int64_t>(1, slice_ * rows_ * acc_size);
+    most_kept_ = slice_ == classes_ ? 1 : std::max<int64_t>(0, memory_limit - slice_ * class_bytes) / slice_bytes;
   }
 
   const Tensor& counted() const {
@@ -77,7 +78,7 @@ class Slices {
     return (weight_.defined() ? target_weight() * counted_ : counted_.to(acc_type_)).sum(acc_type_);
   }
 
-  // First pass: losses and what is known of the rows. With `keep`, the logits of the last slices stay for the second.
+  // First pass: losses and what is known of the rows. With `keep`, logits of the first slices stay for the second.
   std::tuple<Tensor, Tensor> losses(bool keep) {
     const auto make = [&] { return at::empty({rows_}, acc_options_); };
     const Tensor maximum = make(), sum = make(), soft = make(), target_logit = make();

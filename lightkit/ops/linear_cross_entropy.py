@@ -63,9 +63,9 @@ def linear_cross_entropy(
         dtype: of the loss. Default: that of ``input``, or float32 under autocast.
         return_lse: return the log-partition function of each row too, 0 for ignored ones, in float32 (float64 for
             float64), of the shape of the unreduced loss. It is not differentiable.
-        memory_limit: bytes for logits and what becomes of them; the more, the fewer are computed twice. Not in it:
-            the gradients, for half precision a float32 copy of the gradient of ``input`` where that is larger, and a
-            few numbers for each row. Below 1 MiB or so it is exceeded.
+        memory_limit: bytes for logits and what becomes of them; the more, the fewer are computed twice. For half
+            precision a float32 sum of the gradient of ``input`` comes out of it, too. Besides, a CPU takes some numbers
+            for each row and up to 2 MB for each thread. Where the limit is too small for any progress it is exceeded.
 
     Returns:
         The loss, or ``(loss, lse)`` with ``return_lse``.

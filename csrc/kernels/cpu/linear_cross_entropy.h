@@ -47,21 +47,20 @@ struct LinearCrossEntropy {
   scalar_t* weight_gradient;      // (classes, features)
   acc_t* bias_gradient;           // (classes)
 
-  // `workspace_bytes` of memory at `workspace`, aligned to 64 bytes; see `linear_cross_entropy_workspace`.
-  char* workspace;
-  int64_t workspace_bytes;
+  // What the workspace may take, in bytes; it takes less where that is enough, and more where it is too little.
+  int64_t memory_limit;
+  char* workspace;                // aligned to 64 bytes; see `linear_cross_entropy_workspace`
 };
 
-// How much of `limit` bytes of workspace can be used, or the little that is needed where that is more.
+// The bytes that `workspace` must have, with everything else in `args` set.
 template <typename scalar_t>
-int64_t linear_cross_entropy_workspace(const LinearCrossEntropy<scalar_t>& args, int64_t limit);
+int64_t linear_cross_entropy_workspace(const LinearCrossEntropy<scalar_t>& args);
 
 // Runs on the threads of at::parallel_for. The results do not depend on their number.
 //
 // Where gradients of the type of the accumulators are wanted with the loss, rows are worked on in chunks whose logits
-// fit into the workspace: 3 products of (rows, features, classes). Otherwise every row is in the one chunk, so that
-// each gradient of half precision is rounded once, and the logits that the workspace does not hold are computed
-// twice: up to 4 products.
+// fit into the limit: 3 products of (rows, features, classes). Otherwise every row is in the one chunk, so that each
+// gradient of half precision is rounded once, and logits beyond the limit are computed twice: up to 4 products.
 template <typename scalar_t>
 void linear_cross_entropy(const LinearCrossEntropy<scalar_t>& args);
 

@@ -67,7 +67,8 @@ class LogitTile {
   using Vec = at::vec::Vectorized<acc_t>;
 
   // (classes, rows) logits of the classes from `first` on; `rows` is a multiple of kRowMultiple.
-  LogitTile(const LinearCrossEntropy<scalar_t>& args, Matrix<acc_t> logits, int64_t first, int64_t classes, int64_t rows)
+  LogitTile(
+      const LinearCrossEntropy<scalar_t>& args, Matrix<acc_t> logits, int64_t first, int64_t classes, int64_t rows)
       : args_(args), logits_(logits), first_(first), classes_(classes), rows_(rows) {}
 
   // Bias and softcap: products become logits.

@@ -92,7 +92,7 @@ struct Operands {
       Matrix<const scalar_t> from, int64_t n, int64_t k, int64_t width, operand_t* scratch) {
     // A pair of features is one word, whose value is not looked at.
     using word_t = std::conditional_t<paired, float, operand_t>;
-    const int64_t words = k * static_cast<int64_t>(sizeof(operand_t)) / static_cast<int64_t>(sizeof(word_t));
+    const int64_t words = paired ? k / 2 : k;
     const Matrix<word_t> to{reinterpret_cast<word_t*>(scratch), width};
     if constexpr (converted) {
       constexpr int64_t side = 16;
@@ -105,7 +105,7 @@ struct Operands {
         }
       }
     } else {
-      const int64_t stride = from.stride * static_cast<int64_t>(sizeof(operand_t)) / static_cast<int64_t>(sizeof(word_t));
+      const int64_t stride = paired ? from.stride / 2 : from.stride;
       transpose(Matrix<const word_t>{reinterpret_cast<const word_t*>(from.data), stride}, n, words, to);
     }
     if (width > n) {
