@@ -3,6 +3,7 @@
 
 #include "cross_entropy.h"
 
+#include <ATen/Functions.h>
 #include <ATen/core/Tensor.h>
 
 #include <optional>
@@ -44,6 +45,12 @@ using LinearGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 // Loss, what is known of the rows, and gradients. Of each row (3, N): the largest logit, the logarithm of the sum of
 // exp(u - largest), and the logarithm of the probability of the target; 0 for rows that are ignored.
 using LinearResults = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+// No gradient: each a tensor of its own, for an op's results must not be one and the same.
+inline LinearGradients no_gradients(const at::TensorOptions& options) {
+  const auto none = [&] { return at::empty({0}, options); };
+  return {none(), none(), none()};
+}
 
 // Raises for arguments that do not fit, in words that name them.
 void check_linear_arguments(const LinearInputs& inputs, const CrossEntropyOptions& options, int64_t memory_limit);

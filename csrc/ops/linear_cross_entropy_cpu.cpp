@@ -166,11 +166,11 @@ class Gradients {
   }
 
   LinearGradients result() const {
-    const Tensor none = at::empty({0}, inputs_.hidden.options());
+    auto [hidden, linear_weight, linear_bias] = no_gradients(inputs_.hidden.options());
     return {
-        hidden_.defined() ? rows_.spread(hidden_) : none,
-        linear_weight_.defined() ? linear_weight_ : none,
-        linear_bias_.defined() ? linear_bias_.to(inputs_.linear_bias->scalar_type()) : none};
+        hidden_.defined() ? rows_.spread(hidden_) : hidden,
+        linear_weight_.defined() ? linear_weight_ : linear_weight,
+        linear_bias_.defined() ? linear_bias_.to(inputs_.linear_bias->scalar_type()) : linear_bias};
   }
 
  private:
@@ -197,8 +197,7 @@ LinearResults forward(
 
   const bool mean = options.reduction == Reduction::Mean;
   const double scale = mean && rows.count > 0 ? 1 / rows.denominator : 1;
-  const Tensor none = at::empty({0}, head.options());
-  LinearGradients gradients{none, none, none};
+  LinearGradients gradients = no_gradients(head.options());
   if (wanted.any()) {
     const Tensor scales = at::full({rows.count}, scale, acc_options);
     const Gradients<scalar_t> written(rows, inputs, wanted, scales, args);

@@ -121,10 +121,16 @@ class Slices {
       target_gradient = target_gradient * (1 - ((log_p + lse) / options_.softcap).square());
     }
 
-    const Tensor none = at::empty({0}, hidden_.options());
-    Tensor of_hidden = wanted.hidden ? at::zeros({rows_, hidden_.size(1)}, acc_options_) : none;
-    Tensor of_weight = wanted.linear_weight ? at::empty_like(head_) : none;
-    Tensor of_bias = wanted.linear_bias ? at::empty({classes_}, acc_options_) : none;
+    auto [of_hidden, of_weight, of_bias] = no_gradients(hidden_.options());
+    if (wanted.hidden) {
+      of_hidden = at::zeros({rows_, hidden_.size(1)}, acc_options_);
+    }
+    if (wanted.linear_weight) {
+      of_weight = at::empty_like(head_);
+    }
+    if (wanted.linear_bias) {
+      of_bias = at::empty({classes_}, acc_options_);
+    }
     for (int64_t begin = 0, index = 0; begin < classes_; begin += slice_, ++index) {
       const bool is_kept = index < static_cast<int64_t>(kept_.size());
       const Tensor logits = is_kept ? std::exchange(kept_[index], Tensor()) : compute_logits(begin);
@@ -153,9 +159,7 @@ class Slices {
       }
     }
     return {
-        wanted.hidden ? of_hidden.to(type_) : none,
-        of_weight,
-        wanted.linear_bias ? of_bias.to(inputs.linear_bias->scalar_type()) : none};
+        of_hidden.to(type_), of_weight, wanted.linear_bias ? of_bias.to(inputs.linear_bias->scalar_type()) : of_bias};
   }
 
  private:
@@ -229,8 +233,7 @@ LinearResults forward_cuda(
   const Tensor denominator = mean ? slices.denominator() : at::ones({}, slices.acc_options());
   const auto loss_type = options.dtype.value_or(hidden.scalar_type());
   const Tensor loss = options.reduction == Reduction::None ? losses : losses.sum() / denominator;
-  const Tensor none = at::empty({0}, hidden.options());
-  LinearGradients gradients{none, none, none};
+  LinearGradients gradients = no_gradients(hidden.options());
   if (wanted.any()) {
     // Without a row that counts there is nothing to divide.
     const Tensor scale = denominator.reciprocal().masked_fill(denominator.eq(0), 0);
