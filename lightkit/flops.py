@@ -69,25 +69,29 @@ class FlopCounter:
 
     def _look_for_compiled_code(self) -> None:
         dynamo = sys.modules.get("torch._dynamo.eval_frame")
-        if dynamo is not None and dynamo.cached_backends:
-            self.obstacle = "torch.compile is in use, whose code does not tell what it computes"
+        # None is the back end of what is not to be compiled.
+        if dynamo is not None and any(dynamo.cached_backends.values()):
+            self._give_up("torch.compile is in use, whose code does not tell what it computes")
+
+    def _give_up(self, obstacle: str) -> None:
+        self.obstacle = self.obstacle or obstacle
 
     def _count(self, func: Any, types: Sequence[type], args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
         # Those in place multiply as the others do.
         formula = _FORMULAS.get(func._schema.name.removesuffix("_"))
         if any(cls not in (Tensor, Parameter) for cls in types):
-            self.obstacle = f"{func} ran on {', '.join(sorted(cls.__name__ for cls in types))}"
+            self._give_up(f"{func} ran on {', '.join(sorted(cls.__name__ for cls in types))}")
         elif formula is None:
             if _may_multiply(func):
-                self.obstacle = f"the operations of {func} are unknown"
+                self._give_up(f"the operations of {func} are unknown")
         elif any(isinstance(a, Tensor) and (a.layout is not torch.strided or a.is_complex()) for a in args):
-            self.obstacle = f"{func} ran on sparse or complex tensors"
+            self._give_up(f"{func} ran on sparse or complex tensors")
         else:
             try:
                 self._by_dtype[args[0].dtype] += formula(*args, **kwargs, out_val=out)
             except Exception as error:
                 # The operation has run: what a formula thinks of its arguments is no reason to stop a training.
-                self.obstacle = f"the operations of {func} are unknown: {error}"
+                self._give_up(f"the operations of {func} are unknown: {error}")
 
 
 class _Counting(TorchDispatchMode):
@@ -110,7 +114,7 @@ class _Counting(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if not isinstance(func, torch._ops.OpOverload):
-            self._counter.obstacle = f"the operations of {func} are unknown"
+            self._counter._give_up(f"the operations of {func} are unknown")
             return NotImplemented
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
@@ -124,7 +128,7 @@ _MULTIPLIES = re.compile(
     r"(?!_thnn_).*("
     r"m[mv](?![a-z])|matmul|multi_dot|tensordot|einsum|conv(?!ert)|linear(?!\d)|"
     r"rnn(?!_flatten)|lstm|gru(_|$)|attention|multi_head|transformer|"
-    r"linalg_(?!vector_norm|cross|diagonal|_powsum)|cholesky|geqrf|or[gm]qr|(?<!re)solve|matrix_(exp|power)|"
+    r"linalg_(?!vector_norm|cross|diagonal|check_errors|_powsum)|cholesky|geqrf|or[gm]qr|(?<!re)solve|matrix_(exp|power)|"
     r"cdist|fft_.2.)"
 )
 

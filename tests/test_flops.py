@@ -90,9 +90,6 @@ def test_recurrent(cell, layers, bidirectional):
     else:
         # Product by product: none for the gradients of the input and of the state before the first step.
         expected = steps * (2 * of_input + 3 * of_layers + 3 * of_state) - of_state + 3 * head
-        if bidirectional:
-            # Of the last layer that reads backwards only the state in which it ends is used, after its last step.
-            expected = expected
     assert count(lambda: model(torch.randn(batch, steps, inputs))) == expected
 
 
