@@ -156,6 +156,7 @@ def test_unknown():
         "lightkit_tests": lambda: square(square_matrix),
         "sparse": lambda: square_matrix.to_sparse() @ square_matrix,
         "linear": lambda: torch.inference_mode()(F.linear)(square_matrix, square_matrix),
+        "cond": lambda: torch.ops.higher_order.cond(True, torch.mm, torch.mm, (square_matrix, square_matrix)),
     }
     for name, run in runs.items():
         with FlopCounter() as counter:

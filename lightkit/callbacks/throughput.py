@@ -34,7 +34,8 @@ class Throughput(Callback):
     Attributes:
         flops_per_sample: operations of forward and backward for a sample.
         fraction_of_matmul_rate: ``flops_per_second`` as a part of what a large matrix product reaches, measured at
-            the end of the fit; see `lightkit.flops.matmul_rate`.
+            the end of the fit; see `lightkit.flops.matmul_rate`. It is above 1 where a kernel leaves out what it can
+            know to be 0, as `lightkit.ops.conv_relu_pool` does in backward: what is counted are the layers.
     """
 
     def __init__(self) -> None:
