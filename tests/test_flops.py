@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from lightkit.flops import FlopCounter, matmul_rate
+from lightkit.flops import _FORMULAS, FlopCounter, matmul_rate
 from lightkit.models import CNN, RNN, Transformer
 from lightkit.ops import conv_relu_pool, linear_cross_entropy
 from lightkit.optim import Adam
@@ -112,6 +112,33 @@ def test_transformer(dropout):
     attention = layers * 2 * steps * steps * dim
     tokens = torch.randint(vocabulary, (batch, steps))
     assert count(lambda: model(tokens)) == 3 * 2 * batch * (steps * maps + attention)
+
+
+def test_kernels_of_a_gpu():
+    """Those of cuDNN and flash attention, by the shapes of their arguments."""
+    aten = torch.ops.aten
+
+    def empty(*sizes, dtype=torch.float16):
+        return torch.empty(sizes, dtype=dtype, device="meta")
+
+    packed, state, buffer = empty(14, 3), empty(1, 2, 5), empty(200)
+    weights, lengths = [empty(20, 3), empty(20, 5), empty(20), empty(20)], [2] * 7
+    # LSTM, hidden size, no projection, layers, not batch first, dropout, train, one direction.
+    options = (2, 5, 0, 1, False, 0.0, True, False, lengths, None)
+    once = 2 * 14 * (20 * 3 + 20 * 5)
+    assert count(lambda: aten._cudnn_rnn(packed, weights, 4, buffer, state, state, *options)[0]) == once
+    outputs, reserve = empty(14, 5), empty(9, dtype=torch.uint8)
+    known = (packed, weights, 4, buffer, state, state, outputs, outputs, state, state, *options, reserve)
+    for of_weights in (False, True):
+        # torch cannot run it without a GPU.
+        formula = _FORMULAS["aten::_cudnn_rnn_backward"]
+        assert formula(*known, [True, False, False, of_weights], out_val=None) == (1 + of_weights) * once
+
+    query, scores, random = empty(2, 4, 16, 8), empty(2, 4, 16, dtype=torch.float32), empty(2, dtype=torch.uint64)
+    products = 2 * 2 * (2 * 4) * 16 * 16 * 8
+    assert count(lambda: aten._scaled_dot_product_flash_attention(query, query, query)[0]) == products
+    backward = (query, query, query, query, query, scores, None, None, 16, 16, 0.0, True, random, random)
+    assert count(lambda: aten._scaled_dot_product_flash_attention_backward(*backward)[0]) == 2 * products
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"], ids=["gradients in forward", "in backward"])
