@@ -139,7 +139,7 @@ def _summarize(config: DictConfig, metrics: dict[str, Any], page: Path | None) -
     rows |= {name: f"{value:,.0f}" for name, value in metrics.items() if name.endswith("_per_second")}
     if (fraction := metrics.get("train/fraction_of_matmul_rate")) is not None:
         rate = metrics["train/gigaflops_per_second"]
-        rows["train/gigaflops_per_second"] = f"{rate:,.1f}, {fraction:.0%} of a matrix product's"
+        rows["train/gigaflops_per_second"] = f"{rate:,.1f}, {fraction:.2f} times a matrix product's"
     rows |= {"wall_seconds": f"{metrics['wall_seconds']:.1f} s", "epochs": str(metrics["epochs"])}
     parts = {name[len("step/") : -len(" (ms)")]: value for name, value in metrics.items() if name.startswith("step/")}
     if total := sum(parts.values()):
