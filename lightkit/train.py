@@ -77,6 +77,10 @@ def train(config: DictConfig) -> dict[str, Any]:
     for throughput in (c for c in trainer.callbacks if isinstance(c, Throughput)):
         if throughput.total is not None:
             metrics[rate_name(data)] = throughput.total
+        if throughput.flops_per_second is not None:
+            metrics["train/gigaflops_per_second"] = throughput.flops_per_second / 1e9
+        if throughput.fraction_of_matmul_rate is not None:
+            metrics["train/fraction_of_matmul_rate"] = throughput.fraction_of_matmul_rate
         if throughput.step is not None:
             metrics |= {f"step/{part} (ms)": value for part, value in throughput.step.items()}
     if config.test:
@@ -133,6 +137,9 @@ def _scalars(trainer: pl.Trainer) -> dict[str, Any]:
 def _summarize(config: DictConfig, metrics: dict[str, Any], page: Path | None) -> None:
     rows = {name: f"{value:.4f}" for name, value in metrics.items() if name.startswith(("test/", "baseline/"))}
     rows |= {name: f"{value:,.0f}" for name, value in metrics.items() if name.endswith("_per_second")}
+    if (fraction := metrics.get("train/fraction_of_matmul_rate")) is not None:
+        rate = metrics["train/gigaflops_per_second"]
+        rows["train/gigaflops_per_second"] = f"{rate:,.1f}, {fraction:.2f} times a matrix product's"
     rows |= {"wall_seconds": f"{metrics['wall_seconds']:.1f} s", "epochs": str(metrics["epochs"])}
     parts = {name[len("step/") : -len(" (ms)")]: value for name, value in metrics.items() if name.startswith("step/")}
     if total := sum(parts.values()):

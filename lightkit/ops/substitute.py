@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 from torch.overrides import has_torch_function_variadic
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from lightkit.ops.cross_entropy import cross_entropy, has_kernel
 
@@ -104,12 +105,19 @@ def _choose(
         and (weight is None or type(weight) in _PLAIN)
         # Modes that watch torch's functions or operators, such as tracers, are to see torch's.
         and not has_torch_function_variadic(input, target)
-        and torch._C._len_torch_dispatch_stack() == 0
+        and not _is_dispatched_by_modes()
         and not torch.jit.is_tracing()
         and has_kernel(input, target, weight)
     ):
         return cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
     return _torch_cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+
+
+def _is_dispatched_by_modes() -> bool:
+    """Whether a mode decides on what operators do; one that only watches, as `lightkit.flops`, sees those that run."""
+    if torch._C._len_torch_dispatch_stack() == 0:
+        return False
+    return not all(getattr(mode, "only_watches", False) for mode in _get_current_dispatch_mode_stack())
 
 
 def _in_scope() -> bool:

@@ -26,6 +26,8 @@ _CARDS = (
     ("train/images_per_second", "images a second in training", "{:,.0f}"),
     ("train/tokens_per_second", "tokens a second in training", "{:,.0f}"),
     ("train/windows_per_second", "windows a second in training", "{:,.0f}"),
+    ("train/gigaflops_per_second", "gigaflops a second in training", "{:,.1f}"),
+    ("train/fraction_of_matmul_rate", "times the rate of a matrix product", "{:.2f}"),
     ("epochs", "epochs", "{}"),
     ("wall_seconds", "seconds in all", "{:,.1f}"),
 )

@@ -43,6 +43,7 @@ def test_main_job(run):
     # The mean over seeds is 0.959; 0.94 is four of its standard deviations below.
     assert metrics["test/accuracy"] > 0.94
     assert metrics.keys() >= {"test/loss", "train/images_per_second", "epochs", "wall_seconds"}
+    assert metrics["train/gigaflops_per_second"] > 0 and metrics["train/fraction_of_matmul_rate"] > 0
     assert metrics["epochs"] == 5 and metrics["steps"] == 5 * 113
     for name in ("config.yaml", "environment.json", "metrics.csv", "learning_curves.png", "confusion_matrix.png"):
         assert (run_dir / name).stat().st_size > 0

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightkit
+from lightkit.flops import FlopCounter
 from lightkit.ops import substitute, substitute_cross_entropy
 
 KEPT = {"attribute": F.cross_entropy, "partial": functools.partial(F.cross_entropy, reduction="sum")}
@@ -149,6 +150,19 @@ def test_modes(calls):
         with SeesOperators() as operators:
             F.cross_entropy(logits, target)
     assert len(calls) == 1 and not any("lightkit" in str(operator) for operator in operators.seen)
+
+
+def test_a_mode_that_only_watches(calls):
+    """The counter of operations sees those that run without it."""
+    logits, target = problem()
+    # It does not watch where torch.compile is in use.
+    torch._dynamo.reset()
+    with substitute_cross_entropy(), FlopCounter() as counter:
+        F.cross_entropy(logits, target).backward()
+        assert len(calls) == 1 and counter.total == 0
+        with SeesOperators():
+            F.cross_entropy(logits, target)
+    assert len(calls) == 1
 
 
 def test_compiled_before_and_within(calls):
