@@ -8,9 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch.overrides.distributed import _register_ddp_comm_hook
-from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
-from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -101,7 +99,8 @@ class DataParallel(Parallel):
             )
 
 
-def _average_in(dtype: torch.dtype, bucket: dist.GradBucket) -> Future[Tensor]:
+# Without annotations: torch looks at them, and does not know them as strings.
+def _average_in(dtype, bucket):
     """A communication hook: averages gradients in another dtype. torch's own for bfloat16 is for NCCL alone."""
     gradients = bucket.buffer()
     # Divided first: the sum of many would leave the range of float16.
