@@ -61,7 +61,7 @@ def lead(function: Callable[[DictConfig], Any], config: DictConfig, command: lis
         LightkitError: what went wrong in one of the processes; the others have been ended.
     """
     if _under_torchrun():
-        config = _with_torchruns_processes(config)
+        config = with_torchruns_processes(config)
         _publish(_torchrun_store(), config)
         function(config)
     elif (count := count_processes(config)) > 1:
@@ -74,6 +74,7 @@ def finish() -> None:
     """Under torchrun, tells those that follow that there is no further job."""
     if _under_torchrun() and os.environ["RANK"] == "0":
         _publish(_torchrun_store(), None)
+        _leave()
 
 
 def follow(function: Callable[[DictConfig], Any]) -> None:
@@ -91,6 +92,7 @@ def follow(function: Callable[[DictConfig], Any]) -> None:
         function(OmegaConf.create(job["config"]))
         if is_started():
             break
+    _leave()
 
 
 def tell(message: str, trace: str = "") -> None:
@@ -125,7 +127,12 @@ def _under_torchrun() -> bool:
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"))
 
 
-def _with_torchruns_processes(config: DictConfig) -> DictConfig:
+def with_torchruns_processes(config: DictConfig) -> DictConfig:
+    """The configuration, resolved, with the devices and nodes that torchrun has started processes for.
+
+    Raises:
+        ConfigError: it asks for other devices, or the nodes have different numbers of processes.
+    """
     world = int(os.environ["WORLD_SIZE"])
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     nodes, rest = divmod(world, local)
@@ -143,6 +150,14 @@ def _with_torchruns_processes(config: DictConfig) -> DictConfig:
 
 def _resolved(config: DictConfig) -> dict[str, Any]:
     return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+
+
+def _leave() -> None:
+    """Ends the process group: its threads must not outlive the interpreter, and Lightning ends it for NCCL alone."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 _store: Any = None
@@ -250,7 +265,8 @@ def _watch(processes: list[subprocess.Popen], store: Any) -> None:
 
 def _cause(processes: list[subprocess.Popen], store: Any) -> LightkitError:
     """What went wrong first: where one process fails, the others fail for missing it."""
-    killed = [rank for rank, process in enumerate(processes) if (process.returncode or 0) < 0]
+    told = [rank for rank in range(len(processes)) if store.check([f"error/{rank}"])]
+    killed = [rank for rank, process in enumerate(processes) if (process.returncode or 0) < 0 and rank not in told]
     if killed:
         number = -processes[killed[0]].returncode
         hint = "; the machine may be out of memory" if number == signal.SIGKILL else ""
@@ -258,7 +274,6 @@ def _cause(processes: list[subprocess.Popen], store: Any) -> LightkitError:
             f"process {killed[0]} of {len(processes)} was ended by {signal.Signals(number).name}{hint}; the others "
             "were stopped. ckpt_path=last goes on from the last checkpoint"
         )
-    told = [rank for rank in range(len(processes)) if store.check([f"error/{rank}"])]
     reports = {rank: json.loads(store.get(f"error/{rank}")) for rank in told}
     if not reports:
         rank, status = next((rank, p.returncode) for rank, p in enumerate(processes) if p.returncode)
