@@ -60,7 +60,7 @@ def entry_point(
 
         command = hydra.main(version_base="1.3", config_path=CONFIG_SOURCE, config_name=config_name)(checked)
 
-        def main() -> int:
+        def run() -> int:
             show_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
             # With it Hydra raises instead of printing, which leaves the printing to us.
             os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -71,44 +71,62 @@ def entry_point(
                     processes.follow(function)
                 else:
                     command()
+                if several_processes:
                     processes.finish()
             except (_UserError, *_USER_ERRORS) as error:
                 if show_traceback:
                     traceback.print_exc()
-                if processes.is_started():
-                    processes.tell(explain(error, config_name))
-                else:
-                    print(f"error: {explain(error, config_name)}", file=sys.stderr)
+                print(f"error: {explain(error, config_name)}", file=sys.stderr)
                 return 1
             except ValueError as error:
                 # Any other than Hydra's answer to GROUP=null is a fault of the program.
                 if not str(error).startswith("Config group override must be") or not (message := _explain_null()):
-                    if processes.is_started():
-                        processes.tell(f"{type(error).__name__}: {error}", traceback.format_exc())
-                        return 1
                     raise
                 if show_traceback:
                     traceback.print_exc()
                 print(f"error: {message}", file=sys.stderr)
                 return 1
             except (KeyboardInterrupt, SystemExit) as error:
-                # Lightning turns the first into the second, once it has put things in order.
-                if not isinstance(error, KeyboardInterrupt) and not isinstance(error.__context__, KeyboardInterrupt):
+                if not _is_interrupt(error):
                     raise
-                if not processes.is_started():
-                    print("interrupted: ckpt_path=last goes on from the last checkpoint", file=sys.stderr)
+                print("interrupted: ckpt_path=last goes on from the last checkpoint", file=sys.stderr)
                 return 130
-            except Exception as error:
-                if not processes.is_started():
-                    raise
-                processes.tell(f"{type(error).__name__}: {error}", traceback.format_exc())
-                return 1
             return 0
+
+        def main() -> int:
+            status = _run_started(function, config_name) if processes.is_started() else run()
+            if status != 0:
+                processes.leave_at_once(status)
+            return status
 
         main.__doc__ = function.__doc__
         return main
 
     return decorate
+
+
+def _run_started(function: Callable[[DictConfig], Any], config_name: str) -> int:
+    """Runs the job of the process that started this one, which is told what goes wrong, and prints it."""
+    _quiet()
+    try:
+        processes.follow(function)
+        processes.finish()
+    except _USER_ERRORS as error:
+        processes.tell(explain(error, config_name))
+        return 1
+    except (KeyboardInterrupt, SystemExit) as error:
+        if not _is_interrupt(error):
+            raise
+        return 130
+    except Exception as error:
+        processes.tell(f"{type(error).__name__}: {error}", traceback.format_exc())
+        return 1
+    return 0
+
+
+def _is_interrupt(error: BaseException) -> bool:
+    """Whether it is Ctrl-C, which Lightning turns into a SystemExit once it has put things in order."""
+    return isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt)
 
 
 def _flags_first() -> None:

@@ -71,10 +71,13 @@ def lead(function: Callable[[DictConfig], Any], config: DictConfig, command: lis
 
 
 def finish() -> None:
-    """Under torchrun, tells those that follow that there is no further job."""
-    if _under_torchrun() and os.environ["RANK"] == "0":
-        _publish(_torchrun_store(), None)
-        _leave()
+    """After the last job: under torchrun, tells those that follow that there is no further one."""
+    if _under_torchrun() and not is_started() and os.environ["RANK"] == "0":
+        store = _torchrun_store()
+        _publish(store, None)
+        # This process may be the one that serves the store: it stays until all have read that.
+        store.wait([f"left/{rank}" for rank in range(1, int(os.environ["WORLD_SIZE"]))], timedelta(minutes=1))
+    _leave_group()
 
 
 def follow(function: Callable[[DictConfig], Any]) -> None:
@@ -91,14 +94,22 @@ def follow(function: Callable[[DictConfig], Any]) -> None:
             logging.config.dictConfig(job["logging"])
         function(OmegaConf.create(job["config"]))
         if is_started():
-            break
-    _leave()
+            return
+    store.set(f"left/{os.environ['RANK']}", "")
 
 
 def tell(message: str, trace: str = "") -> None:
     """Says what this process dies of to the one that started it."""
     report = {"time": time.time(), "message": message, "trace": trace}
     _torchrun_store().set(f"error/{os.environ['RANK']}", json.dumps(report))
+
+
+def leave_at_once(status: int) -> None:
+    """Ends this process if it is one of a group: an orderly end would wait for what the others do not send any more."""
+    if "torch.distributed" in sys.modules and sys.modules["torch.distributed"].is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def count_processes(config: DictConfig) -> int:
@@ -152,7 +163,7 @@ def _resolved(config: DictConfig) -> dict[str, Any]:
     return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
 
 
-def _leave() -> None:
+def _leave_group() -> None:
     """Ends the process group: its threads must not outlive the interpreter, and Lightning ends it for NCCL alone."""
     import torch.distributed as dist
 
