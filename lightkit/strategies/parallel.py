@@ -13,6 +13,8 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lightkit.errors import ConfigError
@@ -56,9 +58,8 @@ class Parallel(DDPStrategy):
     def configure_ddp(self) -> None:
         """Refuses modules that are spread over processes by themselves."""
         for name, module in self.lightning_module.named_modules():
-            spread = isinstance(module, DistributedDataParallel) or type(module).__name__.startswith("FSDP")
-            spread = spread or type(module).__name__ == "FullyShardedDataParallel"
-            if spread or any(hasattr(p, "full_tensor") for p in module.parameters(recurse=False)):
+            wrapped = isinstance(module, (DistributedDataParallel, FullyShardedDataParallel))
+            if wrapped or any(isinstance(p, DTensor) for p in module.parameters(recurse=False)):
                 raise ConfigError(
                     f"{type(self).__name__} keeps the whole model in every process, but {name or 'the module'} is "
                     "sharded or wrapped already: use one of the two"

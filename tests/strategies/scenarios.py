@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightkit.data import TensorBatches
@@ -53,6 +54,13 @@ class Module(pl.LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=self.momentum)
+
+
+class Wrapped(Module):
+    """Has brought its own data parallel wrapper."""
+
+    def configure_model(self):
+        self.net = DistributedDataParallel(self.net)
 
 
 class Recorder(Callback):
@@ -136,6 +144,7 @@ def main(directory: Path) -> None:
         # Nothing averaged yet when the first of them comes to a validation and the other to its end.
         "uneven validation within": fit(LocalSGD(period=100), validate=True, val_check_interval=4, **alone),
         "sync_batchnorm": fit("local_sgd", module=Module(norm=True), sync_batchnorm=True),
+        "wrapped": fit("local_sgd", module=Wrapped()),
         "whole": fit(DiLoCo(period=3), directory / "whole", every=4),
         "resumed": fit(DiLoCo(period=3), directory / "resumed", every=4, ckpt_path=directory / "whole" / "step=8.ckpt"),
         "from one device": fit("local_sgd", ckpt_path=directory / "one.ckpt", max_epochs=3),

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import lightning.pytorch as pl
 import pytest
@@ -260,6 +261,7 @@ def test_uneven_workers(ranks, name, period):
         ("uneven data_parallel", "different numbers of batches in an epoch (7, 4)"),
         ("uneven max_steps", "max_steps needs equally many batches"),
         ("uneven validation within", "validate and save at the end of epochs"),
+        ("wrapped", "LocalSGD keeps the whole model in every process, but net is sharded or wrapped already"),
         ("sync_batchnorm", "sync_batchnorm communicates in every step"),
     ],
 )
@@ -312,6 +314,15 @@ def test_one_process():
         if strategy != "auto":
             assert trainer.strategy.communication["communication/megabytes"] == 0
     torch.distributed.destroy_process_group()
+
+
+def test_loss_scale():
+    """Each worker would have one of its own."""
+    strategy = LocalSGD()
+    strategy.connect(Module())
+    strategy.precision_plugin = Mock(scaler=torch.amp.GradScaler("cpu"))
+    with pytest.raises(ConfigError, match="precision 16-mixed gives each worker a loss scale of its own"):
+        strategy.configure_ddp()
 
 
 def test_names():
