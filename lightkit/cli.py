@@ -94,7 +94,8 @@ def entry_point(
             return 0
 
         def main() -> int:
-            status = _run_started(function, config_name) if processes.is_started() else run()
+            is_started = several_processes and processes.is_started()
+            status = _run_started(function, config_name) if is_started else run()
             if status != 0:
                 processes.leave_at_once(status)
             return status

@@ -26,8 +26,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lightkit.errors import ConfigError, LightkitError
 
-# Set in processes that were started from here, to the rank of one.
+# Set for processes that are started from here; not for those that these may start in turn.
 _STARTED = "LIGHTKIT_STARTED"
+_is_started = os.environ.pop(_STARTED, None) is not None
 
 # Seconds that the others are given to say what they died of, when one has ended in an error.
 _GRACE = 1.0
@@ -41,7 +42,7 @@ _FOREVER = timedelta(days=365)
 
 def is_started() -> bool:
     """Whether this process was started from here, and its errors are told by the one that did."""
-    return _STARTED in os.environ
+    return _is_started
 
 
 def follows() -> bool:
@@ -248,7 +249,7 @@ def _start(command: list[str], rank: int, count: int, port: int) -> subprocess.P
         "TORCHELASTIC_USE_AGENT_STORE": True,
         "TORCHELASTIC_RESTART_COUNT": 0,
         "TORCHELASTIC_RUN_ID": "lightkit",
-        _STARTED: rank,
+        _STARTED: 1,
     }
     environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
     if "lo" in (name for _, name in socket.if_nameindex()):
