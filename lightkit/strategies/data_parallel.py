@@ -57,6 +57,9 @@ class DataParallel(Parallel):
     def configure_ddp(self) -> None:
         """Wraps the module."""
         super().configure_ddp()
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self._gradient_bytes = sum(p.numel() * p.element_size() for p in trained)
+        self._gradient_count = sum(p.numel() for p in trained)
         self.model = self._setup_model(self.model)
         self._register_ddp_hooks()
 
@@ -81,13 +84,13 @@ class DataParallel(Parallel):
 
     def _reduced_bytes(self) -> float:
         """Bytes of gradients in the step just taken, as they were sent."""
-        sizes = [p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad]
         if self.compression in _HALF:
-            return sum(2 * p.numel() for p in self.model.parameters() if p.requires_grad)
+            return 2 * self._gradient_count
         if self.compression == "powersgd" and self._steps_counted > _POWERSGD_START:
             state = self._ddp_comm_state
-            return sum(sizes) * state.total_numel_after_compression / max(state.total_numel_before_compression, 1)
-        return sum(sizes)
+            share = state.total_numel_after_compression / max(state.total_numel_before_compression, 1)
+            return self._gradient_bytes * share
+        return self._gradient_bytes
 
     def check_work(self, batches: list[float]) -> None:
         """Every process must take part in every step."""
