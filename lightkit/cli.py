@@ -22,6 +22,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lightkit import processes
 from lightkit.config import nearest
 from lightkit.errors import ConfigError, LightkitError
 
@@ -35,11 +36,14 @@ class _UserError(BaseException):
     """Carries an error in the input past Hydra."""
 
 
-def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], int]]:
+def entry_point(
+    config_name: str, several_processes: bool = False
+) -> Callable[[Callable[[DictConfig], Any]], Callable[[], int]]:
     """Makes a console command of a function of a configuration.
 
     The command composes ``conf/<config_name>.yaml`` with the overrides on the command line and returns the
-    exit status: 0, or 1 after one message on standard error. ``HYDRA_FULL_ERROR=1`` shows tracebacks too.
+    exit status: 0, or 1 after one message on standard error. ``HYDRA_FULL_ERROR=1`` shows tracebacks too. With
+    ``several_processes`` the function runs in as many as the configuration has devices: see `lightkit.processes`.
     """
 
     def decorate(function: Callable[[DictConfig], Any]) -> Callable[[], int]:
@@ -47,20 +51,28 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
             # Not as the Exception it is: Hydra would print its own words on it first.
             try:
                 check_top_level(config, config_name)
+                if several_processes:
+                    # Without arguments: they follow the process that starts them.
+                    return processes.lead(function, config, [sys.executable, "-m", f"lightkit.{config_name}"])
                 return function(config)
             except _USER_ERRORS as error:
                 raise _UserError(error) from error
 
         command = hydra.main(version_base="1.3", config_path=CONFIG_SOURCE, config_name=config_name)(checked)
 
-        def main() -> int:
+        def run() -> int:
             show_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
             # With it Hydra raises instead of printing, which leaves the printing to us.
             os.environ["HYDRA_FULL_ERROR"] = "1"
             _flags_first()
             _quiet()
             try:
-                command()
+                if several_processes and processes.follows():
+                    processes.follow(function)
+                else:
+                    command()
+                if several_processes:
+                    processes.finish()
             except (_UserError, *_USER_ERRORS) as error:
                 if show_traceback:
                     traceback.print_exc()
@@ -75,17 +87,47 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
                 print(f"error: {message}", file=sys.stderr)
                 return 1
             except (KeyboardInterrupt, SystemExit) as error:
-                # Lightning turns the first into the second, once it has put things in order.
-                if not isinstance(error, KeyboardInterrupt) and not isinstance(error.__context__, KeyboardInterrupt):
+                if not _is_interrupt(error):
                     raise
                 print("interrupted: ckpt_path=last goes on from the last checkpoint", file=sys.stderr)
                 return 130
             return 0
 
+        def main() -> int:
+            is_started = several_processes and processes.is_started()
+            status = _run_started(function, config_name) if is_started else run()
+            if status != 0:
+                processes.leave_at_once(status)
+            return status
+
         main.__doc__ = function.__doc__
         return main
 
     return decorate
+
+
+def _run_started(function: Callable[[DictConfig], Any], config_name: str) -> int:
+    """Runs the job of the process that started this one, which is told what goes wrong, and prints it."""
+    _quiet()
+    try:
+        processes.follow(function)
+        processes.finish()
+    except _USER_ERRORS as error:
+        processes.tell(explain(error, config_name))
+        return 1
+    except (KeyboardInterrupt, SystemExit) as error:
+        if not _is_interrupt(error):
+            raise
+        return 130
+    except Exception as error:
+        processes.tell(f"{type(error).__name__}: {error}", traceback.format_exc())
+        return 1
+    return 0
+
+
+def _is_interrupt(error: BaseException) -> bool:
+    """Whether it is Ctrl-C, which Lightning turns into a SystemExit once it has put things in order."""
+    return isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt)
 
 
 def _flags_first() -> None:
@@ -105,8 +147,11 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", ".*The dirpath has changed from.*")
     # Lightning's own use of torch.
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
-    # Tips, and a line for each kind of device that is not there.
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    # With several processes the running loss is that of the first one: to follow a training it is as good.
+    warnings.filterwarnings("ignore", ".*It is recommended to use `self.log.*sync_dist=True.*")
+    # Tips, a line for each kind of device that is not there, and one for each process.
+    for package in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(package).setLevel(logging.WARNING)
 
 
 def explain(error: BaseException, config_name: str) -> str:

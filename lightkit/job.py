@@ -46,6 +46,11 @@ def build_data(config: DictConfig) -> pl.LightningDataModule:
     return data
 
 
+def build_trainer(config: DictConfig, **options: Any) -> pl.Trainer:
+    """The trainer with its strategy, and with what the configuration has no word for."""
+    return build(config.trainer, strategy=build(config.strategy) or "auto", **options)
+
+
 @dataclass(frozen=True)
 class Restored:
     """What a checkpoint of lightkit.train holds."""

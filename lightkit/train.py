@@ -19,11 +19,11 @@ from lightkit.checkpoints import AtomicCheckpointIO, check_weights, find_last, l
 from lightkit.cli import entry_point
 from lightkit.config import build
 from lightkit.errors import CheckpointError
-from lightkit.job import SaveConfig, build_data, build_task
+from lightkit.job import SaveConfig, build_data, build_task, build_trainer
 from lightkit.memory import keep_freed_memory
 
 
-@entry_point("train")
+@entry_point("train", several_processes=True)
 def main(config: DictConfig) -> None:
     """Trains what the configuration describes."""
     keep_freed_memory()
@@ -61,17 +61,18 @@ def train(config: DictConfig) -> dict[str, Any]:
         task.model.compile()
     resume = _checkpoint_to_resume(config, task)
 
-    run_dir.mkdir(parents=True, exist_ok=True)
-    results.write_config(run_dir, config)
-    results.write_json(run_dir / "environment.json", results.environment())
     recorder = TestRecorder()
-    trainer = build(
-        config.trainer,
+    trainer = build_trainer(
+        config,
         callbacks=[*build(config.get("callbacks") or {}).values(), SaveConfig(config), recorder],
         logger=list(build(config.get("logger") or {}).values()),
         plugins=[AtomicCheckpointIO()],
         enable_model_summary=False,
     )
+    if trainer.is_global_zero:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        results.write_config(run_dir, config)
+        results.write_json(run_dir / "environment.json", results.environment())
     trainer.fit(task, datamodule=data, ckpt_path=resume)
     metrics = _scalars(trainer) | {"epochs": trainer.current_epoch, "steps": trainer.global_step}
     for throughput in (c for c in trainer.callbacks if isinstance(c, Throughput)):
@@ -83,6 +84,7 @@ def train(config: DictConfig) -> dict[str, Any]:
             metrics["train/fraction_of_matmul_rate"] = throughput.fraction_of_matmul_rate
         if throughput.step is not None:
             metrics |= {f"step/{part} (ms)": value for part, value in throughput.step.items()}
+    metrics |= getattr(trainer.strategy, "communication", {})
     if config.test:
         trainer.test(task, datamodule=data, ckpt_path=_best(trainer), verbose=False)
         metrics |= _scalars(trainer)

@@ -21,7 +21,7 @@ class Throughput(Callback):
     A data module may say what its samples are called in the plural (``unit``: ``train/images_per_second``), and how
     many there are in a batch (``count(batch)``); else it is the length of the first tensor.
 
-    Counts the samples of this process, and the time of training alone: from the start of an epoch to its last
+    Counts the samples of all processes, and the time of training alone: from the start of an epoch to its last
     batch, without the validation in it. ``total`` has the figure of all epochs together, ``step`` what the time
     of a step goes into.
 
@@ -133,6 +133,9 @@ class Throughput(Callback):
         """Logs the figures of the epoch."""
         self._abandon_counting()
         self._stop_clock(pl_module)
+        if trainer.world_size > 1:
+            mine = torch.tensor(self._epoch_samples, device=pl_module.device)
+            self._epoch_samples = int(trainer.strategy.reduce(mine, reduce_op="sum"))
         self._samples += self._epoch_samples
         self._seconds += self._epoch_seconds
         if self._epoch_seconds > 0:

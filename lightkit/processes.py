@@ -1,0 +1,300 @@
+"""The processes of a job: all train with one resolved configuration, whoever started them.
+
+A job of several devices is led by the process that composed its configuration. It starts one process a device, each
+the same command without arguments, and watches them; torchrun's own processes are led by that of rank 0. The others
+run no Hydra: a sweep is not run again in them, and a time in a directory's name is not asked for twice.
+"""
+
+from __future__ import annotations
+
+import json
+import logging.config
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from lightkit.errors import ConfigError, LightkitError
+
+# Set for processes that are started from here; not for those that these may start in turn.
+_STARTED = "LIGHTKIT_STARTED"
+_is_started = os.environ.pop(_STARTED, None) is not None
+
+# Seconds that the others are given to say what they died of, when one has ended in an error.
+_GRACE = 1.0
+
+# Seconds for putting things in order after Ctrl-C; what is on the disk is whole at any time.
+_ORDER = 8.0
+
+# Jobs may take their time.
+_FOREVER = timedelta(days=365)
+
+
+def is_started() -> bool:
+    """Whether this process was started from here, and its errors are told by the one that did."""
+    return _is_started
+
+
+def follows() -> bool:
+    """Whether this process trains with the configuration of another."""
+    return is_started() or (_under_torchrun() and os.environ["RANK"] != "0")
+
+
+def lead(function: Callable[[DictConfig], Any], config: DictConfig, command: list[str]) -> None:
+    """Runs a job in as many processes as its configuration asks for, or torchrun has started.
+
+    Args:
+        function: runs the job in one process; under torchrun all of them call it.
+        config: of the job.
+        command: starts a further process of the program, which must come to `follow`.
+
+    Raises:
+        LightkitError: what went wrong in one of the processes; the others have been ended.
+    """
+    if _under_torchrun():
+        config = with_torchruns_processes(config)
+        _publish(_torchrun_store(), config)
+        function(config)
+    elif (count := count_processes(config)) > 1:
+        _start_and_watch(config, count, command)
+    else:
+        function(config)
+
+
+def finish() -> None:
+    """After the last job: under torchrun, tells those that follow that there is no further one."""
+    if _under_torchrun() and not is_started() and os.environ["RANK"] == "0":
+        store = _torchrun_store()
+        _publish(store, None)
+        # This process may be the one that serves the store: it stays until all have read that.
+        store.wait([f"left/{rank}" for rank in range(1, int(os.environ["WORLD_SIZE"]))], timedelta(minutes=1))
+    _leave_group()
+
+
+def follow(function: Callable[[DictConfig], Any]) -> None:
+    """Runs the jobs of the process that leads this one, as they come."""
+    if os.environ["RANK"] != "0":
+        # Said once is enough.
+        sys.stdout = open(os.devnull, "w")
+        warnings.simplefilter("ignore")
+    if is_started():
+        threading.Thread(target=_die_with_leader, daemon=True).start()
+    store = _torchrun_store()
+    while (job := _next_job(store)) is not None:
+        if os.environ["RANK"] == "0" and job["logging"]:
+            logging.config.dictConfig(job["logging"])
+        function(OmegaConf.create(job["config"]))
+        if is_started():
+            return
+    store.set(f"left/{os.environ['RANK']}", "")
+
+
+def tell(message: str, trace: str = "") -> None:
+    """Says what this process dies of to the one that started it."""
+    report = {"time": time.time(), "message": message, "trace": trace}
+    _torchrun_store().set(f"error/{os.environ['RANK']}", json.dumps(report))
+
+
+def leave_at_once(status: int) -> None:
+    """Ends this process if it is one of a group: an orderly end would wait for what the others do not send any more."""
+    if "torch.distributed" in sys.modules and sys.modules["torch.distributed"].is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def count_processes(config: DictConfig) -> int:
+    """The processes that a configuration asks for on this machine.
+
+    Raises:
+        ConfigError: several machines, which somebody must start processes on.
+    """
+    if config.trainer.get("num_nodes", 1) != 1:
+        raise ConfigError(
+            f"trainer.num_nodes={config.trainer.num_nodes}: start the processes of several machines with torchrun, "
+            "which sets the number of nodes"
+        )
+    if config.trainer.devices == 1:
+        return 1
+    from lightning.pytorch.strategies import ParallelStrategy
+
+    from lightkit.job import build_trainer
+
+    # What `auto` and lists of devices come to, Lightning knows.
+    trainer = build_trainer(config, logger=False)
+    return trainer.num_devices if isinstance(trainer.strategy, ParallelStrategy) else 1
+
+
+def _under_torchrun() -> bool:
+    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"))
+
+
+def with_torchruns_processes(config: DictConfig) -> DictConfig:
+    """The configuration, resolved, with the devices and nodes that torchrun has started processes for.
+
+    Raises:
+        ConfigError: it asks for other devices, or the nodes have different numbers of processes.
+    """
+    world = int(os.environ["WORLD_SIZE"])
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    nodes, rest = divmod(world, local)
+    if rest:
+        raise ConfigError(f"torchrun started {world} processes, which {local} a node does not divide")
+    asked = config.trainer.devices
+    if asked not in (1, -1, "auto", local, str(local)):
+        raise ConfigError(f"trainer.devices={asked}, but torchrun started {local} processes on this node")
+    config = OmegaConf.create(_resolved(config))
+    with open_dict(config):
+        config.trainer.devices = local
+        config.trainer.num_nodes = nodes
+    return config
+
+
+def _resolved(config: DictConfig) -> dict[str, Any]:
+    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+
+
+def _leave_group() -> None:
+    """Ends the process group: its threads must not outlive the interpreter, and Lightning ends it for NCCL alone."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+_store: Any = None
+
+
+def _torchrun_store() -> Any:
+    """The store that the processes meet at, by torch's environment variables."""
+    global _store
+    if _store is None:
+        from torch.distributed import PrefixStore, rendezvous
+
+        # Kept: process 0 may be its server, which the process group of the training then shares.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        _store = PrefixStore(f"lightkit/{attempt}", next(iter(rendezvous("env://")))[0])
+    return _store
+
+
+def _publish(store: Any, config: DictConfig | None) -> None:
+    job = None
+    if config is not None:
+        setup = HydraConfig.get().job_logging if HydraConfig.initialized() else None
+        job = {"config": _resolved(config), "logging": OmegaConf.to_container(setup, resolve=True) if setup else None}
+    store.set(f"job/{store.add('jobs', 1)}", json.dumps(job))
+
+
+_taken = 0
+
+
+def _next_job(store: Any) -> dict[str, Any] | None:
+    global _taken
+    _taken += 1
+    store.wait([f"job/{_taken}"], _FOREVER)
+    return json.loads(store.get(f"job/{_taken}"))
+
+
+def _die_with_leader() -> None:
+    """Ends this process when the other end of its standard input is gone."""
+    # Past Python's own buffer, whose lock would be held when the interpreter ends.
+    while os.read(0, 4096):
+        pass
+    os._exit(1)
+
+
+def _start_and_watch(config: DictConfig, count: int, command: list[str]) -> None:
+    from torch.distributed import PrefixStore, TCPStore
+
+    # Held here, its port cannot be taken by another program between being found and being used.
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = PrefixStore("lightkit/0", server)
+    _publish(store, config)
+    processes: list[subprocess.Popen] = []
+    try:
+        for rank in range(count):
+            processes.append(_start(command, rank, count, server.port))
+        _watch(processes, store)
+    except KeyboardInterrupt:
+        for process in processes:
+            process.send_signal(signal.SIGINT)
+        _wait(processes, _ORDER)
+        raise
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def _start(command: list[str], rank: int, count: int, port: int) -> subprocess.Popen:
+    # As torchrun tells its processes, Lightning and torch.distributed read it.
+    variables = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "GROUP_RANK": 0,
+        "WORLD_SIZE": count,
+        "LOCAL_WORLD_SIZE": count,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "TORCHELASTIC_USE_AGENT_STORE": True,
+        "TORCHELASTIC_RESTART_COUNT": 0,
+        "TORCHELASTIC_RUN_ID": "lightkit",
+        _STARTED: 1,
+    }
+    environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
+    if "lo" in (name for _, name in socket.if_nameindex()):
+        # Works where the machine's own name does not resolve, and keeps the port to this machine.
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    # A session of its own: Ctrl-C at the terminal reaches the leader alone, who passes it on once.
+    return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, start_new_session=True)
+
+
+def _watch(processes: list[subprocess.Popen], store: Any) -> None:
+    """Returns when all have ended well."""
+    while any(process.poll() is None for process in processes):
+        if any(process.returncode for process in processes):
+            break
+        time.sleep(0.05)
+    if any(process.returncode for process in processes):
+        _wait(processes, _GRACE)
+        raise _cause(processes, store)
+
+
+def _wait(processes: list[subprocess.Popen], seconds: float) -> None:
+    """Waits until all have ended, for so long."""
+    end = time.monotonic() + seconds
+    while any(process.poll() is None for process in processes) and time.monotonic() < end:
+        time.sleep(0.05)
+
+
+def _cause(processes: list[subprocess.Popen], store: Any) -> LightkitError:
+    """What went wrong first: where one process fails, the others fail for missing it."""
+    told = [rank for rank in range(len(processes)) if store.check([f"error/{rank}"])]
+    killed = [rank for rank, process in enumerate(processes) if (process.returncode or 0) < 0 and rank not in told]
+    if killed:
+        number = -processes[killed[0]].returncode
+        hint = "; the machine may be out of memory" if number == signal.SIGKILL else ""
+        return LightkitError(
+            f"process {killed[0]} of {len(processes)} was ended by {signal.Signals(number).name}{hint}; the others "
+            "were stopped. ckpt_path=last goes on from the last checkpoint"
+        )
+    reports = {rank: json.loads(store.get(f"error/{rank}")) for rank in told}
+    if not reports:
+        rank, status = next((rank, p.returncode) for rank, p in enumerate(processes) if p.returncode)
+        return LightkitError(f"process {rank} of {len(processes)} ended with status {status}")
+    first = min(reports, key=lambda rank: reports[rank]["time"])
+    report = reports[first]
+    if not report["trace"]:
+        return LightkitError(report["message"])
+    print(report["trace"], file=sys.stderr)
+    return LightkitError(f"process {first} of {len(processes)}: {report['message']}")

@@ -1,0 +1,23 @@
+"""Strategies for several processes; to import this registers their names for ``Trainer(strategy=NAME)``."""
+
+from lightning.pytorch.strategies import StrategyRegistry
+
+from lightkit.strategies.data_parallel import DataParallel
+from lightkit.strategies.diloco import DiLoCo
+from lightkit.strategies.local_sgd import LocalSGD
+
+__all__ = ["DataParallel", "DiLoCo", "LocalSGD"]
+
+# Lightning compares in lower case.
+_NAMES = {
+    "data_parallel": (DataParallel, {}),
+    "data_parallel_fp16": (DataParallel, {"compression": "fp16"}),
+    "data_parallel_bf16": (DataParallel, {"compression": "bf16"}),
+    "data_parallel_powersgd": (DataParallel, {"compression": "powersgd"}),
+    "local_sgd": (LocalSGD, {}),
+    "diloco": (DiLoCo, {}),
+}
+
+for _name, (_strategy, _arguments) in _NAMES.items():
+    # A reloaded module registers its new classes.
+    StrategyRegistry.register(_name, _strategy, _strategy.__doc__.splitlines()[0], override=True, **_arguments)

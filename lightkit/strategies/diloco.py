@@ -1,0 +1,99 @@
+"""DiLoCo: local training with an outer optimizer that steps along what the workers have learnt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightkit.errors import CheckpointError, ConfigError
+from lightkit.optim import SGD
+from lightkit.strategies.local_sgd import LocalSGD
+
+# Where a checkpoint keeps the state of the outer optimizer.
+OUTER_KEY = "lightkit_outer_optimizer"
+
+
+class DiLoCo(LocalSGD):
+    """Local training whose averages are taken as gradients by an outer SGD with Nesterov momentum [1]_.
+
+    After a period the mean of how far the workers have come from the weights that they share, with its sign turned,
+    is the gradient of an outer step from those; its result is what all go on with. With ``outer_lr=1`` and
+    ``outer_momentum=0`` that is `LocalSGD`, which also says what else happens when: every average there is an outer
+    step here. A period that a validation or a checkpoint cuts short makes a step of little gradient and full
+    momentum; choose a period that their distance is a multiple of.
+
+    The outer momentum is in the checkpoint; the shared weights are the checkpoint's own.
+
+    Args:
+        period: steps of a worker from one outer step to the next.
+        outer_lr: learning rate of the outer optimizer.
+        outer_momentum: its Nesterov momentum; 0 for none.
+        **options: see `LocalSGD`.
+
+    Raises:
+        ConfigError: values out of range, and what `LocalSGD` refuses.
+
+    References:
+        .. [1] Douillard et al., DiLoCo: distributed low-communication training of language models, 2023.
+    """
+
+    def __init__(self, period: int = 16, outer_lr: float = 0.7, outer_momentum: float = 0.9, **options: Any) -> None:
+        super().__init__(period=period, **options)
+        if not outer_lr > 0:
+            raise ConfigError(f"outer_lr must be above 0, got {outer_lr!r}")
+        if not 0 <= outer_momentum < 1:
+            raise ConfigError(f"outer_momentum must be from 0 to below 1, got {outer_momentum!r}")
+        self.outer_lr = outer_lr
+        self.outer_momentum = outer_momentum
+
+    def _collect(self) -> None:
+        before = self._trained
+        super()._collect()
+        if self._trained is before:
+            return
+        # Other parameters than before begin without outer momentum.
+        for buffer in self._parameters:
+            buffer.load()
+        self._shared = [nn.Parameter(buffer.flat.clone()) for buffer in self._parameters]
+        self._outer = SGD(
+            self._shared, lr=self.outer_lr, momentum=self.outer_momentum, nesterov=self.outer_momentum > 0
+        )
+
+    def _merge(self, counts: bool, workers: int) -> None:
+        for buffer, shared in zip(self._parameters, self._shared, strict=True):
+            buffer.load()
+            buffer.flat.neg_().add_(shared.detach())
+            buffer.average(counts, workers)
+            shared.grad = buffer.flat
+            self.count_bytes(buffer.nbytes)
+        self._outer.step()
+        for buffer, shared in zip(self._parameters, self._shared, strict=True):
+            buffer.flat.copy_(shared.detach())
+            buffer.store()
+        for buffer in self._statistics:
+            buffer.load()
+            buffer.average(counts, workers)
+            buffer.store()
+            self.count_bytes(buffer.nbytes)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Writes a checkpoint that holds the outer optimizer's state as well."""
+        if "optimizer_states" in checkpoint:
+            checkpoint[OUTER_KEY] = self._outer.state_dict()
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Restores the outer momentum too, where the checkpoint is of a run that had one."""
+        super().load_optimizer_state_dict(checkpoint)
+        if (state := checkpoint.get(OUTER_KEY)) is None:
+            return
+        buffers = [entry["momentum_buffer"] for entry in state["state"].values() if "momentum_buffer" in entry]
+        sizes = [b.numel() for b in buffers if isinstance(b, Tensor)]
+        if sizes and sizes != [shared.numel() for shared in self._shared]:
+            raise CheckpointError("the outer optimizer in the checkpoint is one of other parameters")
+        self._outer.load_state_dict(state)
+        for group in self._outer.param_groups:
+            # Of this run's configuration.
+            group.update(lr=self.outer_lr, momentum=self.outer_momentum, nesterov=self.outer_momentum > 0)

@@ -1,0 +1,270 @@
+"""Jobs of several processes, as a user starts them: one configuration, one directory, one end."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from omegaconf import OmegaConf
+
+from lightkit.checkpoints import load_checkpoint
+from lightkit.errors import ConfigError
+from lightkit.processes import count_processes, with_torchruns_processes
+
+pytestmark = pytest.mark.slow
+
+TWO = ["trainer.accelerator=cpu", "trainer.devices=2"]
+QUICK = ["+experiment=cnn", "+debug=quick"]
+
+
+def run(module, *arguments, cwd, python=(), environment=None, check=True):
+    """Runs `python -m MODULE ...` to its end."""
+    result = subprocess.run(
+        [sys.executable, *python, "-m", module, *arguments],
+        cwd=cwd,
+        env={**os.environ, **(environment or {})},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=120,
+    )
+    assert not check or result.returncode == 0, result.stderr
+    return result
+
+
+def metrics_of(directory):
+    return json.loads((directory / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("jobs")
+
+
+SGD = ["+experiment=cnn", "optim=sgd", "trainer.max_epochs=1", "test=true"]
+
+
+@pytest.fixture(scope="module")
+def parallel(place):
+    """A job of two processes, each with batches of 50: its directory and what it said."""
+    result = run("lightkit.train", *SGD, *TWO, "strategy=ddp", "data.batch_size=50", "hydra.run.dir=two", cwd=place)
+    return place / "two", result.stdout + result.stderr
+
+
+def test_one_of_everything(parallel):
+    """One directory, log, report and set of checkpoints, of the whole test set, and not a word more than usual."""
+    directory, said = parallel
+    assert sorted(p.name for p in directory.iterdir() if p.suffix != ".png") == [
+        ".hydra",
+        "checkpoints",
+        "config.yaml",
+        "environment.json",
+        "metrics.csv",
+        "metrics.json",
+        "report.html",
+        "tensorboard",
+        "train.log",
+    ]
+    assert sorted(os.listdir(directory / "checkpoints")) == ["best.ckpt", "last.ckpt"]
+    metrics = metrics_of(directory)
+    # 3,600 digits in two halves of 36 batches of 50.
+    assert metrics["steps"] == 36
+    assert metrics["communication/bytes_per_step"] == 4 * 93322
+    page = (directory / "report.html").read_text()
+    supports = re.findall(r"<td>(\d+)</td></tr>", page.partition("<th>samples</th>")[2].partition("</table>")[0])
+    assert sum(map(int, supports)) == 1000
+    assert said.count("epoch 1/1") == 1 and said.count("test/accuracy") == 1
+    assert "Warning" not in said and "warn" not in said and "distributed" not in said.lower()
+
+
+def test_evaluate_gives_the_same_numbers(parallel, tmp_path):
+    """The checkpoint is an ordinary one: one process measures it, and finds what two had found."""
+    directory, _ = parallel
+    run("lightkit.evaluate", f"ckpt_path={directory}/checkpoints/best.ckpt", "output=figures.json", cwd=tmp_path)
+    figures, trained = json.loads((tmp_path / "figures.json").read_text()), metrics_of(directory)
+    assert figures["test/accuracy"] == pytest.approx(trained["test/accuracy"])
+    assert figures["test/loss"] == pytest.approx(trained["test/loss"], rel=1e-5)
+
+
+def test_same_as_one_process(parallel, place):
+    """Two processes with batches of 50 and one with batches of 100: the weights to 1e-5."""
+    run("lightkit.train", *SGD, "data.batch_size=100", "test=false", "hydra.run.dir=one", cwd=place)
+    one, two = (load_checkpoint(place / name / "checkpoints" / "last.ckpt")["state_dict"] for name in ("one", "two"))
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], rtol=0, atol=1e-5)
+
+
+def test_resume_with_another_number_of_processes(parallel, place):
+    """Two processes' checkpoint goes on in one process, and in local training."""
+    last = f"ckpt_path={place}/two/checkpoints/last.ckpt"
+    base = [*SGD, "trainer.max_epochs=2", "trainer.limit_train_batches=20", "test=false", last]
+    run("lightkit.train", *base, "hydra.run.dir=on_one", cwd=place)
+    run("lightkit.train", *base, *TWO, "strategy=diloco", "data.batch_size=50", "hydra.run.dir=on_diloco", cwd=place)
+    assert "lightkit_outer_optimizer" in load_checkpoint(place / "on_diloco" / "checkpoints" / "last.ckpt")
+
+
+def test_sweep(tmp_path):
+    """Each job of a sweep runs once, in two processes that have that job's configuration."""
+    arguments = [*QUICK, *TWO, "strategy=local_sgd", "-m", "seed=0,1"]
+    result = run("lightkit.train", *arguments, cwd=tmp_path)
+    (sweep,) = (tmp_path / "runs" / "cnn").iterdir()
+    assert sorted(p.name for p in sweep.iterdir() if p.is_dir()) == ["0", "1"]
+    seeds = [yaml.safe_load((sweep / name / "config.yaml").read_text())["seed"] for name in ("0", "1")]
+    assert seeds == [0, 1]
+    assert result.stdout.count("test/accuracy") == 2
+    losses = [metrics_of(sweep / name)["train/loss"] for name in ("0", "1")]
+    assert losses[0] != losses[1]
+
+
+def test_torchrun(tmp_path):
+    """torchrun's processes train together; only the first one composes, and sweeps."""
+    torchrun = ["--standalone", "--nproc-per-node", "2", "-m", "lightkit.train"]
+    arguments = [*torchrun, *QUICK, "trainer.accelerator=cpu", "strategy=ddp", "-m", "seed=0,1"]
+    result = run("torch.distributed.run", *arguments, cwd=tmp_path)
+    (sweep,) = (tmp_path / "runs" / "cnn").iterdir()
+    configs = [yaml.safe_load((sweep / name / "config.yaml").read_text()) for name in ("0", "1")]
+    assert [config["seed"] for config in configs] == [0, 1]
+    assert configs[0]["trainer"]["devices"] == 2 and configs[0]["trainer"]["num_nodes"] == 1
+    assert result.stdout.count("test/accuracy") == 2
+
+
+def test_more_processes_than_cores(tmp_path):
+    """Three processes, one of which has a smaller part of the test set."""
+    arguments = [*QUICK, "trainer.accelerator=cpu", "trainer.devices=3", "strategy=diloco", "hydra.run.dir=out"]
+    run("lightkit.train", *arguments, cwd=tmp_path)
+    assert metrics_of(tmp_path / "out")["steps"] == 1
+
+
+def faulty(what, directory):
+    """Arguments and environment of a long job in which something happens."""
+    arguments = ["+experiment=cnn", *TWO, "strategy=ddp", "trainer.max_epochs=1000", "hydra.run.dir=out"]
+    callback = ["+callbacks.faulty._target_=faulty.Faulty", f"+callbacks.faulty.what={what}"]
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    environment = {"LIGHTKIT_TARGETS": "faulty", "PYTHONPATH": path}
+    return [*arguments, *callback, f"+callbacks.faulty.directory={directory}"], environment
+
+
+def is_alive(pid):
+    try:
+        # Who has ended but was not waited for yet counts as dead.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def assert_no_orphans(directory, seconds=0.0):
+    """None of the processes that said they were there is there any more."""
+    pids = [int(file.read_text()) for file in directory.glob("rank*.pid")]
+    assert len(pids) == 2
+    end = time.monotonic() + seconds
+    while any(map(is_alive, pids)) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not any(map(is_alive, pids))
+
+
+@pytest.mark.parametrize(
+    ("what", "expected"),
+    [
+        ("data", "error: sample 7 is damaged"),
+        ("fault", "error: process 1 of 2: RuntimeError: a fault of the program"),
+        ("kill", "error: process 1 of 2 was ended by SIGKILL"),
+    ],
+)
+def test_a_process_fails(tmp_path, what, expected):
+    """The whole job ends, with one error that says what went wrong where it began."""
+    arguments, environment = faulty(what, tmp_path)
+    started = time.monotonic()
+    result = run("lightkit.train", *arguments, cwd=tmp_path, environment=environment, check=False)
+    assert result.returncode == 1
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and errors[0].startswith(expected), result.stderr
+    # The traceback of a fault of the program, and of nothing else.
+    assert result.stderr.count("Traceback") == (what == "fault")
+    assert_no_orphans(tmp_path)
+    assert time.monotonic() - started < 60
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_the_leader_is_ended(tmp_path, number):
+    """Ctrl-C as with one process; however it ends, the others end with it, and checkpoints are whole."""
+    arguments, environment = faulty("wait", tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lightkit.train", *arguments, "trainer.limit_train_batches=4"],
+        cwd=tmp_path,
+        env={**os.environ, **environment},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A job in the background of a script ignores Ctrl-C, and so do its children unless told otherwise.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    checkpoint = tmp_path / "out" / "checkpoints" / "last.ckpt"
+    while not checkpoint.exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(number)
+    try:
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        assert errors.count("interrupted: ckpt_path=last goes on") == 1 and "Traceback" not in errors
+    assert_no_orphans(tmp_path, seconds=10)
+    assert torch.load(checkpoint, weights_only=True)["state_dict"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["strategy=ddp", "strategy.compression=fp8"], "compression must be one of none, fp16, bf16, powersgd"),
+        (["strategy=diloco", "+strategy.outer.lr=1"], "takes no argument 'outer'"),
+        (["strategy=diloco", "optim=sgd", "+optim.master_weights=true"], "with master_weights the optimizer would"),
+    ],
+)
+def test_bad_input(tmp_path, arguments, expected):
+    """One error line, from whichever process found it."""
+    result = run("lightkit.train", *QUICK, *TWO, *arguments, cwd=tmp_path, check=False)
+    assert result.returncode == 1
+    (error,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert expected in error
+    assert "Traceback" not in result.stderr
+
+
+def test_several_machines_need_torchrun():
+    """Nobody would start the processes of the others."""
+    config = OmegaConf.create({"trainer": {"devices": 1, "num_nodes": 2}})
+    with pytest.raises(ConfigError, match=r"trainer\.num_nodes=2: start the processes .* with torchrun"):
+        count_processes(config)
+
+
+@pytest.mark.parametrize(
+    ("world", "local", "devices", "expected"),
+    [
+        (4, 2, 1, (2, 2)),
+        (4, 2, "auto", (2, 2)),
+        (3, 3, 3, (3, 1)),
+        (3, 2, 1, "does not divide"),
+        (4, 2, 4, "devices=4"),
+    ],
+)
+def test_devices_and_nodes_are_torchruns(monkeypatch, world, local, devices, expected):
+    """The number of nodes comes from torchrun's variables; devices that contradict them are an error."""
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+    config = OmegaConf.create({"trainer": {"devices": devices}})
+    if isinstance(expected, str):
+        with pytest.raises(ConfigError, match=expected):
+            with_torchruns_processes(config)
+    else:
+        trainer = with_torchruns_processes(config).trainer
+        assert (trainer.devices, trainer.num_nodes) == expected

@@ -1,0 +1,356 @@
+"""Two real processes against the arithmetic they stand for, done in one process with torch alone."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import Mock
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.strategies import StrategyRegistry
+
+from lightkit.errors import ConfigError
+from lightkit.strategies import DataParallel, DiLoCo, LocalSGD
+
+sys.path.insert(0, str(Path(__file__).parent))
+import scenarios
+from scenarios import BATCH, SAMPLES, Module, dealt, network, samples
+
+pytestmark = pytest.mark.slow
+
+SCENARIOS = Path(scenarios.__file__)
+
+
+def single_trainer(**options):
+    nothing = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    return pl.Trainer(accelerator="cpu", devices=1, **{"max_epochs": 1, **nothing, **options})
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return tmp_path_factory.mktemp("scenarios")
+
+
+@pytest.fixture(scope="module")
+def ranks(directory):
+    """What each of the two ranks has of each scenario."""
+    trainer = single_trainer()
+    trainer.fit(Module(), dealt())
+    trainer.save_checkpoint(directory / "one.ckpt")
+    result = subprocess.run(
+        [sys.executable, str(SCENARIOS), str(directory)], capture_output=True, text=True, timeout=180, env=os.environ
+    )
+    assert result.returncode == 0, result.stderr
+    return [torch.load(directory / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
+def flat(module):
+    return torch.cat([p.detach().flatten().clone() for p in module.parameters()])
+
+
+def flat_state(outcome):
+    return torch.cat([value.flatten() for value in outcome["state"].values()])
+
+
+def batches_of(rank, world=2):
+    """A rank's batches of an epoch."""
+    inputs, labels = samples()
+    order = torch.arange(SAMPLES)[rank::world].split(BATCH)
+    return [(inputs[i], labels[i]) for i in order]
+
+
+class Worker:
+    """One worker's model and optimizer, in this process."""
+
+    def __init__(self, momentum=0.9):
+        self.net = network()
+        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=0.1, momentum=momentum)
+
+    def step(self, batch):
+        self.optimizer.zero_grad()
+        F.cross_entropy(self.net(batch[0]), batch[1]).backward()
+        self.optimizer.step()
+
+
+def give(workers, weights):
+    for worker in workers:
+        # A copy each: parameters become views of what they are given.
+        torch.nn.utils.vector_to_parameters(weights.clone(), worker.net.parameters())
+
+
+def simulate(merge, period, parts, epochs=2):
+    """Local training: `merge(workers)` is called after each period and at the end of each epoch.
+
+    ``parts`` has the batches of each worker; those whose batches are used up do not count any more.
+    """
+    workers = [Worker() for _ in parts]
+    for _ in range(epochs):
+        longest = max(map(len, parts))
+        for index in range(longest):
+            for worker, part in zip(workers, parts, strict=True):
+                if index < len(part):
+                    worker.step(part[index])
+            if (index + 1) % period == 0 or index + 1 == longest:
+                start = index - index % period
+                active = [w for w, part in zip(workers, parts, strict=True) if len(part) > start]
+                merge(active, workers)
+    return flat(workers[0].net)
+
+
+def mean(active, everyone):
+    give(everyone, torch.stack([flat(worker.net) for worker in active]).mean(0))
+
+
+class OuterSGD:
+    """DiLoCo's merge, with torch's own SGD."""
+
+    def __init__(self, lr=0.7, momentum=0.9):
+        self.shared = torch.nn.Parameter(flat(network()))
+        self.optimizer = torch.optim.SGD([self.shared], lr=lr, momentum=momentum, nesterov=True)
+
+    def __call__(self, active, everyone):
+        self.shared.grad = torch.stack([self.shared.detach() - flat(worker.net) for worker in active]).mean(0)
+        self.optimizer.step()
+        give(everyone, self.shared.detach())
+
+
+def assert_near(found, expected, tolerance=1e-6):
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+FINISHED = [
+    "stock",
+    "data_parallel",
+    "data_parallel_fp16",
+    "data_parallel_bf16",
+    "data_parallel_powersgd",
+    "local_sgd",
+    "local_sgd by name",
+    "diloco",
+    "norm",
+    "accumulate",
+    "uneven",
+    "uneven diloco",
+    "validation within",
+    "resumed",
+    "from one device",
+]
+
+
+@pytest.mark.parametrize("name", FINISHED)
+def test_ranks_end_with_the_same_weights(ranks, name):
+    """To the bit, whatever the strategy; counters of batches in batch norms are each worker's own."""
+    first, second = (rank[name]["state"] for rank in ranks)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first if "num_batches" not in key)
+
+
+def test_data_parallel_is_lightnings(ranks):
+    """Without compression, to the bit."""
+    assert torch.equal(flat_state(ranks[0]["stock"]), flat_state(ranks[0]["data_parallel"]))
+
+
+def test_data_parallel_equals_one_process(ranks):
+    """SGD with momentum on the whole batch, float32: to 1e-6 after 14 steps."""
+    worker = Worker()
+    for _ in range(2):
+        for a, b in zip(batches_of(0), batches_of(1), strict=True):
+            worker.step((torch.cat([a[0], b[0]]), torch.cat([a[1], b[1]])))
+    assert_near(flat_state(ranks[0]["data_parallel"]), flat(worker.net))
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("fp16", 2e-3), ("bf16", 2e-2)])
+def test_half_the_bytes(ranks, name, tolerance):
+    """Gradients really are rounded on their way, and by no more than their format does."""
+    compressed, plain = ranks[0][f"data_parallel_{name}"], ranks[0]["data_parallel"]
+    difference = (flat_state(compressed) - flat_state(plain)).abs().max()
+    assert 0 < difference < tolerance
+    assert 2 * compressed["communication"]["communication/megabytes"] == pytest.approx(
+        plain["communication"]["communication/megabytes"]
+    )
+
+
+def test_powersgd_learns(ranks):
+    """It goes another way, with fewer bytes, to about the same loss."""
+    inputs, labels = samples()
+    losses = {}
+    for name in ("data_parallel_powersgd", "data_parallel, 12 epochs"):
+        net = network()
+        net.load_state_dict({k.removeprefix("net."): v for k, v in ranks[0][name]["state"].items()})
+        losses[name] = F.cross_entropy(net(inputs), labels).item()
+    powersgd, plain = losses.values()
+    untrained = F.cross_entropy(network()(inputs), labels).item()
+    assert abs(powersgd - plain) < 0.1 * (untrained - plain) and powersgd != plain
+    sent = [ranks[0][name]["communication"]["communication/megabytes"] for name in losses]
+    assert sent[0] < 0.7 * sent[1]
+
+
+def test_period_1_is_data_parallel(ranks):
+    """Averaging weights after each step of plain SGD is averaging gradients: to 1e-6."""
+    local, parallel = ranks[0]["plain local_sgd of period 1"], ranks[0]["plain data_parallel"]
+    assert_near(flat_state(local), flat_state(parallel))
+
+
+def test_local_sgd_is_the_average(ranks):
+    """Periods of 3 in epochs of 7 steps, momentum kept: the same in one process with torch alone, to 1e-6."""
+    expected = simulate(mean, 3, [batches_of(0), batches_of(1)])
+    assert_near(flat_state(ranks[0]["local_sgd"]), expected)
+
+
+def test_workers_go_their_own_ways_in_between(ranks):
+    """After the steps 3, 6, 7 of each epoch the weights are equal, and only then."""
+    pairs = zip(ranks[0]["local_sgd"]["steps"], ranks[1]["local_sgd"]["steps"], strict=True)
+    equal = [torch.equal(a, b) for a, b in pairs]
+    assert [index + 1 for index, same in enumerate(equal) if same] == [3, 6, 7, 10, 13, 14]
+
+
+def test_validation_sees_the_average(ranks):
+    """At the end of an epoch and within one."""
+    for name in ("local_sgd", "diloco as local_sgd", "validation within", "uneven", "uneven diloco"):
+        assert ranks[0][name]["metrics"]["same"] == 1, name
+
+
+def test_diloco_is_an_outer_step(ranks):
+    """The same in one process, with torch's SGD as the outer optimizer: to 2e-6."""
+    expected = simulate(OuterSGD(), 3, [batches_of(0), batches_of(1)])
+    assert_near(flat_state(ranks[0]["diloco"]), expected, 2e-6)
+
+
+def test_diloco_of_rate_1_without_momentum_is_local_sgd(ranks):
+    """The outer step goes all the way to the average: to 1e-6."""
+    assert_near(flat_state(ranks[0]["diloco as local_sgd"]), flat_state(ranks[0]["local_sgd"]))
+
+
+def test_accumulated_batches_are_one_step(ranks):
+    """Periods count steps of the optimizer: 4 in an epoch of 7 batches, averaged after the second and the fourth.
+
+    Weights are also equal after a batch that only follows an average.
+    """
+    pairs = zip(ranks[0]["accumulate"]["steps"], ranks[1]["accumulate"]["steps"], strict=True)
+    equal = [torch.equal(a, b) for a, b in pairs]
+    assert [index + 1 for index, same in enumerate(equal) if same] == [1, 4, 5, 7, 8, 11, 12, 14]
+
+
+def test_running_statistics_are_averaged(ranks):
+    """Batch norm: equal on both ranks, while their inputs were not."""
+    first, second = (rank["norm"]["state"]["net.1.running_mean"] for rank in ranks)
+    assert torch.equal(first, second) and first.abs().sum() > 0
+
+
+@pytest.mark.parametrize(("name", "period"), [("uneven", 3), ("uneven diloco", 2)])
+def test_uneven_workers(ranks, name, period):
+    """Seven batches and four: who has come to the end waits, and does not count in what the other does alone."""
+    inputs, labels = samples()
+    parts = [
+        [(inputs[i : i + BATCH], labels[i : i + BATCH]) for i in range(start, end, BATCH)]
+        for start, end in ((0, 28), (28, 44))
+    ]
+    expected = simulate(mean if name == "uneven" else OuterSGD(), period, parts)
+    assert_near(flat_state(ranks[0][name]), expected, 2e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("uneven data_parallel", "different numbers of batches in an epoch (7, 4)"),
+        ("uneven max_steps", "max_steps needs equally many batches"),
+        ("uneven validation within", "validate and save at the end of epochs"),
+        ("wrapped", "LocalSGD keeps the whole model in every process, but net is sharded or wrapped already"),
+        ("sync_batchnorm", "sync_batchnorm communicates in every step"),
+    ],
+)
+def test_what_cannot_work_is_said_on_every_rank(ranks, name, expected):
+    """An error, where it would hang or be silently something else."""
+    assert all(expected in rank[name]["error"] for rank in ranks)
+
+
+def test_resume_is_exact(ranks):
+    """From a checkpoint in the middle of the second epoch: weights and each rank's momentum, to the bit."""
+    for rank in ranks:
+        whole, resumed = rank["whole"], rank["resumed"]
+        assert len(resumed["steps"]) == 6 and len(whole["steps"]) == 14
+        assert torch.equal(flat_state(whole), flat_state(resumed))
+        buffers = [
+            [entry["momentum_buffer"] for entry in outcome["optimizer"]["state"].values()]
+            for outcome in (whole, resumed)
+        ]
+        assert all(torch.equal(a, b) for a, b in zip(*buffers, strict=True))
+    momenta = [rank["whole"]["optimizer"]["state"][0]["momentum_buffer"] for rank in ranks]
+    assert not torch.equal(*momenta)
+
+
+def test_checkpoint_is_ordinary(ranks, directory):
+    """It loads without the strategy and with weights_only, into a module, and into a Trainer that goes on."""
+    path = directory / "whole" / "step=12.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    Module().load_state_dict(checkpoint["state_dict"])
+    module = Module()
+    trainer = single_trainer(max_epochs=3)
+    trainer.fit(module, dealt(), ckpt_path=path)
+    assert trainer.current_epoch == 3
+    # And one of a single device went on under the strategy: two more epochs of seven steps.
+    assert len(ranks[0]["from one device"]["steps"]) == 14
+
+
+def test_one_process():
+    """Each strategy with one device is that device's training, with nothing sent."""
+    expected = None
+    for strategy in ("auto", LocalSGD(period=3), DiLoCo(period=3, outer_lr=1.0, outer_momentum=0.0), DataParallel()):
+        environment = copy.copy(os.environ)
+        module = Module()
+        trainer = single_trainer(strategy=strategy)
+        trainer.fit(module, dealt())
+        # What Lightning's launcher leaves for the processes that it would start.
+        for name in set(os.environ) - set(environment):
+            del os.environ[name]
+        expected = flat(module) if expected is None else expected
+        assert_near(flat(module), expected)
+        if strategy != "auto":
+            assert trainer.strategy.communication["communication/megabytes"] == 0
+    torch.distributed.destroy_process_group()
+
+
+def test_loss_scale():
+    """Each worker would have one of its own."""
+    strategy = LocalSGD()
+    strategy.connect(Module())
+    strategy.precision_plugin = Mock(scaler=torch.amp.GradScaler("cpu"))
+    with pytest.raises(ConfigError, match="precision 16-mixed gives each worker a loss scale of its own"):
+        strategy.configure_ddp()
+
+
+def test_names():
+    """They are in Lightning's registry."""
+    names = {
+        "data_parallel",
+        "data_parallel_fp16",
+        "data_parallel_bf16",
+        "data_parallel_powersgd",
+        "local_sgd",
+        "diloco",
+    }
+    assert names <= set(StrategyRegistry.available_strategies())
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda: DataParallel(compression="bf15"), "got 'bf15'; did you mean bf16"),
+        (lambda: DataParallel(compression="fp16", ddp_comm_hook=print), "exclude each other"),
+        (lambda: LocalSGD(period=0), "at least 1, got 0"),
+        (lambda: LocalSGD(period=2.5), "got 2.5"),
+        (lambda: DiLoCo(period=True), "got True"),
+        (lambda: DiLoCo(outer_lr=0.0), "outer_lr must be above 0"),
+        (lambda: DiLoCo(outer_momentum=1.0), "outer_momentum must be from 0 to below 1"),
+    ],
+)
+def test_arguments(make, expected):
+    """Values out of range are named."""
+    with pytest.raises(ConfigError, match=expected):
+        make()
