@@ -12,7 +12,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightkit.checkpoints import CONFIG_KEY, load_checkpoint, load_weights
 from lightkit.config import build
+from lightkit.data import SeriesDataModule, Text
 from lightkit.errors import CheckpointError, ConfigError
+
+# By what their data serve, those whose model is no classifier.
+_EXPERIMENTS = {"tokens": ("language_model", "char_rnn"), "windows": ("forecast",)}
 
 
 class SaveConfig(Callback):
@@ -43,6 +47,11 @@ def build_data(config: DictConfig) -> pl.LightningDataModule:
         outputs = config.model.get(key)
         if classes is not None and outputs is not None and classes != outputs:
             raise ConfigError(f"the data has {classes} classes but model.{key} is {outputs}")
+    if classes is None and isinstance(data, (SeriesDataModule, Text)) and "num_classes" in config.model:
+        raise ConfigError(
+            f"{type(data).__name__} serves {data.unit}, in which there are no classes for the model to tell apart; "
+            f"experiments for it: {', '.join(_EXPERIMENTS[data.unit])}"
+        )
     return data
 
 

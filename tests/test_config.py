@@ -120,17 +120,44 @@ OVERRIDES = [
 ]
 
 
+# Where a choice is not for the classification of images: the experiment that it belongs to, and what it needs.
+BELONGS_TO = {
+    "data=co2": ["+experiment=forecast"],
+    "data=series": ["+experiment=forecast", "data.path=values.csv"],
+    "data=sunspots": ["+experiment=forecast"],
+    "data=text": ["+experiment=language_model"],
+    "model=char_rnn": ["+experiment=char_rnn"],
+    "model=forecaster": ["+experiment=forecast"],
+    "model=rnn": ["+experiment=rnn"],
+    "model=transformer": ["+experiment=language_model"],
+    "task=forecast": ["+experiment=forecast"],
+    "task=language_model": ["+experiment=language_model"],
+}
+
+
 @pytest.mark.parametrize("override", OVERRIDES)
 def test_every_choice_composes_and_builds(override, tmp_path):
-    """No group has a file that does not fit the rest."""
+    """No group has a file that does not fit the rest of the job that it is for."""
     with initialize_config_module("lightkit.conf", version_base="1.3"):
-        config = compose("train", [override, f"run_dir={tmp_path}"])
+        config = compose("train", [*BELONGS_TO.get(override, []), override, f"run_dir={tmp_path}"])
     task, data = build_task(config), build_data(config)
     build(config.callbacks)
     if "gpu" not in override or torch.cuda.is_available():
         build(config.trainer)
     task.configure_optimizers()
-    assert data.num_classes == config.model.num_classes
+    outputs = config.model.get("num_classes", config.model.get("num_outputs"))
+    assert outputs in (None, getattr(data, "num_classes", None), getattr(data, "horizon", None))
+
+
+@pytest.mark.parametrize(
+    ("override", "experiments"), [("data=text", "language_model, char_rnn"), ("data=co2", "forecast")]
+)
+def test_data_of_another_kind(override, experiments):
+    """Data without classes for a classifier are refused, with the experiments that they are for."""
+    with initialize_config_module("lightkit.conf", version_base="1.3"):
+        config = compose("train", [override, "run_dir=."])
+    with pytest.raises(ConfigError, match=f"no classes .* experiments for it: {experiments}"):
+        build_data(config)
 
 
 def test_help_lists_every_experiment():

@@ -148,7 +148,7 @@ def test_module_lists_the_experiments(installation: Installation, tmp_path: Path
     """`python -m lightkit.train --help` finds its configuration from any directory."""
     result = installation.run(installation.python, "-m", "lightkit.train", "--help", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "\nexperiment: cnn" in result.stdout
+    assert "\nexperiment: char_rnn, cnn, " in result.stdout
     assert "+experiment=cnn" in result.stdout
 
 
@@ -159,7 +159,7 @@ def test_console_script_lists_the_experiments(installation: Installation, tmp_pa
         pytest.skip("a bare checkout has no console scripts")
     result = installation.run(installation.train_script, "--help", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "\nexperiment: cnn" in result.stdout
+    assert "\nexperiment: char_rnn, cnn, " in result.stdout
 
 
 @pytest.mark.parametrize("installation", ["wheel"], indirect=True)

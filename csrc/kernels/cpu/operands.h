@@ -25,16 +25,21 @@ struct Matrix {
 template <typename T>
 void transpose(Matrix<const T> from, int64_t rows, int64_t columns, Matrix<T> to) {
   // As many as at::vec transposes in registers.
-  constexpr int64_t side = sizeof(T) == 2 ? 32 : 16;
+  constexpr int side = sizeof(T) == 2 ? 32 : 16;
   for (int64_t i = 0; i < rows; i += side) {
     for (int64_t j = 0; j < columns; j += side) {
-      at::vec::transpose_mxn<T>(
-          from.at(i, j).data,
-          from.stride,
-          to.at(j, i).data,
-          to.stride,
-          static_cast<int>(std::min(side, rows - i)),
-          static_cast<int>(std::min(side, columns - j)));
+      const Matrix<const T> block = from.at(i, j);
+      const Matrix<T> place = to.at(j, i);
+      if (rows - i >= side && columns - j >= side) {
+        at::vec::transpose_mxn<T>(block.data, block.stride, place.data, place.stride, side, side);
+        continue;
+      }
+      // Not at::vec, whose masks of 31 elements are an overflow.
+      for (int64_t r = 0; r < std::min<int64_t>(side, rows - i); ++r) {
+        for (int64_t c = 0; c < std::min<int64_t>(side, columns - j); ++c) {
+          *place.at(c, r).data = *block.at(r, c).data;
+        }
+      }
     }
   }
 }
