@@ -15,7 +15,7 @@ from lightkit.ops.cross_entropy import cross_entropy_reference
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-# What the logits may take at a time, in bytes.
+# Bytes that a call may take beyond its inputs and results.
 MEMORY_LIMIT = 64 << 20
 
 
@@ -63,9 +63,9 @@ def linear_cross_entropy(
         dtype: of the loss. Default: that of ``input``, or float32 under autocast.
         return_lse: return the log-partition function of each row too, 0 for ignored ones, in float32 (float64 for
             float64), of the shape of the unreduced loss. It is not differentiable.
-        memory_limit: bytes for logits and what becomes of them; the more, the fewer are computed twice. For half
-            precision a float32 sum of the gradient of ``input`` comes out of it, too. Besides, a CPU takes some numbers
-            for each row and up to 2 MB for each thread. Where the limit is too small for any progress it is exceeded.
+        memory_limit: bytes beyond inputs and results; the more, the fewer logits are computed twice. On a CPU some
+            4 MiB of it are for threads, which take up to 2 MB each, more than two therefore more than the limit;
+            and it is exceeded where it is too small for any progress.
 
     Returns:
         The loss, or ``(loss, lse)`` with ``return_lse``.

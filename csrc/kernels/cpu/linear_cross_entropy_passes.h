@@ -18,9 +18,6 @@
 
 namespace lightkit::cpu {
 
-// Classes whose sums of exponentials are one term of a row's: a sum does not depend on who computes which term.
-constexpr int64_t kSumClasses = 1024;
-
 // Of a product with many terms a call of tile_gemm adds so many: its operands stay in the second-level cache.
 constexpr int64_t kTerms = 128;
 
@@ -64,7 +61,7 @@ class Passes {
         : panel(features * kTileRows),
           left(std::max(kTileClasses * kChain<operand_t>, kMostRows * kTerms)),
           right((kTerms + 1) * kMostColumns),
-          tile(std::max(kTileClasses * kTileRows, kMostClasses * kMostColumns)),
+          tile(kSumsApart ? kMostClasses * kMostColumns : kTileClasses * kTileRows),
           chain(std::max(kMostClasses, kMostRows) * kMostColumns) {}
     Buffer<operand_t> panel;  // the hidden states of some rows, transposed
     Buffer<operand_t> left;

@@ -9,11 +9,18 @@
 
 namespace lightkit::cpu {
 
+// Classes whose sums of exponentials are one term of a row's: a sum does not depend on who computes which term.
+constexpr int64_t kSumClasses = 1024;
+
 // Rows whose logits fill a chunk, at least: with fewer the weights are read too often.
 constexpr int64_t kLeastChunk = 64;
 
 // Of the memory, the share of a slice where not everything can be kept: a slice is a trip through all hidden states.
 constexpr int64_t kSliceShare = 8;
+
+// What is left of the limit for the scratch of some threads: by their number the plan, and with it the order of sums,
+// must not change.
+constexpr int64_t kForScratch = int64_t(4) << 20;
 
 // Classes of a slice, at least.
 constexpr int64_t kLeastSlice = 256;
@@ -41,17 +48,28 @@ struct Plan {
   }
 };
 
+// Bytes that are known of a row besides its logits: of each block of classes, and once.
+template <typename acc_t>
+int64_t row_bytes(int64_t classes) {
+  const int64_t values = ceil_div(classes, kSumClasses) * RowSums<acc_t>::kFields + RowGradients<acc_t>::kFields + 1;
+  return values * static_cast<int64_t>(sizeof(acc_t));
+}
+
 // The products are computed with operands of type operand_t.
 template <typename scalar_t, typename operand_t>
 Plan make_plan(const LinearCrossEntropy<scalar_t>& args) {
-  constexpr int64_t size = sizeof(operand_t);
+  using acc_t = accumulator_t<scalar_t>;
+  constexpr int64_t size = sizeof(operand_t), acc_size = sizeof(acc_t);
   Plan plan{args.rows, round_up(args.rows, kRowMultiple), 0, 0, 0, 0, 0};
   if (args.gradient_scale == nullptr) {
     return plan;
   }
   const bool with_loss = args.losses != nullptr;
+  const int64_t limit = args.memory_limit - std::min(args.memory_limit / 8, kForScratch);
   if (!is_half<scalar_t> && with_loss) {
-    int64_t rows = args.memory_limit / (args.classes * size);
+    // With a shift for every tile.
+    const int64_t kept = args.classes * size + ceil_div(args.classes, kTileClasses) * acc_size;
+    int64_t rows = limit / (kept + row_bytes<acc_t>(args.classes));
     rows -= rows % (rows >= kTileRows ? kTileRows : kRowMultiple);
     rows = std::min(rows, plan.stride);
     if (rows >= std::min(plan.stride, kLeastChunk)) {
@@ -59,10 +77,11 @@ Plan make_plan(const LinearCrossEntropy<scalar_t>& args) {
     }
   }
   if (is_half<scalar_t> && args.hidden_gradient != nullptr) {
-    plan.sum_bytes = args.rows * args.features * static_cast<int64_t>(sizeof(accumulator_t<scalar_t>));
+    plan.sum_bytes = args.rows * args.features * acc_size;
   }
-  const int64_t class_bytes = plan.stride * size;
-  const int64_t fitting = std::max<int64_t>(0, args.memory_limit - plan.sum_bytes) / class_bytes;
+  const int64_t class_bytes = plan.stride * size, shift_bytes = plan.stride * acc_size / kTileClasses;
+  const int64_t rest = std::max<int64_t>(0, limit - plan.sum_bytes - plan.stride * row_bytes<acc_t>(args.classes));
+  const int64_t fitting = rest / (class_bytes + shift_bytes);
   if (with_loss && fitting >= args.classes) {
     plan.kept = args.classes;
   } else {
