@@ -176,7 +176,7 @@ def test_compiled_and_in_mixed_precision(text, command):
     [
         (["data.path=nowhere"], ["there is no text at nowhere"]),
         (["data.path=short"], ["the train part of short has 93 bytes", "context + 1 = 129", "validation 2, test 5"]),
-        (["model=cnn"], ["LanguageModelTask takes a LanguageModel, got CNN"]),
+        (["model=cnn"], ["Text serves tokens", "no classes", "experiments for it: language_model, char_rnn"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
