@@ -24,6 +24,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from lightkit.config import find_class
 from lightkit.errors import ConfigError, LightkitError
 
 # Set for processes that are started from here; not for those that these may start in turn.
@@ -224,7 +225,7 @@ def _start_and_watch(config: DictConfig, count: int, command: list[str]) -> None
     try:
         for rank in range(count):
             processes.append(_start(command, rank, count, server.port))
-        _watch(processes, store)
+        _watch(processes, store, _survives_lost_workers(config))
     except KeyboardInterrupt:
         for process in processes:
             process.send_signal(signal.SIGINT)
@@ -259,13 +260,29 @@ def _start(command: list[str], rank: int, count: int, port: int) -> subprocess.P
     return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, start_new_session=True)
 
 
-def _watch(processes: list[subprocess.Popen], store: Any) -> None:
-    """Returns when all have ended well."""
+def _survives_lost_workers(config: DictConfig) -> bool:
+    """Whether the strategy goes on without a process that was killed, if it is not the first."""
+    target = config.strategy.get("_target_")
+    return target is not None and getattr(find_class(target), "survives_lost_workers", False)
+
+
+def _watch(processes: list[subprocess.Popen], store: Any, survives: bool) -> None:
+    """Returns when all have ended well, or those without which the others go on were killed."""
+
+    def has_failed(rank: int, status: int | None) -> bool:
+        return bool(status) and not (survives and rank > 0 and status < 0)
+
+    told: set[int] = set()
     while any(process.poll() is None for process in processes):
-        if any(process.returncode for process in processes):
+        for rank, process in enumerate(processes):
+            if survives and rank > 0 and (process.returncode or 0) < 0 and rank not in told:
+                told.add(rank)
+                name = signal.Signals(-process.returncode).name
+                print(f"process {rank} of {len(processes)} was ended by {name}: going on without it", file=sys.stderr)
+        if any(has_failed(rank, process.returncode) for rank, process in enumerate(processes)):
             break
         time.sleep(0.05)
-    if any(process.returncode for process in processes):
+    if any(has_failed(rank, process.returncode) for rank, process in enumerate(processes)):
         _wait(processes, _GRACE)
         raise _cause(processes, store)
 

@@ -85,7 +85,7 @@ def train(config: DictConfig) -> dict[str, Any]:
         if throughput.step is not None:
             metrics |= {f"step/{part} (ms)": value for part, value in throughput.step.items()}
     metrics |= getattr(trainer.strategy, "communication", {})
-    if config.test:
+    if config.test and (trainer.is_global_zero or not getattr(trainer.strategy, "evaluates_everything", False)):
         trainer.test(task, datamodule=data, ckpt_path=_best(trainer), verbose=False)
         metrics |= _scalars(trainer)
         # What the simplest rules reach on the same test set, where the data knows some.

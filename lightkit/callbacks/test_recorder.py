@@ -48,7 +48,7 @@ class TestRecorder(Callback):
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Brings the parts of all processes together."""
-        if trainer.world_size == 1:
+        if not dist.is_initialized():
             return
         gathered = [None] * trainer.world_size if trainer.is_global_zero else None
         dist.gather_object(self.result(), gathered)

@@ -6,10 +6,21 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
 from lightkit.errors import DataError
+
+
+def part_of(trainer: pl.Trainer | None, training: bool) -> dict[str, int]:
+    """The ``rank`` and ``world_size`` by which a process of a trainer gets its part of the samples.
+
+    All of them where no other process evaluates with it: see `lightkit.strategies.ParameterServer`.
+    """
+    if trainer is None or (not training and getattr(trainer.strategy, "evaluates_everything", False)):
+        return {"rank": 0, "world_size": 1}
+    return {"rank": trainer.global_rank, "world_size": trainer.world_size}
 
 
 class TensorBatches:

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightkit.data.batches import TensorBatches
+from lightkit.data.batches import TensorBatches, part_of
 from lightkit.errors import DataError
 
 
@@ -150,14 +150,12 @@ class ImageDataModule(pl.LightningDataModule):
         self.train, self.validation = train.subset(rest), train.subset(held_out)
 
     def _batches(self, data: ImageSet, batch_size: int, shuffle: bool = False) -> TensorBatches:
-        trainer = self.trainer
         return TensorBatches(
             (data.images, data.labels),
             batch_size,
             shuffle=shuffle,
             seed=self.seed,
-            rank=trainer.global_rank if trainer else 0,
-            world_size=trainer.world_size if trainer else 1,
+            **part_of(self.trainer, training=shuffle),
         )
 
     def train_dataloader(self) -> TensorBatches:

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightkit.data.batches import TensorBatches
+from lightkit.data.batches import TensorBatches, part_of
 from lightkit.data.columns import Column, read_column
 from lightkit.errors import DataError
 
@@ -185,14 +185,12 @@ class SeriesDataModule(pl.LightningDataModule):
         return windows.history[:, self.history - self.season + steps, 0]
 
     def _batches(self, windows: Windows, batch_size: int, shuffle: bool = False) -> TensorBatches:
-        trainer = self.trainer
         return TensorBatches(
             (windows.history, windows.target),
             batch_size,
             shuffle=shuffle,
             seed=self.seed,
-            rank=trainer.global_rank if trainer else 0,
-            world_size=trainer.world_size if trainer else 1,
+            **part_of(self.trainer, training=shuffle),
         )
 
     def train_dataloader(self) -> TensorBatches:

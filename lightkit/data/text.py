@@ -17,7 +17,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightkit.data.batches import TensorBatches
+from lightkit.data.batches import TensorBatches, part_of
 from lightkit.data.bigram import bits_per_byte
 from lightkit.errors import DataError
 from lightkit.files import write_atomically
@@ -138,14 +138,12 @@ class Text(pl.LightningDataModule):
         return part.unfold(0, self.context + 1, self.context)
 
     def _batches(self, windows: Tensor, batch_size: int, shuffle: bool = False) -> TensorBatches:
-        trainer = self.trainer
         return TensorBatches(
             (windows,),
             batch_size,
             shuffle=shuffle,
             seed=self.seed,
-            rank=trainer.global_rank if trainer else 0,
-            world_size=trainer.world_size if trainer else 1,
+            **part_of(self.trainer, training=shuffle),
         )
 
     def train_dataloader(self) -> TensorBatches:

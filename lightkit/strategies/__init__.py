@@ -5,8 +5,9 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightkit.strategies.data_parallel import DataParallel
 from lightkit.strategies.diloco import DiLoCo
 from lightkit.strategies.local_sgd import LocalSGD
+from lightkit.strategies.parameter_server import ParameterServer
 
-__all__ = ["DataParallel", "DiLoCo", "LocalSGD"]
+__all__ = ["DataParallel", "DiLoCo", "LocalSGD", "ParameterServer"]
 
 # Lightning compares in lower case.
 _NAMES = {
@@ -16,6 +17,9 @@ _NAMES = {
     "data_parallel_powersgd": (DataParallel, {"compression": "powersgd"}),
     "local_sgd": (LocalSGD, {}),
     "diloco": (DiLoCo, {}),
+    "parameter_server": (ParameterServer, {}),
+    "parameter_server_async": (ParameterServer, {"mode": "async"}),
+    "parameter_server_bounded": (ParameterServer, {"mode": "bounded"}),
 }
 
 for _name, (_strategy, _arguments) in _NAMES.items():

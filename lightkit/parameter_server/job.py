@@ -1,0 +1,230 @@
+"""What workers and servers must agree on before they train: parameters, optimizers, and how pushes are treated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightkit.config import nearest
+from lightkit.errors import ConfigError
+from lightkit.parameter_server.compression import COMPRESSIONS
+from lightkit.parameter_server.link import dtype_named
+
+MODES = ("sync", "async", "bounded")
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One of them: its name, shape and dtype, and the group of the optimizer that it is in."""
+
+    name: str
+    shape: list[int]
+    dtype: str
+    group: int
+
+    @property
+    def count(self) -> int:
+        """Its elements."""
+        return prod(self.shape)
+
+    def __str__(self) -> str:
+        return f"{self.name} ({'x'.join(map(str, self.shape)) or 'a number'}, {self.dtype})"
+
+
+@dataclass(frozen=True)
+class Table:
+    """The parameters of an optimizer, and its class.
+
+    Args:
+        optimizer: ``MODULE.CLASS``, of a package that a configuration may use: see `lightkit.config.allow_targets`.
+        parameters: in the order of the optimizer's groups.
+    """
+
+    optimizer: str
+    parameters: list[Parameter]
+
+    @classmethod
+    def of(cls, optimizer: Optimizer, names: dict[Tensor, str]) -> Table:
+        """That of an optimizer whose parameters have these names."""
+        kind = type(optimizer)
+        parameters = [
+            Parameter(names[p], list(p.shape), str(p.dtype).partition(".")[2], index)
+            for index, group in enumerate(optimizer.param_groups)
+            for p in group["params"]
+        ]
+        return cls(f"{kind.__module__}.{kind.__qualname__}", parameters)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained, and how.
+
+    Args:
+        tables: one for each optimizer.
+        workers: that begin together; their number may change.
+        mode: ``sync``: the server steps when all workers have pushed, along the mean of their gradients. ``async``: at
+            each push. ``bounded``: likewise, but no worker is more than ``staleness`` pushes ahead of the slowest.
+        staleness: of ``bounded``.
+        compression: of pushes: ``none``; ``bf16``; ``topk``, the largest in absolute value, with what was not sent
+            added to the next gradient (error feedback).
+        fraction: of the gradient that ``topk`` sends.
+        snapshot_every: updates from one snapshot of a server to the next, with a log of each update in between; 0 for
+            neither.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    tables: list[Table]
+    workers: int = 1
+    mode: str = "sync"
+    staleness: int = 4
+    compression: str = "none"
+    fraction: float = 0.01
+    snapshot_every: int = 1000
+
+    def __post_init__(self) -> None:
+        for name, value, choices in (("mode", self.mode, MODES), ("compression", self.compression, COMPRESSIONS)):
+            if value not in choices:
+                hint = nearest(str(value), choices)
+                raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}{hint}")
+        for name, least in (("workers", 1), ("staleness", 0), ("snapshot_every", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ConfigError(f"{name} must be a whole number, at least {least}, got {value!r}")
+        if not 0 < self.fraction <= 1:
+            raise ConfigError(f"fraction must be above 0 and at most 1, got {self.fraction!r}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain containers."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Job:
+        """The job of such containers.
+
+        Raises:
+            ConfigError: they do not describe one.
+        """
+        try:
+            tables = [
+                Table(str(table["optimizer"]), [Parameter(**p) for p in table["parameters"]])
+                for table in value["tables"]
+            ]
+            for parameter in (p for table in tables for p in table.parameters):
+                dtype_named(parameter.dtype)
+            return cls(**{**value, "tables": tables})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"this is not the description of a job: {error}") from None
+
+    def parts(self, servers: int) -> list[Job]:
+        """What each server has: whole parameters, the largest first to whoever has least so far."""
+        loads = [0] * servers
+        owners: dict[tuple[int, int], int] = {}
+        every = [(t, i, p) for t, table in enumerate(self.tables) for i, p in enumerate(table.parameters)]
+        for t, i, parameter in sorted(every, key=lambda entry: -entry[2].count):
+            owners[t, i] = loads.index(min(loads))
+            loads[owners[t, i]] += parameter.count
+        return [
+            replace(
+                self,
+                tables=[
+                    Table(table.optimizer, [p for i, p in enumerate(table.parameters) if owners[t, i] == server])
+                    for t, table in enumerate(self.tables)
+                ],
+            )
+            for server in range(servers)
+        ]
+
+    def difference(self, other: Job) -> str | None:
+        """In what another worker's job is another one, or None."""
+        for name in ("workers", "mode", "staleness", "compression", "fraction", "snapshot_every"):
+            here, there = getattr(self, name), getattr(other, name)
+            if here != there:
+                return f"{name} is {there} at this worker and {here} at the others"
+        for here, there in zip(self.tables, other.tables, strict=False):
+            if here.optimizer != there.optimizer:
+                return f"the optimizer is {there.optimizer} at this worker and {here.optimizer} at the others"
+            for one, another in zip(here.parameters, there.parameters, strict=False):
+                if one != another:
+                    return f"it has another model: {another} where the others have {one}"
+            if len(here.parameters) != len(there.parameters):
+                return f"it has another model, of {len(there.parameters)} parameters instead of {len(here.parameters)}"
+        if len(self.tables) != len(other.tables):
+            return f"it has {len(other.tables)} optimizers and the others {len(self.tables)}"
+        return None
+
+
+def allocate(parameters: Sequence[Parameter]) -> tuple[list[Tensor], list[Tensor]]:
+    """Zeros for these parameters: one flat tensor for each dtype, and views of those in the parameters' shapes."""
+    counts: dict[str, int] = {}
+    for parameter in parameters:
+        counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.count
+    flats = [torch.zeros(count, dtype=dtype_named(name)) for name, count in counts.items()]
+    return flats, views_of(flats, parameters)
+
+
+def views_of(flats: Iterable[Tensor], parameters: Sequence[Parameter]) -> list[Tensor]:
+    """The parameters within flat tensors such as `allocate` makes."""
+    rests = {str(flat.dtype).partition(".")[2]: flat for flat in flats}
+    views = []
+    for parameter in parameters:
+        part, rests[parameter.dtype] = rests[parameter.dtype].tensor_split([parameter.count])
+        views.append(part.view(parameter.shape))
+    return views
+
+
+def options_of(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The options of an optimizer's groups, such as can be sent.
+
+    Raises:
+        ConfigError: one of them cannot.
+    """
+    return [
+        {name: _plain(name, value) for name, value in group.items() if name not in ("params", "param_names")}
+        for group in optimizer.param_groups
+    ]
+
+
+def _plain(name: str, value: Any) -> Any:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, (list, tuple)):
+        return [_plain(name, entry) for entry in value]
+    if isinstance(value, (bool, int, float, str, type(None))):
+        return float(value) if name == "lr" else value
+    raise ConfigError(
+        f"the optimizer's option {name} is a {type(value).__name__}, which a parameter server cannot be told: it takes "
+        "numbers, strings and tuples of them"
+    )
+
+
+def hyperparameters(groups: Iterable[dict[str, Any]]) -> list[float]:
+    """What schedulers change from step to step: the real numbers among the options of groups, in a fixed order."""
+    return [float(number) for group in groups for _, _, number in _numbers(group)]
+
+
+def set_hyperparameters(groups: Iterable[dict[str, Any]], values: Sequence[float]) -> None:
+    """Sets what `hyperparameters` gave for groups with the same options."""
+    remaining = iter(values)
+    for group in groups:
+        found: dict[str, list[float]] = {}
+        for name, _, _ in _numbers(group):
+            found.setdefault(name, []).append(next(remaining))
+        for name, numbers in found.items():
+            group[name] = tuple(numbers) if isinstance(group[name], (list, tuple)) else numbers[0]
+
+
+def _numbers(group: dict[str, Any]) -> Iterable[tuple[str, int, Any]]:
+    # What a scheduler notes down for itself is not the server's.
+    for name in sorted(group.keys() - {"params", "param_names", "initial_lr"}):
+        values = group[name] if isinstance(group[name], (list, tuple)) else [group[name]]
+        for index, value in enumerate(values):
+            if isinstance(value, float) or name == "lr":
+                yield name, index, value

@@ -1,0 +1,327 @@
+"""A connection of a worker and a server: two processes of torch.distributed's gloo, and who they are to each other."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import secrets
+import socket
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
+
+import lightkit
+from lightkit.errors import ConfigError, LightkitError
+
+# Numbers in the header of a request or an answer; what they mean is told where they are used.
+HEADER = 4
+
+# Bytes of a message beside its tensors: far beyond what the description of a model takes.
+_LONGEST = 1 << 28
+
+# Seconds for two processes that have found each other to connect and say who they are.
+_HANDSHAKE = 10.0
+
+
+class LinkError(LightkitError, ConnectionError):
+    """The other side is not there any more, or does not answer."""
+
+
+class Link:
+    """Messages between two processes, in the order in which they were sent.
+
+    Args:
+        group: of the two.
+        rank: 0 for the server, 1 for the worker.
+        store: of the server, by which they found each other.
+    """
+
+    def __init__(self, group: ProcessGroupGloo, rank: int, store: TCPStore) -> None:
+        self._group: ProcessGroupGloo | None = group
+        # For signs of life, of another thread.
+        self.store = store
+        self._peer = 1 - rank
+        self._silence = timedelta(seconds=_HANDSHAKE)
+        self._header = torch.zeros(HEADER, dtype=torch.int64)
+
+    def send(self, *tensors: Tensor) -> None:
+        """Sends tensors whose sizes the other side knows; they must lie on a CPU without gaps.
+
+        Raises:
+            LinkError: the connection is gone.
+        """
+        try:
+            for work in [self._group.send([tensor], self._peer, 0) for tensor in tensors if tensor.numel()]:
+                work.wait(self._silence)
+        except (RuntimeError, AttributeError) as error:
+            raise LinkError(_brief(error)) from None
+
+    def receive(self, *tensors: Tensor) -> None:
+        """Waits for tensors of these sizes.
+
+        Raises:
+            LinkError: the connection is gone, or nothing came for too long.
+        """
+        try:
+            for work in [self._group.recv([tensor], self._peer, 0) for tensor in tensors if tensor.numel()]:
+                work.wait(self._silence)
+        except (RuntimeError, AttributeError) as error:
+            raise LinkError(_brief(error)) from None
+
+    def send_header(self, *numbers: int, then: Sequence[Tensor] = ()) -> None:
+        """Sends up to `HEADER` whole numbers, and tensors behind them."""
+        self.send(torch.tensor([*numbers, *[0] * (HEADER - len(numbers))]), *then)
+
+    def receive_header(self) -> list[int]:
+        """The numbers of a header."""
+        self.receive(self._header)
+        return self._header.tolist()
+
+    def send_message(self, value: Any) -> None:
+        """Sends what JSON can say, with tensors of any shapes and dtypes in it; tuples arrive as lists."""
+        tensors: list[Tensor] = []
+        described = _take_out(value, tensors)
+        forms = [[str(tensor.dtype).partition(".")[2], list(tensor.shape)] for tensor in tensors]
+        text = json.dumps([described, forms]).encode()
+        self.send(torch.tensor([len(text)]), torch.frombuffer(bytearray(text), dtype=torch.uint8), *tensors)
+
+    def receive_message(self) -> Any:
+        """What the other side gave to `send_message`.
+
+        Raises:
+            LinkError: not that.
+        """
+        length = torch.zeros(1, dtype=torch.int64)
+        self.receive(length)
+        if not 0 < length.item() <= _LONGEST:
+            raise LinkError(f"a message of {length.item()} bytes was announced, at most {_LONGEST} are taken")
+        text = torch.empty(int(length), dtype=torch.uint8)
+        self.receive(text)
+        try:
+            described, forms = json.loads(bytes(text.numpy()))
+            tensors = [torch.empty(shape, dtype=dtype_named(name)) for name, shape in forms]
+            self.receive(*tensors)
+            return _put_back(described, tensors)
+        except (ValueError, TypeError, IndexError) as error:
+            raise LinkError(f"a message cannot be read: {error}") from None
+
+    def wait_for_at_most(self, seconds: float) -> None:
+        """Sets after how long without a word the other side counts as gone; until then it is that of a handshake."""
+        self._silence = timedelta(seconds=seconds)
+
+    def live(self, rank: int) -> None:
+        """Gives a sign of life of that worker, in a thread of its own or in this one."""
+        try:
+            self.store.set(f"alive/{rank}", secrets.token_hex(8))
+        except RuntimeError as error:
+            raise LinkError(_brief(error)) from None
+
+    def close(self) -> None:
+        """Ends the connection; the other side finds it gone. For the thread that uses it."""
+        # gloo closes it when nobody refers to it any more.
+        self._group = None
+
+
+# In the place of a tensor, with its number.
+_TENSOR = "__tensor__"
+
+
+def _take_out(value: Any, tensors: list[Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        tensors.append(value.detach().cpu().contiguous())
+        return {_TENSOR: len(tensors) - 1}
+    if isinstance(value, dict):
+        return {key: _take_out(entry, tensors) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_take_out(entry, tensors) for entry in value]
+    return value
+
+
+def _put_back(value: Any, tensors: list[Tensor]) -> Any:
+    if isinstance(value, dict):
+        if _TENSOR in value:
+            return tensors[value[_TENSOR]]
+        return {key: _put_back(entry, tensors) for key, entry in value.items()}
+    return [_put_back(entry, tensors) for entry in value] if isinstance(value, list) else value
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """The dtype of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{name!r} is not a dtype")
+    return dtype
+
+
+class Listener:
+    """Where workers find a server: a store of torch.distributed at an address.
+
+    Args:
+        host: of this machine, to be reached by the workers; ``127.0.0.1`` for those on this machine alone.
+        port: 0 for any free one.
+        secret: that workers must know; see `handshake`.
+
+    Raises:
+        ConfigError: the address is not one of this machine, or the port is in use.
+    """
+
+    def __init__(self, host: str, port: int, secret: str) -> None:
+        listening = socket.socket(_family(host))
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind((host, port))
+        except OSError as error:
+            listening.close()
+            raise ConfigError(f"a parameter server cannot listen on {host}:{port}: {error.strerror or error}") from None
+        listening.listen(4096)
+        self.host, self.port = host, listening.getsockname()[1]
+        self._secret = secret
+        # The socket is the store's from here on.
+        self._store = TCPStore(
+            host, self.port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
+        )
+        self._taken = 0
+
+    def accept(self, seconds: float) -> tuple[str, str] | None:
+        """The next worker that wants to connect, as `connect` takes it, or None if there is none for so long."""
+        end = time.monotonic() + seconds
+        key = f"joined/{self._taken + 1}"
+        while not self._store.check([key]):
+            if time.monotonic() >= end:
+                return None
+            time.sleep(0.01)
+        self._taken += 1
+        return f"link/{self._taken}", self._store.get(key).decode()
+
+    def signs_of_life(self, rank: int) -> bytes:
+        """What changes as long as that worker is there: see `Link.live`."""
+        key = f"alive/{rank}"
+        return self._store.get(key) if self._store.check([key]) else b""
+
+    def connect(self, name: str, host: str) -> tuple[Link, dict[str, Any]]:
+        """Connects with a worker, and returns what it says of itself, once it has shown that it knows the secret.
+
+        Raises:
+            LinkError: it did not come, or does not know it; it has been told.
+        """
+        link = Link(_group(PrefixStore(name, self._store), 0, host), 0, self._store)
+        try:
+            nonce = secrets.token_hex(16)
+            link.send_message({"nonce": nonce, "version": lightkit.__version__})
+            hello = link.receive_message()
+            proof = str(hello.get("proof"))
+            if not hmac.compare_digest(proof, _proof(self._secret, "worker", nonce, hello["nonce"])):
+                link.send_message({"error": "the secret is not that of the server (LIGHTKIT_SECRET)"})
+                raise LinkError("a worker came with another secret")
+            if hello["version"] != lightkit.__version__:
+                message = f"the worker has lightkit {hello['version']}, the server {lightkit.__version__}"
+                link.send_message({"error": message})
+                raise LinkError(message)
+            link.send_message({"proof": _proof(self._secret, "server", nonce, hello["nonce"])})
+        except (KeyError, AttributeError) as error:
+            raise LinkError(f"a worker introduced itself wrongly: {error!r}") from None
+        except LinkError:
+            link.close()
+            raise
+        return link, hello["who"]
+
+
+def connect(address: str, secret: str, who: dict[str, Any], patience: float, silence: float) -> Link:
+    """Connects with a server.
+
+    Args:
+        address: ``HOST:PORT``.
+        secret: the server's.
+        who: what it is told of this worker.
+        patience: seconds in which it must have come up.
+        silence: seconds without an answer after which it counts as gone.
+
+    Raises:
+        LinkError: it cannot be reached.
+        ConfigError: another secret or version, an address that is none.
+    """
+    host, port = split_address(address)
+    local = _reach(host, port, time.monotonic() + patience, address)
+    try:
+        store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=_HANDSHAKE))
+        number = store.add("joined", 1)
+        store.set(f"joined/{number}", local[1])
+        link = Link(_group(PrefixStore(f"link/{number}", store), 1, local[0]), 1, store)
+    except RuntimeError as error:
+        raise LinkError(
+            f"the parameter server at {address} does not answer as one: {_brief(error)}; is that another program, or "
+            "is only this one port open to it?"
+        ) from None
+    greeting = link.receive_message()
+    nonce = secrets.token_hex(16)
+    proof = _proof(secret, "worker", greeting["nonce"], nonce)
+    link.send_message({"nonce": nonce, "proof": proof, "version": lightkit.__version__, "who": who})
+    answer = link.receive_message()
+    if "error" in answer:
+        link.close()
+        raise ConfigError(f"the parameter server at {address} refuses this worker: {answer['error']}")
+    if not hmac.compare_digest(str(answer.get("proof")), _proof(secret, "server", greeting["nonce"], nonce)):
+        link.close()
+        raise ConfigError(f"whoever listens at {address} does not know the secret (LIGHTKIT_SECRET)")
+    link.wait_for_at_most(silence)
+    return link
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port.
+
+    Raises:
+        ConfigError: it is not ``HOST:PORT``.
+    """
+    host, _, port = str(address).rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ConfigError(f"the address of a parameter server must be HOST:PORT, got {address!r}")
+    return host.strip("[]"), int(port)
+
+
+def _reach(host: str, port: int, end: float, address: str) -> tuple[str, str]:
+    """This side's and the other side's address of a connection, once there can be one."""
+    while True:
+        try:
+            with socket.create_connection((host, port), timeout=max(end - time.monotonic(), 0.1)) as probe:
+                return probe.getsockname()[0], probe.getpeername()[0]
+        except OSError as error:
+            reason = error.strerror or str(error) or type(error).__name__
+            # A name that does not resolve will not do so in a minute.
+            if isinstance(error, socket.gaierror) or time.monotonic() >= end:
+                raise LinkError(f"the parameter server at {address} cannot be reached: {reason}") from None
+        time.sleep(0.1)
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def _group(store: PrefixStore, rank: int, host: str) -> ProcessGroupGloo:
+    options = ProcessGroupGloo._Options()
+    options._devices = [ProcessGroupGloo.create_device(hostname=host)]
+    options._timeout = timedelta(seconds=_HANDSHAKE)
+    try:
+        return ProcessGroupGloo(store, rank, 2, options)
+    except RuntimeError as error:
+        raise LinkError(_brief(error)) from None
+
+
+def _proof(secret: str, side: str, *nonces: str) -> str:
+    return hmac.new(secret.encode(), "/".join([side, *nonces]).encode(), hashlib.sha256).hexdigest()
+
+
+def _brief(error: BaseException) -> str:
+    """Of gloo's errors, what happened, without the file in which and the advice."""
+    text = str(error).partition(". This is")[0].partition("\n")[0]
+    return text.rpartition("] ")[2] if text.startswith("[") and "] " in text else text

@@ -1,0 +1,508 @@
+"""A parameter server: keeps a part of the parameters, steps along what workers push, and outlives their faults."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from dataclasses import asdict, dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightkit.errors import CheckpointError, LightkitError
+from lightkit.parameter_server.compression import codec
+from lightkit.parameter_server.job import Job, allocate
+from lightkit.parameter_server.journal import Journal, fill
+from lightkit.parameter_server.link import Link, LinkError, Listener
+from lightkit.parameter_server.shard import Shard
+
+_log = logging.getLogger(__name__)
+
+# What a push says of itself, before the hyperparameters and which gradients there are: whether the gradient is to be
+# left out; what the mean is clamped to, 0 for no clamping; whether its norm is wanted before the step.
+PUSH_FACTS = 3
+
+
+class Request(IntEnum):
+    """The first number of a worker's header; the others: table, number of the push, version that it is based on."""
+
+    BEGIN = 1
+    PULL = 2
+    PUSH = 3
+    STATE = 4
+    FINISH = 5
+    LEAVE = 6
+
+
+class Answer(IntEnum):
+    """The first number of a server's header; the second: version of the table."""
+
+    OK = 1
+    WAIT = 2
+    NORM = 3
+    REFUSED = 4
+
+
+@dataclass
+class Worker:
+    """What a server must not forget of a worker.
+
+    Args:
+        incarnation: another one is another process that has its place.
+        pushes: that count, by table.
+        ahead: what is added to them to compare workers: who comes later begins where the slowest is.
+        finished: it pushes no more.
+    """
+
+    incarnation: str
+    pushes: list[int]
+    ahead: list[int]
+    finished: bool = False
+
+
+class Inbox:
+    """Where the pushes of a worker arrive, for one table."""
+
+    def __init__(self, job: Job, table: int, hyperparameters: int) -> None:
+        parameters = job.tables[table].parameters
+        self.flats, self.views = allocate(parameters)
+        self.codecs = [codec(flat, job.compression, job.fraction) for flat in self.flats]
+        self.wire = [tensor for c in self.codecs for tensor in c.wire]
+        self.facts = torch.zeros(PUSH_FACTS + hyperparameters + len(parameters), dtype=torch.float64)
+        self.reply = [torch.empty_like(flat) for flat in self.flats]
+        self._hyperparameters = hyperparameters
+
+    def receive(self, link: Link) -> None:
+        """Takes a push."""
+        link.receive(self.facts, *self.wire)
+        for received in self.codecs:
+            received.decode()
+
+    @property
+    def hyperparameters(self) -> list[float]:
+        """Of this push."""
+        return self.facts[PUSH_FACTS : PUSH_FACTS + self._hyperparameters].tolist()
+
+    @property
+    def present(self) -> list[bool]:
+        """Which gradients there are."""
+        return [value != 0 for value in self.facts[PUSH_FACTS + self._hyperparameters :].tolist()]
+
+
+class Round:
+    """Of ``sync``: the pushes of a table that the next step is made of."""
+
+    def __init__(self) -> None:
+        self.pushes: dict[int, tuple[Inbox, int]] = {}
+        # Once they are averaged nobody joins, unless all that pushed are gone.
+        self.mean: list[Tensor] | None = None
+        self.views: list[Tensor] = []
+        # The sum of the squares of its part here, and whether the workers want to say how far to clip it.
+        self.norm = 0.0
+        self.needs_norm = False
+
+
+class Server:
+    """Serves one job, in threads: one for each worker.
+
+    Args:
+        host: address of this machine that the workers reach; ``127.0.0.1`` serves those on this machine alone.
+        port: 0 for any free one; see ``listener.port``.
+        secret: that workers must know.
+        directory: for what it needs to come back after its end, and where it looks for that; None for neither.
+        timeout: seconds without a sign of life after which a worker counts as gone. One whose process ends is
+            noticed at once.
+
+    Raises:
+        ConfigError: the address cannot be listened on.
+        CheckpointError: what the directory holds is damaged.
+    """
+
+    def __init__(
+        self, host: str = "127.0.0.1", port: int = 0, secret: str = "", directory: Any = None, timeout: float = 30.0
+    ) -> None:
+        self.listener = Listener(host, port, secret)
+        self._journal = Journal(Path(directory)) if directory is not None else None
+        self._timeout = timeout
+        # Of all that follows; notified at each change.
+        self._changed = threading.Condition()
+        self._job: Job | None = None
+        self._options: list[list[dict[str, Any]]] = []
+        self._shards: list[Shard] = []
+        self._versions: list[int] = []
+        self._rounds: list[Round] = []
+        self._workers: dict[int, Worker] = {}
+        self._links: dict[int, Link] = {}
+        # Those that have been told of and did not come yet, and until when they are waited for.
+        self._awaited: set[int] = set()
+        self._awaited_until = math.inf
+        self._signs: dict[int, tuple[bytes, float]] = {}
+        self._left_alone_since = time.monotonic()
+        self._updates = 0
+        if self._journal is not None and (snapshot := self._journal.load()) is not None:
+            self._recover(snapshot)
+
+    # What the process does.
+
+    def run(self) -> None:
+        """Serves until all workers have left.
+
+        Raises:
+            LightkitError: they were all lost, and none came back.
+        """
+        while not self._is_over():
+            if (candidate := self.listener.accept(0.2)) is not None:
+                threading.Thread(target=self._serve, args=candidate, daemon=True).start()
+            self._look_for_the_lost()
+        if self._journal is not None:
+            self._journal.clear()
+
+    def _is_over(self) -> bool:
+        with self._changed:
+            if self._links or self._awaited or not self._workers:
+                return False
+            if all(worker.finished for worker in self._workers.values()):
+                return True
+            # Of those that are left nobody is there: others may come, or they may come back.
+            if time.monotonic() - self._left_alone_since > self._timeout:
+                if any(worker.finished for worker in self._workers.values()):
+                    return True
+                raise LightkitError(f"all workers are gone, and none came for {self._timeout:g} s")
+            return False
+
+    def _look_for_the_lost(self) -> None:
+        now = time.monotonic()
+        with self._changed:
+            for rank, link in list(self._links.items()):
+                sign, since = self.listener.signs_of_life(rank), now
+                if self._signs.get(rank, (b"", 0.0))[0] == sign:
+                    since = self._signs[rank][1]
+                self._signs[rank] = (sign, since)
+                if now - since > self._timeout:
+                    _log.warning("worker %d gave no sign of life for %g s: going on without it", rank, self._timeout)
+                    self._remove(rank, link)
+            if self._awaited and now > self._awaited_until:
+                _log.warning("going on without %s, which did not come", _workers_named(self._awaited))
+                self._awaited.clear()
+                self._changed.notify_all()
+
+    # Workers come and go.
+
+    def _serve(self, name: str, host: str) -> None:
+        try:
+            link, who = self.listener.connect(name, host)
+        except LinkError as error:
+            _log.warning("%s", error)
+            return
+        # It is seen to be lost by other means.
+        link.wait_for_at_most(365 * 86400.0)
+        rank = -1
+        try:
+            rank, worker = self._join(link, who)
+            inboxes: dict[int, Inbox] = {}
+            while self._answer(link, rank, worker, inboxes):
+                pass
+        except LinkError as error:
+            if rank >= 0 and not worker.finished:
+                _log.warning("worker %d is gone: %s", rank, error)
+        except Exception as error:
+            # Also the optimizer's: whatever it is, the worker is told.
+            if not isinstance(error, LightkitError):
+                _log.exception("a request of worker %d", rank)
+            _refuse(link, error)
+        finally:
+            with self._changed:
+                self._remove(rank, link)
+            link.close()
+
+    def _join(self, link: Link, who: dict[str, Any]) -> tuple[int, Worker]:
+        rank, job = int(who["rank"]), Job.from_json(who["job"])
+        with self._changed:
+            # The first worker brings the parameters.
+            while self._job is None and rank != 0:
+                self._wait(link)
+            if self._job is not None and (difference := self._job.difference(job)) is not None:
+                raise LightkitError(difference)
+            known = self._workers.get(rank)
+            if known is None or known.incarnation != who["incarnation"]:
+                if rank in self._links:
+                    raise LightkitError(
+                        f"there is a worker {rank} already; who takes its place must wait until it is gone"
+                    )
+                tables = range(len(job.tables))
+                slowest = [min((self._progress(r, t) for r in self._active()), default=0) for t in tables]
+                known = Worker(who["incarnation"], [0 for _ in tables], slowest)
+                if self._job is not None:
+                    self._workers[rank] = known
+            self._links[rank] = link
+            self._signs[rank] = (b"", time.monotonic())
+            self._awaited.discard(rank)
+            self._changed.notify_all()
+            begun = self._job is not None
+        link.send_header(Answer.OK)
+        link.send_message({"begun": begun, "pushes": known.pushes})
+        return rank, known
+
+    def _remove(self, rank: int, link: Link) -> None:
+        if self._links.get(rank) is not link:
+            return
+        del self._links[rank]
+        self._left_alone_since = time.monotonic()
+        for round_ in self._rounds:
+            # Nobody is left who would say how far to clip.
+            if round_.mean is not None and not round_.pushes.keys() & self._links.keys():
+                round_.mean = None
+        self._changed.notify_all()
+
+    def _active(self) -> set[int]:
+        """The workers that push, those among them that are expected back."""
+        return {r for r in self._links.keys() | self._awaited if r in self._workers and not self._workers[r].finished}
+
+    def _progress(self, rank: int, table: int) -> int:
+        worker = self._workers[rank]
+        return worker.pushes[table] + worker.ahead[table]
+
+    def _wait(self, link: Link) -> None:
+        """Waits for a change; the worker hears that this is not the end."""
+        if not self._changed.wait(self._timeout / 3):
+            self._changed.release()
+            try:
+                link.send_header(Answer.WAIT)
+            finally:
+                self._changed.acquire()
+
+    # Requests.
+
+    def _answer(self, link: Link, rank: int, worker: Worker, inboxes: dict[int, Inbox]) -> bool:
+        request, table, number, version = link.receive_header()
+        if self._links.get(rank) is not link:
+            raise LinkError("it had been given up")
+        if request == Request.BEGIN:
+            self._begin(link, rank, worker)
+            return True
+        if self._job is None:
+            raise LightkitError("the job has not begun")
+        if not 0 <= table < len(self._shards):
+            raise LightkitError(f"there is no optimizer {table}")
+        if table not in inboxes:
+            inboxes[table] = Inbox(self._job, table, self._shards[table].count_hyperparameters())
+        inbox = inboxes[table]
+        if request == Request.PUSH:
+            inbox.receive(link)
+            if self._job.mode == "sync":
+                self._push_with_all(link, rank, worker, table, number, version, inbox)
+            else:
+                self._push_alone(link, rank, worker, table, number, inbox)
+        if request in (Request.PUSH, Request.PULL):
+            with self._changed:
+                for copy, flat in zip(inbox.reply, self._shards[table].flats, strict=True):
+                    copy.copy_(flat)
+                version = self._versions[table]
+            link.send_header(Answer.OK, version, then=inbox.reply)
+        elif request == Request.STATE:
+            with self._changed:
+                state = [
+                    {**shard.snapshot(), "version": v} for shard, v in zip(self._shards, self._versions, strict=True)
+                ]
+            link.send_header(Answer.OK)
+            link.send_message(state)
+        elif request == Request.FINISH:
+            self._finish(link, worker)
+            link.send_header(Answer.OK)
+        elif request != Request.LEAVE:
+            raise LightkitError(f"there is no request {request}")
+        return request != Request.LEAVE
+
+    def _begin(self, link: Link, rank: int, worker: Worker) -> None:
+        """Takes the job, the parameters and the optimizers' state from the first worker."""
+        start = link.receive_message()
+        job = Job.from_json(start["job"])
+        with self._changed:
+            if self._job is not None:
+                raise LightkitError("the job has begun already")
+            self._set_up(job, start["options"])
+            for shard, values, state in zip(self._shards, start["values"], start["state"], strict=True):
+                shard.load(values, state)
+            self._job = job
+            self._workers[rank] = worker
+            self._awaited = set(range(job.workers)) - {rank}
+            self._awaited_until = time.monotonic() + self._timeout
+            if self._journal is not None and job.snapshot_every:
+                self._journal.snapshot(self._snapshot())
+            self._changed.notify_all()
+        link.send_header(Answer.OK)
+
+    def _set_up(self, job: Job, options: list[list[dict[str, Any]]]) -> None:
+        shards = [Shard(table, groups) for table, groups in zip(job.tables, options, strict=True)]
+        self._options, self._shards = options, shards
+        self._versions = [0] * len(shards)
+        self._rounds = [Round() for _ in shards]
+
+    def _finish(self, link: Link, worker: Worker) -> None:
+        with self._changed:
+            worker.finished = True
+            self._changed.notify_all()
+            while self._awaited or self._active():
+                self._wait(link)
+
+    def _push_alone(self, link: Link, rank: int, worker: Worker, table: int, number: int, inbox: Inbox) -> None:
+        """A step along the gradient of one worker."""
+        with self._changed:
+            # Pushed again because the answer was lost: it counts once.
+            if number > worker.pushes[table]:
+                self._update(table, inbox, inbox.flats, inbox.views, inbox.facts[0] != 0, {rank: number})
+            if self._job.mode == "bounded":
+                while self._is_too_far(rank, table):
+                    self._wait(link)
+
+    def _is_too_far(self, rank: int, table: int) -> bool:
+        slowest = min((self._progress(r, table) for r in self._active()), default=math.inf)
+        return self._progress(rank, table) - slowest > self._job.staleness
+
+    def _push_with_all(
+        self, link: Link, rank: int, worker: Worker, table: int, number: int, version: int, inbox: Inbox
+    ) -> None:
+        """A step along the mean of all workers' gradients."""
+        with self._changed:
+            if number <= worker.pushes[table]:
+                return
+            if version < self._versions[table]:
+                # The others have taken this step without it: what it computed is of parameters that are gone.
+                worker.pushes[table] = number
+                return
+            current = self._rounds[table]
+            while current is self._rounds[table]:
+                if current.mean is None and current.pushes.get(rank, (None,))[0] is not inbox:
+                    current.pushes[rank] = (inbox, number)
+                    self._changed.notify_all()
+                if current.mean is None and self._is_complete(current):
+                    self._average(table, current)
+                    self._changed.notify_all()
+                if current.mean is not None and rank in current.pushes:
+                    break
+                self._wait(link)
+            if not current.needs_norm or rank not in current.pushes:
+                self._step_with_all(table, current, 1.0)
+                return
+        # To all of them, also when the first has answered: they put the norm together from what all servers say.
+        link.send_header(Answer.NORM, then=[torch.tensor([current.norm], dtype=torch.float64)])
+        factor = torch.zeros(1, dtype=torch.float64)
+        link.receive(factor)
+        with self._changed:
+            # All workers come to the same factor.
+            self._step_with_all(table, current, factor.item())
+
+    def _is_complete(self, current: Round) -> bool:
+        return not self._awaited and self._active() <= current.pushes.keys()
+
+    def _average(self, table: int, current: Round) -> None:
+        pushes = [current.pushes[rank][0] for rank in sorted(current.pushes)]
+        current.mean, current.views = allocate(self._job.tables[table].parameters)
+        for push in pushes:
+            for mean, flat in zip(current.mean, push.flats, strict=True):
+                mean.add_(flat, alpha=1 / len(pushes))
+        clamps = [bound for push in pushes if (bound := push.facts[1].item()) > 0]
+        if clamps:
+            for mean in current.mean:
+                mean.clamp_(-min(clamps), min(clamps))
+        current.needs_norm = any(push.facts[2] != 0 for push in pushes)
+        norms = torch._foreach_norm(current.views) if current.views else []
+        current.norm = math.fsum(norm.double().item() ** 2 for norm in norms)
+
+    def _step_with_all(self, table: int, current: Round, factor: float) -> None:
+        if current is not self._rounds[table] or current.mean is None:
+            # Somebody else has made it, or it must be made anew.
+            return
+        skip = factor < 0 or any(push.facts[0] != 0 for push, _ in current.pushes.values())
+        if not skip and factor != 1:
+            torch._foreach_mul_(current.mean, factor)
+        first = current.pushes[min(current.pushes)][0]
+        present = [any(there) for there in zip(*(push.present for push, _ in current.pushes.values()), strict=True)]
+        first.facts[PUSH_FACTS + len(first.hyperparameters) :] = torch.tensor(present, dtype=torch.float64)
+        numbers = {rank: number for rank, (_, number) in current.pushes.items()}
+        self._rounds[table] = Round()
+        self._update(table, first, current.mean, current.views, skip, numbers)
+
+    def _update(
+        self, table: int, push: Inbox, flats: list[Tensor], views: list[Tensor], skip: bool, numbers: dict[int, int]
+    ) -> None:
+        """Logs an update, makes it, and counts the pushes that it comes from."""
+        update = {
+            "table": table,
+            "skip": bool(skip),
+            "hyperparameters": push.hyperparameters,
+            "present": push.present,
+            "pushes": {
+                str(rank): [self._workers[rank].incarnation, number, self._workers[rank].ahead]
+                for rank, number in numbers.items()
+            },
+        }
+        if self._journal is not None and self._job.snapshot_every:
+            self._journal.append(update, flats)
+        self._apply(update, views)
+        self._updates += 1
+        if self._journal is not None and self._job.snapshot_every and self._updates % self._job.snapshot_every == 0:
+            self._journal.snapshot(self._snapshot())
+        self._changed.notify_all()
+
+    def _apply(self, update: dict[str, Any], views: list[Tensor]) -> None:
+        table = update["table"]
+        if not update["skip"]:
+            self._shards[table].step(views, update["present"], update["hyperparameters"])
+        self._versions[table] += 1
+        for rank, (incarnation, number, ahead) in update["pushes"].items():
+            worker = self._workers.get(int(rank))
+            if worker is None or worker.incarnation != incarnation:
+                # In the log: it came after the snapshot.
+                worker = self._workers[int(rank)] = Worker(incarnation, [0] * len(self._shards), list(ahead))
+            worker.pushes[table] = number
+
+    # What outlives the process.
+
+    def _snapshot(self) -> dict[str, Any]:
+        return {
+            "job": self._job.to_json(),
+            "options": self._options,
+            "shards": [shard.snapshot() for shard in self._shards],
+            "versions": list(self._versions),
+            "workers": {rank: asdict(worker) for rank, worker in self._workers.items()},
+        }
+
+    def _recover(self, snapshot: dict[str, Any]) -> None:
+        job = Job.from_json(snapshot["job"])
+        self._set_up(job, snapshot["options"])
+        for shard, saved in zip(self._shards, snapshot["shards"], strict=True):
+            shard.restore(saved)
+        self._versions = list(snapshot["versions"])
+        self._workers = {rank: Worker(**worker) for rank, worker in snapshot["workers"].items()}
+        room = [allocate(table.parameters) for table in job.tables]
+        replayed = 0
+        for update, body in self._journal.replay():
+            flats, views = room[update["table"]]
+            try:
+                fill(flats, body)
+            except ValueError as error:
+                raise CheckpointError(f"the log in {self._journal} does not fit its snapshot") from error
+            self._apply(update, views)
+            replayed += 1
+        self._job = job
+        self._awaited = {rank for rank, worker in self._workers.items() if not worker.finished}
+        self._awaited_until = time.monotonic() + self._timeout
+        _log.warning("recovered at versions %s, %d of them from the log", self._versions, replayed)
+
+
+def _workers_named(ranks: set[int]) -> str:
+    return ("worker " if len(ranks) == 1 else "workers ") + ", ".join(map(str, sorted(ranks)))
+
+
+def _refuse(link: Link, error: Exception) -> None:
+    try:
+        link.send_header(Answer.REFUSED)
+        link.send_message({"error": str(error) or type(error).__name__})
+    except LinkError:
+        pass
