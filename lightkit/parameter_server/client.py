@@ -86,7 +86,8 @@ class Client:
         self._ended = threading.Event()
         # Reads a mean's norm, which nobody clips by then.
         self.norm: float | None = None
-        threading.Thread(target=self._live, args=(rank, timeout / 5), daemon=True).start()
+        self._signs = threading.Thread(target=self._live, args=(rank, timeout / 5), daemon=True)
+        self._signs.start()
 
     @property
     def traffic(self) -> tuple[int, int]:
@@ -195,6 +196,8 @@ class Client:
         if not self._ended.is_set():
             self._ended.set()
             self._pool.shutdown()
+            # Not to be met by the end of the interpreter while it sends.
+            self._signs.join()
             for channel in self._channels:
                 channel.leave()
 
@@ -323,6 +326,8 @@ class _Channel:
         self.address, self._secret, self._who = address, secret, who
         self._timeout, self._patience = timeout, patience
         self._link: Link | None = None
+        # One that no sign of life comes through any more.
+        self._silent: Link | None = None
         self._begin: dict[str, Any] | None = None
         self._has_started = False
 
@@ -400,12 +405,13 @@ class _Channel:
 
     def live(self, rank: int) -> None:
         """Gives a sign of life."""
-        if (link := self._link) is not None:
+        link = self._link
+        if link is not None and link is not self._silent:
             try:
                 link.live(rank)
             except LinkError:
-                # The exchange that is going on will find out.
-                pass
+                # The next exchange will find out.
+                self._silent = link
 
     def abandon(self) -> None:
         """Lets go of the connection; an exchange that is under way keeps it until its end."""

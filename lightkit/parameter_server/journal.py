@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import struct
@@ -98,6 +99,9 @@ class Journal:
             self._log.close()
         if self._number >= 0:
             self._remove(self._number)
+        # Unless somebody else keeps something there.
+        with contextlib.suppress(OSError):
+            self._directory.rmdir()
 
     def _remove(self, number: int) -> None:
         for name in (f"snapshot-{number}.pt", f"log-{number}.bin"):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import queue
 import secrets
 import socket
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 
 import lightkit
 from lightkit.errors import ConfigError, LightkitError
+
+T = TypeVar("T")
 
 # Numbers in the header of a request or an answer; what they mean is told where they are used.
 HEADER = 4
@@ -253,9 +257,7 @@ def connect(address: str, secret: str, who: dict[str, Any], patience: float, sil
     host, port = split_address(address)
     local = _reach(host, port, time.monotonic() + patience, address)
     try:
-        store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=_HANDSHAKE))
-        number = store.add("joined", 1)
-        store.set(f"joined/{number}", local[1])
+        store, number = _within(_HANDSHAKE, lambda: _announce(host, port, local[1]))
         link = Link(_group(PrefixStore(f"link/{number}", store), 1, local[0]), 1, store)
     except RuntimeError as error:
         raise LinkError(
@@ -275,6 +277,34 @@ def connect(address: str, secret: str, who: dict[str, Any], patience: float, sil
         raise ConfigError(f"whoever listens at {address} does not know the secret (LIGHTKIT_SECRET)")
     link.wait_for_at_most(silence)
     return link
+
+
+def _announce(host: str, port: int, address: str) -> tuple[TCPStore, int]:
+    """Tells a server at which of its addresses it is met."""
+    store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=_HANDSHAKE))
+    number = store.add("joined", 1)
+    store.set(f"joined/{number}", address)
+    return store, number
+
+
+def _within(seconds: float, call: Callable[[], T]) -> T:
+    """The result of a call that may never return: torch's store waits for ever for an answer of the other side."""
+    outcome: queue.Queue[tuple[Any, RuntimeError | None]] = queue.Queue()
+
+    def run() -> None:
+        try:
+            outcome.put((call(), None))
+        except RuntimeError as error:
+            outcome.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        result, error = outcome.get(timeout=seconds)
+    except queue.Empty:
+        raise RuntimeError(f"nothing came for {seconds:g} s") from None
+    if error is not None:
+        raise error
+    return result
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import subprocess
@@ -54,6 +55,11 @@ class LocalServers:
         for process in self.processes:
             process.kill()
             process.wait()
+        if self._directory is not None:
+            # Of servers that came to the end of their job nothing is left in it.
+            with contextlib.suppress(OSError):
+                self._directory.rmdir()
+                self._directory.parent.rmdir()
 
     def _start(self, number: int, port: int) -> subprocess.Popen:
         command = [sys.executable, "-m", "lightkit.parameter_server", "--leave-with-parent"]

@@ -144,6 +144,7 @@ class Server:
         self._signs: dict[int, tuple[bytes, float]] = {}
         self._left_alone_since = time.monotonic()
         self._updates = 0
+        self._stopped = threading.Event()
         if self._journal is not None and (snapshot := self._journal.load()) is not None:
             self._recover(snapshot)
 
@@ -155,12 +156,16 @@ class Server:
         Raises:
             LightkitError: they were all lost, and none came back.
         """
-        while not self._is_over():
+        while not self._stopped.is_set() and not self._is_over():
             if (candidate := self.listener.accept(0.2)) is not None:
                 threading.Thread(target=self._serve, args=candidate, daemon=True).start()
             self._look_for_the_lost()
-        if self._journal is not None:
+        if self._journal is not None and not self._stopped.is_set():
             self._journal.clear()
+
+    def stop(self) -> None:
+        """Has `run` return soon, in whatever thread that is; what is needed to come back stays."""
+        self._stopped.set()
 
     def _is_over(self) -> bool:
         with self._changed:
