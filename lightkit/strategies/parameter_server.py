@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import secrets
@@ -36,6 +37,9 @@ SECRET = "LIGHTKIT_SECRET"
 # Seconds for the processes of a job to come up, and for servers to put things in order at the end.
 _TOGETHER = timedelta(minutes=10)
 _ORDER = 10.0
+
+# Of the strategies that meet others, in the order of the program, which is that of all workers.
+_numbers = itertools.count()
 
 
 class ParameterServer(ParallelStrategy):
@@ -196,24 +200,32 @@ class ParameterServer(ParallelStrategy):
         """Meets the other workers, and has the servers started."""
         super().setup_environment()
         reset_seed()
+        self.set_world_ranks()
+        if self._worker is None and self.world_size > 1 and self._store is None:
+            self._store = self._meet()
+
+    def set_world_ranks(self) -> None:
+        """Numbers this worker; the Trainer asks for it as soon as it has made the strategy."""
         if self._worker is None:
             self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
             self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
-            if self.world_size > 1 and self._store is None:
-                self._store = PrefixStore("lightkit/parameter_server", self._meet())
         rank_zero_only.rank = fabric_rank_zero_only.rank = self.global_rank
 
     def _meet(self) -> Store:
         environment = self.cluster_environment
         # torchrun, and lightkit.train, serve the store themselves.
         served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        return TCPStore(
+        store = TCPStore(
             environment.main_address,
             environment.main_port,
             is_master=self.global_rank == 0 and not served,
             wait_for_workers=False,
             timeout=_TOGETHER,
+            # Another strategy may have one there already.
+            multi_tenant=True,
         )
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return PrefixStore(f"lightkit/parameter_server/{attempt}/{next(_numbers)}", store)
 
     def barrier(self, name: str | None = None) -> None:
         """Waits for all workers before the training, for worker 0 after it, and for nobody in between."""

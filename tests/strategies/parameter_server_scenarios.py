@@ -1,0 +1,84 @@
+"""As scenarios.py, with a parameter server; run as ``python parameter_server_scenarios.py DIRECTORY``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from scenarios import Module, fit, loader, network
+
+from lightkit.optim import SGD
+from lightkit.strategies import ParameterServer
+
+
+class Scheduled(Module):
+    """With a rate that changes in every step."""
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class Fused(Module):
+    """With lightkit's optimizer, that clips by itself and averages."""
+
+    def configure_optimizers(self):
+        return SGD(self.parameters(), lr=0.1, momentum=0.9, max_grad_norm=0.2, ema_decay=0.9)
+
+
+class Manual(Module):
+    """Two networks with an optimizer each, stepped by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.other = network()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        for net, optimizer in zip((self.net, self.other), self.optimizers(), strict=True):
+            optimizer.zero_grad()
+            self.manual_backward(F.cross_entropy(net(batch[0]), batch[1]))
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(net.parameters(), lr=0.1) for net in (self.net, self.other)]
+
+
+class Quasi(Module):
+    """With an optimizer that evaluates the model several times a step."""
+
+    def configure_optimizers(self):
+        return torch.optim.LBFGS(self.parameters())
+
+
+def main(directory: Path) -> None:
+    whole, resumed = directory / "whole", directory / "resumed"
+    results = {
+        "stock": fit("ddp"),
+        "stock, clipped": fit("ddp", gradient_clip_val=0.2),
+        "stock, scheduled": fit("ddp", module=Scheduled()),
+        "stock, manual": fit("ddp_find_unused_parameters_true", module=Manual()),
+        "sync": fit("parameter_server"),
+        "two servers": fit(ParameterServer(servers=2), validate=True),
+        "clipped": fit(ParameterServer(servers=2), gradient_clip_val=0.2),
+        "fused": fit(ParameterServer(servers=2), module=Fused()),
+        "scheduled": fit("parameter_server", module=Scheduled()),
+        "manual": fit(ParameterServer(servers=2), module=Manual()),
+        "accumulated": fit("parameter_server", accumulate_grad_batches=7),
+        "loader": fit("parameter_server", train=loader),
+        "async": fit("parameter_server_async", validate=True),
+        "bounded": fit(ParameterServer(mode="bounded", staleness=1, compression="topk", fraction=0.5)),
+        "lbfgs": fit("parameter_server", module=Quasi()),
+        "whole": fit("parameter_server", whole, every=4),
+        "resumed": fit("parameter_server", resumed, every=4, ckpt_path=whole / "step=8.ckpt"),
+        "from one device": fit("parameter_server", ckpt_path=directory / "one.ckpt", max_epochs=3),
+    }
+    torch.save(results, directory / f"rank{os.environ.get('LOCAL_RANK', 0)}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
