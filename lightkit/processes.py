@@ -273,7 +273,8 @@ def _watch(processes: list[subprocess.Popen], store: Any, survives: bool) -> Non
         return bool(status) and not (survives and rank > 0 and status < 0)
 
     told: set[int] = set()
-    while any(process.poll() is None for process in processes):
+    # Of all of them, each time: `any` would look no further than the first that is there.
+    while None in [process.poll() for process in processes]:
         for rank, process in enumerate(processes):
             if survives and rank > 0 and (process.returncode or 0) < 0 and rank not in told:
                 told.add(rank)

@@ -171,12 +171,11 @@ class Server:
         with self._changed:
             if self._links or self._awaited or not self._workers:
                 return False
-            if all(worker.finished for worker in self._workers.values()):
+            # Whoever has finished and left had waited until nobody was left that pushes.
+            if any(worker.finished for worker in self._workers.values()):
                 return True
-            # Of those that are left nobody is there: others may come, or they may come back.
+            # Others may come, or those that were lost come back.
             if time.monotonic() - self._left_alone_since > self._timeout:
-                if any(worker.finished for worker in self._workers.values()):
-                    return True
                 raise LightkitError(f"all workers are gone, and none came for {self._timeout:g} s")
             return False
 

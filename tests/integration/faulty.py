@@ -12,6 +12,20 @@ from lightning.pytorch.callbacks import Callback
 from lightkit.errors import DataError
 
 
+def servers_of(pid):
+    """The parameter servers that a process has started."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            words = (stat.parent / "cmdline").read_bytes().split(b"\0")
+        except (OSError, IndexError):
+            continue
+        if parent == pid and b"lightkit.parameter_server" in words:
+            found.append(int(stat.parent.name))
+    return found
+
+
 class Faulty(Callback):
     """At the third batch of a rank something happens; every rank leaves its process id in ``directory``."""
 
@@ -34,3 +48,5 @@ class Faulty(Callback):
             raise RuntimeError("a fault of the program")
         if self.what == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.what == "server":
+            os.kill(servers_of(os.getpid())[0], signal.SIGKILL)
