@@ -1,11 +1,4 @@
-"""``python -m lightkit.launch``: start a job on several machines, or check the network between them first.
-
-torchrun    print the command that starts the job's part on this machine
-slurm       print a batch script
-kubernetes  print a manifest
-check       on every machine at once: what would make the job hang (also --check)
-address     print this machine's interface and address, as the scripts need them
-"""
+"""``python -m lightkit.launch``: start a job on several machines, or check the network between them first."""
 
 from __future__ import annotations
 
@@ -19,6 +12,15 @@ from lightkit.errors import ConfigError, LightkitError
 from lightkit.launch import addresses
 from lightkit.launch import job as jobs
 
+_HELP = """Start a training on several machines, or check the network between them first.
+
+  torchrun    print the command that starts the job's part on this machine
+  slurm       print a batch script
+  kubernetes  print a manifest
+  check       on every machine at once: what would make the job hang (also --check)
+  address     print this machine's interface and address, as the scripts need them
+"""
+
 # What tells a process its node and the number of nodes: torchrun, SLURM, an Indexed Job of Kubernetes.
 _RANK = ("GROUP_RANK", "SLURM_NODEID", "JOB_COMPLETION_INDEX")
 _NODES = ("GROUP_WORLD_SIZE", "SLURM_NNODES", "SLURM_JOB_NUM_NODES")
@@ -27,7 +29,8 @@ _NODES = ("GROUP_WORLD_SIZE", "SLURM_NNODES", "SLURM_JOB_NUM_NODES")
 def main(arguments: list[str] | None = None) -> int:
     """Does what the command line says; returns the exit status: 0, or 1 after faults or one line on an error."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    own, _, rest = _split(words)
+    place = words.index("--") if "--" in words else len(words)
+    own, rest = words[:place], words[place + 1 :]
     own = ["check" if word == "--check" else word for word in own]
     # The command may stand anywhere.
     if "check" in own:
@@ -43,16 +46,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
-def _split(words: list[str]) -> tuple[list[str], str, list[str]]:
-    """The launcher's words, and behind a double dash those of the training."""
-    place = words.index("--") if "--" in words else len(words)
-    return words[:place], "--", words[place + 1 :]
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m lightkit.launch",
-        description=__doc__,
+        description=_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -132,12 +129,8 @@ def _print(options: argparse.Namespace, arguments: list[str]) -> int:
         job = _job(options, arguments, port)
         rank = _node_rank(options, job.nodes)
         interface, address = addresses.interface_and_address(options.interface, host)
-        # More than one node, none of which would find this one.
-        if addresses.is_loopback(address) and job.nodes > 1:
-            raise ConfigError(
-                f"this machine reaches {host} by {address}, where no other machine reaches it: pass --interface, or an "
-                "endpoint in the network that the nodes share"
-            )
+        if job.nodes > 1:
+            _refuse_loopback(host, address)
         run_id = options.id or job.name
         print(jobs.line(job, host=host, address=address, interface=interface, node_rank=rank, run_id=run_id))
     elif options.command == "slurm":
@@ -150,15 +143,25 @@ def _print(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _node_rank(options: argparse.Namespace, nodes: int) -> int:
-    rank = _from_environment(_RANK, "--node-rank", options.node_rank)
+    rank = 0 if nodes == 1 else _from_environment(_RANK, "--node-rank", options.node_rank)
     if not 0 <= rank < nodes:
         raise ConfigError(f"--node-rank {rank}: with {nodes} nodes it is from 0 to {nodes - 1}")
     return rank
 
 
+def _refuse_loopback(host: str, address: str) -> None:
+    if addresses.is_loopback(address):
+        raise ConfigError(
+            f"this machine reaches {host} by {address}, where no other machine reaches it: pass --interface, or an "
+            "endpoint in the network that the nodes share"
+        )
+
+
 def _address(options: argparse.Namespace, _: list[str]) -> int:
     host, _ = jobs.parse_endpoint(options.endpoint)
-    print(*addresses.interface_and_address(options.interface, host, options.timeout))
+    interface, address = addresses.interface_and_address(options.interface, host, options.timeout)
+    _refuse_loopback(host, address)
+    print(interface, address)
     return 0
 
 

@@ -30,7 +30,8 @@ def interface_and_address(interface: str | None, host: str, seconds: float = 0.0
         seconds: for the name of the host to come to be known, as that of a new pod.
 
     Raises:
-        ConfigError: there is no such interface, it has no address, the host's name does not resolve or no way leads there.
+        ConfigError: there is no such interface or it has no address; the host's name does not resolve, or no way
+            leads there.
     """
     have = interfaces()
     if interface is not None:
