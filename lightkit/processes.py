@@ -77,7 +77,7 @@ def lead(function: Callable[[DictConfig], Any], config: DictConfig, command: lis
 
 
 def command_line() -> list[str]:
-    """The arguments for the process that leads: after a restart by torchrun, with the directory of the run it had begun.
+    """The arguments for the process that leads; after a restart by torchrun, with the directory of the run begun.
 
     Raises:
         LightkitError: torchrun was started so that a restart could not work.
@@ -194,7 +194,7 @@ _lifeline: Lifeline | None = None
 
 
 def _torchrun_store() -> Any:
-    """The store that the processes meet at, by torch's environment variables; then each notices when another is gone."""
+    """The store that the processes meet at, by torch's variables; from then on each notices when another is gone."""
     global _store, _lifeline
     if _store is None:
         from torch.distributed import PrefixStore, rendezvous

@@ -72,6 +72,10 @@ class Meeting:
         """As torchrun takes it."""
         return endpoint(self.host, self.port)
 
+    def host_is_loopback(self) -> bool:
+        """Whether the endpoint is, on each machine, that machine."""
+        return any(map(addresses.is_loopback, addresses.resolve(self.host, self.timeout / 2)))
+
 
 def check(meeting: Meeting) -> tuple[list[Facts], list[str]]:
     """Takes part for one node; returns what all nodes said, and the faults.
@@ -82,6 +86,11 @@ def check(meeting: Meeting) -> tuple[list[Facts], list[str]]:
     end = time.monotonic() + meeting.timeout
     # The phases after the meeting have limits of their own.
     with _watchdog(meeting.timeout + 3 * _CONNECT + _REDUCE + _LEAVE, meeting.rank):
+        if meeting.rank > 0 and meeting.host_is_loopback():
+            raise CheckError(
+                f"the endpoint {meeting.endpoint} is node {meeting.rank} itself, and no way to node 0: pass an address "
+                "of node 0 in the network that the nodes share"
+            )
         mine = collect(meeting.rank, meeting.nodes, meeting.host, meeting.interface, meeting.timeout / 2)
         with _Listener() as listener:
             mine.port, mine.token = listener.port, listener.token

@@ -25,7 +25,8 @@ def before_connecting(facts: list[Facts], host: str) -> Iterator[str]:
         yield from _variable_faults(node)
     first = facts[0]
     for node in facts[1:]:
-        if set(node.endpoint) != set(first.endpoint):
+        loopback = any(map(addresses.is_loopback, [*node.endpoint, *first.endpoint]))
+        if set(node.endpoint) != set(first.endpoint) and not loopback:
             yield (
                 f"{host} is {', '.join(node.endpoint)} on node {node.rank} and {', '.join(first.endpoint)} on node 0: "
                 "mend its name service or /etc/hosts, or pass the address as the endpoint"
@@ -49,8 +50,8 @@ def of_connections(facts: list[Facts]) -> Iterator[str]:
         for other, reason in node.unreachable.items():
             target = by_rank[int(other)]
             yield (
-                f"node {node.rank} ({node.address}) does not reach node {target.rank} ({target.address}:{target.port}): "
-                f"{reason}; let node {target.rank} take connections from it on every TCP port, as gloo and NCCL choose "
+                f"node {node.rank} ({node.address}) does not reach node {other} ({target.address}:{target.port}): "
+                f"{reason}; let node {other} take connections from it on every TCP port, as gloo and NCCL choose "
                 "theirs anew each time"
             )
         if node.clock is not None and abs(node.clock) > _CLOCK:
@@ -95,10 +96,9 @@ def _variable_faults(node: Facts) -> Iterator[str]:
         # NCCL's names may be beginnings, "=" before an exact one; "^" before those that it leaves out.
         if not name.endswith("SOCKET_IFNAME") or value.startswith("^"):
             continue
-        words = [word for word in value.removeprefix("=").split(",") if word]
-        if not any(
-            have == word or (name[0] == "N" and have.startswith(word)) for have in node.interfaces for word in words
-        ):
+        words = tuple(word for word in value.removeprefix("=").split(",") if word)
+        by_beginning = name.startswith("NCCL") and not value.startswith("=")
+        if not any(have.startswith(words) if by_beginning else have in words for have in node.interfaces):
             yield f"{name}={value} on node {node.rank} names no interface of it: set it to one of {_others(node)}"
 
 

@@ -69,7 +69,10 @@ def collect(rank: int, nodes: int, endpoint: str, interface: str | None, seconds
     """
     import torch
 
-    chosen = interface or os.environ.get("GLOO_SOCKET_IFNAME")
+    have = addresses.interfaces()
+    variable = os.environ.get("GLOO_SOCKET_IFNAME")
+    # One that names nothing here is a fault that all nodes are to hear of.
+    chosen = interface or (variable if variable in have else None)
     resolved = addresses.resolve(endpoint, seconds)
     name, address = addresses.interface_and_address(chosen, endpoint)
     return Facts(
@@ -80,7 +83,7 @@ def collect(rank: int, nodes: int, endpoint: str, interface: str | None, seconds
         address=address,
         published=address if chosen else _address_of_own_name(),
         endpoint=resolved,
-        interfaces=list(addresses.interfaces()),
+        interfaces=list(have),
         variables={name: os.environ[name] for name in VARIABLES if name in os.environ},
         versions={
             "python": platform.python_version(),

@@ -61,7 +61,7 @@ class Job:
             raise ConfigError(f"--interface {self.interface}: this is not the name of a network interface")
         if not self.arguments:
             raise ConfigError(
-                "the arguments of lightkit.train are missing: give them after --, as in -- +experiment=cnn"
+                "the arguments of lightkit.train are missing: they come after --, as in -- +experiment=cnn"
             )
 
     @property
