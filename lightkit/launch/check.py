@@ -85,7 +85,8 @@ def check(meeting: Meeting) -> tuple[list[Facts], list[str]]:
     """
     end = time.monotonic() + meeting.timeout
     # The phases after the meeting have limits of their own.
-    with _watchdog(meeting.timeout + 3 * _CONNECT + _REDUCE + _LEAVE, meeting.rank):
+    limit = meeting.timeout + 3 * _CONNECT + _REDUCE + _LEAVE
+    with _watchdog(limit, f"the check of node {meeting.rank} did not end within {limit:g} s"):
         if meeting.rank > 0 and meeting.host_is_loopback():
             raise CheckError(
                 f"the endpoint {meeting.endpoint} is node {meeting.rank} itself, and no way to node 0: pass an address "
@@ -125,16 +126,19 @@ def _meet(meeting: Meeting, end: float) -> Any:
             )
     else:
         _wait_for_endpoint(meeting, end)
+    no_check = f"node {meeting.rank} cannot meet the others at {meeting.endpoint}: what answers there is no check"
     try:
-        store = TCPStore(meeting.host, meeting.port, is_master=serves, **options)
-        store = PrefixStore("lightkit/check", store)
-        is_first = store.add(f"came/{meeting.rank}", 1) == 1
+        # A server of another kind leaves torch waiting for an answer.
+        with _watchdog(max(end - time.monotonic(), 0) + _CONNECT, no_check):
+            store = TCPStore(meeting.host, meeting.port, is_master=serves, **options)
+            store = PrefixStore("lightkit/check", store)
+            is_first = store.add(f"came/{meeting.rank}", 1) == 1
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         if "EADDRINUSE" in reason:
             reason = "another program on node 0 uses the port; choose another one everywhere"
         elif not serves:
-            reason = f"what answers there is no check ({reason})"
+            raise CheckError(f"{no_check} ({reason})") from error
         raise CheckError(f"node {meeting.rank} cannot meet the others at {meeting.endpoint}: {reason}") from error
     if not is_first:
         raise CheckError(f"another node has come as node {meeting.rank} too: give each machine its own --node-rank")
@@ -293,11 +297,11 @@ def _leave(store: Any, meeting: Meeting) -> None:
 
 
 @contextmanager
-def _watchdog(seconds: float, rank: int) -> Iterator[None]:
+def _watchdog(seconds: float, message: str) -> Iterator[None]:
     """Ends the process after so long, whatever it waits for."""
 
     def end() -> None:
-        print(f"error: the check of node {rank} did not end within {seconds:g} s", file=sys.stderr, flush=True)
+        print(f"error: {message}", file=sys.stderr, flush=True)
         os._exit(1)
 
     timer = threading.Timer(seconds, end)

@@ -12,11 +12,16 @@ from lightning.pytorch.callbacks import Callback
 
 
 class Faults(Callback):
-    """Kills the process of ``rank`` in ``epoch``, if nothing was killed before; ``pause`` seconds a batch."""
+    """Kills the process of ``rank`` in ``epoch``, if nothing was killed before; ``pause`` seconds a batch.
 
-    def __init__(self, directory: str, rank: int = -1, epoch: int = 0, pause: float = 0.0) -> None:
+    Epoch -1 is the test. With ``seed``, it kills in the run of that seed alone.
+    """
+
+    def __init__(
+        self, directory: str, rank: int = -1, epoch: int = 0, pause: float = 0.0, seed: int | None = None
+    ) -> None:
         self.directory = Path(directory)
-        self.rank, self.epoch, self.pause = rank, epoch, pause
+        self.rank, self.epoch, self.pause, self.seed = rank, epoch, pause, seed
         self.is_first = True
 
     def _note(self, what, trainer):
@@ -36,10 +41,18 @@ class Faults(Callback):
             self.is_first = False
             self._note("start", trainer)
         time.sleep(self.pause)
-        if trainer.global_rank == self.rank and trainer.current_epoch == self.epoch:
-            try:
-                (self.directory / "killed").touch(exist_ok=False)
-            except FileExistsError:
-                return
-            self._note("kill", trainer)
-            os.kill(os.getpid(), signal.SIGKILL)
+        self._kill(trainer, trainer.current_epoch)
+
+    def on_test_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        self._kill(trainer, -1)
+
+    def _kill(self, trainer, epoch):
+        is_seed = self.seed is None or str(self.seed) == os.environ.get("PL_GLOBAL_SEED")
+        if trainer.global_rank != self.rank or epoch != self.epoch or not is_seed:
+            return
+        try:
+            (self.directory / "killed").touch(exist_ok=False)
+        except FileExistsError:
+            return
+        self._note("kill", trainer)
+        os.kill(os.getpid(), signal.SIGKILL)
