@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import socket
 import sys
 from dataclasses import asdict, dataclass, field
@@ -70,7 +71,7 @@ class Restarts:
             return self._arguments
         key = "hydra.sweep.dir" if self._record.is_sweep else "hydra.run.dir"
         # Quoted as Hydra reads it: a name may have a comma or an equals sign in it.
-        quoted = self._record.directory.replace("\\", "\\\\").replace("'", "\\'")
+        quoted = re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + ("\\'" if match[2] else ""), self._record.directory)
         return [*self._arguments, f"{key}='{quoted}'"]
 
     def begin(self, config: DictConfig) -> bool:
