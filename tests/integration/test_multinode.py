@@ -323,7 +323,7 @@ def test_check_with_a_taken_port(network, tmp_path):
     command = [sys.executable, "-m", "http.server", str(PORT)]
     blocker = network.start(0, command, tmp_path, tmp_path / "blocker")
     wait_for(lambda: is_listening(network.names[0]), blocker)
-    result = Checked(network, tmp_path, "--timeout=2", "--interface=cable")
+    result = Checked(network, tmp_path, "--timeout=5", "--interface=cable")
     assert result.statuses == [1, 1] and result.seconds < 20
     assert "another program on node 0 uses the port" in result.said[0]
     assert "what answers there is no check" in result.said[1]
