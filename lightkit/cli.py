@@ -70,6 +70,8 @@ def entry_point(
                 if several_processes and processes.follows():
                     processes.follow(function)
                 else:
+                    if several_processes:
+                        sys.argv[1:] = processes.command_line()
                     command()
                 if several_processes:
                     processes.finish()

@@ -2,7 +2,8 @@
 
 A job of several devices is led by the process that composed its configuration. It starts one process a device, each
 the same command without arguments, and watches them; torchrun's own processes are led by that of rank 0. The others
-run no Hydra: a sweep is not run again in them, and a time in a directory's name is not asked for twice.
+run no Hydra: a sweep is not run again in them, and a time in a directory's name is not asked for twice. What torchrun
+starts again goes on with the run that it had begun: see `lightkit.restarts`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lightkit.config import find_class
 from lightkit.errors import ConfigError, LightkitError
+from lightkit.lifeline import Lifeline
+from lightkit.restarts import Restarts
 
 # Set for processes that are started from here; not for those that these may start in turn.
 _STARTED = "LIGHTKIT_STARTED"
@@ -64,12 +67,23 @@ def lead(function: Callable[[DictConfig], Any], config: DictConfig, command: lis
     """
     if _under_torchrun():
         config = with_torchruns_processes(config)
-        _publish(_torchrun_store(), config)
-        function(config)
+        if _restarts().begin(config):
+            _publish(_torchrun_store(), config)
+            function(config)
+            _restarts().end(config)
     elif (count := count_processes(config)) > 1:
         _start_and_watch(config, count, command)
     else:
         function(config)
+
+
+def command_line() -> list[str]:
+    """The arguments for the process that leads; after a restart by torchrun, with the directory of the run begun.
+
+    Raises:
+        LightkitError: torchrun was started so that a restart could not work.
+    """
+    return _restarts().arguments() if _under_torchrun() else sys.argv[1:]
 
 
 def finish() -> None:
@@ -79,6 +93,9 @@ def finish() -> None:
         _publish(store, None)
         # This process may be the one that serves the store: it stays until all have read that.
         store.wait([f"left/{rank}" for rank in range(1, int(os.environ["WORLD_SIZE"]))], timedelta(minutes=1))
+        _restarts().finish()
+    if _lifeline is not None:
+        _lifeline.release()
     _leave_group()
 
 
@@ -174,18 +191,53 @@ def _leave_group() -> None:
 
 
 _store: Any = None
+_lifeline: Lifeline | None = None
 
 
 def _torchrun_store() -> Any:
-    """The store that the processes meet at, by torch's environment variables."""
-    global _store
+    """The store that the processes meet at, by torch's variables; from then on each notices when another is gone."""
+    global _store, _lifeline
     if _store is None:
         from torch.distributed import PrefixStore, rendezvous
 
+        _meet_anew()
         # Kept: process 0 may be its server, which the process group of the training then shares.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        _store = PrefixStore(f"lightkit/{attempt}", next(iter(rendezvous("env://")))[0])
+        _store = PrefixStore("lightkit", next(iter(rendezvous("env://")))[0])
+        if not is_started():
+            _lifeline = Lifeline(_store, int(os.environ["RANK"]), os.environ["MASTER_ADDR"])
     return _store
+
+
+_new_server: Any = None
+
+
+def _meet_anew() -> None:
+    """After a restart on one machine, makes a store of its own for the processes that are there now.
+
+    That of torchrun still holds the addresses of the processes of before. Between machines, where the numbers of
+    restarts may differ, `lightkit.restarts` wants torchrun to make the new store.
+    """
+    global _new_server
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or attempt == "0":
+        return
+    from torch.distributed import PrefixStore, TCPStore, rendezvous
+
+    agents = PrefixStore(f"lightkit/restart/{attempt}", next(iter(rendezvous("env://")))[0])
+    if os.environ["RANK"] == "0":
+        _new_server = TCPStore(os.environ["MASTER_ADDR"], 0, is_master=True, wait_for_workers=False)
+        agents.set("port", str(_new_server.port))
+    os.environ["MASTER_PORT"] = agents.get("port").decode()
+
+
+_own_restarts: Restarts | None = None
+
+
+def _restarts() -> Restarts:
+    global _own_restarts
+    if _own_restarts is None:
+        _own_restarts = Restarts()
+    return _own_restarts
 
 
 def _publish(store: Any, config: DictConfig | None) -> None:
@@ -219,7 +271,7 @@ def _start_and_watch(config: DictConfig, count: int, command: list[str]) -> None
 
     # Held here, its port cannot be taken by another program between being found and being used.
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    store = PrefixStore("lightkit/0", server)
+    store = PrefixStore("lightkit", server)
     _publish(store, config)
     processes: list[subprocess.Popen] = []
     try:

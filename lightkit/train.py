@@ -117,7 +117,9 @@ def _checkpoint_to_resume(config: DictConfig, task: pl.LightningModule) -> Path 
         raise CheckpointError(
             f"{path} cannot be resumed: it has the weights but not the state of a training"
         ) from error
-    if at_its_end and 0 < (config.trainer.max_epochs or 0) <= done:
+    # Its own, after a restart: what is left may be the test and the report.
+    is_own = path.absolute().is_relative_to(Path(config.run_dir).absolute())
+    if at_its_end and not is_own and 0 < (config.trainer.max_epochs or 0) <= done:
         raise CheckpointError(
             f"{path} has {done} epochs behind it and trainer.max_epochs is {config.trainer.max_epochs}: "
             f"nothing is left to train; pass trainer.max_epochs={done + 1} or more"

@@ -53,12 +53,21 @@ def grid(width: float, height: float, **layout: int) -> tuple[Figure, np.ndarray
 
 
 def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """The columns of ``metrics.csv`` as (step, value) pairs, without the empty cells."""
+    """The columns of ``metrics.csv`` as (step, value) pairs, without the empty cells.
+
+    What a job wrote before a restart comes first, without the steps that were done again.
+    """
     series: dict[str, list[tuple[int, float]]] = defaultdict(list)
-    if not path.is_file():
-        return series
-    with open(path, newline="") as file:
-        for row in csv.DictReader(file):
+    for part in [*sorted(path.parent.glob(f"{path.stem}.before_restart_*{path.suffix}")), path]:
+        if not part.is_file():
+            continue
+        with open(part, newline="") as file:
+            rows = list(csv.DictReader(file))
+        first = min((int(row["step"]) for row in rows), default=None)
+        if first is not None:
+            for name in series:
+                series[name] = [(step, value) for step, value in series[name] if step < first]
+        for row in rows:
             for name, value in row.items():
                 if value and name not in ("step", "epoch"):
                     series[name].append((int(row["step"]), float(value)))

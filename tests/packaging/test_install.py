@@ -173,7 +173,9 @@ def test_installed_package_trains(installation: Installation, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("installation", ["wheel"], indirect=True)
-@pytest.mark.parametrize("command", ["lightkit-train", "lightkit-evaluate", "lightkit-predict", "lightkit-build"])
+@pytest.mark.parametrize(
+    "command", ["lightkit-train", "lightkit-evaluate", "lightkit-predict", "lightkit-build", "lightkit-launch"]
+)
 def test_every_console_script_starts(installation: Installation, command: str, tmp_path: Path) -> None:
     """Each declared command resolves to a function that explains itself."""
     result = installation.run(installation.python.parent / command, "--help", cwd=tmp_path)

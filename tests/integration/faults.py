@@ -1,0 +1,58 @@
+"""A callback that ends a process in the middle of a training, once, and keeps a diary of every start."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+from lightning.pytorch.callbacks import Callback
+
+
+class Faults(Callback):
+    """Kills the process of ``rank`` in ``epoch``, if nothing was killed before; ``pause`` seconds a batch.
+
+    Epoch -1 is the test. With ``seed``, it kills in the run of that seed alone.
+    """
+
+    def __init__(
+        self, directory: str, rank: int = -1, epoch: int = 0, pause: float = 0.0, seed: int | None = None
+    ) -> None:
+        self.directory = Path(directory)
+        self.rank, self.epoch, self.pause, self.seed = rank, epoch, pause, seed
+        self.is_first = True
+
+    def _note(self, what, trainer):
+        facts = {
+            "what": what,
+            "time": time.time(),
+            "rank": trainer.global_rank,
+            "world": trainer.world_size,
+            "epoch": trainer.current_epoch,
+        }
+        # One write of a short line: processes do not mix theirs.
+        with (self.directory / "diary").open("a") as file:
+            file.write(json.dumps(facts) + "\n")
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if self.is_first:
+            self.is_first = False
+            self._note("start", trainer)
+        time.sleep(self.pause)
+        self._kill(trainer, trainer.current_epoch)
+
+    def on_test_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        self._kill(trainer, -1)
+
+    def _kill(self, trainer, epoch):
+        is_seed = self.seed is None or str(self.seed) == os.environ.get("PL_GLOBAL_SEED")
+        if trainer.global_rank != self.rank or epoch != self.epoch or not is_seed:
+            return
+        try:
+            (self.directory / "killed").touch(exist_ok=False)
+        except FileExistsError:
+            return
+        self._note("kill", trainer)
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,84 @@
+"""Machines for tests: network namespaces of Linux, joined by a virtual cable."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+
+def why_not() -> str | None:
+    """Why there can be no namespaces here; None if there can."""
+    if shutil.which("ip") is None:
+        return "no ip: install iproute2"
+    result = subprocess.run(["unshare", "-n", "true"], capture_output=True, text=True)
+    if result.returncode:
+        return f"no network namespaces: {result.stderr.strip()}"
+    probe = subprocess.run(["ip", "netns", "add", name := f"lightkit{os.getpid()}"], capture_output=True, text=True)
+    subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+    return f"ip netns: {probe.stderr.strip()}" if probe.returncode else None
+
+
+class Network:
+    """Two machines, ``10.77.0.1`` and ``10.77.0.2``, each with the end of a cable called ``cable``."""
+
+    addresses = ("10.77.0.1", "10.77.0.2")
+
+    def __init__(self) -> None:
+        self.names = [f"lk{os.getpid()}n{node}" for node in (0, 1)]
+        self.started: list[subprocess.Popen] = []
+
+    def __enter__(self) -> Network:
+        try:
+            for name in self.names:
+                ip("netns", "add", name)
+            here, there = self.names
+            ip("link", "add", "cable", "netns", here, "type", "veth", "peer", "name", "cable", "netns", there)
+            for name, address in zip(self.names, self.addresses, strict=True):
+                ip("-n", name, "address", "add", f"{address}/24", "dev", "cable")
+                ip("-n", name, "link", "set", "cable", "up")
+                ip("-n", name, "link", "set", "lo", "up")
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        for process in self.started:
+            process.kill()
+            process.wait()
+        for name in self.names:
+            # What a killed torchrun leaves behind.
+            pids = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout.split()
+            for pid in pids:
+                subprocess.run(["kill", "-KILL", pid], capture_output=True)
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+    def start(
+        self, node: int, command: list[str], cwd: Path, log: Path, environment: dict[str, str] | None = None
+    ) -> subprocess.Popen:
+        """Starts a command on one of the machines; what it says goes to a file."""
+        # Commands of the interpreter that runs the tests: torchrun, python.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                ["ip", "netns", "exec", self.names[node], *command],
+                cwd=cwd,
+                env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **(environment or {})},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+            )
+        self.started.append(process)
+        return process
+
+    def cut(self, node: int) -> None:
+        """Pulls the cable out of a machine."""
+        ip("-n", self.names[node], "link", "set", "cable", "down")
+
+
+def ip(*words: str) -> None:
+    """Runs ``ip``, to succeed."""
+    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)

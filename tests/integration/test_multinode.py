@@ -1,0 +1,345 @@
+"""Jobs on two machines, which are network namespaces: what the check says, and what outlives a lost process or node."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from network import Network, ip, why_not
+
+from lightkit.checkpoints import load_checkpoint
+
+pytestmark = pytest.mark.slow
+
+needs_namespaces = pytest.mark.skipif((reason := why_not()) is not None, reason=str(reason))
+
+PORT = 29700
+ENDPOINT = f"{Network.addresses[0]}:{PORT}"
+
+
+@pytest.fixture
+def network():
+    with Network() as network:
+        yield network
+
+
+def environment(**more):
+    """The processes find the callback of these tests."""
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    return {"PYTHONPATH": path, "LIGHTKIT_TARGETS": "faults", **more}
+
+
+def job(directory, *arguments, **faults):
+    """Arguments of a small training that keeps a diary, and in which something may happen."""
+    callback = {"_target_": "faults.Faults", "directory": directory, **faults}
+    settings = [f"+callbacks.faults.{name}={value}" for name, value in callback.items()]
+    return ["+experiment=cnn", "+debug=quick", "trainer.accelerator=cpu", "strategy=ddp", *settings, *arguments]
+
+
+def diary(directory):
+    return [json.loads(line) for line in (directory / "diary").read_text().splitlines()]
+
+
+def wait_for(condition, *processes, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.05)
+
+
+def only_run(directory):
+    """The one run directory of a job, with everything in it that a run leaves."""
+    (run,) = (directory / "runs" / "cnn").iterdir()
+    assert (run / "metrics.json").exists() and (run / "report.html").exists()
+    return run
+
+
+def start_job(network, directory, nodes, arguments):
+    """Starts the command that the launcher prints, on both machines."""
+    started = []
+    for rank in (0, 1):
+        words = ["torchrun", f"--nodes={nodes}", f"--endpoint={ENDPOINT}", f"--node-rank={rank}", "--", *arguments]
+        line = subprocess.run(
+            ["ip", "netns", "exec", network.names[rank], sys.executable, "-m", "lightkit.launch", *words],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        started.append(network.start(rank, ["bash", "-c", line], directory, directory / f"log{rank}", environment()))
+    return started
+
+
+@needs_namespaces
+def test_a_killed_worker(network, tmp_path):
+    """Both machines go on from the last checkpoint, in the directory of before, and all epochs are done once."""
+    arguments = job(tmp_path, "trainer.max_epochs=4", rank=1, epoch=2)
+    for process in start_job(network, tmp_path, "2", arguments):
+        assert process.wait(60) == 0, (tmp_path / "log0").read_text()
+    run = only_run(tmp_path)
+    said = (tmp_path / "log0").read_text()
+    assert f"continuing {run}/checkpoints/last.ckpt\n" in said
+    assert [f"epoch {epoch}/4" in said for epoch in (1, 2, 3, 4)] == [True] * 4
+    assert load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 4
+    events = diary(tmp_path)
+    # Both processes twice; the second time where the first had been killed.
+    starts = [(event["world"], event["epoch"]) for event in events if event["what"] == "start"]
+    assert sorted(starts) == [(2, 0), (2, 0), (2, 2), (2, 2)]
+    report_recovery(events, "kill")
+
+
+@needs_namespaces
+def test_a_node_is_cut_off(network, tmp_path):
+    """The machine with the rendezvous goes on alone from the last checkpoint, and does not wait in a collective."""
+    arguments = job(tmp_path, "trainer.max_epochs=40", pause=0.05)
+    first, second = start_job(network, tmp_path, "1:2", arguments)
+    wait_for(lambda: list(tmp_path.glob("runs/cnn/*/checkpoints/last.ckpt")), first, second)
+    network.cut(1)
+    with (tmp_path / "diary").open("a") as file:
+        file.write(json.dumps({"what": "cut", "time": time.time()}) + "\n")
+    assert first.wait(90) == 0, (tmp_path / "log0").read_text()
+    run = only_run(tmp_path)
+    said = (tmp_path / "log0").read_text()
+    assert "process 0: process 1 has ended or cannot be reached any more" in said
+    assert f"continuing {run}/checkpoints/last.ckpt\n" in said
+    assert load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 40
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["trainer"]["num_nodes"] == 1
+    last = diary(tmp_path)[-1]
+    assert last["world"] == 1 and 0 < last["epoch"] < 40
+    report_recovery(diary(tmp_path), "cut")
+
+
+def report_recovery(events, what):
+    """Prints, with -s, the seconds from a fault to the first batch after it."""
+    fault = next(event["time"] for event in events if event["what"] == what)
+    after = [event["time"] - fault for event in events if event["what"] == "start" and event["time"] > fault]
+    print(f"recovered from {what} after {max(after):.1f} s")
+
+
+def torchrun(directory, *arguments, processes=2, restarts=2, check=True):
+    """A job on one machine, with torchrun as it comes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    result = subprocess.run(
+        [*command, f"--max-restarts={restarts}", "-m", "lightkit.train", *arguments],
+        cwd=directory,
+        env={**os.environ, **environment(OMP_NUM_THREADS="1")},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=120,
+    )
+    assert not check or result.returncode == 0, result.stderr
+    return result
+
+
+def test_restart_on_one_machine(tmp_path):
+    """Without any setting but the number of restarts; the learning curves keep what was before."""
+    result = torchrun(tmp_path, *job(tmp_path, "trainer.max_epochs=3", rank=1, epoch=1))
+    run = only_run(tmp_path)
+    assert result.stdout.count(f"continuing {run}/checkpoints/last.ckpt") == 1
+    assert load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 3
+    from lightkit.report.figures import read_metrics
+
+    assert [step for step, _ in read_metrics(run / "metrics.csv")["val/loss"]] == [0, 1, 2]
+
+
+def test_restart_before_the_first_checkpoint(tmp_path):
+    """It begins again in the same directory, and not from the checkpoint that another job left there."""
+    run = tmp_path / "out"
+    stale = run / "checkpoints" / "last.ckpt"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("of another job")
+    result = torchrun(tmp_path, *job(tmp_path, "hydra.run.dir=out", rank=0, epoch=0))
+    assert f"no checkpoint yet: beginning again in {run}\n" in result.stdout
+    assert "continuing" not in result.stdout
+    assert load_checkpoint(stale)["global_step"] == 1
+
+
+def test_restart_of_a_sweep(tmp_path):
+    """The run that was hit goes on; the one before it is not done again; the one after it follows."""
+    result = torchrun(
+        tmp_path, *job(tmp_path, "trainer.max_epochs=2", "-m", "seed=0,1,2", rank=1, epoch=1, seed=1), processes=2
+    )
+    (sweep,) = (tmp_path / "runs" / "cnn").iterdir()
+    assert result.stdout.count(f"done before the restart: {sweep}/0\n") == 1
+    assert result.stdout.count(f"continuing {sweep}/1/checkpoints/last.ckpt\n") == 1
+    assert result.stdout.count("test/accuracy") == 3
+    for seed in (0, 1, 2):
+        assert yaml.safe_load((sweep / str(seed) / "config.yaml").read_text())["seed"] == seed
+        assert load_checkpoint(sweep / str(seed) / "checkpoints" / "last.ckpt")["global_step"] == 2
+
+
+def test_restart_after_the_training(tmp_path):
+    """Killed in the test, a job goes on there: it has its weights, and no epoch is left to do."""
+    result = torchrun(tmp_path, *job(tmp_path, "trainer.max_epochs=1", rank=0, epoch=-1))
+    run = only_run(tmp_path)
+    assert "continuing" in result.stdout and "test/accuracy" in json.loads((run / "metrics.json").read_text())
+
+
+@pytest.mark.parametrize("lacking", ["store", "id"])
+def test_restarts_that_could_not_work(tmp_path, lacking):
+    """Between machines torchrun needs settings for a restart, which are asked for before it would hang."""
+    variables = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "2",
+        "GROUP_WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_MAX_RESTARTS": "3",
+        "TORCHELASTIC_RUN_ID": "none" if lacking == "id" else "job",
+        "TORCHELASTIC_USE_AGENT_STORE": str(lacking == "store"),
+    }
+    result = subprocess.run(
+        [sys.executable, "-m", "lightkit.train", *job(tmp_path)],
+        cwd=tmp_path,
+        env={**os.environ, **environment(**variables)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 1
+    (error,) = [text for text in result.stderr.splitlines() if text.startswith("error: ")]
+    needed = {"store": "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", "id": "--rdzv-id=NAME"}
+    assert needed[lacking] in error and "Traceback" not in result.stderr
+
+
+class Checked:
+    """A check on both machines: exit statuses and what each said."""
+
+    def __init__(self, network, directory, *options, ranks=(0, 1), program=None, endpoint=ENDPOINT, variables=None):
+        started = []
+        for rank in ranks:
+            launch = (program or {}).get(rank, [sys.executable, "-m", "lightkit.launch"])
+            words = [f"--endpoint={endpoint}", "--nodes=2", f"--node-rank={rank}", *options]
+            log = directory / f"check{rank}"
+            started.append(network.start(rank, [*launch, "--check", *words], directory, log, variables))
+        began = time.monotonic()
+        self.statuses = [process.wait(60) for process in started]
+        self.seconds = time.monotonic() - began
+        self.said = [(directory / f"check{rank}").read_text() for rank in ranks]
+
+    def faults(self):
+        """The faults, which both nodes tell."""
+        found = [[text for text in said.splitlines() if text.startswith("fault: ")] for said in self.said]
+        assert found[0] == found[-1] and set(self.statuses) == {1}, self.said
+        return found[0]
+
+
+@needs_namespaces
+def test_check_of_a_good_network(network, tmp_path):
+    """No fault; addresses, ways and the speed of an all_reduce are in the table."""
+    result = Checked(network, tmp_path, "--interface=cable")
+    assert result.statuses == [0, 0], result.said
+    for said in result.said:
+        assert "all is well" in said and said.count("1 of 1") == 2 and said.count("MB/s") == 2
+        assert all(address in said for address in Network.addresses)
+
+
+@needs_namespaces
+def test_check_finds_loopback(network, tmp_path):
+    """Without an interface gloo would publish what the machine's name stands for, here nothing or loopback."""
+    result = Checked(network, tmp_path)
+    faults = result.faults()
+    assert len(faults) == 2
+    for rank, fault in enumerate(faults):
+        assert fault.startswith(f"fault: node {rank} would publish 127.")
+        assert "set GLOO_SOCKET_IFNAME=cable" in fault
+
+
+@needs_namespaces
+def test_check_with_a_wrong_endpoint(network, tmp_path):
+    """Node 0 says that the address is not its own, and node 1 that nobody answers there."""
+    result = Checked(network, tmp_path, "--timeout=5", "--interface=cable", endpoint=f"10.77.0.9:{PORT}")
+    assert result.statuses == [1, 1] and result.seconds < 20
+    assert (
+        f"the endpoint 10.77.0.9:{PORT} (10.77.0.9) is no address of node 0, which has 127.0.0.1, 10.77.0.1"
+        in (result.said[0])
+    )
+    assert f"node 1 does not reach node 0 at 10.77.0.9:{PORT} within 5 s" in result.said[1]
+
+
+@needs_namespaces
+@pytest.mark.parametrize("rank", [0, 1])
+def test_check_with_a_missing_node(network, tmp_path, rank):
+    """Who came says who did not, when the time is over."""
+    result = Checked(network, tmp_path, "--timeout=4", "--interface=cable", ranks=(rank,))
+    assert result.statuses == [1] and result.seconds < 20
+    expected = {
+        0: "node 1 of 2 did not come within 4 s; there were 0",
+        1: "that machine is there, but nothing listens on the port",
+    }
+    assert expected[rank] in result.said[0]
+
+
+@needs_namespaces
+def test_check_of_a_blocked_way(network, tmp_path):
+    """The nodes meet by one network, but nothing passes in the one that the job would use."""
+    for name, address in zip(network.names, ("10.78.0.1", "10.78.0.2"), strict=True):
+        ip("-n", name, "address", "add", f"{address}/24", "dev", "cable")
+    ip("-n", network.names[1], "route", "add", "blackhole", "10.77.0.1/32")
+    result = Checked(network, tmp_path, "--interface=cable", endpoint=f"10.78.0.1:{PORT}")
+    faults = result.faults()
+    assert [fault.partition(":")[2].split()[:2] for fault in faults] == [["node", "0"], ["node", "1"]]
+    assert "does not reach node 1 (10.77.0.2:" in faults[0] and "does not reach node 0 (10.77.0.1:" in faults[1]
+    assert result.seconds < 30
+
+
+@needs_namespaces
+def test_check_of_a_cut_network(network, tmp_path):
+    """With the link down node 1 finds no way, and node 0 nobody."""
+    network.cut(1)
+    result = Checked(network, tmp_path, "--timeout=4", "--interface=cable")
+    assert result.statuses == [1, 1] and result.seconds < 20
+    assert "node 1 of 2 did not come" in result.said[0]
+    assert "node 1 does not reach node 0" in result.said[1]
+
+
+@needs_namespaces
+def test_check_of_different_versions(network, tmp_path):
+    """Another torch on one node is a fault of that node."""
+    other = (
+        "import sys, torch; torch.__version__ = '2.9.1'; from lightkit.launch.__main__ import main; sys.exit(main())"
+    )
+    program = {1: [sys.executable, "-c", other]}
+    result = Checked(network, tmp_path, "--interface=cable", program=program)
+    (fault,) = result.faults()
+    assert fault.startswith("fault: torch is 2.9.1 on node 1 and ")
+
+
+@needs_namespaces
+def test_check_with_a_taken_port(network, tmp_path):
+    """Another program has the port of the endpoint: node 0 says so, and node 1 does not take that for node 0."""
+    command = [sys.executable, "-m", "http.server", str(PORT)]
+    blocker = network.start(0, command, tmp_path, tmp_path / "blocker")
+    wait_for(lambda: is_listening(network.names[0]), blocker)
+    result = Checked(network, tmp_path, "--timeout=5", "--interface=cable")
+    assert result.statuses == [1, 1] and result.seconds < 20
+    assert "another program on node 0 uses the port" in result.said[0]
+    assert "what answers there is no check" in result.said[1]
+
+
+def is_listening(name):
+    probe = f"import socket; socket.create_connection(('{Network.addresses[0]}', {PORT}), 1)"
+    command = ["ip", "netns", "exec", name, sys.executable, "-c", probe]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+@needs_namespaces
+def test_scripts_find_the_address(network, tmp_path):
+    """What the scripts for SLURM and Kubernetes ask on each node, and torchrun then is told."""
+    for rank, address in enumerate(Network.addresses):
+        command = f"{shlex.quote(sys.executable)} -m lightkit.launch address --endpoint={ENDPOINT}"
+        process = network.start(rank, ["bash", "-c", command], tmp_path, tmp_path / "said")
+        assert process.wait(30) == 0
+        assert (tmp_path / "said").read_text() == f"cable {address}\n"

@@ -1,0 +1,297 @@
+"""The launcher: what it prints is run or parsed, what it refuses is said in one line, and faults are told apart."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightkit.errors import ConfigError
+from lightkit.launch import addresses, diagnosis
+from lightkit.launch.__main__ import main
+from lightkit.launch.facts import Facts
+from lightkit.launch.job import Job, line, parse_endpoint, parse_nodes
+
+ARGUMENTS = ("+experiment=cnn", 'text="it\'s $HOME"')
+JOB = Job(arguments=ARGUMENTS, nodes=2, min_nodes=2, processes=4)
+
+# In place of a program: says how it was called.
+SAY = '#!/bin/bash\nprintf "%s\\n" "$GLOO_SOCKET_IFNAME $TORCH_DISABLE_SHARE_RDZV_TCP_STORE" "$@"\n'
+
+
+def options_of(words):
+    """The options of a torchrun command, and the words after them."""
+    end = words.index("-m")
+    return dict(word.removeprefix("--").split("=", 1) for word in words[:end]), words[end:]
+
+
+@pytest.fixture
+def programs(tmp_path, monkeypatch):
+    """A path on which torchrun and SLURM's programs only say what they were asked for."""
+    directory = tmp_path / "bin"
+    directory.mkdir()
+    stubs = {
+        "torchrun": SAY,
+        "scontrol": "#!/bin/bash\nprintf 'first\\nsecond\\n'\n",
+        # Two nodes, one after the other.
+        "srun": '#!/bin/bash\nwhile [[ "$1" == --* ]]; do shift; done\n'
+        'for node in 0 1; do SLURM_NODEID=$node "$@"; done\n',
+        "python": "#!/bin/bash\n"
+        f'if [[ "$*" == *" address "* ]]; then echo eth7 10.0.0.9; elif [[ "$*" == *" check "* ]]; then echo "$@"; '
+        f'else exec {sys.executable} "$@"; fi\n',
+    }
+    for name, text in stubs.items():
+        (directory / name).write_text(text)
+        (directory / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{directory}{os.pathsep}{os.environ['PATH']}")
+    return directory
+
+
+def printed(capsys, *words):
+    """What the launcher prints for a command line that is right."""
+    assert main(list(words)) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+def bash(text, **environment):
+    """The lines that a script of bash writes."""
+    result = subprocess.run(
+        ["bash", "-c", text], env={**os.environ, **environment}, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+def test_torchrun_line(programs):
+    """One line of the shell, with all that restarts between machines need, and the arguments as they were given."""
+    text = line(JOB, host="10.0.0.1", address="10.0.0.2", interface="eth1", node_rank=1, run_id="my job")
+    assert "\n" not in text
+    variables, *words = bash(text)
+    assert variables == "eth1 1"
+    options, rest = options_of(words)
+    assert options == {
+        "nnodes": "2",
+        "nproc-per-node": "4",
+        "max-restarts": "3",
+        "rdzv-backend": "c10d",
+        "rdzv-endpoint": "10.0.0.1:29400",
+        "rdzv-id": "my job",
+        "rdzv-conf": "is_host=0",
+        "local-addr": "10.0.0.2",
+    }
+    assert rest == ["-m", "lightkit.train", *ARGUMENTS]
+
+
+def test_elastic_line():
+    """A job that may lose nodes says so, and does not wait long for one that is gone."""
+    elastic = replace(JOB, min_nodes=1)
+    text = line(elastic, host="fd00::1", address="fd00::1", interface="eth1", node_rank=0, run_id="x")
+    options, _ = options_of(shlex.split(text)[4:])
+    assert options["nnodes"] == "1:2"
+    assert options["rdzv-conf"] == "is_host=1,last_call_timeout=10"
+    assert options["rdzv-endpoint"] == "[fd00::1]:29400"
+
+
+def test_slurm_script(capsys, programs, tmp_path):
+    """A valid script; each of its nodes gets a torchrun of its own, and only the first one holds the rendezvous."""
+    words = ["slurm", "--nodes=2", "--processes=4", "--gpus=4", "--name=job", "--time=1:00:00", "--setup=echo ready"]
+    text = printed(capsys, *words, "--", *ARGUMENTS)
+    (tmp_path / "job.sh").write_text(text)
+    subprocess.run(["bash", "-n", tmp_path / "job.sh"], check=True)
+    options = dict(
+        row.removeprefix("#SBATCH --").split("=")
+        for row in text.splitlines()
+        if row.startswith("#SBATCH --") and "=" in row
+    )
+    assert options == {
+        "job-name": "job",
+        "nodes": "2",
+        "ntasks-per-node": "1",
+        "gpus-per-node": "4",
+        "time": "1:00:00",
+        "output": "job-%j.log",
+        "open-mode": "append",
+    }
+    said = bash(text, SLURM_JOB_NODELIST="nodes[0-1]", SLURM_JOB_ID="77")
+    check = "-m lightkit.launch check --nodes=2 --endpoint=first:29400"
+    assert said[:3] == ["ready", check, check]
+    nodes = said[3:]
+    half = len(nodes) // 2
+    for rank, (variables, *rest) in enumerate((nodes[:half], nodes[half:])):
+        assert variables == "eth7 1"
+        found, arguments = options_of(rest)
+        assert found["rdzv-endpoint"] == "first:29400"
+        assert found["rdzv-id"] == "77"
+        assert found["rdzv-conf"] == f"is_host={1 - rank}"
+        assert found["local-addr"] == "10.0.0.9"
+        assert arguments == ["-m", "lightkit.train", *ARGUMENTS]
+
+
+def test_slurm_script_of_an_elastic_job(capsys):
+    """It is not ended with the node that it loses, and does not ask for all nodes to be there."""
+    text = printed(capsys, "slurm", "--nodes=1:4", "--", *ARGUMENTS)
+    assert "#SBATCH --nodes=4\n" in text and "#SBATCH --no-kill\n" in text
+    assert "--nnodes=1:4" in text and "launch check" not in text
+
+
+def test_kubernetes_manifest(capsys, programs):
+    """An Indexed Job and a headless Service that agree in names and ports; the container's command is run here."""
+    words = ["--nodes=2", "--name=job", "--image=registry/image:1", "--gpus=8", "--volume-claim=disk", "--port=29500"]
+    service, job = yaml.safe_load_all(printed(capsys, "kubernetes", *words, "--", *ARGUMENTS))
+    assert service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["selector"] == {"batch.kubernetes.io/job-name": job["metadata"]["name"]}
+    spec = job["spec"]
+    assert (spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Indexed", 2, 2)
+    pod = spec["template"]["spec"]
+    assert pod["subdomain"] == service["metadata"]["name"]
+    (container,) = pod["containers"]
+    assert container["image"] == "registry/image:1"
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    for index in (0, 1):
+        variables = {"JOB_COMPLETION_INDEX": str(index), "LIGHTKIT_RUN_ID": "uid-1"}
+        result = subprocess.run(
+            [*container["command"], *container["args"]], env={**os.environ, **variables}, capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr
+        found, arguments = options_of(result.stdout.splitlines()[1:])
+        assert found["rdzv-endpoint"] == f"job-0.job:{service['spec']['ports'][0]['port']}"
+        assert (found["rdzv-id"], found["rdzv-conf"]) == ("uid-1", f"is_host={1 - index}")
+        assert arguments == ["-m", "lightkit.train", *ARGUMENTS]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["slurm", "--nodes=two", "--", "x"], "--nodes two: expected a number, or MIN:MAX"),
+        (["slurm", "--nodes=3:2", "--", "x"], "--nodes 3:2: expected MIN:MAX"),
+        (["slurm", "--nodes=2"], "the arguments of lightkit.train are missing"),
+        (["slurm", "--nodes=2", "--time=1 h", "--", "x"], "'1 h': expected one word"),
+        (["slurm", "--nodes=2", "--interface=a b", "--", "x"], "is not the name of a network interface"),
+        (["kubernetes", "--image=x", "--name=My_Job", "--", "x"], "--name My_Job: expected up to 50 small letters"),
+        (["kubernetes", "--image=x y", "--", "x"], "expected the name of a container image"),
+        (["torchrun", "--nodes=2", "--node-rank=2", "--endpoint=h", "--", "x"], "--node-rank 2: with 2 nodes"),
+        (["torchrun", "--nodes=2", "--node-rank=0", "--endpoint=h:x", "--", "x"], "--endpoint h:x: expected HOST"),
+        (["torchrun", "--nodes=2", "--node-rank=0", "--endpoint=127.0.0.1", "--", "x"], "where no other machine"),
+        (["torchrun", "--nodes=2", "--endpoint=h", "--", "x"], "--node-rank is missing"),
+        (["address", "--endpoint=h", "--interface=nosuch0"], "there is no network interface nosuch0"),
+        (["address", "--endpoint=no.such.host.invalid", "--timeout=0"], "does not resolve on this machine"),
+        (["check", "--nodes=2", "--node-rank=0"], "--endpoint is missing"),
+        (["check", "--endpoint=h", "--", "x"], "check starts nothing"),
+    ],
+)
+def test_bad_input(capsys, monkeypatch, words, expected):
+    """One line that names the option."""
+    for name in ("GROUP_RANK", "SLURM_NODEID", "JOB_COMPLETION_INDEX", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    assert main(words) == 1
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: ") and expected in error
+
+
+def test_parse():
+    """Numbers of nodes and endpoints in every form that torchrun knows."""
+    assert parse_nodes("4") == (4, 4) and parse_nodes("1:4") == (1, 4)
+    assert parse_endpoint("host") == ("host", 29400)
+    assert parse_endpoint("10.0.0.1:5") == ("10.0.0.1", 5)
+    assert parse_endpoint("[fd00::1]:5") == ("fd00::1", 5)
+    for wrong in ("", "host:0", "host:70000", "a b", "fd00::1"):
+        with pytest.raises(ConfigError):
+            parse_endpoint(wrong)
+
+
+def test_own_address():
+    """The loopback interface is found by its name and by the way to it."""
+    loopback = next(name for name, address in addresses.interfaces().items() if address == "127.0.0.1")
+    assert addresses.interface_and_address(loopback, "ignored") == (loopback, "127.0.0.1")
+    assert addresses.interface_and_address(None, "127.0.0.1") == (loopback, "127.0.0.1")
+    assert addresses.is_own("127.0.0.1") and not addresses.is_own("192.0.2.1")
+
+
+def node(rank, **changes):
+    """A node of a network of three in which nothing is wrong."""
+    facts = Facts(
+        rank=rank,
+        nodes=3,
+        host=f"host{rank}",
+        interface="eth0",
+        address=f"10.0.0.{rank + 1}",
+        published=f"10.0.0.{rank + 1}",
+        endpoint=["10.0.0.1"],
+        interfaces=["lo", "eth0"],
+        variables={"GLOO_SOCKET_IFNAME": "eth0", "NCCL_SOCKET_IFNAME": "eth"},
+        versions={"python": "3.11.7", "torch": "2.13.0", "lightning": "2.6.6", "lightkit": "0.1.0"},
+        gpus=8,
+        port=4000 + rank,
+        clock=0.01 * rank,
+    )
+    return replace(facts, **changes)
+
+
+def faults_of(*changed):
+    """The faults of the network in which some nodes were changed."""
+    facts = [next((other for other in changed if other.rank == rank), node(rank)) for rank in range(3)]
+    found = diagnosis.before_connecting(facts, "first"), diagnosis.of_connections(facts), diagnosis.of_all_reduce(facts)
+    return [fault for part in found for fault in part]
+
+
+def test_no_fault():
+    """Nothing is made up."""
+    assert faults_of() == []
+
+
+OTHER = {"python": "3.11.7", "torch": "2.9.0", "lightning": "2.6.6", "lightkit": "0.1.0"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        (node(2, nodes=2), "node 2 was told of 2 nodes and node 0 of 3"),
+        (node(1, endpoint=["10.9.9.9"]), "first is 10.9.9.9 on node 1 and 10.0.0.1 on node 0"),
+        (node(0, endpoint=["127.0.1.1"]), "the endpoint first is 127.0.1.1 on node 0, which no other machine"),
+        (node(1, address="127.0.0.1"), "node 1 would be known by 127.0.0.1"),
+        (node(1, published="127.0.1.1"), "node 1 would publish 127.0.1.1, the address of its own name host1"),
+        (node(1, variables={"GLOO_SOCKET_IFNAME": "ib0"}), "GLOO_SOCKET_IFNAME=ib0 on node 1 names no interface"),
+        (node(1, variables={"NCCL_SOCKET_IFNAME": "=eth"}), "NCCL_SOCKET_IFNAME==eth on node 1 names no interface"),
+        (node(1, versions=OTHER), "torch is 2.9.0 on node 1 and 2.13.0 on the others"),
+        (node(2, gpus=7), "node 2 has 7 GPUs and the others 8"),
+        (node(2, clock=-20.0), "the clock of node 2 is 20 s behind node 0's"),
+        (node(2, unreachable={"1": "no answer"}), "node 2 (10.0.0.3) does not reach node 1 (10.0.0.2:4001): no answer"),
+        (node(1, address="10.0.0.3"), "nodes 1 and 2 have the same address 10.0.0.3"),
+        (node(1, error="Connection reset"), "gloo failed on node 1"),
+    ],
+)
+def test_each_fault_alone(changed, expected):
+    """One fault is told as one, of the node that has it."""
+    (fault,) = faults_of(changed)
+    assert fault.startswith(expected)
+
+
+def test_loopback_endpoint(capsys):
+    """Another node than the first cannot find that one at its own address: told at once, not after the timeout."""
+    assert main(["--check", "--endpoint=127.0.0.1", "--nodes=2", "--node-rank=1", "--timeout=300"]) == 1
+    assert capsys.readouterr().err.startswith("error: the endpoint 127.0.0.1:29400 is node 1 itself")
+
+
+def test_help(capsys):
+    """It names every command."""
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in ("torchrun", "slurm", "kubernetes", "check", "--check", "address"))
+
+
+def test_starts_without_torch():
+    """Scripts ask for the address on every node: that must not take seconds."""
+    code = (
+        "import sys; from lightkit.launch.__main__ import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    )
+    words = ["slurm", "--nodes=2", "--", "x"]
+    subprocess.run([sys.executable, "-c", code, *words], check=True, capture_output=True, cwd=Path(__file__).parent)
