@@ -24,10 +24,10 @@ from lightkit.memory import keep_freed_memory
 
 
 @entry_point("train", several_processes=True)
-def main(config: DictConfig) -> None:
-    """Trains what the configuration describes."""
+def main(config: DictConfig) -> float | None:
+    """Trains what the configuration describes; the result is what a sweeper such as Optuna's looks at."""
     keep_freed_memory()
-    train(config)
+    return train(config).get(config.objective)
 
 
 @dataclass
@@ -39,6 +39,7 @@ class OwnKeys:
     ckpt_path: Optional[str]  # noqa: UP045 (OmegaConf reads the annotation)
     compile: bool
     test: bool
+    objective: str
     run_dir: str
 
 
