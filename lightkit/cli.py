@@ -225,8 +225,8 @@ def for_sweeper(config: Mapping[str, Any], result: float | None) -> float | None
         return result
     if result is None:
         raise ConfigError(
-            f"objective={config['objective']}: the job has logged no such figure, and hydra/sweeper={sweeper} needs one; "
-            f"{config['run_dir']}/metrics.json has those that it has logged"
+            f"objective={config['objective']}: the job has logged no such figure, and hydra/sweeper={sweeper} needs "
+            f"one; {config['run_dir']}/metrics.json has those that it has logged"
         )
     # A training that diverged is a bad one, not the end of the sweep, which Optuna's sweeper makes of NaN.
     worst = -math.inf if "maximize" in str(job.sweeper.get("direction")) else math.inf
