@@ -10,10 +10,11 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from lightkit.checkpoints import CONFIG_KEY, load_checkpoint, load_weights
+from lightkit.checkpoints import CONFIG_KEY, AtomicCheckpointIO, AtomicXLACheckpointIO, load_checkpoint, load_weights
 from lightkit.config import build
 from lightkit.data import SeriesDataModule, Text
 from lightkit.errors import CheckpointError, ConfigError
+from lightkit.strategies import TorchTPU, tpu
 
 # By what their data serve, those whose model is no classifier.
 _EXPERIMENTS = {"tokens": ("language_model", "char_rnn"), "windows": ("forecast",)}
@@ -57,7 +58,37 @@ def build_data(config: DictConfig) -> pl.LightningDataModule:
 
 def build_trainer(config: DictConfig, **options: Any) -> pl.Trainer:
     """The trainer with its strategy, and with what the configuration has no word for."""
+    check_accelerator(config)
+    if config.trainer.get("accelerator") == "tpu" and tpu.find_package() == "torch_xla":
+        # Lightning chooses its own strategy, which takes no other plug-in for checkpoints than one made for it.
+        options["plugins"] = [
+            AtomicXLACheckpointIO() if type(plugin) is AtomicCheckpointIO else plugin
+            for plugin in options.get("plugins", [])
+        ]
+    elif config.trainer.get("accelerator") == "tpu":
+        config = config.copy()
+        config.trainer.accelerator = "torch_tpu"
+        return build(config.trainer, strategy=TorchTPU(), **options)
     return build(config.trainer, strategy=build(config.strategy) or "auto", **options)
+
+
+def check_accelerator(config: DictConfig) -> None:
+    """Refuses a TPU that cannot be had, before anything is compiled or read.
+
+    Raises:
+        ConfigError: nothing is installed that knows TPUs, there is none, or several are asked for.
+    """
+    if config.trainer.get("accelerator") != "tpu":
+        return
+    if tpu.find_package() == "torch_tpu" and (cause := tpu.missing()) is not None:
+        raise ConfigError(f"trainer.accelerator=tpu: {cause}")
+    if config.trainer.devices not in (1, "1"):
+        raise ConfigError(
+            f"trainer.devices={config.trainer.devices}: the command line trains on one TPU; several are what "
+            "Lightning's Trainer(strategy='xla') is for, in a script of your own"
+        )
+    if config.strategy.get("_target_") is not None:
+        raise ConfigError(f"one TPU has nobody to go with for {config.strategy._target_}: use strategy=auto")
 
 
 @dataclass(frozen=True)

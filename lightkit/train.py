@@ -19,7 +19,7 @@ from lightkit.checkpoints import AtomicCheckpointIO, check_weights, find_last, l
 from lightkit.cli import entry_point
 from lightkit.config import build
 from lightkit.errors import CheckpointError
-from lightkit.job import SaveConfig, build_data, build_task, build_trainer
+from lightkit.job import SaveConfig, build_data, build_task, build_trainer, check_accelerator
 from lightkit.memory import keep_freed_memory
 
 
@@ -50,6 +50,7 @@ def train(config: DictConfig) -> dict[str, Any]:
         LightkitError: something in the configuration, the data or the checkpoint cannot be used.
     """
     OmegaConf.merge(OmegaConf.structured(OwnKeys), {field.name: config[field.name] for field in fields(OwnKeys)})
+    check_accelerator(config)
     # Compiled here if they must be, not in the middle of the first step or of its timing.
     native.load()
     started = time.perf_counter()

@@ -29,10 +29,11 @@ class FusedStep(torch.optim.Optimizer):
 
     What the kernel does not cover (sparse gradients, complex parameters, tensor subclasses such as DTensor,
     memory with gaps, devices without kernels) is done by torch's operations; so are, on a GPU, the options
-    that follow. Of these only ``skip_nonfinite`` waits for the device, once a step. ``foreach`` is accepted as torch's: there is one implementation. So is ``fused``; as in torch,
-    ``True`` lets a ``GradScaler`` leave unscaling and the skipping of overflowed steps to the optimizer, which saves
-    a pass over the gradients. On a GPU the kernel of SGD itself reads the scale, the overflow and a learning rate
-    that is a float32 tensor there: nothing waits for the device, and the step can be captured in a CUDA graph.
+    that follow. Of these only ``skip_nonfinite`` waits for the device, once a step. ``foreach`` is accepted as
+    torch's: there is one implementation. So is ``fused``; as in torch, ``True`` lets a ``GradScaler`` leave
+    unscaling and the skipping of overflowed steps to the optimizer, which saves a pass over the gradients. On a GPU
+    the kernel of SGD itself reads the scale, the overflow and a learning rate that is a float32 tensor there:
+    nothing waits for the device, and the step can be captured in a CUDA graph.
     ``differentiable`` is not supported.
 
     Args:
