@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from lightkit.checkpoints import CONFIG_KEY, AtomicCheckpointIO, AtomicXLACheckp
 from lightkit.config import build
 from lightkit.data import SeriesDataModule, Text
 from lightkit.errors import CheckpointError, ConfigError
-from lightkit.strategies import TorchTPU, tpu
+from lightkit.strategies import tpu
 
 # By what their data serve, those whose model is no classifier.
 _EXPERIMENTS = {"tokens": ("language_model", "char_rnn"), "windows": ("forecast",)}
@@ -58,18 +59,20 @@ def build_data(config: DictConfig) -> pl.LightningDataModule:
 
 def build_trainer(config: DictConfig, **options: Any) -> pl.Trainer:
     """The trainer with its strategy, and with what the configuration has no word for."""
-    check_accelerator(config)
-    if config.trainer.get("accelerator") == "tpu" and tpu.find_package() == "torch_xla":
-        # Lightning chooses its own strategy, which takes no other plug-in for checkpoints than one made for it.
-        options["plugins"] = [
-            AtomicXLACheckpointIO() if type(plugin) is AtomicCheckpointIO else plugin
-            for plugin in options.get("plugins", [])
-        ]
-    elif config.trainer.get("accelerator") == "tpu":
-        config = config.copy()
-        config.trainer.accelerator = "torch_tpu"
-        return build(config.trainer, strategy=TorchTPU(), **options)
+    if config.trainer.get("accelerator") == "tpu":
+        check_accelerator(config)
+        return _build_tpu_trainer(config, **options)
     return build(config.trainer, strategy=build(config.strategy) or "auto", **options)
+
+
+def _build_tpu_trainer(config: DictConfig, plugins: Iterable[Any] = (), **options: Any) -> pl.Trainer:
+    trainer = OmegaConf.to_container(config.trainer, resolve=True, throw_on_missing=True)
+    trainer |= tpu.choose()
+    if trainer["strategy"] == "auto":
+        # Lightning's own strategy takes no other plug-in for checkpoints than one made for it.
+        plugins = [AtomicXLACheckpointIO() if type(p) is AtomicCheckpointIO else p for p in plugins]
+    strategy = trainer.pop("strategy")
+    return build(trainer, strategy=strategy, plugins=list(plugins), **options)
 
 
 def check_accelerator(config: DictConfig) -> None:
@@ -80,8 +83,7 @@ def check_accelerator(config: DictConfig) -> None:
     """
     if config.trainer.get("accelerator") != "tpu":
         return
-    if tpu.find_package() == "torch_tpu" and (cause := tpu.missing()) is not None:
-        raise ConfigError(f"trainer.accelerator=tpu: {cause}")
+    tpu.choose()
     if config.trainer.devices not in (1, "1"):
         raise ConfigError(
             f"trainer.devices={config.trainer.devices}: the command line trains on one TPU; several are what "

@@ -24,21 +24,6 @@ from lightkit.errors import ConfigError
 _DEVICE = "tpu"
 
 
-def find_package() -> str:
-    """The package for TPUs that is installed: ``torch_xla``, which Lightning itself knows, before ``torch_tpu``.
-
-    Raises:
-        ConfigError: neither is; says what to install.
-    """
-    for package in ("torch_xla", "torch_tpu"):
-        if find_spec(package) is not None:
-            return package
-    raise ConfigError(
-        "a TPU needs the package torch_tpu (pip install torch_tpu) or, with a torch of the same version, torch_xla "
-        "(pip install 'torch_xla[tpu]'), and neither is installed"
-    )
-
-
 def missing() -> str | None:
     """Why torch_tpu has no TPU here, or None where it has."""
     if find_spec("torch_tpu") is None:
@@ -144,3 +129,22 @@ class TorchTPU(SingleDeviceStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Writes a checkpoint that needs no TPU to be read."""
         super().save_checkpoint(on_cpu(checkpoint), filepath, storage_options)
+
+
+def choose() -> dict[str, Any]:
+    """The arguments ``accelerator`` and ``strategy`` of a Trainer for one TPU, by the package that is installed.
+
+    That is Lightning's own for torch_xla, if both are.
+
+    Raises:
+        ConfigError: neither is, or torch_tpu is and finds no TPU.
+    """
+    if find_spec("torch_xla") is not None:
+        # By name Lightning cannot build its own strategy; what it chooses, it can.
+        return {"accelerator": _DEVICE, "strategy": "auto"}
+    if find_spec("torch_tpu") is not None:
+        return {"accelerator": TorchTPUAccelerator.name(), "strategy": TorchTPU()}
+    raise ConfigError(
+        "accelerator=tpu needs the package torch_tpu (pip install torch_tpu) or, with a torch of the same version, "
+        "torch_xla (pip install 'torch_xla[tpu]'), and neither is installed"
+    )
