@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.plugins.io import TorchCheckpointIO, XLACheckpointIO
+from torch.utils._pytree import tree_map_only
 
 from lightkit.errors import CheckpointError
 from lightkit.files import write_atomically
@@ -46,6 +47,19 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if weights_only is False or "://" in str(path):
             return super().load_checkpoint(path, map_location, weights_only)
         return load_checkpoint(path, map_location)
+
+
+class AtomicXLACheckpointIO(AtomicCheckpointIO, XLACheckpointIO):
+    """`AtomicCheckpointIO` as Lightning's strategies for torch_xla demand it; only where that is installed."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Writes a checkpoint that needs no TPU to be read."""
+        super().save_checkpoint(on_cpu(checkpoint), path, storage_options)
+
+
+def on_cpu(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint with its tensors on the CPU: those of a TPU would load on machines with one only."""
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.cpu(), checkpoint)
 
 
 def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:

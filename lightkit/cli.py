@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import sys
@@ -16,6 +17,7 @@ import hydra
 from hydra import initialize_config_module
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from hydra.types import RunMode
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -53,7 +55,8 @@ def entry_point(
                 check_top_level(config, config_name)
                 if several_processes:
                     # Without arguments: they follow the process that starts them.
-                    return processes.lead(function, config, [sys.executable, "-m", f"lightkit.{config_name}"])
+                    result = processes.lead(function, config, [sys.executable, "-m", f"lightkit.{config_name}"])
+                    return for_sweeper(config, result)
                 return function(config)
             except _USER_ERRORS as error:
                 raise _UserError(error) from error
@@ -151,6 +154,8 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
     # With several processes the running loss is that of the first one: to follow a training it is as good.
     warnings.filterwarnings("ignore", ".*It is recommended to use `self.log.*sync_dist=True.*")
+    # What Optuna's data base tools are made of.
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     # Tips, a line for each kind of device that is not there, and one for each process.
     for package in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(package).setLevel(logging.WARNING)
@@ -178,6 +183,8 @@ def explain(error: BaseException, config_name: str) -> str:
 
 def _no_choice(group: str, name: str, choices: list[str]) -> str:
     """That a group has no such choice, and which it has."""
+    if (group, name) == ("hydra/sweeper", "optuna"):
+        return "hydra/sweeper=optuna needs a package that is not installed: pip install 'lightkit[sweep]'"
     hint = nearest(name, choices) or ("; did you mean none?" if name == "null" and "none" in choices else ".")
     return f"there is no {group}={name}{hint} Choices: {', '.join(choices)}"
 
@@ -206,6 +213,26 @@ def check_top_level(config: Mapping[str, Any], config_name: str) -> None:
     for key in config:
         if key not in known:
             raise ConfigError(f"{key!r} is not a key of the configuration{nearest(str(key), [*known, *groups])}")
+
+
+def for_sweeper(config: Mapping[str, Any], result: float | None) -> float | None:
+    """The result of a job as a sweeper takes it that chooses the next ones by it.
+
+    Raises:
+        ConfigError: there is none. Hydra's own sweeper, which runs all jobs in any case, asks for none.
+    """
+    job = HydraConfig.get()
+    sweeper = job.runtime.choices["hydra/sweeper"]
+    if job.mode != RunMode.MULTIRUN or sweeper == "basic":
+        return result
+    if result is None:
+        raise ConfigError(
+            f"objective={config['objective']}: the job has logged no such figure, and hydra/sweeper={sweeper} needs "
+            f"one; {config['run_dir']}/metrics.json has those that it has logged"
+        )
+    # A training that diverged is a bad one, not the end of the sweep, which Optuna's sweeper makes of NaN.
+    worst = -math.inf if "maximize" in str(job.sweeper.get("direction")) else math.inf
+    return worst if math.isnan(result) else result
 
 
 @contextmanager

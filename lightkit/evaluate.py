@@ -13,6 +13,7 @@ from lightkit import results
 from lightkit.cli import entry_point
 from lightkit.errors import ConfigError
 from lightkit.job import build_data, restore
+from lightkit.strategies import tpu
 
 
 @entry_point("evaluate")
@@ -34,7 +35,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
             raise ConfigError(f"data_dir: {restored.config.data._target_} does not read from a directory")
         restored.config.data[key] = config.data_dir
     trainer = pl.Trainer(
-        accelerator=config.accelerator,
+        **(tpu.choose() if config.accelerator == "tpu" else {"accelerator": config.accelerator}),
         devices=1,
         precision=restored.config.trainer.precision,
         logger=False,

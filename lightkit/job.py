@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from lightkit.checkpoints import CONFIG_KEY, load_checkpoint, load_weights
+from lightkit.checkpoints import CONFIG_KEY, AtomicCheckpointIO, AtomicXLACheckpointIO, load_checkpoint, load_weights
 from lightkit.config import build
 from lightkit.data import SeriesDataModule, Text
 from lightkit.errors import CheckpointError, ConfigError
+from lightkit.strategies import tpu
 
 # By what their data serve, those whose model is no classifier.
 _EXPERIMENTS = {"tokens": ("language_model", "char_rnn"), "windows": ("forecast",)}
@@ -57,7 +59,38 @@ def build_data(config: DictConfig) -> pl.LightningDataModule:
 
 def build_trainer(config: DictConfig, **options: Any) -> pl.Trainer:
     """The trainer with its strategy, and with what the configuration has no word for."""
+    if config.trainer.get("accelerator") == "tpu":
+        check_accelerator(config)
+        return _build_tpu_trainer(config, **options)
     return build(config.trainer, strategy=build(config.strategy) or "auto", **options)
+
+
+def _build_tpu_trainer(config: DictConfig, plugins: Iterable[Any] = (), **options: Any) -> pl.Trainer:
+    trainer = OmegaConf.to_container(config.trainer, resolve=True, throw_on_missing=True)
+    trainer |= tpu.choose()
+    if trainer["strategy"] == "auto":
+        # Lightning's own strategy takes no other plug-in for checkpoints than one made for it.
+        plugins = [AtomicXLACheckpointIO() if type(p) is AtomicCheckpointIO else p for p in plugins]
+    strategy = trainer.pop("strategy")
+    return build(trainer, strategy=strategy, plugins=list(plugins), **options)
+
+
+def check_accelerator(config: DictConfig) -> None:
+    """Refuses a TPU that cannot be had, before anything is compiled or read.
+
+    Raises:
+        ConfigError: nothing is installed that knows TPUs, there is none, or several are asked for.
+    """
+    if config.trainer.get("accelerator") != "tpu":
+        return
+    tpu.choose()
+    if config.trainer.devices not in (1, "1"):
+        raise ConfigError(
+            f"trainer.devices={config.trainer.devices}: the command line trains on one TPU; several are what "
+            "Lightning's Trainer(strategy='xla') is for, in a script of your own"
+        )
+    if config.strategy.get("_target_") is not None:
+        raise ConfigError(f"one TPU has nobody to go with for {config.strategy._target_}: use strategy=auto")
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def follows() -> bool:
     return is_started() or (_under_torchrun() and os.environ["RANK"] != "0")
 
 
-def lead(function: Callable[[DictConfig], Any], config: DictConfig, command: list[str]) -> None:
+def lead(function: Callable[[DictConfig], Any], config: DictConfig, command: list[str]) -> Any:
     """Runs a job in as many processes as its configuration asks for, or torchrun has started.
 
     Args:
@@ -62,19 +62,23 @@ def lead(function: Callable[[DictConfig], Any], config: DictConfig, command: lis
         config: of the job.
         command: starts a further process of the program, which must come to `follow`.
 
+    Returns:
+        What the function returned: here, or in the process of rank 0, whose result must be made of JSON's types.
+
     Raises:
         LightkitError: what went wrong in one of the processes; the others have been ended.
     """
     if _under_torchrun():
         config = with_torchruns_processes(config)
-        if _restarts().begin(config):
-            _publish(_torchrun_store(), config)
-            function(config)
-            _restarts().end(config)
-    elif (count := count_processes(config)) > 1:
-        _start_and_watch(config, count, command)
-    else:
-        function(config)
+        if not _restarts().begin(config):
+            return _restarts().result(config)
+        _publish(_torchrun_store(), config)
+        result = function(config)
+        _restarts().end(config, result)
+        return result
+    if (count := count_processes(config)) > 1:
+        return _start_and_watch(config, count, command)
+    return function(config)
 
 
 def command_line() -> list[str]:
@@ -111,8 +115,10 @@ def follow(function: Callable[[DictConfig], Any]) -> None:
     while (job := _next_job(store)) is not None:
         if os.environ["RANK"] == "0" and job["logging"]:
             logging.config.dictConfig(job["logging"])
-        function(OmegaConf.create(job["config"]))
+        result = function(OmegaConf.create(job["config"]))
         if is_started():
+            if os.environ["RANK"] == "0":
+                store.set("result", json.dumps(result))
             return
     store.set(f"left/{os.environ['RANK']}", "")
 
@@ -266,7 +272,7 @@ def _die_with_leader() -> None:
     os._exit(1)
 
 
-def _start_and_watch(config: DictConfig, count: int, command: list[str]) -> None:
+def _start_and_watch(config: DictConfig, count: int, command: list[str]) -> Any:
     from torch.distributed import PrefixStore, TCPStore
 
     # Held here, its port cannot be taken by another program between being found and being used.
@@ -278,6 +284,7 @@ def _start_and_watch(config: DictConfig, count: int, command: list[str]) -> None
         for rank in range(count):
             processes.append(_start(command, rank, count, server.port))
         _watch(processes, store, _survives_lost_workers(config))
+        return json.loads(store.get("result"))
     except KeyboardInterrupt:
         for process in processes:
             process.send_signal(signal.SIGINT)

@@ -39,7 +39,7 @@ class Record:
         directory: Hydra's, of the run or of the sweep.
         is_sweep: whether the job is a sweep.
         begun: directories of the runs begun, each with the time of the latest checkpoint that was there before.
-        done: directories of those that are done.
+        done: directories of those that are done, each with the job's result.
         is_finished: whether there is nothing more to do.
     """
 
@@ -47,7 +47,7 @@ class Record:
     directory: str
     is_sweep: bool
     begun: dict[str, int] = field(default_factory=dict)
-    done: list[str] = field(default_factory=list)
+    done: dict[str, float | None] = field(default_factory=dict)
     is_finished: bool = False
 
 
@@ -104,11 +104,15 @@ class Restarts:
         self._write()
         return True
 
-    def end(self, config: DictConfig) -> None:
+    def end(self, config: DictConfig, result: float | None) -> None:
         """Notes that a run is done."""
         if self._record is not None:
-            self._record.done.append(str(Path(config.run_dir).absolute()))
+            self._record.done[str(Path(config.run_dir).absolute())] = result
             self._write()
+
+    def result(self, config: DictConfig) -> float | None:
+        """Of a run that was done before."""
+        return self._record.done.get(str(Path(config.run_dir).absolute()))
 
     def finish(self) -> None:
         """Notes that the whole job is."""

@@ -19,15 +19,15 @@ from lightkit.checkpoints import AtomicCheckpointIO, check_weights, find_last, l
 from lightkit.cli import entry_point
 from lightkit.config import build
 from lightkit.errors import CheckpointError
-from lightkit.job import SaveConfig, build_data, build_task, build_trainer
+from lightkit.job import SaveConfig, build_data, build_task, build_trainer, check_accelerator
 from lightkit.memory import keep_freed_memory
 
 
 @entry_point("train", several_processes=True)
-def main(config: DictConfig) -> None:
-    """Trains what the configuration describes."""
+def main(config: DictConfig) -> float | None:
+    """Trains what the configuration describes; the result is what a sweeper such as Optuna's looks at."""
     keep_freed_memory()
-    train(config)
+    return train(config).get(config.objective)
 
 
 @dataclass
@@ -39,6 +39,7 @@ class OwnKeys:
     ckpt_path: Optional[str]  # noqa: UP045 (OmegaConf reads the annotation)
     compile: bool
     test: bool
+    objective: str
     run_dir: str
 
 
@@ -49,6 +50,7 @@ def train(config: DictConfig) -> dict[str, Any]:
         LightkitError: something in the configuration, the data or the checkpoint cannot be used.
     """
     OmegaConf.merge(OmegaConf.structured(OwnKeys), {field.name: config[field.name] for field in fields(OwnKeys)})
+    check_accelerator(config)
     # Compiled here if they must be, not in the middle of the first step or of its timing.
     native.load()
     started = time.perf_counter()

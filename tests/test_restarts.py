@@ -84,11 +84,12 @@ def test_a_job_without_an_id(torchrun, tmp_path):
 
 
 def test_done_runs_stay_done(torchrun, tmp_path, capsys):
-    """After a restart the runs of a sweep that were done are not done again."""
+    """After a restart the runs of a sweep that were done are not done again, and what they came to is known."""
     restarts, config = torchrun(), config_in(tmp_path / "0")
     restarts.begin(config)
-    restarts.end(config)
-    assert not torchrun(count=1).begin(config)
+    restarts.end(config, 0.25)
+    again = torchrun(count=1)
+    assert not again.begin(config) and again.result(config) == 0.25
     assert "done before the restart" in capsys.readouterr().out
     restarts.finish()
     assert not torchrun(count=1).begin(config_in(tmp_path / "1"))

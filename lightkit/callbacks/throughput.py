@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from lightkit.devices import wait_for
 from lightkit.flops import FlopCounter, matmul_rate
 
 _PARTS = ("data and loop", "forward", "backward", "optimizer")
@@ -177,9 +178,7 @@ class Throughput(Callback):
         self._mark = now
 
     def _stop_clock(self, pl_module: pl.LightningModule) -> None:
-        if pl_module.device.type == "cuda":
-            # Kernels run on after Python has moved on.
-            torch.cuda.synchronize(pl_module.device)
+        wait_for(pl_module.device)
         self._epoch_seconds += time.perf_counter() - self._since
 
 

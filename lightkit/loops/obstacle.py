@@ -11,6 +11,7 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightkit.loops.hooks import is_implemented
+from lightkit.strategies import TorchTPU
 
 # The releases whose loop `LeanEpochLoop` was written after, and tested to equal: it is no public interface.
 _LIGHTNING = ("2.6.",)
@@ -30,7 +31,7 @@ def obstacle(trainer: pl.Trainer) -> str | None:
         return f"Lightning is {pl.__version__}; its loop is known of {', '.join(v + 'x' for v in _LIGHTNING)} alone"
     if not module.automatic_optimization:
         return "the module optimizes manually (automatic_optimization is False)"
-    if type(trainer.strategy) is not SingleDeviceStrategy:
+    if type(trainer.strategy) not in (SingleDeviceStrategy, TorchTPU):
         return f"the strategy is {type(trainer.strategy).__name__}, not that of a single device"
     if trainer.strategy.model is not module:
         return "the module is wrapped"

@@ -24,7 +24,7 @@ REPLACEMENTS: dict[type[Optimizer], type[FusedStep]] = {
 }
 
 # What they set in a step that torch's have no use for.
-_LEFT_BEHIND = ("_plan", "grad_norm", "skipped_steps")
+_LEFT_BEHIND = ("_plan", "_grad_norm", "skipped_steps")
 
 
 def convert(optimizer: Optimizer) -> Callable[[], None]:

@@ -16,7 +16,7 @@ from lightkit.optim.reference import Rule, step_reference
 _GROUP_DEFAULTS = ("ema_decay", "master_weights", "stochastic_rounding", "rounding_seed")
 
 # What an optimizer has beside its groups; kept by copies and pickles.
-_ATTRIBUTES = ("max_grad_norm", "skip_nonfinite", "grad_norm", "skipped_steps", "_step_supports_amp_scaling")
+_ATTRIBUTES = ("max_grad_norm", "skip_nonfinite", "_grad_norm", "skipped_steps", "_step_supports_amp_scaling")
 
 
 class FusedStep(torch.optim.Optimizer):
@@ -29,10 +29,11 @@ class FusedStep(torch.optim.Optimizer):
 
     What the kernel does not cover (sparse gradients, complex parameters, tensor subclasses such as DTensor,
     memory with gaps, devices without kernels) is done by torch's operations; so are, on a GPU, the options
-    that follow. ``foreach`` is accepted as torch's: there is one implementation. So is ``fused``; as in torch,
-    ``True`` lets a ``GradScaler`` leave unscaling and the skipping of overflowed steps to the optimizer, which saves
-    a pass over the gradients. On a GPU the kernel of SGD itself reads the scale, the overflow and a learning rate
-    that is a float32 tensor there: nothing waits for the device, and the step can be captured in a CUDA graph.
+    that follow. Of these only ``skip_nonfinite`` waits for the device, once a step. ``foreach`` is accepted as
+    torch's: there is one implementation. So is ``fused``; as in torch, ``True`` lets a ``GradScaler`` leave
+    unscaling and the skipping of overflowed steps to the optimizer, which saves a pass over the gradients. On a GPU
+    the kernel of SGD itself reads the scale, the overflow and a learning rate that is a float32 tensor there:
+    nothing waits for the device, and the step can be captured in a CUDA graph.
     ``differentiable`` is not supported.
 
     Args:
@@ -63,7 +64,7 @@ class FusedStep(torch.optim.Optimizer):
     # As class attributes they hold for a converted optimizer too, whose __init__ was torch's: see `convert`.
     max_grad_norm: float | None = None
     skip_nonfinite: bool = False
-    grad_norm: float | None = None
+    _grad_norm: float | Tensor | None = None
     skipped_steps: int = 0
     _step_supports_amp_scaling: bool = False
     _plan: Any = None
@@ -186,13 +187,18 @@ class FusedStep(torch.optim.Optimizer):
             outcome = step_reference(type(self)._rule, *options)
         norm, skipped = outcome
         if norm is not None:
-            self.grad_norm = norm
+            self._grad_norm = norm
         if skipped:
             self.skipped_steps += 1
         for group in self.param_groups:
             if group.get("stochastic_rounding") and not skipped:
                 group["rounding_seed"] += 1
         return loss
+
+    @property
+    def grad_norm(self) -> float | None:
+        """The norm of the last step's gradients before clipping; to ask for it may wait for the device."""
+        return None if self._grad_norm is None else float(self._grad_norm)
 
     @contextmanager
     def averaged_parameters(self) -> Iterator[None]:

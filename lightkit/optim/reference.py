@@ -20,7 +20,7 @@ def step_reference(
     max_grad_norm: float | None,
     skip_nonfinite: bool,
     inverse_scale: float,
-) -> tuple[float | None, bool]:
+) -> tuple[float | Tensor | None, bool]:
     """One step, with the options and the state of `lightkit.optim.FusedStep`.
 
     Args:
@@ -33,7 +33,8 @@ def step_reference(
 
     Returns:
         The norm of the gradients, or None where neither clipping nor skipping asks for it; and whether the step
-        was skipped.
+        was skipped. The norm is a tensor where the gradients are not on a CPU: nothing waits for the device, but
+        ``skip_nonfinite``, which must know whether to go on.
 
     Raises:
         ValueError: some gradient is sparse.
@@ -51,7 +52,8 @@ def step_reference(
             return norm, True
         if max_grad_norm is not None:
             clip = max_grad_norm / (norm + 1e-6)
-            factor *= 1.0 if clip > 1 else clip
+            # NaN stays NaN.
+            factor = factor * (clip.clamp(max=1.0) if isinstance(clip, Tensor) else min(clip, 1.0))
     for group in param_groups:
         for parameter in group["params"]:
             if parameter.grad is not None:
@@ -97,21 +99,32 @@ def adam_rule(
     value.sub_(group["lr"] / (1 - beta1**count) * (mean / denominator))
 
 
-def _norm(gradients: list[Tensor]) -> float:
-    """The 2-norm of all gradients together."""
-    return sum(float(torch.linalg.vector_norm(g, dtype=torch.float64)) ** 2 for g in gradients) ** 0.5
+def _norm(gradients: list[Tensor]) -> float | Tensor:
+    """The 2-norm of all gradients together, left on their device."""
+    if not gradients:
+        return 0.0
+    device = gradients[0].device
+    # Others than CPUs and GPUs may know no float64, or emulate it.
+    dtype = torch.float64 if device.type in ("cpu", "cuda") else torch.float32
+    norms = [torch.linalg.vector_norm(g, dtype=dtype).to(device) for g in gradients]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    return float(norm) if device.type == "cpu" else norm
 
 
-def _update(rule: Rule, parameter: Tensor, entry: dict[str, Any], group: dict[str, Any], factor: float) -> None:
+def _update(
+    rule: Rule, parameter: Tensor, entry: dict[str, Any], group: dict[str, Any], factor: float | Tensor
+) -> None:
     """The step of one parameter."""
     dtype = torch.promote_types(parameter.dtype, torch.float32)
     mastered = bool(group.get("master_weights")) and dtype != parameter.dtype
     if mastered:
         value = entry.setdefault("master_weight", parameter.detach().to(dtype))
-        if not torch.equal(value.to(parameter.dtype), parameter):
-            value.copy_(parameter)
+        # Where somebody else has written. Chosen on the device: to ask whether somebody has would wait for it.
+        value.copy_(torch.where(value.to(parameter.dtype) == parameter, value, parameter.to(dtype)))
     else:
         value = parameter.detach().to(dtype, copy=True)
+    if isinstance(factor, Tensor):
+        factor = factor.to(device=parameter.device, dtype=dtype)
     gradient = parameter.grad.to(dtype) * (-factor if group["maximize"] else factor)
     rule(value, gradient, entry, group, dtype if mastered else parameter.dtype)
     if group.get("stochastic_rounding") and parameter.dtype == torch.bfloat16:

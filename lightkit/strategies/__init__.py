@@ -1,13 +1,15 @@
-"""Strategies for several processes; to import this registers their names for ``Trainer(strategy=NAME)``."""
+"""Strategies for several processes, and for a TPU; to import this registers their names for the Trainer."""
 
+from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lightkit.strategies.data_parallel import DataParallel
 from lightkit.strategies.diloco import DiLoCo
 from lightkit.strategies.local_sgd import LocalSGD
 from lightkit.strategies.parameter_server import ParameterServer
+from lightkit.strategies.tpu import TorchTPU, TorchTPUAccelerator
 
-__all__ = ["DataParallel", "DiLoCo", "LocalSGD", "ParameterServer"]
+__all__ = ["DataParallel", "DiLoCo", "LocalSGD", "ParameterServer", "TorchTPU", "TorchTPUAccelerator"]
 
 # Lightning compares in lower case.
 _NAMES = {
@@ -20,8 +22,13 @@ _NAMES = {
     "parameter_server": (ParameterServer, {}),
     "parameter_server_async": (ParameterServer, {"mode": "async"}),
     "parameter_server_bounded": (ParameterServer, {"mode": "bounded"}),
+    "torch_tpu": (TorchTPU, {}),
 }
 
 for _name, (_strategy, _arguments) in _NAMES.items():
     # A reloaded module registers its new classes.
     StrategyRegistry.register(_name, _strategy, _strategy.__doc__.splitlines()[0], override=True, **_arguments)
+
+AcceleratorRegistry.register(
+    TorchTPUAccelerator.name(), TorchTPUAccelerator, TorchTPUAccelerator.__doc__.splitlines()[0], override=True
+)

@@ -386,7 +386,7 @@ class ParameterServer(ParallelStrategy):
         if not self._overlap:
             self._drain(index)
         if own_norm is not None and self._client.norm is not None:
-            optimizer.grad_norm = self._client.norm
+            optimizer._grad_norm = self._client.norm
 
     def _drain(self, index: int | None = None) -> None:
         """Waits for what is under way, and takes it."""

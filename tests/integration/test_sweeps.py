@@ -1,0 +1,145 @@
+"""Sweeps as a user starts them: each trial once, alike in all of its processes, and the best of them known."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import yaml
+
+pytestmark = pytest.mark.slow
+
+QUICK = ["+experiment=cnn", "+debug=quick", "test=false", "optim=sgd", "logger=none", "hydra.sweep.dir=sweep"]
+WITNESS = ["trainer.accelerator=cpu", "+callbacks.witness._target_=witness.Witness"]
+OPTUNA = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "+hydra.sweeper.sampler.seed=1"]
+GRID = ["hydra/sweeper=optuna", "hydra/sweeper/sampler=grid"]
+
+needs_optuna = pytest.mark.skipif(
+    find_spec("hydra_plugins.hydra_optuna_sweeper") is None, reason="needs pip install 'lightkit[sweep]'"
+)
+
+
+def run(directory, *arguments, launcher=(), check=True):
+    """Runs `python -m lightkit.train ...` to its end."""
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    result = subprocess.run(
+        [sys.executable, *launcher, "-m", "lightkit.train", *QUICK, *WITNESS, *arguments],
+        cwd=directory,
+        env={**os.environ, "LIGHTKIT_TARGETS": "witness", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=120,
+    )
+    assert not check or result.returncode == 0, result.stderr
+    return result
+
+
+def trials(directory, processes):
+    """What rank 0 of each trial wrote down, having checked that all ranks trained once and with the same."""
+    found = []
+    numbers = sorted(p.name for p in (directory / "sweep").iterdir() if p.is_dir())
+    assert numbers == [str(i) for i in range(len(numbers))]
+    for number in numbers:
+        files = sorted((directory / "sweep" / number).glob("rank*.jsonl"))
+        assert [file.name for file in files] == [f"rank{rank}.jsonl" for rank in range(processes)]
+        entries = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+        assert [len(lines) for lines in entries] == [1] * processes
+        first = entries[0][0]
+        assert all(lines[0] == first for lines in entries)
+        assert first["world_size"] == processes
+        config = yaml.safe_load((directory / "sweep" / number / "config.yaml").read_text())
+        assert (config["optim"]["lr"], config["seed"]) == (first["lr"], first["seed"])
+        found.append(first)
+    return found
+
+
+def best(directory):
+    return yaml.safe_load((directory / "sweep" / "optimization_results.yaml").read_text())
+
+
+def several(processes):
+    return [] if processes == 1 else [f"trainer.devices={processes}", "strategy=ddp"]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_hydras_own(tmp_path, processes):
+    """All combinations, each once; a result is not asked for."""
+    run(tmp_path, *several(processes), "objective=nothing", "-m", "optim.lr=0.01,0.02", "seed=5")
+    assert [(trial["lr"], trial["seed"]) for trial in trials(tmp_path, processes)] == [(0.01, 5), (0.02, 5)]
+
+
+@needs_optuna
+@pytest.mark.parametrize("processes", [1, 2])
+def test_optuna(tmp_path, processes):
+    """Values out of an interval, the same in all processes, and the one with the lower validation loss is kept."""
+    result = run(tmp_path, *several(processes), *OPTUNA, "-m", "optim.lr=tag(log,interval(0.0001,0.01))")
+    found = trials(tmp_path, processes)
+    values = [trial["lr"] for trial in found]
+    assert len(set(values)) == 2 and all(0.0001 <= value <= 0.01 for value in values)
+    winner = min(found, key=lambda trial: trial["objective"])
+    assert best(tmp_path)["best_params"] == {"optim.lr": winner["lr"]}
+    assert best(tmp_path)["best_value"] == pytest.approx(winner["objective"])
+    assert "alembic" not in result.stdout + result.stderr
+
+
+@needs_optuna
+def test_optunas_grid_with_a_trial_that_diverges(tmp_path):
+    """Each point once; a loss that is not a number is the worst one, whichever way is up."""
+    run(tmp_path, *GRID, "-m", "optim.lr=0.01,1e30")
+    found = trials(tmp_path, 1)
+    assert sorted(trial["lr"] for trial in found) == [0.01, 1e30]
+    assert sum(math.isnan(trial["objective"]) for trial in found) == 1
+    assert best(tmp_path)["best_params"] == {"optim.lr": 0.01}
+    run(tmp_path, *GRID, "hydra.sweeper.direction=maximize", "hydra.sweep.dir=up", "-m", "optim.lr=0.01,1e30")
+    assert yaml.safe_load((tmp_path / "up" / "optimization_results.yaml").read_text())["best_params"] == {
+        "optim.lr": 0.01
+    }
+
+
+@needs_optuna
+def test_optuna_under_torchrun(tmp_path):
+    """The first of torchrun's processes asks for the trials, and all of them train each."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run(tmp_path, "strategy=ddp", *GRID, "-m", "seed=3,4", launcher=torchrun)
+    found = trials(tmp_path, 2)
+    winner = min(found, key=lambda trial: trial["objective"])
+    assert sorted(trial["seed"] for trial in found) == [3, 4]
+    assert best(tmp_path)["best_params"] == {"seed": winner["seed"]}
+
+
+@needs_optuna
+@pytest.mark.parametrize("processes", [1, 2])
+def test_no_such_objective(tmp_path, processes):
+    """One line that says which key is wrong, and where the right names are, after the first trial."""
+    result = run(tmp_path, *several(processes), *OPTUNA, "objective=val/los", "-m", "seed=1,2", check=False)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    (error,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert "objective=val/los: the job has logged no such figure" in error
+    assert len(trials(tmp_path, processes)) == 1
+
+
+def test_without_optuna(tmp_path):
+    """The user reads what to install, not what a search path is."""
+    # As if it were not installed: no module of this name can be imported.
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['hydra_plugins.hydra_optuna_sweeper'] = None\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    result = subprocess.run(
+        [sys.executable, "-m", "lightkit.train", "+experiment=cnn", "hydra/sweeper=optuna", "-m", "seed=1,2"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 1
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert errors == [
+        "error: hydra/sweeper=optuna needs a package that is not installed: pip install 'lightkit[sweep]'"
+    ]
