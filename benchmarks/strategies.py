@@ -36,6 +36,8 @@ CONTENDERS = {
     "2 processes, ddp, powersgd": [*TWO, "strategy=ddp", "strategy.compression=powersgd"],
     "2 processes, local_sgd": [*TWO, "strategy=local_sgd"],
     "2 processes, diloco": [*TWO, "strategy=diloco"],
+    "2 processes, parameter_server": [*TWO, "strategy=parameter_server"],
+    "2 processes, parameter_server, bounded": [*TWO, "strategy=parameter_server", "strategy.mode=bounded"],
 }
 
 
@@ -63,6 +65,9 @@ def main() -> None:
         for name in options.only:
             found[name].append(job([*base, f"seed={seed}", *CONTENDERS[name]]))
             figures = found[name][-1]
+            if "parameter_server" in name:
+                # There each worker reports for itself; their parts are as large as each other.
+                figures["train/images_per_second"] *= 2
             rate, accuracy = figures["train/images_per_second"], figures["test/accuracy"]
             print(f"{name}, seed {seed}: {rate:,.0f} images a second, accuracy {accuracy:.4f}", flush=True)
     rows = []

@@ -634,6 +634,7 @@ import sys
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
+from multiprocessing.util import Finalize
 from plain import Plain, batches, make, trainer
 from lightkit.callbacks import FuseKernels
 from lightkit.optim import SGD
@@ -643,6 +644,10 @@ class Check(Callback):
     def on_train_batch_end(self, trainer, *_):
         assert type(trainer.optimizers[0]) is (SGD if fuse else torch.optim.SGD)
         assert trainer.world_size == 2
+
+    def on_fit_end(self, *_):
+        # Lightning leaves the group to the end of the interpreter, where gloo's threads now and then abort it.
+        Finalize(None, torch.distributed.destroy_process_group, exitpriority=1)
 
 
 strategy, path, fuse = sys.argv[1], sys.argv[2], bool(sys.argv[3])
