@@ -3,8 +3,8 @@
     python benchmarks/parameter_server.py [--seconds 3] [--sizes 10000 1000000 25000000] [--note TEXT]
 
 Workers and servers are processes on this machine. A push is a gradient of so many float32 and the answer with as many
-parameters, after a step of SGD with momentum in ``async``, without snapshots; the workers do nothing else. The all_reduce
-is gloo's, of as many numbers among as many processes, in turns with the pushes of the same processes.
+parameters, after a step of SGD with momentum in ``async``, without snapshots; the workers do nothing else. The
+all_reduce is gloo's, of as many numbers among as many processes, in turns with the pushes of the same processes.
 
 The simulation: each worker computes for a while and pushes to all servers at once; a server takes pushes one after the
 other, each for the time that was measured with the most workers here; the network between is taken for free. It is
