@@ -17,8 +17,8 @@ from torch import Tensor
 from lightkit.errors import ConfigError, LightkitError
 from lightkit.parameter_server.compression import codec
 from lightkit.parameter_server.job import Job, allocate, hyperparameters, views_of
-from lightkit.parameter_server.link import Link, LinkError, connect
-from lightkit.parameter_server.server import PUSH_FACTS, Answer, Request
+from lightkit.parameter_server.link import Expected, Link, LinkError, connect
+from lightkit.parameter_server.server import PUSH_FACTS, Answer, Request, bulk
 
 T = TypeVar("T")
 
@@ -330,6 +330,8 @@ class _Channel:
         self._silent: Link | None = None
         self._begin: dict[str, Any] | None = None
         self._has_started = False
+        # One exchange after the other, also of two tables.
+        self._turn = threading.Lock()
 
     def start(self, begin: dict[str, Any]) -> None:
         """Connects; begins the job where the server has none."""
@@ -363,7 +365,9 @@ class _Channel:
         place = self.places[table]
 
         def exchange(link: Link) -> None:
-            link.send_header(Request.PUSH, table, place.number, place.version, then=[place.facts, *place.wire])
+            reply = self._expect(link, table)
+            link.send_header(Request.PUSH, table, place.number, place.version)
+            link.send(place.facts, *place.wire, tag=bulk(table))
             self.bytes_sent += place.facts.nbytes + sum(tensor.nbytes for tensor in place.wire)
             answer = self._answer(link)
             if answer[0] == Answer.NORM:
@@ -371,7 +375,7 @@ class _Channel:
                 link.receive(square)
                 link.send(torch.tensor([factor(self.address, square.item())], dtype=torch.float64))
                 answer = self._answer(link)
-            self._take(link, place, answer)
+            self._take(place, reply, answer)
 
         self._try(exchange)
 
@@ -379,8 +383,9 @@ class _Channel:
         """Takes the parameters as they are."""
 
         def exchange(link: Link) -> None:
+            reply = self._expect(link, table)
             link.send_header(Request.PULL, table)
-            self._take(link, self.places[table], self._answer(link))
+            self._take(self.places[table], reply, self._answer(link))
 
         self._try(exchange)
 
@@ -427,8 +432,12 @@ class _Channel:
                 pass
             link.close()
 
-    def _take(self, link: Link, place: _Place, answer: list[int]) -> None:
-        link.receive(*place.reply)
+    def _expect(self, link: Link, table: int) -> Expected:
+        link.expect_header()
+        return link.expect(*self.places[table].reply, tag=bulk(table))
+
+    def _take(self, place: _Place, reply: Expected, answer: list[int]) -> None:
+        reply.wait()
         place.version = answer[1]
         self.bytes_received += sum(tensor.nbytes for tensor in place.reply)
 
@@ -441,7 +450,10 @@ class _Channel:
         return answer
 
     def _try(self, exchange: Callable[[Link], T]) -> T:
-        until = time.monotonic() + self._patience
+        with self._turn:
+            return self._try_until(time.monotonic() + self._patience, exchange)
+
+    def _try_until(self, until: float, exchange: Callable[[Link], T]) -> T:
         while True:
             try:
                 if self._link is None:

@@ -10,13 +10,13 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
+from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore, Work
 
 import lightkit
 from lightkit.errors import ConfigError, LightkitError
@@ -53,16 +53,29 @@ class Link:
         self._peer = 1 - rank
         self._silence = timedelta(seconds=_HANDSHAKE)
         self._header = torch.zeros(HEADER, dtype=torch.int64)
+        self._next: Expected | None = None
 
-    def send(self, *tensors: Tensor) -> None:
+    def send(self, *tensors: Tensor, tag: int = 0) -> None:
         """Sends tensors whose sizes the other side knows; they must lie on a CPU without gaps.
 
         Raises:
             LinkError: the connection is gone.
         """
         try:
-            for work in [self._group.send([tensor], self._peer, 0) for tensor in tensors if tensor.numel()]:
-                work.wait(self._silence)
+            self._wait([self._group.send([tensor], self._peer, tag) for tensor in tensors if tensor.numel()])
+        except (RuntimeError, AttributeError) as error:
+            raise LinkError(_brief(error)) from None
+
+    def expect(self, *tensors: Tensor, tag: int = 0) -> Expected:
+        """Gets ready for tensors of these sizes, which then come without a question and an answer before each.
+
+        Messages of the same tag come in the order in which they were sent; those of another do not wait for them.
+
+        Raises:
+            LinkError: the connection is gone.
+        """
+        try:
+            return Expected(self, [self._group.recv([tensor], self._peer, tag) for tensor in tensors if tensor.numel()])
         except (RuntimeError, AttributeError) as error:
             raise LinkError(_brief(error)) from None
 
@@ -72,19 +85,26 @@ class Link:
         Raises:
             LinkError: the connection is gone, or nothing came for too long.
         """
-        try:
-            for work in [self._group.recv([tensor], self._peer, 0) for tensor in tensors if tensor.numel()]:
-                work.wait(self._silence)
-        except (RuntimeError, AttributeError) as error:
-            raise LinkError(_brief(error)) from None
+        self.expect(*tensors).wait()
 
-    def send_header(self, *numbers: int, then: Sequence[Tensor] = ()) -> None:
-        """Sends up to `HEADER` whole numbers, and tensors behind them."""
-        self.send(torch.tensor([*numbers, *[0] * (HEADER - len(numbers))]), *then)
+    def _wait(self, works: list[Work]) -> None:
+        for work in works:
+            work.wait(self._silence)
+
+    def send_header(self, *numbers: int) -> None:
+        """Sends up to `HEADER` whole numbers."""
+        self.send(torch.tensor([*numbers, *[0] * (HEADER - len(numbers))]))
+
+    def expect_header(self) -> None:
+        """Gets ready for the next header."""
+        if self._next is None:
+            self._next = self.expect(self._header)
 
     def receive_header(self) -> list[int]:
         """The numbers of a header."""
-        self.receive(self._header)
+        self.expect_header()
+        self._next.wait()
+        self._next = None
         return self._header.tolist()
 
     def send_message(self, value: Any) -> None:
@@ -129,7 +149,25 @@ class Link:
     def close(self) -> None:
         """Ends the connection; the other side finds it gone. For the thread that uses it."""
         # gloo closes it when nobody refers to it any more.
-        self._group = None
+        self._group = self._next = None
+
+
+class Expected:
+    """Tensors that are to come."""
+
+    def __init__(self, link: Link, works: list[Work]) -> None:
+        self._link, self._works = link, works
+
+    def wait(self) -> None:
+        """Until they have come.
+
+        Raises:
+            LinkError: the connection is gone, or nothing came for too long.
+        """
+        try:
+            self._link._wait(self._works)
+        except RuntimeError as error:
+            raise LinkError(_brief(error)) from None
 
 
 # In the place of a tensor, with its number.

@@ -18,7 +18,7 @@ from lightkit.errors import CheckpointError, LightkitError
 from lightkit.parameter_server.compression import codec
 from lightkit.parameter_server.job import Job, allocate
 from lightkit.parameter_server.journal import Journal, fill
-from lightkit.parameter_server.link import Link, LinkError, Listener
+from lightkit.parameter_server.link import Expected, Link, LinkError, Listener
 from lightkit.parameter_server.shard import Shard
 
 _log = logging.getLogger(__name__)
@@ -26,6 +26,11 @@ _log = logging.getLogger(__name__)
 # What a push says of itself, before the hyperparameters and which gradients there are: whether the gradient is to be
 # left out; what the mean is clamped to, 0 for no clamping; whether its norm is wanted before the step.
 PUSH_FACTS = 3
+
+
+def bulk(table: int) -> int:
+    """The tag of a table's gradients and parameters, which both sides are ready for before their headers come."""
+    return 1 + table
 
 
 class Request(IntEnum):
@@ -76,10 +81,19 @@ class Inbox:
         self.facts = torch.zeros(PUSH_FACTS + hyperparameters + len(parameters), dtype=torch.float64)
         self.reply = [torch.empty_like(flat) for flat in self.flats]
         self._hyperparameters = hyperparameters
+        self._tag = bulk(table)
+        self._expected: Expected | None = None
+
+    def expect(self, link: Link) -> None:
+        """Gets ready for the next push, once all has been done with the last one."""
+        if self._expected is None:
+            self._expected = link.expect(self.facts, *self.wire, tag=self._tag)
 
     def receive(self, link: Link) -> None:
         """Takes a push."""
-        link.receive(self.facts, *self.wire)
+        self.expect(link)
+        self._expected.wait()
+        self._expected = None
         for received in self.codecs:
             received.decode()
 
@@ -307,7 +321,10 @@ class Server:
                 for copy, flat in zip(inbox.reply, self._shards[table].flats, strict=True):
                     copy.copy_(flat)
                 version = self._versions[table]
-            link.send_header(Answer.OK, version, then=inbox.reply)
+            inbox.expect(link)
+            link.expect_header()
+            link.send_header(Answer.OK, version)
+            link.send(*inbox.reply, tag=bulk(table))
         elif request == Request.STATE:
             with self._changed:
                 state = [
@@ -394,7 +411,8 @@ class Server:
                 self._step_with_all(table, current, 1.0)
                 return
         # To all of them, also when the first has answered: they put the norm together from what all servers say.
-        link.send_header(Answer.NORM, then=[torch.tensor([current.norm], dtype=torch.float64)])
+        link.send_header(Answer.NORM)
+        link.send(torch.tensor([current.norm], dtype=torch.float64))
         factor = torch.zeros(1, dtype=torch.float64)
         link.receive(factor)
         with self._changed:

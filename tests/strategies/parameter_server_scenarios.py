@@ -68,6 +68,7 @@ def main(directory: Path) -> None:
         "fused": fit(ParameterServer(servers=2), module=Fused()),
         "scheduled": fit("parameter_server", module=Scheduled()),
         "manual": fit(ParameterServer(servers=2), module=Manual()),
+        "manual, async": fit(ParameterServer("async", servers=2), module=Manual()),
         "accumulated": fit("parameter_server", accumulate_grad_batches=7),
         "loader": fit("parameter_server", train=loader),
         "async": fit("parameter_server_async", validate=True),

@@ -97,12 +97,12 @@ def test_traffic(ranks):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["async", "bounded", "accumulated", "loader"])
+@pytest.mark.parametrize("name", ["async", "bounded", "manual, async", "accumulated", "loader"])
 def test_workers_end_with_the_same(ranks, name):
     """Whatever they did meanwhile, all workers end with what the servers have."""
     one, two = (weights(rank[name]) for rank in ranks)
     assert torch.equal(one, two) and torch.isfinite(one).all()
-    assert not torch.equal(one, weights(ranks[0]["sync"]))
+    assert name == "manual, async" or not torch.equal(one, weights(ranks[0]["sync"]))
 
 
 @pytest.mark.slow
