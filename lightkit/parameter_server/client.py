@@ -451,28 +451,31 @@ class _Channel:
 
     def _try(self, exchange: Callable[[Link], T]) -> T:
         with self._turn:
-            return self._try_until(time.monotonic() + self._patience, exchange)
-
-    def _try_until(self, until: float, exchange: Callable[[Link], T]) -> T:
-        while True:
-            try:
-                if self._link is None:
-                    self._connect(until)
-                return exchange(self._link)
-            except LinkError as error:
-                if self._link is not None:
-                    self._link.close()
-                    self._link = None
-                if time.monotonic() >= until:
-                    raise LightkitError(
-                        f"the parameter server at {self.address} did not come back in {self._patience:g} s: {error}"
-                        if self._has_started
-                        else str(error)
-                    ) from None
-                time.sleep(0.1)
+            until = time.monotonic() + self._patience
+            while True:
+                try:
+                    if self._link is None:
+                        self._connect(until)
+                    return exchange(self._link)
+                except LinkError as error:
+                    now = time.monotonic()
+                    if self._link is not None:
+                        # It was there until now, however long the exchange took.
+                        self._link.close()
+                        self._link = None
+                        until = now + self._patience
+                    elif now >= until:
+                        raise LightkitError(
+                            f"the parameter server at {self.address} did not come back in {self._patience:g} s: {error}"
+                            if self._has_started
+                            else str(error)
+                        ) from None
+                    time.sleep(0.1)
 
     def _connect(self, until: float) -> None:
         link = connect(self.address, self._secret, self._who, max(until - time.monotonic(), 0.1), self._timeout)
+        # From here on signs of life are wanted.
+        self._link = link
         self._answer(link)
         joined = link.receive_message()
         if not joined["begun"]:
@@ -485,7 +488,6 @@ class _Channel:
             link.send_message({"job": self.job.to_json(), **self._begin})
             self._answer(link)
         self._has_started = True
-        self._link = link
 
 
 def _positions(job: Job, part: Job) -> list[list[int]]:

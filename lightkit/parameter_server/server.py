@@ -112,7 +112,8 @@ class Round:
     """Of ``sync``: the pushes of a table that the next step is made of."""
 
     def __init__(self) -> None:
-        self.pushes: dict[int, tuple[Inbox, int]] = {}
+        # By rank, with the number of the push and whose it is: somebody else may have come to the rank since.
+        self.pushes: dict[int, tuple[Inbox, int, Worker]] = {}
         # Once they are averaged nobody joins, unless all that pushed are gone.
         self.mean: list[Tensor] | None = None
         self.views: list[Tensor] = []
@@ -399,7 +400,7 @@ class Server:
             current = self._rounds[table]
             while current is self._rounds[table]:
                 if current.mean is None and current.pushes.get(rank, (None,))[0] is not inbox:
-                    current.pushes[rank] = (inbox, number)
+                    current.pushes[rank] = (inbox, number, worker)
                     self._changed.notify_all()
                 if current.mean is None and self._is_complete(current):
                     self._average(table, current)
@@ -440,13 +441,13 @@ class Server:
         if current is not self._rounds[table] or current.mean is None:
             # Somebody else has made it, or it must be made anew.
             return
-        skip = factor < 0 or any(push.facts[0] != 0 for push, _ in current.pushes.values())
+        skip = factor < 0 or any(push.facts[0] != 0 for push, _, _ in current.pushes.values())
         if not skip and factor != 1:
             torch._foreach_mul_(current.mean, factor)
         first = current.pushes[min(current.pushes)][0]
-        present = [any(there) for there in zip(*(push.present for push, _ in current.pushes.values()), strict=True)]
+        present = [any(there) for there in zip(*(push.present for push, _, _ in current.pushes.values()), strict=True)]
         first.facts[PUSH_FACTS + len(first.hyperparameters) :] = torch.tensor(present, dtype=torch.float64)
-        numbers = {rank: number for rank, (_, number) in current.pushes.items()}
+        numbers = {r: number for r, (_, number, worker) in current.pushes.items() if self._workers[r] is worker}
         self._rounds[table] = Round()
         self._update(table, first, current.mean, current.views, skip, numbers)
 

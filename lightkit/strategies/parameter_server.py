@@ -29,6 +29,7 @@ from lightkit.errors import ConfigError
 from lightkit.parameter_server import Client, Job, Table
 from lightkit.parameter_server.client import Clipping, Exchange
 from lightkit.parameter_server.job import options_of
+from lightkit.parameter_server.link import split_address
 from lightkit.parameter_server.local import LocalServers
 
 # What servers and workers must both know, where they are not started together.
@@ -72,7 +73,8 @@ class ParameterServer(ParallelStrategy):
         servers: how many worker 0 starts, if there are no ``addresses``.
         snapshot_every: updates from one snapshot of a server to the next; 0: a server that dies ends the job.
         directory: where servers that are started here keep those. Default: below the Trainer's ``default_root_dir``.
-        addresses: ``HOST:PORT`` of servers that run already. Their secret is in ``LIGHTKIT_SECRET``.
+        addresses: ``HOST:PORT`` of servers that run already, a list or with commas in between. Their secret is in
+            ``LIGHTKIT_SECRET``.
         worker: number of this process, where nobody starts the workers together; with ``workers`` and ``addresses``.
         workers: how many those are, which the training data are dealt out to.
         timeout: seconds without a sign of life after which a worker or server counts as gone.
@@ -101,7 +103,7 @@ class ParameterServer(ParallelStrategy):
         servers: int = 1,
         snapshot_every: int = 1000,
         directory: str | None = None,
-        addresses: Sequence[str] | None = None,
+        addresses: Sequence[str] | str | None = None,
         worker: int | None = None,
         workers: int | None = None,
         timeout: float = 30.0,
@@ -129,7 +131,11 @@ class ParameterServer(ParallelStrategy):
             raise ConfigError(f"worker must be from 0 to workers - 1, got worker={worker}, workers={workers}")
         self._overlap = mode != "sync" if overlap is None else overlap
         self._servers_wanted, self._directory = servers, directory
-        self._addresses = list(addresses) if addresses is not None else None
+        if isinstance(addresses, str):
+            addresses = addresses.split(",")
+        for address in addresses or ():
+            split_address(address)
+        self._addresses = None if addresses is None else list(addresses)
         self._worker, self._workers = worker, workers
         self._timeout = timeout
         self._num_nodes = 1
@@ -321,7 +327,7 @@ class ParameterServer(ParallelStrategy):
         self._client = Client(addresses, secret, self.global_rank, job, self._timeout)
         values = [[p.detach() for p in _parameters_of(optimizer)] for optimizer in self.optimizers]
         self._client.start([options_of(o) for o in self.optimizers], values, self._restored)
-        self._restored = None
+        self._restored = self._fetched = None
         for table in range(len(tables)):
             self._take(table, self._client.pull(table))
         self._record_clipping()

@@ -115,7 +115,7 @@ def test_started_one_by_one(tmp_path):
     )
     try:
         address = server.stdout.readline().split()[-1]
-        base = [*SGD, *TWO[2:], "trainer.accelerator=cpu", f"strategy.addresses=['{address}']", "strategy.workers=2"]
+        base = [*SGD, *TWO[2:], "trainer.accelerator=cpu", f"strategy.addresses={address}", "strategy.workers=2"]
         second = subprocess.Popen(
             command("lightkit.train", *base, "strategy.worker=1", "hydra.run.dir=two"),
             cwd=tmp_path,

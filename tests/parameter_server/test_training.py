@@ -257,6 +257,45 @@ def test_workers_come_and_go():
     assert torch.equal(one, two) and torch.isfinite(one).all()
 
 
+def test_who_takes_a_place_begins_to_count_anew():
+    """A push of a worker that is gone is not taken for one of who came in its place, whose own all count."""
+    serving = Serving(1)
+    (server,) = serving.servers
+    waits, goes_on = threading.Event(), threading.Event()
+
+    def stays():
+        training = Training(serving.addresses, 0, workers=2)
+        training.step(0)
+        training.step(1)
+        waits.set()
+        goes_on.wait(20)
+        for step in (2, 3, 4):
+            training.step(step)
+        return training.end()
+
+    def comes_and_goes():
+        training = Training(serving.addresses, 1, workers=2)
+        training.step(0)
+        training.step(1)
+        waits.wait(20)
+        # Its third push is there, but not the other worker's, when it goes.
+        training.client.push(0, training.gradients(2), training.optimizer.param_groups)
+        while 1 not in server._rounds[0].pushes:
+            time.sleep(0.01)
+        training.client.abandon()
+        training.client._channels.clear()
+        with server._changed:
+            server._remove(1, server._links[1])
+        again = Training(serving.addresses, 1, workers=2)
+        goes_on.set()
+        for step in (2, 3, 4):
+            again.step(step)
+        return again.end()
+
+    together(stays, comes_and_goes)
+    assert server._workers[1].pushes == [3] and server._workers[0].pushes == [5] and server._versions == [5]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("snapshot_every", [1, 5, 1000])
 @pytest.mark.parametrize("workers", [1, 2])
