@@ -256,6 +256,10 @@ class Server:
                 tables = range(len(job.tables))
                 slowest = [min((self._progress(r, t) for r in self._active()), default=0) for t in tables]
                 known = Worker(who["incarnation"], [0 for _ in tables], slowest)
+                for current in self._rounds:
+                    if current.mean is None:
+                        # What was pushed by who had the place before.
+                        current.pushes.pop(rank, None)
                 if self._job is not None:
                     self._workers[rank] = known
             self._links[rank] = link

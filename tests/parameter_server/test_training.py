@@ -288,6 +288,8 @@ def test_who_takes_a_place_begins_to_count_anew():
             server._remove(1, server._links[1])
         again = Training(serving.addresses, 1, workers=2)
         goes_on.set()
+        # The other one pushes first, and waits for this one.
+        time.sleep(0.3)
         for step in (2, 3, 4):
             again.step(step)
         return again.end()
