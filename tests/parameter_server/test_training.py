@@ -294,8 +294,10 @@ def test_who_takes_a_place_begins_to_count_anew():
             again.step(step)
         return again.end()
 
-    together(stays, comes_and_goes)
-    assert server._workers[1].pushes == [3] and server._workers[0].pushes == [5] and server._versions == [5]
+    (weights, _), _ = together(stays, comes_and_goes)
+    assert server._workers[1].pushes == [3] and server._versions == [5]
+    # Both have been part of every step.
+    torch.testing.assert_close(weights, reference(steps=5)[0], rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow
