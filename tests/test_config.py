@@ -143,7 +143,9 @@ def test_every_choice_composes_and_builds(override, tmp_path):
     task, data = build_task(config), build_data(config)
     build(config.callbacks)
     # Lightning refuses a Trainer for a device that is not here.
-    if config.trainer.accelerator in ("auto", "cpu") or (config.trainer.accelerator == "gpu" and torch.cuda.is_available()):
+    if config.trainer.accelerator in ("auto", "cpu") or (
+        config.trainer.accelerator == "gpu" and torch.cuda.is_available()
+    ):
         build(config.trainer)
     task.configure_optimizers()
     outputs = config.model.get("num_classes", config.model.get("num_outputs"))
