@@ -78,6 +78,10 @@ class Network:
         """Pulls the cable out of a machine."""
         ip("-n", self.names[node], "link", "set", "cable", "down")
 
+    def mend(self, node: int) -> None:
+        """Plugs the cable in again."""
+        ip("-n", self.names[node], "link", "set", "cable", "up")
+
 
 def ip(*words: str) -> None:
     """Runs ``ip``, to succeed."""
