@@ -11,12 +11,20 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from lightkit.native import compile
+
 # The kernels themselves are under test: falling back to the references would test those against themselves.
 os.environ.setdefault("LIGHTKIT_NATIVE", "require")
 
 # Examples that fail are shrunk and printed; time limits would fail on a busy machine.
 settings.register_profile("lightkit", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("lightkit")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernels() -> None:
+    """Compiled before the first test, not in the time that some test gives to a process that it starts."""
+    compile.build()
 
 
 @pytest.fixture

@@ -14,14 +14,23 @@ from lightning.pytorch.callbacks import Callback
 class Faults(Callback):
     """Kills the process of ``rank`` in ``epoch``, if nothing was killed before; ``pause`` seconds a batch.
 
-    Epoch -1 is the test. With ``seed``, it kills in the run of that seed alone.
+    Epoch -1 is the test. With ``seed``, it kills in the run of that seed alone; with ``batch``, at that batch of the
+    epoch; with ``writing``, in the middle of writing a checkpoint.
     """
 
     def __init__(
-        self, directory: str, rank: int = -1, epoch: int = 0, pause: float = 0.0, seed: int | None = None
+        self,
+        directory: str,
+        rank: int = -1,
+        epoch: int = 0,
+        batch: int = 0,
+        pause: float = 0.0,
+        seed: int | None = None,
+        writing: bool = False,
     ) -> None:
         self.directory = Path(directory)
-        self.rank, self.epoch, self.pause, self.seed = rank, epoch, pause, seed
+        self.rank, self.epoch, self.batch, self.pause, self.seed = rank, epoch, batch, pause, seed
+        self.writing = writing
         self.is_first = True
 
     def _note(self, what, trainer):
@@ -31,6 +40,7 @@ class Faults(Callback):
             "rank": trainer.global_rank,
             "world": trainer.world_size,
             "epoch": trainer.current_epoch,
+            "step": trainer.global_step,
         }
         # One write of a short line: processes do not mix theirs.
         with (self.directory / "diary").open("a") as file:
@@ -41,7 +51,13 @@ class Faults(Callback):
             self.is_first = False
             self._note("start", trainer)
         time.sleep(self.pause)
-        self._kill(trainer, trainer.current_epoch)
+        if batch_idx == self.batch and not self.writing:
+            self._kill(trainer, trainer.current_epoch)
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        if self.writing:
+            # The whole of it is in a file by then, which does not have its name yet.
+            os.fsync = lambda descriptor: self._kill(trainer, trainer.current_epoch)
 
     def on_test_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
         self._kill(trainer, -1)

@@ -151,6 +151,17 @@ def test_restart_on_one_machine(tmp_path):
     assert [step for step, _ in read_metrics(run / "metrics.csv")["val/loss"]] == [0, 1, 2]
 
 
+def test_killed_while_it_writes_a_checkpoint(tmp_path):
+    """What was half written is not taken for a checkpoint: it goes on from the one before."""
+    torchrun(tmp_path, *job(tmp_path, "trainer.max_epochs=3", rank=0, epoch=1, writing=True))
+    run = only_run(tmp_path)
+    assert load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 3
+    events = diary(tmp_path)
+    (kill,) = [event for event in events if event["what"] == "kill"]
+    assert kill["step"] == 2
+    assert sorted(event["step"] for event in events if event["what"] == "start") == [0, 0, 1, 1]
+
+
 def test_restart_before_the_first_checkpoint(tmp_path):
     """It begins again in the same directory, and not from the checkpoint that another job left there."""
     run = tmp_path / "out"
