@@ -25,8 +25,9 @@ class LeanLoop(Callback):
 
     A ``DataLoader`` over a ``TensorDataset`` gives the same batches by slicing: see `lightkit.data.fetch_slices`.
 
-    Where Lightning's step is another one than this loop knows (manual optimization, several devices, a GradScaler, a
-    profiler, an overridden ``optimizer_step``) all stays as it is, and ``obstacle`` says why.
+    Works on one device, with Lightning's ``DDPStrategy`` and with the strategies of `lightkit.strategies`. Where
+    Lightning's step is another one than this loop knows (manual optimization, FSDP, a GradScaler, a profiler, an
+    overridden ``optimizer_step``) all stays as it is, and ``obstacle`` says why.
     """
 
     def __init__(self) -> None:

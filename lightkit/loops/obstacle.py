@@ -8,13 +8,17 @@ from lightning.pytorch.loops.optimization.automatic import _AutomaticOptimizatio
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.profilers import PassThroughProfiler
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from torch.nn.parallel import DistributedDataParallel
 
 from lightkit.loops.hooks import is_implemented
-from lightkit.strategies import TorchTPU
+from lightkit.strategies import DataParallel, DiLoCo, LocalSGD, ParameterServer, TorchTPU
 
 # The releases whose loop `LeanEpochLoop` was written after, and tested to equal: it is no public interface.
 _LIGHTNING = ("2.6.",)
+
+# The strategies whose part in a step is known. By type: one derived from them may do anything.
+_STRATEGIES = (SingleDeviceStrategy, TorchTPU, DDPStrategy, DataParallel, LocalSGD, DiLoCo, ParameterServer)
 
 # What a module may override to take over a part of the step, instead of watching it.
 _TAKEN_OVER = ("on_train_batch_start", "optimizer_step", "optimizer_zero_grad", "backward")
@@ -31,10 +35,8 @@ def obstacle(trainer: pl.Trainer) -> str | None:
         return f"Lightning is {pl.__version__}; its loop is known of {', '.join(v + 'x' for v in _LIGHTNING)} alone"
     if not module.automatic_optimization:
         return "the module optimizes manually (automatic_optimization is False)"
-    if type(trainer.strategy) not in (SingleDeviceStrategy, TorchTPU):
-        return f"the strategy is {type(trainer.strategy).__name__}, not that of a single device"
-    if trainer.strategy.model is not module:
-        return "the module is wrapped"
+    if (cause := _strategy_obstacle(trainer.strategy, module)) is not None:
+        return cause
     if not isinstance(trainer.profiler, PassThroughProfiler):
         return f"{type(trainer.profiler).__name__} measures every part of Lightning's own step"
     for name in _TAKEN_OVER:
@@ -48,6 +50,18 @@ def obstacle(trainer: pl.Trainer) -> str | None:
         return f"the optimization loop is {type(loop.automatic_optimization).__name__}, which may do something else"
     if isinstance(trainer.fit_loop._data_fetcher, _DataLoaderIterDataFetcher):
         return "training_step takes dataloader_iter"
+    return None
+
+
+def _strategy_obstacle(strategy: Strategy, module: pl.LightningModule) -> str | None:
+    if type(strategy) not in _STRATEGIES:
+        known = ", ".join(cls.__name__ for cls in _STRATEGIES)
+        return f"the strategy is {type(strategy).__name__}; what one does in a step is known of {known}"
+    if getattr(strategy, "_model_averager", None) is not None:
+        return "the strategy averages the model (model_averaging_period)"
+    model = strategy.model
+    if model is not module and not (type(model) is DistributedDataParallel and model.module is module):
+        return "the module is wrapped"
     return None
 
 

@@ -8,9 +8,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResult
 from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import ParallelStrategy, Strategy
 from torch import Tensor
 
 from lightkit.loops.hooks import Hooks, is_implemented
@@ -20,8 +22,8 @@ from lightkit.loops.log import StepLogger
 class LeanStep:
     """Takes a batch from the data to the updated weights, and keeps Lightning's books.
 
-    It does what ``_TrainingEpochLoop.advance`` of Lightning 2.6 does for automatic optimization on one device, in
-    the same order, for a batch that is neither the first nor the last of an epoch.
+    It does what ``_TrainingEpochLoop.advance`` of Lightning 2.6 does for automatic optimization with the strategies
+    that `obstacle` knows, in the same order, for a batch that is neither the first nor the last of an epoch.
 
     Args:
         trainer: in the middle of a fit for which there is no `obstacle`.
@@ -53,6 +55,19 @@ class LeanStep:
         self._before_step = Hooks(trainer, "on_before_optimizer_step")
         self._batch_end = Hooks(trainer, "on_train_batch_end")
         self._transfer = _Transfer(trainer)
+        # What is the strategy's.
+        strategy = trainer.strategy
+        self._is_alone = trainer.world_size == 1
+        self._is_wrapped = strategy.model is not module
+        # Where the model is wrapped, by its forward.
+        self._training_step = strategy.training_step if self._is_wrapped else module.training_step
+        starts = is_implemented("on_train_batch_start", strategy, Strategy)
+        self._strategy_start = strategy.on_train_batch_start if starts else None
+        self._after_step = getattr(strategy, "after_step", None)
+        self._unsynchronized = strategy.block_backward_sync if isinstance(strategy, ParallelStrategy) else nullcontext
+        # Lightning asks whether process 0 was sent one, the strategies here look for themselves.
+        met = not self._is_alone and dist.is_available() and dist.is_initialized()
+        self._stop_if_told = loop._broadcast_sigterm_tensor if met else None
         # Of the batch at hand.
         self._batch: Any = None
         self._batch_idx = 0
@@ -64,6 +79,8 @@ class LeanStep:
         Raises:
             StopIteration: there is none.
         """
+        if self._stop_if_told is not None:
+            self._stop_if_told()
         batch, _, _ = next(data_fetcher)
         total, current = self._progress.total, self._progress.current
         self._batch_idx = current.ready
@@ -80,6 +97,8 @@ class LeanStep:
         else:
             if self._batch_start:
                 self._batch_start(batch, self._batch_idx)
+            if self._strategy_start is not None:
+                self._strategy_start(batch, self._batch_idx)
             total.started += 1
             current.started += 1
             self._optimize()
@@ -114,11 +133,14 @@ class LeanStep:
 
     def _optimize(self) -> None:
         if self._accumulates():
-            self._forward_backward()
+            with self._unsynchronized():
+                self._forward_backward()
             return
         self._step_progress.increment_ready()
         # The optimizer calls it, as with Lightning: some do so more than once.
         self._optimizer.step(closure=self._closure)
+        if self._after_step is not None:
+            self._after_step(self._optimizer)
         self._step_progress.increment_completed()
 
     def _closure(self) -> Tensor | None:
@@ -144,9 +166,11 @@ class LeanStep:
         module.__dict__["_current_fx_name"] = "training_step"
         with self._forward_context():
             if self._takes_index:
-                output = module.training_step(self._batch, self._batch_idx)
+                output = self._training_step(self._batch, self._batch_idx)
             else:
-                output = module.training_step(self._batch)
+                output = self._training_step(self._batch)
+        if output is None and not self._is_alone:
+            raise RuntimeError("training_step returned None: with several processes no batch can be left out")
         module.__dict__["_current_fx_name"] = before
         if type(output) is Tensor and accumulate == 1:
             closure_loss, loss = output, output.detach().clone()
@@ -170,8 +194,8 @@ class LeanStep:
         return loss
 
     def _forward_context(self) -> AbstractContextManager:
-        # The base class's is one that does nothing, in two layers.
-        plain = type(self._precision) is Precision
+        # The base class's is one that does nothing, in two layers. A strategy's step has its own.
+        plain = self._is_wrapped or type(self._precision) is Precision
         return nullcontext() if plain else self._precision.train_step_context()
 
     def _zero_grad(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -74,13 +73,11 @@ class DataParallel(Parallel):
             )
         _register_ddp_comm_hook(self.model, self._ddp_comm_state, self._ddp_comm_hook, self._ddp_comm_wrapper)
 
-    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **options: Any) -> Any:
-        """A step, with gradients that were averaged in its backward pass."""
-        output = super().optimizer_step(optimizer, closure, *args, **options)
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Counts it; its gradients were averaged in the backward pass."""
         if isinstance(self.model, DistributedDataParallel):
             self.count_step()
             self.count_bytes(self._reduced_bytes())
-        return output
 
     def _reduced_bytes(self) -> float:
         """Bytes of gradients in the step just taken, as they were sent."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -99,9 +99,8 @@ class LocalSGD(Parallel):
         if self._agreed:
             self._collect()
 
-    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **options: Any) -> Any:
-        """A step of this worker alone; after a period, or at the end of an epoch, the average."""
-        output = super().optimizer_step(optimizer, closure, *args, **options)
+    def after_step(self, optimizer: Optimizer) -> None:
+        """The average, after a period of this worker's own steps or at the end of an epoch."""
         if optimizer is self.optimizers[0] or optimizer is self._lightning_optimizers[0]:
             self.count_step()
             self._own_steps += 1
@@ -110,7 +109,6 @@ class LocalSGD(Parallel):
                 self._average("end")
             elif self._own_steps >= self.period:
                 self._average("period")
-        return output
 
     def _average(self, at: str) -> None:
         """Takes part in an average, and at the end of an epoch in those of the workers that still go on.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from lightkit.errors import ConfigError
 
@@ -64,6 +66,15 @@ class Parallel(DDPStrategy):
                     f"{type(self).__name__} keeps the whole model in every process, but {name or 'the module'} is "
                     "sharded or wrapped already: use one of the two"
                 )
+
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **options: Any) -> Any:
+        """A step, and what belongs to it."""
+        output = super().optimizer_step(optimizer, closure, *args, **options)
+        self.after_step(optimizer)
+        return output
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """What follows a step of an optimizer, whoever has called that."""
 
     def on_train_start(self) -> None:
         """Puts the process's own listening in place of Lightning's; the handlers of signals are set just before."""

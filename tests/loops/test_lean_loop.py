@@ -27,6 +27,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.profilers import SimpleProfiler
+from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
@@ -479,6 +480,10 @@ class Unsized(IterableDataset):
         return iter(list(loader().dataset))
 
 
+class OwnStrategy(DDPStrategy):
+    """Of somebody who may do more in a step than the class it comes from."""
+
+
 @pytest.fixture
 def leaves_no_process_group():
     """Lightning's strategies leave theirs, and its address in the environment, to the end of the process."""
@@ -494,7 +499,7 @@ def leaves_no_process_group():
         ("OwnStep.optimizer_step takes over", {"make": OwnStep}),
         ("optimizes manually", {"make": Manual}),
         ("SimpleProfiler measures", {"profiler": SimpleProfiler()}),
-        ("the strategy is DDPStrategy", {"strategy": "ddp"}),
+        ("the strategy is OwnStrategy", {"strategy": OwnStrategy()}),
     ],
 )
 def test_what_is_not_lightnings_step_stays_as_it_is(tmp_path, leaves_no_process_group, cause, options):

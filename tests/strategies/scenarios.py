@@ -89,11 +89,21 @@ def loader(*_: int) -> DataLoader:
     return DataLoader(TensorDataset(*samples()), batch_size=BATCH)
 
 
-def fit(strategy, directory=None, module=None, train=dealt, validate=False, ckpt_path=None, every=0, **options):
+def fit(
+    strategy,
+    directory=None,
+    module=None,
+    train=dealt,
+    validate=False,
+    ckpt_path=None,
+    every=0,
+    callbacks=(),
+    **options,
+):
     """Trains and returns what this rank has afterwards."""
     module = module or Module()
     recorder = Recorder()
-    callbacks = [recorder]
+    callbacks = [*callbacks, recorder]
     if directory is not None:
         callbacks.append(ModelCheckpoint(directory, save_top_k=-1, every_n_train_steps=every, filename="{step}"))
     nothing = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
