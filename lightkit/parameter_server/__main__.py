@@ -35,6 +35,8 @@ def main() -> int:
     if not secret:
         print(f"error: {SECRET} is not set: choose a secret, and give it to servers and workers", file=sys.stderr)
         return 2
+    if options.threads < 1:
+        parser.error(f"--threads must be at least 1, got {options.threads}")
     torch.set_num_threads(options.threads)
     if options.leave_with_parent:
         threading.Thread(target=_leave_with_parent, daemon=True).start()

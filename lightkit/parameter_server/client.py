@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightkit.errors import ConfigError, LightkitError
 from lightkit.parameter_server.compression import codec
-from lightkit.parameter_server.job import Job, allocate, hyperparameters, views_of
+from lightkit.parameter_server.job import Job, allocate, read_numbers, views_of
 from lightkit.parameter_server.link import Expected, Link, LinkError, connect
 from lightkit.parameter_server.server import PUSH_FACTS, Answer, Request, bulk
 
@@ -76,17 +76,17 @@ class Client:
         if not addresses or len(set(addresses)) != len(addresses):
             raise ConfigError(f"addresses must name each parameter server once, got {list(addresses)}")
         self._job = job
-        who = {"rank": rank, "incarnation": secrets.token_hex(8)}
+        who = {"rank": rank, "incarnation": secrets.token_hex(8), "timeout": timeout}
+        self._ended = threading.Event()
         self._channels = [
-            _Channel(address, secret, {**who, "job": part.to_json()}, part, timeout, patience)
+            _Channel(address, secret, {**who, "job": part.to_json()}, part, timeout, patience, self._ended)
             for address, part in zip(addresses, job.parts(len(addresses)), strict=True)
         ]
         self._positions = [_positions(job, channel.job) for channel in self._channels]
         self._pool = ThreadPoolExecutor(len(self._channels), "lightkit-parameter-server")
-        self._ended = threading.Event()
         # Reads a mean's norm, which nobody clips by then.
         self.norm: float | None = None
-        self._signs = threading.Thread(target=self._live, args=(rank, timeout / 5), daemon=True)
+        self._signs = threading.Thread(target=self._live, args=(rank,), daemon=True)
         self._signs.start()
 
     @property
@@ -100,7 +100,7 @@ class Client:
         options: list[list[dict[str, Any]]],
         values: list[list[Tensor]],
         state: list[list[dict[str, Any]]] | None = None,
-    ) -> None:
+    ) -> bool:
         """Joins the job; worker 0 begins it, where that has not been done.
 
         Args:
@@ -108,14 +108,17 @@ class Client:
             values: of the parameters.
             state: of the optimizers, for each parameter.
 
+        Returns:
+            Whether this worker has begun it: else the servers go on with the parameters that they have.
+
         Raises:
             ConfigError: a server refuses: another secret, model, version or mode.
             LightkitError: a server cannot be reached.
         """
         states = state or [[] for _ in values]
 
-        def start(channel: _Channel, positions: list[list[int]]) -> None:
-            channel.start(
+        def start(channel: _Channel, positions: list[list[int]]) -> bool:
+            return channel.start(
                 {
                     "options": options,
                     "values": [[v[i] for i in own] for v, own in zip(values, positions, strict=True)],
@@ -123,12 +126,12 @@ class Client:
                 }
             )
 
-        self._all(start)
+        return any(self._all(start))
 
     def pull(self, table: int) -> list[Tensor]:
-        """The parameters as they are now: views of memory that the next pull or push writes to."""
+        """The parameters as they are now: see `parameters`."""
         self._all(lambda channel, _: channel.pull(table))
-        return self._parameters(table)
+        return self.parameters(table)
 
     def push(
         self,
@@ -155,7 +158,7 @@ class Client:
         skip = local and not self._clip_own(table, clipping)
         facts = [skip, 0.0 if local else clipping.max_value or 0.0, not local and clipping.needs_norm]
         for channel in self._channels:
-            channel.encode(table, facts, groups)
+            channel.encode(table, facts, groups, skip)
         norms = _Norms(len(self._channels), clipping, self)
 
         def exchange(channel: _Channel) -> None:
@@ -167,7 +170,7 @@ class Client:
                 raise
 
         futures = [self._pool.submit(exchange, channel) for channel in self._channels]
-        return Exchange(futures, lambda: self._parameters(table))
+        return Exchange(futures, lambda: self.parameters(table))
 
     def state(self) -> list[tuple[list[Tensor], list[dict[str, Any]], dict[int, int]]]:
         """By table: the parameters, the optimizer's state of each, and the groups' ``rounding_seed``s."""
@@ -213,7 +216,8 @@ class Client:
         futures = [self._pool.submit(action, channel, positions) for channel, positions in pairs]
         return [future.result() for future in futures]
 
-    def _parameters(self, table: int) -> list[Tensor]:
+    def parameters(self, table: int) -> list[Tensor]:
+        """What came last: views of memory that the next pull or push writes to."""
         parameters: list[Any] = [None] * len(self._job.tables[table].parameters)
         for channel, positions in zip(self._channels, self._positions, strict=True):
             for i, view in zip(positions[table], channel.places[table].reply_views, strict=True):
@@ -221,7 +225,7 @@ class Client:
         return parameters
 
     def _clip_own(self, table: int, clipping: Clipping) -> bool:
-        """Clips this worker's gradients; False where the step is to be left out, and nothing of them to be kept."""
+        """Clips this worker's gradients; False where the step is to be left out."""
         places = [channel.places[table] for channel in self._channels]
         flats = [flat for place in places for flat in place.flats]
         if clipping.max_value is not None:
@@ -232,14 +236,12 @@ class Client:
         views = [view for place in places for view in place.views]
         self.norm = math.sqrt(math.fsum(norm.double().item() ** 2 for norm in torch._foreach_norm(views)))
         factor = clipping.factor(self.norm)
-        if factor < 0:
-            torch._foreach_zero_(flats)
-        elif factor != 1:
+        if factor >= 0 and factor != 1:
             torch._foreach_mul_(flats, factor)
         return factor >= 0
 
-    def _live(self, rank: int, seconds: float) -> None:
-        while not self._ended.wait(seconds):
+    def _live(self, rank: int) -> None:
+        while not self._ended.wait(min(channel.heartbeat for channel in self._channels)):
             for channel in self._channels:
                 channel.live(rank)
 
@@ -256,9 +258,15 @@ class Exchange:
         Raises:
             LightkitError: a server is gone, or refuses what was pushed.
         """
-        for future in self._futures:
-            future.result()
+        errors = [error for future in self._futures if (error := future.exception()) is not None]
+        if errors:
+            # Rather the first cause than that another server has one.
+            raise min(errors, key=lambda error: isinstance(error, _OtherFailedError))
         return self._parameters()
+
+
+class _OtherFailedError(LightkitError):
+    """Of a push to one server, because that to another failed."""
 
 
 class _Norms:
@@ -279,7 +287,7 @@ class _Norms:
             while len(self._squares) < self._missing and self._error is None:
                 self._changed.wait()
             if self._error is not None:
-                raise LightkitError("another parameter server failed") from self._error
+                raise _OtherFailedError("another parameter server failed") from self._error
             norm = math.sqrt(math.fsum(self._squares.values()))
         self._client.norm = norm
         return self._clipping.factor(norm)
@@ -317,27 +325,41 @@ class _Channel:
     """The connection to one server; made anew when it breaks."""
 
     def __init__(
-        self, address: str, secret: str, who: dict[str, Any], job: Job, timeout: float, patience: float
+        self,
+        address: str,
+        secret: str,
+        who: dict[str, Any],
+        job: Job,
+        timeout: float,
+        patience: float,
+        ended: threading.Event,
     ) -> None:
         self.job = job
         self.places = [_Place(job, table) for table in range(len(job.tables))]
         self.bytes_sent = 0
         self.bytes_received = 0
         self.address, self._secret, self._who = address, secret, who
-        self._timeout, self._patience = timeout, patience
+        self._timeout, self._patience, self._ended = timeout, patience, ended
         self._link: Link | None = None
         # One that no sign of life comes through any more.
         self._silent: Link | None = None
         self._begin: dict[str, Any] | None = None
-        self._has_started = False
+        self._has_started = self._has_begun = False
         # One exchange after the other, also of two tables.
         self._turn = threading.Lock()
 
-    def start(self, begin: dict[str, Any]) -> None:
-        """Connects; begins the job where the server has none."""
+    @property
+    def heartbeat(self) -> float:
+        """Seconds from one sign of life to the next."""
+        link = self._link
+        return 1.0 if link is None else link.heartbeat
+
+    def start(self, begin: dict[str, Any]) -> bool:
+        """Connects; begins the job where the server has none, and says whether that was so."""
         self._begin = begin
         self._try(lambda link: None)
         self._begin = None
+        return self._has_begun
 
     def load(self, table: int, gradients: Sequence[Tensor | None]) -> None:
         """Copies gradients into the memory that is sent."""
@@ -350,12 +372,16 @@ class _Channel:
             if gradient is None:
                 view.zero_()
 
-    def encode(self, table: int, facts: Sequence[float], groups: Sequence[dict[str, Any]]) -> None:
-        """Compresses what was loaded, and gives the push its number."""
+    def encode(self, table: int, facts: Sequence[float], groups: Sequence[dict[str, Any]], skip: bool) -> None:
+        """Compresses what was loaded, unless it is to be left out, and gives the push its number."""
         place = self.places[table]
         for sent in place.codecs:
-            sent.encode()
-        numbers = hyperparameters(groups[number] for number in place.groups)
+            if skip:
+                sent.encode_nothing()
+            else:
+                sent.encode()
+        where = self.job.tables[table].numbers
+        numbers = [value for number in place.groups for value in read_numbers(groups[number], where[number])]
         place.facts = torch.tensor([*map(float, facts), *numbers, *map(float, place.present)], dtype=torch.float64)
         assert len(facts) == PUSH_FACTS
         place.number += 1
@@ -443,16 +469,21 @@ class _Channel:
 
     def _answer(self, link: Link) -> list[int]:
         while (answer := link.receive_header())[0] == Answer.WAIT:
-            pass
+            self._look_for_the_end()
         if answer[0] == Answer.REFUSED:
             reason = link.receive_message()["error"]
             raise ConfigError(f"the parameter server at {self.address} refuses this worker: {reason}")
         return answer
 
+    def _look_for_the_end(self) -> None:
+        if self._ended.is_set():
+            raise LightkitError("the training has ended")
+
     def _try(self, exchange: Callable[[Link], T]) -> T:
         with self._turn:
             until = time.monotonic() + self._patience
             while True:
+                self._look_for_the_end()
                 try:
                     if self._link is None:
                         self._connect(until)
@@ -478,6 +509,8 @@ class _Channel:
         self._link = link
         self._answer(link)
         joined = link.receive_message()
+        # Often enough for both, whoever is the less patient.
+        link.heartbeat = min(self._timeout, joined["timeout"]) / 5
         if not joined["begun"]:
             if self._has_started:
                 raise LightkitError(
@@ -487,6 +520,7 @@ class _Channel:
             link.send_header(Request.BEGIN)
             link.send_message({"job": self.job.to_json(), **self._begin})
             self._answer(link)
+            self._has_begun = True
         self._has_started = True
 
 

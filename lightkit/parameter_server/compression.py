@@ -27,6 +27,11 @@ class Whole:
     def encode(self) -> None:
         """Puts what ``flat`` holds on the wire."""
 
+    def encode_nothing(self) -> None:
+        """Puts zeros on the wire, whatever ``flat`` holds."""
+        for tensor in self.wire:
+            tensor.zero_()
+
     def decode(self) -> None:
         """Puts what was on the wire into ``flat``."""
 
@@ -71,6 +76,9 @@ class TopK(Whole):
         self.wire[0].copy_(positions)
         torch.index_select(self._left, 0, positions, out=self.wire[1])
         self._left.index_fill_(0, positions, 0)
+        if not self.wire[1].isfinite().all():
+            # They count as the largest. What of them was not sent would be in every push to come.
+            self._left.nan_to_num_(0.0, 0.0, 0.0)
 
     def decode(self) -> None:
         """Zeros, with the numbers at their positions; a position out of range is an IndexError."""

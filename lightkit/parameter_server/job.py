@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -44,10 +44,13 @@ class Table:
     Args:
         optimizer: ``MODULE.CLASS``, of a package that a configuration may use: see `lightkit.config.allow_targets`.
         parameters: in the order of the optimizer's groups.
+        numbers: for each group the options that are numbers, which come anew with each push: schedulers change them.
+            Each is a name and a position in the option's tuple, or -1 where that is no tuple.
     """
 
     optimizer: str
     parameters: list[Parameter]
+    numbers: list[list[list[Any]]] = field(default_factory=list)
 
     @classmethod
     def of(cls, optimizer: Optimizer, names: dict[Tensor, str]) -> Table:
@@ -58,7 +61,8 @@ class Table:
             for index, group in enumerate(optimizer.param_groups)
             for p in group["params"]
         ]
-        return cls(f"{kind.__module__}.{kind.__qualname__}", parameters)
+        numbers = [_find_numbers(group) for group in options_of(optimizer)]
+        return cls(f"{kind.__module__}.{kind.__qualname__}", parameters, numbers)
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,11 @@ class Job:
         """
         try:
             tables = [
-                Table(str(table["optimizer"]), [Parameter(**p) for p in table["parameters"]])
+                Table(
+                    str(table["optimizer"]),
+                    [Parameter(**p) for p in table["parameters"]],
+                    [[[str(name), int(position)] for name, position in group] for group in table["numbers"]],
+                )
                 for table in value["tables"]
             ]
             for parameter in (p for table in tables for p in table.parameters):
@@ -135,7 +143,7 @@ class Job:
             replace(
                 self,
                 tables=[
-                    Table(table.optimizer, [p for i, p in enumerate(table.parameters) if owners[t, i] == server])
+                    replace(table, parameters=[p for i, p in enumerate(table.parameters) if owners[t, i] == server])
                     for t, table in enumerate(self.tables)
                 ],
             )
@@ -156,6 +164,8 @@ class Job:
                     return f"it has another model: {another} where the others have {one}"
             if len(here.parameters) != len(there.parameters):
                 return f"it has another model, of {len(there.parameters)} parameters instead of {len(here.parameters)}"
+            if here.numbers != there.numbers:
+                return "other options of its optimizer are numbers than at the others, or it has other groups"
         if len(self.tables) != len(other.tables):
             return f"it has {len(other.tables)} optimizers and the others {len(self.tables)}"
         return None
@@ -205,26 +215,54 @@ def _plain(name: str, value: Any) -> Any:
     )
 
 
-def hyperparameters(groups: Iterable[dict[str, Any]]) -> list[float]:
-    """What schedulers change from step to step: the real numbers among the options of groups, in a fixed order."""
-    return [float(number) for group in groups for _, _, number in _numbers(group)]
+# Options that are not the worker's to set: what a scheduler notes down for itself, and what the optimizer counts.
+_NOT_TOLD = ("params", "param_names", "initial_lr", "rounding_seed")
 
 
-def set_hyperparameters(groups: Iterable[dict[str, Any]], values: Sequence[float]) -> None:
-    """Sets what `hyperparameters` gave for groups with the same options."""
-    remaining = iter(values)
-    for group in groups:
-        found: dict[str, list[float]] = {}
-        for name, _, _ in _numbers(group):
-            found.setdefault(name, []).append(next(remaining))
-        for name, numbers in found.items():
-            group[name] = tuple(numbers) if isinstance(group[name], (list, tuple)) else numbers[0]
+def _find_numbers(options: dict[str, Any]) -> list[list[Any]]:
+    found: list[list[Any]] = []
+    for name in sorted(options.keys() - set(_NOT_TOLD)):
+        if _is_number(options[name]):
+            found.append([name, -1])
+        elif isinstance(options[name], (list, tuple)):
+            found += [[name, position] for position, value in enumerate(options[name]) if _is_number(value)]
+    return found
 
 
-def _numbers(group: dict[str, Any]) -> Iterable[tuple[str, int, Any]]:
-    # What a scheduler notes down for itself is not the server's.
-    for name in sorted(group.keys() - {"params", "param_names", "initial_lr"}):
-        values = group[name] if isinstance(group[name], (list, tuple)) else [group[name]]
-        for index, value in enumerate(values):
-            if isinstance(value, float) or name == "lr":
-                yield name, index, value
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def read_numbers(group: dict[str, Any], where: Iterable[Sequence[Any]]) -> list[float]:
+    """The options of a group of an optimizer at these places: see `Table`.
+
+    Raises:
+        ConfigError: one of them is no number any more.
+    """
+    found = []
+    for name, position in where:
+        option = group.get(name)
+        try:
+            value = option if position < 0 else option[position]
+        except (IndexError, TypeError):
+            value = None
+        if isinstance(value, Tensor) and value.numel() == 1:
+            value = value.item()
+        if not _is_number(value):
+            raise ConfigError(
+                f"the optimizer's option {name} has become {option!r}: what was a number when the training with a "
+                "parameter server began must stay one"
+            )
+        found.append(float(value))
+    return found
+
+
+def write_numbers(group: dict[str, Any], where: Iterable[Sequence[Any]], values: Iterable[float]) -> None:
+    """Sets what `read_numbers` has found; what was a whole number stays one, where it is."""
+    for (name, position), value in zip(where, values, strict=True):
+        before = group[name] if position < 0 else group[name][position]
+        after = int(value) if isinstance(before, int) and value == int(value) else value
+        if position < 0:
+            group[name] = after
+        else:
+            group[name] = (*group[name][:position], after, *group[name][position + 1 :])

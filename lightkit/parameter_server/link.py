@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import json
@@ -11,12 +12,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore, Work
+from torch.distributed import PrefixStore, ProcessGroupGloo, QueueEmptyError, TCPStore, Work
 
 import lightkit
 from lightkit.errors import ConfigError, LightkitError
@@ -29,8 +31,14 @@ HEADER = 4
 # Bytes of a message beside its tensors: far beyond what the description of a model takes.
 _LONGEST = 1 << 28
 
+# Likewise of what is said before the secret has been shown.
+_LONGEST_HELLO = 1 << 12
+
 # Seconds for two processes that have found each other to connect and say who they are.
 _HANDSHAKE = 10.0
+
+# Where a server's store has the workers that want to connect.
+_DOOR = "lightkit/door"
 
 
 class LinkError(LightkitError, ConnectionError):
@@ -44,12 +52,16 @@ class Link:
         group: of the two.
         rank: 0 for the server, 1 for the worker.
         store: of the server, by which they found each other.
+
+    Attributes:
+        heartbeat: seconds after which the other side wants to hear again that this one is there.
     """
 
     def __init__(self, group: ProcessGroupGloo, rank: int, store: TCPStore) -> None:
         self._group: ProcessGroupGloo | None = group
         # For signs of life, of another thread.
         self.store = store
+        self.heartbeat = _HANDSHAKE
         self._peer = 1 - rank
         self._silence = timedelta(seconds=_HANDSHAKE)
         self._header = torch.zeros(HEADER, dtype=torch.int64)
@@ -208,10 +220,13 @@ def dtype_named(name: str) -> torch.dtype:
 class Listener:
     """Where workers find a server: a store of torch.distributed at an address.
 
+    Who connects first shows by messages in the store that it knows the secret. Only then do the two connect by gloo,
+    which trusts the other side to send as much as is expected.
+
     Args:
         host: of this machine, to be reached by the workers; ``127.0.0.1`` for those on this machine alone.
         port: 0 for any free one.
-        secret: that workers must know; see `handshake`.
+        secret: that workers must know.
 
     Raises:
         ConfigError: the address is not one of this machine, or the port is in use.
@@ -222,9 +237,10 @@ class Listener:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listening.bind((host, port))
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             listening.close()
-            raise ConfigError(f"a parameter server cannot listen on {host}:{port}: {error.strerror or error}") from None
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(f"a parameter server cannot listen on {host}:{port}: {reason}") from None
         listening.listen(4096)
         self.host, self.port = host, listening.getsockname()[1]
         self._secret = secret
@@ -232,50 +248,114 @@ class Listener:
         self._store = TCPStore(
             host, self.port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
         )
-        self._taken = 0
+        # A store answers one question after the other: whoever waits for something asks through one of its own.
+        self._signs = self._store.clone()
 
-    def accept(self, seconds: float) -> tuple[str, str] | None:
+    def accept(self, seconds: float) -> Knock | None:
         """The next worker that wants to connect, as `connect` takes it, or None if there is none for so long."""
         end = time.monotonic() + seconds
-        key = f"joined/{self._taken + 1}"
-        while not self._store.check([key]):
-            if time.monotonic() >= end:
-                return None
-            time.sleep(0.01)
-        self._taken += 1
-        return f"link/{self._taken}", self._store.get(key).decode()
+        while time.monotonic() < end:
+            try:
+                text = self._store.queue_pop(_DOOR, block=False)
+            except QueueEmptyError:
+                time.sleep(0.01)
+                continue
+            if (knock := Knock.read(text)) is not None:
+                return knock
+        return None
 
     def signs_of_life(self, rank: int) -> bytes:
         """What changes as long as that worker is there: see `Link.live`."""
         key = f"alive/{rank}"
-        return self._store.get(key) if self._store.check([key]) else b""
+        return self._signs.get(key) if self._signs.check([key]) else b""
 
-    def connect(self, name: str, host: str) -> tuple[Link, dict[str, Any]]:
+    def connect(self, knock: Knock) -> tuple[Link, dict[str, Any]]:
         """Connects with a worker, and returns what it says of itself, once it has shown that it knows the secret.
 
         Raises:
             LinkError: it did not come, or does not know it; it has been told.
         """
-        link = Link(_group(PrefixStore(name, self._store), 0, host), 0, self._store)
+        store = self._store.clone()
+        store.set_timeout(timedelta(seconds=_HANDSHAKE))
+        talk = _Talk(store, knock.name)
         try:
             nonce = secrets.token_hex(16)
-            link.send_message({"nonce": nonce, "version": lightkit.__version__})
-            hello = link.receive_message()
-            proof = str(hello.get("proof"))
-            if not hmac.compare_digest(proof, _proof(self._secret, "worker", nonce, hello["nonce"])):
-                link.send_message({"error": "the secret is not that of the server (LIGHTKIT_SECRET)"})
+            talk.say("greeting", nonce=nonce, version=lightkit.__version__)
+            hello = talk.hear("hello", "proof", "version")
+            if not _same(hello["proof"], _proof(self._secret, "worker", nonce, knock.nonce)):
+                talk.say("answer", error="the secret is not that of the server (LIGHTKIT_SECRET)")
                 raise LinkError("a worker came with another secret")
             if hello["version"] != lightkit.__version__:
                 message = f"the worker has lightkit {hello['version']}, the server {lightkit.__version__}"
-                link.send_message({"error": message})
+                talk.say("answer", error=message)
                 raise LinkError(message)
-            link.send_message({"proof": _proof(self._secret, "server", nonce, hello["nonce"])})
-        except (KeyError, AttributeError) as error:
-            raise LinkError(f"a worker introduced itself wrongly: {error!r}") from None
-        except LinkError:
-            link.close()
-            raise
-        return link, hello["who"]
+            talk.say("answer", proof=_proof(self._secret, "server", nonce, knock.nonce))
+            link = Link(_group(PrefixStore(knock.name, store), 0, knock.host), 0, store)
+            return link, link.receive_message()
+        except RuntimeError as error:
+            raise LinkError(f"a worker knocked and went away: {_brief(error)}") from None
+        finally:
+            talk.forget("greeting", "hello", "answer")
+
+
+@dataclass(frozen=True)
+class Knock:
+    """What a worker says at the door, and anybody may say.
+
+    Args:
+        name: that it has given to the connection.
+        host: address of the server by which it has come.
+        nonce: its part of what the server must prove to know the secret with.
+    """
+
+    name: str
+    host: str
+    nonce: str
+
+    @classmethod
+    def read(cls, text: bytes) -> Knock | None:
+        """That of a message, or None if it is none."""
+        found = _read(text)
+        if found is None or found.keys() != {"name", "host", "nonce"}:
+            return None
+        return cls(**found)
+
+
+class _Talk:
+    """Short messages between two processes in a store, by which each shows the other that it knows a secret."""
+
+    def __init__(self, store: TCPStore, name: str) -> None:
+        self._store, self._name = store, name
+
+    def say(self, what: str, **facts: str) -> None:
+        self._store.set(f"{self._name}/{what}", json.dumps(facts))
+
+    def hear(self, what: str, *facts: str) -> dict[str, str]:
+        """What the other side says, with these facts in it.
+
+        Raises:
+            RuntimeError: it says nothing, or something else.
+        """
+        found = _read(self._store.get(f"{self._name}/{what}"))
+        if found is None or not found.keys() >= set(facts):
+            raise RuntimeError(f"its {what} is none")
+        return found
+
+    def forget(self, *everything: str) -> None:
+        """Removes what was said."""
+        with contextlib.suppress(RuntimeError):
+            for what in everything:
+                self._store.delete_key(f"{self._name}/{what}")
+
+
+def _read(text: bytes) -> dict[str, str] | None:
+    """Facts that are strings, or None; of whoever has come, so that it may be anything."""
+    try:
+        found = json.loads(text) if len(text) <= _LONGEST_HELLO else None
+    except (ValueError, RecursionError):
+        return None
+    strings = isinstance(found, dict) and all(isinstance(value, str) for value in found.values())
+    return found if strings else None
 
 
 def connect(address: str, secret: str, who: dict[str, Any], patience: float, silence: float) -> Link:
@@ -293,36 +373,35 @@ def connect(address: str, secret: str, who: dict[str, Any], patience: float, sil
         ConfigError: another secret or version, an address that is none.
     """
     host, port = split_address(address)
-    local = _reach(host, port, time.monotonic() + patience, address)
+    local, remote = _reach(host, port, time.monotonic() + patience, address)
+    knock = Knock(f"link/{secrets.token_hex(16)}", remote, secrets.token_hex(16))
     try:
-        store, number = _within(_HANDSHAKE, lambda: _announce(host, port, local[1]))
-        link = Link(_group(PrefixStore(f"link/{number}", store), 1, local[0]), 1, store)
+        store = _within(_HANDSHAKE, lambda: _knock(host, port, knock))
+        talk = _Talk(store, knock.name)
+        greeting = talk.hear("greeting", "nonce", "version")
+        proof = _proof(secret, "worker", greeting["nonce"], knock.nonce)
+        talk.say("hello", proof=proof, version=lightkit.__version__)
+        answer = talk.hear("answer")
     except RuntimeError as error:
         raise LinkError(
             f"the parameter server at {address} does not answer as one: {_brief(error)}; is that another program, or "
             "is only this one port open to it?"
         ) from None
-    greeting = link.receive_message()
-    nonce = secrets.token_hex(16)
-    proof = _proof(secret, "worker", greeting["nonce"], nonce)
-    link.send_message({"nonce": nonce, "proof": proof, "version": lightkit.__version__, "who": who})
-    answer = link.receive_message()
     if "error" in answer:
-        link.close()
         raise ConfigError(f"the parameter server at {address} refuses this worker: {answer['error']}")
-    if not hmac.compare_digest(str(answer.get("proof")), _proof(secret, "server", greeting["nonce"], nonce)):
-        link.close()
+    if not _same(answer.get("proof", ""), _proof(secret, "server", greeting["nonce"], knock.nonce)):
         raise ConfigError(f"whoever listens at {address} does not know the secret (LIGHTKIT_SECRET)")
+    link = Link(_group(PrefixStore(knock.name, store), 1, local), 1, store)
+    link.send_message(who)
     link.wait_for_at_most(silence)
     return link
 
 
-def _announce(host: str, port: int, address: str) -> tuple[TCPStore, int]:
-    """Tells a server at which of its addresses it is met."""
+def _knock(host: str, port: int, knock: Knock) -> TCPStore:
     store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=_HANDSHAKE))
-    number = store.add("joined", 1)
-    store.set(f"joined/{number}", address)
-    return store, number
+    # One message: who ends here has said all of it or nothing.
+    store.queue_push(_DOOR, json.dumps(asdict(knock)))
+    return store
 
 
 def _within(seconds: float, call: Callable[[], T]) -> T:
@@ -387,6 +466,11 @@ def _group(store: PrefixStore, rank: int, host: str) -> ProcessGroupGloo:
 
 def _proof(secret: str, side: str, *nonces: str) -> str:
     return hmac.new(secret.encode(), "/".join([side, *nonces]).encode(), hashlib.sha256).hexdigest()
+
+
+def _same(one: str, another: str) -> bool:
+    # As bytes: a string of whoever has come may have anything in it.
+    return hmac.compare_digest(one.encode("utf-8", "surrogatepass"), another.encode())
 
 
 def _brief(error: BaseException) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -25,7 +26,7 @@ class LocalServers:
     Args:
         count: how many.
         secret: that workers must know.
-        directory: of their snapshots, one below it each; None for none.
+        directory: for their snapshots, of this run alone: it is removed in the end. None for none.
         host: address of this machine that the workers reach.
         timeout: see `lightkit.parameter_server.Server`.
 
@@ -56,9 +57,9 @@ class LocalServers:
             process.kill()
             process.wait()
         if self._directory is not None:
-            # Of servers that came to the end of their job nothing is left in it.
+            shutil.rmtree(self._directory, ignore_errors=True)
             with contextlib.suppress(OSError):
-                self._directory.rmdir()
+                # Unless other runs have theirs there.
                 self._directory.parent.rmdir()
 
     def _start(self, number: int, port: int) -> subprocess.Popen:

@@ -14,17 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightkit.errors import CheckpointError, LightkitError
+from lightkit.errors import CheckpointError, ConfigError, LightkitError
 from lightkit.parameter_server.compression import codec
 from lightkit.parameter_server.job import Job, allocate
 from lightkit.parameter_server.journal import Journal, fill
-from lightkit.parameter_server.link import Expected, Link, LinkError, Listener
+from lightkit.parameter_server.link import Expected, Knock, Link, LinkError, Listener
 from lightkit.parameter_server.shard import Shard
 
 _log = logging.getLogger(__name__)
 
-# What a push says of itself, before the hyperparameters and which gradients there are: whether the gradient is to be
-# left out; what the mean is clamped to, 0 for no clamping; whether its norm is wanted before the step.
+# Seconds for worker 0 to come, which the others wait for: it may be started by hand.
+_BEGIN = 600.0
+
+# What a push says of itself, before the optimizer's options and which gradients there are: whether the gradient is to
+# be left out; what the mean is clamped to, 0 for no clamping; whether its norm is wanted before the step.
 PUSH_FACTS = 3
 
 
@@ -62,25 +65,27 @@ class Worker:
         pushes: that count, by table.
         ahead: what is added to them to compare workers: who comes later begins where the slowest is.
         finished: it pushes no more.
+        left: it said so, after all had finished.
     """
 
     incarnation: str
     pushes: list[int]
     ahead: list[int]
     finished: bool = False
+    left: bool = False
 
 
 class Inbox:
     """Where the pushes of a worker arrive, for one table."""
 
-    def __init__(self, job: Job, table: int, hyperparameters: int) -> None:
+    def __init__(self, job: Job, table: int, numbers: int) -> None:
         parameters = job.tables[table].parameters
         self.flats, self.views = allocate(parameters)
         self.codecs = [codec(flat, job.compression, job.fraction) for flat in self.flats]
         self.wire = [tensor for c in self.codecs for tensor in c.wire]
-        self.facts = torch.zeros(PUSH_FACTS + hyperparameters + len(parameters), dtype=torch.float64)
+        self.facts = torch.zeros(PUSH_FACTS + numbers + len(parameters), dtype=torch.float64)
         self.reply = [torch.empty_like(flat) for flat in self.flats]
-        self._hyperparameters = hyperparameters
+        self._numbers = numbers
         self._tag = bulk(table)
         self._expected: Expected | None = None
 
@@ -98,14 +103,14 @@ class Inbox:
             received.decode()
 
     @property
-    def hyperparameters(self) -> list[float]:
-        """Of this push."""
-        return self.facts[PUSH_FACTS : PUSH_FACTS + self._hyperparameters].tolist()
+    def numbers(self) -> list[float]:
+        """The optimizer's options of this push."""
+        return self.facts[PUSH_FACTS : PUSH_FACTS + self._numbers].tolist()
 
     @property
     def present(self) -> list[bool]:
         """Which gradients there are."""
-        return [value != 0 for value in self.facts[PUSH_FACTS + self._hyperparameters :].tolist()]
+        return [value != 0 for value in self.facts[PUSH_FACTS + self._numbers :].tolist()]
 
 
 class Round:
@@ -120,6 +125,8 @@ class Round:
         # The sum of the squares of its part here, and whether the workers want to say how far to clip it.
         self.norm = 0.0
         self.needs_norm = False
+        # Why there was no step.
+        self.error: Exception | None = None
 
 
 class Server:
@@ -136,11 +143,14 @@ class Server:
     Raises:
         ConfigError: the address cannot be listened on.
         CheckpointError: what the directory holds is damaged.
+        OSError: the directory cannot be written.
     """
 
     def __init__(
         self, host: str = "127.0.0.1", port: int = 0, secret: str = "", directory: Any = None, timeout: float = 30.0
     ) -> None:
+        if not 0 < timeout < math.inf:
+            raise ConfigError(f"timeout must be a number of seconds above 0, got {timeout!r}")
         self.listener = Listener(host, port, secret)
         self._journal = Journal(Path(directory)) if directory is not None else None
         self._timeout = timeout
@@ -172,8 +182,8 @@ class Server:
             LightkitError: they were all lost, and none came back.
         """
         while not self._stopped.is_set() and not self._is_over():
-            if (candidate := self.listener.accept(0.2)) is not None:
-                threading.Thread(target=self._serve, args=candidate, daemon=True).start()
+            if (knock := self.listener.accept(0.2)) is not None:
+                threading.Thread(target=self._serve, args=(knock,), daemon=True).start()
             self._look_for_the_lost()
         if self._journal is not None and not self._stopped.is_set():
             self._journal.clear()
@@ -186,8 +196,7 @@ class Server:
         with self._changed:
             if self._links or self._awaited or not self._workers:
                 return False
-            # Whoever has finished and left had waited until nobody was left that pushes.
-            if any(worker.finished for worker in self._workers.values()):
+            if any(worker.left for worker in self._workers.values()):
                 return True
             # Others may come, or those that were lost come back.
             if time.monotonic() - self._left_alone_since > self._timeout:
@@ -195,10 +204,15 @@ class Server:
             return False
 
     def _look_for_the_lost(self) -> None:
+        with self._changed:
+            ranks = list(self._links)
+        signs = {rank: self.listener.signs_of_life(rank) for rank in ranks}
         now = time.monotonic()
         with self._changed:
-            for rank, link in list(self._links.items()):
-                sign, since = self.listener.signs_of_life(rank), now
+            for rank, sign in signs.items():
+                if (link := self._links.get(rank)) is None:
+                    continue
+                since = now
                 if self._signs.get(rank, (b"", 0.0))[0] == sign:
                     since = self._signs[rank][1]
                 self._signs[rank] = (sign, since)
@@ -212,9 +226,9 @@ class Server:
 
     # Workers come and go.
 
-    def _serve(self, name: str, host: str) -> None:
+    def _serve(self, knock: Knock) -> None:
         try:
-            link, who = self.listener.connect(name, host)
+            link, who = self.listener.connect(knock)
         except LinkError as error:
             _log.warning("%s", error)
             return
@@ -222,6 +236,7 @@ class Server:
         link.wait_for_at_most(365 * 86400.0)
         rank = -1
         try:
+            link.heartbeat = min(self._timeout, float(who["timeout"])) / 5
             rank, worker = self._join(link, who)
             inboxes: dict[int, Inbox] = {}
             while self._answer(link, rank, worker, inboxes):
@@ -243,8 +258,11 @@ class Server:
         rank, job = int(who["rank"]), Job.from_json(who["job"])
         with self._changed:
             # The first worker brings the parameters.
+            until = time.monotonic() + _BEGIN
             while self._job is None and rank != 0:
                 self._wait(link)
+                if time.monotonic() > until:
+                    raise LightkitError(f"worker 0, which brings the parameters, did not come in {_BEGIN:g} s")
             if self._job is not None and (difference := self._job.difference(job)) is not None:
                 raise LightkitError(difference)
             known = self._workers.get(rank)
@@ -268,7 +286,7 @@ class Server:
             self._changed.notify_all()
             begun = self._job is not None
         link.send_header(Answer.OK)
-        link.send_message({"begun": begun, "pushes": known.pushes})
+        link.send_message({"begun": begun, "pushes": known.pushes, "timeout": self._timeout})
         return rank, known
 
     def _remove(self, rank: int, link: Link) -> None:
@@ -290,21 +308,27 @@ class Server:
         worker = self._workers[rank]
         return worker.pushes[table] + worker.ahead[table]
 
-    def _wait(self, link: Link) -> None:
-        """Waits for a change; the worker hears that this is not the end."""
-        if not self._changed.wait(self._timeout / 3):
+    def _wait(self, link: Link, rank: int | None = None) -> None:
+        """Waits for a change; the worker hears that this is not the end.
+
+        Raises:
+            LinkError: the worker is gone, or has come by another way, if it has a rank yet.
+        """
+        if not self._changed.wait(link.heartbeat):
             self._changed.release()
             try:
                 link.send_header(Answer.WAIT)
             finally:
                 self._changed.acquire()
+        if rank is not None and self._links.get(rank) is not link:
+            raise LinkError("it had been given up, or has connected anew")
 
     # Requests.
 
     def _answer(self, link: Link, rank: int, worker: Worker, inboxes: dict[int, Inbox]) -> bool:
         request, table, number, version = link.receive_header()
         if self._links.get(rank) is not link:
-            raise LinkError("it had been given up")
+            raise LinkError("it had been given up, or has connected anew")
         if request == Request.BEGIN:
             self._begin(link, rank, worker)
             return True
@@ -313,7 +337,7 @@ class Server:
         if not 0 <= table < len(self._shards):
             raise LightkitError(f"there is no optimizer {table}")
         if table not in inboxes:
-            inboxes[table] = Inbox(self._job, table, self._shards[table].count_hyperparameters())
+            inboxes[table] = Inbox(self._job, table, self._shards[table].count_numbers())
         inbox = inboxes[table]
         if request == Request.PUSH:
             inbox.receive(link)
@@ -338,9 +362,12 @@ class Server:
             link.send_header(Answer.OK)
             link.send_message(state)
         elif request == Request.FINISH:
-            self._finish(link, worker)
+            self._finish(link, rank, worker)
             link.send_header(Answer.OK)
-        elif request != Request.LEAVE:
+        elif request == Request.LEAVE:
+            with self._changed:
+                worker.finished = worker.left = True
+        else:
             raise LightkitError(f"there is no request {request}")
         return request != Request.LEAVE
 
@@ -369,12 +396,12 @@ class Server:
         self._versions = [0] * len(shards)
         self._rounds = [Round() for _ in shards]
 
-    def _finish(self, link: Link, worker: Worker) -> None:
+    def _finish(self, link: Link, rank: int, worker: Worker) -> None:
         with self._changed:
             worker.finished = True
             self._changed.notify_all()
             while self._awaited or self._active():
-                self._wait(link)
+                self._wait(link, rank)
 
     def _push_alone(self, link: Link, rank: int, worker: Worker, table: int, number: int, inbox: Inbox) -> None:
         """A step along the gradient of one worker."""
@@ -384,7 +411,7 @@ class Server:
                 self._update(table, inbox, inbox.flats, inbox.views, inbox.facts[0] != 0, {rank: number})
             if self._job.mode == "bounded":
                 while self._is_too_far(rank, table):
-                    self._wait(link)
+                    self._wait(link, rank)
 
     def _is_too_far(self, rank: int, table: int) -> bool:
         slowest = min((self._progress(r, table) for r in self._active()), default=math.inf)
@@ -411,7 +438,10 @@ class Server:
                     self._changed.notify_all()
                 if current.mean is not None and rank in current.pushes:
                     break
-                self._wait(link)
+                self._wait(link, rank)
+            if current is not self._rounds[table]:
+                _raise(current.error)
+                return
             if not current.needs_norm or rank not in current.pushes:
                 self._step_with_all(table, current, 1.0)
                 return
@@ -423,6 +453,7 @@ class Server:
         with self._changed:
             # All workers come to the same factor.
             self._step_with_all(table, current, factor.item())
+            _raise(current.error)
 
     def _is_complete(self, current: Round) -> bool:
         return not self._awaited and self._active() <= current.pushes.keys()
@@ -450,10 +481,16 @@ class Server:
             torch._foreach_mul_(current.mean, factor)
         first = current.pushes[min(current.pushes)][0]
         present = [any(there) for there in zip(*(push.present for push, _, _ in current.pushes.values()), strict=True)]
-        first.facts[PUSH_FACTS + len(first.hyperparameters) :] = torch.tensor(present, dtype=torch.float64)
+        first.facts[PUSH_FACTS + len(first.numbers) :] = torch.tensor(present, dtype=torch.float64)
         numbers = {r: number for r, (_, number, worker) in current.pushes.items() if self._workers[r] is worker}
         self._rounds[table] = Round()
-        self._update(table, first, current.mean, current.views, skip, numbers)
+        try:
+            self._update(table, first, current.mean, current.views, skip, numbers)
+        except Exception as error:
+            # To be told to all of them.
+            current.error = error
+            self._changed.notify_all()
+            raise
 
     def _update(
         self, table: int, push: Inbox, flats: list[Tensor], views: list[Tensor], skip: bool, numbers: dict[int, int]
@@ -462,7 +499,7 @@ class Server:
         update = {
             "table": table,
             "skip": bool(skip),
-            "hyperparameters": push.hyperparameters,
+            "numbers": push.numbers,
             "present": push.present,
             "pushes": {
                 str(rank): [self._workers[rank].incarnation, number, self._workers[rank].ahead]
@@ -473,14 +510,15 @@ class Server:
             self._journal.append(update, flats)
         self._apply(update, views)
         self._updates += 1
-        if self._journal is not None and self._job.snapshot_every and self._updates % self._job.snapshot_every == 0:
-            self._journal.snapshot(self._snapshot())
+        if self._journal is not None and self._job.snapshot_every:
+            if self._updates % self._job.snapshot_every == 0 or self._journal.is_long:
+                self._journal.snapshot(self._snapshot())
         self._changed.notify_all()
 
     def _apply(self, update: dict[str, Any], views: list[Tensor]) -> None:
         table = update["table"]
         if not update["skip"]:
-            self._shards[table].step(views, update["present"], update["hyperparameters"])
+            self._shards[table].step(views, update["present"], update["numbers"])
         self._versions[table] += 1
         for rank, (incarnation, number, ahead) in update["pushes"].items():
             worker = self._workers.get(int(rank))
@@ -521,6 +559,11 @@ class Server:
         self._awaited = {rank for rank, worker in self._workers.items() if not worker.finished}
         self._awaited_until = time.monotonic() + self._timeout
         _log.warning("recovered at versions %s, %d of them from the log", self._versions, replayed)
+
+
+def _raise(error: Exception | None) -> None:
+    if error is not None:
+        raise error
 
 
 def _workers_named(ranks: set[int]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.utils._pytree import tree_map
 
 from lightkit.config import find_class
 from lightkit.errors import ConfigError
-from lightkit.parameter_server.job import Table, allocate, hyperparameters, set_hyperparameters
+from lightkit.parameter_server.job import Table, allocate, write_numbers
 
 
 class Shard:
@@ -32,6 +33,7 @@ class Shard:
         self.parameters = [nn.Parameter(view) for view in views]
         # Groups keep their numbers: a worker may have some whose parameters are all on other servers.
         self._groups = sorted({p.group for p in table.parameters})
+        self._numbers = table.numbers
         self.optimizer = self._make_optimizer(table, options) if self.parameters else None
 
     def _make_optimizer(self, table: Table, options: list[dict[str, Any]]) -> Optimizer:
@@ -41,8 +43,13 @@ class Shard:
                 f"{table.optimizer} cannot be the optimizer of a parameter server: it does not step once "
                 "for each gradient"
             )
-        if not all(0 <= group < len(options) for group in self._groups):
+        if not all(0 <= group < len(options) == len(table.numbers) for group in self._groups):
             raise ConfigError(f"there are options of {len(options)} groups, and parameters in group {self._groups[-1]}")
+        for number in self._groups:
+            for name, position in table.numbers[number]:
+                option = options[number].get(name)
+                if not (_is_within(position, option) if position >= 0 else isinstance(option, (int, float))):
+                    raise ConfigError(f"the options of group {number} have no number {name!r} at {position}")
         groups = []
         for number in self._groups:
             given = {k: tuple(v) if isinstance(v, list) else v for k, v in options[number].items()}
@@ -56,9 +63,9 @@ class Shard:
         except (TypeError, ValueError) as error:
             raise ConfigError(f"the server cannot make {table.optimizer}: {error}") from None
 
-    def count_hyperparameters(self) -> int:
+    def count_numbers(self) -> int:
         """How many numbers come with a push to say what the optimizer's options are."""
-        return len(hyperparameters(self.optimizer.param_groups)) if self.optimizer else 0
+        return sum(len(self._numbers[number]) for number in self._groups)
 
     def step(self, gradients: Sequence[Tensor], present: Sequence[bool], numbers: Sequence[float]) -> None:
         """Updates the parameters that have a gradient.
@@ -66,13 +73,16 @@ class Shard:
         Args:
             gradients: one for each parameter.
             present: which of them there are.
-            numbers: the options of the groups here, as `lightkit.parameter_server.job.hyperparameters` gives them.
+            numbers: the options of the groups here, one after the other as `read_numbers` gives them.
         """
         if self.optimizer is None:
             return
         for parameter, gradient, there in zip(self.parameters, gradients, present, strict=True):
             parameter.grad = gradient if there else None
-        set_hyperparameters(self.optimizer.param_groups, numbers)
+        remaining = iter(numbers)
+        for number, group in zip(self._groups, self.optimizer.param_groups, strict=True):
+            where = self._numbers[number]
+            write_numbers(group, where, itertools.islice(remaining, len(where)))
         self.optimizer.step()
 
     def state(self) -> list[dict[str, Any]]:
@@ -118,3 +128,7 @@ class Shard:
         for group, seed in zip(self.optimizer.param_groups if self.optimizer else [], snapshot["seeds"], strict=True):
             if seed is not None:
                 group["rounding_seed"] = seed
+
+
+def _is_within(position: int, option: Any) -> bool:
+    return isinstance(option, (list, tuple)) and position < len(option)

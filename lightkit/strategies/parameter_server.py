@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -17,10 +18,12 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
 from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore
 from torch.optim import LBFGS, Optimizer
@@ -77,7 +80,8 @@ class ParameterServer(ParallelStrategy):
             ``LIGHTKIT_SECRET``.
         worker: number of this process, where nobody starts the workers together; with ``workers`` and ``addresses``.
         workers: how many those are, which the training data are dealt out to.
-        timeout: seconds without a sign of life after which a worker or server counts as gone.
+        timeout: seconds without a sign of life after which a worker or server counts as gone; longer than a push
+            takes on its way.
 
     Raises:
         ConfigError: values out of range or that do not go together; at the start of a training, what cannot work with
@@ -147,6 +151,8 @@ class ParameterServer(ParallelStrategy):
         self._client: Client | None = None
         self._servers: LocalServers | None = None
         self._pending: dict[int, Exchange] = {}
+        # By table, the versions of the parameters after the servers' were taken.
+        self._taken: dict[int, list[int]] = {}
         self._clipping: dict[int, Clipping] = {}
         self._restored: list[Any] | None = None
         self._fetched: list[Any] | None = None
@@ -205,6 +211,8 @@ class ParameterServer(ParallelStrategy):
     def setup_environment(self) -> None:
         """Meets the other workers, and has the servers started."""
         super().setup_environment()
+        if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
+            self._has_trained = False
         reset_seed()
         self.set_world_ranks()
         if self._worker is None and self.world_size > 1 and self._store is None:
@@ -290,6 +298,14 @@ class ParameterServer(ParallelStrategy):
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         """Makes the optimizers, whose steps are the servers' from here on."""
         super().setup_optimizers(trainer)
+        if self._layer_sync is not None:
+            raise ConfigError("ParameterServer: sync_batchnorm has the workers wait for each other; turn it off")
+        for callback in trainer.callbacks:
+            if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
+                raise ConfigError(
+                    f"ParameterServer: {type(callback).__name__} writes to weights that are the servers'; for an "
+                    "average use ema_decay of lightkit's optimizers"
+                )
         if getattr(self.precision_plugin, "scaler", None) is not None:
             raise ConfigError(
                 "ParameterServer: precision 16-mixed scales gradients by a factor of each worker's own; use bf16-mixed "
@@ -322,11 +338,24 @@ class ParameterServer(ParallelStrategy):
                 raise ConfigError(f"ParameterServer: {names[parameter]} is a parameter of two optimizers")
             seen.add(parameter)
         tables = [Table.of(optimizer, names) for optimizer in self.optimizers]
+        # Of a training within this one, such as the search for a learning rate.
+        self._leave()
         addresses, secret = self._find_servers()
         job = Job(tables, workers=self.world_size, **self._settings)
         self._client = Client(addresses, secret, self.global_rank, job, self._timeout)
         values = [[p.detach() for p in _parameters_of(optimizer)] for optimizer in self.optimizers]
-        self._client.start([options_of(o) for o in self.optimizers], values, self._restored)
+        options = [options_of(optimizer) for optimizer in self.optimizers]
+        if not self._client.start(options, values, self._restored) and self.is_global_zero:
+            if self._restored is not None:
+                raise ConfigError(
+                    f"the parameter servers at {', '.join(addresses)} are in the middle of a training already, and "
+                    "would go on with that instead of with the checkpoint: start them anew, without what their "
+                    "directory holds"
+                )
+            rank_zero_warn(
+                f"the parameter servers at {', '.join(addresses)} are in the middle of a training: going on with the "
+                "parameters that they have"
+            )
         self._restored = self._fetched = None
         for table in range(len(tables)):
             self._take(table, self._client.pull(table))
@@ -334,21 +363,27 @@ class ParameterServer(ParallelStrategy):
         self._is_training = True
 
     def _find_servers(self) -> tuple[list[str], str]:
+        own = os.environ.get(SECRET, "")
         if self._addresses is not None:
-            secret = os.environ.get(SECRET, "")
-            if not secret:
+            if not own:
                 raise ConfigError(f"addresses need the servers' secret in the environment: {SECRET}")
-            return self._addresses, secret
+            return self._addresses, own
+        if self.num_nodes > 1 and not own:
+            raise ConfigError(
+                f"a parameter server that other machines reach needs a secret in the environment of all: {SECRET}"
+            )
         found = None
         if self.is_global_zero:
-            secret = os.environ.get(SECRET) or secrets.token_hex(16)
+            secret = own or secrets.token_hex(16)
             host = "127.0.0.1" if self.num_nodes == 1 else self.cluster_environment.main_address
             self._servers = LocalServers(
                 self._servers_wanted, secret, self._directory_for_snapshots(), host, self._timeout
             )
-            found = [self._servers.addresses, secret]
+            # Anybody can read what is told here: one that was chosen stays untold, one made up is for servers that
+            # this machine alone can reach.
+            found = [self._servers.addresses, "" if own else secret]
         addresses, secret = self.broadcast(found)
-        return addresses, secret
+        return addresses, secret or own
 
     def _directory_for_snapshots(self) -> Path | None:
         if not self._settings["snapshot_every"]:
@@ -373,6 +408,7 @@ class ParameterServer(ParallelStrategy):
         """Sends the gradients of an optimizer's parameters, and takes what comes back."""
         if self._client is None:
             raise ConfigError("ParameterServer: an optimizer was stepped before the training began")
+        self._check_unwritten(index, optimizer)
         self._drain(index)
         self._fetched = None
         clipping = self._clipping.pop(index, Clipping())
@@ -393,6 +429,28 @@ class ParameterServer(ParallelStrategy):
             self._drain(index)
         if own_norm is not None and self._client.norm is not None:
             optimizer._grad_norm = self._client.norm
+        if clipping.skip_nonfinite and not math.isfinite(self._client.norm):
+            optimizer.skipped_steps += 1
+
+    def _check_unwritten(self, index: int, optimizer: Optimizer) -> None:
+        """What somebody wrote to the parameters would be gone with the next answer of the servers."""
+        parameters = _parameters_of(optimizer)
+        taken = self._taken[index]
+        if len(parameters) != len(taken):
+            raise ConfigError(
+                "ParameterServer: the optimizer has got other parameters since the training began, of which the "
+                "servers know nothing"
+            )
+        for number, (parameter, version) in enumerate(zip(parameters, taken, strict=True)):
+            if parameter._version == version:
+                continue
+            # Swapped out for a while, and back: what was taken last is at hand while no push is under way.
+            same = index not in self._pending and torch.equal(parameter.cpu(), self._client.parameters(index)[number])
+            if not same:
+                raise ConfigError(
+                    "ParameterServer: between two steps somebody wrote to the parameters of the optimizer, which the "
+                    "servers have and would not hear of"
+                )
 
     def _drain(self, index: int | None = None) -> None:
         """Waits for what is under way, and takes it."""
@@ -402,7 +460,9 @@ class ParameterServer(ParallelStrategy):
 
     @torch.no_grad()
     def _take(self, table: int, values: Sequence[Tensor]) -> None:
-        torch._foreach_copy_([p.detach() for p in _parameters_of(self.optimizers[table])], list(values))
+        parameters = _parameters_of(self.optimizers[table])
+        torch._foreach_copy_([p.detach() for p in parameters], list(values))
+        self._taken[table] = [p._version for p in parameters]
 
     def on_validation_start(self) -> None:
         """What is validated has all that this worker has pushed."""
@@ -412,6 +472,8 @@ class ParameterServer(ParallelStrategy):
         """Waits until no worker pushes any more, and leaves all of them with what came of it."""
         self._drain()
         self._client.finish()
+        # Others may have pushed since the last checkpoint.
+        self._fetched = None
         self._fetch()
         if not self.is_global_zero:
             self._load_states()
@@ -477,16 +539,24 @@ class ParameterServer(ParallelStrategy):
 
     def teardown(self) -> None:
         """Leaves the servers."""
-        if self._client is not None:
-            self._traffic = self._client.traffic
-            self._client.leave()
-        self._stop(_ORDER)
+        self._leave()
         for optimizer in self.optimizers:
             vars(optimizer).pop("step", None)
             vars(optimizer).pop("lightkit_push", None)
         vars(self.precision_plugin).pop("clip_gradients", None)
-        self._client = None
+        self._is_training = False
+        self._restored = self._fetched = None
         super().teardown()
+
+    def _leave(self) -> None:
+        if self._client is not None:
+            self._traffic = self._client.traffic
+            self._client.leave()
+            self._client = None
+        self._stop(_ORDER)
+        self._pending.clear()
+        self._clipping.clear()
+        self._taken.clear()
 
     def _stop(self, seconds: float) -> None:
         if self._servers is not None:
