@@ -55,7 +55,7 @@ class Training:
         job = job_of(self.model, self.optimizer, **settings)
         self.rank, self.workers = rank, job.workers
         self.client = Client(addresses, secret, rank, job, timeout, patience)
-        self.client.start([options_of(self.optimizer)], [[p.detach() for p in self.parameters]])
+        self.begun = self.client.start([options_of(self.optimizer)], [[p.detach() for p in self.parameters]])
         self.take(self.client.pull(0))
 
     @torch.no_grad()

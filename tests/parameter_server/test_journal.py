@@ -1,0 +1,139 @@
+"""What a server keeps on the disk: of one server, no longer than needed, and whole after any failure."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightkit.errors import CheckpointError, ConfigError
+from lightkit.parameter_server.journal import Journal
+
+sys.path.insert(0, str(Path(__file__).parent))
+from workers import ServerProcess, Training
+
+GRADIENT = [torch.arange(1000.0)]
+
+
+def updates(directory):
+    journal = Journal(directory)
+    journal.load()
+    return [update["number"] for update, _ in journal.replay()]
+
+
+def test_one_server_a_directory(tmp_path):
+    """A second one is told, and does not write to the log of the first."""
+    first = Journal(tmp_path / "place")
+    with pytest.raises(ConfigError, match=r"another parameter server has the directory .*place"):
+        Journal(tmp_path / "place")
+    first.clear()
+    assert not (tmp_path / "place").exists()
+
+
+def test_for_this_user_alone(tmp_path):
+    """Parameters are nobody else's to read."""
+    journal = Journal(tmp_path / "place")
+    journal.snapshot({})
+    assert (tmp_path / "place").stat().st_mode & 0o077 == 0
+
+
+def test_what_an_end_in_the_middle_leaves(tmp_path):
+    """Between a new snapshot and the removal of the old one: it does not come back, in this job or the next."""
+    journal = Journal(tmp_path)
+    journal.snapshot({"number": 0})
+    journal.append({"number": 1}, GRADIENT)
+    (tmp_path / "snapshot-7.pt").write_bytes((tmp_path / "snapshot-0.pt").read_bytes())
+    (tmp_path / ".snapshot-8.pt.abcd").write_bytes(b"half")
+    del journal
+    again = Journal(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"snapshot-7.pt", "lock"}
+    again.clear()
+    assert not tmp_path.exists()
+
+
+class Full:
+    """A log on a disk that has room for so many bytes."""
+
+    def __init__(self, log, room):
+        self._log, self._room = log, room
+
+    def write(self, data):
+        taken = bytes(data)[: self._room]
+        self._room -= len(taken)
+        self._log.write(taken)
+        if len(taken) < len(data):
+            self._log.flush()
+            raise OSError(28, "No space left on device")
+
+    def __getattr__(self, name):
+        return getattr(self._log, name)
+
+
+@pytest.mark.parametrize("room", [0, 10, 50, 2000])
+def test_a_full_disk(tmp_path, room):
+    """An update that did not fit is an error, and hides none of those that come after it."""
+    journal = Journal(tmp_path)
+    journal.snapshot({})
+    journal.append({"number": 1}, GRADIENT)
+    log = journal._log
+    journal._log = Full(log, room)
+    with pytest.raises(OSError, match="No space left"):
+        journal.append({"number": 2}, GRADIENT)
+    journal.append({"number": 3}, GRADIENT)
+    journal._lock.close()
+    assert updates(tmp_path) == [1, 3]
+
+
+def test_a_snapshot_that_does_not_fit(tmp_path, monkeypatch):
+    """The one before it is still the one to come back from, with its log."""
+    import lightkit.parameter_server.journal as module
+
+    journal = Journal(tmp_path)
+    journal.snapshot({"number": 0})
+
+    def full(*unused):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_atomically", full)
+        with pytest.raises(OSError, match="No space left"):
+            journal.snapshot({"number": 1})
+    journal.append({"number": 2}, GRADIENT)
+    journal._lock.close()
+    again = Journal(tmp_path)
+    assert again.load() == {"number": 0}
+    assert [update for update, _ in again.replay()] == [{"number": 2}]
+
+
+def test_a_damaged_snapshot(tmp_path):
+    """Named by its path."""
+    (tmp_path / "snapshot-0.pt").write_bytes(b"nothing of the kind")
+    with pytest.raises(CheckpointError, match=r"snapshot-0\.pt is damaged"):
+        Journal(tmp_path).load()
+
+
+@pytest.mark.slow
+def test_the_log_does_not_fill_the_disk(tmp_path):
+    """Long before 1000 updates a snapshot takes its place, and the server comes back from there."""
+    server = ServerProcess(tmp_path / "server")
+    try:
+        training = Training([server.address], 0, mode="async", snapshot_every=1000)
+        largest = 0
+        for step in range(150):
+            training.step(step)
+            largest = max(largest, sum(path.stat().st_size for path in (tmp_path / "server").iterdir()))
+        (snapshot,) = (tmp_path / "server").glob("snapshot-*.pt")
+        assert int(snapshot.stem.partition("-")[2]) > 0
+        assert largest < 12 * snapshot.stat().st_size
+        before = torch.cat([p.detach().flatten() for p in training.parameters])
+        server.kill()
+        server.start()
+        training.take(training.client.pull(0))
+        assert torch.equal(before, torch.cat([p.detach().flatten() for p in training.parameters]))
+        training.end()
+        assert server.process.wait(20) == 0
+    finally:
+        server.stop()
+    assert not (tmp_path / "server").exists()
