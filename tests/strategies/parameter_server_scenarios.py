@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+import time
 from pathlib import Path
 
+import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
-from scenarios import Module, fit, loader, network
+from lightning.pytorch.callbacks import Callback
+from scenarios import Module, dealt, fit, loader, network
 
 from lightkit.optim import SGD
 from lightkit.strategies import ParameterServer
@@ -48,6 +52,42 @@ class Manual(Module):
         return [torch.optim.SGD(net.parameters(), lr=0.1) for net in (self.net, self.other)]
 
 
+class Uneven(Module):
+    """Whose second worker is slower."""
+
+    def training_step(self, batch, batch_idx):
+        time.sleep(0.02 * self.global_rank)
+        return super().training_step(batch, batch_idx)
+
+
+class Fails(Callback):
+    """Once, at the third batch."""
+
+    has_failed = False
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 2 and not self.has_failed:
+            self.has_failed = True
+            raise RuntimeError("once")
+
+
+def again():
+    """A training that fails, and another one by the same Trainer."""
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy="parameter_server",
+        callbacks=[Fails()],
+        max_epochs=2,
+        **dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False),
+    )
+    with contextlib.suppress(RuntimeError):
+        trainer.fit(Module(), dealt(trainer.global_rank, 2))
+    module = Module()
+    trainer.fit(module, dealt(trainer.global_rank, 2))
+    return {"state": module.state_dict()}
+
+
 class Quasi(Module):
     """With an optimizer that evaluates the model several times a step."""
 
@@ -73,6 +113,8 @@ def main(directory: Path) -> None:
         "loader": fit("parameter_server", train=loader),
         "async": fit("parameter_server_async", validate=True),
         "bounded": fit(ParameterServer(mode="bounded", staleness=1, compression="topk", fraction=0.5)),
+        "saved last": fit("parameter_server_async", directory / "last", module=Uneven(), every=14),
+        "again": again(),
         "lbfgs": fit("parameter_server", module=Quasi()),
         "whole": fit("parameter_server", whole, every=4),
         "resumed": fit("parameter_server", resumed, every=4, ckpt_path=whole / "step=8.ckpt"),

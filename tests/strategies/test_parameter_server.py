@@ -10,13 +10,17 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, LearningRateFinder, StochasticWeightAveraging
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lightkit.errors import ConfigError
+from lightkit.optim import SGD
 from lightkit.strategies import ParameterServer
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
 import scenarios
+from faulty import servers_of
 from scenarios import Module, dealt
 
 SCRIPT = Path(scenarios.__file__).with_name("parameter_server_scenarios.py")
@@ -97,12 +101,19 @@ def test_traffic(ranks):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["async", "bounded", "manual, async", "accumulated", "loader"])
+@pytest.mark.parametrize("name", ["async", "bounded", "manual, async", "accumulated", "loader", "saved last"])
 def test_workers_end_with_the_same(ranks, name):
     """Whatever they did meanwhile, all workers end with what the servers have."""
     one, two = (weights(rank[name]) for rank in ranks)
     assert torch.equal(one, two) and torch.isfinite(one).all()
     assert name == "manual, async" or not torch.equal(one, weights(ranks[0]["sync"]))
+
+
+@pytest.mark.slow
+def test_after_a_training_that_failed(ranks):
+    """The same Trainer trains again, as if nothing had been."""
+    for rank in ranks:
+        assert torch.equal(weights(rank["again"]), weights(ranks[0]["sync"]))
 
 
 @pytest.mark.slow
@@ -173,6 +184,142 @@ def test_addresses_need_a_secret(monkeypatch):
     strategy = ParameterServer(addresses=["127.0.0.1:29600"], worker=0, workers=1)
     with pytest.raises(ConfigError, match="LIGHTKIT_SECRET"):
         one_device(strategy=strategy).fit(Module(), dealt())
+
+
+def alone(strategy=None, module=None, **options):
+    """A training with one worker, and its module."""
+    module = module or Module()
+    trainer = one_device(strategy=strategy or ParameterServer(), **options)
+    trainer.fit(module, dealt(), dealt())
+    return module
+
+
+class Does(Callback):
+    """Something in a hook."""
+
+    def __init__(self, **hooks):
+        for name, action in hooks.items():
+            setattr(self, name, lambda trainer, module, *_, action=action: action(module))
+
+
+def clamp(module):
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.clamp_(-0.05, 0.05)
+
+
+def thaw(module):
+    module.optimizers().add_param_group({"params": [torch.nn.Parameter(torch.zeros(2))]})
+
+
+@pytest.mark.parametrize(
+    ("hooks", "expected"),
+    [
+        ({"on_train_batch_end": clamp}, "somebody wrote to the parameters"),
+        ({"on_train_batch_end": thaw}, "has got other parameters since the training began"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_what_the_servers_would_not_hear_of(mode, hooks, expected):
+    """An error, and not a training that is silently another one."""
+    with pytest.raises(ConfigError, match=expected):
+        alone(ParameterServer(mode), callbacks=[Does(**hooks)])
+
+
+def test_swapped_and_back():
+    """Other weights for the time of a validation, as averages are, change nothing."""
+    kept = {}
+
+    def swap(module):
+        kept.update({name: p.detach().clone() for name, p in module.named_parameters()})
+        clamp(module)
+
+    def back(module):
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                parameter.copy_(kept[name])
+
+    swapping = Does(on_validation_start=swap, on_validation_end=back)
+    options = {"val_check_interval": 3, "num_sanity_val_steps": 0}
+    one, two = alone(callbacks=[swapping], **options), alone(**options)
+    assert all(map(torch.equal, one.parameters(), two.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"callbacks": [EMAWeightAveraging()]}, "EMAWeightAveraging writes to weights that are the servers'"),
+        ({"callbacks": [StochasticWeightAveraging(0.1)]}, "StochasticWeightAveraging writes to weights"),
+        ({"sync_batchnorm": True, "module": Module(norm=True)}, "sync_batchnorm has the workers wait"),
+    ],
+)
+def test_what_cannot_work_with_it(options, expected):
+    """Said before the first step."""
+    with pytest.raises(ConfigError, match=expected):
+        alone(**options)
+
+
+def test_nothing_is_left_behind(tmp_path):
+    """Neither of a training that fails, nor of one within another, as of a search for the learning rate."""
+
+    def fail(module):
+        raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        alone(callbacks=[Does(on_train_batch_end=fail)], default_root_dir=tmp_path)
+    assert not list(tmp_path.iterdir()) and not servers_of(os.getpid())
+    alone(
+        module=WithRate(),
+        callbacks=[LearningRateFinder(num_training_steps=5)],
+        default_root_dir=tmp_path,
+        enable_checkpointing=True,
+    )
+    assert not list(tmp_path.glob("parameter_servers*")) and not servers_of(os.getpid())
+
+
+class WithRate(Module):
+    """With a rate that can be searched for, and lightkit's optimizer."""
+
+    lr = 0.1
+
+    def configure_optimizers(self):
+        return SGD(self.parameters(), lr=self.lr, skip_nonfinite=True)
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_skipped_steps_are_counted(mode):
+    """By the optimizer, as where it steps itself."""
+
+    class Infinite(WithRate):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * (float("inf") if batch_idx in (2, 5) else 1.0)
+
+    module = alone(ParameterServer(mode), Infinite())
+    assert module.optimizers(use_pl_optimizer=False).skipped_steps == 2
+    assert all(torch.isfinite(p).all() for p in module.parameters())
+
+
+@pytest.mark.parametrize("secret", [None, "of the user"])
+def test_a_secret_that_was_chosen_is_not_told(monkeypatch, secret):
+    """The workers have it from the environment; what they tell each other anybody can read."""
+    told = []
+    broadcast = ParameterServer.broadcast
+    monkeypatch.setattr(ParameterServer, "broadcast", lambda self, x, src=0: told.append(x) or broadcast(self, x, src))
+    if secret is None:
+        monkeypatch.delenv("LIGHTKIT_SECRET", raising=False)
+    else:
+        monkeypatch.setenv("LIGHTKIT_SECRET", secret)
+    alone()
+    assert "of the user" not in str(told) and ("127.0.0.1" in str(told))
+
+
+def test_several_machines_need_a_secret(monkeypatch):
+    """One that was made up would have to be told over the network."""
+    monkeypatch.delenv("LIGHTKIT_SECRET", raising=False)
+    strategy = ParameterServer()
+    strategy.num_nodes = 2
+    with pytest.raises(ConfigError, match="needs a secret in the environment of all"):
+        strategy._find_servers()
 
 
 def test_mixed_precision_with_a_scaler_is_refused():
