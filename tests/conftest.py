@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+import torch
 from hypothesis import settings
 
 from lightkit.native import compile
@@ -25,6 +27,15 @@ settings.load_profile("lightkit")
 def kernels() -> None:
     """Compiled before the first test, not in the time that some test gives to a process that it starts."""
     compile.build()
+
+
+@pytest.fixture
+def leaves_no_process_group() -> Iterator[None]:
+    """Lightning's strategies leave theirs, and its address in the environment, to the end of the process."""
+    with patch.dict(os.environ):
+        yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture

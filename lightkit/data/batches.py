@@ -74,10 +74,11 @@ class TensorBatches:
     @property
     def num_samples(self) -> int:
         """Samples of an epoch in this process."""
+        return self._num_samples(self.world_size)
+
+    def _num_samples(self, world_size: int) -> int:
         total = len(self.tensors[0])
-        if self.shuffle:
-            return -(-total // self.world_size)
-        return len(range(self.rank, total, self.world_size))
+        return -(-total // world_size) if self.shuffle else len(range(self.rank, total, world_size))
 
     def __len__(self) -> int:
         return -(-self.num_samples // self.batch_size)
@@ -125,20 +126,31 @@ class TensorBatches:
 
     def state_dict(self) -> dict[str, Any]:
         """The epoch, and how many of its batches, of which size, have been handed out."""
-        return {"epoch": self._epoch, "batch": self._batch, "batch_size": self.batch_size}
+        return {
+            "epoch": self._epoch,
+            "batch": self._batch,
+            "batch_size": self.batch_size,
+            "world_size": self.world_size,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The next iteration goes on from there, unless `set_epoch` says it is another epoch.
 
+        With another number of processes, what all of them together have had counts. Where that is no whole number of
+        their batches now, a part of one comes again.
+
         Raises:
             DataError: the position is in the middle of an epoch, in batches of another size.
         """
-        at_its_end = state["batch"] * state["batch_size"] >= self.num_samples
-        if not at_its_end and state["batch_size"] != self.batch_size:
+        world_size = state.get("world_size", self.world_size)
+        taken = state["batch"] * state["batch_size"]
+        at_its_end = taken >= self._num_samples(world_size)
+        same_together = state["batch_size"] * world_size == self.batch_size * self.world_size
+        if not at_its_end and state["batch_size"] != self.batch_size and not same_together:
             raise DataError(
                 f"batch_size is {self.batch_size}, but the run to go on with was saved with batches of "
                 f"{state['batch_size']}: its place in the data is counted in those"
             )
         self._epoch = int(state["epoch"])
-        self._batch = len(self) if at_its_end else int(state["batch"])
+        self._batch = len(self) if at_its_end else taken * world_size // (self.batch_size * self.world_size)
         self._resuming = True

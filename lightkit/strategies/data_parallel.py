@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.overrides.distributed import _register_ddp_comm_hook
+from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -56,11 +58,26 @@ class DataParallel(Parallel):
     def configure_ddp(self) -> None:
         """Wraps the module."""
         super().configure_ddp()
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        self._gradient_bytes = sum(p.numel() * p.element_size() for p in trained)
-        self._gradient_count = sum(p.numel() for p in trained)
-        self.model = self._setup_model(self.model)
+        self._wrap(self.model)
+
+    def _wrap(self, module: nn.Module) -> None:
+        self._trained = [p for p in module.parameters() if p.requires_grad]
+        self._gradient_bytes = sum(p.numel() * p.element_size() for p in self._trained)
+        self._gradient_count = sum(p.numel() for p in self._trained)
+        self.model = self._setup_model(module)
         self._register_ddp_hooks()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Between epochs somebody may have frozen parameters or thawed some, which torch's wrapper does not notice."""
+        if batch_idx == 0 and isinstance(self.model, DistributedDataParallel):
+            trained = [p for p in self.lightning_module.parameters() if p.requires_grad]
+            if len(trained) != len(self._trained) or any(
+                a is not b for a, b in zip(trained, self._trained, strict=True)
+            ):
+                module, self.model = self.model.module, None
+                # Its hooks at the parameters must be gone before there are others.
+                gc.collect()
+                self._wrap(module)
 
     def _register_ddp_hooks(self) -> None:
         if self.compression in _HALF:

@@ -55,7 +55,8 @@ class LocalSGD(Parallel):
             raise ConfigError(f"period must be a whole number of steps, at least 1, got {period!r}")
         super().__init__(**options)
         self.period = period
-        self._own_steps = 0
+        # Of the first optimizer, since the last average; and whether any has stepped.
+        self._own_steps, self._has_stepped = 0, False
         # Whether the weights of all workers are the same, and every worker knows.
         self._agreed = True
         self._trained: list[Tensor] = []
@@ -71,7 +72,7 @@ class LocalSGD(Parallel):
                 f"{name}: precision 16-mixed gives each worker a loss scale of its own; use bf16-mixed or 32-true"
             )
         _sync_module_states(self.lightning_module)
-        self._own_steps, self._agreed, self._trained = 0, True, []
+        self._own_steps, self._has_stepped, self._agreed, self._trained = 0, False, True, []
         self._collect()
 
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
@@ -101,10 +102,10 @@ class LocalSGD(Parallel):
 
     def after_step(self, optimizer: Optimizer) -> None:
         """The average, after a period of this worker's own steps or at the end of an epoch."""
+        self._agreed, self._has_stepped = False, True
         if optimizer is self.optimizers[0] or optimizer is self._lightning_optimizers[0]:
             self.count_step()
             self._own_steps += 1
-            self._agreed = False
             if self.lightning_module.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
                 self._average("end")
             elif self._own_steps >= self.period:
@@ -117,7 +118,7 @@ class LocalSGD(Parallel):
             at: ``period``; ``pause`` where what follows needs all workers at once; ``end`` of an epoch.
         """
         while True:
-            facts = torch.tensor([self._own_steps > 0, at == "pause", at == "end"], device=self.root_device).float()
+            facts = torch.tensor([self._has_stepped, at == "pause", at == "end"], device=self.root_device).float()
             dist.all_reduce(facts)
             workers, pausing, ended = map(int, facts.tolist())
             if 0 < pausing < self.world_size:
@@ -126,8 +127,8 @@ class LocalSGD(Parallel):
                     "needs equally many batches in each; validate and save at the end of epochs"
                 )
             if workers:
-                self._merge(self._own_steps > 0, workers)
-            self._own_steps = 0
+                self._merge(self._has_stepped, workers)
+            self._own_steps, self._has_stepped = 0, False
             if at != "end" or ended == self.world_size:
                 break
         self._agreed = at != "period"

@@ -103,6 +103,47 @@ def test_resume_with_another_batch_size():
     assert numbers(other) == numbers(original)
 
 
+@pytest.mark.parametrize("shuffle_seed", [0, 1])
+@pytest.mark.parametrize(
+    ("before", "after"), [((1, 8), (2, 4)), ((2, 4), (1, 8)), ((2, 4), (1, 4)), ((1, 4), (2, 4)), ((4, 2), (2, 2))]
+)
+def test_resume_with_another_number_of_processes(before, after, shuffle_seed):
+    """What is left of the epoch is dealt out anew: no sample is left out, none comes twice.
+
+    But for a part of a batch, where the place is none of the new batches'.
+    """
+    total = 64
+
+    def loaders(world, size):
+        return [
+            TensorBatches([torch.arange(total)], size, shuffle=True, seed=shuffle_seed, rank=rank, world_size=world)
+            for rank in range(world)
+        ]
+
+    first = loaders(*before)
+    taken = []
+    for loader in first:
+        iterator = iter(loader)
+        for _ in range(3):
+            taken += next(iterator)[0].tolist()
+    second = loaders(*after)
+    for loader in second:
+        loader.load_state_dict(first[0].state_dict())
+    rest = [number for loader in second for number in numbers(loader)]
+    together = after[0] * after[1]
+    again = len(taken) % together
+    assert sorted(set(taken) | set(rest)) == list(range(total))
+    assert len(taken) + len(rest) == total + again
+    # At the end of an epoch there is nothing to be dealt out: any size will do.
+    whole = loaders(*before)
+    for loader in whole:
+        numbers(loader)
+    for loader in loaders(after[0], after[1] + 1):
+        loader.load_state_dict(whole[0].state_dict())
+        loader.set_epoch(1)
+        assert len(numbers(loader)) == total // after[0]
+
+
 @pytest.mark.parametrize(
     ("tensors", "size", "message"),
     [

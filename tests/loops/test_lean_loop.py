@@ -9,7 +9,7 @@ import itertools
 import os
 import pickle
 import signal
-from unittest.mock import Mock, patch
+from unittest.mock import Mock
 
 import lightning.pytorch as pl
 import pytest
@@ -482,15 +482,6 @@ class Unsized(IterableDataset):
 
 class OwnStrategy(DDPStrategy):
     """Of somebody who may do more in a step than the class it comes from."""
-
-
-@pytest.fixture
-def leaves_no_process_group():
-    """Lightning's strategies leave theirs, and its address in the environment, to the end of the process."""
-    with patch.dict(os.environ):
-        yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(

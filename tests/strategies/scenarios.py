@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightkit.callbacks import LeanLoop
 from lightkit.data import TensorBatches
 from lightkit.strategies import DiLoCo, LocalSGD
 
@@ -54,6 +55,34 @@ class Module(pl.LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=self.momentum)
+
+
+class Two(Module):
+    """Two networks with an optimizer each, stepped by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = network()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        for net, optimizer in zip((self.net, self.other), self.optimizers(), strict=True):
+            optimizer.zero_grad()
+            self.manual_backward(F.cross_entropy(net(batch[0]), batch[1]))
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(net.parameters(), lr=0.1) for net in (self.net, self.other)]
+
+
+class Thawing(Module):
+    """Trains its first layer from the second epoch on."""
+
+    def setup(self, stage):
+        self.net[0].requires_grad_(False)
+
+    def on_train_epoch_start(self):
+        self.net[0].requires_grad_(self.current_epoch > 0)
 
 
 class Wrapped(Module):
@@ -146,6 +175,10 @@ def main(directory: Path) -> None:
         "diloco as local_sgd": fit(DiLoCo(period=3, outer_lr=1.0, outer_momentum=0.0), validate=True),
         "norm": fit(LocalSGD(period=3), module=Module(norm=True)),
         "accumulate": fit(LocalSGD(period=2), accumulate_grad_batches=2),
+        "two optimizers": fit(LocalSGD(period=3), module=Two(), validate=True),
+        "two optimizers, diloco": fit(DiLoCo(period=3), module=Two(), validate=True),
+        "thawing": fit("data_parallel", module=Thawing(momentum=0), max_epochs=3),
+        "thawing, lean": fit("data_parallel_bf16", module=Thawing(), max_epochs=3, callbacks=[LeanLoop()]),
         "uneven": fit(LocalSGD(period=3), validate=True, **alone),
         "uneven diloco": fit(DiLoCo(period=2), validate=True, **alone),
         "uneven data_parallel": fit("data_parallel", **alone),
