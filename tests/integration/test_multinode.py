@@ -159,6 +159,7 @@ def test_killed_while_it_writes_a_checkpoint(tmp_path):
     events = diary(tmp_path)
     (kill,) = [event for event in events if event["what"] == "kill"]
     assert kill["step"] == 2
+    assert sorted(os.listdir(run / "checkpoints")) == ["best.ckpt", "last.ckpt"]
     assert sorted(event["step"] for event in events if event["what"] == "start") == [0, 0, 1, 1]
 
 
@@ -192,7 +193,11 @@ def test_restart_after_the_training(tmp_path):
     """Killed in the test, a job goes on there: it has its weights, and no epoch is left to do."""
     result = torchrun(tmp_path, *job(tmp_path, "trainer.max_epochs=1", rank=0, epoch=-1))
     run = only_run(tmp_path)
-    assert "continuing" in result.stdout and "test/accuracy" in json.loads((run / "metrics.json").read_text())
+    assert "continuing" in result.stdout
+    metrics = json.loads((run / "metrics.json").read_text())
+    # What the process that was killed had found out, too.
+    assert metrics.keys() >= {"test/accuracy", "val/loss", "train/loss", "train/images_per_second", "wall_seconds"}
+    assert metrics["epochs"] == 1
 
 
 @pytest.mark.parametrize("lacking", ["store", "id"])
