@@ -66,7 +66,15 @@ def start_job(network, directory, nodes, arguments):
     """Starts the command that the launcher prints, on both machines."""
     started = []
     for rank in (0, 1):
-        words = ["torchrun", f"--nodes={nodes}", f"--endpoint={ENDPOINT}", f"--node-rank={rank}", "--", *arguments]
+        words = [
+            "torchrun",
+            f"--nodes={nodes}",
+            f"--endpoint={ENDPOINT}",
+            f"--node-rank={rank}",
+            "--id=job",
+            "--",
+            *arguments,
+        ]
         line = subprocess.run(
             ["ip", "netns", "exec", network.names[rank], sys.executable, "-m", "lightkit.launch", *words],
             capture_output=True,
@@ -296,6 +304,22 @@ def test_check_with_a_missing_node(network, tmp_path, rank):
         1: "that machine is there, but nothing listens on the port",
     }
     assert expected[rank] in result.said[0]
+
+
+@needs_namespaces
+def test_check_with_different_numbers_of_nodes(network, tmp_path):
+    """Both say what is wrong, and not that somebody is missing."""
+    command = [sys.executable, "-m", "lightkit.launch", "check", f"--endpoint={ENDPOINT}", "--interface=cable"]
+    started = [
+        network.start(
+            rank, [*command, f"--nodes={nodes}", f"--node-rank={rank}", "--timeout=8"], tmp_path, tmp_path / str(rank)
+        )
+        for rank, nodes in enumerate((3, 2))
+    ]
+    assert [process.wait(60) for process in started] == [1, 1]
+    for rank in (0, 1):
+        expected = "error: node 1 was told of 2 nodes and node 0 of 3: pass the same --nodes everywhere"
+        assert expected in (tmp_path / str(rank)).read_text()
 
 
 @needs_namespaces
