@@ -215,7 +215,7 @@ def job_on_two_machines(nodes: str, cut: bool, **faults: Any) -> Callable[[Path]
             started = []
             for rank, name in enumerate(network.names):
                 words = ["torchrun", f"--nodes={nodes}", f"--endpoint={Network.addresses[0]}:{PORT}"]
-                words += [f"--node-rank={rank}", "--", *arguments_of(directory, **faults)]
+                words += [f"--node-rank={rank}", "--id=faults", "--", *arguments_of(directory, **faults)]
                 launch = ["ip", "netns", "exec", name, sys.executable, "-m", "lightkit.launch", *words]
                 line = subprocess.run(launch, capture_output=True, text=True, check=True).stdout
                 log = directory / f"log{rank}"

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import re
+import signal
 import sys
 import traceback
 import warnings
@@ -20,7 +21,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from hydra.types import RunMode
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -44,8 +45,9 @@ def entry_point(
     """Makes a console command of a function of a configuration.
 
     The command composes ``conf/<config_name>.yaml`` with the overrides on the command line and returns the
-    exit status: 0, or 1 after one message on standard error. ``HYDRA_FULL_ERROR=1`` shows tracebacks too. With
-    ``several_processes`` the function runs in as many as the configuration has devices: see `lightkit.processes`.
+    exit status: 0, or 1 after one message on standard error, 130 and 143 as a shell has them after Ctrl-C and SIGTERM.
+    ``HYDRA_FULL_ERROR=1`` shows tracebacks too. With ``several_processes`` the function runs in as many as the
+    configuration has devices: see `lightkit.processes`.
     """
 
     def decorate(function: Callable[[DictConfig], Any]) -> Callable[[], int]:
@@ -72,9 +74,10 @@ def entry_point(
             try:
                 if several_processes and processes.follows():
                     processes.follow(function)
-                else:
-                    if several_processes:
-                        sys.argv[1:] = processes.command_line()
+                elif not several_processes:
+                    command()
+                elif (arguments := processes.command_line()) is not None:
+                    sys.argv[1:] = arguments
                     command()
                 if several_processes:
                     processes.finish()
@@ -91,6 +94,10 @@ def entry_point(
                     traceback.print_exc()
                 print(f"error: {message}", file=sys.stderr)
                 return 1
+            except SIGTERMException:
+                # A SystemExit that says nothing of a status: who counts on it would take the job for done.
+                print("ended by SIGTERM: ckpt_path=last goes on from the last checkpoint", file=sys.stderr)
+                return 128 + signal.SIGTERM
             except (KeyboardInterrupt, SystemExit) as error:
                 if not _is_interrupt(error):
                     raise
@@ -120,6 +127,8 @@ def _run_started(function: Callable[[DictConfig], Any], config_name: str) -> int
     except _USER_ERRORS as error:
         processes.tell(explain(error, config_name))
         return 1
+    except SIGTERMException:
+        processes.end_by(signal.SIGTERM)
     except (KeyboardInterrupt, SystemExit) as error:
         if not _is_interrupt(error):
             raise

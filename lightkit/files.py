@@ -37,6 +37,15 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
         raise
 
 
+def remove_leftovers(directory: Path, pattern: str) -> None:
+    """Removes what `write_atomically` left of files of such names below a directory when it was killed.
+
+    Nobody must be writing one of them.
+    """
+    for path in directory.rglob(f".{pattern}.????????"):
+        path.unlink(missing_ok=True)
+
+
 def _umask() -> int:
     # The only way to read it is to set it; the mode of a temporary file is stricter than the user asked for.
     mask = os.umask(0o022)

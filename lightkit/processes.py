@@ -81,8 +81,10 @@ def lead(function: Callable[[DictConfig], Any], config: DictConfig, command: lis
     return function(config)
 
 
-def command_line() -> list[str]:
+def command_line() -> list[str] | None:
     """The arguments for the process that leads; after a restart by torchrun, with the directory of the run begun.
+
+    None where nothing was left to do before the restart.
 
     Raises:
         LightkitError: torchrun was started so that a restart could not work.
@@ -127,6 +129,14 @@ def tell(message: str, trace: str = "") -> None:
     """Says what this process dies of to the one that started it."""
     report = {"time": time.time(), "message": message, "trace": trace}
     _torchrun_store().set(f"error/{os.environ['RANK']}", json.dumps(report))
+
+
+def end_by(number: signal.Signals) -> None:
+    """Ends this process by a signal that was caught to put things in order: who started it sees no error of its own."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
 
 
 def leave_at_once(status: int) -> None:
@@ -284,6 +294,8 @@ def _start_and_watch(config: DictConfig, count: int, command: list[str]) -> Any:
         for rank in range(count):
             processes.append(_start(command, rank, count, server.port))
         _watch(processes, store, _survives_lost_workers(config))
+        if not store.check(["result"]):
+            raise LightkitError("process 0 ended without a result")
         return json.loads(store.get("result"))
     except KeyboardInterrupt:
         for process in processes:

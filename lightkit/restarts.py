@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import socket
 import sys
 from dataclasses import asdict, dataclass, field
@@ -22,7 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
 
 from lightkit.errors import CheckpointError, ConfigError
-from lightkit.files import write_atomically
+from lightkit.files import remove_leftovers, write_atomically
 
 # What torchrun calls a job that was given no id.
 _NO_ID = ("", "none")
@@ -39,6 +40,7 @@ class Record:
         directory: Hydra's, of the run or of the sweep.
         is_sweep: whether the job is a sweep.
         begun: directories of the runs begun, each with the time of the latest checkpoint that was there before.
+        overrides: the parameters of each, as Hydra took them: a sweeper may propose others when it is started again.
         done: directories of those that are done, each with the job's result.
         is_finished: whether there is nothing more to do.
     """
@@ -47,6 +49,7 @@ class Record:
     directory: str
     is_sweep: bool
     begun: dict[str, int] = field(default_factory=dict)
+    overrides: dict[str, list[str]] = field(default_factory=dict)
     done: dict[str, float | None] = field(default_factory=dict)
     is_finished: bool = False
 
@@ -55,7 +58,7 @@ class Restarts:
     """The way of one job through its restarts, as the process that composes its configuration sees it.
 
     Raises:
-        ConfigError: torchrun was started so that a restart could not work.
+        ConfigError: torchrun was started so that a restart could not work, or another job has come under the same id.
     """
 
     def __init__(self) -> None:
@@ -63,12 +66,14 @@ class Restarts:
         self._arguments = list(sys.argv[1:])
         self._path = DIRECTORY / f"{_key()}.json"
         self._record = self._read() if is_expected() else None
-        self.is_continued = self._record is not None
 
-    def arguments(self) -> list[str]:
-        """The command line, with the directory of the run that goes on."""
+    def arguments(self) -> list[str] | None:
+        """The command line, with the directory of the run that goes on; None if there is nothing left to do."""
         if self._record is None:
             return self._arguments
+        if self._record.is_finished:
+            print(f"done before the restart: {self._record.directory}")
+            return None
         key = "hydra.sweep.dir" if self._record.is_sweep else "hydra.run.dir"
         # Quoted as Hydra reads it: a name may have a comma or an equals sign in it.
         quoted = re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + ("\\'" if match[2] else ""), self._record.directory)
@@ -87,11 +92,19 @@ class Restarts:
                     file=sys.stderr,
                 )
             self._record = Record(self._arguments, *_hydra_directory(run_dir))
-        if run_dir in self._record.done or self._record.is_finished:
+        overrides = _overrides()
+        if run_dir in self._record.begun:
+            # Whoever was writing is gone.
+            remove_leftovers(Path(run_dir), "*.ckpt")
+            if self._record.overrides.get(run_dir) != overrides:
+                print(f"other parameters than before the restart: beginning anew in {run_dir}", flush=True)
+                self._forget(run_dir)
+        if run_dir in self._record.done:
             print(f"done before the restart: {run_dir}")
             return False
         if run_dir not in self._record.begun:
             self._record.begun[run_dir] = _latest_time(Path(run_dir))
+            self._record.overrides[run_dir] = overrides
             for path in _metrics_of_before(Path(run_dir)):
                 path.unlink()
         elif (path := _own_checkpoint(Path(run_dir), self._record.begun[run_dir])) is not None:
@@ -125,6 +138,14 @@ class Restarts:
         self._record.is_finished = True
         self._write()
 
+    def _forget(self, run_dir: str) -> None:
+        """Lets a run be one that was not begun, without the checkpoints that it wrote."""
+        before = self._record.begun.pop(run_dir)
+        self._record.done.pop(run_dir, None)
+        for path in Path(run_dir).rglob("*.ckpt"):
+            if path.stat().st_mtime_ns > before:
+                path.unlink()
+
     def _read(self) -> Record | None:
         try:
             record = Record(**json.loads(self._path.read_text()))
@@ -136,9 +157,18 @@ class Restarts:
                 "begin anew"
             ) from error
         if self.count > 0:
+            if record.arguments != self._arguments:
+                raise ConfigError(
+                    f"another job uses --rdzv-id={os.environ.get('TORCHELASTIC_RUN_ID')} too, with the arguments "
+                    f"{shlex.join(record.arguments)}: give each job an id of its own"
+                )
             return record
         # All of torchrun may have been started again, by SLURM or Kubernetes, under the id of before.
-        return record if record.arguments == self._arguments and not record.is_finished and _has_id() else None
+        if record.arguments == self._arguments and not record.is_finished and _has_id():
+            return record
+        # At once: if this attempt fails before it has a run, the next one must not take that record for its own.
+        self._path.unlink(missing_ok=True)
+        return None
 
     def _write(self) -> None:
         content = json.dumps(asdict(self._record), indent=2)
@@ -188,6 +218,11 @@ def _hydra_directory(run_dir: str) -> tuple[str, bool]:
     if hydra.mode == RunMode.MULTIRUN:
         return str(Path(hydra.sweep.dir).absolute()), True
     return hydra.runtime.output_dir, False
+
+
+def _overrides() -> list[str]:
+    """What tells apart the runs of a job."""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
 def _checkpoints(run_dir: Path) -> list[Path]:

@@ -16,13 +16,22 @@ from rich.table import Table
 
 from lightkit import __version__, native
 from lightkit.errors import ConfigError
+from lightkit.files import write_atomically
 
 _PACKAGES = ("torch", "lightning", "hydra-core", "torchmetrics", "numpy")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes a dict as indented JSON."""
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    text = json.dumps(content, indent=2) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def read_if_newer(path: Path, than: Path) -> dict[str, Any]:
+    """What `write_json` wrote, if that was after another file; else nothing."""
+    if not path.exists() or path.stat().st_mtime_ns < than.stat().st_mtime_ns:
+        return {}
+    return json.loads(path.read_text())
 
 
 def check_output(path: str | None) -> None:

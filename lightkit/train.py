@@ -87,6 +87,11 @@ def train(config: DictConfig) -> dict[str, Any]:
         if throughput.step is not None:
             metrics |= {f"step/{part} (ms)": value for part, value in throughput.step.items()}
     metrics |= getattr(trainer.strategy, "communication", {})
+    if resume is not None and not trainer.callback_metrics:
+        # No epoch was left, as after a restart in the test: the figures are those of the process that trained.
+        metrics |= results.read_if_newer(run_dir / "metrics.json", than=resume)
+    if trainer.is_global_zero:
+        results.write_json(run_dir / "metrics.json", metrics)
     if config.test and (trainer.is_global_zero or not getattr(trainer.strategy, "evaluates_everything", False)):
         trainer.test(task, datamodule=data, ckpt_path=_best(trainer), verbose=False)
         metrics |= _scalars(trainer)

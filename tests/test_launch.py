@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import os
 import shlex
+import socket
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
+from torch.distributed import HashStore
 
 from lightkit.errors import ConfigError
 from lightkit.launch import addresses, diagnosis
 from lightkit.launch.__main__ import main
-from lightkit.launch.facts import Facts
+from lightkit.launch.check import CheckError, Meeting, _agree, _exchange
+from lightkit.launch.facts import Facts, collect
 from lightkit.launch.job import Job, line, parse_endpoint, parse_nodes
 
 ARGUMENTS = ("+experiment=cnn", 'text="it\'s $HOME"')
+TORCHRUN = ("torchrun", "--nodes=2", "--id=job")
 JOB = Job(arguments=ARGUMENTS, nodes=2, min_nodes=2, processes=4)
 
 # In place of a program: says how it was called.
@@ -43,7 +49,8 @@ def programs(tmp_path, monkeypatch):
         "srun": '#!/bin/bash\nwhile [[ "$1" == --* ]]; do shift; done\n'
         'for node in 0 1; do SLURM_NODEID=$node "$@"; done\n',
         "python": "#!/bin/bash\n"
-        f'if [[ "$*" == *" address "* ]]; then echo eth7 10.0.0.9; elif [[ "$*" == *" check "* ]]; then echo "$@"; '
+        f'if [[ "$*" == *" address "* ]]; then echo eth7 10.0.0.9; elif [[ "$*" == *" check "* ]]; then '
+        'echo "$SRUN_CPUS_PER_TASK $@"; '
         f'else exec {sys.executable} "$@"; fi\n',
     }
     for name, text in stubs.items():
@@ -91,16 +98,17 @@ def test_torchrun_line(programs):
 def test_elastic_line():
     """A job that may lose nodes says so, and does not wait long for one that is gone."""
     elastic = replace(JOB, min_nodes=1)
-    text = line(elastic, host="fd00::1", address="fd00::1", interface="eth1", node_rank=0, run_id="x")
+    text = line(elastic, host="first", address="10.0.0.1", interface="eth1", node_rank=0, run_id="x")
     options, _ = options_of(shlex.split(text)[4:])
     assert options["nnodes"] == "1:2"
     assert options["rdzv-conf"] == "is_host=1,last_call_timeout=10"
-    assert options["rdzv-endpoint"] == "[fd00::1]:29400"
 
 
 def test_slurm_script(capsys, programs, tmp_path):
     """A valid script; each of its nodes gets a torchrun of its own, and only the first one holds the rendezvous."""
-    words = ["slurm", "--nodes=2", "--processes=4", "--gpus=4", "--name=job", "--time=1:00:00", "--setup=echo ready"]
+    words = ["slurm", "--nodes=2", "--processes=4", "--gpus=4", "--cpus=8", "--name=check", "--time=1:00:00"]
+    # As conda's, the command may use variables that are not set.
+    words += ["--setup=echo ready $NOBODY_SETS_THIS"]
     text = printed(capsys, *words, "--", *ARGUMENTS)
     (tmp_path / "job.sh").write_text(text)
     subprocess.run(["bash", "-n", tmp_path / "job.sh"], check=True)
@@ -110,17 +118,18 @@ def test_slurm_script(capsys, programs, tmp_path):
         if row.startswith("#SBATCH --") and "=" in row
     )
     assert options == {
-        "job-name": "job",
+        "job-name": "check",
         "nodes": "2",
         "ntasks-per-node": "1",
         "gpus-per-node": "4",
+        "cpus-per-task": "8",
         "time": "1:00:00",
-        "output": "job-%j.log",
+        "output": "check-%j.log",
         "open-mode": "append",
     }
     said = bash(text, SLURM_JOB_NODELIST="nodes[0-1]", SLURM_JOB_ID="77")
-    check = "-m lightkit.launch check --nodes=2 --endpoint=first:29400"
-    assert said[:3] == ["ready", check, check]
+    check = "-m lightkit.launch check --nodes=2 --endpoint=first:29400 --timeout=120"
+    assert said[:3] == ["ready", f"8 {check}", f"8 {check}"]
     nodes = said[3:]
     half = len(nodes) // 2
     for rank, (variables, *rest) in enumerate((nodes[:half], nodes[half:])):
@@ -154,15 +163,21 @@ def test_kubernetes_manifest(capsys, programs):
     assert container["image"] == "registry/image:1"
     assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    # Kubernetes puts a variable in for $(NAME), and one dollar for two.
+    (script,) = container["args"]
+    assert "$" not in script.replace("$$", "")
+    script = script.replace("$$", "$")
+    # A pod that gave up on another one would count as failed.
+    assert '--endpoint="job-0.job:29500" --wait --timeout=3600)' in script
     for index in (0, 1):
         variables = {"JOB_COMPLETION_INDEX": str(index), "LIGHTKIT_RUN_ID": "uid-1"}
         result = subprocess.run(
-            [*container["command"], *container["args"]], env={**os.environ, **variables}, capture_output=True, text=True
+            [*container["command"], script], env={**os.environ, **variables}, capture_output=True, text=True
         )
         assert result.returncode == 0, result.stderr
         found, arguments = options_of(result.stdout.splitlines()[1:])
         assert found["rdzv-endpoint"] == f"job-0.job:{service['spec']['ports'][0]['port']}"
-        assert (found["rdzv-id"], found["rdzv-conf"]) == ("uid-1", f"is_host={1 - index}")
+        assert (found["rdzv-id"], found["rdzv-conf"]) == ("uid-1", f"is_host={1 - index},join_timeout=3600")
         assert arguments == ["-m", "lightkit.train", *ARGUMENTS]
 
 
@@ -176,14 +191,20 @@ def test_kubernetes_manifest(capsys, programs):
         (["slurm", "--nodes=2", "--interface=a b", "--", "x"], "is not the name of a network interface"),
         (["kubernetes", "--image=x", "--name=My_Job", "--", "x"], "--name My_Job: expected up to 50 small letters"),
         (["kubernetes", "--image=x y", "--", "x"], "expected the name of a container image"),
-        (["torchrun", "--nodes=2", "--node-rank=2", "--endpoint=h", "--", "x"], "--node-rank 2: with 2 nodes"),
-        (["torchrun", "--nodes=2", "--node-rank=0", "--endpoint=h:x", "--", "x"], "--endpoint h:x: expected HOST"),
-        (["torchrun", "--nodes=2", "--node-rank=0", "--endpoint=127.0.0.1", "--", "x"], "where no other machine"),
-        (["torchrun", "--nodes=2", "--endpoint=h", "--", "x"], "--node-rank is missing"),
+        (["slurm", "--port=99999", "--", "x"], "--port 99999: expected a number from 1 to 65535"),
+        (["kubernetes", "--image=x", "--port=0", "--", "x"], "--port 0: expected a number from 1 to 65535"),
+        (["slurm", "--gpus=-3", "--", "x"], "--gpus -3: expected 0 or more"),
+        (["slurm", "--cpus=0", "--", "x"], "--cpus 0: expected at least 1"),
+        ([*TORCHRUN, "--node-rank=2", "--endpoint=h", "--", "x"], "--node-rank 2: with 2 nodes"),
+        ([*TORCHRUN, "--node-rank=0", "--endpoint=h:x", "--", "x"], "--endpoint h:x: expected HOST"),
+        ([*TORCHRUN, "--node-rank=0", "--endpoint=[fd00::1]:5", "--", "x"], "by its name or an address of IPv4"),
+        ([*TORCHRUN, "--node-rank=0", "--endpoint=127.0.0.1", "--", "x"], "where no other machine"),
+        ([*TORCHRUN, "--endpoint=h", "--", "x"], "--node-rank is missing"),
         (["address", "--endpoint=h", "--interface=nosuch0"], "there is no network interface nosuch0"),
         (["address", "--endpoint=no.such.host.invalid", "--timeout=0"], "does not resolve on this machine"),
         (["check", "--nodes=2", "--node-rank=0"], "--endpoint is missing"),
         (["check", "--endpoint=h", "--", "x"], "check starts nothing"),
+        (["--nodes=0", "--check", "--endpoint=h"], "--nodes 0: expected at least 1"),
     ],
 )
 def test_bad_input(capsys, monkeypatch, words, expected):
@@ -200,8 +221,7 @@ def test_parse():
     assert parse_nodes("4") == (4, 4) and parse_nodes("1:4") == (1, 4)
     assert parse_endpoint("host") == ("host", 29400)
     assert parse_endpoint("10.0.0.1:5") == ("10.0.0.1", 5)
-    assert parse_endpoint("[fd00::1]:5") == ("fd00::1", 5)
-    for wrong in ("", "host:0", "host:70000", "a b", "fd00::1"):
+    for wrong in ("", "host:0", "host:70000", "a b", "fd00::1", "[fd00::1]:5"):
         with pytest.raises(ConfigError):
             parse_endpoint(wrong)
 
@@ -212,6 +232,37 @@ def test_own_address():
     assert addresses.interface_and_address(loopback, "ignored") == (loopback, "127.0.0.1")
     assert addresses.interface_and_address(None, "127.0.0.1") == (loopback, "127.0.0.1")
     assert addresses.is_own("127.0.0.1") and not addresses.is_own("192.0.2.1")
+
+
+def test_waiting_for_a_port():
+    """Until somebody listens there, or the time is over."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+        reason = addresses.wait_for("127.0.0.1", port, time.monotonic() + 0.1)
+        assert "nothing listens on the port" in reason
+        threading.Timer(0.3, server.listen).start()
+        assert addresses.wait_for("127.0.0.1", port, time.monotonic() + 30) is None
+
+
+@pytest.fixture
+def names(monkeypatch):
+    """A name that means what it does on node 0, where the machine's own name is loopback, and on another one."""
+    resolve = addresses.resolve
+    known = {"here": ["10.0.0.1"], "there": ["10.0.0.2"]}
+    monkeypatch.setattr(addresses, "resolve", lambda host, *rest: known.get(host) or resolve(host, *rest))
+    monkeypatch.setattr(addresses, "source_address", lambda target: "10.0.0.1")
+    monkeypatch.setattr(addresses, "interfaces", lambda: {"lo": "127.0.0.1", "eth0": "10.0.0.1"})
+    monkeypatch.setattr(addresses, "is_own", lambda address: address == "10.0.0.1")
+    monkeypatch.setattr(addresses, "wait_for", lambda *where: "nobody listens")
+
+
+def test_address_waits_for_node_0(capsys, names):
+    """Node 0 itself, where nobody listens yet, goes on; the others wait, and say in the end that it did not come."""
+    assert printed(capsys, "address", "--endpoint=here", "--wait") == "eth0 10.0.0.1\n"
+    assert printed(capsys, "address", "--endpoint=there") == "eth0 10.0.0.1\n"
+    assert main(["address", "--endpoint=there", "--wait", "--timeout=7"]) == 1
+    assert "node 0 did not listen at there:29400 within 7 s: nobody listens" in capsys.readouterr().err
 
 
 def node(rank, **changes):
@@ -246,18 +297,55 @@ def test_no_fault():
     assert faults_of() == []
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        # Debian's /etc/hosts: the machine's own name is loopback for itself, but the job uses the interface.
+        node(0, endpoint=["127.0.1.1"]),
+        node(1, variables={"GLOO_SOCKET_IFNAME": "eth0,lo", "NCCL_SOCKET_IFNAME": "ib,eth"}),
+        node(1, variables={"GLOO_SOCKET_IFNAME": "", "NCCL_SOCKET_IFNAME": "^docker"}),
+    ],
+)
+def test_no_fault_either(changed):
+    """What looks like a fault, and keeps nobody away."""
+    assert faults_of(changed) == []
+
+
+def test_several_interfaces_of_gloo(monkeypatch):
+    """The address of the first one is what the others are given."""
+    monkeypatch.setattr(addresses, "interfaces", lambda: {"lo": "127.0.0.1", "eth1": "10.0.0.7"})
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth1,lo")
+    facts = collect(0, 1, "127.0.0.1", None, 0.0)
+    assert (facts.interface, facts.published) == ("eth1", "10.0.0.7")
+
+
+def test_different_numbers_of_nodes():
+    """Who was told of another number than node 0 says so, and so do those that it leaves waiting."""
+    store, end = HashStore(), time.monotonic() + 5
+    _agree(store, Meeting("first", 1, rank=0, nodes=3), end)
+    _agree(store, Meeting("first", 1, rank=1, nodes=3), end)
+    expected = "node 2 was told of 4 nodes and node 0 of 3: pass the same --nodes everywhere"
+    with pytest.raises(CheckError, match=expected):
+        _agree(store, Meeting("first", 1, rank=2, nodes=4), end)
+    with pytest.raises(CheckError, match=expected):
+        _exchange(store, "facts", node(0), time.monotonic() + 0.1, "in time")
+
+
 OTHER = {"python": "3.11.7", "torch": "2.9.0", "lightning": "2.6.6", "lightkit": "0.1.0"}
 
 
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [
-        (node(2, nodes=2), "node 2 was told of 2 nodes and node 0 of 3"),
         (node(1, endpoint=["10.9.9.9"]), "first is 10.9.9.9 on node 1 and 10.0.0.1 on node 0"),
-        (node(0, endpoint=["127.0.1.1"]), "the endpoint first is 127.0.1.1 on node 0, which no other machine"),
+        (
+            node(0, endpoint=["127.0.1.1"], address="127.0.0.1"),
+            "the endpoint first is 127.0.1.1 on node 0, which no other machine",
+        ),
         (node(1, address="127.0.0.1"), "node 1 would be known by 127.0.0.1"),
         (node(1, published="127.0.1.1"), "node 1 would publish 127.0.1.1, the address of its own name host1"),
         (node(1, variables={"GLOO_SOCKET_IFNAME": "ib0"}), "GLOO_SOCKET_IFNAME=ib0 on node 1 names no interface"),
+        (node(1, variables={"GLOO_SOCKET_IFNAME": "eth0,ib0"}), "GLOO_SOCKET_IFNAME=eth0,ib0 on node 1 names no"),
         (node(1, variables={"NCCL_SOCKET_IFNAME": "=eth"}), "NCCL_SOCKET_IFNAME==eth on node 1 names no interface"),
         (node(1, versions=OTHER), "torch is 2.9.0 on node 1 and 2.13.0 on the others"),
         (node(2, gpus=7), "node 2 has 7 GPUs and the others 8"),
@@ -286,6 +374,20 @@ def test_help(capsys):
     assert stopped.value.code == 0
     text = capsys.readouterr().out
     assert all(name in text for name in ("torchrun", "slurm", "kubernetes", "check", "--check", "address"))
+
+
+def test_loading_torch_takes_no_time_of_the_check():
+    """A minute of it, from a slow file system, would be two timeouts."""
+    code = (
+        "import sys, time, lightkit.launch.check as check\n"
+        "assert 'torch' not in sys.modules\n"
+        "class Clock:\n"
+        "    def monotonic():\n"
+        "        sys.exit('torch' not in sys.modules)\n"
+        "check.time = Clock\n"
+        "check.check(check.Meeting('127.0.0.1', 1, 0, 1))\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 def test_starts_without_torch():

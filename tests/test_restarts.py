@@ -69,18 +69,31 @@ def test_another_job_of_the_same_id(torchrun, tmp_path):
     """With other arguments, or after the first one is finished, it begins anew."""
     first = torchrun()
     first.begin(config_in(tmp_path / "run"))
-    assert len(torchrun(arguments=["+experiment=rnn"]).arguments()) == 1
     assert len(torchrun().arguments()) == 2
+    assert len(torchrun(arguments=["+experiment=rnn"]).arguments()) == 1
+    # Its record is gone: that of the other job takes its place, which a restart of the first one is not to go on with.
+    torchrun(arguments=["+experiment=rnn"]).begin(config_in(tmp_path / "other"))
+    with pytest.raises(ConfigError, match="another job uses --rdzv-id=job too, with the arguments"):
+        torchrun(count=1)
+
+
+@pytest.mark.parametrize("arguments", [["+experiment=cnn"], ["+experiment=rnn"]])
+def test_a_finished_job_of_the_same_id(torchrun, tmp_path, arguments):
+    """A job that fails before it has a run does not take the end of that one for its own when it is restarted."""
+    first = torchrun()
+    first.begin(config_in(tmp_path / "run"))
     first.finish()
-    assert len(torchrun().arguments()) == 1
+    torchrun(arguments=arguments)
+    again = torchrun(count=1, arguments=arguments)
+    assert again.arguments() == arguments and again.begin(config_in(tmp_path / "another"))
 
 
 def test_a_job_without_an_id(torchrun, tmp_path):
     """On one machine torchrun gives it none: then a counted restart alone is one."""
     torchrun(run_id="none").begin(config_in(tmp_path / "run"))
-    assert len(torchrun(run_id="none").arguments()) == 1
-    assert len(torchrun(run_id="none", count=1).arguments()) == 2
     assert len(torchrun(run_id="other", count=1).arguments()) == 1
+    assert len(torchrun(run_id="none", count=1).arguments()) == 2
+    assert len(torchrun(run_id="none").arguments()) == 1
 
 
 def test_done_runs_stay_done(torchrun, tmp_path, capsys):
@@ -92,7 +105,42 @@ def test_done_runs_stay_done(torchrun, tmp_path, capsys):
     assert not again.begin(config) and again.result(config) == 0.25
     assert "done before the restart" in capsys.readouterr().out
     restarts.finish()
-    assert not torchrun(count=1).begin(config_in(tmp_path / "1"))
+    assert torchrun(count=1).arguments() is None
+    assert "done before the restart" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("is_done", [False, True])
+def test_other_parameters_begin_anew(torchrun, tmp_path, monkeypatch, is_done):
+    """A sampler without a seed proposes others for the same directory: neither result nor checkpoints are theirs."""
+    from lightkit import restarts as module
+
+    run = tmp_path / "0"
+    monkeypatch.setattr(module, "_overrides", lambda: ["optim.lr=0.1"])
+    restarts, config = torchrun(), config_in(run)
+    older = run / "checkpoints" / "older.ckpt"
+    older.touch()
+    restarts.begin(config)
+    newer = run / "checkpoints" / "best.ckpt"
+    newer.touch()
+    if is_done:
+        restarts.end(config, 0.25)
+    monkeypatch.setattr(module, "_overrides", lambda: ["optim.lr=0.2"])
+    again = torchrun(count=1)
+    assert again.begin(config) and config.ckpt_path is None and again.result(config) is None
+    # Whatever another job left there is not this one's to remove.
+    assert older.exists() and not newer.exists()
+    # Those parameters are the run's from now on.
+    assert torchrun(count=2).begin(config)
+
+
+def test_half_written_checkpoints_are_removed(torchrun, tmp_path):
+    """Each is as large as a checkpoint, has a name of its own, and would stay for ever."""
+    run = tmp_path / "run"
+    torchrun().begin(config_in(run))
+    for name in ("last.ckpt", ".best.ckpt.sf4l308q", ".hidden.ckpt"):
+        (run / "checkpoints" / name).touch()
+    torchrun(count=1).begin(config_in(run))
+    assert sorted(os.listdir(run / "checkpoints")) == [".hidden.ckpt", "last.ckpt"]
 
 
 def test_an_unknown_run_is_not_passed_over(torchrun, tmp_path, capsys):

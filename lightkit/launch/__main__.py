@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 
 from rich.console import Console
 
@@ -31,10 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     place = words.index("--") if "--" in words else len(words)
     own, rest = words[:place], words[place + 1 :]
-    own = ["check" if word == "--check" else word for word in own]
-    # The command may stand anywhere.
-    if "check" in own:
-        own.remove("check")
+    # As an option it may stand anywhere.
+    if "--check" in own:
+        own.remove("--check")
         own.insert(0, "check")
     options = _parser().parse_args(own)
     try:
@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     line = _add(commands, "torchrun", [job], "a torchrun command for this machine; the training's arguments after --")
     line.add_argument("--endpoint", required=True, help="HOST:PORT of node 0")
     line.add_argument("--node-rank", type=int, help="of this node; 0 holds the rendezvous")
-    line.add_argument("--id", help="the same on all nodes, another one for each job (the name)")
+    line.add_argument("--id", required=True, help="the same on all nodes, another one for each job")
 
     slurm = _add(commands, "slurm", [job], "a script for sbatch; the training's arguments after --")
     slurm.add_argument("--port", type=int, default=jobs.DEFAULT_PORT, help="of the rendezvous")
@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     slurm.add_argument("--cpus", type=int, help="on each node")
     slurm.add_argument("--time", help="limit, as SLURM writes it")
     slurm.add_argument("--partition")
-    slurm.add_argument("--setup", help="command that comes first, as '. .venv/bin/activate'")
+    slurm.add_argument("--setup", help="command that comes first, on the first node, as '. .venv/bin/activate'")
 
     kubernetes = _add(commands, "kubernetes", [job], "a manifest for kubectl; the training's arguments after --")
     kubernetes.add_argument("--port", type=int, default=jobs.DEFAULT_PORT, help="of the rendezvous")
@@ -91,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     address = _add(commands, "address", [common], "this machine's interface and address in the job's network")
     address.add_argument("--endpoint", required=True, help="HOST:PORT of node 0")
     address.add_argument("--timeout", type=float, default=60.0, help="seconds for the host's name to be known (60)")
+    address.add_argument("--wait", action="store_true", help="until node 0 listens there, in that time too")
     return parser
 
 
@@ -131,8 +132,7 @@ def _print(options: argparse.Namespace, arguments: list[str]) -> int:
         interface, address = addresses.interface_and_address(options.interface, host)
         if job.nodes > 1:
             _refuse_loopback(host, address)
-        run_id = options.id or job.name
-        print(jobs.line(job, host=host, address=address, interface=interface, node_rank=rank, run_id=run_id))
+        print(jobs.line(job, host=host, address=address, interface=interface, node_rank=rank, run_id=options.id))
     elif options.command == "slurm":
         settings = slurm.Slurm(options.gpus, options.cpus, options.time, options.partition, options.setup)
         print(slurm.batch_script(_job(options, arguments, options.port), settings), end="")
@@ -158,9 +158,13 @@ def _refuse_loopback(host: str, address: str) -> None:
 
 
 def _address(options: argparse.Namespace, _: list[str]) -> int:
-    host, _ = jobs.parse_endpoint(options.endpoint)
+    host, port = jobs.parse_endpoint(options.endpoint)
+    end = time.monotonic() + options.timeout
     interface, address = addresses.interface_and_address(options.interface, host, options.timeout)
     _refuse_loopback(host, address)
+    if options.wait and not addresses.is_own(addresses.resolve(host, end - time.monotonic())[0]):
+        if (reason := addresses.wait_for(host, port, end)) is not None:
+            raise ConfigError(f"node 0 did not listen at {host}:{port} within {options.timeout:g} s: {reason}")
     print(interface, address)
     return 0
 
@@ -174,6 +178,8 @@ def _check(options: argparse.Namespace, _: list[str]) -> int:
         # Under torchrun one process a node is enough.
         return 0
     nodes = _from_environment(_NODES, "--nodes", options.nodes)
+    if nodes < 1:
+        raise ConfigError(f"--nodes {nodes}: expected at least 1")
     rank = _node_rank(options, nodes)
     is_served = False
     if options.endpoint is not None:

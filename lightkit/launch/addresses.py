@@ -15,6 +15,9 @@ _SIOCGIFADDR = 0x8915
 
 _RESOLVE_PAUSE = 0.5
 
+# Seconds for one connection.
+CONNECT = 4.0
+
 
 def interfaces() -> dict[str, str | None]:
     """The interfaces of this machine, with their first IPv4 address."""
@@ -64,8 +67,27 @@ def resolve(host: str, seconds: float = 0.0) -> list[str]:
             return list(dict.fromkeys(str(entry[4][0]) for entry in found))
         except OSError as error:
             if time.monotonic() >= end:
-                raise ConfigError(f"the name {host} does not resolve on this machine: {error.strerror}") from None
+                raise ConfigError(
+                    f"the name {host} does not resolve on this machine to an address of IPv4: {error.strerror}"
+                ) from None
         time.sleep(_RESOLVE_PAUSE)
+
+
+def wait_for(host: str, port: int, end: float) -> str | None:
+    """Waits until somebody listens there, or ``time.monotonic()`` is at the end; returns why nobody does, or None."""
+    reason = "there was no time for an answer"
+    while (left := end - time.monotonic()) > 0:
+        try:
+            socket.create_connection((host, port), timeout=min(left, CONNECT)).close()
+            return None
+        except TimeoutError:
+            reason = "no answer; a firewall takes it, or the address is of another network"
+        except ConnectionRefusedError:
+            reason = "that machine is there, but nothing listens on the port"
+        except OSError as error:
+            reason = f"{error.strerror}; the address is wrong, or the link is down"
+        time.sleep(min(0.2, max(end - time.monotonic(), 0)))
+    return reason
 
 
 def source_address(target: str) -> str:

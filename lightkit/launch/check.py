@@ -25,11 +25,8 @@ from rich.table import Table
 
 from lightkit.errors import LightkitError
 from lightkit.launch import addresses, diagnosis
+from lightkit.launch.addresses import CONNECT
 from lightkit.launch.facts import Facts, collect
-from lightkit.launch.job import endpoint
-
-# Seconds for one connection between two nodes; those of a node are made at the same time.
-_CONNECT = 4.0
 
 # Seconds for the all_reduces, which no other traffic should disturb.
 _REDUCE = 20.0
@@ -70,7 +67,7 @@ class Meeting:
     @property
     def endpoint(self) -> str:
         """As torchrun takes it."""
-        return endpoint(self.host, self.port)
+        return f"{self.host}:{self.port}"
 
     def host_is_loopback(self) -> bool:
         """Whether the endpoint is, on each machine, that machine."""
@@ -83,9 +80,12 @@ def check(meeting: Meeting) -> tuple[list[Facts], list[str]]:
     Raises:
         LightkitError: this node cannot take part, or others did not come.
     """
+    # Before the clock runs: from a slow file system it takes its time, which is no node's not coming.
+    import torch  # noqa: F401
+
     end = time.monotonic() + meeting.timeout
     # The phases after the meeting have limits of their own.
-    limit = meeting.timeout + 3 * _CONNECT + _REDUCE + _LEAVE
+    limit = meeting.timeout + 3 * CONNECT + _REDUCE + _LEAVE
     with _watchdog(limit, f"the check of node {meeting.rank} did not end within {limit:g} s"):
         if meeting.rank > 0 and meeting.host_is_loopback():
             raise CheckError(
@@ -96,10 +96,11 @@ def check(meeting: Meeting) -> tuple[list[Facts], list[str]]:
         with _Listener() as listener:
             mine.port, mine.token = listener.port, listener.token
             store = _meet(meeting, end)
+            _agree(store, meeting, end)
             facts = _exchange(store, "facts", mine, end, f"within {meeting.timeout:g} s")
             faults = list(diagnosis.before_connecting(facts, meeting.host))
             _connect_to_all(mine, facts)
-            facts = _exchange(store, "connections", mine, time.monotonic() + 3 * _CONNECT, "to the end of the check")
+            facts = _exchange(store, "connections", mine, time.monotonic() + 3 * CONNECT, "to the end of the check")
         faults += diagnosis.of_connections(facts)
         # All nodes have the same facts here, and come to the same decision.
         if not any(node.unreachable or addresses.is_loopback(node.address) for node in facts):
@@ -125,11 +126,15 @@ def _meet(meeting: Meeting, end: float) -> Any:
                 "everywhere, or start node 0 on that machine"
             )
     else:
-        _wait_for_endpoint(meeting, end)
+        if (reason := addresses.wait_for(meeting.host, meeting.port, end)) is not None:
+            raise CheckError(
+                f"node {meeting.rank} does not reach node 0 at {meeting.endpoint} within {meeting.timeout:g} s: "
+                f"{reason}; the check must run on node 0 too"
+            )
     no_check = f"node {meeting.rank} cannot meet the others at {meeting.endpoint}: what answers there is no check"
     try:
         # A server of another kind leaves torch waiting for an answer.
-        with _watchdog(max(end - time.monotonic(), 0) + _CONNECT, no_check):
+        with _watchdog(max(end - time.monotonic(), 0) + CONNECT, no_check):
             store = TCPStore(meeting.host, meeting.port, is_master=serves, **options)
             store = PrefixStore("lightkit/check", store)
             is_first = store.add(f"came/{meeting.rank}", 1) == 1
@@ -145,23 +150,22 @@ def _meet(meeting: Meeting, end: float) -> Any:
     return store
 
 
-def _wait_for_endpoint(meeting: Meeting, end: float) -> None:
-    """Tries the endpoint until somebody listens there."""
-    reason = "there was no time for an answer"
-    while (left := end - time.monotonic()) > 0:
-        try:
-            socket.create_connection((meeting.host, meeting.port), timeout=min(left, _CONNECT)).close()
-            return
-        except TimeoutError:
-            reason = "no answer; a firewall takes it, or the address is of another network"
-        except ConnectionRefusedError:
-            reason = "that machine is there, but nothing listens on the port; the check must run on node 0 too"
-        except OSError as error:
-            reason = f"{error.strerror}; the address is wrong, or the link is down"
-        time.sleep(min(0.2, max(end - time.monotonic(), 0)))
-    raise CheckError(
-        f"node {meeting.rank} does not reach node 0 at {meeting.endpoint} within {meeting.timeout:g} s: {reason}"
-    )
+def _agree(store: Any, meeting: Meeting, end: float) -> None:
+    """Sees to it that all nodes wait for as many others: who does not leaves word for those that miss it."""
+    try:
+        if meeting.rank == 0:
+            store.set("nodes", str(meeting.nodes))
+        store.wait(["nodes"], timedelta(seconds=max(end - time.monotonic(), 0.1)))
+        nodes = int(store.get("nodes"))
+        if meeting.nodes != nodes:
+            word = (
+                f"node {meeting.rank} was told of {meeting.nodes} nodes and node 0 of {nodes}: pass the same --nodes "
+                "everywhere"
+            )
+            store.set("disagreement", word)
+            raise CheckError(word)
+    except RuntimeError as error:
+        raise CheckError(f"node 0 did not come within {meeting.timeout:g} s, or did not stay") from error
 
 
 def _exchange(store: Any, phase: str, mine: Facts, end: float, until: str) -> list[Facts]:
@@ -177,6 +181,8 @@ def _exchange(store: Any, phase: str, mine: Facts, end: float, until: str) -> li
 
 def _missing(store: Any, keys: list[str], until: str) -> str:
     try:
+        if store.check(["disagreement"]):
+            return store.get("disagreement").decode()
         came = [rank for rank, key in enumerate(keys) if store.check([key])]
     except RuntimeError:
         return f"node 0 did not stay {until}: see what it says there"
@@ -212,7 +218,7 @@ class _Listener:
                 return
             with connection:
                 try:
-                    connection.settimeout(_CONNECT)
+                    connection.settimeout(CONNECT)
                     connection.recv(1)
                     connection.sendall(json.dumps([self.token, time.time()]).encode())
                 except OSError:
@@ -238,8 +244,8 @@ def _connect(node: Facts) -> tuple[str | None, float | None]:
         # That would be this machine itself.
         return "it is known by a loopback address", None
     try:
-        with socket.create_connection((node.address, node.port), timeout=_CONNECT) as connection:
-            connection.settimeout(_CONNECT)
+        with socket.create_connection((node.address, node.port), timeout=CONNECT) as connection:
+            connection.settimeout(CONNECT)
             before = time.time()
             connection.sendall(b"?")
             answer = connection.makefile("rb").read()

@@ -16,11 +16,6 @@ _CLOCK = 5.0
 def before_connecting(facts: list[Facts], host: str) -> Iterator[str]:
     """Faults that can be told from what each node knows of itself."""
     for node in facts:
-        if node.nodes != len(facts):
-            yield (
-                f"node {node.rank} was told of {node.nodes} nodes and node 0 of {len(facts)}: "
-                "pass the same --nodes everywhere"
-            )
         yield from _address_faults(node, host)
         yield from _variable_faults(node)
     first = facts[0]
@@ -74,10 +69,11 @@ def of_all_reduce(facts: list[Facts]) -> Iterator[str]:
 
 def _address_faults(node: Facts, host: str) -> Iterator[str]:
     several = node.nodes > 1
-    if several and any(addresses.is_loopback(address) for address in node.endpoint):
+    # Debian lets a machine's own name be loopback for itself: with an interface named, that keeps nobody away.
+    if several and any(map(addresses.is_loopback, node.endpoint)) and addresses.is_loopback(node.address):
         yield (
             f"the endpoint {host} is {', '.join(node.endpoint)} on node {node.rank}, which no other machine can reach: "
-            "pass an address of node 0 in the network that the nodes share"
+            "pass --interface, or an address of node 0 in the network that the nodes share"
         )
     elif several and addresses.is_loopback(node.address):
         yield (
@@ -93,12 +89,18 @@ def _address_faults(node: Facts, host: str) -> Iterator[str]:
 
 def _variable_faults(node: Facts) -> Iterator[str]:
     for name, value in node.variables.items():
-        # NCCL's names may be beginnings, "=" before an exact one; "^" before those that it leaves out.
-        if not name.endswith("SOCKET_IFNAME") or value.startswith("^"):
+        words = [word for word in value.removeprefix("=").split(",") if word]
+        if not name.endswith("SOCKET_IFNAME") or not words:
             continue
-        words = tuple(word for word in value.removeprefix("=").split(",") if word)
-        by_beginning = name.startswith("NCCL") and not value.startswith("=")
-        if not any(have.startswith(words) if by_beginning else have in words for have in node.interfaces):
+        if not name.startswith("NCCL"):
+            # Each of them is opened.
+            is_good = set(words) <= set(node.interfaces)
+        elif value.startswith("="):
+            is_good = not set(words).isdisjoint(node.interfaces)
+        else:
+            # Beginnings of names; "^" before those that are left out.
+            is_good = value.startswith("^") or any(have.startswith(tuple(words)) for have in node.interfaces)
+        if not is_good:
             yield f"{name}={value} on node {node.rank} names no interface of it: set it to one of {_others(node)}"
 
 

@@ -70,9 +70,10 @@ def collect(rank: int, nodes: int, endpoint: str, interface: str | None, seconds
     import torch
 
     have = addresses.interfaces()
-    variable = os.environ.get("GLOO_SOCKET_IFNAME")
+    # It may name several, of which gloo publishes each.
+    first = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
     # One that names nothing here is a fault that all nodes are to hear of.
-    chosen = interface or (variable if variable in have else None)
+    chosen = interface or (first if first in have else None)
     resolved = addresses.resolve(endpoint, seconds)
     name, address = addresses.interface_and_address(chosen, endpoint)
     return Facts(

@@ -51,6 +51,8 @@ class Job:
             raise ConfigError(f"--nodes {self.min_nodes}:{self.nodes}: expected MIN:MAX with 1 <= MIN <= MAX")
         if self.processes < 1:
             raise ConfigError(f"--processes {self.processes}: expected at least 1 on each node")
+        if not 0 < self.port < 65536:
+            raise ConfigError(f"--port {self.port}: expected a number from 1 to 65535")
         if self.max_restarts < 0:
             raise ConfigError(f"--max-restarts {self.max_restarts}: expected 0 or more")
         if not _NAME.fullmatch(self.name):
@@ -84,15 +86,17 @@ def parse_nodes(text: str) -> tuple[int, int]:
 
 
 def parse_endpoint(text: str) -> tuple[str, int]:
-    """Host and port of ``HOST``, ``HOST:PORT`` or ``[IPV6]:PORT``.
+    """Host and port of ``HOST`` or ``HOST:PORT``.
 
     Raises:
         ConfigError: it is none of these.
     """
-    match = re.fullmatch(r"(?:\[(?P<v6>[0-9a-fA-F:.]+)\]|(?P<host>[A-Za-z0-9_.-]+))(?::(?P<port>\d{1,5}))?", text)
+    match = re.fullmatch(r"(?P<host>[A-Za-z0-9_.-]+)(?::(?P<port>\d{1,5}))?", text)
     if match is None or not 0 < int(match["port"] or DEFAULT_PORT) < 65536:
-        raise ConfigError(f"--endpoint {text}: expected HOST or HOST:PORT, of the first node")
-    return match["v6"] or match["host"], int(match["port"] or DEFAULT_PORT)
+        raise ConfigError(
+            f"--endpoint {text}: expected HOST or HOST:PORT, of the first node, by its name or an address of IPv4"
+        )
+    return match["host"], int(match["port"] or DEFAULT_PORT)
 
 
 def environment(interface: str) -> dict[str, str]:
@@ -106,7 +110,7 @@ def environment(interface: str) -> dict[str, str]:
     }
 
 
-def torchrun(job: Job, *, host: str, address: str, is_host: str, run_id: str) -> list[str]:
+def torchrun(job: Job, *, host: str, address: str, is_host: str, run_id: str, patience: int | None = None) -> list[str]:
     """The words of the torchrun command for one node; what differs from node to node is given as text of the shell.
 
     Args:
@@ -115,17 +119,19 @@ def torchrun(job: Job, *, host: str, address: str, is_host: str, run_id: str) ->
         address: of this one.
         is_host: 1 on the first node, 0 on the others.
         run_id: the same on all nodes, and another one for each job.
+        patience: seconds in which the nodes must have come; None for torchrun's own ten minutes.
     """
     nodes = f"{job.min_nodes}:{job.nodes}" if job.is_elastic else str(job.nodes)
     # Said outright: torchrun compares the host with the machine's own names, and may come to another result.
     settings = f"is_host={is_host}" + (f",last_call_timeout={_LAST_CALL}" if job.is_elastic else "")
+    settings += f",join_timeout={patience}" if patience else ""
     return [
         "torchrun",
         f"--nnodes={nodes}",
         f"--nproc-per-node={job.processes}",
         f"--max-restarts={job.max_restarts}",
         "--rdzv-backend=c10d",
-        f"--rdzv-endpoint={endpoint(host, job.port)}",
+        f"--rdzv-endpoint={host}:{job.port}",
         f"--rdzv-id={run_id}",
         f"--rdzv-conf={settings}",
         f"--local-addr={address}",
@@ -135,11 +141,6 @@ def torchrun(job: Job, *, host: str, address: str, is_host: str, run_id: str) ->
     ]
 
 
-def endpoint(host: str, port: int) -> str:
-    """``HOST:PORT``, with the brackets that an address of IPv6 needs."""
-    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
-
-
 def line(job: Job, *, host: str, address: str, interface: str, node_rank: int, run_id: str) -> str:
     """The one line for one node."""
     variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in environment(interface).items())
@@ -147,15 +148,19 @@ def line(job: Job, *, host: str, address: str, interface: str, node_rank: int, r
     return f"{variables} {' '.join(words)}"
 
 
-def script(job: Job, *, host: str, is_host: str, run_id: str) -> str:
-    """Lines of the shell that do the same on whichever node they run: it finds out its own interface and address."""
+def script(job: Job, *, host: str, is_host: str, run_id: str, patience: int | None = None) -> str:
+    """Lines of the shell that do the same on whichever node they run: it finds out its own interface and address.
+
+    With patience, it waits for the first node, and the job for all of them, so many seconds.
+    """
     options = f" --interface={job.interface}" if job.interface else ""
+    options += f" --wait --timeout={patience}" if patience else ""
     variables = " ".join(f"{name}={value}" for name, value in environment('"$interface"').items())
-    first, *words = torchrun(job, host=host, address='"$address"', is_host=is_host, run_id=run_id)
+    first, *words = torchrun(job, host=host, address='"$address"', is_host=is_host, run_id=run_id, patience=patience)
     options_end = words.index("-m")
     command = " \\\n  ".join([first, *words[:options_end], " ".join(words[options_end:])])
     return (
-        f'found=$(python -m lightkit.launch address --endpoint="{endpoint(host, job.port)}"{options})\n'
+        f'found=$(python -m lightkit.launch address --endpoint="{host}:{job.port}"{options})\n'
         'read -r interface address <<< "$found"\n'
         f"export {variables}\n"
         f"exec {command}\n"

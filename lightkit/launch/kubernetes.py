@@ -13,6 +13,10 @@ from lightkit.launch.job import Job, script
 # A job that its pods carry the id of, which no other job ever has.
 _RUN_ID = "metadata.labels['batch.kubernetes.io/controller-uid']"
 
+# Seconds for all pods to be there. One that gave up on another, which waits for a machine or loads its image, would
+# count as failed.
+_PATIENCE = 3600
+
 
 @dataclass(frozen=True)
 class Kubernetes:
@@ -84,14 +88,19 @@ def _documents(job: Job, kubernetes: Kubernetes) -> list[dict[str, Any]]:
 
 def _container(job: Job, kubernetes: Kubernetes) -> dict[str, Any]:
     node = script(
-        job, host=f"{job.name}-0.{job.name}", is_host="$((JOB_COMPLETION_INDEX == 0))", run_id='"$LIGHTKIT_RUN_ID"'
+        job,
+        host=f"{job.name}-0.{job.name}",
+        is_host="$((JOB_COMPLETION_INDEX == 0))",
+        run_id='"$LIGHTKIT_RUN_ID"',
+        patience=_PATIENCE,
     )
     mounts = [{"name": "shared-memory", "mountPath": "/dev/shm"}]
     container: dict[str, Any] = {
         "name": "train",
         "image": kubernetes.image,
         "command": ["bash", "-euo", "pipefail", "-c"],
-        "args": [node],
+        # Kubernetes itself would put its variables in for $(NAME).
+        "args": [node.replace("$", "$$")],
         "env": [{"name": "LIGHTKIT_RUN_ID", "valueFrom": {"fieldRef": {"fieldPath": _RUN_ID}}}],
         "ports": [{"containerPort": job.port}],
     }

@@ -6,7 +6,10 @@ import shlex
 from dataclasses import dataclass
 
 from lightkit.errors import ConfigError
-from lightkit.launch.job import Job, endpoint, script
+from lightkit.launch.job import Job, script
+
+# Seconds in which the nodes must have come to the check: each first loads torch, all of them from one file system.
+_CHECK = 120
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,8 @@ class Slurm:
         cpus: on each node; None for SLURM's own choice.
         time: the limit, as SLURM writes it; None for that of the partition.
         partition: None for SLURM's own choice.
-        setup: a command that each node runs first, such as one that activates an environment.
+        setup: a command that the script runs first, on the first node, such as one that activates an environment: the
+            programs on all nodes inherit its variables.
     """
 
     gpus: int = 0
@@ -28,6 +32,10 @@ class Slurm:
     setup: str | None = None
 
     def __post_init__(self) -> None:
+        if self.gpus < 0:
+            raise ConfigError(f"--gpus {self.gpus}: expected 0 or more")
+        if self.cpus is not None and self.cpus < 1:
+            raise ConfigError(f"--cpus {self.cpus}: expected at least 1")
         for value in (self.time, self.partition):
             if value is not None and any(character.isspace() for character in value):
                 raise ConfigError(f"{value!r}: expected one word, as sbatch takes it")
@@ -52,9 +60,16 @@ def batch_script(job: Job, slurm: Slurm) -> str:
     lines += ["#SBATCH --requeue"]
     if job.is_elastic:
         lines += ["#SBATCH --no-kill"]
-    lines += ["set -euo pipefail", ""]
+    lines += [""]
     if slurm.setup:
+        # Before bash is made strict: what conda and modules do there uses variables that are not set.
         lines += [slurm.setup]
+    lines += ["set -euo pipefail"]
+    if slurm.cpus is not None:
+        lines += [
+            "# Since SLURM 22.05 srun does not take it over from sbatch.",
+            f"export SRUN_CPUS_PER_TASK={slurm.cpus}",
+        ]
     lines += [
         "# The first node holds the rendezvous.",
         'nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")',
@@ -66,8 +81,8 @@ def batch_script(job: Job, slurm: Slurm) -> str:
         interface = f" --interface={job.interface}" if job.interface else ""
         lines += [
             "# Says what is wrong with the network, instead of a job that waits.",
-            f'srun python -m lightkit.launch check --nodes={job.nodes} --endpoint="{endpoint("$first", job.port)}"'
-            + interface,
+            f'srun python -m lightkit.launch check --nodes={job.nodes} --endpoint="$first:{job.port}" '
+            f"--timeout={_CHECK}{interface}",
             "",
         ]
     node = script(job, host="$first", is_host="$((SLURM_NODEID == 0))", run_id="$SLURM_JOB_ID")

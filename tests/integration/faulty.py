@@ -48,5 +48,7 @@ class Faulty(Callback):
             raise RuntimeError("a fault of the program")
         if self.what == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.what == "terminate":
+            os.kill(os.getpid(), signal.SIGTERM)
         if self.what == "server":
             os.kill(servers_of(os.getpid())[0], signal.SIGKILL)

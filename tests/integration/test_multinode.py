@@ -66,7 +66,15 @@ def start_job(network, directory, nodes, arguments):
     """Starts the command that the launcher prints, on both machines."""
     started = []
     for rank in (0, 1):
-        words = ["torchrun", f"--nodes={nodes}", f"--endpoint={ENDPOINT}", f"--node-rank={rank}", "--", *arguments]
+        words = [
+            "torchrun",
+            f"--nodes={nodes}",
+            f"--endpoint={ENDPOINT}",
+            f"--node-rank={rank}",
+            "--id=job",
+            "--",
+            *arguments,
+        ]
         line = subprocess.run(
             ["ip", "netns", "exec", network.names[rank], sys.executable, "-m", "lightkit.launch", *words],
             capture_output=True,
@@ -159,6 +167,7 @@ def test_killed_while_it_writes_a_checkpoint(tmp_path):
     events = diary(tmp_path)
     (kill,) = [event for event in events if event["what"] == "kill"]
     assert kill["step"] == 2
+    assert sorted(os.listdir(run / "checkpoints")) == ["best.ckpt", "last.ckpt"]
     assert sorted(event["step"] for event in events if event["what"] == "start") == [0, 0, 1, 1]
 
 
@@ -192,7 +201,11 @@ def test_restart_after_the_training(tmp_path):
     """Killed in the test, a job goes on there: it has its weights, and no epoch is left to do."""
     result = torchrun(tmp_path, *job(tmp_path, "trainer.max_epochs=1", rank=0, epoch=-1))
     run = only_run(tmp_path)
-    assert "continuing" in result.stdout and "test/accuracy" in json.loads((run / "metrics.json").read_text())
+    assert "continuing" in result.stdout
+    metrics = json.loads((run / "metrics.json").read_text())
+    # What the process that was killed had found out, too.
+    assert metrics.keys() >= {"test/accuracy", "val/loss", "train/loss", "train/images_per_second", "wall_seconds"}
+    assert metrics["epochs"] == 1
 
 
 @pytest.mark.parametrize("lacking", ["store", "id"])
@@ -291,6 +304,22 @@ def test_check_with_a_missing_node(network, tmp_path, rank):
         1: "that machine is there, but nothing listens on the port",
     }
     assert expected[rank] in result.said[0]
+
+
+@needs_namespaces
+def test_check_with_different_numbers_of_nodes(network, tmp_path):
+    """Both say what is wrong, and not that somebody is missing."""
+    command = [sys.executable, "-m", "lightkit.launch", "check", f"--endpoint={ENDPOINT}", "--interface=cable"]
+    started = [
+        network.start(
+            rank, [*command, f"--nodes={nodes}", f"--node-rank={rank}", "--timeout=8"], tmp_path, tmp_path / str(rank)
+        )
+        for rank, nodes in enumerate((3, 2))
+    ]
+    assert [process.wait(60) for process in started] == [1, 1]
+    for rank in (0, 1):
+        expected = "error: node 1 was told of 2 nodes and node 0 of 3: pass the same --nodes everywhere"
+        assert expected in (tmp_path / str(rank)).read_text()
 
 
 @needs_namespaces

@@ -17,8 +17,8 @@ import yaml
 from omegaconf import OmegaConf
 
 from lightkit.checkpoints import load_checkpoint
-from lightkit.errors import ConfigError
-from lightkit.processes import count_processes, with_torchruns_processes
+from lightkit.errors import ConfigError, LightkitError
+from lightkit.processes import _start_and_watch, count_processes, with_torchruns_processes
 
 pytestmark = pytest.mark.slow
 
@@ -177,6 +177,7 @@ def assert_no_orphans(directory, seconds=0.0):
         ("data", "error: sample 7 is damaged"),
         ("fault", "error: process 1 of 2: RuntimeError: a fault of the program"),
         ("kill", "error: process 1 of 2 was ended by SIGKILL"),
+        ("terminate", "error: process 1 of 2 was ended by SIGTERM"),
     ],
 )
 def test_a_process_fails(tmp_path, what, expected):
@@ -191,6 +192,23 @@ def test_a_process_fails(tmp_path, what, expected):
     assert result.stderr.count("Traceback") == (what == "fault")
     assert_no_orphans(tmp_path)
     assert time.monotonic() - started < 60
+
+
+def test_ended_by_sigterm(tmp_path):
+    """As a cluster ends what it takes a machine from: that is no success, and one line says how to go on."""
+    arguments, environment = faulty("terminate", tmp_path)
+    one = [*arguments, "trainer.devices=1", "strategy=auto", "+callbacks.faulty.rank=0"]
+    result = run("lightkit.train", *one, cwd=tmp_path, environment=environment, check=False)
+    assert result.returncode == 143
+    assert result.stderr.splitlines()[-1] == "ended by SIGTERM: ckpt_path=last goes on from the last checkpoint"
+    assert "Traceback" not in result.stderr
+
+
+def test_no_result():
+    """Processes that end well without having done anything are not waited for."""
+    config = OmegaConf.create({"strategy": {}})
+    with pytest.raises(LightkitError, match="process 0 ended without a result"):
+        _start_and_watch(config, 2, [sys.executable, "-c", "pass"])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
