@@ -23,6 +23,8 @@ import scenarios
 from faulty import servers_of
 from scenarios import Module, dealt
 
+pytestmark = pytest.mark.usefixtures("leaves_no_process_group")
+
 SCRIPT = Path(scenarios.__file__).with_name("parameter_server_scenarios.py")
 
 
