@@ -30,7 +30,8 @@ TWO = ["data.batch_size=16", "trainer.devices=2", "trainer.accelerator=cpu"]
 CONTENDERS = {
     "1 process": ONE,
     "1 process, Lightning's loop": [*ONE, "~callbacks.lean_loop"],
-    STOCK: TWO,
+    STOCK: [*TWO, "~callbacks.lean_loop"],
+    "2 processes, Lightning's ddp, lean loop": TWO,
     "2 processes, ddp": [*TWO, "strategy=ddp"],
     "2 processes, ddp, fp16": [*TWO, "strategy=ddp", "strategy.compression=fp16"],
     "2 processes, ddp, powersgd": [*TWO, "strategy=ddp", "strategy.compression=powersgd"],
