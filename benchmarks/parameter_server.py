@@ -72,15 +72,14 @@ def work(rank: int, workers: int, addresses: list[str], secret: str, size: int, 
         dist.all_reduce(flat)
         dist.barrier()
         start, count = time.perf_counter(), 0
-        while count < 3 or time.perf_counter() - start < seconds:
-            dist.all_reduce(flat)
-            count += 1
-            # All of them must stop at the same one.
-            if count >= 3:
-                more = torch.tensor([float(time.perf_counter() - start < seconds)])
-                dist.broadcast(more, 0)
-                if not more:
-                    break
+        more = torch.ones(1)
+        while more:
+            # As many as all of them make together before they look at one clock.
+            for _ in range(3):
+                dist.all_reduce(flat)
+            count += 3
+            more.fill_(time.perf_counter() - start < seconds)
+            dist.broadcast(more, 0)
         return count / (time.perf_counter() - start)
 
     found = [(rate(push), reduce_rate() if workers > 1 else 0.0) for _ in range(3)]
