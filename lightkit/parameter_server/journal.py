@@ -19,8 +19,10 @@ from torch import Tensor
 from lightkit.errors import CheckpointError, ConfigError
 from lightkit.files import write_atomically
 
-# A log that is so many times as long as a snapshot is followed by one, whatever the number of its updates.
+# A log that is so many times as long as a snapshot is followed by one, whatever the number of its updates; not one that
+# is shorter than so many bytes.
 _LOG_TO_SNAPSHOT = 8
+_LOG_LEAST = 1 << 28
 
 # Of a record: bytes of its text, bytes of its tensors, checksum of both.
 _HEAD = struct.Struct("<QQI")
@@ -62,7 +64,7 @@ class Journal:
     @property
     def is_long(self) -> bool:
         """Whether the log has become so long that a snapshot takes less of the disk."""
-        return self._log is not None and self._log.tell() > _LOG_TO_SNAPSHOT * self._snapshot_bytes
+        return self._log is not None and self._log.tell() > max(_LOG_TO_SNAPSHOT * self._snapshot_bytes, _LOG_LEAST)
 
     def load(self) -> dict[str, Any] | None:
         """The newest snapshot, or None.

@@ -104,8 +104,8 @@ def together(*functions: Callable[[], object], timeout: float = 60.0) -> list:
 class Serving:
     """Servers in threads of this process."""
 
-    def __init__(self, count=1, timeout=5.0):
-        self.servers = [Server(secret=SECRET, timeout=timeout) for _ in range(count)]
+    def __init__(self, count=1, timeout=5.0, directory=None):
+        self.servers = [Server(secret=SECRET, timeout=timeout, directory=directory) for _ in range(count)]
         self.addresses = [f"127.0.0.1:{server.listener.port}" for server in self.servers]
         self.threads = [threading.Thread(target=server.run, daemon=True) for server in self.servers]
         for thread in self.threads:
