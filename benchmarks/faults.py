@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import random
 import signal
@@ -235,7 +236,7 @@ def job_on_two_machines(nodes: str, cut: bool, **faults: Any) -> Callable[[Path]
 def recovery(directory: Path, what: str) -> dict[str, float]:
     fault = next(event for event in events(directory) if event["what"] == what)
     after = [event for event in events(directory) if event["what"] == "start" and event["time"] > fault["time"]]
-    lost = fault["step"] - after[0]["step"] if "step" in fault else float("nan")
+    lost = fault["step"] - after[0]["step"] if "step" in fault else math.nan
     return {"lost": lost, "twice": 0, "s": max(event["time"] for event in after) - fault["time"]}
 
 
@@ -275,7 +276,9 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as directory:
                 found.append(fault(Path(directory)))
         seconds = [result["s"] for result in found]
-        row: dict[str, Any] = {"fault": name, "lost": max(result["lost"] for result in found)}
+        lost = max(result["lost"] for result in found)
+        # How many steps the network's end has cost nobody has noted down.
+        row: dict[str, Any] = {"fault": name, "lost": "" if math.isnan(lost) else lost}
         row |= {"twice": max(result["twice"] for result in found), "median_s": round(median(seconds), 2)}
         row |= {"max_s": round(max(seconds), 2), "timeout_s": TIMEOUT, "n": len(found), "note": options.note}
         rows.append(row)
