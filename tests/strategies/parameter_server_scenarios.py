@@ -10,9 +10,8 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
-from scenarios import Module, dealt, fit, loader, network
+from scenarios import Module, Two, dealt, fit, loader
 
 from lightkit.optim import SGD
 from lightkit.strategies import ParameterServer
@@ -32,24 +31,6 @@ class Fused(Module):
 
     def configure_optimizers(self):
         return SGD(self.parameters(), lr=0.1, momentum=0.9, max_grad_norm=0.2, ema_decay=0.9)
-
-
-class Manual(Module):
-    """Two networks with an optimizer each, stepped by hand."""
-
-    def __init__(self):
-        super().__init__()
-        self.other = network()
-        self.automatic_optimization = False
-
-    def training_step(self, batch, batch_idx):
-        for net, optimizer in zip((self.net, self.other), self.optimizers(), strict=True):
-            optimizer.zero_grad()
-            self.manual_backward(F.cross_entropy(net(batch[0]), batch[1]))
-            optimizer.step()
-
-    def configure_optimizers(self):
-        return [torch.optim.SGD(net.parameters(), lr=0.1) for net in (self.net, self.other)]
 
 
 class Uneven(Module):
@@ -101,14 +82,14 @@ def main(directory: Path) -> None:
         "stock": fit("ddp"),
         "stock, clipped": fit("ddp", gradient_clip_val=0.2),
         "stock, scheduled": fit("ddp", module=Scheduled()),
-        "stock, manual": fit("ddp_find_unused_parameters_true", module=Manual()),
+        "stock, manual": fit("ddp_find_unused_parameters_true", module=Two()),
         "sync": fit("parameter_server"),
         "two servers": fit(ParameterServer(servers=2), validate=True),
         "clipped": fit(ParameterServer(servers=2), gradient_clip_val=0.2),
         "fused": fit(ParameterServer(servers=2), module=Fused()),
         "scheduled": fit("parameter_server", module=Scheduled()),
-        "manual": fit(ParameterServer(servers=2), module=Manual()),
-        "manual, async": fit(ParameterServer("async", servers=2), module=Manual()),
+        "manual": fit(ParameterServer(servers=2), module=Two()),
+        "manual, async": fit(ParameterServer("async", servers=2), module=Two()),
         "accumulated": fit("parameter_server", accumulate_grad_batches=7),
         "loader": fit("parameter_server", train=loader),
         "async": fit("parameter_server_async", validate=True),
