@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any
 
@@ -50,7 +50,7 @@ class Table:
 
     optimizer: str
     parameters: list[Parameter]
-    numbers: list[list[list[Any]]] = field(default_factory=list)
+    numbers: list[list[list[Any]]]
 
     @classmethod
     def of(cls, optimizer: Optimizer, names: dict[Tensor, str]) -> Table:
@@ -261,7 +261,7 @@ def write_numbers(group: dict[str, Any], where: Iterable[Sequence[Any]], values:
     """Sets what `read_numbers` has found; what was a whole number stays one, where it is."""
     for (name, position), value in zip(where, values, strict=True):
         before = group[name] if position < 0 else group[name][position]
-        after = int(value) if isinstance(before, int) and value == int(value) else value
+        after = int(value) if isinstance(before, int) and value.is_integer() else value
         if position < 0:
             group[name] = after
         else:

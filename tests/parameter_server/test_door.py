@@ -48,11 +48,14 @@ def knock(store, name):
     ],
 )
 def test_rubbish_at_the_door(message):
-    """Is not heard; a worker comes in as before."""
+    """Is taken away unheard; a worker comes in as before."""
     serving = Serving(1)
-    stranger(serving).queue_push(_DOOR, message)
+    store = stranger(serving)
+    store.queue_push(_DOOR, message)
     training = Training(serving.addresses, 0)
     training.step(0)
+    assert store.queue_len(_DOOR) == 0 and serving.servers[0]._versions == [1]
+    assert set(serving.servers[0]._links) == {0}
     training.end()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import time
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 import lightkit.optim
 from lightkit.errors import ConfigError, LightkitError
 from lightkit.parameter_server.client import Clipping
+from lightkit.parameter_server.job import write_numbers
 
 sys.path.insert(0, str(Path(__file__).parent))
 from workers import (
@@ -169,6 +171,17 @@ def test_options_come_with_the_push(make_optimizer, schedule):
         optimizer.step()
     weights = torch.cat([p.detach().flatten() for p in model.parameters()])
     torch.testing.assert_close(training.end()[0], weights, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("before", "value", "after"),
+    [(2, 3.0, 3), (2, 0.5, 0.5), (2, math.inf, math.inf), (0.5, 3.0, 3.0), ((1, None, 0.5), 4.0, (4, None, 0.5))],
+)
+def test_whole_numbers_stay_whole(before, value, after):
+    """An option that counts something is still a count on the server, where its value is one."""
+    group = {"option": before}
+    write_numbers(group, [["option", 0 if isinstance(before, tuple) else -1]], [value])
+    assert repr(group["option"]) == repr(after)
 
 
 @pytest.mark.parametrize("value", [None, True, "much", (0.9, 0.999)])
