@@ -11,10 +11,8 @@ import threading
 import torch
 
 from lightkit.errors import LightkitError
+from lightkit.parameter_server.door import SECRET
 from lightkit.parameter_server.server import Server
-
-# What workers and servers must both know.
-SECRET = "LIGHTKIT_SECRET"
 
 
 def main() -> int:

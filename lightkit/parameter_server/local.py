@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from lightkit.errors import LightkitError
+from lightkit.parameter_server.door import SECRET
 
 _log = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class LocalServers:
         # A session of its own: Ctrl-C at the terminal is the workers' to hear.
         return subprocess.Popen(
             command,
-            env={**os.environ, "LIGHTKIT_SECRET": self._secret},
+            env={**os.environ, SECRET: self._secret},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -6,8 +6,7 @@ import logging
 import math
 import threading
 import time
-from dataclasses import asdict, dataclass
-from enum import IntEnum
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,118 +14,18 @@ import torch
 from torch import Tensor
 
 from lightkit.errors import CheckpointError, ConfigError, LightkitError
-from lightkit.parameter_server.compression import codec
+from lightkit.parameter_server.door import Knock, Listener
+from lightkit.parameter_server.inbox import Inbox, Round, Worker
 from lightkit.parameter_server.job import Job, allocate
 from lightkit.parameter_server.journal import Journal, fill
-from lightkit.parameter_server.link import Expected, Knock, Link, LinkError, Listener
+from lightkit.parameter_server.link import Link, LinkError
+from lightkit.parameter_server.protocol import PUSH_FACTS, Answer, Request, bulk
 from lightkit.parameter_server.shard import Shard
 
 _log = logging.getLogger(__name__)
 
 # Seconds for worker 0 to come, which the others wait for: it may be started by hand.
 _BEGIN = 600.0
-
-# What a push says of itself, before the optimizer's options and which gradients there are: whether the gradient is to
-# be left out; what the mean is clamped to, 0 for no clamping; whether its norm is wanted before the step.
-PUSH_FACTS = 3
-
-
-def bulk(table: int) -> int:
-    """The tag of a table's gradients and parameters, which both sides are ready for before their headers come."""
-    return 1 + table
-
-
-class Request(IntEnum):
-    """The first number of a worker's header; the others: table, number of the push, version that it is based on."""
-
-    BEGIN = 1
-    PULL = 2
-    PUSH = 3
-    STATE = 4
-    FINISH = 5
-    LEAVE = 6
-
-
-class Answer(IntEnum):
-    """The first number of a server's header; the second: version of the table."""
-
-    OK = 1
-    WAIT = 2
-    NORM = 3
-    REFUSED = 4
-
-
-@dataclass
-class Worker:
-    """What a server must not forget of a worker.
-
-    Args:
-        incarnation: another one is another process that has its place.
-        pushes: that count, by table.
-        ahead: what is added to them to compare workers: who comes later begins where the slowest is.
-        finished: it pushes no more.
-        left: it said so, after all had finished.
-    """
-
-    incarnation: str
-    pushes: list[int]
-    ahead: list[int]
-    finished: bool = False
-    left: bool = False
-
-
-class Inbox:
-    """Where the pushes of a worker arrive, for one table."""
-
-    def __init__(self, job: Job, table: int, numbers: int) -> None:
-        parameters = job.tables[table].parameters
-        self.flats, self.views = allocate(parameters)
-        self.codecs = [codec(flat, job.compression, job.fraction) for flat in self.flats]
-        self.wire = [tensor for c in self.codecs for tensor in c.wire]
-        self.facts = torch.zeros(PUSH_FACTS + numbers + len(parameters), dtype=torch.float64)
-        self.reply = [torch.empty_like(flat) for flat in self.flats]
-        self._numbers = numbers
-        self._tag = bulk(table)
-        self._expected: Expected | None = None
-
-    def expect(self, link: Link) -> None:
-        """Gets ready for the next push, once all has been done with the last one."""
-        if self._expected is None:
-            self._expected = link.expect(self.facts, *self.wire, tag=self._tag)
-
-    def receive(self, link: Link) -> None:
-        """Takes a push."""
-        self.expect(link)
-        self._expected.wait()
-        self._expected = None
-        for received in self.codecs:
-            received.decode()
-
-    @property
-    def numbers(self) -> list[float]:
-        """The optimizer's options of this push."""
-        return self.facts[PUSH_FACTS : PUSH_FACTS + self._numbers].tolist()
-
-    @property
-    def present(self) -> list[bool]:
-        """Which gradients there are."""
-        return [value != 0 for value in self.facts[PUSH_FACTS + self._numbers :].tolist()]
-
-
-class Round:
-    """Of ``sync``: the pushes of a table that the next step is made of."""
-
-    def __init__(self) -> None:
-        # By rank, with the number of the push and whose it is: somebody else may have come to the rank since.
-        self.pushes: dict[int, tuple[Inbox, int, Worker]] = {}
-        # Once they are averaged nobody joins, unless all that pushed are gone.
-        self.mean: list[Tensor] | None = None
-        self.views: list[Tensor] = []
-        # The sum of the squares of its part here, and whether the workers want to say how far to clip it.
-        self.norm = 0.0
-        self.needs_norm = False
-        # Why there was no step.
-        self.error: Exception | None = None
 
 
 class Server:

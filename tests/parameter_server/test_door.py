@@ -14,7 +14,8 @@ from torch.distributed import TCPStore
 
 from lightkit.errors import ConfigError
 from lightkit.parameter_server import Server
-from lightkit.parameter_server.link import _DOOR, LinkError, Listener, _Talk, connect
+from lightkit.parameter_server.door import DOOR, Listener, Talk, connect
+from lightkit.parameter_server.link import LinkError
 
 sys.path.insert(0, str(Path(__file__).parent))
 from workers import Serving, Training, stop_serving, together
@@ -32,8 +33,8 @@ def stranger(serving):
 
 
 def knock(store, name):
-    store.queue_push(_DOOR, json.dumps({"name": name, "host": "127.0.0.1", "nonce": "0"}))
-    return _Talk(store, name)
+    store.queue_push(DOOR, json.dumps({"name": name, "host": "127.0.0.1", "nonce": "0"}))
+    return Talk(store, name)
 
 
 @pytest.mark.parametrize(
@@ -51,10 +52,10 @@ def test_rubbish_at_the_door(message):
     """Is taken away unheard; a worker comes in as before."""
     serving = Serving(1)
     store = stranger(serving)
-    store.queue_push(_DOOR, message)
+    store.queue_push(DOOR, message)
     training = Training(serving.addresses, 0)
     training.step(0)
-    assert store.queue_len(_DOOR) == 0 and serving.servers[0]._versions == [1]
+    assert store.queue_len(DOOR) == 0 and serving.servers[0]._versions == [1]
     assert set(serving.servers[0]._links) == {0}
     training.end()
 

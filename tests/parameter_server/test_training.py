@@ -560,7 +560,7 @@ def test_refusals():
 
 def test_another_version(monkeypatch):
     """Workers and servers of different releases do not begin."""
-    import lightkit.parameter_server.link as link
+    import lightkit.parameter_server.door as door
 
     class Release:
         @property
@@ -568,7 +568,7 @@ def test_another_version(monkeypatch):
             is_worker = threading.current_thread().name.startswith("lightkit-parameter-server")
             return "9.9" if is_worker else "1.0"
 
-    monkeypatch.setattr(link, "lightkit", Release())
+    monkeypatch.setattr(door, "lightkit", Release())
     serving = Serving(1)
     with pytest.raises(ConfigError, match=r"the worker has lightkit 9\.9, the server 1\.0"):
         Training(serving.addresses, 0)
