@@ -112,7 +112,8 @@ class Listener:
         except RuntimeError as error:
             raise LinkError(f"a worker knocked and went away: {brief(error)}") from None
         finally:
-            talk.forget("greeting", "hello", "answer")
+            # Not the answer, which the worker may still have to hear.
+            talk.forget("greeting", "hello")
 
 
 @dataclass(frozen=True)
@@ -149,12 +150,14 @@ class Talk:
         self._store.set(f"{self._name}/{what}", json.dumps(facts))
 
     def hear(self, what: str, *facts: str) -> dict[str, str]:
-        """What the other side says, with these facts in it.
+        """What the other side says, with these facts in it; it is taken away by that.
 
         Raises:
             RuntimeError: it says nothing, or something else.
         """
-        found = _read(self._store.get(f"{self._name}/{what}"))
+        key = f"{self._name}/{what}"
+        found = _read(self._store.get(key))
+        self._store.delete_key(key)
         if found is None or not found.keys() >= set(facts):
             raise RuntimeError(f"its {what} is none")
         return found

@@ -73,6 +73,19 @@ def test_a_stranger_at_the_door(proof):
     training.end()
 
 
+def test_a_slow_worker_hears_why_it_is_refused(caplog):
+    """The answer waits for it, though the server has long turned to others."""
+    serving = Serving(1)
+    talk = knock(stranger(serving), "link/slow")
+    talk.hear("greeting")
+    talk.say("hello", proof="guessed", version="1")
+    end = time.monotonic() + 10
+    while "another secret" not in caplog.text and time.monotonic() < end:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    assert "the secret is not that of the server" in talk.hear("answer")["error"]
+
+
 def test_who_knocks_and_goes_away():
     """Nobody waits for those that say nothing more: neither a worker that comes, nor one that trains."""
     serving = Serving(1)
