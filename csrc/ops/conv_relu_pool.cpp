@@ -160,10 +160,6 @@ cpu::ConvReluPoolShape make_shape(const Tensor& padded, const Tensor& weight, bo
   };
 }
 
-std::array<int64_t, 4> strides(const Tensor& weight) {
-  return {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)};
-}
-
 // Calls f with a value of the type that the kernels compute in.
 template <typename F>
 void with_type(const Tensor& tensor, const F& f) {
@@ -186,7 +182,7 @@ std::tuple<Tensor, Tensor> forward_cpu(
     return {result, index};
   }
   const Tensor x = laid_out(input, padding);
-  const Tensor w = weight.to(x.scalar_type());
+  const Tensor w = weight.to(x.scalar_type()).contiguous();
   const Tensor b = bias.has_value() && bias->defined() ? bias->to(x.scalar_type()).contiguous() : Tensor();
   const Tensor output =
       result.scalar_type() == x.scalar_type() ? result : at::empty(result.sizes(), x.options(), kLayout);
@@ -195,7 +191,7 @@ std::tuple<Tensor, Tensor> forward_cpu(
     cpu::conv_relu_pool_forward<T>(
         make_shape(x, w, pool),
         x.const_data_ptr<T>(),
-        {w.const_data_ptr<T>(), strides(w)},
+        w.const_data_ptr<T>(),
         b.defined() ? b.const_data_ptr<T>() : nullptr,
         output.mutable_data_ptr<T>(),
         with_index ? index.mutable_data_ptr<uint8_t>() : nullptr);
@@ -234,7 +230,7 @@ Gradients backward_cpu(
   const Tensor winners = index.contiguous(kLayout);
   const auto type = g.options();
   if (wanted[0]) {
-    const Tensor w = weight.to(g.scalar_type());
+    const Tensor w = weight.to(g.scalar_type()).contiguous();
     const std::vector<int64_t> padded{
         input.size(0), input.size(1), input.size(2) + 2 * padding[0], input.size(3) + 2 * padding[1]};
     const bool direct = grad_input.sizes() == padded && grad_input.scalar_type() == g.scalar_type();
@@ -245,7 +241,7 @@ Gradients backward_cpu(
           make_shape(result, w, pool),
           g.const_data_ptr<T>(),
           winners.const_data_ptr<uint8_t>(),
-          {w.const_data_ptr<T>(), strides(w)},
+          w.const_data_ptr<T>(),
           result.mutable_data_ptr<T>());
     });
     if (!direct) {
@@ -264,7 +260,7 @@ Gradients backward_cpu(
           g.const_data_ptr<T>(),
           winners.const_data_ptr<uint8_t>(),
           x.const_data_ptr<T>(),
-          {weights.mutable_data_ptr<T>(), strides(weights)},
+          weights.mutable_data_ptr<T>(),
           biases.mutable_data_ptr<T>());
     });
     grad_weight = wanted[1] ? weights.to(weight.scalar_type()) : grad_weight;

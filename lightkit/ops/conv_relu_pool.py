@@ -51,15 +51,16 @@ def conv_relu_pool(
         RuntimeError: dtypes or devices that do not fit.
     """
     padding = _pair(padding)
-    _check(input, weight, bias, padding, pool)
-    if _autocast(input.device.type) and input.dtype != torch.float64:
+    if _autocast(input.device.type) and input.is_floating_point() and input.dtype != torch.float64:
         # As torch does for a convolution.
         dtype = torch.get_autocast_dtype(input.device.type)
         input, weight = input.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    if not (_has_kernel(input, weight, bias) and _is_faster(weight, pool)):
-        return conv_relu_pool_reference(input, weight, bias, padding, pool)
-    return torch.ops.lightkit.conv_relu_pool.default(input, weight, bias, padding, pool)
+    if _has_kernel(input, weight, bias) and _is_faster(weight, pool):
+        # It checks its arguments as `_check` does.
+        return torch.ops.lightkit.conv_relu_pool.default(input, weight, bias, padding, pool)
+    _check(input, weight, bias, padding, pool)
+    return conv_relu_pool_reference(input, weight, bias, padding, pool)
 
 
 def conv_relu_pool_reference(
@@ -109,9 +110,8 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[in
             )
     if not input.is_floating_point():
         raise RuntimeError(f"conv_relu_pool: the input must be floating point, got {input.dtype}")
-    cast = _autocast(input.device.type)
     for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and (tensor.device != input.device or (tensor.dtype != input.dtype and not cast)):
+        if tensor is not None and (tensor.device != input.device or tensor.dtype != input.dtype):
             raise RuntimeError(
                 f"conv_relu_pool: the {name} must be of the dtype and on the device of the input, {input.dtype} on "
                 f"{input.device}, got {tensor.dtype} on {tensor.device}"
@@ -138,7 +138,7 @@ def _has_kernel(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 def _is_faster(weight: Tensor, pool: bool) -> bool:
     # A 1x1 convolution is one matrix product, in which dead units are too few to make up for lists of the others.
-    return pool or weight.shape[2] * weight.shape[3] > 1
+    return pool or weight.shape[2:].numel() > 1
 
 
 @torch.compiler.assume_constant_result

@@ -242,10 +242,10 @@ def test_dead_units_stop_gradients_that_are_not_finite():
 @pytest.mark.parametrize(
     ("input", "weight", "bias", "padding", "error", "message"),
     [
-        ((3, 9, 9), (4, 3, 3, 3), None, 0, ValueError, r"must have 4 dimensions.*got \(3, 9, 9\)"),
+        ((3, 9, 9), (4, 3, 3, 3), None, 0, ValueError, r"must have 4 dimensions.*got .3, 9, 9"),
         ((2, 3, 9, 9), (4, 3, 3), None, 0, ValueError, "must have 4 dimensions"),
         ((2, 3, 9, 9), (4, 2, 3, 3), None, 0, ValueError, "for 2 channels but the input has 3"),
-        ((2, 3, 9, 9), (4, 3, 3, 3), (3,), 0, ValueError, r"each of the 4 output channels, got shape \(3,\)"),
+        ((2, 3, 9, 9), (4, 3, 3, 3), (3,), 0, ValueError, r"each of the 4 output channels, got shape .3,?.$"),
         ((2, 3, 9, 9), (4, 3, 3, 3), (1, 4), 0, ValueError, r"each of the 4 output channels"),
         ((2, 3, 9, 9), (4, 3, 3, 3), None, -1, ValueError, "padding must not be negative, got -1"),
         ((2, 3, 9, 9), (4, 3, 3, 3), None, (1, 2, 3), ValueError, r"one or two whole numbers, got \(1, 2, 3\)"),

@@ -52,9 +52,12 @@ struct ConvReluPoolShape {
   int64_t run() const {
     return kernel_width * in_channels;
   }
+  int64_t kernel_size() const {
+    return kernel_height * kernel_width;
+  }
   // Products in one value of the convolution.
   int64_t taps() const {
-    return kernel_height * run();
+    return kernel_size() * in_channels;
   }
 
   // Positions of the convolution that make one output, and how far their inputs lie from those of the first:
@@ -127,24 +130,14 @@ class AlignedBuffer {
   std::unique_ptr<T, Delete> data_;
 };
 
-// (out_channels, in_channels, kernel_height, kernel_width) with any strides.
-template <typename T>
-struct ConvKernel {
-  T* data;
-  std::array<int64_t, 4> strides;
-
-  T& at(int64_t out, int64_t in, int64_t row, int64_t column) const {
-    return data[out * strides[0] + in * strides[1] + row * strides[2] + column * strides[3]];
-  }
-};
-
 // output = maxpool(relu(input * weight + bias)), in float or double. `index`, unless null, gets for every output
 // which of its positions won (the first of equals, as in torch), or kDead; 0 or kDead without a pool. NaN wins.
+// Weights and their gradients are dense, (out_channels, in_channels, kernel_height, kernel_width).
 template <typename T>
 void conv_relu_pool_forward(
     const ConvReluPoolShape& shape,
     const T* input,
-    const ConvKernel<const T>& weight,
+    const T* weight,
     const T* bias,  // (out_channels), or null
     T* output,
     uint8_t* index);
@@ -156,7 +149,7 @@ void conv_relu_pool_grad_input(
     const ConvReluPoolShape& shape,
     const T* grad_output,
     const uint8_t* index,
-    const ConvKernel<const T>& weight,
+    const T* weight,
     T* grad_input);
 
 template <typename T>
@@ -165,8 +158,11 @@ void conv_relu_pool_grad_weight(
     const T* grad_output,
     const uint8_t* index,
     const T* input,
-    const ConvKernel<T>& grad_weight,
+    T* grad_weight,
     T* grad_bias);  // (out_channels)
+
+// What it takes to bring a weight to another place, in multiplications.
+inline constexpr int64_t kPackingCost = 16;
 
 // How many items of `products` multiplications each are worth a thread.
 inline int64_t conv_grain(int64_t products) {

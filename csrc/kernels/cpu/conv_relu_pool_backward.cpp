@@ -3,12 +3,14 @@
 // A live output adds its gradient times a patch of the input to the gradient of the weight, and its gradient times
 // the weight of its channel to a patch of the gradient of the input. With the channels last a row of a patch is one
 // run of memory. So both are the same work: sum over a list of (coefficient, where a patch begins), the sums kept in
-// registers. The lists are made without a branch that depends on the data, which would be mispredicted all the time.
+// registers.
 
 #include "conv_relu_pool_backward.h"
+#include "conv_relu_pool_lists.h"
 
 #include <ATen/Parallel.h>
 
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -31,32 +33,23 @@ constexpr int kMostRows = 3;
 constexpr int kMostVectors = 12;
 
 // Channels whose lists are made together, so that the gradients are read in runs.
-constexpr int64_t kChannels = 8;
+constexpr int kChannels = 8;
+
+// Outputs that they list at once.
+constexpr int64_t kMostOutputs = 128;
 
 // Bytes of input that stay in the first-level cache while the lists of kChannels channels are worked off.
 constexpr int64_t kCachedBytes = 24 * 1024;
 
-template <typename T>
-struct Entry {
-  int32_t offset;
-  T coefficient;
-};
-
-// target[r][v] += sum over the entries of coefficient * source[offset + r * source_row + v], for whole vectors of
-// which the last has `last` lanes that count in the target.
+// target[r][v] += sum over a list of coefficient * source[offset + r * source_row + v], for whole vectors of which
+// the last has `last` lanes that count in the target.
 template <typename T, int rows, int vectors>
 void accumulate(
-    const Entry<T>* entries,
-    int64_t count,
-    const T* source,
-    int64_t source_row,
-    T* target,
-    int64_t target_row,
-    int64_t last) {
+    const List<T>& list, const T* source, int64_t source_row, T* target, int64_t target_row, int64_t last) {
   constexpr int width = kWidth<T>;
-  // A multiply-add takes several cycles: with few sums the entries take turns between two or four sets of them.
-  constexpr int size = rows * vectors;
-  constexpr int sets = size * 4 <= kSums ? 4 : size * 2 <= kSums ? 2 : 1;
+  // A multiply-add takes four cycles, in each of which two begin: with few sums the entries take turns between two
+  // sets of them. More would not pay, as the lists are short.
+  constexpr int sets = rows * vectors >= 8 ? 1 : 2;
   Vec<T> sums[sets][rows][vectors];
   LIGHTKIT_UNROLL for (int s = 0; s < sets; ++s) {
     LIGHTKIT_UNROLL for (int r = 0; r < rows; ++r) {
@@ -65,10 +58,11 @@ void accumulate(
       }
     }
   }
-  for (; count >= sets; count -= sets, entries += sets) {
+  int64_t i = 0;
+  for (; i + sets <= list.size; i += sets) {
     LIGHTKIT_UNROLL for (int s = 0; s < sets; ++s) {
-      const Vec<T> coefficient(entries[s].coefficient);
-      const T* from = source + entries[s].offset;
+      const Vec<T> coefficient(list.coefficients[i + s]);
+      const T* from = source + list.offsets[i + s];
       LIGHTKIT_UNROLL for (int r = 0; r < rows; ++r, from += source_row) {
         LIGHTKIT_UNROLL for (int v = 0; v < vectors; ++v) {
           sums[s][r][v] = at::vec::fmadd(coefficient, Vec<T>::loadu(from + v * width), sums[s][r][v]);
@@ -76,9 +70,9 @@ void accumulate(
       }
     }
   }
-  for (; count > 0; --count, ++entries) {
-    const Vec<T> coefficient(entries->coefficient);
-    const T* from = source + entries->offset;
+  for (; i < list.size; ++i) {
+    const Vec<T> coefficient(list.coefficients[i]);
+    const T* from = source + list.offsets[i];
     LIGHTKIT_UNROLL for (int r = 0; r < rows; ++r, from += source_row) {
       LIGHTKIT_UNROLL for (int v = 0; v < vectors; ++v) {
         sums[0][r][v] = at::vec::fmadd(coefficient, Vec<T>::loadu(from + v * width), sums[0][r][v]);
@@ -102,8 +96,7 @@ void accumulate(
 }
 
 template <typename T>
-using Accumulate =
-    void (*)(const Entry<T>*, int64_t, const T*, int64_t, T*, int64_t, int64_t);
+using Accumulate = void (*)(const List<T>&, const T*, int64_t, T*, int64_t, int64_t);
 
 template <typename T, int rows, int vectors>
 constexpr Accumulate<T> accumulate_or_null() {
@@ -137,11 +130,14 @@ struct Segment {
   Accumulate<T> accumulate;
 };
 
+// Of at most so many vectors, and at least one.
 template <typename T>
-std::vector<Segment<T>> make_segments(const ConvReluPoolShape& shape) {
+std::vector<Segment<T>> make_segments(const ConvReluPoolShape& shape, int64_t most) {
+  most = std::clamp<int64_t>(most, 1, kSums);
   const int64_t vectors = (shape.run() + kWidth<T> - 1) / kWidth<T>;
-  const int64_t tiles = (vectors + kMostVectors - 1) / kMostVectors;
-  const int64_t most_rows = std::min<int64_t>({kMostRows, shape.kernel_height, kSums / ((vectors + tiles - 1) / tiles)});
+  const int64_t most_vectors = std::min<int64_t>(most, kMostVectors);
+  const int64_t tiles = (vectors + most_vectors - 1) / most_vectors;
+  const int64_t most_rows = std::min<int64_t>({kMostRows, shape.kernel_height, most / ((vectors + tiles - 1) / tiles)});
   std::vector<Segment<T>> segments;
   for (int64_t row = 0; row < shape.kernel_height; row += most_rows) {
     const int64_t rows = std::min(most_rows, shape.kernel_height - row);
@@ -161,76 +157,37 @@ int64_t padded_run(const ConvReluPoolShape& shape) {
   return (shape.run() + kWidth<T> - 1) / kWidth<T> * kWidth<T>;
 }
 
-// One list for each of `count` receivers. The space between them keeps them apart in the cache.
-template <typename T>
-class Lists {
- public:
-  Lists(int64_t count, int64_t capacity) : stride_(capacity + 8), entries_(count * stride_), ends_(count) {}
-
-  void clear() {
-    for (size_t list = 0; list < ends_.size(); ++list) {
-      ends_[list] = entries_.data() + list * stride_;
-    }
-  }
-  // Where the lists end, for `append`: a copy of the pointer spares loading it for every entry.
-  Entry<T>** ends() {
-    return ends_.data();
-  }
-  const Entry<T>* entries(int64_t list) const {
-    return entries_.data() + list * stride_;
-  }
-  int64_t size(int64_t list) const {
-    return ends_[list] - entries(list);
-  }
-
- private:
-  const int64_t stride_;
-  AlignedBuffer<Entry<T>> entries_;
-  std::vector<Entry<T>*> ends_;
-};
-
-// Counted only if it is live: what is not is overwritten by the next.
-template <typename T>
-inline void append(Entry<T>*& end, int64_t offset, T coefficient, bool live) {
-  Entry<T>* const entry = end;
-  entry->offset = static_cast<int32_t>(offset);
-  entry->coefficient = coefficient;
-  end = entry + live;
-}
-
 // The weight as (out_channels, kernel_height, padded run).
 template <typename T>
-AlignedBuffer<T> pack(const ConvReluPoolShape& shape, const ConvKernel<const T>& weight) {
+AlignedBuffer<T> pack(const ConvReluPoolShape& shape, const T* weight) {
   const int64_t run = padded_run<T>(shape);
   AlignedBuffer<T> packed(shape.out_channels * shape.kernel_height * run);
-  at::parallel_for(0, shape.out_channels, conv_grain(8 * shape.taps()), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, shape.out_channels, conv_grain(kPackingCost * shape.taps()), [&](int64_t begin, int64_t end) {
     T* to = packed.data() + begin * shape.kernel_height * run;
     for (int64_t out = begin; out < end; ++out) {
-      for (int64_t row = 0; row < shape.kernel_height; ++row, to += run) {
-        for (int64_t column = 0; column < shape.kernel_width; ++column) {
+      const T* from = weight + out * shape.taps();
+      for (int64_t row = 0; row < shape.kernel_height; ++row) {
+        for (int64_t column = 0; column < shape.kernel_width; ++column, ++from) {
           for (int64_t in = 0; in < shape.in_channels; ++in) {
-            to[column * shape.in_channels + in] = weight.at(out, in, row, column);
+            *to++ = from[in * shape.kernel_size()];
           }
         }
-        std::fill(to + shape.run(), to + run, T(0));
+        to = std::fill_n(to, run - shape.run(), T(0));
       }
     }
   });
   return packed;
 }
 
-// (kChannels, kernel_height, padded run) into some channels of the weight's gradient.
+// (kernel_height, padded run) into one channel of the weight's gradient.
 template <typename T>
-void unpack(
-    const ConvReluPoolShape& shape, const T* packed, const ConvKernel<T>& grad_weight, int64_t channel, int64_t channels) {
+void unpack(const ConvReluPoolShape& shape, const T* packed, T* grad_weight) {
   const int64_t run = padded_run<T>(shape);
-  for (int64_t out = channel; out < channel + channels; ++out) {
-    for (int64_t in = 0; in < shape.in_channels; ++in) {
-      for (int64_t row = 0; row < shape.kernel_height; ++row) {
-        for (int64_t column = 0; column < shape.kernel_width; ++column) {
-          grad_weight.at(out, in, row, column) =
-              packed[((out - channel) * shape.kernel_height + row) * run + column * shape.in_channels + in];
-        }
+  for (int64_t in = 0; in < shape.in_channels; ++in) {
+    for (int64_t row = 0; row < shape.kernel_height; ++row) {
+      const T* from = packed + row * run + in;
+      for (int64_t column = 0; column < shape.kernel_width; ++column, from += shape.in_channels) {
+        *grad_weight++ = *from;
       }
     }
   }
@@ -248,18 +205,21 @@ void conv_relu_pool_grad_input(
     const ConvReluPoolShape& shape,
     const T* grad_output,
     const uint8_t* index,
-    const ConvKernel<const T>& weight,
+    const T* weight,
     T* grad_input) {
   const auto packed = pack(shape, weight);
-  const auto segments = make_segments<T>(shape);
+  // Of a segment, the weights of all channels stay in the first-level cache while all outputs are worked off.
+  const auto segments =
+      make_segments<T>(shape, kCachedBytes / static_cast<int64_t>(sizeof(T)) / kWidth<T> / shape.out_channels);
   const auto quad_offsets = shape.quad_offsets();
   const int64_t channels = shape.out_channels;
   const int64_t run = padded_run<T>(shape);
   const int64_t patch = shape.kernel_height * run;
   const int64_t quads = shape.quads();
   const int64_t positions = shape.rows() * shape.columns();
-  // Outputs whose lists are made at once, taking turns: an append waits for the one before to the same list.
+  // Outputs whose lists are made at once.
   const int64_t group = std::clamp<int64_t>(8192 / (quads * channels), 4, 32);
+  const auto list = shape.pool ? list_channels<T, 4> : list_channels<T, 1>;
 
   at::parallel_for(0, shape.images, conv_grain(products(shape)), [&](int64_t begin, int64_t end) {
     Lists<T> lists(group * quads, channels);
@@ -269,30 +229,10 @@ void conv_relu_pool_grad_input(
       OutputCursor cursor(shape, image * positions);
       for (int64_t first = 0; first < positions; first += group) {
         const int64_t count = std::min(group, positions - first);
-        const T* grads = grad_output + (image * positions + first) * channels;
-        const uint8_t* winners = index + (image * positions + first) * channels;
         lists.clear();
-        for (int64_t p = 0; p < count; p += 4) {
-          const int64_t together = std::min<int64_t>(4, count - p);
-          Entry<T>** ends = lists.ends() + p * quads;
-          const auto append_channel = [&](int64_t c, int64_t k) {
-            const uint8_t winner = winners[(p + k) * channels + c];
-            append(
-                ends[k * quads + (winner & (quads - 1))], c * patch, grads[(p + k) * channels + c], winner != kDead);
-          };
-          if (together == 4) {
-            for (int64_t c = 0; c < channels; ++c) {
-              LIGHTKIT_UNROLL for (int64_t k = 0; k < 4; ++k) {
-                append_channel(c, k);
-              }
-            }
-          } else {
-            for (int64_t c = 0; c < channels; ++c) {
-              for (int64_t k = 0; k < together; ++k) {
-                append_channel(c, k);
-              }
-            }
-          }
+        for (int64_t p = 0; p < count; ++p) {
+          const int64_t output = (image * positions + first + p) * channels;
+          list(lists.data() + p * quads, grad_output + output, index + output, channels, patch);
         }
         int64_t offsets[32];
         for (int64_t p = 0; p < count; ++p, cursor.advance()) {
@@ -300,18 +240,14 @@ void conv_relu_pool_grad_input(
         }
         // All outputs for one segment of the weights, which stays in the cache meanwhile.
         for (const auto& segment : segments) {
-          for (int64_t list = 0; list < count * quads; ++list) {
-            if (lists.size(list) > 0) {
-              segment.accumulate(
-                  lists.entries(list),
-                  lists.size(list),
-                  packed.data() + segment.row * run + segment.start,
-                  run,
-                  target + offsets[list / quads] + quad_offsets[list % quads] + segment.row * shape.row_size() +
-                      segment.start,
-                  shape.row_size(),
-                  segment.last);
-            }
+          for (int64_t l = 0; l < count * quads; ++l) {
+            segment.accumulate(
+                lists.data()[l],
+                packed.data() + segment.row * run + segment.start,
+                run,
+                target + offsets[l / quads] + quad_offsets[l % quads] + segment.row * shape.row_size() + segment.start,
+                shape.row_size(),
+                segment.last);
           }
         }
       }
@@ -325,22 +261,23 @@ void conv_relu_pool_grad_weight(
     const T* grad_output,
     const uint8_t* index,
     const T* input,
-    const ConvKernel<T>& grad_weight,
+    T* grad_weight,
     T* grad_bias) {
   if (is_thin<T>(shape)) {
     return thin_grad_weight(shape, grad_output, index, input, grad_weight, grad_bias);
   }
-  const auto segments = make_segments<T>(shape);
+  const auto segments = make_segments<T>(shape, kSums);
   const int64_t run = padded_run<T>(shape);
   const int64_t patch = shape.kernel_height * run;
   const int64_t total = shape.outputs();
   const int64_t positions = shape.rows() * shape.columns();
   // Indexed by winner; what is dead goes nowhere.
-  std::array<int64_t, kDead + 1> quad_offsets{};
-  std::copy_n(shape.quad_offsets().begin(), 4, quad_offsets.begin());
+  std::array<int32_t, kDead + 1> moves{};
+  std::copy_n(shape.quad_offsets().begin(), 4, moves.begin());
   // Outputs of a list: whole images if they are small, else a part of one.
   const int64_t cached = kCachedBytes / static_cast<int64_t>(sizeof(T)) / shape.image_size();
-  const int64_t most = positions > 128 ? 128 : positions * std::clamp<int64_t>(cached, 1, 128 / positions);
+  const int64_t most =
+      positions > kMostOutputs ? kMostOutputs : positions * std::clamp<int64_t>(cached, 1, kMostOutputs / positions);
 
   // Whole vectors read beyond a run, and so beyond the last image: the sums of those lanes are not used, but there
   // must be memory.
@@ -359,7 +296,7 @@ void conv_relu_pool_grad_weight(
     AlignedBuffer<T> sums(kChannels * patch);
     for (int64_t channel = begin * kChannels; channel < std::min(end * kChannels, shape.out_channels);
          channel += kChannels) {
-      const int64_t channels = std::min(kChannels, shape.out_channels - channel);
+      const int64_t channels = std::min<int64_t>(kChannels, shape.out_channels - channel);
       std::fill_n(sums.data(), kChannels * patch, T(0));
       T bias_sums[kChannels] = {};
       OutputCursor cursor(shape, 0);
@@ -367,57 +304,58 @@ void conv_relu_pool_grad_weight(
         const bool in_last = first >= last_image * positions;
         last = std::min(first + most, in_last ? total : last_image * positions);
         const int64_t base = cursor.image() * shape.image_size();
-        lists.clear();
-        Entry<T>** ends = lists.ends();
+        int32_t places[kMostOutputs];
         for (int64_t o = first; o < last; ++o, cursor.advance()) {
-          const int64_t offset = cursor.image() * shape.image_size() + cursor.offset() - base;
-          const T* grads = grad_output + o * shape.out_channels + channel;
-          const uint8_t* winners = index + o * shape.out_channels + channel;
-          const auto append_channel = [&](int64_t c) {
-            append(ends[c], offset + quad_offsets[winners[c]], grads[c], winners[c] != kDead);
-          };
-          if (channels == kChannels) {
-            LIGHTKIT_UNROLL for (int64_t c = 0; c < kChannels; ++c) {
-              append_channel(c);
-            }
-          } else {
-            for (int64_t c = 0; c < channels; ++c) {
-              append_channel(c);
-            }
+          places[o - first] = static_cast<int32_t>(cursor.image() * shape.image_size() + cursor.offset() - base);
+        }
+        lists.clear();
+        const auto list = [&](auto together, int64_t c) {
+          list_outputs<T, together>(
+              lists.data() + c,
+              grad_output + first * shape.out_channels + channel + c,
+              index + first * shape.out_channels + channel + c,
+              shape.out_channels,
+              places,
+              moves,
+              last - first);
+        };
+        if (channels == kChannels) {
+          list(std::integral_constant<int, kChannels>{}, 0);
+        } else {
+          for (int64_t c = 0; c < channels; ++c) {
+            list(std::integral_constant<int, 1>{}, c);
           }
         }
         const T* source = in_last && !copy_of_last.empty() ? copy_of_last.data() : input + base;
         for (int64_t c = 0; c < channels; ++c) {
+          const List<T>& list = lists.data()[c];
           for (const auto& segment : segments) {
             segment.accumulate(
-                lists.entries(c),
-                lists.size(c),
+                list,
                 source + segment.row * shape.row_size() + segment.start,
                 shape.row_size(),
                 sums.data() + c * patch + segment.row * run + segment.start,
                 run,
                 kWidth<T>);
           }
-          T bias_sum = 0;
-          for (int64_t i = 0; i < lists.size(c); ++i) {
-            bias_sum += lists.entries(c)[i].coefficient;
-          }
-          bias_sums[c] += bias_sum;
+          bias_sums[c] += std::accumulate(list.coefficients, list.coefficients + list.size, T(0));
         }
       }
-      unpack(shape, sums.data(), grad_weight, channel, channels);
+      for (int64_t c = 0; c < channels; ++c) {
+        unpack(shape, sums.data() + c * patch, grad_weight + (channel + c) * shape.taps());
+      }
       std::copy_n(bias_sums, channels, grad_bias + channel);
     }
   });
 }
 
 template void conv_relu_pool_grad_input(
-    const ConvReluPoolShape&, const float*, const uint8_t*, const ConvKernel<const float>&, float*);
+    const ConvReluPoolShape&, const float*, const uint8_t*, const float*, float*);
 template void conv_relu_pool_grad_input(
-    const ConvReluPoolShape&, const double*, const uint8_t*, const ConvKernel<const double>&, double*);
+    const ConvReluPoolShape&, const double*, const uint8_t*, const double*, double*);
 template void conv_relu_pool_grad_weight(
-    const ConvReluPoolShape&, const float*, const uint8_t*, const float*, const ConvKernel<float>&, float*);
+    const ConvReluPoolShape&, const float*, const uint8_t*, const float*, float*, float*);
 template void conv_relu_pool_grad_weight(
-    const ConvReluPoolShape&, const double*, const uint8_t*, const double*, const ConvKernel<double>&, double*);
+    const ConvReluPoolShape&, const double*, const uint8_t*, const double*, double*, double*);
 
 }  // namespace lightkit::cpu

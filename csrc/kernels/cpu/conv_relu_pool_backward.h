@@ -16,7 +16,7 @@ void thin_grad_weight(
     const T* grad_output,
     const uint8_t* index,
     const T* input,
-    const ConvKernel<T>& grad_weight,
+    T* grad_weight,
     T* grad_bias);
 
 }  // namespace lightkit::cpu

@@ -72,38 +72,25 @@ void convolve(
   }
 }
 
-// Small whole numbers in the lanes of a vector, as bytes.
-template <typename T>
-void store_bytes(const Vec<T>& values, uint8_t* bytes, int64_t count) {
-  alignas(64) T buffer[kWidth<T>];
-  values.store(buffer);
-  if (count == kWidth<T>) {
-    for (int i = 0; i < kWidth<T>; ++i) {
-      bytes[i] = static_cast<uint8_t>(static_cast<int>(buffer[i]));
-    }
-  } else {
-    for (int64_t i = 0; i < count; ++i) {
-      bytes[i] = static_cast<uint8_t>(static_cast<int>(buffer[i]));
-    }
-  }
-}
-
 // ReLU, and the pool over `quads` positions, of one vector of channels; `stride` from position to position.
 template <typename T, int quads>
 void finish(const T* sums, int64_t stride, T* output, uint8_t* index, int64_t count) {
-  Vec<T> best = Vec<T>::loadu(sums);
-  Vec<T> winner(T(0));
-  for (int q = 1; q < quads; ++q) {
-    const Vec<T> value = Vec<T>::loadu(sums + q * stride);
-    const Vec<T> wins = (value > best) | (value != value);
-    best = Vec<T>::blendv(best, value, wins);
-    winner = Vec<T>::blendv(winner, Vec<T>(T(q)), wins);
+  using Values = Lanes<T>;
+  using Numbers = LaneNumbers<T>;
+  Values best = load_lanes<Values>(sums);
+  Numbers winner{};
+  LIGHTKIT_UNROLL for (int q = 1; q < quads; ++q) {
+    const Values value = load_lanes<Values>(sums + q * stride);
+    // The second is for NaN.
+    const auto wins = (value > best) | (value != value);
+    best = wins ? value : best;
+    winner = wins ? Numbers{} + q : winner;
   }
   // NaN is not below 0: it goes on.
-  const Vec<T> dead = best <= Vec<T>(T(0));
-  Vec<T>::blendv(best, Vec<T>(T(0)), dead).store(output, static_cast<int>(count));
+  const auto dead = best <= Values{};
+  store_lanes(dead ? Values{} : best, output, count);
   if (index != nullptr) {
-    store_bytes<T>(Vec<T>::blendv(winner, Vec<T>(T(kDead)), dead), index, count);
+    store_lanes(__builtin_convertvector(dead ? Numbers{} + kDead : winner, LaneBytes<T>), index, count);
   }
 }
 
@@ -112,28 +99,23 @@ void finish(const T* sums, int64_t stride, T* output, uint8_t* index, int64_t co
 template <typename T>
 class PackedWeight {
  public:
-  PackedWeight(const ConvReluPoolShape& shape, const ConvKernel<const T>& weight, const T* bias)
+  PackedWeight(const ConvReluPoolShape& shape, const T* weight, const T* bias)
       : taps_(shape.taps()),
         vectors_((shape.out_channels + kWidth<T> - 1) / kWidth<T>),
         weight_(vectors_ * kWidth<T> * taps_),
         bias_(vectors_ * kWidth<T>) {
-    at::parallel_for(0, blocks(), conv_grain(kVectors * kWidth<T> * taps_), [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) {
-        const int64_t lanes = vectors(b) * kWidth<T>;
-        const int64_t first = b * kVectors * kWidth<T>;
-        const int64_t filled = std::min(lanes, shape.out_channels - first);
-        T* to = weight_.data() + first * taps_;
-        for (int64_t row = 0; row < shape.kernel_height; ++row) {
-          for (int64_t column = 0; column < shape.kernel_width; ++column) {
-            for (int64_t in = 0; in < shape.in_channels; ++in, to += lanes) {
-              for (int64_t lane = 0; lane < lanes; ++lane) {
-                to[lane] = lane < filled ? weight.at(first + lane, in, row, column) : T(0);
-              }
-            }
-          }
+    at::parallel_for(0, vectors_, conv_grain(kPackingCost * kWidth<T> * taps_), [&](int64_t begin, int64_t end) {
+      for (int64_t v = begin; v < end; ++v) {
+        const int64_t first = v * kWidth<T>;
+        const int64_t filled = std::min<int64_t>(kWidth<T>, shape.out_channels - first);
+        if (filled == kWidth<T>) {
+          pack(shape, weight + first * taps_, v, std::integral_constant<int64_t, kWidth<T>>{});
+        } else {
+          pack(shape, weight + first * taps_, v, filled);
         }
-        for (int64_t lane = 0; lane < lanes; ++lane) {
-          bias_.data()[first + lane] = lane < filled && bias != nullptr ? bias[first + lane] : T(0);
+        std::fill_n(bias_.data() + first, kWidth<T>, T(0));
+        if (bias != nullptr) {
+          std::copy_n(bias + first, filled, bias_.data() + first);
         }
       }
     });
@@ -153,6 +135,24 @@ class PackedWeight {
   }
 
  private:
+  // One vector of output channels, whose weights begin at `from`.
+  void pack(const ConvReluPoolShape& shape, const T* from, int64_t vector, auto filled) {
+    const int64_t block = vector / kVectors;
+    const int64_t lanes = vectors(block) * kWidth<T>;
+    T* const to = weight_.data() + block * kVectors * kWidth<T> * taps_ + vector % kVectors * kWidth<T>;
+    for (int64_t in = 0; in < shape.in_channels; ++in) {
+      for (int64_t k = 0; k < shape.kernel_size(); ++k, ++from) {
+        T* const tap = to + (k * shape.in_channels + in) * lanes;
+        for (int64_t lane = 0; lane < filled; ++lane) {
+          tap[lane] = from[lane * taps_];
+        }
+        for (int64_t lane = filled; lane < kWidth<T>; ++lane) {
+          tap[lane] = T(0);
+        }
+      }
+    }
+  }
+
   const int64_t taps_;
   const int64_t vectors_;
   AlignedBuffer<T> weight_;
@@ -239,7 +239,7 @@ template <typename T>
 void conv_relu_pool_forward(
     const ConvReluPoolShape& shape,
     const T* input,
-    const ConvKernel<const T>& weight,
+    const T* weight,
     const T* bias,
     T* output,
     uint8_t* index) {
@@ -252,8 +252,8 @@ void conv_relu_pool_forward(
 }
 
 template void conv_relu_pool_forward(
-    const ConvReluPoolShape&, const float*, const ConvKernel<const float>&, const float*, float*, uint8_t*);
+    const ConvReluPoolShape&, const float*, const float*, const float*, float*, uint8_t*);
 template void conv_relu_pool_forward(
-    const ConvReluPoolShape&, const double*, const ConvKernel<const double>&, const double*, double*, uint8_t*);
+    const ConvReluPoolShape&, const double*, const double*, const double*, double*, uint8_t*);
 
 }  // namespace lightkit::cpu

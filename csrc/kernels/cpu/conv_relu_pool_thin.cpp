@@ -38,27 +38,14 @@ struct Outputs {
   // Of one output: its gradient at each of its positions. Returns it at all of them.
   template <int quads>
   Vec<T> load(int64_t output, Vec<T> (&spread)[quads]) const {
-    const uint8_t* winner = winners + output * stride;
     const T* grad = grads + output * stride;
-    alignas(64) T numbers[kWidth<T>];
-    Vec<T> gradient;
-    if (count == kWidth<T>) {
-      for (int i = 0; i < kWidth<T>; ++i) {
-        numbers[i] = static_cast<T>(static_cast<int>(winner[i]));
-      }
-      gradient = Vec<T>::loadu(grad);
-    } else {
-      for (int64_t i = 0; i < count; ++i) {
-        numbers[i] = static_cast<T>(static_cast<int>(winner[i]));
-      }
-      std::fill(numbers + count, numbers + kWidth<T>, T(kDead));
-      gradient = cpu::load(grad, count, T(0));
-    }
-    const Vec<T> number = Vec<T>::loadu(numbers);
+    const auto gradient = load_lanes<Lanes<T>>(grad, count);
+    const auto bytes = load_lanes<LaneBytes<T>>(winners + output * stride, count);
+    const auto winner = __builtin_convertvector(bytes, LaneNumbers<T>);
     LIGHTKIT_UNROLL for (int q = 0; q < quads; ++q) {
-      spread[q] = gradient & (number == Vec<T>(T(q)));
+      spread[q] = vectorized<T>(winner == q ? gradient : Lanes<T>{});
     }
-    return gradient & (number != Vec<T>(T(kDead)));
+    return vectorized<T>(winner != kDead ? gradient : Lanes<T>{});
   }
 };
 
@@ -167,7 +154,7 @@ void thin_grad_weight(
     const T* grad_output,
     const uint8_t* index,
     const T* input,
-    const ConvKernel<T>& grad_weight,
+    T* grad_weight,
     T* grad_bias) {
   const int64_t padded = (shape.out_channels + kWidth<T> - 1) / kWidth<T> * kWidth<T>;
   const int64_t size = (shape.taps() + 1) * padded;
@@ -192,24 +179,22 @@ void thin_grad_weight(
       sums[i] += sums[part * size + i];
     }
   }
-  const T* from = sums.data();
-  for (int64_t row = 0; row < shape.kernel_height; ++row) {
-    for (int64_t column = 0; column < shape.kernel_width; ++column) {
-      for (int64_t in = 0; in < shape.in_channels; ++in, from += padded) {
-        for (int64_t out = 0; out < shape.out_channels; ++out) {
-          grad_weight.at(out, in, row, column) = from[out];
-        }
+  for (int64_t k = 0; k < shape.kernel_size(); ++k) {
+    for (int64_t in = 0; in < shape.in_channels; ++in) {
+      const T* from = sums.data() + (k * shape.in_channels + in) * padded;
+      for (int64_t out = 0; out < shape.out_channels; ++out) {
+        grad_weight[out * shape.taps() + in * shape.kernel_size() + k] = from[out];
       }
     }
   }
-  std::copy_n(from, shape.out_channels, grad_bias);
+  std::copy_n(sums.data() + shape.taps() * padded, shape.out_channels, grad_bias);
 }
 
 template bool is_thin<float>(const ConvReluPoolShape&);
 template bool is_thin<double>(const ConvReluPoolShape&);
 template void thin_grad_weight(
-    const ConvReluPoolShape&, const float*, const uint8_t*, const float*, const ConvKernel<float>&, float*);
+    const ConvReluPoolShape&, const float*, const uint8_t*, const float*, float*, float*);
 template void thin_grad_weight(
-    const ConvReluPoolShape&, const double*, const uint8_t*, const double*, const ConvKernel<double>&, double*);
+    const ConvReluPoolShape&, const double*, const uint8_t*, const double*, double*, double*);
 
 }  // namespace lightkit::cpu
