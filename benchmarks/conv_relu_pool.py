@@ -2,8 +2,9 @@
 
     python benchmarks/conv_relu_pool.py [--threads 2] [--seconds 5]
 
-The layers are the three of the CNN, forward and backward, with the gradients that the network needs (none of the
-images); peers: torch eager on contiguous and on channels-last data. The step is forward, cross-entropy, backward and
+The layers, forward and backward, with the gradients that a network needs (none of the images), are the three of the
+CNN and some of larger networks, with padding; peers: torch eager on contiguous and on channels-last data. "kernel" is
+the native one, "lightkit" what `conv_relu_pool` makes of it, which leaves some layers to torch. The step is forward, cross-entropy, backward and
 Adam, on the CNN with ``blocks="fused"`` and ``blocks="torch"``, and, for the latter, with torch's loss and as
 torch's default memory format and channels-last have it.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,31 +21,63 @@ from rows import append
 from timing import interleaved, median
 from torch import Tensor
 
+from lightkit import native
 from lightkit.models import CNN
 from lightkit.ops import conv_relu_pool, conv_relu_pool_reference, cross_entropy
 
-# Channels in and out, height and width, whether a pool follows.
-LAYERS = [(1, 32, 28, True), (32, 64, 13, True), (64, 64, 5, False)]
 BATCHES = [32, 128]
+DTYPES = [torch.float32, torch.bfloat16]
 
 
-def layer(batch: int, channels: int, out_channels: int, size: int, pool: bool) -> dict[str, Callable[[], object]]:
+@dataclass(frozen=True)
+class Layer:
+    """A 3x3 convolution with ReLU, and perhaps a pool."""
+
+    channels: int
+    out_channels: int
+    size: int
+    padding: int
+    pool: bool
+
+    def __str__(self) -> str:
+        shape = f"{self.channels} -> {self.out_channels}, {self.size}x{self.size}"
+        return shape + (", padded" if self.padding else "") + (", pool" if self.pool else "")
+
+
+LAYERS = [
+    Layer(1, 32, 28, 0, True),
+    Layer(32, 64, 13, 0, True),
+    Layer(64, 64, 5, 0, False),
+    Layer(3, 32, 32, 1, True),
+    Layer(64, 64, 32, 1, False),
+    Layer(64, 128, 16, 1, True),
+    Layer(128, 128, 8, 1, False),
+    Layer(256, 256, 8, 1, True),
+]
+
+
+def calls(layer: Layer, batch: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     """Forward and backward of one block, on data as the network has it: positive behind the first layer."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(batch, channels, size, size, generator=generator)
-    images = images if channels == 1 else images.relu()
-    convolution = torch.nn.Conv2d(channels, out_channels, 3)
+    images = torch.randn(batch, layer.channels, layer.size, layer.size, generator=generator)
+    images = (images if layer.channels <= 3 else images.relu()).to(dtype)
+    convolution = torch.nn.Conv2d(layer.channels, layer.out_channels, 3).to(dtype)
 
     def run(function, memory_format: torch.memory_format) -> Callable[[], object]:
-        x = images.contiguous(memory_format=memory_format).requires_grad_(channels > 1)
-        leaves = [t for t in (x, convolution.weight, convolution.bias) if t.requires_grad]
+        x = images.contiguous(memory_format=memory_format).requires_grad_(layer.channels > 3)
+        arguments = (x, convolution.weight, convolution.bias, layer.padding, layer.pool)
+        leaves = [t for t in arguments[:3] if t.requires_grad]
         with torch.no_grad():
-            upstream = torch.randn_like(function(x, convolution.weight, convolution.bias, 0, pool))
-        return lambda: torch.autograd.grad(function(x, convolution.weight, convolution.bias, 0, pool), leaves, upstream)
+            upstream = torch.randn_like(function(*arguments))
+        return lambda: torch.autograd.grad(function(*arguments), leaves, upstream)
+
+    def kernel(input, weight, bias, padding, pool) -> Tensor:
+        return torch.ops.lightkit.conv_relu_pool(input, weight, bias, (padding, padding), pool)
 
     return {
         "eager": run(conv_relu_pool_reference, torch.contiguous_format),
         "eager channels-last": run(conv_relu_pool_reference, torch.channels_last),
+        "kernel": run(kernel, torch.channels_last),
         "lightkit": run(conv_relu_pool, torch.channels_last),
     }
 
@@ -83,16 +117,18 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    native.load()
     rows = []
     for batch in BATCHES:
-        jobs = {f"{c} -> {o}, {s}x{s}{', pool' if p else ''}": layer(batch, c, o, s, p) for c, o, s, p in LAYERS}
-        for name, functions in {**jobs, "training step": step(batch)}.items():
+        jobs = [(str(layer), d, calls(layer, batch, d)) for d in DTYPES for layer in LAYERS]
+        for name, dtype, functions in [*jobs, ("training step", torch.float32, step(batch))]:
             measured = interleaved(functions, options.seconds)
             times = {what: median(t) for what, t in measured.items()}
             for what, seconds in times.items():
                 rows.append(
                     {
                         "job": name,
+                        "dtype": str(dtype).removeprefix("torch."),
                         "batch": batch,
                         "what": what,
                         "microseconds_per_image": round(seconds * 1e6 / batch, 2),
@@ -101,7 +137,7 @@ def main() -> None:
                     }
                 )
             shown = ", ".join(f"{w} {t * 1e6 / batch:.1f}" for w, t in times.items())
-            print(f"batch {batch}, {name}: {shown} us/image", flush=True)
+            print(f"batch {batch}, {name}, {dtype}: {shown} us/image", flush=True)
     print(f"appended to {append('conv_relu_pool', rows)}")
 
 

@@ -28,9 +28,10 @@ def conv_relu_pool(
     each output tells backward which position won, the first of equals as in torch. backward leaves out every
     product with a gradient that pool or ReLU made 0. The result does not depend on the number of threads.
 
-    Half-precision data is accumulated in float32 and rounded once. Where the kernel does not apply (another device,
-    no native library, torch.func, tensor subclasses), and for 1x1 kernels without a pool, where torch is the faster
-    one, `conv_relu_pool_reference` does the work. The second derivative is torch's.
+    Half-precision data is accumulated in float32 and rounded once. `conv_relu_pool_reference` does the work where the
+    kernel does not apply (another device, no native library, torch.func, tensor subclasses), and where torch is the
+    faster one: without a pool for all but small images and weights, and in bfloat16, on a processor that multiplies
+    it, for all but small layers. The second derivative is torch's.
 
     NaN goes through ReLU and pool as in torch. Since products with 0 are left out of the gradients, an infinite or
     NaN input or weight does not make NaN of a gradient that does not depend on it.
@@ -56,7 +57,7 @@ def conv_relu_pool(
         dtype = torch.get_autocast_dtype(input.device.type)
         input, weight = input.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    if _has_kernel(input, weight, bias) and _is_faster(weight, pool):
+    if _has_kernel(input, weight, bias) and _is_faster(input, weight, pool):
         # It checks its arguments as `_check` does.
         return torch.ops.lightkit.conv_relu_pool.default(input, weight, bias, padding, pool)
     _check(input, weight, bias, padding, pool)
@@ -136,9 +137,23 @@ def _has_kernel(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     )
 
 
-def _is_faster(weight: Tensor, pool: bool) -> bool:
+def _is_faster(input: Tensor, weight: Tensor, pool: bool) -> bool:
+    """Whether the kernel is, of forward and backward together: see benchmarks/conv_relu_pool.py."""
+    pixels = input.shape[2:].numel()
+    if input.dtype == torch.bfloat16 and _multiplies_bfloat16():
+        return pixels * weight.numel() <= 1 << 22 and (pool or _is_small(pixels, weight))
+    # With a pool most of the gradient is 0, and left out.
+    return pool or _is_small(pixels, weight)
+
+
+def _is_small(pixels: int, weight: Tensor) -> bool:
     # A 1x1 convolution is one matrix product, in which dead units are too few to make up for lists of the others.
-    return pool or weight.shape[2:].numel() > 1
+    return pixels <= 256 and weight.numel() <= 1 << 16 and weight.shape[2:].numel() > 1
+
+
+@torch.compiler.assume_constant_result
+def _multiplies_bfloat16() -> bool:
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 @torch.compiler.assume_constant_result

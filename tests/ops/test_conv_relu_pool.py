@@ -274,6 +274,35 @@ def test_wrong_dtypes():
         conv_relu_pool(input.long(), weight.long())
 
 
+def has_been_called(operation):
+    """Whether some call of the block in `operation` went to the kernel."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        operation()
+    return any(event.key == "lightkit::conv_relu_pool" for event in profile.key_averages())
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "pool", "dtype", "multiplies_bfloat16", "kernel"),
+    [
+        (64, 40, True, torch.float32, True, True),
+        (64, 5, False, torch.float32, True, True),
+        (64, 17, False, torch.float32, True, False),  # too many pixels
+        (96, 5, False, torch.float32, True, False),  # too large a weight
+        (32, 9, True, torch.bfloat16, True, True),
+        (64, 40, True, torch.bfloat16, True, False),
+        (64, 40, True, torch.bfloat16, False, True),
+        (64, 40, True, torch.float16, True, True),
+    ],
+)
+def test_who_does_the_work(channels, size, pool, dtype, multiplies_bfloat16, kernel, monkeypatch):
+    """The faster one, and nobody's network becomes slower: torch has large layers, and those of fast bfloat16."""
+    module = sys.modules["lightkit.ops.conv_relu_pool"]
+    monkeypatch.setattr(module, "_multiplies_bfloat16", lambda: multiplies_bfloat16)
+    input = torch.ones(1, channels, size, size, dtype=dtype)
+    weight = torch.ones(channels, channels, 3, 3, dtype=dtype)
+    assert has_been_called(lambda: conv_relu_pool(input, weight, pool=pool)) == kernel
+
+
 def test_op_called_directly_is_safe():
     """The inner ops check what they are given: nothing reads beyond a tensor."""
     input, weight, _ = problem()

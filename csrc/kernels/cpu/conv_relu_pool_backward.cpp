@@ -38,6 +38,10 @@ constexpr int kChannels = 8;
 // Outputs that they list at once.
 constexpr int64_t kMostOutputs = 128;
 
+// For the gradient of the input, outputs whose lists are made together, and channels of each.
+constexpr int64_t kGroup = 32;
+constexpr int64_t kListed = 64;
+
 // Bytes of input that stay in the first-level cache while the lists of kChannels channels are worked off.
 constexpr int64_t kCachedBytes = 24 * 1024;
 
@@ -208,46 +212,50 @@ void conv_relu_pool_grad_input(
     const T* weight,
     T* grad_input) {
   const auto packed = pack(shape, weight);
-  // Of a segment, the weights of all channels stay in the first-level cache while all outputs are worked off.
-  const auto segments =
-      make_segments<T>(shape, kCachedBytes / static_cast<int64_t>(sizeof(T)) / kWidth<T> / shape.out_channels);
+  // Of a segment, the weights of the listed channels stay in the first-level cache while all outputs are worked off.
+  const int64_t listed = std::min(kListed, shape.out_channels);
+  const auto segments = make_segments<T>(shape, kCachedBytes / static_cast<int64_t>(sizeof(T)) / kWidth<T> / listed);
   const auto quad_offsets = shape.quad_offsets();
-  const int64_t channels = shape.out_channels;
   const int64_t run = padded_run<T>(shape);
   const int64_t patch = shape.kernel_height * run;
   const int64_t quads = shape.quads();
   const int64_t positions = shape.rows() * shape.columns();
-  // Outputs whose lists are made at once.
-  const int64_t group = std::clamp<int64_t>(8192 / (quads * channels), 4, 32);
   const auto list = shape.pool ? list_channels<T, 4> : list_channels<T, 1>;
 
   at::parallel_for(0, shape.images, conv_grain(products(shape)), [&](int64_t begin, int64_t end) {
-    Lists<T> lists(group * quads, channels);
+    Lists<T> lists(kGroup * quads, listed);
     for (int64_t image = begin; image < end; ++image) {
       T* target = grad_input + image * shape.image_size();
       std::fill_n(target, shape.image_size(), T(0));
       OutputCursor cursor(shape, image * positions);
-      for (int64_t first = 0; first < positions; first += group) {
-        const int64_t count = std::min(group, positions - first);
-        lists.clear();
-        for (int64_t p = 0; p < count; ++p) {
-          const int64_t output = (image * positions + first + p) * channels;
-          list(lists.data() + p * quads, grad_output + output, index + output, channels, patch);
-        }
-        int64_t offsets[32];
+      for (int64_t first = 0; first < positions; first += kGroup) {
+        const int64_t count = std::min(kGroup, positions - first);
+        int64_t offsets[kGroup];
         for (int64_t p = 0; p < count; ++p, cursor.advance()) {
           offsets[p] = cursor.offset();
         }
-        // All outputs for one segment of the weights, which stays in the cache meanwhile.
-        for (const auto& segment : segments) {
-          for (int64_t l = 0; l < count * quads; ++l) {
-            segment.accumulate(
-                lists.data()[l],
-                packed.data() + segment.row * run + segment.start,
-                run,
-                target + offsets[l / quads] + quad_offsets[l % quads] + segment.row * shape.row_size() + segment.start,
-                shape.row_size(),
-                segment.last);
+        for (int64_t channel = 0; channel < shape.out_channels; channel += listed) {
+          lists.clear();
+          for (int64_t p = 0; p < count; ++p) {
+            const int64_t output = (image * positions + first + p) * shape.out_channels + channel;
+            list(
+                lists.data() + p * quads,
+                grad_output + output,
+                index + output,
+                std::min(listed, shape.out_channels - channel),
+                patch);
+          }
+          for (const auto& segment : segments) {
+            for (int64_t l = 0; l < count * quads; ++l) {
+              segment.accumulate(
+                  lists.data()[l],
+                  packed.data() + channel * patch + segment.row * run + segment.start,
+                  run,
+                  target + offsets[l / quads] + quad_offsets[l % quads] + segment.row * shape.row_size() +
+                      segment.start,
+                  shape.row_size(),
+                  segment.last);
+            }
           }
         }
       }
@@ -327,18 +335,20 @@ void conv_relu_pool_grad_weight(
           }
         }
         const T* source = in_last && !copy_of_last.empty() ? copy_of_last.data() : input + base;
-        for (int64_t c = 0; c < channels; ++c) {
-          const List<T>& list = lists.data()[c];
-          for (const auto& segment : segments) {
+        for (const auto& segment : segments) {
+          for (int64_t c = 0; c < channels; ++c) {
             segment.accumulate(
-                list,
+                lists.data()[c],
                 source + segment.row * shape.row_size() + segment.start,
                 shape.row_size(),
                 sums.data() + c * patch + segment.row * run + segment.start,
                 run,
                 kWidth<T>);
           }
-          bias_sums[c] += std::accumulate(list.coefficients, list.coefficients + list.size, T(0));
+        }
+        for (int64_t c = 0; c < channels; ++c) {
+          const List<T>& live = lists.data()[c];
+          bias_sums[c] += std::accumulate(live.coefficients, live.coefficients + live.size, T(0));
         }
       }
       for (int64_t c = 0; c < channels; ++c) {
