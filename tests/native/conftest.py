@@ -1,4 +1,4 @@
-"""What the tests of the native build share: processes of their own, one real build, and a library small enough to
+"""What the tests of the native build share: processes of their own, the real build, and a library small enough to
 compile in a second."""
 
 from __future__ import annotations
@@ -15,17 +15,7 @@ import pytest
 from cuda_emulation import Emulator, build
 
 import lightkit
-from lightkit.native import toolchain
-
-# Each process says that it is ready and waits for a line, so that all ask for the library at the same moment.
-_RACER = """
-import sys
-from lightkit import native
-from lightkit.native import cache, compile, toolchain
-print("ready", flush=True)
-sys.stdin.readline()
-print(native.load().__file__)
-"""
+from lightkit.native import compile, toolchain
 
 TINY_SOURCE = """
 #include <Python.h>
@@ -47,14 +37,6 @@ class Finished:
     returncode: int
     stdout: str
     stderr: str
-
-
-@dataclass(frozen=True)
-class Race:
-    """Four processes that wanted the library at once, and the cache they filled."""
-
-    cache: Path
-    processes: list[Finished]
 
 
 def _environment(cache_dir: Path, **changes: str | None) -> dict[str, str]:
@@ -99,37 +81,12 @@ def compiler() -> str:
     return found[0]
 
 
-@pytest.fixture(scope="session")
-def race(compiler: str, tmp_path_factory: pytest.TempPathFactory) -> Race:
-    """The one real build of the session."""
-    cache_dir = tmp_path_factory.mktemp("race") / "cache"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", _RACER],
-            env=_environment(cache_dir, LIGHTKIT_NATIVE="require"),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(4)
-    ]
-    for process in processes:
-        assert process.stdout.readline() == "ready\n", process.communicate()[1]
-    for process in processes:
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    finished = []
-    for process in processes:
-        stdout, stderr = process.communicate()
-        finished.append(Finished(process.returncode, stdout, stderr))
-    return Race(cache_dir, finished)
-
-
 @pytest.fixture
-def built_cache(race: Race, tmp_path: Path) -> Path:
-    """A copy of the cache that the real build filled."""
-    return Path(shutil.copytree(race.cache, tmp_path / "built"))
+def built_cache(tmp_path: Path) -> Path:
+    """A cache with a copy of the real build."""
+    library = compile.build()
+    shutil.copytree(library.parent, tmp_path / "built" / "native" / library.parent.name)
+    return tmp_path / "built"
 
 
 def _forget() -> None:

@@ -50,22 +50,13 @@ from lightkit.native import toolchain
 toolchain.SOURCE_DIR = Path(sys.argv[1])
 """ + _LOAD.replace("; ", "\n")
 
+# Says that it is ready and waits for a line, so that all ask for the library at the same moment.
+_RACE = _LOAD_FROM.replace("print(native", 'print("ready", flush=True)\nsys.stdin.readline()\nprint(native')
+
 _NO_COMPILER = [
     pytest.param({"PATH": "", "CXX": None}, "a C++ compiler (g++, c++ or clang++) was not found", id="empty-path"),
     pytest.param({"CXX": "/nonexistent"}, "the compiler named by CXX ('/nonexistent') was not found", id="bad-CXX"),
 ]
-
-
-def test_processes_at_once_compile_once(race) -> None:
-    """Four processes that start with an empty cache compile one library between them, and all load it."""
-    assert [process.returncode for process in race.processes] == [0] * 4, race.processes
-    stderr = "".join(process.stderr for process in race.processes)
-    assert stderr.count("lightkit: compiling") == 1, stderr
-    assert stderr.count("lightkit: compiled in") == 1, stderr
-    (library,) = {process.stdout.strip() for process in race.processes}
-    (directory,) = (path for path in (race.cache / "native").iterdir() if path.is_dir())
-    assert Path(library).parent == directory
-    assert {path.name for path in directory.iterdir()} == {Path(library).name, cache.MANIFEST}
 
 
 @pytest.fixture
@@ -87,10 +78,11 @@ def start(environment, tmp_path: Path) -> Iterator[Callable[..., subprocess.Pope
     """Starts a process that loads the library of a source tree; ends it and its ninja after the test."""
     started = []
 
-    def begin(sources: Path, **changes: str) -> subprocess.Popen:
+    def begin(sources: Path, code: str = _LOAD_FROM, **changes: str) -> subprocess.Popen:
         process = subprocess.Popen(
-            [sys.executable, "-c", _LOAD_FROM, str(sources)],
+            [sys.executable, "-c", code, str(sources)],
             env=environment(tmp_path / "cache", LIGHTKIT_NATIVE="require", **changes),
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -106,6 +98,27 @@ def start(environment, tmp_path: Path) -> Iterator[Callable[..., subprocess.Pope
         except ProcessLookupError:
             pass
         process.communicate()
+
+
+def test_processes_at_once_compile_once(
+    tiny_sources: Path, start: Callable[..., subprocess.Popen], tmp_path: Path
+) -> None:
+    """Four processes that start with an empty cache compile one library between them, and all load it."""
+    processes = [start(tiny_sources, code=_RACE) for _ in range(4)]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n", process.communicate()[1]
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    said = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4, said
+    stderr = "".join(error for _, error in said)
+    assert stderr.count("lightkit: compiling") == 1, stderr
+    assert stderr.count("lightkit: compiled in") == 1, stderr
+    (library,) = {output.strip() for output, _ in said}
+    (directory,) = (path for path in (tmp_path / "cache" / "native").iterdir() if path.is_dir())
+    assert Path(library).parent == directory
+    assert {path.name for path in directory.iterdir()} == {Path(library).name, cache.MANIFEST}
 
 
 def test_killed_builder_blocks_nobody(
