@@ -220,8 +220,8 @@ def lightkit(turns: Turns, batch: int, epochs: int, *overrides: str) -> float:
     """``python -m lightkit.train +experiment=cnn data=fashion_mnist``, as it comes."""
     from hydra import compose, initialize_config_module
 
-    from lightkit import train as entry
     from lightkit.config import allow_targets
+    from lightkit.training import train
 
     # The application builds its callbacks from the configuration: ours among them.
     module = sys.modules[__name__]
@@ -244,7 +244,7 @@ def lightkit(turns: Turns, batch: int, epochs: int, *overrides: str) -> float:
                 *overrides,
             ],
         )
-        return entry.train(config)["test/accuracy"]
+        return train(config)["test/accuracy"]
 
 
 def lightkit_bfloat16(turns: Turns, batch: int, epochs: int) -> float:

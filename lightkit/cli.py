@@ -21,7 +21,6 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from hydra.types import RunMode
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -31,8 +30,17 @@ from lightkit.errors import ConfigError, LightkitError
 
 CONFIG_SOURCE = "pkg://lightkit.conf"
 
-# What an error in the input looks like; anything else is a fault of the program and keeps its traceback.
-_USER_ERRORS = (LightkitError, HydraException, OmegaConfBaseException, MisconfigurationException, OSError)
+
+def _lightnings(name: str) -> tuple[type[BaseException], ...]:
+    """Lightning's exception of that name, if Lightning has been imported: else nobody has raised it."""
+    module = sys.modules.get("lightning.pytorch.utilities.exceptions")
+    return () if module is None else (getattr(module, name),)
+
+
+def _user_errors() -> tuple[type[BaseException], ...]:
+    """What an error in the input looks like; anything else is a fault of the program and keeps its traceback."""
+    misconfiguration = _lightnings("MisconfigurationException")
+    return (LightkitError, HydraException, OmegaConfBaseException, OSError, *misconfiguration)
 
 
 class _UserError(BaseException):
@@ -42,7 +50,7 @@ class _UserError(BaseException):
 def entry_point(
     config_name: str, several_processes: bool = False
 ) -> Callable[[Callable[[DictConfig], Any]], Callable[[], int]]:
-    """Makes a console command of a function of a configuration.
+    """Makes a console command of a function of a configuration, which imports what takes long itself.
 
     The command composes ``conf/<config_name>.yaml`` with the overrides on the command line and returns the
     exit status: 0, or 1 after one message on standard error, 130 and 143 as a shell has them after Ctrl-C and SIGTERM.
@@ -60,7 +68,7 @@ def entry_point(
                     result = processes.lead(function, config, [sys.executable, "-m", f"lightkit.{config_name}"])
                     return for_sweeper(config, result)
                 return function(config)
-            except _USER_ERRORS as error:
+            except _user_errors() as error:
                 raise _UserError(error) from error
 
         command = hydra.main(version_base="1.3", config_path=CONFIG_SOURCE, config_name=config_name)(checked)
@@ -81,7 +89,7 @@ def entry_point(
                     command()
                 if several_processes:
                     processes.finish()
-            except (_UserError, *_USER_ERRORS) as error:
+            except (_UserError, *_user_errors()) as error:
                 if show_traceback:
                     traceback.print_exc()
                 print(f"error: {explain(error, config_name)}", file=sys.stderr)
@@ -94,7 +102,7 @@ def entry_point(
                     traceback.print_exc()
                 print(f"error: {message}", file=sys.stderr)
                 return 1
-            except SIGTERMException:
+            except _lightnings("SIGTERMException"):
                 # A SystemExit that says nothing of a status: who counts on it would take the job for done.
                 print("ended by SIGTERM: ckpt_path=last goes on from the last checkpoint", file=sys.stderr)
                 return 128 + signal.SIGTERM
@@ -124,10 +132,10 @@ def _run_started(function: Callable[[DictConfig], Any], config_name: str) -> int
     try:
         processes.follow(function)
         processes.finish()
-    except _USER_ERRORS as error:
+    except _user_errors() as error:
         processes.tell(explain(error, config_name))
         return 1
-    except SIGTERMException:
+    except _lightnings("SIGTERMException"):
         processes.end_by(signal.SIGTERM)
     except (KeyboardInterrupt, SystemExit) as error:
         if not _is_interrupt(error):

@@ -7,14 +7,16 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from lightkit import prediction, results
 from lightkit.cli import entry_point
-from lightkit.job import restore
 
 
 @entry_point("predict")
 def main(config: DictConfig) -> None:
     """Prints what the model of a checkpoint makes of an input."""
+    # Only now, as in lightkit.train.
+    from lightkit import prediction, results
+    from lightkit.job import restore
+
     results.check_output(config.output)
     predicted = prediction.predict(config, restore(config.ckpt_path))
     predicted.show()

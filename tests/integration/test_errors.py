@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -54,6 +56,13 @@ def assert_fails(result, *expected):
 def test_train(command, tmp_path, arguments, expected):
     """Unknown names come with the nearest right ones, wrong values with what was expected."""
     assert_fails(command("train", *arguments, cwd=tmp_path), *expected)
+
+
+@pytest.mark.parametrize("command_name", ["train", "evaluate", "predict"])
+def test_nobody_waits_for_torch_to_see_a_mistake(command_name):
+    """The commands compose before they import torch and Lightning, which takes seconds."""
+    program = f"import sys, lightkit.{command_name}; sys.exit(not {{'torch', 'lightning'}}.isdisjoint(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 
 def test_read_only_output_directory(command, tmp_path):

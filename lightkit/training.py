@@ -1,0 +1,152 @@
+"""A job from its configuration to its report: what `lightkit.train` runs."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Optional
+
+import lightning.pytorch as pl
+from omegaconf import DictConfig, OmegaConf
+
+from lightkit import native, report, results
+from lightkit.callbacks import TestRecorder, Throughput
+from lightkit.callbacks.throughput import rate_name
+from lightkit.checkpoints import AtomicCheckpointIO, check_weights, find_last, load_checkpoint
+from lightkit.config import build
+from lightkit.errors import CheckpointError
+from lightkit.job import SaveConfig, build_data, build_task, build_trainer, check_accelerator
+
+
+@dataclass
+class OwnKeys:
+    """The keys of the configuration that belong to nobody else, with their types."""
+
+    name: str
+    seed: int
+    ckpt_path: Optional[str]  # noqa: UP045 (OmegaConf reads the annotation)
+    compile: bool
+    test: bool
+    objective: str
+    run_dir: str
+
+
+def train(config: DictConfig) -> dict[str, Any]:
+    """Runs a job from configuration to report; returns what it wrote to ``metrics.json``.
+
+    Raises:
+        LightkitError: something in the configuration, the data or the checkpoint cannot be used.
+    """
+    OmegaConf.merge(OmegaConf.structured(OwnKeys), {field.name: config[field.name] for field in fields(OwnKeys)})
+    check_accelerator(config)
+    # Compiled here if they must be, not in the middle of the first step or of its timing.
+    native.load()
+    started = time.perf_counter()
+    run_dir = Path(config.run_dir)
+    pl.seed_everything(config.seed, workers=True, verbose=False)
+    data = build_data(config)
+    task = build_task(config)
+    if config.compile:
+        # In place, and the model alone: parameters keep their names, and what a LightningModule logs stays outside.
+        task.model.compile()
+    resume = _checkpoint_to_resume(config, task)
+
+    recorder = TestRecorder()
+    trainer = build_trainer(
+        config,
+        callbacks=[*build(config.get("callbacks") or {}).values(), SaveConfig(config), recorder],
+        logger=list(build(config.get("logger") or {}).values()),
+        plugins=[AtomicCheckpointIO()],
+        enable_model_summary=False,
+    )
+    if trainer.is_global_zero:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        results.write_config(run_dir, config)
+        results.write_json(run_dir / "environment.json", results.environment())
+    trainer.fit(task, datamodule=data, ckpt_path=resume)
+    metrics = _scalars(trainer) | {"epochs": trainer.current_epoch, "steps": trainer.global_step}
+    for throughput in (c for c in trainer.callbacks if isinstance(c, Throughput)):
+        if throughput.total is not None:
+            metrics[rate_name(data)] = throughput.total
+        if throughput.flops_per_second is not None:
+            metrics["train/gigaflops_per_second"] = throughput.flops_per_second / 1e9
+        if throughput.fraction_of_matmul_rate is not None:
+            metrics["train/fraction_of_matmul_rate"] = throughput.fraction_of_matmul_rate
+        if throughput.step is not None:
+            metrics |= {f"step/{part} (ms)": value for part, value in throughput.step.items()}
+    metrics |= getattr(trainer.strategy, "communication", {})
+    if resume is not None and not trainer.callback_metrics:
+        # No epoch was left, as after a restart in the test: the figures are those of the process that trained.
+        metrics |= results.read_if_newer(run_dir / "metrics.json", than=resume)
+    if trainer.is_global_zero:
+        results.write_json(run_dir / "metrics.json", metrics)
+    if config.test and (trainer.is_global_zero or not getattr(trainer.strategy, "evaluates_everything", False)):
+        trainer.test(task, datamodule=data, ckpt_path=_best(trainer), verbose=False)
+        metrics |= _scalars(trainer)
+        # What the simplest rules reach on the same test set, where the data knows some.
+        metrics |= {f"baseline/{name}": value for name, value in getattr(data, "baselines", dict)().items()}
+    metrics["wall_seconds"] = time.perf_counter() - started
+
+    if trainer.is_global_zero:
+        results.write_json(run_dir / "metrics.json", metrics)
+        page = report.write(run_dir, metrics, task, data, recorder.result())
+        _summarize(config, metrics, page)
+    return metrics
+
+
+def _checkpoint_to_resume(config: DictConfig, task: pl.LightningModule) -> Path | None:
+    """The checkpoint to go on from, checked to fit this task and to leave something to do."""
+    if config.ckpt_path is None:
+        return None
+    if config.ckpt_path == "last":
+        path = find_last(Path("runs") / config.name)
+        print(f"continuing {path}")
+    else:
+        path = Path(config.ckpt_path)
+    checkpoint = load_checkpoint(path)
+    check_weights(task, checkpoint, path)
+    try:
+        done = checkpoint["epoch"] + 1
+        at_its_end = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"]
+    except KeyError as error:
+        raise CheckpointError(
+            f"{path} cannot be resumed: it has the weights but not the state of a training"
+        ) from error
+    # Its own, after a restart: what is left may be the test and the report.
+    is_own = path.absolute().is_relative_to(Path(config.run_dir).absolute())
+    if at_its_end and not is_own and 0 < (config.trainer.max_epochs or 0) <= done:
+        raise CheckpointError(
+            f"{path} has {done} epochs behind it and trainer.max_epochs is {config.trainer.max_epochs}: "
+            f"nothing is left to train; pass trainer.max_epochs={done + 1} or more"
+        )
+    return path
+
+
+def _best(trainer: pl.Trainer) -> str | None:
+    """The checkpoint to test: the best of this run, else the weights as they are."""
+    callback = trainer.checkpoint_callback
+    return (callback.best_model_path or None) if callback is not None else None
+
+
+def _scalars(trainer: pl.Trainer) -> dict[str, Any]:
+    """What was logged last under each name."""
+    return {name: value.item() for name, value in sorted(trainer.callback_metrics.items())}
+
+
+def _summarize(config: DictConfig, metrics: dict[str, Any], page: Path | None) -> None:
+    rows = {name: f"{value:.4f}" for name, value in metrics.items() if name.startswith(("test/", "baseline/"))}
+    rows |= {name: f"{value:,.0f}" for name, value in metrics.items() if name.endswith("_per_second")}
+    if (fraction := metrics.get("train/fraction_of_matmul_rate")) is not None:
+        rate = metrics["train/gigaflops_per_second"]
+        rows["train/gigaflops_per_second"] = f"{rate:,.1f}, {fraction:.2f} times a matrix product's"
+    rows |= {"wall_seconds": f"{metrics['wall_seconds']:.1f} s", "epochs": str(metrics["epochs"])}
+    parts = {name[len("step/") : -len(" (ms)")]: value for name, value in metrics.items() if name.startswith("step/")}
+    if total := sum(parts.values()):
+        shares = ", ".join(f"{part} {value / total:.0%}" for part, value in parts.items())
+        rows["step"] = f"{total:.2f} ms: {shares}"
+    rows["run"] = os.path.relpath(config.run_dir)
+    if page is not None:
+        rows["report"] = os.path.relpath(page)
+    results.print_table(config.name, rows)
