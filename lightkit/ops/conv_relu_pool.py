@@ -141,7 +141,8 @@ def _is_faster(input: Tensor, weight: Tensor, pool: bool) -> bool:
     """Whether the kernel is, of forward and backward together: see benchmarks/conv_relu_pool.py."""
     pixels = input.shape[2:].numel()
     if input.dtype == torch.bfloat16 and _multiplies_bfloat16():
-        return pixels * weight.numel() <= 1 << 22 and (pool or _is_small(pixels, weight))
+        work = pixels * weight.numel()
+        return (work <= 1 << 20 or input.shape[:1].numel() * work <= 1 << 27) and (pool or _is_small(pixels, weight))
     # With a pool most of the gradient is 0, and left out.
     return pool or _is_small(pixels, weight)
 

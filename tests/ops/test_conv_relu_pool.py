@@ -298,7 +298,7 @@ def test_who_does_the_work(channels, size, pool, dtype, multiplies_bfloat16, ker
     """The faster one, and nobody's network becomes slower: torch has large layers, and those of fast bfloat16."""
     module = sys.modules["lightkit.ops.conv_relu_pool"]
     monkeypatch.setattr(module, "_multiplies_bfloat16", lambda: multiplies_bfloat16)
-    input = torch.ones(1, channels, size, size, dtype=dtype)
+    input = torch.ones(4, channels, size, size, dtype=dtype)
     weight = torch.ones(channels, channels, 3, 3, dtype=dtype)
     assert has_been_called(lambda: conv_relu_pool(input, weight, pool=pool)) == kernel
 
