@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from lightkit import native
 from lightkit.optim.reference import Rule, step_reference
@@ -150,7 +151,6 @@ class FusedStep(torch.optim.Optimizer):
         """What of a parameter's saved state has a dtype of its own."""
         return {"master_weight", "average"} & entry.keys()
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Updates the parameters that have a gradient.
 
@@ -160,6 +160,32 @@ class FusedStep(torch.optim.Optimizer):
         Returns:
             What the closure returned, or None without one.
         """
+        return self._watched_step(closure) if self._is_watched() else self._step(closure)
+
+    # torch would wrap every step, to run hooks and to name it to a profiler: of a small model that takes as long as the
+    # step itself. So it is done where there is somebody to see it.
+    step.hooked = True
+
+    def _is_watched(self) -> bool:
+        return bool(
+            torch.autograd._profiler_enabled()
+            or self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+        )
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets the gradients, or makes them zeros."""
+        if not set_to_none or torch.autograd._profiler_enabled():
+            super().zero_grad(set_to_none)
+            return
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+    @torch.no_grad()
+    def _step(self, closure: Callable[[], float] | None = None) -> float | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -194,6 +220,8 @@ class FusedStep(torch.optim.Optimizer):
             if group.get("stochastic_rounding") and not skipped:
                 group["rounding_seed"] += 1
         return loss
+
+    _watched_step = torch.optim.Optimizer.profile_hook_step(_step)
 
     @property
     def grad_norm(self) -> float | None:

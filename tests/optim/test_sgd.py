@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from steps import make_parameters, set_gradients
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from lightkit.optim import SGD
 
@@ -389,6 +390,44 @@ def test_hooks_run():
     optimizer.register_step_post_hook(lambda *_: calls.append("after"))
     optimizer.step()
     assert calls == ["before", "after"]
+
+
+def test_hooks_of_all_optimizers_run():
+    """Those too that are registered for every optimizer, for as long as they are."""
+    calls = []
+    optimizer = SGD(make_parameters([3]), lr=0.1)
+    handles = [
+        register_optimizer_step_pre_hook(lambda *_: calls.append("before")),
+        register_optimizer_step_post_hook(lambda *_: calls.append("after")),
+    ]
+    optimizer.step()
+    for handle in handles:
+        handle.remove()
+    optimizer.step()
+    assert calls == ["before", "after"]
+
+
+def test_profilers_see_the_step():
+    """Under the name that torch gives it."""
+    optimizer = SGD(make_parameters([3]), lr=0.1)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        optimizer.step()
+        optimizer.zero_grad()
+    names = {event.key for event in profile.key_averages()}
+    assert {"Optimizer.step#SGD.step", "Optimizer.zero_grad#SGD.zero_grad"} <= names
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zero_grad(set_to_none):
+    """Gradients are gone, or zeros in the same memory."""
+    parameters = make_parameters([3, 2])
+    gradients = [torch.ones_like(parameter) for parameter in parameters]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    SGD(parameters, lr=0.1).zero_grad(set_to_none)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        assert parameter.grad is (None if set_to_none else gradient)
+        assert set_to_none or not gradient.any()
 
 
 def test_replaced_state_is_seen():
