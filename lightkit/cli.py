@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import logging
 import math
 import os
@@ -59,6 +61,8 @@ def entry_point(
     """
 
     def decorate(function: Callable[[DictConfig], Any]) -> Callable[[], int]:
+        function = _with_quiet_lightning(function)
+
         def checked(config: DictConfig) -> Any:
             # Not as the Exception it is: Hydra would print its own words on it first.
             try:
@@ -173,9 +177,20 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", ".*It is recommended to use `self.log.*sync_dist=True.*")
     # What Optuna's data base tools are made of.
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    # Tips, a line for each kind of device that is not there, and one for each process.
-    for package in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(package).setLevel(logging.WARNING)
+
+
+def _with_quiet_lightning(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
+    """The same without Lightning's tips, a line for each kind of device that is not there, and one for each process."""
+
+    @functools.wraps(function)
+    def call(config: DictConfig) -> Any:
+        # It sets the levels of its loggers when it is imported, which is only now: see lightkit.train.
+        importlib.import_module("lightning.pytorch")
+        for package in ("lightning.pytorch", "lightning.fabric"):
+            logging.getLogger(package).setLevel(logging.WARNING)
+        return function(config)
+
+    return call
 
 
 def explain(error: BaseException, config_name: str) -> str:

@@ -23,6 +23,17 @@ def part_of(trainer: pl.Trainer | None, training: bool) -> dict[str, int]:
     return {"rank": trainer.global_rank, "world_size": trainer.world_size}
 
 
+def near_training(trainer: pl.Trainer | None, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The tensors on the GPU that trains, where they take at most a quarter of what is free there; else as they are.
+
+    Batches are then cut out on the GPU, and no step waits for a copy.
+    """
+    device = torch.device("cpu") if trainer is None else trainer.strategy.root_device
+    if device.type == "cuda" and 4 * sum(t.nbytes for t in tensors) <= torch.cuda.mem_get_info(device)[0]:
+        return tuple(t.to(device) for t in tensors)
+    return tuple(tensors)
+
+
 class TensorBatches:
     """Iterates over batches of tensors, each batch one slice of each tensor.
 
@@ -35,7 +46,7 @@ class TensorBatches:
     filled up from the front so that all have the same number of batches; in evaluation no sample is repeated.
 
     Args:
-        tensors: of equal length in dimension 0.
+        tensors: of equal length in dimension 0, on one device, where the batches are, too.
         batch_size: samples in a batch; the last may be smaller.
         shuffle: a new order in each epoch.
         seed: of the order.
@@ -103,6 +114,8 @@ class TensorBatches:
             self._epoch, self._batch = self._epoch + 1, 0
         self._resuming = False
         order = self._order(self._epoch)
+        if order is not None:
+            order = order.to(self.tensors[0].device)
         for index in range(self._batch, len(self)):
             chosen = slice(index * self.batch_size, (index + 1) * self.batch_size)
             self._batch = index + 1

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightkit.data.batches import TensorBatches, part_of
+from lightkit.data.batches import TensorBatches, near_training, part_of
 from lightkit.errors import DataError
 
 
@@ -151,7 +151,7 @@ class ImageDataModule(pl.LightningDataModule):
 
     def _batches(self, data: ImageSet, batch_size: int, shuffle: bool = False) -> TensorBatches:
         return TensorBatches(
-            (data.images, data.labels),
+            near_training(self.trainer, (data.images, data.labels)),
             batch_size,
             shuffle=shuffle,
             seed=self.seed,

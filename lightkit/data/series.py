@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightkit.data.batches import TensorBatches, part_of
+from lightkit.data.batches import TensorBatches, near_training, part_of
 from lightkit.data.columns import Column, read_column
 from lightkit.errors import DataError
 
@@ -186,7 +186,7 @@ class SeriesDataModule(pl.LightningDataModule):
 
     def _batches(self, windows: Windows, batch_size: int, shuffle: bool = False) -> TensorBatches:
         return TensorBatches(
-            (windows.history, windows.target),
+            near_training(self.trainer, (windows.history, windows.target)),
             batch_size,
             shuffle=shuffle,
             seed=self.seed,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,16 +27,17 @@ def conv_relu_pool(
 
     The convolution has stride 1, no dilation and one group; the pool is 2x2 with stride 2 and drops an odd last row
     or column, which is then not even computed. Of the activations before the pool nothing is stored: one byte for
-    each output tells backward which position won, the first of equals as in torch. backward leaves out every
-    product with a gradient that pool or ReLU made 0. The result does not depend on the number of threads.
+    each output tells backward which position won, the first of equals as in torch. backward leaves out nearly every
+    product with a gradient that pool or ReLU made 0. The kernel's result does not depend on the number of threads.
 
     Half-precision data is accumulated in float32 and rounded once. `conv_relu_pool_reference` does the work where the
     kernel does not apply (another device, no native library, torch.func, tensor subclasses), and where torch is the
-    faster one: without a pool for all but small images and weights, and in bfloat16, on a processor that multiplies
-    it, for all but small layers. The second derivative is torch's.
+    faster one: without a pool for 1x1 kernels and all but small images and weights, and in bfloat16, on a processor
+    that multiplies it, for all but small layers. The second derivative is torch's.
 
-    NaN goes through ReLU and pool as in torch. Since products with 0 are left out of the gradients, an infinite or
-    NaN input or weight does not make NaN of a gradient that does not depend on it.
+    NaN goes through ReLU and pool as in torch. Since products with 0 are left out of the kernel's gradients, but for
+    that of the weight of few input channels, an infinite or NaN input or weight does not make NaN of a gradient that
+    does not depend on it.
 
     Args:
         input: ``(N, C, H, W)``, floating point. Read without a copy where it is ``torch.channels_last``.
@@ -126,7 +129,7 @@ def _autocast(device_type: str) -> bool:
 def _has_kernel(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     tensors = (input, weight) if bias is None else (input, weight, bias)
     return (
-        input.device.type == "cpu"
+        all(t.device.type == "cpu" and t.layout == torch.strided for t in tensors)
         and input.dtype in _DTYPES
         and _native_available()
         # Forward-mode AD and the transforms of torch.func cannot see through an autograd function in C++.
@@ -139,17 +142,16 @@ def _has_kernel(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 def _is_faster(input: Tensor, weight: Tensor, pool: bool) -> bool:
     """Whether the kernel is, of forward and backward together: see benchmarks/conv_relu_pool.py."""
-    pixels = input.shape[2:].numel()
-    if input.dtype == torch.bfloat16 and _multiplies_bfloat16():
-        work = pixels * weight.numel()
-        return (work <= 1 << 20 or input.shape[:1].numel() * work <= 1 << 27) and (pool or _is_small(pixels, weight))
-    # With a pool most of the gradient is 0, and left out.
-    return pool or _is_small(pixels, weight)
-
-
-def _is_small(pixels: int, weight: Tensor) -> bool:
-    # A 1x1 convolution is one matrix product, in which dead units are too few to make up for lists of the others.
-    return pixels <= 256 and weight.numel() <= 1 << 16 and weight.shape[2:].numel() > 1
+    # Not Size.numel(), which makes constants of sizes that torch.export has been told to leave open.
+    pixels, size = math.prod(input.shape[2:]), math.prod(weight.shape)
+    if size >= 1 << 26:
+        # More than it takes.
+        return False
+    # With a pool most of the gradient is 0, and left out. A 1x1 convolution without one is a matrix product, in which
+    # dead units are too few to make up for lists of the others.
+    if not pool and (pixels > 256 or size > 1 << 16 or math.prod(weight.shape[2:]) == 1):
+        return False
+    return not (input.dtype == torch.bfloat16 and _multiplies_bfloat16()) or pixels * size <= 1 << 21
 
 
 @torch.compiler.assume_constant_result

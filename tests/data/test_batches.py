@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lightkit.data import TensorBatches
+from lightkit.data.batches import near_training
 from lightkit.errors import DataError
 
 
@@ -156,3 +159,27 @@ def test_wrong_arguments(tensors, size, message):
     """What cannot be batched is refused at once."""
     with pytest.raises(ValueError, match=message):
         TensorBatches(tensors, size)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_batches_are_where_the_tensors_are(world_size):
+    """Indices follow the tensors to their device, for which "meta" stands here."""
+    tensors = (torch.empty(10, 3, device="meta"), torch.empty(10, device="meta"))
+    batches = list(TensorBatches(tensors, 4, shuffle=True, world_size=world_size))
+    assert [(b.device.type, b.shape) for b in batches[0]] == [("meta", (4, 3)), ("meta", (4,))]
+
+
+@pytest.mark.parametrize(
+    ("device", "free", "moved"),
+    [("cuda", 40, True), ("cuda", 39, False), ("cpu", 1000, False)],
+    ids=["fits", "too large", "no GPU"],
+)
+def test_data_go_to_a_gpu_with_room_for_them(device, free, moved, monkeypatch):
+    """Where they take a quarter of it or less; a GPU is full for other reasons."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 1000))
+    device = torch.device(device, 0)
+    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=device))
+    tensors = [SimpleNamespace(nbytes=size, to=lambda to, size=size: (size, to)) for size in (4, 6)]
+    expected = ((4, device), (6, device)) if moved else tuple(tensors)
+    assert near_training(trainer, tensors) == expected
+    assert near_training(None, tensors) == tuple(tensors)

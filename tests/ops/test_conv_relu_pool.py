@@ -282,25 +282,56 @@ def has_been_called(operation):
 
 
 @pytest.mark.parametrize(
-    ("channels", "size", "pool", "dtype", "multiplies_bfloat16", "kernel"),
+    ("channels", "size", "kernel_size", "pool", "dtype", "multiplies_bfloat16", "kernel"),
     [
-        (64, 40, True, torch.float32, True, True),
-        (64, 5, False, torch.float32, True, True),
-        (64, 17, False, torch.float32, True, False),  # too many pixels
-        (96, 5, False, torch.float32, True, False),  # too large a weight
-        (32, 9, True, torch.bfloat16, True, True),
-        (64, 40, True, torch.bfloat16, True, False),
-        (64, 40, True, torch.bfloat16, False, True),
-        (64, 40, True, torch.float16, True, True),
+        (64, 40, 3, True, torch.float32, True, True),
+        (64, 5, 3, False, torch.float32, True, True),
+        (8, 17, 3, False, torch.float32, True, False),  # too many pixels
+        (96, 5, 3, False, torch.float32, True, False),  # too large a weight
+        (8, 5, 1, False, torch.float32, True, False),  # a matrix product
+        (32, 9, 3, True, torch.bfloat16, True, True),
+        (32, 17, 3, True, torch.bfloat16, True, False),
+        (32, 17, 3, True, torch.bfloat16, False, True),
+        (8, 17, 3, False, torch.bfloat16, True, False),
+        (32, 17, 3, True, torch.float16, True, True),
     ],
 )
-def test_who_does_the_work(channels, size, pool, dtype, multiplies_bfloat16, kernel, monkeypatch):
-    """The faster one, and nobody's network becomes slower: torch has large layers, and those of fast bfloat16."""
+def test_who_does_the_work(channels, size, kernel_size, pool, dtype, multiplies_bfloat16, kernel, monkeypatch):
+    """The faster one, so that nobody's network becomes slower."""
     module = sys.modules["lightkit.ops.conv_relu_pool"]
     monkeypatch.setattr(module, "_multiplies_bfloat16", lambda: multiplies_bfloat16)
-    input = torch.ones(4, channels, size, size, dtype=dtype)
-    weight = torch.ones(channels, channels, 3, 3, dtype=dtype)
+    input = torch.ones(1, channels, size, size, dtype=dtype)
+    weight = torch.ones(channels, channels, kernel_size, kernel_size, dtype=dtype)
     assert has_been_called(lambda: conv_relu_pool(input, weight, pool=pool)) == kernel
+
+
+@pytest.mark.parametrize("pool", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_export_with_open_sizes(pool, dtype):
+    """Who does the work is decided by sizes that torch.export leaves open, and makes no constants of them."""
+
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convolution = torch.nn.Conv2d(3, 8, 3, dtype=dtype)
+
+        def forward(self, x):
+            return conv_relu_pool(x, self.convolution.weight, self.convolution.bias, pool=pool)
+
+    block = Block()
+    open_sizes = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    exported = torch.export.export(block, (torch.randn(2, 3, 12, 11, dtype=dtype),), dynamic_shapes=(open_sizes,))
+    other = torch.randn(5, 3, 9, 14, dtype=dtype)
+    torch.testing.assert_close(exported.module()(other), block(other))
+
+
+def test_tensors_on_several_devices():
+    """Are an error that says so, not one of the dispatcher's."""
+    input, weight, bias = problem()
+    with pytest.raises(RuntimeError, match="the weight must be of the dtype and on the device of the input"):
+        conv_relu_pool(input, weight.to("meta"), bias)
+    with pytest.raises(RuntimeError, match="the bias must be of the dtype and on the device of the input"):
+        conv_relu_pool(input, weight, bias.to("meta"))
 
 
 def test_op_called_directly_is_safe():
@@ -314,6 +345,12 @@ def test_op_called_directly_is_safe():
         backward(output, index, input, weight, (0, 0), False, [True, True, True])
     with pytest.raises(ValueError, match="too small"):
         native(input, torch.zeros(1, 3, 12, 1))
+    for out_channels in (5, 16):
+        for pool in (True, False):
+            x, w, _ = problem(images=1, channels=8, out_channels=out_channels)
+            output, index = torch.ops.lightkit._conv_relu_pool_forward(x, w, None, (0, 0), pool, True)
+            for byte in (1, 2, 3, 5, 7, 255):
+                backward(output, torch.full_like(index, byte), x, w, (0, 0), pool, [True, True, True])
     with pytest.raises(ValueError, match="padding"):
         native(input, weight, None, (-1, 0))
 

@@ -142,8 +142,9 @@ void conv_relu_pool_forward(
     T* output,
     uint8_t* index);
 
-// The gradients, from those of the outputs that `index` does not call dead: every other product is with 0 and is
-// left out. All run on the threads of at::parallel_for, and none depends on how many there are.
+// The gradients, from those of the outputs that `index` does not call dead: other products are with 0 and left out,
+// but where that costs more (conv_relu_pool_thin.cpp). All run on the threads of at::parallel_for, and none depends on
+// how many there are.
 template <typename T>
 void conv_relu_pool_grad_input(
     const ConvReluPoolShape& shape,

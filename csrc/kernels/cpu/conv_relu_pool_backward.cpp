@@ -279,9 +279,9 @@ void conv_relu_pool_grad_weight(
   const int64_t patch = shape.kernel_height * run;
   const int64_t total = shape.outputs();
   const int64_t positions = shape.rows() * shape.columns();
-  // Indexed by winner; what is dead goes nowhere.
-  std::array<int32_t, kDead + 1> moves{};
-  std::copy_n(shape.quad_offsets().begin(), 4, moves.begin());
+  // Indexed by winner; what is dead, or no winner at all, goes nowhere.
+  Moves moves{};
+  std::copy_n(shape.quad_offsets().begin(), shape.quads(), moves.begin());
   // Outputs of a list: whole images if they are small, else a part of one.
   const int64_t cached = kCachedBytes / static_cast<int64_t>(sizeof(T)) / shape.image_size();
   const int64_t most =

@@ -90,8 +90,11 @@ void list_channels(
   }
 }
 
+// How far the position that won lies from the first, by its number.
+using Moves = std::array<int32_t, 8>;
+
 // `count` outputs, listed by channel: each with its place in `places`, moved by that of the position that won.
-// Gradients and winners are `stride` from output to output; moves are indexed by winner.
+// Gradients and winners are `stride` from output to output.
 template <typename T, int channels>
 void list_outputs(
     List<T>* lists,
@@ -99,7 +102,7 @@ void list_outputs(
     const uint8_t* winners,
     int64_t stride,
     const int32_t* places,
-    const std::array<int32_t, kDead + 1>& moves,
+    const Moves& moves,
     int64_t count) {
   int64_t o = 0;
 #if defined(CPU_CAPABILITY_AVX512)
@@ -129,7 +132,7 @@ void list_outputs(
   for (; o < count; ++o) {
     LIGHTKIT_UNROLL for (int c = 0; c < channels; ++c) {
       const uint8_t winner = winners[o * stride + c];
-      lists[c].append(places[o] + moves[winner], gradients[o * stride + c], winner != kDead);
+      lists[c].append(places[o] + moves[winner & 7], gradients[o * stride + c], winner != kDead);
     }
   }
 }

@@ -49,7 +49,7 @@ struct Outputs {
   }
 };
 
-// Adds to sums[r][t], `row_stride` from row to row and a vector from tap to tap, what an image has of gradient times
+// Adds to sums[r][t], `row_stride` from row to row and `tap_stride` from tap to tap, what an image has of gradient times
 // input, for some rows and taps of the kernel; and to `bias_sum`, unless null, what it has of gradient.
 template <typename T, int quads, int rows, int taps>
 void add_image(
