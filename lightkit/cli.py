@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-import logging
 import math
 import os
 import re
 import signal
 import sys
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -29,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lightkit import processes
 from lightkit.config import nearest
 from lightkit.errors import ConfigError, LightkitError
+from lightkit.quiet import quiet, with_quiet_lightning
 
 CONFIG_SOURCE = "pkg://lightkit.conf"
 
@@ -61,7 +58,7 @@ def entry_point(
     """
 
     def decorate(function: Callable[[DictConfig], Any]) -> Callable[[], int]:
-        function = _with_quiet_lightning(function)
+        function = with_quiet_lightning(function)
 
         def checked(config: DictConfig) -> Any:
             # Not as the Exception it is: Hydra would print its own words on it first.
@@ -82,7 +79,7 @@ def entry_point(
             # With it Hydra raises instead of printing, which leaves the printing to us.
             os.environ["HYDRA_FULL_ERROR"] = "1"
             _flags_first()
-            _quiet()
+            quiet()
             try:
                 if several_processes and processes.follows():
                     processes.follow(function)
@@ -112,8 +109,12 @@ def entry_point(
                 return 128 + signal.SIGTERM
             except (KeyboardInterrupt, SystemExit) as error:
                 if not _is_interrupt(error):
+                    if several_processes and not error.code:
+                        # The end of --help: those that follow must not wait for a job.
+                        processes.finish()
                     raise
-                print("interrupted: ckpt_path=last goes on from the last checkpoint", file=sys.stderr)
+                advice = ": ckpt_path=last goes on from the last checkpoint" if config_name == "train" else ""
+                print(f"interrupted{advice}", file=sys.stderr)
                 return 130
             return 0
 
@@ -132,7 +133,7 @@ def entry_point(
 
 def _run_started(function: Callable[[DictConfig], Any], config_name: str) -> int:
     """Runs the job of the process that started this one, which is told what goes wrong, and prints it."""
-    _quiet()
+    quiet()
     try:
         processes.follow(function)
         processes.finish()
@@ -160,37 +161,6 @@ def _flags_first() -> None:
     """Lets -m stand anywhere: Hydra's parser takes no overrides after it when there were some before."""
     flags = [word for word in sys.argv[1:] if word in ("-m", "--multirun")]
     sys.argv[1:] = flags + [word for word in sys.argv[1:] if word not in flags]
-
-
-def _quiet() -> None:
-    """Silences advice that does not hold here."""
-    # Batches are sliced from memory: worker processes would only slow that down.
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    # A run directory is not empty: Hydra's own files are in it before the logger's.
-    warnings.filterwarnings("ignore", ".*Experiment logs directory .* exists and is not empty.*")
-    warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
-    # A resumed run writes to a directory of its own.
-    warnings.filterwarnings("ignore", ".*The dirpath has changed from.*")
-    # Lightning's own use of torch.
-    warnings.filterwarnings("ignore", ".*LeafSpec.*")
-    # With several processes the running loss is that of the first one: to follow a training it is as good.
-    warnings.filterwarnings("ignore", ".*It is recommended to use `self.log.*sync_dist=True.*")
-    # What Optuna's data base tools are made of.
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-
-
-def _with_quiet_lightning(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
-    """The same without Lightning's tips, a line for each kind of device that is not there, and one for each process."""
-
-    @functools.wraps(function)
-    def call(config: DictConfig) -> Any:
-        # It sets the levels of its loggers when it is imported, which is only now: see lightkit.train.
-        importlib.import_module("lightning.pytorch")
-        for package in ("lightning.pytorch", "lightning.fabric"):
-            logging.getLogger(package).setLevel(logging.WARNING)
-        return function(config)
-
-    return call
 
 
 def explain(error: BaseException, config_name: str) -> str:

@@ -28,6 +28,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from lightkit.config import find_class
 from lightkit.errors import ConfigError, LightkitError
 from lightkit.lifeline import Lifeline
+from lightkit.quiet import quiet_lightning
 from lightkit.restarts import Restarts
 
 # Set for processes that are started from here; not for those that these may start in turn.
@@ -160,6 +161,7 @@ def count_processes(config: DictConfig) -> int:
         )
     if config.trainer.devices == 1:
         return 1
+    quiet_lightning()
     from lightning.pytorch.strategies import ParallelStrategy
 
     from lightkit.job import build_trainer
@@ -200,9 +202,8 @@ def _resolved(config: DictConfig) -> dict[str, Any]:
 
 def _leave_group() -> None:
     """Ends the process group: its threads must not outlive the interpreter, and Lightning ends it for NCCL alone."""
-    import torch.distributed as dist
-
-    if dist.is_initialized():
+    dist = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_initialized():
         dist.destroy_process_group()
 
 

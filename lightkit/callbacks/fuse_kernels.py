@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
 from lightkit import native
@@ -152,9 +154,22 @@ class FuseKernels(Callback):
             if type(module) is nn.Sequential and can_fuse(module):
                 reason = cause or (_COMPILED if compiled.above(name) else None)
                 if reason is None:
-                    module.__class__ = FusedSequential
+                    module.__class__ = _FusedForTheRun
                     self._undo_of(trainer).callback(setattr, module, "__class__", nn.Sequential)
                 yield Found(name, "torch.nn.Sequential", None if reason else "lightkit.nn.FusedSequential", reason)
+
+
+class _FusedForTheRun(FusedSequential):
+    """What a Sequential is in the meantime: copies, pickles and exports of it are torch's."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+            return nn.Sequential.forward(self, input)
+        return super().forward(input)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # As pickle's oldest protocol does: the newer ones insist on the class that the object has.
+        return copyreg._reconstructor, (nn.Sequential, object, None), vars(self).copy()
 
 
 def _obstacle(trainer: pl.Trainer) -> str | None:

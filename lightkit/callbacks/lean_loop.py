@@ -53,6 +53,10 @@ class LeanLoop(Callback):
             if (undo := fetch_slices(loader, iterators)) is not None:
                 self._undo.setdefault(id(trainer), ExitStack()).callback(undo)
 
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Lets go of the loaders: the next epoch may have others."""
+        self._undo.pop(id(trainer), ExitStack()).close()
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Makes all of it Lightning's and torch's again."""
         self._restore(trainer)

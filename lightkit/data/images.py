@@ -173,7 +173,9 @@ class ImageDataModule(pl.LightningDataModule):
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
         """Turns pixels into inputs, on the device of the batch."""
         images, labels = batch
-        return self.to_input(images), labels
+        inputs = self.to_input(images)
+        # Lightning has converted the batch to the precision of the training while it was still pixels.
+        return inputs if self.trainer is None else self.trainer.precision_plugin.convert_input(inputs), labels
 
     def to_input(self, images: Tensor) -> Tensor:
         """What a model of this data is fed: uint8 ``(N, H, W)`` in the layout that was chosen."""

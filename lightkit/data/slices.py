@@ -59,8 +59,9 @@ class _Slices:
     def __init__(self, dataset: TensorDataset) -> None:
         self._dataset = dataset
 
-    def fetch(self, indices: list[int]) -> list[Tensor]:
+    def fetch(self, indices: Iterable[int]) -> list[Tensor]:
         """The samples at these indices, as default_collate has them: a list of new, contiguous tensors."""
-        chosen = torch.as_tensor(indices)
+        # A batch sampler may yield anything that can be iterated over.
+        chosen = torch.as_tensor(indices if isinstance(indices, (list, Tensor)) else list(indices))
         # Not index_select: a sampler may count from the end.
         return [tensor[chosen].contiguous() for tensor in self._dataset.tensors]

@@ -14,6 +14,7 @@ import threading
 import warnings
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 import lightkit
 from lightkit import native
 from lightkit.callbacks import FuseKernels
-from lightkit.nn import CrossEntropyLoss
+from lightkit.nn import CrossEntropyLoss, FusedSequential
 from lightkit.ops import substitute
 from lightkit.optim import SGD
 
@@ -489,6 +490,36 @@ def test_deepcopy_and_pickle_during_the_fit(calls):
     trainer().fit(copies[0], batches())
     assert len(calls) == count and type(copies[0].loss) is nn.CrossEntropyLoss
     torch.testing.assert_close(copies[1].loss.weight, module.loss.weight)
+
+
+def test_copies_of_a_fused_sequential_are_torchs():
+    """So are pickles, the hyperparameters in a checkpoint among them, and what is traced."""
+
+    seen = []
+
+    class Copy(Callback):
+        def on_train_epoch_end(self, trainer, module):
+            assert isinstance(module.features, FusedSequential)
+            file = io.BytesIO()
+            torch.save(module.features, file)
+            traced = torch.jit.trace(module.features, torch.zeros(1, 1, 8, 8))
+            seen.append((type(copy.deepcopy(module.features)), b"lightkit" in file.getvalue(), str(traced.graph)))
+
+    class Convolutional(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.features = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2))
+
+        def training_step(self, batch, index):
+            return self.features(batch[0]).sum()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(4, 1, 8, 8)), batch_size=2)
+    trainer(FuseKernels(), Copy(), max_epochs=1).fit(Convolutional(), data)
+    ((kind, names_lightkit, graph),) = seen
+    assert kind is nn.Sequential and not names_lightkit and "lightkit" not in graph
 
 
 def test_compiled_submodules_stay_torchs(calls):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -163,3 +164,13 @@ def test_images_and_labels_must_match():
     """Sets of different length are refused."""
     with pytest.raises(DataError, match="3 images but 2 labels"):
         ImageSet(torch.zeros(3, 28, 28, dtype=torch.uint8), torch.zeros(2, dtype=torch.long)).check("set", 10)
+
+
+def test_inputs_have_the_precision_of_the_training():
+    """Pixels become numbers after Lightning has converted the batch."""
+    data = MNIST5k()
+    batch = (torch.zeros(2, 28, 28, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))
+    assert data.on_after_batch_transfer(batch, 0)[0].dtype == torch.float32
+    data.trainer = SimpleNamespace(precision_plugin=SimpleNamespace(convert_input=torch.Tensor.double))
+    inputs, labels = data.on_after_batch_transfer(batch, 0)
+    assert (inputs.dtype, labels.dtype) == (torch.float64, torch.int64)

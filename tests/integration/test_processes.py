@@ -137,11 +137,19 @@ def test_torchrun(tmp_path):
     assert result.stdout.count("test/accuracy") == 2
 
 
+def test_help_under_torchrun(tmp_path):
+    """The processes that follow end with the first one, which has no job for them."""
+    arguments = ["--standalone", "--nproc-per-node", "2", "-m", "lightkit.train", "--help"]
+    assert "+experiment=cnn" in run("torch.distributed.run", *arguments, cwd=tmp_path).stdout
+
+
 def test_more_processes_than_cores(tmp_path):
     """Three processes, one of which has a smaller part of the test set."""
     arguments = [*QUICK, "trainer.accelerator=cpu", "trainer.devices=3", "strategy=diloco", "hydra.run.dir=out"]
-    run("lightkit.train", *arguments, cwd=tmp_path)
+    result = run("lightkit.train", *arguments, cwd=tmp_path)
     assert metrics_of(tmp_path / "out")["steps"] == 1
+    # Nor does Lightning say which devices it sees.
+    assert "GPU available" not in result.stdout + result.stderr
 
 
 def faulty(what, directory):

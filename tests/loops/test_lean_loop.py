@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import csv
 import functools
+import gc
 import itertools
 import os
 import pickle
 import signal
+import weakref
 from unittest.mock import Mock
 
 import lightning.pytorch as pl
@@ -539,3 +541,24 @@ def test_progress_bar_shows_the_end_of_an_epoch(tmp_path, capsys):
     """A bar that is redrawn by time still ends at the last batch."""
     run(True, tmp_path, enable_progress_bar=True, callbacks=[])
     assert "11/11" in capsys.readouterr().out
+
+
+def test_loaders_are_let_go_of():
+    """A new data set each epoch: the old one does not stay to the end of the fit."""
+    alive = []
+
+    class Reloading(Module):
+        def train_dataloader(self):
+            data = TensorDataset(torch.randn(8, 4), torch.zeros(8, dtype=torch.long))
+            alive.append(weakref.ref(data))
+            return DataLoader(data, batch_size=4)
+
+        def on_train_epoch_start(self):
+            gc.collect()
+            assert sum(reference() is not None for reference in alive) <= 2
+
+    options = {"max_epochs": 5, "reload_dataloaders_every_n_epochs": 1, "enable_checkpointing": False, "logger": False}
+    pl.Trainer(
+        accelerator="cpu", callbacks=[LeanLoop()], enable_progress_bar=False, enable_model_summary=False, **options
+    ).fit(Reloading())
+    assert len(alive) == 5
