@@ -59,13 +59,13 @@ class LeanEpochLoop(_TrainingEpochLoop):
         # Lightning resets running values at the first batch, which may also be the first after a restart.
         if self.restarting or done == 0 or trainer._logger_connector._first_loop_iter is None:
             return 0
-        if trainer.should_stop or trainer.fast_dev_run or trainer._val_check_time_interval is not None:
+        if trainer.should_stop or trainer.fast_dev_run:
             return 0
         # Without backward, as where batch norms are only to see the data, a step is another one.
         if trainer.fit_loop._skip_backward:
             return 0
         # Which batch is the last must be known before it is there.
-        if trainer.num_training_batches == float("inf") or data_fetcher.length is None:
+        if data_fetcher.length is None:
             return 0
         ahead = min(trainer.num_training_batches - done, data_fetcher.length - data_fetcher.fetched) - 1
         if self._should_check_val_epoch() and trainer.val_check_batch != float("inf"):

@@ -50,6 +50,10 @@ def obstacle(trainer: pl.Trainer) -> str | None:
         return f"the optimization loop is {type(loop.automatic_optimization).__name__}, which may do something else"
     if isinstance(trainer.fit_loop._data_fetcher, _DataLoaderIterDataFetcher):
         return "training_step takes dataloader_iter"
+    if trainer.num_training_batches == float("inf"):
+        return "how many batches an epoch has is known only at its end"
+    if trainer._val_check_time_interval is not None:
+        return "validation comes by the clock (val_check_interval is a time)"
     return None
 
 

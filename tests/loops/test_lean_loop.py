@@ -200,11 +200,11 @@ def run(lean, directory, make=Module, callbacks=(), ckpt_path=None, checkpoints=
     }, (steps, loop.obstacle)
 
 
-def assert_same(tmp_path, lean_steps=True, **options):
+def assert_same(tmp_path, **options):
     own, _ = run(False, tmp_path / "own", **options)
     ours, (steps, obstacle) = run(True, tmp_path / "lean", **options)
     assert obstacle is None
-    assert (steps > 0) == lean_steps
+    assert steps > 0
     assert_equal(ours, own)
     return ours
 
@@ -493,6 +493,8 @@ class OwnStrategy(DDPStrategy):
         ("optimizes manually", {"make": Manual}),
         ("SimpleProfiler measures", {"profiler": SimpleProfiler()}),
         ("the strategy is OwnStrategy", {"strategy": OwnStrategy()}),
+        ("known only at its end", {"train": DataLoader(Unsized(), batch_size=4)}),
+        ("validation comes by the clock", {"val_check_interval": {"seconds": 30}, "check_val_every_n_epoch": None}),
     ],
 )
 def test_what_is_not_lightnings_step_stays_as_it_is(tmp_path, leaves_no_process_group, cause, options):
@@ -500,11 +502,6 @@ def test_what_is_not_lightnings_step_stays_as_it_is(tmp_path, leaves_no_process_
     _, (steps, obstacle) = run(True, tmp_path, **options)
     assert cause in obstacle
     assert steps == 0
-
-
-def test_data_without_a_length_goes_through_lightning(tmp_path):
-    """Which batch is the last is not known beforehand there: every step is Lightning's."""
-    assert_same(tmp_path, lean_steps=False, train=DataLoader(Unsized(), batch_size=4))
 
 
 def test_another_release_of_lightning_is_left_alone(tmp_path, monkeypatch):
