@@ -19,8 +19,7 @@ from lightkit.native import compile
 os.environ.setdefault("LIGHTKIT_NATIVE", "require")
 
 # Examples that fail are shrunk and printed; time limits would fail on a busy machine.
-_EXAMPLES = int(os.environ.get("LIGHTKIT_TEST_EXAMPLES", "60"))
-settings.register_profile("lightkit", deadline=None, max_examples=_EXAMPLES, derandomize=True)
+settings.register_profile("lightkit", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("lightkit")
 
 
