@@ -25,8 +25,9 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
     # With several processes the running loss is that of the first one: to follow a training it is as good.
     warnings.filterwarnings("ignore", ".*It is recommended to use `self.log.*sync_dist=True.*")
-    # What Optuna's data base tools are made of.
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    # What Optuna's data base tools are made of, and that matplotlib has looked for fonts.
+    for package in ("alembic", "matplotlib"):
+        logging.getLogger(package).setLevel(logging.WARNING)
 
 
 def quiet_lightning() -> None:
