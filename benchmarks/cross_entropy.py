@@ -2,7 +2,7 @@
 
     python benchmarks/cross_entropy.py [--compiled] [--seconds 4]
 
-Peers: torch eager and, with --compiled, torch.compile of the same. Ours with a gradient in memory of its own,
+Peers: torch eager; with --compiled, torch.compile of the same; and on a GPU, where it is installed, Liger's. Ours with a gradient in memory of its own,
 and in place. All read the same logits. "bare" is the backward of a loss that computes nothing: what autograd takes
 in all of them, most of the time where the logits are few. The floor is a copy of the logits: two streams, what must
 be read once and written once; of the forward alone, a sum over them, which reads them once. Peak memory is what the
@@ -21,7 +21,11 @@ from timing import interleaved, median, peak_memory
 
 from lightkit.ops import cross_entropy
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = [(128, 10), (4096, 10), (60000, 10), (4096, 1000), (1024, 32000), (512, 128256)]
+if DEVICE == "cuda":
+    SIZES = [(128, 10), (60000, 10), (32768, 256), (32768, 1024), (32768, 4096)]
+    SIZES += [(16384, 16384), (8192, 32000), (4096, 65536), (4096, 128256), (2048, 262144)]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -30,11 +34,11 @@ class Job:
 
     def __init__(self, rows: int, classes: int, dtype: torch.dtype) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.logits = torch.randn(rows, classes, generator=generator).to(dtype)
-        self.target = torch.randint(0, classes, (rows,), generator=generator)
+        self.logits = torch.randn(rows, classes, generator=generator).to(DEVICE, dtype)
+        self.target = torch.randint(0, classes, (rows,), generator=generator).to(DEVICE)
         self.scratch = torch.zeros_like(self.logits)
         self.produced = self.logits.clone()
-        self.loss = torch.zeros((), dtype=dtype)
+        self.loss = torch.zeros((), dtype=dtype, device=DEVICE)
 
     def leaf(self, function) -> None:
         """The gradient arrives at a leaf and is dropped, as a model's backward would drop it."""
@@ -105,7 +109,22 @@ def passes(job: Job, compiled: bool) -> dict[str, dict[str, Callable[[], object]
         for functions in (both, alone):
             # What compiling takes is not what calling takes.
             functions["compiled"]()
+    if (liger := _liger()) is not None:
+        # It writes its gradient into the logits: into some of its own.
+        own = Job(job.logits.shape[0], job.logits.shape[1], job.logits.dtype)
+        both["Liger"] = lambda: own.leaf(liger)
     return {"forward and backward": both, "forward": alone}
+
+
+def _liger() -> Callable | None:
+    """Liger's loss, whose kernels are Triton's, and so a GPU's."""
+    if DEVICE != "cuda":
+        return None
+    try:
+        from liger_kernel.transformers.functional import liger_cross_entropy
+    except ImportError:
+        return None
+    return liger_cross_entropy
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from lightkit.optim import SGD
 
 OPTIONS = {"lr": 1e-6, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}
 DECAY = 0.999
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def resnet50() -> list[tuple[int, ...]]:
@@ -57,10 +58,10 @@ CASES = {
 def make_step(what: str, extras: str, shapes: list[tuple[int, ...]]):
     """A function that does one step of one implementation on parameters of its own."""
     generator = torch.Generator().manual_seed(0)
-    parameters = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    parameters = [nn.Parameter(torch.randn(shape, generator=generator).to(DEVICE)) for shape in shapes]
     for p in parameters:
         # Small, so that clipping leaves its usual trace: a factor of 1.
-        p.grad = torch.randn(p.shape, generator=generator) * 1e-6
+        p.grad = (torch.randn(p.shape, generator=generator) * 1e-6).to(DEVICE)
     if what == "lightkit":
         clip = {"max_grad_norm": 1e3} if "clip" in extras else {}
         average = {"ema_decay": DECAY} if "ema" in extras else {}
@@ -83,7 +84,7 @@ def make_step(what: str, extras: str, shapes: list[tuple[int, ...]]):
 def make_copy(shapes: list[tuple[int, ...]]):
     """The floor: as many bytes as five streams of the parameters, read and written in halves."""
     count = sum(torch.Size(shape).numel() for shape in shapes)
-    source = torch.ones(count * 5 // 2)
+    source = torch.ones(count * 5 // 2, device=DEVICE)
     target = torch.ones_like(source)
     return lambda: target.copy_(source)
 

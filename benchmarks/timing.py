@@ -19,6 +19,9 @@ def synchronize() -> None:
 def interleaved(functions: dict[str, Callable[[], object]], seconds: float, least: int = 7) -> dict[str, list[float]]:
     """Seconds of each call, the functions taking turns after two warm-up rounds.
 
+    On a GPU a turn is as many calls as take two milliseconds, one after the other, waited for together: what a call
+    takes in a training, where the host runs ahead of the device.
+
     Args:
         functions: by name.
         seconds: about how long all of it may take.
@@ -28,15 +31,25 @@ def interleaved(functions: dict[str, Callable[[], object]], seconds: float, leas
         for function in functions.values():
             function()
     synchronize()
+    calls = {name: _calls(function) for name, function in functions.items()}
     times: dict[str, list[float]] = {name: [] for name in functions}
     end = time.perf_counter() + seconds
     while len(next(iter(times.values()))) < least or time.perf_counter() < end:
         for name, function in functions.items():
-            started = time.perf_counter()
-            function()
-            synchronize()
-            times[name].append(time.perf_counter() - started)
+            times[name].append(_time(function, calls[name]))
     return times
+
+
+def _time(function: Callable[[], object], calls: int) -> float:
+    started = time.perf_counter()
+    for _ in range(calls):
+        function()
+    synchronize()
+    return (time.perf_counter() - started) / calls
+
+
+def _calls(function: Callable[[], object]) -> int:
+    return max(1, round(2e-3 / _time(function, 5))) if torch.cuda.is_available() else 1
 
 
 def median(times: list[float]) -> float:
