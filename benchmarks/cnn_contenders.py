@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 SEED = 0
+DEVICE = os.environ.get("CNN_JOB_DEVICE", "cpu")
 
 
 class Turns:
@@ -119,7 +120,7 @@ def _tensors():
     import torch
 
     x, y, test_x, test_y = (torch.from_numpy(a) for a in images())
-    return x.unsqueeze(1), y, test_x.unsqueeze(1), test_y
+    return x.unsqueeze(1), y, test_x.unsqueeze(1).to(DEVICE), test_y.to(DEVICE)
 
 
 def _accuracy(model, test_x, test_y) -> float:
@@ -131,25 +132,45 @@ def _accuracy(model, test_x, test_y) -> float:
         return sum(int((model(x).argmax(1) == y).sum()) for x, y in pairs) / len(test_y)
 
 
-def loop(turns: Turns, batch: int, epochs: int, tuned: bool = False) -> float:
-    """A plain PyTorch loop; tuned: with channels-last and the fused Adam."""
+def loop(turns: Turns, batch: int, epochs: int, tuned: bool = False, compiled: bool = False) -> float:
+    """A plain PyTorch loop; tuned: with channels-last and the fused Adam; compiled: into CUDA graphs."""
     import torch
     import torch.nn.functional as F
 
     x, y, test_x, test_y = _tensors()
     torch.manual_seed(SEED)
-    model = torch_cnn()
+    x, y, model = x.to(DEVICE), y.to(DEVICE), torch_cnn().to(DEVICE)
     if tuned:
         model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), fused=tuned)
+
+    def loss_of(inputs, labels):
+        return F.cross_entropy(model(inputs), labels)
+
+    if compiled:
+        loss_of = torch.compile(loss_of, mode="reduce-overhead", dynamic=False)
     for _ in range(epochs):
         turns.begin()
-        for chosen in torch.randperm(len(y)).split(batch):
+        for chosen in torch.randperm(len(y), device=DEVICE).split(batch):
             optimizer.zero_grad()
-            F.cross_entropy(model(x[chosen]), y[chosen]).backward()
+            loss_of(x[chosen], y[chosen]).backward()
             optimizer.step()
+        _wait()
     turns.end()
     return _accuracy(model, test_x, test_y)
+
+
+def _wait() -> None:
+    """An epoch on a GPU has ended when its kernels have."""
+    import torch
+
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def compiled_loop(turns: Turns, batch: int, epochs: int) -> float:
+    """The tuned loop, with model and loss compiled into CUDA graphs."""
+    return loop(turns, batch, epochs, tuned=True, compiled=True)
 
 
 def tuned_loop(turns: Turns, batch: int, epochs: int) -> float:
@@ -163,9 +184,11 @@ def _pause(turns: Turns):
 
     class Pause(Callback):
         def on_train_epoch_start(self, trainer, pl_module):
+            _wait()
             turns.begin()
 
         def on_train_end(self, trainer, pl_module):
+            _wait()
             turns.end()
 
     return Pause()
@@ -203,10 +226,10 @@ def lightning(turns: Turns, batch: int, epochs: int, callbacks: Callable[[], lis
     loader = DataLoader(TensorDataset(x, y), batch_size=batch, shuffle=True)
     with tempfile.TemporaryDirectory() as directory:
         trainer = pl.Trainer(
-            accelerator="cpu", max_epochs=epochs, default_root_dir=directory, callbacks=[_pause(turns), *callbacks()]
+            accelerator=DEVICE, max_epochs=epochs, default_root_dir=directory, callbacks=[_pause(turns), *callbacks()]
         )
         trainer.fit(module, loader)
-    return _accuracy(module.model, test_x, test_y)
+    return _accuracy(module.model.to(DEVICE), test_x, test_y)
 
 
 def lightning_one_line(turns: Turns, batch: int, epochs: int) -> float:
@@ -252,6 +275,11 @@ def lightkit_bfloat16(turns: Turns, batch: int, epochs: int) -> float:
     return lightkit(turns, batch, epochs, "trainer.precision=bf16-mixed")
 
 
+def lightkit_without_graphs(turns: Turns, batch: int, epochs: int) -> float:
+    """The same with every kernel launched by Python."""
+    return lightkit(turns, batch, epochs, "callbacks.lean_loop.cuda_graphs=false")
+
+
 def lightkit_stock_loop(turns: Turns, batch: int, epochs: int) -> float:
     """The same with Lightning's own loop."""
     return lightkit(turns, batch, epochs, "~callbacks.lean_loop")
@@ -262,9 +290,11 @@ CONTENDERS: dict[str, Callable[[Turns, int, int], float]] = {
     "lightning": lightning,
     "loop": loop,
     "tuned_loop": tuned_loop,
+    "compiled_loop": compiled_loop,
     "lightning_one_line": lightning_one_line,
     "lightkit": lightkit,
     "lightkit_stock_loop": lightkit_stock_loop,
+    "lightkit_without_graphs": lightkit_without_graphs,
     "lightkit_bfloat16": lightkit_bfloat16,
 }
 

@@ -5,7 +5,8 @@
 Each contender of cnn_contenders.py trains in a process of its own on the 60,000 images of Fashion-MNIST. They take
 turns, an epoch each, so that a drift of the machine meets all of them; the others wait without using the
 processor. An epoch counts from its first batch to when the next could begin, checkpoints included. Keras needs
-TensorFlow, which may live in another environment: --keras-python names its interpreter.
+TensorFlow, which may live in another environment: --keras-python names its interpreter. Where there is a GPU they
+train on it, the plain loops from images that lie there.
 """
 
 from __future__ import annotations
@@ -19,11 +20,15 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import torch
 from cnn_contenders import CONTENDERS, images
 from rows import append
 from timing import median
 
 HERE = Path(__file__).parent
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# What pays on one kind of device alone.
+LEFT_OUT = {"cpu": ["compiled_loop", "lightkit_without_graphs"], "cuda": ["keras"]}
 
 
 class Worker:
@@ -38,7 +43,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env={**os.environ, "CNN_JOB_DATA": str(data)},
+            env={**os.environ, "CNN_JOB_DATA": str(data), "CNN_JOB_DEVICE": DEVICE},
         )
         self.alive = self._advance()
 
@@ -68,7 +73,8 @@ def main() -> None:
     parser.add_argument("--keras-python", help="an interpreter that has tensorflow; default: Keras is left out")
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, help="these contenders")
     options = parser.parse_args()
-    names = options.only or [n for n in CONTENDERS if n != "keras" or options.keras_python]
+    left_out = LEFT_OUT[DEVICE] + ([] if options.keras_python else ["keras"])
+    names = options.only or [name for name in CONTENDERS if name not in left_out]
     with tempfile.TemporaryDirectory() as directory:
         data = Path(directory) / "data.npz"
         x, y, test_x, test_y = images()

@@ -2,11 +2,11 @@
 
     python benchmarks/cross_entropy.py [--compiled] [--seconds 4]
 
-Peers: torch eager; with --compiled, torch.compile of the same; and on a GPU, where it is installed, Liger's. Ours with a gradient in memory of its own,
-and in place. All read the same logits. "bare" is the backward of a loss that computes nothing: what autograd takes
-in all of them, most of the time where the logits are few. The floor is a copy of the logits: two streams, what must
-be read once and written once; of the forward alone, a sum over them, which reads them once. Peak memory is what the
-first call takes beyond what there was before it.
+Peers: torch eager; with --compiled, torch.compile of the same; and on a GPU, where it is installed, Liger's. Ours with
+a gradient in memory of its own, and in place. All read the same logits. "bare" is the backward of a loss that computes
+nothing: what autograd takes in all of them, most of the time where the logits are few. The floor is a copy of the
+logits: two streams, what must be read once and written once; of the forward alone, a sum over them, which reads them
+once. Peak memory is what the first call takes beyond what there was before it.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 A linear model of 16 inputs, batches of 32 that lie ready in memory, SGD; the loss is logged, checkpoints and a progress
 bar are on, as they are unless told otherwise. Each round trains all contenders anew, one after the other; "loop" is
-the same in plain PyTorch, which the overhead is counted from.
+the same in plain PyTorch, which the overhead is counted from. On a GPU, where there is one.
 """
 
 from __future__ import annotations
@@ -22,17 +22,19 @@ import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from rows import append
-from timing import median
+from timing import median, synchronize
 
 from lightkit.callbacks import LeanLoop, Progress
 from lightkit.data.batches import TensorBatches
 
 BATCH = 32
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def data(steps: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(steps * BATCH, 16, generator=generator), torch.randn(steps * BATCH, 1, generator=generator)
+    inputs, targets = (torch.randn(steps * BATCH, width, generator=generator) for width in (16, 1))
+    return inputs.to(DEVICE), targets.to(DEVICE)
 
 
 class Tiny(pl.LightningModule):
@@ -56,7 +58,7 @@ class Tiny(pl.LightningModule):
 def loop(steps: int) -> float:
     """Seconds of a plain loop over the same batches."""
     torch.manual_seed(0)
-    model = torch.nn.Linear(16, 1)
+    model = torch.nn.Linear(16, 1).to(DEVICE)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     batches = TensorBatches(data(steps), BATCH, shuffle=True)
     started = time.perf_counter()
@@ -64,6 +66,7 @@ def loop(steps: int) -> float:
         optimizer.zero_grad()
         F.mse_loss(model(inputs), targets).backward()
         optimizer.step()
+    synchronize()
     return time.perf_counter() - started
 
 
@@ -74,6 +77,7 @@ class Clock(pl.Callback):
         self.started = time.perf_counter()
 
     def on_train_end(self, trainer, pl_module):
+        synchronize()
         self.seconds = time.perf_counter() - self.started
 
 
@@ -82,7 +86,8 @@ def lightning(steps: int, logs: bool = True, callbacks=(), **options) -> float:
     clock = Clock()
     with tempfile.TemporaryDirectory() as directory, _silence():
         trainer = pl.Trainer(
-            accelerator="cpu",
+            accelerator=DEVICE,
+            devices=1,
             max_epochs=1,
             default_root_dir=directory,
             enable_model_summary=False,
@@ -119,6 +124,8 @@ CONTENDERS = {
     "lean loop, nothing on": lambda steps: lightning(steps, logs=False, callbacks=[LeanLoop()], **BARE),
     "lean loop, lightkit's bar": lambda steps: lightning(steps, callbacks=[LeanLoop(), Progress()]),
 }
+if DEVICE == "cuda":
+    CONTENDERS["lean loop, graphs"] = lambda steps: lightning(steps, callbacks=[LeanLoop(cuda_graphs=True)])
 
 
 def main() -> None:

@@ -15,7 +15,9 @@ AdamOptions AdamAlgorithm::read(const pybind11::handle& group) {
     return value;
   };
   AdamOptions options{};
-  options.lr = group_number(group, "lr");
+  if (number_on_device(group_item(group, "lr").ptr()) == nullptr) {
+    options.lr = group_number(group, "lr");
+  }
   options.beta1 = beta(0);
   options.beta2 = beta(1);
   options.eps = group_number(group, "eps");
@@ -23,6 +25,16 @@ AdamOptions AdamAlgorithm::read(const pybind11::handle& group) {
   options.decoupled = group_flag(group, "decoupled_weight_decay");
   options.amsgrad = group_flag(group, "amsgrad");
   return options;
+}
+
+void AdamAlgorithm::run(const std::vector<AdamTensor>& tensors, c10::Device device) {
+#ifdef LIGHTKIT_CUDA
+  if (device.is_cuda()) {
+    return adam_cuda(tensors, device);
+  }
+#endif
+  TORCH_INTERNAL_ASSERT(device.is_cpu());
+  cpu::adam(tensors);
 }
 
 template class StepPlan<AdamAlgorithm>;

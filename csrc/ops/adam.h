@@ -6,6 +6,9 @@
 
 namespace lightkit {
 
+// Updates tensors that all lie on one GPU, on its current stream.
+void adam_cuda(const std::vector<AdamTensor>& tensors, c10::Device device);
+
 struct AdamAlgorithm {
   using Options = AdamOptions;
   static constexpr const char* kName = "Adam";
@@ -20,8 +23,7 @@ struct AdamAlgorithm {
     return parameter == at::kDouble ? at::kDouble : at::kFloat;
   }
   static bool may_start_from_zeros(const Options&) { return true; }
-  static bool has_kernel(c10::Device device) { return device.is_cpu(); }
-  static void run(const std::vector<AdamTensor>& tensors, c10::Device) { cpu::adam(tensors); }
+  static void run(const std::vector<AdamTensor>& tensors, c10::Device device);
 };
 
 using AdamPlan = StepPlan<AdamAlgorithm>;

@@ -16,14 +16,6 @@ SgdOptions SgdAlgorithm::read(const pybind11::handle& group) {
   return options;
 }
 
-bool SgdAlgorithm::has_kernel(c10::Device device) {
-#ifdef LIGHTKIT_CUDA
-  return device.is_cpu() || device.is_cuda();
-#else
-  return device.is_cpu();
-#endif
-}
-
 void SgdAlgorithm::run(const std::vector<SgdTensor>& tensors, c10::Device device) {
 #ifdef LIGHTKIT_CUDA
   if (device.is_cuda()) {

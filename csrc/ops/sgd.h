@@ -20,7 +20,6 @@ struct SgdAlgorithm {
   static bool uses(const Options& options, size_t) { return options.momentum != 0; }
   static at::ScalarType state_type(at::ScalarType parameter, bool master) { return master ? at::kFloat : parameter; }
   static bool may_start_from_zeros(const Options& options) { return options.momentum == 0 || options.dampening == 0; }
-  static bool has_kernel(c10::Device device);
   static void run(const std::vector<SgdTensor>& tensors, c10::Device device);
 };
 

@@ -83,14 +83,22 @@ Tensor laid_out_as(const Tensor& tensor, const Tensor& like, at::ScalarType type
   return at::empty_like(like, type).copy_(tensor);
 }
 
-float* step_counter(const py::object& held) {
+float* step_counter(const py::object& held, c10::Device device) {
   if (!THPVariable_Check(held.ptr())) {
     return nullptr;
   }
   const Tensor& tensor = THPVariable_Unpack(held.ptr());
-  const bool readable =
-      is_plain(tensor) && tensor.is_cpu() && tensor.scalar_type() == at::kFloat && tensor.numel() == 1;
-  return readable ? tensor.mutable_data_ptr<float>() : nullptr;
+  const bool fits = is_plain(tensor) && (tensor.is_cpu() || tensor.device() == device) &&
+      tensor.scalar_type() == at::kFloat && tensor.numel() == 1;
+  return fits ? tensor.mutable_data_ptr<float>() : nullptr;
+}
+
+bool has_step_kernels(c10::Device device) {
+#ifdef LIGHTKIT_CUDA
+  return device.is_cpu() || device.is_cuda();
+#else
+  return device.is_cpu();
+#endif
 }
 
 }  // namespace lightkit

@@ -37,8 +37,16 @@ bool is_plain(const at::Tensor& tensor);
 at::Tensor laid_out_as(const at::Tensor& tensor, const at::Tensor& like, at::ScalarType type);
 // Where a number lies on a GPU: the memory of a float32 tensor of one element there; null for any other object.
 const float* number_on_device(PyObject* object);
-// Where a parameter's count of steps is kept, if that can be read without waiting: float32 on the CPU.
-float* step_counter(const pybind11::object& held);
+// Where a parameter's count of steps is kept: float32 on the CPU or on the parameter's device; null for anything else.
+float* step_counter(const pybind11::object& held, c10::Device device);
+// Whether there are kernels of the steps for a device.
+bool has_step_kernels(c10::Device device);
+#ifdef LIGHTKIT_CUDA
+// The norm of gradients that all lie on one GPU, times `factor`, divided by what lies at `scale` if that is not null: a
+// float64 scalar there, for which nobody has waited.
+at::Tensor gradient_norm_cuda(
+    const std::vector<Gradient>& gradients, c10::Device device, double factor, const float* scale);
+#endif
 
 // Holds the parameters of an optimizer and where their buffers lie, so that a step is one call.
 //
@@ -49,7 +57,7 @@ float* step_counter(const pybind11::object& held);
 // An Algorithm has: Options (with kStates, see ../kernels/step.h), kName, kStateNames, kCounts (whether the state
 // has a "step"), kZeroed (whether buffers begin as zeros), read(group) -> Options, uses(options, state),
 // state_type(parameter's type, whether there is a master weight), may_start_from_zeros(options): whether states of zeros
-// are as good as none, has_kernel(device), run(tensors, device).
+// are as good as none, run(tensors, device).
 template <typename Algorithm>
 class StepPlan {
  public:
@@ -57,7 +65,8 @@ class StepPlan {
   // asked, whether the step was skipped); or None, having changed nothing, if some parameter is not for this
   // kernel: sparse gradients, another device or dtype, a tensor subclass with a dispatch of its own, memory with
   // gaps. `grad_scale` and `found_inf` are None, or tensors on a GPU that the step divides the gradients by and is left
-  // out for, without anyone waiting for them.
+  // out for, without anyone waiting for them. The norm of gradients on a GPU is a tensor there; only skip_nonfinite
+  // waits for it.
   pybind11::object step(
       const pybind11::list& param_groups,
       const pybind11::dict& state,
@@ -113,7 +122,14 @@ class StepPlan {
     bool master_weights;
     bool averaged;
     bool stochastic;
+    bool counts_on_device;  // those that begin in this step, where the parameter is on a GPU
     uint64_t seed;
+  };
+
+  // The norm of all gradients: in `value`, or on the GPU where they are.
+  struct Norm {
+    double value = 0;
+    at::Tensor on_device;
   };
 
   // What a step does to one parameter.
@@ -126,7 +142,8 @@ class StepPlan {
     std::array<bool, kSlots> first{};         // the buffer holds nothing yet
     bool starts_from_zeros = false;           // the states do, which is as good
     at::Tensor new_count;                     // the counter, where this is the parameter's first step
-    float* count = nullptr;
+    float* count = nullptr;                   // it, on the CPU or with the parameter
+    bool counts_on_device = false;
     bool stochastic = false;
     uint64_t key = 0;
   };
@@ -143,6 +160,10 @@ class StepPlan {
   static void use_buffer(Update& update, size_t slot, at::ScalarType type);
   static Tensor describe(const Update& update);
   bool shares_memory(const std::vector<Update>& updates);
+  static Norm measure(
+      const std::vector<std::pair<c10::Device, std::vector<Tensor>>>& by_device,
+      double inverse_scale,
+      const pybind11::object& grad_scale);
   static void run(const std::vector<Tensor>& tensors, c10::Device device, bool one_by_one);
   static void keep_buffers(Update& update, const pybind11::dict& state);
   static void keep(const pybind11::object& state, const char* key, pybind11::object& place, const at::Tensor& tensor);

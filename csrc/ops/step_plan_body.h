@@ -8,7 +8,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <map>
 #include <numeric>
 
 namespace lightkit {
@@ -80,6 +79,8 @@ typename StepPlan<Algorithm>::Group StepPlan<Algorithm>::read_group(
       .master_weights = group_extra(group, "master_weights") != nullptr,
       .averaged = averaged,
       .stochastic = stochastic,
+      // As torch has it.
+      .counts_on_device = group_extra(group, "capturable") != nullptr || group_extra(group, "fused") != nullptr,
       .seed = stochastic ? PyLong_AsUnsignedLongLongMask(group_item(group, "rounding_seed").ptr()) : 0,
   };
 }
@@ -149,7 +150,7 @@ bool StepPlan<Algorithm>::gather(Entry& entry, const Group& group, std::vector<U
     return true;
   }
   const auto type = parameter.scalar_type();
-  if (!is_plain(parameter) || !is_plain(gradient) || !Algorithm::has_kernel(parameter.device()) ||
+  if (!is_plain(parameter) || !is_plain(gradient) || !has_step_kernels(parameter.device()) ||
       gradient.device() != parameter.device() || group.device.value_or(parameter.device()) != parameter.device() ||
       !parameter_type(type) || !parameter.is_non_overlapping_and_dense()) {
     return false;
@@ -166,15 +167,18 @@ bool StepPlan<Algorithm>::gather(Entry& entry, const Group& group, std::vector<U
   const bool half = type == at::kBFloat16 || type == at::kHalf;
   const bool master = group.master_weights && half;
   update.stochastic = group.stochastic && !master && type == at::kBFloat16;
-  if (!parameter.is_cpu() && (master || group.averaged || update.stochastic)) {
-    return false;
-  }
   if constexpr (Algorithm::kCounts) {
     if (!holds_tensor(entry.count)) {
-      update.new_count = at::zeros({}, at::kFloat);
+      const c10::Device device = group.counts_on_device ? parameter.device() : c10::Device(at::kCPU);
+      update.new_count = at::zeros({}, at::TensorOptions(at::kFloat).device(device));
       update.count = static_cast<float*>(update.new_count.mutable_data_ptr());
-    } else if ((update.count = step_counter(entry.count)) == nullptr) {
-      return false;
+      update.counts_on_device = !device.is_cpu();
+    } else {
+      update.count = step_counter(entry.count, parameter.device());
+      if (update.count == nullptr) {
+        return false;
+      }
+      update.counts_on_device = !unpack_tensor(entry.count).is_cpu();
     }
   }
   TORCH_CHECK(
@@ -210,6 +214,10 @@ bool StepPlan<Algorithm>::gather(Entry& entry, const Group& group, std::vector<U
   }
   if (group.averaged) {
     use_buffer(update, kAverage, type == at::kDouble ? at::kDouble : at::kFloat);
+    if (update.first[kAverage] && group.options.skip_on_device != nullptr) {
+      // Nor is it known here whether there will be an average.
+      return false;
+    }
   }
   if (update.stochastic) {
     // Another sequence for each step and each place in it: odd factors spread both over all bits.
@@ -229,7 +237,8 @@ typename StepPlan<Algorithm>::Tensor StepPlan<Algorithm>::describe(const Update&
       .average = memory(update.buffers[kAverage]),
       .numel = update.parameter.numel(),
       .type = *parameter_type(update.parameter.scalar_type()),
-      .count = Algorithm::kCounts ? static_cast<int64_t>(*update.count) + 1 : 0,
+      .count = Algorithm::kCounts && !update.counts_on_device ? static_cast<int64_t>(*update.count) + 1 : 0,
+      .count_on_device = update.counts_on_device ? update.count : nullptr,
       .first = update.first[0] && !update.starts_from_zeros,
       .first_average = update.first[kAverage],
       .stochastic = update.stochastic,
@@ -278,6 +287,26 @@ void StepPlan<Algorithm>::run(const std::vector<Tensor>& tensors, c10::Device de
   for (const auto& tensor : tensors) {
     Algorithm::run({tensor}, device);
   }
+}
+
+template <typename Algorithm>
+typename StepPlan<Algorithm>::Norm StepPlan<Algorithm>::measure(
+    const std::vector<std::pair<c10::Device, std::vector<Tensor>>>& by_device,
+    double inverse_scale,
+    const pybind11::object& grad_scale) {
+  std::vector<Gradient> gradients;
+  for (const auto& [device, tensors] : by_device) {
+    for (const auto& tensor : tensors) {
+      gradients.push_back({tensor.gradient, tensor.numel, tensor.type});
+    }
+  }
+#ifdef LIGHTKIT_CUDA
+  if (!by_device.empty() && by_device[0].first.is_cuda()) {
+    const float* scale = number_on_device(grad_scale.ptr());
+    return {.on_device = gradient_norm_cuda(gradients, by_device[0].first, std::abs(inverse_scale), scale)};
+  }
+#endif
+  return {.value = std::sqrt(cpu::square_sum(gradients)) * std::abs(inverse_scale)};
 }
 
 template <typename Algorithm>
@@ -341,42 +370,38 @@ pybind11::object StepPlan<Algorithm>::step(
     }
   }
 
-  const auto order = [](c10::Device a, c10::Device b) {
-    return std::pair(a.type(), a.index()) < std::pair(b.type(), b.index());
-  };
-  std::map<c10::Device, std::vector<Tensor>, decltype(order)> by_device(order);
-  for (size_t i = 0; i < updates.size();) {
-    // As a rule one device has them all.
-    const c10::Device device = updates[i].parameter.device();
-    auto& tensors = by_device[device];
-    tensors.reserve(updates.size());
-    for (; i < updates.size() && updates[i].parameter.device() == device; ++i) {
-      tensors.push_back(describe(updates[i]));
+  // As a rule one device has them all.
+  std::vector<std::pair<c10::Device, std::vector<Tensor>>> by_device;
+  for (const auto& update : updates) {
+    const c10::Device device = update.parameter.device();
+    auto found = std::find_if(by_device.begin(), by_device.end(), [&](const auto& item) { return item.first == device; });
+    if (found == by_device.end()) {
+      found = by_device.insert(found, {device, {}});
+      found->second.reserve(updates.size());
     }
+    found->second.push_back(describe(update));
   }
   const bool measured = max_grad_norm.has_value() || skip_nonfinite;
-  const auto on_cpu = [](const auto& item) { return item.first.is_cpu(); };
-  if (measured && !std::all_of(by_device.begin(), by_device.end(), on_cpu)) {
+  if (measured && by_device.size() > 1) {
     return pybind11::none();
   }
   const bool one_by_one = shares_memory(updates);
-  double norm = 0;
+  Norm norm;
   bool skipped = false;
   {
     pybind11::gil_scoped_release release;
     if (measured) {
-      std::vector<Gradient> gradients;
-      for (const auto& [device, tensors] : by_device) {
-        for (const auto& tensor : tensors) {
-          gradients.push_back({tensor.gradient, tensor.numel, tensor.type});
-        }
+      norm = measure(by_device, inverse_scale, grad_scale);
+      if (skip_nonfinite) {
+        skipped = !std::isfinite(norm.on_device.defined() ? norm.on_device.template item<double>() : norm.value);
       }
-      norm = std::sqrt(cpu::square_sum(gradients)) * std::abs(inverse_scale);
-      skipped = skip_nonfinite && !std::isfinite(norm);
-      if (max_grad_norm.has_value()) {
-        // As torch.nn.utils.clip_grad_norm_ does it. NaN comes through.
-        const double factor = *max_grad_norm / (norm + 1e-6);
-        for (auto& group : groups) {
+      for (auto& group : groups) {
+        if (max_grad_norm.has_value() && norm.on_device.defined()) {
+          group.options.norm_on_device = norm.on_device.template const_data_ptr<double>();
+          group.options.max_norm = *max_grad_norm;
+        } else if (max_grad_norm.has_value()) {
+          // As torch.nn.utils.clip_grad_norm_ does it. NaN comes through.
+          const double factor = *max_grad_norm / (norm.value + 1e-6);
           group.options.gradient_factor *= factor > 1 ? 1 : factor;
         }
       }
@@ -394,7 +419,7 @@ pybind11::object StepPlan<Algorithm>::step(
         };
         bump(update.parameter);
         std::for_each(update.buffers.begin(), update.buffers.end(), bump);
-        if constexpr (Algorithm::kCounts) {
+        if (Algorithm::kCounts && !update.counts_on_device) {
           *update.count += 1;
         }
       }
@@ -409,7 +434,13 @@ pybind11::object StepPlan<Algorithm>::step(
       remember_items(state);
     }
   }
-  return pybind11::make_tuple(measured ? pybind11::object(pybind11::float_(norm)) : pybind11::none(), skipped);
+  pybind11::object found = pybind11::none();
+  if (norm.on_device.defined()) {
+    found = pybind11::reinterpret_steal<pybind11::object>(THPVariable_Wrap(norm.on_device));
+  } else if (measured) {
+    found = pybind11::float_(norm.value);
+  }
+  return pybind11::make_tuple(found, skipped);
 }
 
 }  // namespace lightkit

@@ -10,7 +10,7 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightkit.data.slices import fetch_slices
-from lightkit.loops import LeanEpochLoop, obstacle
+from lightkit.loops import LeanEpochLoop, PassGraphs, graph_obstacle, obstacle
 
 
 class LeanLoop(Callback):
@@ -28,18 +28,40 @@ class LeanLoop(Callback):
     Works on one device, with Lightning's ``DDPStrategy`` and with the strategies of `lightkit.strategies`. Where
     Lightning's step is another one than this loop knows (manual optimization, FSDP, a GradScaler, a profiler, an
     overridden ``optimizer_step``) all stays as it is, and ``obstacle`` says why.
+
+    With ``cuda_graphs``, on one GPU, forward and backward pass are taken from a CUDA graph: where the kernels are
+    small, most of a step is Python launching them. Each shape of batch is captured once; batches of another shape than
+    the first eight, and the first and last of an epoch, are taken as before. The optimizer, clipping, schedulers,
+    logging and callbacks run every step; hooks between the two passes are called after both. A graph repeats what the
+    GPU did, not what Python did: the first step is therefore watched, and ``graph_obstacle`` says why there is no graph
+    where the pass changes attributes, uses ``batch_idx``, the epoch or the step, draws random numbers on the CPU,
+    waits for the GPU or logs a ``Metric``. What cannot be watched is up to you: variables outside of the module, files,
+    the clock. Gradients, and tensors kept from inside of the pass, are overwritten in the next step.
+
+    Args:
+        cuda_graphs: take the passes from CUDA graphs, on a GPU.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cuda_graphs: bool = False) -> None:
+        self.cuda_graphs = cuda_graphs
         self.obstacle: str | None = None
+        self._graphs: PassGraphs | None = None
         # By trainer: one callback may serve several, also one within the other.
         self._undo: dict[int, ExitStack] = {}
+
+    @property
+    def graph_obstacle(self) -> str | None:
+        """Why the last run on a GPU has no CUDA graphs, or None."""
+        return None if self._graphs is None else self._graphs.obstacle
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Changes the loop, when everything has been set up."""
         self.obstacle = obstacle(trainer)
         if self.obstacle is None:
             trainer.fit_loop.epoch_loop.__class__ = LeanEpochLoop
+            if self.cuda_graphs and trainer.strategy.root_device.type == "cuda":
+                self._graphs = PassGraphs(pl_module, graph_obstacle(trainer))
+                trainer.fit_loop.epoch_loop.graphs = self._graphs
         else:
             rank_zero_info(f"LeanLoop leaves Lightning's loop as it is: {self.obstacle}")
 
@@ -69,4 +91,7 @@ class LeanLoop(Callback):
         self._undo.pop(id(trainer), ExitStack()).close()
         loop = trainer.fit_loop.epoch_loop
         if type(loop) is LeanEpochLoop:
+            if loop.graphs is not None:
+                loop.graphs.release()
+            vars(loop).pop("graphs", None)
             loop.__class__ = _TrainingEpochLoop

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
+from lightkit.loops.graphs import PassGraphs
 from lightkit.loops.log import StepLogger, fast_log
 from lightkit.loops.step import LeanStep
 
@@ -17,7 +18,12 @@ class LeanEpochLoop(_TrainingEpochLoop):
     the same hooks in the same order where somebody implements them.
 
     It has the state of Lightning's loop and no other: a loop becomes one by its ``__class__``.
+
+    Attributes:
+        graphs: take the passes of the steps between, where they can; None for none.
     """
+
+    graphs: PassGraphs | None = None
 
     def run(self, data_fetcher: _DataFetcher) -> None:
         """Runs one epoch."""
@@ -28,7 +34,7 @@ class LeanEpochLoop(_TrainingEpochLoop):
             try:
                 ahead = self._lean_steps_ahead(data_fetcher)
                 if ahead > 0:
-                    self._take(LeanStep(self.trainer, log), ahead, data_fetcher)
+                    self._take(LeanStep(self.trainer, log, self.graphs), ahead, data_fetcher)
                 else:
                     self.advance(data_fetcher)
                     self.on_advance_end(data_fetcher)

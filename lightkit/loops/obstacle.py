@@ -57,6 +57,22 @@ def obstacle(trainer: pl.Trainer) -> str | None:
     return None
 
 
+def graph_obstacle(trainer: pl.Trainer) -> str | None:
+    """Why a run with lean steps on a GPU cannot have its passes in CUDA graphs, or None."""
+    module = trainer.lightning_module
+    if trainer.world_size > 1:
+        return "there are several processes"
+    if trainer.accumulate_grad_batches != 1:
+        return "gradients are accumulated (accumulate_grad_batches)"
+    if trainer.barebones:
+        return "the trainer is barebones"
+    if type(module).log is not pl.LightningModule.log or "log" in vars(module):
+        return f"{type(module).__name__} has a log of its own"
+    if module._compiler_ctx is not None:
+        return "the LightningModule itself is compiled; compile the model in it"
+    return None
+
+
 def _strategy_obstacle(strategy: Strategy, module: pl.LightningModule) -> str | None:
     if type(strategy) not in _STRATEGIES:
         known = ", ".join(cls.__name__ for cls in _STRATEGIES)

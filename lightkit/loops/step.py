@@ -15,6 +15,7 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ParallelStrategy, Strategy
 from torch import Tensor
 
+from lightkit.loops.graphs import CapturedPasses, PassGraphs
 from lightkit.loops.hooks import Hooks, is_implemented
 from lightkit.loops.log import StepLogger
 
@@ -28,9 +29,10 @@ class LeanStep:
     Args:
         trainer: in the middle of a fit for which there is no `obstacle`.
         log: hands what was logged to the loggers.
+        graphs: take the passes where they can, or None.
     """
 
-    def __init__(self, trainer: pl.Trainer, log: StepLogger) -> None:
+    def __init__(self, trainer: pl.Trainer, log: StepLogger, graphs: PassGraphs | None = None) -> None:
         self._trainer = trainer
         self._log = log
         self._module = module = trainer.lightning_module
@@ -68,6 +70,9 @@ class LeanStep:
         # Lightning asks whether process 0 was sent one, the strategies here look for themselves.
         met = not self._is_alone and dist.is_available() and dist.is_initialized()
         self._stop_if_told = loop._broadcast_sigterm_tensor if met else None
+        self._graphs = graphs
+        if graphs is not None:
+            graphs.start()
         # Of the batch at hand.
         self._batch: Any = None
         self._batch_idx = 0
@@ -159,51 +164,85 @@ class LeanStep:
 
     @torch.enable_grad()
     def _forward_backward(self) -> Tensor | None:
-        module = self._module
-        accumulate = self._trainer.accumulate_grad_batches
-        before = module._current_fx_name
-        # Past nn.Module's __setattr__, which would look whether it is a parameter.
-        module.__dict__["_current_fx_name"] = "training_step"
-        with self._forward_context():
-            if self._takes_index:
-                output = self._training_step(self._batch, self._batch_idx)
-            else:
-                output = self._training_step(self._batch)
-        if output is None and not self._is_alone:
-            raise RuntimeError("training_step returned None: with several processes no batch can be left out")
-        module.__dict__["_current_fx_name"] = before
-        if type(output) is Tensor and accumulate == 1:
-            closure_loss, loss = output, output.detach().clone()
-            self._outputs = {"loss": loss}
-        else:
-            result = ClosureResult.from_training_step_output(output, accumulate)
-            closure_loss, loss = result.closure_loss, result.loss
-            self._outputs = {} if loss is None else result.asdict()
-        if closure_loss is None:
+        if self._graphs is None or self._trainer.accumulate_grad_batches != 1:
+            return self._passes(nullcontext())
+        if (captured := self._graphs.get(self._batch, self._forward)) is not None:
+            return self._replay(captured)
+        with self._graphs.watching(self._batch, self._batch_idx) as watch:
+            return self._passes(watch)
+
+    def _passes(self, watch: AbstractContextManager) -> Tensor | None:
+        with watch:
+            # A watch has an index that knows whether it is used.
+            loss, self._outputs = self._forward(self._batch, getattr(watch, "index", self._batch_idx))
+        if loss is None:
             Closure.warning_cache.warn(
                 "`training_step` returned `None`. If this was on purpose, ignore this warning..."
             )
-        if self._batch_idx % accumulate == 0:
+        if self._batch_idx % self._trainer.accumulate_grad_batches == 0:
+            self._announce_zero_grad()
             self._zero_grad()
-        if closure_loss is not None:
+            self._zero_grad_progress.increment_completed()
+        if loss is not None:
             if self._before_backward:
-                self._before_backward(closure_loss)
-            closure_loss.backward()
+                self._before_backward(loss)
+            with watch:
+                loss.backward()
             if self._after_backward:
                 self._after_backward()
-        return loss
+        return self._outputs.get("loss")
+
+    def _replay(self, captured: CapturedPasses) -> Tensor:
+        """Both passes at once; what is between them comes after them."""
+        self._announce_zero_grad()
+        if not self._zeroes_plainly:
+            # There are no gradients to forget: the graph writes them anew.
+            self._zero_grad()
+        self._zero_grad_progress.increment_completed()
+        self._outputs = outputs = captured(self._batch)
+        before = self._enter_training_step()
+        for name, value, arguments, options in captured.log_calls:
+            self._module.log(name, value, *arguments, **options)
+        vars(self._module)["_current_fx_name"] = before
+        if self._before_backward:
+            self._before_backward(outputs["loss"])
+        if self._after_backward:
+            self._after_backward()
+        return outputs["loss"]
+
+    def _forward(self, batch: Any, batch_idx: int) -> tuple[Tensor | None, dict[str, Any]]:
+        """The loss that backward starts from, and what training_step returned, as Lightning keeps it."""
+        accumulate = self._trainer.accumulate_grad_batches
+        before = self._enter_training_step()
+        with self._forward_context():
+            output = self._training_step(batch, batch_idx) if self._takes_index else self._training_step(batch)
+        vars(self._module)["_current_fx_name"] = before
+        if output is None and not self._is_alone:
+            raise RuntimeError("training_step returned None: with several processes no batch can be left out")
+        if type(output) is Tensor and accumulate == 1:
+            return output, {"loss": output.detach().clone()}
+        result = ClosureResult.from_training_step_output(output, accumulate)
+        return result.closure_loss, {} if result.loss is None else result.asdict()
+
+    def _enter_training_step(self) -> str | None:
+        """Has what is logged from now on logged by training_step; returns who had logged before."""
+        before = self._module._current_fx_name
+        # Past nn.Module's __setattr__, which would look whether it is a parameter.
+        vars(self._module)["_current_fx_name"] = "training_step"
+        return before
 
     def _forward_context(self) -> AbstractContextManager:
         # The base class's is one that does nothing, in two layers. A strategy's step has its own.
         plain = self._is_wrapped or type(self._precision) is Precision
         return nullcontext() if plain else self._precision.train_step_context()
 
-    def _zero_grad(self) -> None:
-        progress = self._zero_grad_progress
-        progress.increment_ready()
+    def _announce_zero_grad(self) -> None:
+        self._zero_grad_progress.increment_ready()
         if self._before_zero_grad:
             self._before_zero_grad(self._optimizer)
-        progress.increment_started()
+        self._zero_grad_progress.increment_started()
+
+    def _zero_grad(self) -> None:
         if self._zeroes_plainly:
             # What Optimizer.zero_grad does, which also tells the profiler.
             for group in self._optimizer.param_groups:
@@ -211,7 +250,6 @@ class LeanStep:
                     parameter.grad = None
         else:
             self._optimizer.zero_grad()
-        progress.increment_completed()
 
 
 class _Transfer:
@@ -227,12 +265,13 @@ class _Transfer:
         self._after = _implemented(selector, "on_after_batch_transfer")
         moving = ("on_before_batch_transfer", "transfer_batch_to_device")
         is_moved = any(_implemented(selector, hook) is not None for hook in moving)
-        self._may_stay = trainer.strategy.root_device.type == "cpu" and not is_moved
+        self._device = trainer.strategy.root_device
+        self._may_stay = self._device.type in ("cpu", "cuda") and not is_moved
 
     def __call__(self, batch: Any) -> Any:
         if self._convert is not None:
             batch = self._convert(batch)
-        if not (self._may_stay and _is_on_cpu(batch)):
+        if not (self._may_stay and _is_on(self._device, batch)):
             batch = self._module._on_before_batch_transfer(batch, dataloader_idx=0)
             return self._strategy.batch_to_device(batch, dataloader_idx=0)
         if self._after is not None:
@@ -248,8 +287,8 @@ def _implemented(selector: Any, hook: str) -> Any:
     return getattr(instance, hook) if is_implemented(hook, instance, parent) else None
 
 
-def _is_on_cpu(batch: Any) -> bool:
+def _is_on(device: torch.device, batch: Any) -> bool:
     """Whether a batch is a flat sequence of tensors that need not be moved."""
     if type(batch) is Tensor:
-        return batch.device.type == "cpu"
-    return type(batch) in (tuple, list) and all(type(t) is Tensor and t.device.type == "cpu" for t in batch)
+        return batch.device == device
+    return type(batch) in (tuple, list) and all(type(t) is Tensor and t.device == device for t in batch)

@@ -36,9 +36,9 @@ __device__ __forceinline__ scalar_t narrow(acc_t value) {
   return static_cast<scalar_t>(value);
 }
 
-// `size` elements that a thread moves at once; by default one transaction of 128 bits.
+// `size` elements that a thread moves at once; by default one transaction of 128 bits, the most there is.
 template <typename scalar_t, int elements = 16 / sizeof(scalar_t)>
-struct alignas(elements * sizeof(scalar_t)) Pack {
+struct alignas(elements * sizeof(scalar_t) < 16 ? elements * sizeof(scalar_t) : 16) Pack {
   static constexpr int size = elements;
   scalar_t values[size];
 };

@@ -7,9 +7,11 @@
 //   clear                      forgets buffers, options and errors
 //
 // What kernels print goes to standard error.
+#include "../../../csrc/kernels/cuda/adam.h"
 #include "../../../csrc/kernels/cuda/cross_entropy.h"
 #include "../../../csrc/kernels/cuda/linear_cross_entropy.h"
 #include "../../../csrc/kernels/cuda/sgd.h"
+#include "../../../csrc/kernels/cuda/step.h"
 #include "faults.h"
 
 #include <sanitizer/asan_interface.h>
@@ -126,32 +128,87 @@ cudaError_t call_scale_rows() {
       nullptr);
 }
 
-// The tensors are the buffers parameter0, gradient0, momentum0, parameter1, ...
+void read_options(StepOptions& options) {
+  options.maximize = setting<int>("maximize") != 0;
+  options.ema_decay = setting<double>("ema_decay");
+  options.lr_on_device = buffer<float>("lr_on_device");
+  options.scale_on_device = buffer<float>("scale_on_device");
+  options.skip_on_device = buffer<float>("skip_on_device");
+  options.norm_on_device = buffer<double>("norm_on_device");
+  options.max_norm = setting<double>("max_norm");
+}
+
+// The tensors are the buffers parameter0, gradient0, ..., parameter1, ..., their states those of the given names.
+template <typename Options>
+std::vector<StepTensor<Options>> step_tensors(
+    const Options& options, const std::array<const char*, Options::kStates>& states) {
+  std::vector<StepTensor<Options>> tensors;
+  for (int i = 0; i < setting<int>("tensors"); ++i) {
+    const auto number = std::to_string(i);
+    StepTensor<Options> tensor{
+        .parameter = buffer("parameter" + number),
+        .gradient = buffer("gradient" + number),
+        .master = buffer<float>("master" + number),
+        .average = buffer("average" + number),
+        .numel = setting<int64_t>("numel" + number),
+        .type = static_cast<ParameterType>(setting<int>("type" + number)),
+        .count = setting<int64_t>("count" + number),
+        .count_on_device = buffer<float>("count_on_device" + number),
+        .first = setting<int>("first" + number) != 0,
+        .first_average = setting<int>("first_average" + number) != 0,
+        .stochastic = setting<int>("stochastic" + number) != 0,
+        .key = setting<uint64_t>("key" + number),
+        .options = &options,
+    };
+    for (size_t s = 0; s < states.size(); ++s) {
+      tensor.states[s] = buffer(states[s] + number);
+    }
+    tensors.push_back(tensor);
+  }
+  return tensors;
+}
+
 cudaError_t call_sgd() {
   SgdOptions options{};
+  read_options(options);
   options.lr = setting<double>("lr");
   options.momentum = setting<double>("momentum");
   options.dampening = setting<double>("dampening");
   options.weight_decay = setting<double>("weight_decay");
   options.nesterov = setting<int>("nesterov") != 0;
-  options.maximize = setting<int>("maximize") != 0;
-  options.lr_on_device = buffer<float>("lr_on_device");
-  options.scale_on_device = buffer<float>("scale_on_device");
-  options.skip_on_device = buffer<float>("skip_on_device");
-  std::vector<SgdTensor> tensors;
+  return cuda::sgd(step_tensors(options, {"momentum"}), nullptr);
+}
+
+cudaError_t call_adam() {
+  AdamOptions options{};
+  read_options(options);
+  options.lr = setting<double>("lr");
+  options.beta1 = setting<double>("beta1");
+  options.beta2 = setting<double>("beta2");
+  options.eps = setting<double>("eps");
+  options.weight_decay = setting<double>("weight_decay");
+  options.decoupled = setting<int>("decoupled") != 0;
+  options.amsgrad = setting<int>("amsgrad") != 0;
+  return cuda::adam(step_tensors(options, {"mean", "square", "largest"}), nullptr);
+}
+
+// Of the buffers gradient0, gradient1, ..., into the buffer norm.
+cudaError_t call_norm() {
+  std::vector<Gradient> gradients;
   for (int i = 0; i < setting<int>("tensors"); ++i) {
     const auto number = std::to_string(i);
-    tensors.push_back({
-        .parameter = buffer("parameter" + number),
-        .gradient = buffer("gradient" + number),
-        .states = {buffer("momentum" + number)},
-        .numel = setting<int64_t>("numel" + number),
-        .type = static_cast<ParameterType>(setting<int>("type" + number)),
-        .first = setting<int>("first" + number) != 0,
-        .options = &options,
-    });
+    const auto type = static_cast<ParameterType>(setting<int>("type" + number));
+    gradients.push_back({buffer("gradient" + number), setting<int64_t>("numel" + number), type});
   }
-  return cuda::sgd(tensors, nullptr);
+  const int64_t count = cuda::count_of_square_sums(gradients);
+  Buffer sums(count * sizeof(double), 0);
+  auto* memory = reinterpret_cast<double*>(sums.data());
+  if (const auto error = cuda::square_sums(gradients, memory, nullptr); error != cudaSuccess) {
+    return error;
+  }
+  const double factor = setting<double>("factor", 1);
+  return cuda::norm_of_square_sums(
+      memory, count, factor, buffer<float>("scale_on_device"), buffer<double>("norm"), nullptr);
 }
 
 cudaError_t call(const std::string& function) {
@@ -173,6 +230,12 @@ cudaError_t call(const std::string& function) {
   }
   if (function == "sgd") {
     return call_sgd();
+  }
+  if (function == "adam") {
+    return call_adam();
+  }
+  if (function == "norm") {
+    return call_norm();
   }
   return cuda::fault(function, buffer<float>("out"));
 }

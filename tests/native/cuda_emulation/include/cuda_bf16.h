@@ -19,3 +19,9 @@ struct __nv_bfloat16 {
 inline uint16_t __bfloat16_as_ushort(__nv_bfloat16 value) {
   return value.bits;
 }
+
+inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short bits) {
+  __nv_bfloat16 value;
+  value.bits = bits;
+  return value;
+}

@@ -175,6 +175,10 @@ inline float __uint_as_float(unsigned bits) {
   return std::bit_cast<float>(bits);
 }
 
+inline unsigned __float_as_uint(float value) {
+  return std::bit_cast<unsigned>(value);
+}
+
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
@@ -192,4 +196,6 @@ using std::isfinite;
 using std::log;
 using std::max;
 using std::min;
+using std::pow;
+using std::sqrt;
 using std::tanh;

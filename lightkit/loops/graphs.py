@@ -1,0 +1,170 @@
+"""The passes of a training step from a CUDA graph: one launch, where Python would launch every kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lightkit.loops.watch import LogCall, Recorder, Watch
+
+# A training has one shape of batch as a rule, and sequences as many as there are lengths: each takes memory.
+_MOST_GRAPHS = 8
+
+# Of a batch and its index: the loss that backward starts from, and what training_step returned, as Lightning keeps it.
+Forward = Callable[[Any, int], tuple[Tensor | None, dict[str, Any]]]
+
+
+class CapturedPasses:
+    """Forward and backward pass of a module for batches of one shape, in a CUDA graph.
+
+    Args:
+        module: its parameters and buffers stay where they are.
+        batch: the first.
+        forward: the forward pass.
+        pool: of the graphs' memory.
+
+    Raises:
+        RuntimeError: the passes do something that a graph cannot hold.
+    """
+
+    def __init__(self, module: pl.LightningModule, batch: Any, forward: Forward, pool: Any) -> None:
+        leaves, spec = pytree.tree_flatten(batch)
+        self._inputs = [torch.empty_like(t).copy_(t) for t in leaves]
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        for parameter in parameters:
+            parameter.grad = None
+        recorder, log = Recorder(), module.log
+        vars(module)["log"] = recorder
+        generator = torch.cuda.default_generators[module.device.index or 0]
+        before = generator.get_state()
+        self._graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads may go on using the GPU.
+            with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+                loss, self._outputs = forward(pytree.tree_unflatten(self._inputs, spec), 0)
+                if loss is not None:
+                    loss.backward()
+            if loss is None:
+                raise RuntimeError("training_step returned None")
+        except BaseException:
+            generator.set_state(before)
+            for parameter in parameters:
+                parameter.grad = None
+            raise
+        finally:
+            vars(module)["log"] = log
+        self.log_calls: list[LogCall] = recorder.calls
+        self._gradients = [(p, p.grad) for p in parameters]
+
+    def __call__(self, batch: Any) -> dict[str, Any]:
+        """Both passes on a batch; the gradients are those of the parameters then.
+
+        Returns:
+            What training_step returned, the loss under ``loss``.
+        """
+        if self._inputs:
+            torch._foreach_copy_(self._inputs, pytree.tree_leaves(batch))
+        self._graph.replay()
+        for parameter, gradient in self._gradients:
+            if parameter.grad is not gradient:
+                parameter.grad = gradient
+        # The graph's own memory is written anew in the next step.
+        return pytree.tree_map_only(Tensor, torch.clone, self._outputs)
+
+
+class PassGraphs:
+    """Has a module's passes taken by graphs, where that gives the same.
+
+    The first batch of a shape is watched (`Watch`), the second is captured, those that follow are replays.
+
+    Args:
+        module: in a fit on one GPU.
+        obstacle: why there are to be none, if there is a reason already.
+
+    Attributes:
+        obstacle: why there are none, or None.
+    """
+
+    def __init__(self, module: pl.LightningModule, obstacle: str | None = None) -> None:
+        self.obstacle: str | None = None
+        self._module = module
+        self._graphs: dict[Hashable, CapturedPasses | None] = {}
+        self._pool: Any = None
+        self._parts: list = []
+        self._weights: list = []
+        if obstacle is not None:
+            self._give_up(obstacle)
+
+    def release(self) -> None:
+        """Gives the graphs' memory back."""
+        self._graphs.clear()
+        self._pool = None
+
+    def start(self) -> None:
+        """Looks at the module anew, as is due wherever others may have changed it."""
+        parts = [(type(m), m.training) for m in self._module.modules()]
+        parts += [b.data_ptr() for b in self._module.buffers()]
+        if parts != self._parts:
+            self._graphs.clear()
+            self._parts = parts
+        self._parameters = list(self._module.parameters())
+
+    def get(self, batch: Any, forward: Forward) -> CapturedPasses | None:
+        """The graph for a batch, or None where Python is to take the passes."""
+        weights = [(p.data_ptr(), p.requires_grad) for p in self._parameters]
+        if weights != self._weights:
+            self._graphs.clear()
+            self._weights = weights
+        key = self._key(batch)
+        if key is None or key not in self._graphs:
+            return None
+        if self._graphs[key] is None:
+            self._capture(key, batch, forward)
+        return self._graphs.get(key)
+
+    @contextmanager
+    def watching(self, batch: Any, batch_idx: int) -> Iterator[Watch | AbstractContextManager]:
+        """Gives what the passes on a batch are to be watched by: a context for each part of them."""
+        key = self._key(batch)
+        if key is None or key in self._graphs or len(self._graphs) >= _MOST_GRAPHS:
+            yield nullcontext()
+            return
+        watch = Watch(self._module, batch_idx)
+        yield watch
+        if watch.cause is not None:
+            self._give_up(watch.cause)
+        else:
+            self._graphs[key] = None
+
+    def _key(self, batch: Any) -> Hashable | None:
+        """What batches have in common that one graph serves; None where no graph does."""
+        if self.obstacle is not None:
+            return None
+        leaves, spec = pytree.tree_flatten(batch)
+        device = self._module.device
+        for leaf in leaves:
+            if type(leaf) is not Tensor or leaf.device != device or leaf.requires_grad:
+                what = f"a tensor on the {leaf.device}" if isinstance(leaf, Tensor) else f"a {type(leaf).__name__}"
+                self._give_up(f"the batch has {what} in it")
+                return None
+        return (str(spec), *((t.shape, t.stride(), t.dtype) for t in leaves))
+
+    def _capture(self, key: Hashable, batch: Any, forward: Forward) -> None:
+        try:
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            self._graphs[key] = CapturedPasses(self._module, batch, forward, self._pool)
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            self._give_up(f"the passes cannot be captured: {str(error).splitlines()[0]}")
+
+    def _give_up(self, obstacle: str) -> None:
+        self.obstacle = obstacle
+        self._graphs.clear()
+        rank_zero_info(f"LeanLoop takes no CUDA graphs: {obstacle}")

@@ -1,0 +1,211 @@
+"""Notes what Python does in a pass through a module that a replay of the GPU's work would leave out."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections import deque
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+# What a trainer says that stays the same for a whole fit.
+_CONSTANT = {
+    *("accumulate_grad_batches", "barebones", "datamodule", "devices", "global_rank", "is_global_zero", "local_rank"),
+    *("estimated_stepping_batches", "max_epochs", "max_steps", "node_rank", "num_devices", "num_training_batches"),
+    *("precision", "precision_plugin", "sanity_checking", "state", "strategy", "testing", "training", "validating"),
+    *("world_size",),
+}
+
+# Where the trainer, and whoever watches, keep their own.
+_NOT_THE_MODULES = {"_trainer", "_current_fx_name", "log"}
+
+_PLAIN = (bool, int, float, complex, str, bytes)
+_CONTAINERS = (dict, list, set, tuple, deque)
+
+
+class LogCall(NamedTuple):
+    """A call of ``self.log``."""
+
+    name: str
+    value: Any
+    arguments: tuple
+    options: dict[str, Any]
+
+
+class Watch:
+    """While it is entered, a module's pass is watched; entered again, for its next part.
+
+    Noted are: attributes of the module and of its parts that change, what is read of the trainer but constants, the
+    use of `index`, random numbers drawn on the CPU, waiting for the GPU, and a logged ``Metric``. What is logged is
+    logged when the watch is left.
+
+    What it cannot see: variables outside of the module, files, the clock, what is printed.
+
+    Attributes:
+        cause: the first thing that was noted, or None.
+    """
+
+    def __init__(self, module: pl.LightningModule, batch_idx: int) -> None:
+        self.cause: str | None = None
+        self.index = _WatchedIndex(batch_idx)
+        self._module = module
+        self._on_gpu = module.device.type == "cuda"
+
+    def __enter__(self) -> Watch:
+        self._trainers = {m: m._trainer for m in self._module.modules() if vars(m).get("_trainer") is not None}
+        for part, trainer in self._trainers.items():
+            vars(part)["_trainer"] = _WatchedTrainer(trainer, self)
+        self._log = self._module.log
+        self._recorder = vars(self._module)["log"] = Recorder()
+        self._attributes = dict(_attributes(self._module))
+        self._randomness = _randomness()
+        self._warnings = warnings.catch_warnings(record=True)
+        self._warned = self._warnings.__enter__()
+        warnings.simplefilter("always")
+        if self._on_gpu:
+            self._sync_mode = torch.cuda.get_sync_debug_mode()
+            torch.cuda.set_sync_debug_mode("warn")
+        return self
+
+    def __exit__(self, exception: type[BaseException] | None, *_: object) -> None:
+        if self._on_gpu:
+            torch.cuda.set_sync_debug_mode(self._sync_mode)
+        self._warnings.__exit__(None, None, None)
+        for part, trainer in self._trainers.items():
+            vars(part)["_trainer"] = trainer
+        vars(self._module)["log"] = self._log
+        if exception is not None:
+            return
+        self._look_at_warnings()
+        self._compare()
+        if self.index.is_used:
+            self.note("uses batch_idx")
+        if (cause := self._recorder.obstacle) is not None:
+            self.note(cause)
+        attributes = vars(self._module)
+        before, attributes["_current_fx_name"] = attributes["_current_fx_name"], "training_step"
+        for call in self._recorder.calls:
+            value = int(call.value) if isinstance(call.value, _WatchedIndex) else call.value
+            self._log(call.name, value, *call.arguments, **call.options)
+        attributes["_current_fx_name"] = before
+
+    def note(self, cause: str) -> None:
+        """Keeps the first cause."""
+        if self.cause is None:
+            self.cause = f"{type(self._module).__name__}.training_step {cause}"
+
+    def _look_at_warnings(self) -> None:
+        for warning in self._warned:
+            if "called a synchronizing CUDA operation" in str(warning.message):
+                self.note("waits for the GPU, as .item() and .cpu() do")
+            elif "synchronization debug mode" not in str(warning.message).lower():
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+    def _compare(self) -> None:
+        after = dict(_attributes(self._module))
+        for name in self._attributes.keys() | after.keys():
+            missing = object()
+            if not _is_same(self._attributes.get(name, missing), after.get(name, missing)):
+                self.note(f"changes self.{name}")
+        if not all(map(_is_equal, self._randomness, _randomness())):
+            self.note("draws random numbers on the CPU")
+
+
+class Recorder:
+    """Takes the place of a module's ``log`` and keeps the calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[LogCall] = []
+
+    def __call__(self, name: str, value: Any, *arguments: Any, **options: Any) -> None:
+        """See ``LightningModule.log``."""
+        self.calls.append(LogCall(name, value.detach() if type(value) is Tensor else value, arguments, options))
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why these calls cannot be made again with the tensors of another step, or None."""
+        for call in self.calls:
+            if isinstance(call.value, _WatchedIndex):
+                return "uses batch_idx"
+            if type(call.value) not in (Tensor, int, float):
+                return f"logs {call.name!r}, which is no tensor but a {type(call.value).__name__}"
+            if call.options.get("enable_graph"):
+                return f"logs {call.name!r} with its graph"
+        return None
+
+
+class _WatchedTrainer:
+    """A trainer that tells what is read of it."""
+
+    def __init__(self, trainer: pl.Trainer, watch: Watch) -> None:
+        self.__dict__.update(_trainer=trainer, _watch=watch)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _CONSTANT:
+            self._watch.note(f"reads trainer.{name}")
+        return getattr(self._trainer, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._watch.note(f"sets trainer.{name}")
+        setattr(self._trainer, name, value)
+
+
+class _WatchedIndex(int):
+    """A number that knows whether it has been used."""
+
+    is_used = False
+
+
+def _noting(name: str) -> Any:
+    method = getattr(int, name)
+
+    def note(self: _WatchedIndex, *arguments: Any) -> Any:
+        self.is_used = True
+        return method(self, *arguments)
+
+    return note
+
+
+for _name in (
+    *("__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__mod__", "__rmod__", "__divmod__"),
+    *("__floordiv__", "__rfloordiv__", "__truediv__", "__rtruediv__", "__pow__", "__rpow__", "__neg__", "__abs__"),
+    *("__and__", "__rand__", "__or__", "__ror__", "__xor__", "__lshift__", "__rlshift__", "__rshift__", "__invert__"),
+    *("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__bool__", "__hash__"),
+    *("__index__", "__int__", "__float__", "__str__", "__repr__", "__format__"),
+):
+    setattr(_WatchedIndex, _name, _noting(_name))
+
+
+def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Everything that a module and its parts hold, one level deep; references, so that none is made anew in between."""
+    for prefix, part in module.named_modules():
+        for name, value in vars(part).items():
+            if name not in _NOT_THE_MODULES:
+                yield (f"{prefix}.{name}" if prefix else name), _contents(value)
+
+
+def _contents(value: Any) -> Any:
+    if isinstance(value, dict):
+        return list(value.items())
+    return list(value) if isinstance(value, _CONTAINERS) else value
+
+
+def _is_same(before: Any, after: Any) -> bool:
+    if isinstance(before, (list, tuple)) and isinstance(after, (list, tuple)):
+        return len(before) == len(after) and all(map(_is_same, before, after))
+    return before is after or (type(before) is type(after) and type(before) in _PLAIN and before == after)
+
+
+def _is_equal(before: Any, after: Any) -> bool:
+    return torch.equal(before, after) if isinstance(before, Tensor) else before == after
+
+
+def _randomness() -> tuple:
+    """The states of the CPU's generators."""
+    name, keys, position, *_ = np.random.get_state()
+    return random.getstate(), torch.get_rng_state(), name, keys.tobytes(), position
