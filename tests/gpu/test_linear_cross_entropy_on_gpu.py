@@ -124,6 +124,7 @@ def test_graph_of_a_step():
         return loss, *torch.autograd.grad(loss, leaves)
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         step()
     torch.cuda.current_stream().wait_stream(side)

@@ -51,7 +51,7 @@ def states(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def test_steps_against_float64(own_class, torch_class, options, moved, dtype):
     """Every option moves parameters and states as in float64, but for one rounding a step."""
     ours = parameters(dtype, moved=moved)
-    exact = [nn.Parameter(p.detach().double()) for p in parameters(dtype)]
+    exact = [nn.Parameter(p.detach().double()) for p in ours]
     optimizer = own_class(ours, lr=0.01, **options)
     reference = torch_class(exact, lr=0.01, foreach=False, **options)
     for step in range(3):
@@ -95,8 +95,9 @@ def test_gradient_scaler(make, fused):
     [
         lambda p, lr: SGD(p, lr=lr, momentum=0.9, nesterov=True),
         lambda p, lr: Adam(p, lr=lr, capturable=True),
+        lambda p, lr: AdamW(p, lr=lr, capturable=True, max_grad_norm=0.5, ema_decay=0.9),
     ],
-    ids=["SGD", "Adam"],
+    ids=["SGD", "Adam", "AdamW with extras"],
 )
 def test_graph_of_a_step(make):
     """A captured step counts and follows a learning rate on the GPU, as steps that are not captured."""
@@ -135,13 +136,14 @@ def test_graph_of_a_step(make):
         {"skip_nonfinite": True},
         {"ema_decay": 0.9},
         {"master_weights": True},
+        {"stochastic_rounding": True, "rounding_seed": 5},
         {"ema_decay": 0.9, "master_weights": True, "max_grad_norm": 0.5},
     ],
     ids=str,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_extras_as_on_a_cpu(own_class, extras, dtype):
-    """What no kernel does on a GPU gives what the kernels of a CPU give."""
+    """Every option gives what the kernels of a CPU give."""
     there = parameters(dtype, [5, 3000])
     here = [nn.Parameter(p.detach().cpu()) for p in there]
     on_gpu, on_cpu = own_class(there, lr=0.01, **extras), own_class(here, lr=0.01, **extras)
@@ -153,9 +155,12 @@ def test_extras_as_on_a_cpu(own_class, extras, dtype):
             b.grad = a.grad.cpu()
         on_gpu.step()
         on_cpu.step()
+        assert on_gpu.grad_norm == (None if on_cpu.grad_norm is None else pytest.approx(on_cpu.grad_norm, nan_ok=True))
     eps = 16 * torch.finfo(dtype).eps
     for a, b in zip(there, here, strict=True):
         torch.testing.assert_close(a.cpu(), b, rtol=eps, atol=eps)
+        for name, value in on_cpu.state[b].items():
+            torch.testing.assert_close(on_gpu.state[a][name].cpu(), value, rtol=eps, atol=eps)
     assert on_gpu.skipped_steps == on_cpu.skipped_steps
 
 
@@ -196,3 +201,29 @@ def test_two_devices_of_parameters():
         parameter.grad = torch.full_like(parameter, 0.5)
     optimizer.step()
     torch.testing.assert_close(mixed[0], mixed[1].cpu())
+
+
+def test_a_count_on_the_host_is_not_captured():
+    """A graph would repeat the count of its first step."""
+    values = parameters(torch.float32, [5])
+    optimizer = Adam(values)
+    set_gradients(values, 0, torch.float32)
+    optimizer.step()
+    torch.cuda.synchronize()
+    with pytest.raises(RuntimeError, match="capturable=True"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("options", [{"max_grad_norm": 1.0}, {"ema_decay": 0.9}, {"master_weights": True}], ids=str)
+@pytest.mark.parametrize("own_class", [SGD, Adam])
+def test_no_step_waits_for_the_gpu(own_class, options):
+    """The host runs ahead, whatever is asked but skipping."""
+    values = parameters(torch.bfloat16, [5, 3000])
+    optimizer = own_class(values, lr=0.1, **options)
+    set_gradients(values, 0, torch.bfloat16)
+    optimizer.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

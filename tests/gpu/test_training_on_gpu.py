@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightkit.callbacks import FuseKernels, LeanLoop
 from lightkit.data.batches import TensorBatches
+from lightkit.loops.graphs import CapturedPasses
 from lightkit.optim import SGD, Adam
 from lightkit.tasks import ClassificationTask
 
@@ -39,6 +43,144 @@ def fit(callbacks, data, optimizer=Adam, **options):
         trainer.fit(task, data())
     weights = {name: value.cpu() for name, value in task.state_dict().items()}
     return weights, {name: value.cpu() for name, value in trainer.callback_metrics.items()}, trainer.global_step
+
+
+class Plain(pl.LightningModule):
+    """As people write them."""
+
+    def __init__(self, step=None):
+        super().__init__()
+        self.model = model()
+        self.calls = 0
+        self.step = step
+
+    def training_step(self, batch, batch_idx):
+        inputs, labels = batch
+        logits = self.model(inputs)
+        loss = F.cross_entropy(logits, labels)
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        self.log_dict({"largest": logits.max(), "constant": 3.0}, reduce_fx="max", on_step=False, on_epoch=True)
+        if self.step is not None:
+            self.step(self, batch_idx, logits)
+        return {"loss": loss, "logits": logits}
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=3, gamma=0.8)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class Outputs(pl.Callback):
+    """Keeps what training_step returned."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.seen.append({name: value.clone() for name, value in outputs.items()})
+
+
+def train(module, *callbacks, data=None, **options):
+    """Weights, running values and outputs."""
+    pl.seed_everything(3, verbose=False)
+    outputs = Outputs()
+    nothing = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    options = {"accelerator": "gpu", "devices": 1, "max_epochs": 3, **nothing, **options}
+    trainer = pl.Trainer(callbacks=[outputs, *callbacks], **options)
+    with torch.device("cpu"):
+        trainer.fit(module, (data or loader)())
+    return module.state_dict(), dict(trainer.callback_metrics), {"outputs": outputs.seen}
+
+
+def assert_equal(ours, own):
+    assert len(ours) == len(own)
+    for mine, theirs in zip(pytree.tree_leaves(ours), pytree.tree_leaves(own), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """Counts the replays of graphs."""
+    count = []
+    original = CapturedPasses.__call__
+    monkeypatch.setattr(CapturedPasses, "__call__", lambda *a: count.append(1) or original(*a))
+    return count
+
+
+@pytest.mark.parametrize("make_data", ["loader", "sliced"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"precision": "bf16-mixed"}, {"gradient_clip_val": 0.1}, {"limit_train_batches": 9}, {"precision": "64-true"}],
+    ids=str,
+)
+def test_graphs_are_lightnings_to_the_bit(options, make_data, replays):
+    """Weights, metrics and outputs are those of Lightning's own loop, dropout and batch norm among it."""
+    data = {"loader": loader, "sliced": sliced}[make_data]
+    own = train(Plain(), data=data, **options)
+    lean = LeanLoop(cuda_graphs=True)
+    ours = train(Plain(), lean, data=data, **options)
+    assert lean.obstacle is None and lean.graph_obstacle is None
+    # But for the first and last batch of each epoch, and the first that is watched.
+    assert len(replays) == 3 * ((9 if "limit_train_batches" in options else 16) - 2) - 1
+    assert_equal(ours, own)
+
+
+def _count(module, batch_idx, logits):
+    module.calls += 1
+
+
+@pytest.mark.parametrize(
+    ("step", "cause"),
+    [
+        (_count, "changes self.calls"),
+        (lambda module, batch_idx, logits: logits.max().item(), "waits for the GPU"),
+        (lambda module, batch_idx, logits: module.log("x", logits.mean() * batch_idx), "uses batch_idx"),
+        (lambda module, batch_idx, logits: module.log("x", logits.mean() * module.global_step), "trainer.global_step"),
+        (lambda module, batch_idx, logits: torch.rand(1, device="cpu"), "random numbers"),
+        (lambda module, batch_idx, logits: torch.cuda.synchronize(), "cannot be captured"),
+    ],
+    ids=["attribute", "item", "batch_idx", "global_step", "random", "synchronize"],
+)
+def test_what_cannot_be_replayed_is_not(step, cause, replays):
+    """The run says why, and is Lightning's to the bit all the same."""
+    lean = LeanLoop(cuda_graphs=True)
+    ours = train(Plain(step), lean)
+    own = train(Plain(step))
+    assert cause in lean.graph_obstacle
+    assert not replays
+    assert_equal(ours, own)
+
+
+class Moves(pl.Callback):
+    """Puts parameters elsewhere in the middle of an epoch, and freezes some."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 6:
+            first = pl_module.model[0]
+            first.weight.data = first.weight.data.clone()
+        if batch_idx == 10:
+            pl_module.model[4].bias.requires_grad_(trainer.current_epoch % 2 == 1)
+
+
+def test_weights_that_move_are_captured_anew(replays):
+    """A callback that changes what a graph was made of is followed."""
+    own = train(Plain(), Moves())
+    lean = LeanLoop(cuda_graphs=True)
+    ours = train(Plain(), Moves(), lean)
+    assert lean.graph_obstacle is None and replays
+    assert_equal(ours, own)
+
+
+def test_memory_of_graphs_is_given_back():
+    """After the fit there is no more in use than without graphs."""
+    used = []
+    for lean in (LeanLoop(), LeanLoop(cuda_graphs=True)):
+        train(Plain(), lean)
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        used.append(torch.cuda.memory_reserved())
+    assert used[1] <= used[0] + (4 << 20)
 
 
 def loader():
