@@ -33,9 +33,9 @@ class Job:
     """Forward and backward of one loss on one size, without what produces the logits."""
 
     def __init__(self, rows: int, classes: int, dtype: torch.dtype) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.logits = torch.randn(rows, classes, generator=generator).to(DEVICE, dtype)
-        self.target = torch.randint(0, classes, (rows,), generator=generator).to(DEVICE)
+        generator = torch.Generator(DEVICE).manual_seed(0)
+        self.logits = torch.randn(rows, classes, generator=generator, device=DEVICE).to(dtype)
+        self.target = torch.randint(0, classes, (rows,), generator=generator, device=DEVICE)
         self.scratch = torch.zeros_like(self.logits)
         self.produced = self.logits.clone()
         self.loss = torch.zeros((), dtype=dtype, device=DEVICE)

@@ -39,14 +39,14 @@ class Job:
     """Hidden states, a head and targets; the gradients of a call are dropped as an optimizer would drop them."""
 
     def __init__(self, rows: int, features: int, classes: int, dtype: torch.dtype) -> None:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(DEVICE).manual_seed(0)
 
         def randn(*sizes: int, scale: float = 1.0) -> torch.Tensor:
-            return (torch.randn(*sizes, generator=generator) * scale).to(DEVICE, dtype).requires_grad_()
+            return (torch.randn(*sizes, generator=generator, device=DEVICE) * scale).to(dtype).requires_grad_()
 
         self.hidden = randn(rows, features)
         self.head = randn(classes, features, scale=features**-0.5)
-        self.target = torch.randint(classes, (rows,), generator=generator).to(DEVICE)
+        self.target = torch.randint(classes, (rows,), generator=generator, device=DEVICE)
 
     def gradients(self, function: Callable) -> tuple[torch.Tensor, ...]:
         return torch.autograd.grad(function(self.hidden, self.head, self.target), (self.hidden, self.head))

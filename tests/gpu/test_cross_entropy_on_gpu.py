@@ -43,7 +43,10 @@ def assert_exact(logits: Tensor, target: Tensor, weight: Tensor | None = None, *
     accumulator = torch.float64 if logits.dtype == torch.float64 else torch.float32
     slack = 64 * torch.finfo(accumulator).eps
     eps = torch.finfo(logits.dtype).eps
-    scales = (float(logits.double().abs().nan_to_num(0).amax()) + 1, float(exact[1].abs().amax()))
+    largest = float(logits.double().abs().nan_to_num(0).amax()) if logits.numel() else 0.0
+    # A probability is at most 1, and a mean divides by what counts.
+    counted = int((target != options.get("ignore_index", -100)).sum()) if target.dim() == 1 else len(logits)
+    scales = (largest + 1, 1 / max(counted, 1) if options.get("reduction", "mean") == "mean" else 1.0)
     smallest = torch.finfo(logits.dtype).smallest_normal if logits.dtype == torch.float16 else 0.0
     for own, true, scale in zip(ours, exact, scales, strict=True):
         atol = slack * scale + smallest * eps

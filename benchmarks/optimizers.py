@@ -1,11 +1,11 @@
-"""How fast is a step of SGD next to what a user would take instead?
+"""How fast is a step of SGD, or of Adam, next to what a user would take instead?
 
-    python benchmarks/sgd.py [--compiled] [--seconds 4]
+    python benchmarks/optimizers.py [sgd|adam] [--compiled] [--seconds 4]
 
-Momentum, Nesterov and weight decay. Peers: torch's loop, foreach and fused steps and, with --compiled, torch.compile
-of the loop. "clip" clips the gradients to a norm first (torch: clip_grad_norm_; ours: max_grad_norm), "clip + ema"
-keeps averaged weights too (torch: AveragedModel's foreach average). The floor is a copy that moves as many bytes:
-five streams (parameter and momentum read and written, gradient read), without the extra ones of clip and ema.
+SGD with momentum, Nesterov and weight decay. Peers: torch's loop, foreach and fused steps and, with --compiled,
+torch.compile of the loop. "clip" clips the gradients to a norm first (torch: clip_grad_norm_; ours: max_grad_norm),
+"clip + ema" keeps averaged weights too (torch: AveragedModel's foreach average). The floor is a copy that moves as many
+bytes: parameter and states read and written, gradient read, without the extra streams of clip and ema.
 """
 
 from __future__ import annotations
@@ -17,9 +17,13 @@ from rows import append
 from timing import interleaved, median
 from torch import nn
 
-from lightkit.optim import SGD
+from lightkit.optim import SGD, Adam
 
-OPTIONS = {"lr": 1e-6, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}
+# Ours, torch's, the options, and the streams of a step: twice each for parameter and states, once for the gradient.
+OPTIMIZERS = {
+    "sgd": (SGD, torch.optim.SGD, {"lr": 1e-6, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}, 5),
+    "adam": (Adam, torch.optim.Adam, {"lr": 1e-6}, 7),
+}
 DECAY = 0.999
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -55,19 +59,20 @@ CASES = {
 }
 
 
-def make_step(what: str, extras: str, shapes: list[tuple[int, ...]]):
+def make_step(name: str, what: str, extras: str, shapes: list[tuple[int, ...]]):
     """A function that does one step of one implementation on parameters of its own."""
-    generator = torch.Generator().manual_seed(0)
-    parameters = [nn.Parameter(torch.randn(shape, generator=generator).to(DEVICE)) for shape in shapes]
+    own_class, torch_class, numbers, _ = OPTIMIZERS[name]
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(shape, generator=generator, device=DEVICE)) for shape in shapes]
     for p in parameters:
         # Small, so that clipping leaves its usual trace: a factor of 1.
-        p.grad = (torch.randn(p.shape, generator=generator) * 1e-6).to(DEVICE)
+        p.grad = torch.randn(p.shape, generator=generator, device=DEVICE) * 1e-6
     if what == "lightkit":
         clip = {"max_grad_norm": 1e3} if "clip" in extras else {}
         average = {"ema_decay": DECAY} if "ema" in extras else {}
-        return SGD(parameters, **OPTIONS, **clip, **average).step
+        return own_class(parameters, **numbers, **clip, **average).step
     flags = {"loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
-    optimizer = torch.optim.SGD(parameters, **OPTIONS, **flags.get(what, {"foreach": False}))
+    optimizer = torch_class(parameters, **numbers, **flags.get(what, {"foreach": False}))
     averages = [p.detach().clone() for p in parameters] if "ema" in extras else []
 
     def step() -> None:
@@ -81,16 +86,17 @@ def make_step(what: str, extras: str, shapes: list[tuple[int, ...]]):
     return torch.compile(step) if what == "compiled" else step
 
 
-def make_copy(shapes: list[tuple[int, ...]]):
-    """The floor: as many bytes as five streams of the parameters, read and written in halves."""
+def make_copy(streams: int, shapes: list[tuple[int, ...]]):
+    """The floor: as many bytes as some streams of the parameters, read and written in halves."""
     count = sum(torch.Size(shape).numel() for shape in shapes)
-    source = torch.ones(count * 5 // 2, device=DEVICE)
+    source = torch.ones(count * streams // 2, device=DEVICE)
     target = torch.ones_like(source)
     return lambda: target.copy_(source)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("optimizer", nargs="?", choices=OPTIMIZERS, default="sgd")
     parser.add_argument("--compiled", action="store_true", help="also time torch.compile, which takes minutes to build")
     parser.add_argument("--seconds", type=float, default=4.0, help="for each case")
     options = parser.parse_args()
@@ -100,8 +106,8 @@ def main() -> None:
         for extras in ("", "clip", "clip + ema"):
             # Each case is compiled for itself: dynamo gives up on a function that it has compiled eight times.
             torch._dynamo.reset()
-            functions = {what: make_step(what, extras, shapes) for what in names}
-            functions["copy"] = make_copy(shapes)
+            functions = {what: make_step(options.optimizer, what, extras, shapes) for what in names}
+            functions["copy"] = make_copy(OPTIMIZERS[options.optimizer][3], shapes)
             measured = interleaved(functions, options.seconds)
             times = {what: median(t) for what, t in measured.items()}
             for what, seconds in times.items():
@@ -117,7 +123,7 @@ def main() -> None:
                     }
                 )
             print(f"{case} {extras}: " + ", ".join(f"{w} {t * 1e3:.3f} ms" for w, t in times.items()), flush=True)
-    print(f"appended to {append('sgd', rows)}")
+    print(f"appended to {append(options.optimizer, rows)}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,263 @@
+"""What a watched step shows, and what stands around a graph; graphs themselves are tested on a GPU (tests/gpu).
+
+In the place of a graph is a stand-in that takes the passes on memory of its own, as a graph does.
+"""
+
+from __future__ import annotations
+
+import random
+import warnings
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from test_lean_loop import MemoryLogger, Watcher, assert_equal, loader
+from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightkit.callbacks import LeanLoop
+from lightkit.loops import PassGraphs, graphs
+from lightkit.loops.watch import Recorder
+
+
+class Module(pl.LightningModule):
+    """Batch norm, several ways to log, and a step of the test's own."""
+
+    def __init__(self, step=lambda module, batch_idx, logits: None):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.BatchNorm1d(8), nn.Linear(8, 3))
+        self.accuracy = MulticlassAccuracy(3)
+        self.register_buffer("seen", torch.zeros(()))
+        self.calls, self.kept, self.history = 0, None, []
+        self.step = step
+
+    def training_step(self, batch, batch_idx):
+        inputs, labels = batch
+        logits = self.net(inputs)
+        loss = F.cross_entropy(logits, labels)
+        self.seen.add_(1)
+        self.log("loss", loss, prog_bar=True, on_step=True, on_epoch=True)
+        self.log("largest", logits.max(), reduce_fx="max", on_epoch=True, on_step=False)
+        self.log_dict({"a": loss * 2, "constant": 3.0}, batch_size=5)
+        self.step(self, batch_idx, logits)
+        return {"loss": loss, "logits": logits}
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+class StandIn:
+    """Takes the passes on its own inputs, into its own gradients, and logs as it did at first."""
+
+    replays = 0
+
+    def __init__(self, module, batch, forward, pool):
+        leaves, self._spec = pytree.tree_flatten(batch)
+        self._module, self._forward = module, forward
+        self._inputs = [t.clone() for t in leaves]
+        self.log_calls = []
+        # To capture does nothing yet.
+        state = {name: value.clone() for name, value in module.state_dict().items()}
+        self._run()
+        module.load_state_dict(state)
+
+    def _run(self):
+        log, recorder = self._module.log, Recorder()
+        vars(self._module)["log"] = recorder
+        for parameter in self._module.parameters():
+            parameter.grad = None
+        loss, outputs = self._forward(pytree.tree_unflatten(self._inputs, self._spec), 0)
+        loss.backward()
+        vars(self._module)["log"] = log
+        # A graph logs the tensors that it was captured with.
+        if not self.log_calls:
+            self.log_calls = recorder.calls
+        for held, call in zip(self.log_calls, recorder.calls, strict=True):
+            if isinstance(held.value, torch.Tensor):
+                held.value.copy_(call.value)
+        return outputs
+
+    def __call__(self, batch):
+        StandIn.replays += 1
+        for held, given in zip(self._inputs, pytree.tree_leaves(batch), strict=True):
+            held.copy_(given)
+        return self._run()
+
+
+class Graphed(LeanLoop):
+    """Has graphs where there is no GPU."""
+
+    def on_train_start(self, trainer, pl_module):
+        super().on_train_start(trainer, pl_module)
+        self._graphs = trainer.fit_loop.epoch_loop.graphs = PassGraphs(pl_module)
+
+
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch):
+    monkeypatch.setattr(graphs, "CapturedPasses", StandIn)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(StandIn, "replays", 0)
+
+
+def fit(module, *callbacks, train=None, **options):
+    """Everything that can be compared."""
+    torch.manual_seed(0)
+    logger, watcher = MemoryLogger(), Watcher()
+    trainer = pl.Trainer(
+        **{
+            **{"accelerator": "cpu", "max_epochs": 2, "log_every_n_steps": 3, "logger": logger},
+            **dict.fromkeys(("enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False),
+            **options,
+            "callbacks": [watcher, *callbacks],
+        }
+    )
+    trainer.fit(module, loader() if train is None else train)
+    return {
+        "weights": module.state_dict(),
+        "rows": logger.rows,
+        "metrics": dict(trainer.callback_metrics),
+        "loops": str(trainer.fit_loop.state_dict()),
+        "calls": sorted(hook for hook, *_ in watcher.calls),
+    }
+
+
+def module(step=lambda module, batch_idx, logits: None):
+    torch.manual_seed(1)
+    return Module(step)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gradient_clip_val": 0.05},
+        {"limit_train_batches": 5},
+        {"max_steps": 15, "max_epochs": -1},
+        {"precision": "bf16-mixed"},
+        {"accumulate_grad_batches": 2},
+        {"log_every_n_steps": 1},
+    ],
+    ids=str,
+)
+def test_a_run_with_graphs_is_lightnings_to_the_bit(options):
+    """Weights, running values, logged rows, counters and calls of hooks."""
+    own = fit(module(), **options)
+    lean = Graphed()
+    assert_equal(fit(module(), lean, **options), own)
+    assert lean.graph_obstacle is None
+    assert (StandIn.replays == 0) == ("accumulate_grad_batches" in options)
+
+
+def test_a_batch_of_another_shape_has_a_graph_of_its_own():
+    """As sequences of several lengths have; those beyond the eighth are taken as before."""
+
+    def batches():
+        generator = torch.Generator().manual_seed(0)
+        for size in [*[3, 4] * 6, *range(2, 14)] * 2:
+            yield torch.randn(size, 4, generator=generator), torch.randint(3, (size,), generator=generator)
+
+    own = fit(module(), train=DataLoader(list(batches()), batch_size=None))
+    assert_equal(fit(module(), Graphed(), train=DataLoader(list(batches()), batch_size=None)), own)
+    # Two epochs of twelve and twelve sizes: of each of eight, all but the first that is watched, within an epoch.
+    assert 40 < StandIn.replays < 90
+
+
+def _keep(module, batch_idx, logits):
+    module.kept = logits.detach()
+
+
+def _append(module, batch_idx, logits):
+    module.history.append(0)
+
+
+def _count(module, batch_idx, logits):
+    module.calls += 1
+
+
+def _warn(module, batch_idx, logits):
+    warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+
+
+CAUSES = {
+    "a counter": (_count, "changes self.calls"),
+    "a tensor kept": (_keep, "changes self.kept"),
+    "a list that grows": (_append, "changes self.history"),
+    "batch_idx": (lambda m, i, z: m.log("x", float(i % 2)), "uses batch_idx"),
+    "batch_idx logged": (lambda m, i, z: m.log("x", i), "uses batch_idx"),
+    "the step": (lambda m, i, z: m.log("x", z.mean() * m.global_step), "reads trainer.global_step"),
+    "the epoch": (lambda m, i, z: m.current_epoch, "reads trainer.current_epoch"),
+    "a metric": (lambda m, i, z: m.log("x", m.accuracy), "logs 'x', which is no tensor but a MulticlassAccuracy"),
+    "a metric fed": (lambda m, i, z: m.accuracy.update(z, z.argmax(1)), "changes self.accuracy."),
+    "Python's random": (lambda m, i, z: random.random(), "draws random numbers on the CPU"),
+    "NumPy's random": (lambda m, i, z: np.random.rand(), "draws random numbers on the CPU"),
+    "torch's random": (lambda m, i, z: torch.rand(1), "draws random numbers on the CPU"),
+    "waiting": (_warn, "waits for the GPU"),
+}
+
+
+@pytest.mark.parametrize(("step", "cause"), CAUSES.values(), ids=CAUSES)
+def test_what_a_graph_would_leave_out_is_noticed(step, cause):
+    """The run says so, takes no graph, and is Lightning's to the bit."""
+    own = fit(module(step))
+    lean = Graphed()
+    assert_equal(fit(module(step), lean), own)
+    assert cause in lean.graph_obstacle
+    assert StandIn.replays == 0
+
+
+def test_what_stays_the_same_may_be_read():
+    """Constants of the trainer, attributes set to what they are, warnings of the module."""
+
+    def step(module, batch_idx, logits):
+        module.calls = module.trainer.world_size - 1
+        warnings.warn("mine", stacklevel=1)
+
+    lean = Graphed()
+    with pytest.warns(UserWarning, match="mine"):
+        fit(module(step), lean)
+    assert lean.graph_obstacle is None and StandIn.replays > 0
+
+
+def test_a_batch_that_a_graph_cannot_hold():
+    """Numbers and strings in a batch are not there in a replay."""
+    batches = [(torch.randn(4, 4), torch.randint(3, (4,)))] * 6
+
+    class Named(Module):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch["data"], batch_idx)
+
+    lean = Graphed()
+    fit(Named(), lean, train=DataLoader([{"data": b, "name": "one"} for b in batches], batch_size=None))
+    assert lean.graph_obstacle == "the batch has a str in it"
+
+
+def test_a_capture_that_fails(monkeypatch):
+    """The step is taken without, and so are those that follow."""
+
+    def fail(*arguments):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(graphs, "CapturedPasses", fail)
+    own = fit(module())
+    lean = Graphed()
+    assert_equal(fit(module(), lean), own)
+    assert lean.graph_obstacle.endswith("cannot be captured: operation not permitted when stream is capturing")
+
+
+def test_an_error_in_a_watched_step_leaves_nothing_behind():
+    """The module logs, and has its trainer, as before."""
+
+    def fail(module, batch_idx, logits):
+        if module.seen == 2:
+            raise ValueError("mine")
+
+    failing = module(fail)
+    with pytest.raises(ValueError, match="mine"):
+        fit(failing, Graphed())
+    assert type(failing._trainer) is pl.Trainer
+    assert "log" not in vars(failing)
+    assert failing.trainer.fit_loop.epoch_loop.__class__.__name__ == "_TrainingEpochLoop"
