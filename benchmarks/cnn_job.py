@@ -45,6 +45,10 @@ class Worker:
             text=True,
             env={**os.environ, "CNN_JOB_DATA": str(data), "CNN_JOB_DEVICE": DEVICE},
         )
+        self.alive = True
+
+    def begin(self) -> None:
+        """Waits until it could train."""
         self.alive = self._advance()
 
     def turn(self) -> None:
@@ -83,6 +87,8 @@ def main() -> None:
         for name in names:
             python = options.keras_python if name == "keras" else sys.executable
             workers[name] = Worker(name, python, options.batch, options.epochs, data)
+        for worker in workers.values():
+            worker.begin()
         while any(worker.alive for worker in workers.values()):
             for name, worker in workers.items():
                 if worker.alive:

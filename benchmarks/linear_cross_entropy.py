@@ -165,6 +165,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=20.0, help="for each size and dtype")
     parser.add_argument("--sizes", default=",".join(SIZES))
+    parser.add_argument("--dtypes", default=",".join(DTYPES))
+    parser.add_argument("--no-memory", action="store_true", help="leave out what takes a process for each contender")
     parser.add_argument("--memory", nargs=3, metavar=("SIZE", "DTYPE", "WHAT"), help="of one call alone")
     options = parser.parse_args()
     if options.memory:
@@ -172,8 +174,8 @@ def main() -> None:
         return
     keep_freed_memory()
     rows = []
-    for size, (name, dtype) in ((s, d) for s in options.sizes.split(",") for d in DTYPES.items()):
-        job = Job(*SIZES[size], dtype)
+    for size, name in ((s, d) for s in options.sizes.split(",") for d in options.dtypes.split(",")):
+        job = Job(*SIZES[size], DTYPES[name])
         functions = contenders(job)
         exact = job.exact()
         off = {what: errors(job, exact, function) for what, function in functions.items()}
@@ -182,7 +184,7 @@ def main() -> None:
         measured = interleaved(functions, options.seconds)
         times = {what: median(t) for what, t in measured.items()}
         for what, seconds in times.items():
-            memory = extra_memory(size, name, what) if what != "products" else None
+            memory = None if options.no_memory or what == "products" else extra_memory(size, name, what)
             rows.append(
                 {
                     "size": "x".join(map(str, SIZES[size])),

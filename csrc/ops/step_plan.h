@@ -122,7 +122,7 @@ class StepPlan {
     bool master_weights;
     bool averaged;
     bool stochastic;
-    bool counts_on_device;  // those that begin in this step, where the parameter is on a GPU
+    bool counts_on_device;  // where the parameter is on a GPU
     uint64_t seed;
   };
 
@@ -157,13 +157,14 @@ class StepPlan {
       const pybind11::object& grad_scale,
       const pybind11::object& found_inf);
   static bool gather(Entry& entry, const Group& group, std::vector<Update>& updates);
+  static bool find_counter(Update& update, const Group& group);
   static void use_buffer(Update& update, size_t slot, at::ScalarType type);
   static Tensor describe(const Update& update);
   bool shares_memory(const std::vector<Update>& updates);
   static Norm measure(
       const std::vector<std::pair<c10::Device, std::vector<Tensor>>>& by_device,
       double inverse_scale,
-      const pybind11::object& grad_scale);
+      const float* scale_on_device);
   static void run(const std::vector<Tensor>& tensors, c10::Device device, bool one_by_one);
   static void keep_buffers(Update& update, const pybind11::dict& state);
   static void keep(const pybind11::object& state, const char* key, pybind11::object& place, const at::Tensor& tensor);

@@ -141,6 +141,32 @@ void StepPlan<Algorithm>::use_buffer(Update& update, size_t slot, at::ScalarType
   update.buffers[slot] = laid_out_as(buffer, update.parameter, type);
 }
 
+// Finds or makes the count of a parameter's steps; false where it is kept in a way that is not for this kernel.
+template <typename Algorithm>
+bool StepPlan<Algorithm>::find_counter(Update& update, const Group& group) {
+  const pybind11::object& held = update.entry->count;
+  const c10::Device device = update.parameter.device();
+  // Whether a step counts that is left out for what a GPU knows, is known there alone.
+  const bool belongs_there = !device.is_cpu() && (group.counts_on_device || group.options.skip_on_device != nullptr);
+  if (!holds_tensor(held)) {
+    update.new_count = at::zeros({}, at::TensorOptions(at::kFloat).device(belongs_there ? device : c10::Device(at::kCPU)));
+    update.count = update.new_count.template mutable_data_ptr<float>();
+    update.counts_on_device = belongs_there;
+    return true;
+  }
+  update.count = step_counter(held, device);
+  if (update.count == nullptr) {
+    return false;
+  }
+  update.counts_on_device = !unpack_tensor(held).is_cpu();
+  if (belongs_there && !update.counts_on_device) {
+    update.new_count = unpack_tensor(held).to(device);
+    update.count = update.new_count.template mutable_data_ptr<float>();
+    update.counts_on_device = true;
+  }
+  return true;
+}
+
 // Adds what is to be done for one parameter; false if that is not for this kernel.
 template <typename Algorithm>
 bool StepPlan<Algorithm>::gather(Entry& entry, const Group& group, std::vector<Update>& updates) {
@@ -167,19 +193,8 @@ bool StepPlan<Algorithm>::gather(Entry& entry, const Group& group, std::vector<U
   const bool half = type == at::kBFloat16 || type == at::kHalf;
   const bool master = group.master_weights && half;
   update.stochastic = group.stochastic && !master && type == at::kBFloat16;
-  if constexpr (Algorithm::kCounts) {
-    if (!holds_tensor(entry.count)) {
-      const c10::Device device = group.counts_on_device ? parameter.device() : c10::Device(at::kCPU);
-      update.new_count = at::zeros({}, at::TensorOptions(at::kFloat).device(device));
-      update.count = static_cast<float*>(update.new_count.mutable_data_ptr());
-      update.counts_on_device = !device.is_cpu();
-    } else {
-      update.count = step_counter(entry.count, parameter.device());
-      if (update.count == nullptr) {
-        return false;
-      }
-      update.counts_on_device = !unpack_tensor(entry.count).is_cpu();
-    }
+  if (Algorithm::kCounts && !find_counter(update, group)) {
+    return false;
   }
   TORCH_CHECK(
       gradient.sizes() == parameter.sizes(),
@@ -293,7 +308,7 @@ template <typename Algorithm>
 typename StepPlan<Algorithm>::Norm StepPlan<Algorithm>::measure(
     const std::vector<std::pair<c10::Device, std::vector<Tensor>>>& by_device,
     double inverse_scale,
-    const pybind11::object& grad_scale) {
+    const float* scale_on_device) {
   std::vector<Gradient> gradients;
   for (const auto& [device, tensors] : by_device) {
     for (const auto& tensor : tensors) {
@@ -302,8 +317,7 @@ typename StepPlan<Algorithm>::Norm StepPlan<Algorithm>::measure(
   }
 #ifdef LIGHTKIT_CUDA
   if (!by_device.empty() && by_device[0].first.is_cuda()) {
-    const float* scale = number_on_device(grad_scale.ptr());
-    return {.on_device = gradient_norm_cuda(gradients, by_device[0].first, std::abs(inverse_scale), scale)};
+    return {.on_device = gradient_norm_cuda(gradients, by_device[0].first, std::abs(inverse_scale), scale_on_device)};
   }
 #endif
   return {.value = std::sqrt(cpu::square_sum(gradients)) * std::abs(inverse_scale)};
@@ -391,7 +405,7 @@ pybind11::object StepPlan<Algorithm>::step(
   {
     pybind11::gil_scoped_release release;
     if (measured) {
-      norm = measure(by_device, inverse_scale, grad_scale);
+      norm = measure(by_device, inverse_scale, groups.empty() ? nullptr : groups[0].options.scale_on_device);
       if (skip_nonfinite) {
         skipped = !std::isfinite(norm.on_device.defined() ? norm.on_device.template item<double>() : norm.value);
       }

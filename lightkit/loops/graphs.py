@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lightkit.loops.watch import LogCall, Recorder, Watch
+from lightkit.loops.watch import LogCall, Recorder, Watch, is_marked
 
 # A training has one shape of batch as a rule, and sequences as many as there are lengths: each takes memory.
 _MOST_GRAPHS = 8
@@ -42,25 +42,18 @@ class CapturedPasses:
             parameter.grad = None
         recorder, log = Recorder(), module.log
         vars(module)["log"] = recorder
-        generator = torch.cuda.default_generators[module.device.index or 0]
-        before = generator.get_state()
         self._graph = torch.cuda.CUDAGraph()
         try:
-            # Other threads may go on using the GPU.
-            with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-                loss, self._outputs = forward(pytree.tree_unflatten(self._inputs, spec), 0)
-                if loss is not None:
-                    loss.backward()
-            if loss is None:
-                raise RuntimeError("training_step returned None")
-        except BaseException:
-            generator.set_state(before)
-            for parameter in parameters:
-                parameter.grad = None
-            raise
+            with _capturing(self._graph, pool):
+                loss, outputs = forward(pytree.tree_unflatten(self._inputs, spec), 0)
+                if loss is None:
+                    raise RuntimeError("training_step returned None")
+                loss.backward()
         finally:
             vars(module)["log"] = log
         self.log_calls: list[LogCall] = recorder.calls
+        # Without their history, which would keep all that the passes have computed.
+        self._outputs = pytree.tree_map_only(Tensor, Tensor.detach, outputs)
         self._gradients = [(p, p.grad) for p in parameters]
 
     def __call__(self, batch: Any) -> dict[str, Any]:
@@ -77,6 +70,30 @@ class CapturedPasses:
                 parameter.grad = gradient
         # The graph's own memory is written anew in the next step.
         return pytree.tree_map_only(Tensor, torch.clone, self._outputs)
+
+
+@contextmanager
+def _capturing(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
+    """Captures what is enqueued within; where that fails all is as before, and the first error is raised."""
+    stream = torch.cuda.current_stream()
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    state = generator.clone_state()
+    cause: BaseException | None = None
+    try:
+        # Other threads may go on using the GPU.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            try:
+                yield
+            except BaseException as error:
+                cause = error
+                raise
+    except BaseException as error:
+        # torch (2.11) leaves all three in the middle of the capture where that cannot be ended.
+        torch.cuda.set_stream(stream)
+        generator.graphsafe_set_state(state)
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        raise cause or error from None
 
 
 class PassGraphs:
@@ -157,11 +174,19 @@ class PassGraphs:
         return (str(spec), *((t.shape, t.stride(), t.dtype) for t in leaves))
 
     def _capture(self, key: Hashable, batch: Any, forward: Forward) -> None:
+        if any(is_marked(p) for p in self._parameters if p.requires_grad):
+            self._give_up(
+                "the history of an earlier step is still held by somebody: what is kept of a step's results, such as "
+                "the outputs of training_step, must be detached"
+            )
+            return
         try:
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
             self._graphs[key] = CapturedPasses(self._module, batch, forward, self._pool)
         except (RuntimeError, torch.OutOfMemoryError) as error:
+            for parameter in self._parameters:
+                parameter.grad = None
             self._give_up(f"the passes cannot be captured: {str(error).splitlines()[0]}")
 
     def _give_up(self, obstacle: str) -> None:

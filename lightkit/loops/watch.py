@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 # What a trainer says that stays the same for a whole fit.
 _CONSTANT = {
@@ -24,8 +25,20 @@ _CONSTANT = {
 # Where the trainer, and whoever watches, keep their own.
 _NOT_THE_MODULES = {"_trainer", "_current_fx_name", "log"}
 
+# Of the nodes by which a parameter takes part in a step: they live as long as the step's history.
+_MARK = "lightkit: of a watched step"
+
 _PLAIN = (bool, int, float, complex, str, bytes)
 _CONTAINERS = (dict, list, set, tuple, deque)
+
+
+def is_marked(parameter: nn.Parameter) -> bool:
+    """Whether the history of a step that was watched still lives.
+
+    A graph cannot be captured then: the parameter would take part in it by the same node, which belongs to the stream
+    of that step.
+    """
+    return _MARK in get_gradient_edge(parameter).node.metadata
 
 
 class LogCall(NamedTuple):
@@ -83,6 +96,9 @@ class Watch:
             return
         self._look_at_warnings()
         self._compare()
+        for parameter in self._module.parameters():
+            if parameter.requires_grad:
+                get_gradient_edge(parameter).node.metadata[_MARK] = True
         if self.index.is_used:
             self.note("uses batch_idx")
         if (cause := self._recorder.obstacle) is not None:

@@ -147,10 +147,14 @@ def link_flags(cuda: CudaToolchain | None) -> list[str]:
 
     OpenMP's run-time is left out on purpose: its symbols come from the one that torch has loaded. A second
     one would bring a second pool of threads that fights the first for the cores. ``-z now`` makes a symbol
-    that nobody has an error at load time instead of a crash in the first call. CUDA's run-time is static: it
-    shares the context that torch's uses.
+    that nobody has an error at load time instead of a crash in the first call. C++'s library is named, and first: a
+    compiler that is set up to link it statically would bring a second one, whose streams torch's functions, such as
+    those that print a shape into an error, do not understand and crash on. CUDA's run-time is static: it shares the
+    context that torch's uses.
     """
     libraries = ["c10", "torch_cpu", "torch", "torch_python"]
+    if platform.system() == "Linux":
+        libraries.insert(0, "stdc++")
     paths = cpp_extension.library_paths("cpu")
     if cuda is not None:
         libraries += ["c10_cuda", "torch_cuda", "cudart_static", "rt", "dl", "pthread"]

@@ -77,7 +77,7 @@ class Outputs(pl.Callback):
         self.seen = []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.seen.append({name: value.clone() for name, value in outputs.items()})
+        self.seen.append({name: value.detach().clone() for name, value in outputs.items()})
 
 
 def train(module, *callbacks, data=None, **options):
@@ -149,6 +149,24 @@ def test_what_cannot_be_replayed_is_not(step, cause, replays):
     assert cause in lean.graph_obstacle
     assert not replays
     assert_equal(ours, own)
+
+
+class KeepsHistory(pl.Callback):
+    """Has a part of each step's autograd graph."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.seen.append(outputs["logits"])
+
+
+def test_a_history_that_is_kept_is_noticed(replays):
+    """It would break the capture."""
+    lean = LeanLoop(cuda_graphs=True)
+    assert_equal(train(Plain(), KeepsHistory(), lean), train(Plain(), KeepsHistory()))
+    assert "must be detached" in lean.graph_obstacle
+    assert not replays
 
 
 class Moves(pl.Callback):

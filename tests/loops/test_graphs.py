@@ -235,6 +235,22 @@ def test_a_batch_that_a_graph_cannot_hold():
     assert lean.graph_obstacle == "the batch has a str in it"
 
 
+def test_a_history_that_is_kept_is_noticed():
+    """It would break the capture of a graph on a GPU."""
+
+    class Keeps(pl.Callback):
+        def __init__(self):
+            self.seen = []
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            self.seen.append(outputs["logits"])
+
+    own = fit(module(), Keeps())
+    lean = Graphed()
+    assert_equal(fit(module(), Keeps(), lean), own)
+    assert "must be detached" in lean.graph_obstacle
+
+
 def test_a_capture_that_fails(monkeypatch):
     """The step is taken without, and so are those that follow."""
 
