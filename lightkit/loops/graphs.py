@@ -111,7 +111,8 @@ class PassGraphs:
 
     def __init__(self, module: pl.LightningModule, obstacle: str | None = None) -> None:
         self.obstacle: str | None = None
-        self._module = module
+        self._module: pl.LightningModule | None = module
+        self._parameters: list[Tensor] = []
         self._graphs: dict[Hashable, CapturedPasses | None] = {}
         self._pool: Any = None
         self._parts: list = []
@@ -120,9 +121,10 @@ class PassGraphs:
             self._give_up(obstacle)
 
     def release(self) -> None:
-        """Gives the graphs' memory back."""
+        """Gives the graphs' memory back, and lets go of the module."""
         self._graphs.clear()
-        self._pool = None
+        self._module = self._pool = None
+        self._parameters = []
 
     def start(self) -> None:
         """Looks at the module anew, as is due wherever others may have changed it."""
