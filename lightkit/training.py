@@ -4,33 +4,22 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import lightning.pytorch as pl
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from lightkit import native, report, results
 from lightkit.callbacks import TestRecorder, Throughput
 from lightkit.callbacks.throughput import rate_name
 from lightkit.checkpoints import AtomicCheckpointIO, check_weights, find_last, load_checkpoint
 from lightkit.config import build
-from lightkit.errors import CheckpointError
+from lightkit.errors import CheckpointError, ConfigError
 from lightkit.job import SaveConfig, build_data, build_task, build_trainer, check_accelerator
 
-
-@dataclass
-class OwnKeys:
-    """The keys of the configuration that belong to nobody else, with their types."""
-
-    name: str
-    seed: int
-    ckpt_path: Optional[str]  # noqa: UP045 (OmegaConf reads the annotation)
-    compile: bool
-    test: bool
-    objective: str
-    run_dir: str
+# Seeds that Python, NumPy and torch all take.
+_SEEDS = 2**32
 
 
 def train(config: DictConfig) -> dict[str, Any]:
@@ -39,7 +28,8 @@ def train(config: DictConfig) -> dict[str, Any]:
     Raises:
         LightkitError: something in the configuration, the data or the checkpoint cannot be used.
     """
-    OmegaConf.merge(OmegaConf.structured(OwnKeys), {field.name: config[field.name] for field in fields(OwnKeys)})
+    if not 0 <= config.seed < _SEEDS:
+        raise ConfigError(f"seed must be from 0 to {_SEEDS - 1}, got {config.seed}")
     check_accelerator(config)
     # Compiled here if they must be, not in the middle of the first step or of its timing.
     native.load()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -187,6 +189,16 @@ def test_no_scheduler(override):
     with initialize_config_module("lightkit.conf", version_base="1.3"):
         task = build_task(compose("train", ["+experiment=cnn", "run_dir=.", override]))
     assert isinstance(task.configure_optimizers(), torch.optim.Optimizer)
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "predict"])
+def test_every_key_of_a_command_has_a_type(name):
+    """What a command says of the types of its keys is of the keys that it has."""
+    with initialize_config_module("lightkit.conf", version_base="1.3"):
+        config = compose(name)
+    groups = {path.name for path in CONF.iterdir() if path.is_dir()}
+    keys = import_module(f"lightkit.{name}").Keys
+    assert get_type_hints(keys).keys() == set(map(str, config)) - groups
 
 
 def test_groups_serve_a_hydra_application_of_the_user(tmp_path):

@@ -57,7 +57,7 @@ def predict(config: DictConfig, restored: Restored) -> Forecast:
     if not isinstance(data, SeriesDataModule):
         raise ConfigError(f"the checkpoint is of a model for {type(data).__name__}, which is not a series")
     horizon = task.horizon if config.horizon is None else config.horizon
-    if not isinstance(horizon, int) or not 1 <= horizon <= task.horizon:
+    if not 1 <= horizon <= task.horizon:
         raise ConfigError(
             f"horizon must be from 1 to {task.horizon}, got {horizon}: for more, train with data.horizon={horizon}"
         )

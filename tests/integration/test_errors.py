@@ -33,7 +33,7 @@ def assert_fails(result, *expected):
         (["experiment=cnn"], ["use +experiment=cnn"]),
         (["data=mnst"], ["there is no data=mnst", "mnist"]),
         (["logger=null"], ["there is no logger=null; did you mean none? Choices: csv, default, none"]),
-        (["compile=maybe"], ["compile", "maybe"]),
+        (["compile=maybe"], ["compile must be bool, got 'maybe'"]),
         (["scheduler=null"], ["there is no scheduler=null; did you mean none?"]),
         (["trainer=null"], ["there is no trainer=null. Choices: cpu, default, gpu"]),
         (["+experiment=null"], ["there is no experiment=null. Choices: char_rnn, cnn"]),
@@ -44,7 +44,9 @@ def assert_fails(result, *expected):
         (["model._target_=lightkit.models.CN"], ["did you mean lightkit.models.CNN?"]),
         (["model._target_=os.system"], ["not in a package that a configuration may use"]),
         (["trainer.max_epochs=many"], ["max_epochs must be int or null, got 'many'"]),
-        (["seed=x"], ["'x'", "seed"]),
+        (["seed=x"], ["seed must be int, got 'x'"]),
+        (["seed=-1"], ["seed must be from 0 to 4294967295, got -1"]),
+        (["test=off"], ["test must be bool, got 'off'"]),
         (["optim.lr=-1"], ["Invalid learning rate"]),
         (["model.num_classes=7"], ["the data has 10 classes but model.num_classes is 7"]),
         (["ckpt_path=nowhere.ckpt"], ["there is no checkpoint nowhere.ckpt"]),
@@ -162,6 +164,31 @@ def test_folder_with_a_text_file(command, tmp_path, checkpoint):
     (tmp_path / "in" / "readme.txt").write_text("hello")
     result = command("predict", f"ckpt_path={checkpoint}", "input=in", cwd=tmp_path)
     assert_fails(result, "not PNG or JPEG pictures: readme.txt")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "expected"),
+    [
+        ("evaluate", ["ckpt_path=5"], "there is no checkpoint 5"),
+        ("evaluate", ["ckpt_path=null"], "ckpt_path must be str, got null"),
+        ("evaluate", ["output=[a]"], "output must be null or str, got ['a']"),
+        ("evaluate", ["output=."], "output=. is a directory"),
+        ("predict", ["ckpt_path=1.50", "input=."], "there is no checkpoint 1.50"),
+        ("predict", ["ckpt_path=null", "input=."], "ckpt_path must be str, got null"),
+        ("predict", ["input=null"], "input=PATH must say which images"),
+        ("predict", ["input=007"], "input=007 does not exist"),
+        ("predict", ["input=.", "batch_size=x"], "batch_size must be int or null, got 'x'"),
+        ("predict", ["input=.", "batch_size=0"], "batch_size must be at least 1, got 0"),
+        ("predict", ["input=.", "invert=1"], "invert must be auto, true or false, got 1"),
+        ("predict", ["input=.", "length=1.5"], "length must be int or null, got 1.5"),
+        ("predict", ["input=.", "temperature=hot"], "temperature must be float or null, got 'hot'"),
+        ("predict", ["input=.", "output=."], "output=. is a directory"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_wrong_values(command, tmp_path, checkpoint, name, arguments, expected):
+    """A value of the wrong type, or one that says nothing, is named with what was expected."""
+    assert_fails(command(name, f"ckpt_path={checkpoint}", *arguments, cwd=tmp_path), expected)
 
 
 @pytest.mark.parametrize("missing", ["ckpt_path", "input"])
