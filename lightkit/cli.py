@@ -195,7 +195,7 @@ def explain(error: BaseException, config_name: str) -> str:
         return ". ".join(part for part in (message.replace("\n", " "), cause) if part) + hint
     if isinstance(error, OSError) and not isinstance(error, LightkitError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    if isinstance(error, OmegaConfBaseException):
+    if isinstance(error, (OmegaConfBaseException, HydraException)):
         return message.replace("\n", " ")
     return message or type(error).__name__
 

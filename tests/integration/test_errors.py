@@ -48,6 +48,11 @@ def assert_fails(result, *expected):
         (["seed=-1"], ["seed must be from 0 to 4294967295, got -1"]),
         (["test=off"], ["test must be bool, got 'off'"]),
         (["optim.lr=-1"], ["Invalid learning rate"]),
+        (
+            ["scheduler=step", "scheduler.step_size=0"],
+            ["torch.optim.lr_scheduler.StepLR(step_size=0, gamma=0.1) fails at its first step: integer modulo by zero"],
+        ),
+        (["trainer.val_check_interval=100000"], ["`val_check_interval` (100000) must be less than or equal to"]),
         (["model.num_classes=7"], ["the data has 10 classes but model.num_classes is 7"]),
         (["ckpt_path=nowhere.ckpt"], ["there is no checkpoint nowhere.ckpt"]),
         (["ckpt_path=last"], ["there is no last.ckpt below"]),
@@ -58,6 +63,29 @@ def assert_fails(result, *expected):
 def test_train(command, tmp_path, arguments, expected):
     """Unknown names come with the nearest right ones, wrong values with what was expected."""
     assert_fails(command("train", *arguments, cwd=tmp_path), *expected)
+
+
+def test_a_figure_that_is_not_logged(command, tmp_path):
+    """A callback that waits for it ends the training, in Lightning's words, with those that are."""
+    stop = ["_target_=lightning.pytorch.callbacks.EarlyStopping", "monitor=nonsense"]
+    result = command("train", *QUICK, *(f"+callbacks.stop.{argument}" for argument in stop), cwd=tmp_path)
+    assert_fails(result, "`nonsense` which is not available", "`val/loss`")
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"LIGHTKIT_NATIVE": "foo"}, "LIGHTKIT_NATIVE must be one of auto, require, off, got 'foo'"),
+        (
+            {"LIGHTKIT_NATIVE": "require", "CXX": "/nonexistent", "LIGHTKIT_CACHE_DIR": "empty"},
+            "LIGHTKIT_NATIVE=require, but there is no native library: the compiler named by CXX ('/nonexistent')",
+        ),
+    ],
+    ids=["foo", "require"],
+)
+def test_native_kernels_that_cannot_be_had(command, tmp_path, variables, expected):
+    """A word that LIGHTKIT_NATIVE does not know, and kernels that are required in vain, end a job before it begins."""
+    assert_fails(command("train", *QUICK, cwd=tmp_path, environment=variables), expected)
 
 
 @pytest.mark.parametrize("command_name", ["train", "evaluate", "predict"])
@@ -171,6 +199,8 @@ def test_folder_with_a_text_file(command, tmp_path, checkpoint):
     [
         ("evaluate", ["ckpt_path=5"], "there is no checkpoint 5"),
         ("evaluate", ["ckpt_path=null"], "ckpt_path must be str, got null"),
+        ("evaluate", ["accelerator=foo"], "accelerator='foo'"),
+        ("evaluate", ["accelerator=null"], "accelerator must be str, got null"),
         ("evaluate", ["output=[a]"], "output must be null or str, got ['a']"),
         ("evaluate", ["output=."], "output=. is a directory"),
         ("predict", ["ckpt_path=1.50", "input=."], "there is no checkpoint 1.50"),
