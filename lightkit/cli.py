@@ -31,6 +31,9 @@ from lightkit.quiet import quiet, with_quiet_lightning
 
 CONFIG_SOURCE = "pkg://lightkit.conf"
 
+# The flags of Hydra for several jobs.
+_SWEEP = ("-m", "--multirun")
+
 
 def _lightnings(name: str) -> tuple[type[BaseException], ...]:
     """Lightning's exception of that name, if Lightning has been imported: else nobody has raised it."""
@@ -86,6 +89,8 @@ def entry_point(
             _flags_first()
             quiet()
             try:
+                if not several_processes:
+                    _refuse_sweep(config_name)
                 _keep_texts([name for name, hint in hints.items() if hint in (str, str | None)])
                 if several_processes and processes.follows():
                     processes.follow(function)
@@ -165,8 +170,14 @@ def _is_interrupt(error: BaseException) -> bool:
 
 def _flags_first() -> None:
     """Lets -m stand anywhere: Hydra's parser takes no overrides after it when there were some before."""
-    flags = [word for word in sys.argv[1:] if word in ("-m", "--multirun")]
+    flags = [word for word in sys.argv[1:] if word in _SWEEP]
     sys.argv[1:] = flags + [word for word in sys.argv[1:] if word not in flags]
+
+
+def _refuse_sweep(config_name: str) -> None:
+    """Where results have no directory of their own, Hydra would leave one that has nothing of them."""
+    if any(word in _SWEEP for word in sys.argv[1:]):
+        raise ConfigError(f"-m is for lightkit.train: lightkit.{config_name} does one thing at a time")
 
 
 def _keep_texts(names: list[str]) -> None:

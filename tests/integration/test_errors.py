@@ -199,12 +199,14 @@ def test_folder_with_a_text_file(command, tmp_path, checkpoint):
     [
         ("evaluate", ["ckpt_path=5"], "there is no checkpoint 5"),
         ("evaluate", ["ckpt_path=null"], "ckpt_path must be str, got null"),
+        ("evaluate", ["-m"], "-m is for lightkit.train"),
         ("evaluate", ["accelerator=foo"], "accelerator='foo'"),
         ("evaluate", ["accelerator=null"], "accelerator must be str, got null"),
         ("evaluate", ["output=[a]"], "output must be null or str, got ['a']"),
         ("evaluate", ["output=."], "output=. is a directory"),
         ("predict", ["ckpt_path=1.50", "input=."], "there is no checkpoint 1.50"),
         ("predict", ["ckpt_path=null", "input=."], "ckpt_path must be str, got null"),
+        ("predict", ["-m", "input=a,b"], "-m is for lightkit.train: lightkit.predict does one thing at a time"),
         ("predict", ["input=null"], "input=PATH must say which images"),
         ("predict", ["input=007"], "input=007 does not exist"),
         ("predict", ["input=.", "batch_size=x"], "batch_size must be int or null, got 'x'"),
@@ -219,6 +221,7 @@ def test_folder_with_a_text_file(command, tmp_path, checkpoint):
 def test_wrong_values(command, tmp_path, checkpoint, name, arguments, expected):
     """A value of the wrong type, or one that says nothing, is named with what was expected."""
     assert_fails(command(name, f"ckpt_path={checkpoint}", *arguments, cwd=tmp_path), expected)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("missing", ["ckpt_path", "input"])
