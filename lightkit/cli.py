@@ -130,6 +130,7 @@ def entry_point(
             return 0
 
         def main() -> int:
+            _look_here()
             is_started = several_processes and processes.is_started()
             status = _run_started(function, config_name) if is_started else run()
             if status != 0:
@@ -166,6 +167,13 @@ def _run_started(function: Callable[[DictConfig], Any], config_name: str) -> int
 def _is_interrupt(error: BaseException) -> bool:
     """Whether it is Ctrl-C, which Lightning turns into a SystemExit once it has put things in order."""
     return isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt)
+
+
+def _look_here() -> None:
+    """Lets a console script find what LIGHTKIT_TARGETS names in the current directory, as ``python -m`` does."""
+    is_wanted = os.environ.get("LIGHTKIT_TARGETS") and not getattr(sys.flags, "safe_path", False)
+    if is_wanted and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
 
 
 def _flags_first() -> None:

@@ -88,6 +88,23 @@ def test_native_kernels_that_cannot_be_had(command, tmp_path, variables, expecte
     assert_fails(command("train", *QUICK, cwd=tmp_path, environment=variables), expected)
 
 
+def test_own_modules_lie_in_the_current_directory(tmp_path):
+    """The console script finds them as `python -m` does: both come as far as the class, and refuse its arguments."""
+    (tmp_path / "own.py").write_text("class Net:\n    pass\n")
+    (tmp_path / "bin").mkdir()
+    script = tmp_path / "bin" / "lightkit-train"
+    script.write_text("import sys\nfrom lightkit.train import main\nsys.exit(main())\n")
+    for start in (["-m", "lightkit.train"], [str(script)]):
+        result = subprocess.run(
+            [sys.executable, *start, "+experiment=cnn", "model._target_=own.Net"],
+            cwd=tmp_path,
+            env={**os.environ, "LIGHTKIT_TARGETS": "own"},
+            capture_output=True,
+            text=True,
+        )
+        assert_fails(result, "own.Net takes no argument 'in_channels'")
+
+
 @pytest.mark.parametrize("command_name", ["train", "evaluate", "predict"])
 def test_nobody_waits_for_torch_to_see_a_mistake(command_name):
     """The commands compose before they import torch and Lightning, which takes seconds."""
