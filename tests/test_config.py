@@ -205,10 +205,16 @@ def test_groups_serve_a_hydra_application_of_the_user(tmp_path):
     """Somebody's own application finds the groups through hydra.searchpath."""
     from hydra import initialize_config_dir
 
+    groups = ["model: cnn", "optim: sgd", "data: mnist_5k", "trainer: cpu", "strategy: parameter_server"]
+    groups += ["callbacks: default", "logger: csv"]
     (tmp_path / "mine.yaml").write_text(
-        "defaults:\n  - model: cnn\n  - optim: sgd\n  - _self_\nhydra:\n  searchpath:\n    - pkg://lightkit.conf\n"
+        f"defaults: [{', '.join(groups)}, _self_]\nhydra: {{searchpath: ['pkg://lightkit.conf']}}\n"
+        # What README says that they need.
+        "run_dir: out\nseed: 3\n"
     )
     with initialize_config_dir(str(tmp_path), version_base="1.3"):
         config = compose("mine", ["optim.lr=0.5"])
     assert isinstance(build(config.model), CNN)
     assert config.optim.lr == 0.5
+    OmegaConf.resolve(config)
+    assert (config.trainer.default_root_dir, build(config.data).seed) == ("out", 3)
