@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import traceback
+import typing
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,17 +18,21 @@ from hydra import initialize_config_module
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightkit import processes
-from lightkit.config import nearest
+from lightkit.config import check_types, nearest
 from lightkit.errors import ConfigError, LightkitError
 from lightkit.quiet import quiet, with_quiet_lightning
 
 CONFIG_SOURCE = "pkg://lightkit.conf"
+
+# The flags of Hydra for several jobs.
+_SWEEP = ("-m", "--multirun")
 
 
 def _lightnings(name: str) -> tuple[type[BaseException], ...]:
@@ -47,15 +52,17 @@ class _UserError(BaseException):
 
 
 def entry_point(
-    config_name: str, several_processes: bool = False
+    config_name: str, keys: type, several_processes: bool = False
 ) -> Callable[[Callable[[DictConfig], Any]], Callable[[], int]]:
     """Makes a console command of a function of a configuration, which imports what takes long itself.
 
     The command composes ``conf/<config_name>.yaml`` with the overrides on the command line and returns the
     exit status: 0, or 1 after one message on standard error, 130 and 143 as a shell has them after Ctrl-C and SIGTERM.
-    ``HYDRA_FULL_ERROR=1`` shows tracebacks too. With ``several_processes`` the function runs in as many as the
-    configuration has devices: see `lightkit.processes`.
+    ``HYDRA_FULL_ERROR=1`` shows tracebacks too. ``keys`` says by its annotations which type the values of the command's
+    own keys have; what belongs to a key of texts is taken as it was typed. With ``several_processes`` the function runs
+    in as many as the configuration has devices: see `lightkit.processes`.
     """
+    hints = typing.get_type_hints(keys)
 
     def decorate(function: Callable[[DictConfig], Any]) -> Callable[[], int]:
         function = with_quiet_lightning(function)
@@ -64,6 +71,7 @@ def entry_point(
             # Not as the Exception it is: Hydra would print its own words on it first.
             try:
                 check_top_level(config, config_name)
+                check_types({name: config[name] for name in hints}, hints)
                 if several_processes:
                     # Without arguments: they follow the process that starts them.
                     result = processes.lead(function, config, [sys.executable, "-m", f"lightkit.{config_name}"])
@@ -81,6 +89,9 @@ def entry_point(
             _flags_first()
             quiet()
             try:
+                if not several_processes:
+                    _refuse_sweep(config_name)
+                _keep_texts([name for name, hint in hints.items() if hint in (str, str | None)])
                 if several_processes and processes.follows():
                     processes.follow(function)
                 elif not several_processes:
@@ -119,6 +130,7 @@ def entry_point(
             return 0
 
         def main() -> int:
+            _look_here()
             is_started = several_processes and processes.is_started()
             status = _run_started(function, config_name) if is_started else run()
             if status != 0:
@@ -157,10 +169,34 @@ def _is_interrupt(error: BaseException) -> bool:
     return isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt)
 
 
+def _look_here() -> None:
+    """Lets a console script find what LIGHTKIT_TARGETS names in the current directory, as ``python -m`` does."""
+    is_wanted = os.environ.get("LIGHTKIT_TARGETS") and not getattr(sys.flags, "safe_path", False)
+    if is_wanted and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+
+
 def _flags_first() -> None:
     """Lets -m stand anywhere: Hydra's parser takes no overrides after it when there were some before."""
-    flags = [word for word in sys.argv[1:] if word in ("-m", "--multirun")]
+    flags = [word for word in sys.argv[1:] if word in _SWEEP]
     sys.argv[1:] = flags + [word for word in sys.argv[1:] if word not in flags]
+
+
+def _refuse_sweep(config_name: str) -> None:
+    """Where results have no directory of their own, Hydra would leave one that has nothing of them."""
+    if any(word in _SWEEP for word in sys.argv[1:]):
+        raise ConfigError(f"-m is for lightkit.train: lightkit.{config_name} does one thing at a time")
+
+
+def _keep_texts(names: list[str]) -> None:
+    """Puts what Hydra would make a number or a truth value in quotes, where it is for a key of texts: 1.50, true."""
+    parser = OverridesParser.create()
+    for index, word in enumerate(sys.argv[1:], start=1):
+        key, _, typed = word.partition("=")
+        if key.lstrip("+") in names:
+            (override,) = parser.parse_overrides([word])
+            if isinstance(override.value(), (int, float)):
+                sys.argv[index] = f"{key}='{typed}'"
 
 
 def explain(error: BaseException, config_name: str) -> str:
@@ -178,7 +214,7 @@ def explain(error: BaseException, config_name: str) -> str:
         return ". ".join(part for part in (message.replace("\n", " "), cause) if part) + hint
     if isinstance(error, OSError) and not isinstance(error, LightkitError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    if isinstance(error, OmegaConfBaseException):
+    if isinstance(error, (OmegaConfBaseException, HydraException)):
         return message.replace("\n", " ")
     return message or type(error).__name__
 

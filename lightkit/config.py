@@ -155,12 +155,34 @@ def _options(hint: Any) -> set[Any]:
     return set(typing.get_args(hint)) if typing.get_origin(hint) in (typing.Union, types.UnionType) else {hint}
 
 
+_PLAIN = (int, float, bool, str, type(None))
+_CONTAINERS = (list, dict, ListConfig, DictConfig)
+
+
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a plain value may be an argument with this hint; only hints made of plain types can refuse."""
+    """Whether a value of a configuration may go with this hint; only hints made of plain types can refuse."""
     options = _options(hint)
-    if not options <= {int, float, bool, str, type(None)} or not isinstance(value, (int, float, bool, str, type(None))):
+    if not options <= set(_PLAIN) or not isinstance(value, _PLAIN + _CONTAINERS):
         return True
     return type(value) in options or (type(value) is int and float in options)
+
+
+def check_types(values: Mapping[str, Any], hints: Mapping[str, Any], owner: str = "") -> None:
+    """Refuses values of another type than the hint of the same name says.
+
+    Args:
+        values: of a configuration, by name.
+        hints: types by name; what has none may be anything.
+        owner: what the names belong to, for the message.
+
+    Raises:
+        ConfigError: names the first one, and the types that it may have.
+    """
+    for name, value in values.items():
+        if not _fits(value, hints.get(name)):
+            expected = " or ".join(sorted(t.__name__.replace("NoneType", "null") for t in _options(hints[name])))
+            got = "null" if value is None else repr(value)
+            raise ConfigError(f"{owner}{name} must be {expected}, got {got}")
 
 
 def _check_arguments(cls: type, target: str, arguments: dict[str, Any], as_partial: bool) -> None:
@@ -177,13 +199,10 @@ def _check_arguments(cls: type, target: str, arguments: dict[str, Any], as_parti
             return
     else:
         named = set(parameters)
-    hints = _type_hints(cls)
-    for name, value in arguments.items():
+    for name in arguments:
         if name not in named:
             raise ConfigError(f"{target} takes no argument {name!r}{nearest(name, named)}")
-        if not _fits(value, hints.get(name)):
-            expected = " or ".join(sorted(t.__name__.replace("NoneType", "null") for t in _options(hints[name])))
-            raise ConfigError(f"{target}: {name} must be {expected}, got {value!r}")
+    check_types(arguments, _type_hints(cls), owner=f"{target}: ")
     if as_partial:
         return
     missing = [

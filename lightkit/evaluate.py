@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TypedDict
 
 from omegaconf import DictConfig
 
 from lightkit.cli import entry_point
 
 
-@entry_point("evaluate")
+class Keys(TypedDict):
+    """The keys of ``conf/evaluate.yaml``."""
+
+    ckpt_path: str
+    data_dir: str | None
+    output: str | None
+    accelerator: str
+
+
+@entry_point("evaluate", Keys)
 def main(config: DictConfig) -> None:
     """Measures a checkpoint and prints the figures."""
     # Only now, as in lightkit.train.

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import lightning.pytorch as pl
 from omegaconf import DictConfig
 
+from lightkit.config import build
 from lightkit.errors import ConfigError
-from lightkit.job import build_data, restore
+from lightkit.job import build_data, refusals_of_lightning, restore
 from lightkit.strategies import tpu
 
 
@@ -20,7 +20,8 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         if key is None:
             raise ConfigError(f"data_dir: {restored.config.data._target_} does not read from a directory")
         restored.config.data[key] = config.data_dir
-    trainer = pl.Trainer(
+    trainer = build(
+        {"_target_": "lightning.pytorch.Trainer"},
         **(tpu.choose() if config.accelerator == "tpu" else {"accelerator": config.accelerator}),
         devices=1,
         precision=restored.config.trainer.precision,
@@ -29,5 +30,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    (metrics,) = trainer.test(restored.task, datamodule=build_data(restored.config), verbose=False)
+    data = build_data(restored.config)
+    with refusals_of_lightning():
+        (metrics,) = trainer.test(restored.task, datamodule=data, verbose=False)
     return metrics

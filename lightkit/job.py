@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightkit.checkpoints import CONFIG_KEY, AtomicCheckpointIO, AtomicXLACheckpointIO, load_checkpoint, load_weights
 from lightkit.config import build
@@ -91,6 +95,44 @@ def check_accelerator(config: DictConfig) -> None:
         )
     if config.strategy.get("_target_") is not None:
         raise ConfigError(f"one TPU has nobody to go with for {config.strategy._target_}: use strategy=auto")
+
+
+def check_scheduler(config: DictConfig) -> None:
+    """Refuses a scheduler that fails at its first step, which would otherwise come after an epoch of training.
+
+    Raises:
+        ConfigError: says what it was built of, and what goes wrong.
+    """
+    make = build(config.get("scheduler"))
+    # One of somebody else may need an optimizer that has more than this one.
+    if make is None or not config.scheduler._target_.startswith("torch.") or config.trainer.get("max_epochs") == 0:
+        return
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1, momentum=0.9)
+    scheduler = make(optimizer)
+    optimizer.step()
+    try:
+        scheduler.step(*([0.0] if isinstance(scheduler, ReduceLROnPlateau) else []))
+    except (ArithmeticError, ValueError) as error:
+        options = ", ".join(f"{key}={value}" for key, value in config.scheduler.items() if key[0] != "_")
+        raise ConfigError(f"{config.scheduler._target_}({options}) fails at its first step: {error}") from error
+
+
+@contextmanager
+def refusals_of_lightning() -> Iterator[None]:
+    """Makes what Lightning does not take of a configuration, and says while it runs, an error of the configuration.
+
+    It says so by a ValueError or a RuntimeError out of its own code; out of other code they are faults of the program.
+
+    Raises:
+        ConfigError: in Lightning's words.
+    """
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if not frame.f_globals["__name__"].startswith("lightning."):
+            raise
+        raise ConfigError(" ".join(str(error).split())) from error
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,31 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Literal, TypedDict
 
 from omegaconf import DictConfig
 
 from lightkit.cli import entry_point
 
 
-@entry_point("predict")
+class Keys(TypedDict):
+    """The keys of ``conf/predict.yaml``."""
+
+    ckpt_path: str
+    input: str | None
+    output: str | None
+    invert: bool | Literal["auto"] | None
+    batch_size: int | None
+    column: str | None
+    horizon: int | None
+    text: str | None
+    length: int | None
+    temperature: float | None
+    top_k: int | None
+    seed: int | None
+
+
+@entry_point("predict", Keys)
 def main(config: DictConfig) -> None:
     """Prints what the model of a checkpoint makes of an input."""
     # Only now, as in lightkit.train.

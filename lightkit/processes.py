@@ -18,8 +18,10 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from types import FrameType
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -40,6 +42,9 @@ _GRACE = 1.0
 
 # Seconds for putting things in order after Ctrl-C; what is on the disk is whole at any time.
 _ORDER = 8.0
+
+# Seconds for the batch at hand after SIGTERM: whoever sends it kills after 30, as SLURM and Kubernetes do.
+_BATCH = 25.0
 
 # Jobs may take their time.
 _FOREVER = timedelta(days=365)
@@ -283,7 +288,31 @@ def _die_with_leader() -> None:
     os._exit(1)
 
 
+@contextmanager
+def _raise_on_sigterm() -> Iterator[None]:
+    """Makes a SIGTERM an exception, as Ctrl-C is one: otherwise it would end this process at once."""
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SIGTERMException
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _pass_on(processes: list[subprocess.Popen], number: signal.Signals, seconds: float) -> None:
+    """Sends a signal to all, and waits for so long until they have ended."""
+    for process in processes:
+        process.send_signal(number)
+    _wait(processes, seconds)
+
+
+@_raise_on_sigterm()
 def _start_and_watch(config: DictConfig, count: int, command: list[str]) -> Any:
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
     from torch.distributed import PrefixStore, TCPStore
 
     # Held here, its port cannot be taken by another program between being found and being used.
@@ -299,9 +328,10 @@ def _start_and_watch(config: DictConfig, count: int, command: list[str]) -> Any:
             raise LightkitError("process 0 ended without a result")
         return json.loads(store.get("result"))
     except KeyboardInterrupt:
-        for process in processes:
-            process.send_signal(signal.SIGINT)
-        _wait(processes, _ORDER)
+        _pass_on(processes, signal.SIGINT, _ORDER)
+        raise
+    except SIGTERMException:
+        _pass_on(processes, signal.SIGTERM, _BATCH)
         raise
     finally:
         for process in processes:

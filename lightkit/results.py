@@ -36,8 +36,13 @@ def read_if_newer(path: Path, than: Path) -> dict[str, Any]:
 
 def check_output(path: str | None) -> None:
     """Refuses a file that cannot be written before the work is done that it is to hold."""
-    if path is not None and not Path(path).absolute().parent.is_dir():
-        raise ConfigError(f"output={path}: there is no directory {Path(path).absolute().parent}")
+    if path is None:
+        return
+    file = Path(path).absolute()
+    if not file.parent.is_dir():
+        raise ConfigError(f"output={path}: there is no directory {file.parent}")
+    if file.is_dir():
+        raise ConfigError(f"output={path} is a directory, and must be a file")
 
 
 def write_config(run_dir: Path, config: DictConfig) -> None:

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import sys
+from typing import TypedDict
 
 from omegaconf import DictConfig
 
 from lightkit.cli import entry_point
 
 
-@entry_point("train", several_processes=True)
+class Keys(TypedDict):
+    """The keys of ``conf/train.yaml`` that are no groups."""
+
+    name: str
+    seed: int
+    ckpt_path: str | None
+    compile: bool
+    test: bool
+    objective: str
+    run_dir: str
+
+
+@entry_point("train", Keys, several_processes=True)
 def main(config: DictConfig) -> float | None:
     """Trains what the configuration describes; the result is what a sweeper such as Optuna's looks at."""
     # Only now: torch and Lightning take seconds, which nobody waits for to see --help or a typing error.

@@ -4,33 +4,30 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import lightning.pytorch as pl
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from lightkit import native, report, results
 from lightkit.callbacks import TestRecorder, Throughput
 from lightkit.callbacks.throughput import rate_name
 from lightkit.checkpoints import AtomicCheckpointIO, check_weights, find_last, load_checkpoint
 from lightkit.config import build
-from lightkit.errors import CheckpointError
-from lightkit.job import SaveConfig, build_data, build_task, build_trainer, check_accelerator
+from lightkit.errors import CheckpointError, ConfigError
+from lightkit.job import (
+    SaveConfig,
+    build_data,
+    build_task,
+    build_trainer,
+    check_accelerator,
+    check_scheduler,
+    refusals_of_lightning,
+)
 
-
-@dataclass
-class OwnKeys:
-    """The keys of the configuration that belong to nobody else, with their types."""
-
-    name: str
-    seed: int
-    ckpt_path: Optional[str]  # noqa: UP045 (OmegaConf reads the annotation)
-    compile: bool
-    test: bool
-    objective: str
-    run_dir: str
+# Seeds that Python, NumPy and torch all take.
+_SEEDS = 2**32
 
 
 def train(config: DictConfig) -> dict[str, Any]:
@@ -39,8 +36,10 @@ def train(config: DictConfig) -> dict[str, Any]:
     Raises:
         LightkitError: something in the configuration, the data or the checkpoint cannot be used.
     """
-    OmegaConf.merge(OmegaConf.structured(OwnKeys), {field.name: config[field.name] for field in fields(OwnKeys)})
+    if not 0 <= config.seed < _SEEDS:
+        raise ConfigError(f"seed must be from 0 to {_SEEDS - 1}, got {config.seed}")
     check_accelerator(config)
+    check_scheduler(config)
     # Compiled here if they must be, not in the middle of the first step or of its timing.
     native.load()
     started = time.perf_counter()
@@ -65,7 +64,8 @@ def train(config: DictConfig) -> dict[str, Any]:
         run_dir.mkdir(parents=True, exist_ok=True)
         results.write_config(run_dir, config)
         results.write_json(run_dir / "environment.json", results.environment())
-    trainer.fit(task, datamodule=data, ckpt_path=resume)
+    with refusals_of_lightning():
+        trainer.fit(task, datamodule=data, ckpt_path=resume)
     metrics = _scalars(trainer) | {"epochs": trainer.current_epoch, "steps": trainer.global_step}
     for throughput in (c for c in trainer.callbacks if isinstance(c, Throughput)):
         if throughput.total is not None:
@@ -83,7 +83,8 @@ def train(config: DictConfig) -> dict[str, Any]:
     if trainer.is_global_zero:
         results.write_json(run_dir / "metrics.json", metrics)
     if config.test and (trainer.is_global_zero or not getattr(trainer.strategy, "evaluates_everything", False)):
-        trainer.test(task, datamodule=data, ckpt_path=_best(trainer), verbose=False)
+        with refusals_of_lightning():
+            trainer.test(task, datamodule=data, ckpt_path=_best(trainer), verbose=False)
         metrics |= _scalars(trainer)
         # What the simplest rules reach on the same test set, where the data knows some.
         metrics |= {f"baseline/{name}": value for name, value in getattr(data, "baselines", dict)().items()}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -189,14 +191,30 @@ def test_no_scheduler(override):
     assert isinstance(task.configure_optimizers(), torch.optim.Optimizer)
 
 
+@pytest.mark.parametrize("name", ["train", "evaluate", "predict"])
+def test_every_key_of_a_command_has_a_type(name):
+    """What a command says of the types of its keys is of the keys that it has."""
+    with initialize_config_module("lightkit.conf", version_base="1.3"):
+        config = compose(name)
+    groups = {path.name for path in CONF.iterdir() if path.is_dir()}
+    keys = import_module(f"lightkit.{name}").Keys
+    assert get_type_hints(keys).keys() == set(map(str, config)) - groups
+
+
 def test_groups_serve_a_hydra_application_of_the_user(tmp_path):
     """Somebody's own application finds the groups through hydra.searchpath."""
     from hydra import initialize_config_dir
 
+    groups = ["model: cnn", "optim: sgd", "data: mnist_5k", "trainer: cpu", "strategy: parameter_server"]
+    groups += ["callbacks: default", "logger: csv"]
     (tmp_path / "mine.yaml").write_text(
-        "defaults:\n  - model: cnn\n  - optim: sgd\n  - _self_\nhydra:\n  searchpath:\n    - pkg://lightkit.conf\n"
+        f"defaults: [{', '.join(groups)}, _self_]\nhydra: {{searchpath: ['pkg://lightkit.conf']}}\n"
+        # What README says that they need.
+        "run_dir: out\nseed: 3\n"
     )
     with initialize_config_dir(str(tmp_path), version_base="1.3"):
         config = compose("mine", ["optim.lr=0.5"])
     assert isinstance(build(config.model), CNN)
     assert config.optim.lr == 0.5
+    OmegaConf.resolve(config)
+    assert (config.trainer.default_root_dir, build(config.data).seed) == ("out", 3)

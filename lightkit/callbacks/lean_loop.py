@@ -7,7 +7,7 @@ from contextlib import ExitStack
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightkit.data.slices import fetch_slices
 from lightkit.loops import LeanEpochLoop, PassGraphs, graph_obstacle, obstacle
@@ -63,7 +63,7 @@ class LeanLoop(Callback):
                 self._graphs = PassGraphs(pl_module, graph_obstacle(trainer))
                 trainer.fit_loop.epoch_loop.graphs = self._graphs
         else:
-            rank_zero_info(f"LeanLoop leaves Lightning's loop as it is: {self.obstacle}")
+            rank_zero_warn(f"LeanLoop leaves Lightning's loop as it is: {self.obstacle}")
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Has the loaders slice, new ones among them."""

@@ -143,7 +143,10 @@ def _only_numeric(header: Sequence[str], rows: Sequence[Sequence[str]], time_col
             found.append(index)
     if len(found) != 1:
         which = f"has the numeric columns {', '.join(header[i] for i in found)}" if found else "has no numeric column"
-        raise DataError(f"{path} {which}: choose one with column=NAME; the columns are {', '.join(header)}")
+        raise DataError(
+            f"{path} {which}: choose one with column=NAME (in training data.column=NAME); the columns are "
+            f"{', '.join(header)}"
+        )
     return found[0]
 
 
@@ -152,7 +155,8 @@ def _fill(values: np.ndarray, gaps: np.ndarray, lines: Sequence[int], missing: s
     first = int(gaps.argmax())
     if missing == "error":
         raise DataError(
-            f"{where}: line {lines[first]} is empty ({int(gaps.sum())} in all); missing=interpolate fills gaps"
+            f"{where}: line {lines[first]} is empty ({int(gaps.sum())} in all); missing=interpolate "
+            "(in training data.missing=interpolate) fills gaps"
         )
     if gaps[0] or gaps[-1]:
         line = lines[0] if gaps[0] else lines[-1]

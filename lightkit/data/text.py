@@ -106,9 +106,11 @@ class Text(pl.LightningDataModule):
             optional = name == "validation" and self.validation_share == 0
             if len(part) <= self.context and not optional:
                 sizes = ", ".join(f"{n} {len(p):,}" for n, p in zip(_PARTS, parts, strict=True))
+                # Few files, of whatever length, may all come into one part.
+                advice = "; of a folder each file goes to one part as a whole, and a single file is cut into all three"
                 raise DataError(
                     f"the {name} part of {self._root()} has {len(part):,} bytes, but one window takes context + 1 = "
-                    f"{self.context + 1}; all parts, in bytes: {sizes}"
+                    f"{self.context + 1}; all parts, in bytes: {sizes}{advice if self._root().is_dir() else ''}"
                 )
         self.train, self.validation, self.test = (self._windows(part) for part in parts)
 

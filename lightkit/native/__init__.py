@@ -17,6 +17,8 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
+from lightkit.errors import ConfigError, LightkitError
+
 _POLICIES = ("auto", "require", "off")
 
 _OFF = "LIGHTKIT_NATIVE=off"
@@ -26,15 +28,19 @@ _loaded: tuple[ModuleType | None, str] | None = None
 _warned = False
 
 
-class NativeUnavailableError(RuntimeError):
+class NativeUnavailableError(LightkitError, RuntimeError):
     """The native library is required and cannot be had."""
 
 
 def policy() -> str:
-    """The value of ``LIGHTKIT_NATIVE``."""
+    """The value of ``LIGHTKIT_NATIVE``.
+
+    Raises:
+        ConfigError: it is none that there is.
+    """
     value = os.environ.get("LIGHTKIT_NATIVE", "auto")
     if value not in _POLICIES:
-        raise ValueError(f"LIGHTKIT_NATIVE must be one of {', '.join(_POLICIES)}, got {value!r}")
+        raise ConfigError(f"LIGHTKIT_NATIVE must be one of {', '.join(_POLICIES)}, got {value!r}")
     return value
 
 

@@ -40,6 +40,8 @@ def predict(config: DictConfig, restored: Restored) -> Prediction:
         given = [key for key in keys if config.get(key) is not None]
         if other != kind and given:
             raise ConfigError(f"{', '.join(given)}: the checkpoint is of a model for {kind}, these are for {other}")
+    if kind != "text" and config.input is None:
+        raise ConfigError(f"input=PATH must say which {kind} the prediction is for")
     from lightkit.prediction import images, series, text
 
     return {"images": images.predict, "series": series.predict, "text": text.predict}[kind](config, restored)

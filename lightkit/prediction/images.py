@@ -59,7 +59,8 @@ def predict(config: DictConfig, restored: Restored) -> Images:
     """Classifies one image, or every image of a folder in the order of their names."""
     invert = "auto" if config.invert is None else config.invert
     batch_size = _BATCH_SIZE if config.batch_size is None else config.batch_size
-    if invert not in ("auto", True, False):
+    # By type: 1 equals true, and would then not be taken for it.
+    if invert != "auto" and type(invert) is not bool:
         raise ConfigError(f"invert must be auto, true or false, got {invert!r}")
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}")

@@ -57,10 +57,9 @@ def predict(config: DictConfig, restored: Restored) -> Forecast:
     if not isinstance(data, SeriesDataModule):
         raise ConfigError(f"the checkpoint is of a model for {type(data).__name__}, which is not a series")
     horizon = task.horizon if config.horizon is None else config.horizon
-    if not isinstance(horizon, int) or not 1 <= horizon <= task.horizon:
-        raise ConfigError(
-            f"horizon must be from 1 to {task.horizon}, got {horizon}: for more, train with data.horizon={horizon}"
-        )
+    if not 1 <= horizon <= task.horizon:
+        advice = f"; to see further, train with data.horizon={horizon}" if horizon > task.horizon else ""
+        raise ConfigError(f"horizon must be from 1 to {task.horizon}, got {horizon}{advice}")
     # What training was told about its file holds for this one, too.
     told = restored.config.data
     column = told.get("column") if config.column is None else config.column

@@ -16,6 +16,9 @@ from lightkit.job import Restored, build_data
 _LENGTH = 400
 _TEMPERATURE = 0.8
 
+# Seeds that torch takes.
+_SEEDS = 2**64
+
 
 @dataclass(frozen=True)
 class Continuation:
@@ -41,14 +44,14 @@ def predict(config: DictConfig, restored: Restored) -> Continuation:
         raise ConfigError(f"the checkpoint is of a model for {type(data).__name__}, which is not text")
     length = _LENGTH if config.length is None else config.length
     temperature = _TEMPERATURE if config.temperature is None else config.temperature
-    if type(length) is not int or length < 1:
-        raise ConfigError(f"length must be a whole number of at least 1, got {length!r}")
-    if type(temperature) not in (int, float) or temperature < 0:
-        raise ConfigError(f"temperature must be a number of at least 0, got {temperature!r}")
-    if config.top_k is not None and (type(config.top_k) is not int or config.top_k < 1):
-        raise ConfigError(f"top_k must be a whole number of at least 1, got {config.top_k!r}")
-    if config.seed is not None and (type(config.seed) is not int or config.seed < 0):
-        raise ConfigError(f"seed must be a whole number of at least 0, got {config.seed!r}")
+    if length < 1:
+        raise ConfigError(f"length must be at least 1, got {length}")
+    if temperature < 0:
+        raise ConfigError(f"temperature must be at least 0, got {temperature}")
+    if config.top_k is not None and config.top_k < 1:
+        raise ConfigError(f"top_k must be at least 1, got {config.top_k}")
+    if config.seed is not None and not 0 <= config.seed < _SEEDS:
+        raise ConfigError(f"seed must be from 0 to {_SEEDS - 1}, got {config.seed}")
     prompt = _prompt(config)
     generator = torch.Generator()
     if config.seed is None:
@@ -71,5 +74,4 @@ def _prompt(config: DictConfig) -> bytes:
             return path.read_bytes()
         except OSError as error:
             raise DataError(f"input={path} cannot be read: {error.strerror}") from error
-    # A number on the command line is one to Hydra.
-    return str(config.text).encode(errors="surrogateescape")
+    return config.text.encode(errors="surrogateescape")

@@ -33,7 +33,7 @@ def assert_fails(result, *expected):
         (["experiment=cnn"], ["use +experiment=cnn"]),
         (["data=mnst"], ["there is no data=mnst", "mnist"]),
         (["logger=null"], ["there is no logger=null; did you mean none? Choices: csv, default, none"]),
-        (["compile=maybe"], ["compile", "maybe"]),
+        (["compile=maybe"], ["compile must be bool, got 'maybe'"]),
         (["scheduler=null"], ["there is no scheduler=null; did you mean none?"]),
         (["trainer=null"], ["there is no trainer=null. Choices: cpu, default, gpu"]),
         (["+experiment=null"], ["there is no experiment=null. Choices: char_rnn, cnn"]),
@@ -44,8 +44,15 @@ def assert_fails(result, *expected):
         (["model._target_=lightkit.models.CN"], ["did you mean lightkit.models.CNN?"]),
         (["model._target_=os.system"], ["not in a package that a configuration may use"]),
         (["trainer.max_epochs=many"], ["max_epochs must be int or null, got 'many'"]),
-        (["seed=x"], ["'x'", "seed"]),
+        (["seed=x"], ["seed must be int, got 'x'"]),
+        (["seed=-1"], ["seed must be from 0 to 4294967295, got -1"]),
+        (["test=off"], ["test must be bool, got 'off'"]),
         (["optim.lr=-1"], ["Invalid learning rate"]),
+        (
+            ["scheduler=step", "scheduler.step_size=0"],
+            ["torch.optim.lr_scheduler.StepLR(step_size=0, gamma=0.1) fails at its first step: integer modulo by zero"],
+        ),
+        (["trainer.val_check_interval=100000"], ["`val_check_interval` (100000) must be less than or equal to"]),
         (["model.num_classes=7"], ["the data has 10 classes but model.num_classes is 7"]),
         (["ckpt_path=nowhere.ckpt"], ["there is no checkpoint nowhere.ckpt"]),
         (["ckpt_path=last"], ["there is no last.ckpt below"]),
@@ -56,6 +63,46 @@ def assert_fails(result, *expected):
 def test_train(command, tmp_path, arguments, expected):
     """Unknown names come with the nearest right ones, wrong values with what was expected."""
     assert_fails(command("train", *arguments, cwd=tmp_path), *expected)
+
+
+def test_a_figure_that_is_not_logged(command, tmp_path):
+    """A callback that waits for it ends the training, in Lightning's words, with those that are."""
+    stop = ["_target_=lightning.pytorch.callbacks.EarlyStopping", "monitor=nonsense"]
+    result = command("train", *QUICK, *(f"+callbacks.stop.{argument}" for argument in stop), cwd=tmp_path)
+    assert_fails(result, "`nonsense` which is not available", "`val/loss`")
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"LIGHTKIT_NATIVE": "foo"}, "LIGHTKIT_NATIVE must be one of auto, require, off, got 'foo'"),
+        (
+            {"LIGHTKIT_NATIVE": "require", "CXX": "/nonexistent", "LIGHTKIT_CACHE_DIR": "empty"},
+            "LIGHTKIT_NATIVE=require, but there is no native library: the compiler named by CXX ('/nonexistent')",
+        ),
+    ],
+    ids=["foo", "require"],
+)
+def test_native_kernels_that_cannot_be_had(command, tmp_path, variables, expected):
+    """A word that LIGHTKIT_NATIVE does not know, and kernels that are required in vain, end a job before it begins."""
+    assert_fails(command("train", *QUICK, cwd=tmp_path, environment=variables), expected)
+
+
+def test_own_modules_lie_in_the_current_directory(tmp_path):
+    """The console script finds them as `python -m` does: both come as far as the class, and refuse its arguments."""
+    (tmp_path / "own.py").write_text("class Net:\n    pass\n")
+    (tmp_path / "bin").mkdir()
+    script = tmp_path / "bin" / "lightkit-train"
+    script.write_text("import sys\nfrom lightkit.train import main\nsys.exit(main())\n")
+    for start in (["-m", "lightkit.train"], [str(script)]):
+        result = subprocess.run(
+            [sys.executable, *start, "+experiment=cnn", "model._target_=own.Net"],
+            cwd=tmp_path,
+            env={**os.environ, "LIGHTKIT_TARGETS": "own"},
+            capture_output=True,
+            text=True,
+        )
+        assert_fails(result, "own.Net takes no argument 'in_channels'")
 
 
 @pytest.mark.parametrize("command_name", ["train", "evaluate", "predict"])
@@ -162,6 +209,36 @@ def test_folder_with_a_text_file(command, tmp_path, checkpoint):
     (tmp_path / "in" / "readme.txt").write_text("hello")
     result = command("predict", f"ckpt_path={checkpoint}", "input=in", cwd=tmp_path)
     assert_fails(result, "not PNG or JPEG pictures: readme.txt")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "expected"),
+    [
+        ("evaluate", ["ckpt_path=5"], "there is no checkpoint 5"),
+        ("evaluate", ["ckpt_path=null"], "ckpt_path must be str, got null"),
+        ("evaluate", ["-m"], "-m is for lightkit.train"),
+        ("evaluate", ["accelerator=foo"], "accelerator='foo'"),
+        ("evaluate", ["accelerator=null"], "accelerator must be str, got null"),
+        ("evaluate", ["output=[a]"], "output must be null or str, got ['a']"),
+        ("evaluate", ["output=."], "output=. is a directory"),
+        ("predict", ["ckpt_path=1.50", "input=."], "there is no checkpoint 1.50"),
+        ("predict", ["ckpt_path=null", "input=."], "ckpt_path must be str, got null"),
+        ("predict", ["-m", "input=a,b"], "-m is for lightkit.train: lightkit.predict does one thing at a time"),
+        ("predict", ["input=null"], "input=PATH must say which images"),
+        ("predict", ["input=007"], "input=007 does not exist"),
+        ("predict", ["input=.", "batch_size=x"], "batch_size must be int or null, got 'x'"),
+        ("predict", ["input=.", "batch_size=0"], "batch_size must be at least 1, got 0"),
+        ("predict", ["input=.", "invert=1"], "invert must be auto, true or false, got 1"),
+        ("predict", ["input=.", "length=1.5"], "length must be int or null, got 1.5"),
+        ("predict", ["input=.", "temperature=hot"], "temperature must be float or null, got 'hot'"),
+        ("predict", ["input=.", "output=."], "output=. is a directory"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_wrong_values(command, tmp_path, checkpoint, name, arguments, expected):
+    """A value of the wrong type, or one that says nothing, is named with what was expected."""
+    assert_fails(command(name, f"ckpt_path={checkpoint}", *arguments, cwd=tmp_path), expected)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("missing", ["ckpt_path", "input"])

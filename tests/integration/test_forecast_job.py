@@ -96,16 +96,19 @@ def test_bad_predictions(run, tmp_path):
     write_wave(tmp_path / "gap.csv", row239="")
     cases = [
         ("short.csv", {}, "short.csv has 5 rows, but the model forecasts from 12"),
-        ("whole.csv", {"horizon": 5}, "horizon must be from 1 to 4, got 5"),
         ("gap.csv", {}, "gap.csv, column price: line 241 is empty"),
         ("whole.csv", {"column": "cost"}, "whole.csv has no column 'cost'; it has day, price"),
         ("whole.csv", {"invert": True}, "invert: the checkpoint is of a model for series"),
+        ("whole.csv", {"horizon": 5}, "horizon must be from 1 to 4, got 5; to see further, train with data.horizon=5"),
     ]
     for name, keys, expected in cases:
         config = OmegaConf.create({"input": str(tmp_path / name), "column": None, "horizon": None, **keys})
         with pytest.raises(LightkitError) as error:
             prediction.predict(config, restored)
         assert expected in str(error.value)
+    config.horizon = 0
+    with pytest.raises(LightkitError, match=r"from 1 to 4, got 0$"):
+        prediction.predict(config, restored)
 
 
 @pytest.mark.parametrize(

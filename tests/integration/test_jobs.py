@@ -164,3 +164,10 @@ def test_works_without_native_kernels(command, tmp_path):
     result = command("train", *QUICK, "optim=sgd", cwd=tmp_path, environment={"LIGHTKIT_NATIVE": "off"})
     assert result.returncode == 0, result.stderr
     assert "native" not in result.stderr
+
+
+def test_says_what_keeps_it_from_lean_steps(command, tmp_path):
+    """A job that is slower than it might be says once why."""
+    result = command("train", *QUICK, "+trainer.profiler=simple", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("LeanLoop leaves Lightning's loop as it is: SimpleProfiler measures every part") == 1

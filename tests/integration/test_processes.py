@@ -245,6 +245,10 @@ def test_the_leader_is_ended(tmp_path, number):
     if number == signal.SIGINT:
         assert process.returncode == 130
         assert errors.count("interrupted: ckpt_path=last goes on") == 1 and "Traceback" not in errors
+    if number == signal.SIGTERM:
+        assert process.returncode == 143
+        assert errors.splitlines()[-1] == "ended by SIGTERM: ckpt_path=last goes on from the last checkpoint"
+        assert "Traceback" not in errors
     assert_no_orphans(tmp_path, seconds=10)
     assert torch.load(checkpoint, weights_only=True)["state_dict"]
 

@@ -30,7 +30,7 @@ def restored():
 
 def predict(restored, **given):
     """What a command line with these keys predicts."""
-    config = OmegaConf.create({"input": "???", **dict.fromkeys(KEYS), **given})
+    config = OmegaConf.create({"input": None, **dict.fromkeys(KEYS), **given})
     return prediction.predict(config, restored)
 
 
@@ -48,7 +48,6 @@ def test_prompt_of_a_file_or_of_the_command_line(restored, tmp_path, capsys):
     assert capsys.readouterr().out == written.decode(errors="replace") + "\n"
     given = predict(restored, text="naïve", length=50, seed=1)
     assert given.prompt == "naïve".encode() and len(given.added) == 50
-    assert predict(restored, text=5).prompt == b"5"
 
 
 def test_empty_prompt(restored):
@@ -63,12 +62,11 @@ def test_empty_prompt(restored):
     [
         ({}, "input=FILE or text=TEXT .* give one of them, not 0"),
         ({"input": "x", "text": "y"}, "give one of them, not 2"),
-        ({"text": "a", "length": 0}, "length must be a whole number of at least 1, got 0"),
-        ({"text": "a", "length": 1.5}, "length must be"),
-        ({"text": "a", "temperature": -1}, "temperature must be a number of at least 0, got -1"),
-        ({"text": "a", "temperature": "hot"}, "temperature must be"),
-        ({"text": "a", "top_k": 0}, "top_k must be a whole number of at least 1, got 0"),
-        ({"text": "a", "seed": -1}, "seed must be a whole number of at least 0, got -1"),
+        ({"text": "a", "length": 0}, "length must be at least 1, got 0"),
+        ({"text": "a", "temperature": -1}, "temperature must be at least 0, got -1"),
+        ({"text": "a", "top_k": 0}, "top_k must be at least 1, got 0"),
+        ({"text": "a", "seed": -1}, "seed must be from 0 to 18446744073709551615, got -1"),
+        ({"text": "a", "seed": 2**64}, "seed must be from 0"),
         ({"text": "a", "invert": True}, "invert: the checkpoint is of a model for text, these are for images"),
     ],
 )

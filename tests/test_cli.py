@@ -1,0 +1,28 @@
+"""The command line before anything runs: what becomes of the words of a user."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from lightkit.cli import _keep_texts
+
+
+@pytest.mark.parametrize("typed", ["1.50", "007", "1e3", "true", "-1", "inf", "def main", "'1.50'"])
+def test_texts_are_taken_as_they_were_typed(monkeypatch, typed):
+    """A text that looks like a number, or like a truth value, keeps its letters; other keys have Hydra's values."""
+    monkeypatch.setattr(sys, "argv", ["program", "-m", f"text={typed}", f"+text={typed}", f"other={typed}"])
+    _keep_texts(["text"])
+    assert sys.argv[1] == "-m" and sys.argv[4] == f"other={typed}"
+    for word in sys.argv[2:4]:
+        assert OverridesParser.create().parse_override(word).value() == typed.strip("'")
+
+
+def test_no_text_and_several_texts(monkeypatch):
+    """Null stays what it is, and so do the values of a sweep."""
+    words = ["text=null", "text=1,2"]
+    monkeypatch.setattr(sys, "argv", ["program", *words])
+    _keep_texts(["text"])
+    assert sys.argv[1:] == words
