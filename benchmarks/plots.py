@@ -2,7 +2,7 @@
 
     python benchmarks/plots.py
 
-Of each table the rows of the last day and device in it are drawn.
+Of each table the rows of the last day and device in it are drawn, for CPUs and for GPUs.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ CONTENDERS = {
 }
 
 
-def latest(name: str) -> list[dict[str, str]]:
+def latest(name: str, on_gpu: bool = False) -> list[dict[str, str]]:
     """The rows of a table that were measured together last."""
     with open(RESULTS / f"{name}.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+        rows = [row for row in csv.DictReader(file) if ("NVIDIA" in row["device"]) == on_gpu]
     last = rows[-1]
     return [row for row in rows if all(row[key] == last[key] for key in ("date", "device", "threads"))]
 
@@ -61,13 +61,13 @@ def cnn_job() -> None:
     save(figure, "cnn_job")
 
 
-def cross_entropy() -> None:
+def cross_entropy(on_gpu: bool) -> None:
     """Fraction of the speed of a copy of the logits, against the size of the vocabulary."""
-    rows = [row for row in latest("cross_entropy") if row["pass"] == "forward and backward"]
+    rows = [row for row in latest("cross_entropy", on_gpu) if row["pass"] == "forward and backward"]
     # One number of rows for each number of classes: the largest that was measured.
     most = {row["classes"]: max(int(r["rows"]) for r in rows if r["classes"] == row["classes"]) for row in rows}
     figure = Figure(figsize=(9, 3.4), layout="constrained")
-    lines = {"eager": GREY, "compiled": GREEN, "lightkit": BLUE, "lightkit in place": ORANGE}
+    lines = {"eager": GREY, "compiled": GREEN, "Liger": GREEN, "lightkit": BLUE, "lightkit in place": ORANGE}
     for axis, dtype in zip(figure.subplots(1, 2, sharey=True), ("float32", "bfloat16"), strict=True):
         for what, color in lines.items():
             points = sorted(
@@ -81,9 +81,10 @@ def cross_entropy() -> None:
         tidy(axis)
     figure.axes[0].set_ylabel("fraction of the speed of a copy")
     figure.axes[0].legend(frameon=False)
-    save(figure, "cross_entropy")
+    save(figure, "cross_entropy_gpu" if on_gpu else "cross_entropy")
 
 
 if __name__ == "__main__":
     cnn_job()
-    cross_entropy()
+    cross_entropy(on_gpu=False)
+    cross_entropy(on_gpu=True)

@@ -14,7 +14,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
 class Adam(FusedStep, torch.optim.Adam):
-    """A drop-in for :class:`torch.optim.Adam` [1]_: one pass over all parameters, in one native call on a CPU.
+    """A drop-in for :class:`torch.optim.Adam` [1]_: one pass over all parameters, in one native call.
 
     For what all optimizers here have in common, the arguments from ``foreach`` on among it, see `FusedStep`. The
     moments of half-precision parameters are kept in float32: in half precision a second moment would stand still,
@@ -29,7 +29,7 @@ class Adam(FusedStep, torch.optim.Adam):
         amsgrad: divide by the largest second moment so far [3]_.
         foreach: see `FusedStep`, as for ``differentiable`` and ``fused``.
         maximize: ascend instead of descend.
-        capturable: torch's, where its operations take the step on a GPU.
+        capturable: count the steps on the GPU, where the parameters are on one.
         differentiable: not supported.
         fused: for a ``GradScaler``.
         decoupled_weight_decay: see ``weight_decay``.

@@ -28,13 +28,13 @@ class FusedStep(torch.optim.Optimizer):
     numbers below the smallest normal one (1e-38 in float32) count as 0. Parameters may be frozen, unfrozen, moved
     or re-pointed between steps; their state follows.
 
-    What the kernel does not cover (sparse gradients, complex parameters, tensor subclasses such as DTensor,
-    memory with gaps, devices without kernels) is done by torch's operations; so are, on a GPU, the options
-    that follow. Of these only ``skip_nonfinite`` waits for the device, once a step. ``foreach`` is accepted as
-    torch's: there is one implementation. So is ``fused``; as in torch, ``True`` lets a ``GradScaler`` leave
-    unscaling and the skipping of overflowed steps to the optimizer, which saves a pass over the gradients. On a GPU
-    the kernel of SGD itself reads the scale, the overflow and a learning rate that is a float32 tensor there:
-    nothing waits for the device, and the step can be captured in a CUDA graph.
+    What the kernels do not cover (sparse gradients, complex parameters, tensor subclasses such as DTensor,
+    memory with gaps, devices without kernels, clipping over several devices) is done by torch's operations. On a GPU
+    only ``skip_nonfinite`` waits for the device, once a step. ``foreach`` is accepted as torch's: there is one
+    implementation. So is ``fused``; as in torch, ``True`` lets a ``GradScaler`` leave unscaling and the skipping of
+    overflowed steps to the optimizer, which saves a pass over the gradients. On a GPU the kernels themselves read the
+    scale, the overflow and a learning rate that is a float32 tensor there: nothing waits for the device. A step can be
+    captured in a CUDA graph; one of Adam must count its steps on the GPU for that (``capturable``).
     ``differentiable`` is not supported.
 
     Args:
