@@ -11,11 +11,15 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torchmetrics import Metric
 
-from lightkit.loops.watch import LogCall, Recorder, Watch, is_marked
+from lightkit.loops.watch import LogCall, Recorder, Watch, attributes, first_change, is_marked, own_attributes
 
 # A training has one shape of batch as a rule, and sequences as many as there are lengths: each takes memory.
 _MOST_GRAPHS = 8
+
+# A module that is another one more often than this between two steps is so all the time.
+_MOST_CHANGES = 3
 
 # Of a batch and its index: the loss that backward starts from, and what training_step returned, as Lightning keeps it.
 Forward = Callable[[Any, int], tuple[Tensor | None, dict[str, Any]]]
@@ -115,8 +119,12 @@ class PassGraphs:
         self._parameters: list[Tensor] = []
         self._graphs: dict[Hashable, CapturedPasses | None] = {}
         self._pool: Any = None
-        self._parts: list = []
-        self._weights: list = []
+        # What the module was like when it was looked at last: at all of its parts, and at what is looked at every step.
+        self._attributes: dict[str, Any] = {}
+        self._own: dict[str, int] = {}
+        self._buffers: list[int] = []
+        self._weights: list[tuple[int, bool]] = []
+        self._changes = 0
         if obstacle is not None:
             self._give_up(obstacle)
 
@@ -124,23 +132,22 @@ class PassGraphs:
         """Gives the graphs' memory back, and lets go of the module."""
         self._graphs.clear()
         self._module = self._pool = None
-        self._parameters = []
+        self._parameters, self._attributes = [], {}
 
     def start(self) -> None:
-        """Looks at the module anew, as is due wherever others may have changed it."""
-        parts = [(type(m), m.training) for m in self._module.modules()]
-        parts += [b.data_ptr() for b in self._module.buffers()]
-        if parts != self._parts:
+        """Looks at all parts of the module, as is due at the start of an epoch and after a validation."""
+        # A metric of the validation is another one after each; one in training_step is no case for a graph.
+        now = attributes(self._module, but_of=(Metric,))
+        buffers = [b.data_ptr() for b in self._module.buffers()]
+        if buffers != self._buffers or first_change(self._attributes, now) is not None:
             self._graphs.clear()
-            self._parts = parts
+        self._attributes, self._buffers = now, buffers
         self._parameters = list(self._module.parameters())
 
     def get(self, batch: Any, forward: Forward) -> CapturedPasses | None:
         """The graph for a batch, or None where Python is to take the passes."""
-        weights = [(p.data_ptr(), p.requires_grad) for p in self._parameters]
-        if weights != self._weights:
-            self._graphs.clear()
-            self._weights = weights
+        if self.obstacle is None:
+            self._look()
         key = self._key(batch)
         if key is None or key not in self._graphs:
             return None
@@ -161,6 +168,19 @@ class PassGraphs:
             self._give_up(watch.cause)
         else:
             self._graphs[key] = None
+
+    def _look(self) -> None:
+        """Looks at what callbacks and hooks of the module may change in the middle of an epoch."""
+        weights = [(p.data_ptr(), p.requires_grad) for p in self._parameters]
+        own = {name: id(value) for name, value in own_attributes(self._module)}
+        if weights == self._weights and own == self._own:
+            return
+        self._graphs.clear()
+        changed = [name for name in own if own[name] != self._own.get(name)]
+        self._changes += bool(self._own and changed)
+        self._weights, self._own = weights, own
+        if self._changes > _MOST_CHANGES:
+            self._give_up(f"something changes {type(self._module).__name__}.{changed[0]} between the steps")
 
     def _key(self, batch: Any) -> Hashable | None:
         """What batches have in common that one graph serves; None where no graph does."""

@@ -75,7 +75,7 @@ class Watch:
             vars(part)["_trainer"] = _WatchedTrainer(trainer, self)
         self._log = self._module.log
         self._recorder = vars(self._module)["log"] = Recorder()
-        self._attributes = dict(_attributes(self._module))
+        self._attributes = attributes(self._module)
         self._randomness = _randomness()
         self._warnings = warnings.catch_warnings(record=True)
         self._warned = self._warnings.__enter__()
@@ -123,11 +123,8 @@ class Watch:
                 warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
     def _compare(self) -> None:
-        after = dict(_attributes(self._module))
-        for name in self._attributes.keys() | after.keys():
-            missing = object()
-            if not _is_same(self._attributes.get(name, missing), after.get(name, missing)):
-                self.note(f"changes self.{name}")
+        if (name := first_change(self._attributes, attributes(self._module))) is not None:
+            self.note(f"changes self.{name}")
         if not all(map(_is_equal, self._randomness, _randomness())):
             self.note("draws random numbers on the CPU")
 
@@ -197,17 +194,38 @@ for _name in (
     setattr(_WatchedIndex, _name, _noting(_name))
 
 
-def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Everything that a module and its parts hold, one level deep; references, so that none is made anew in between."""
+def attributes(module: nn.Module, but_of: tuple[type, ...] = ()) -> dict[str, Any]:
+    """What a module and its parts hold, one level deep, by name; without those of some classes.
+
+    References, so that nothing that is gone is taken for something new at the same place.
+    """
+    found = {}
     for prefix, part in module.named_modules():
-        for name, value in vars(part).items():
-            if name not in _NOT_THE_MODULES:
-                yield (f"{prefix}.{name}" if prefix else name), _contents(value)
+        if not isinstance(part, but_of):
+            found |= {f"{prefix}.{name}" if prefix else name: _contents(value) for name, value in own_attributes(part)}
+    return found
+
+
+def own_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What a module itself holds."""
+    return ((name, value) for name, value in vars(module).items() if name not in _NOT_THE_MODULES)
+
+
+def first_change(before: dict[str, Any], after: dict[str, Any]) -> str | None:
+    """The first attribute that is another one now, or None."""
+    missing = object()
+    for name in (*before, *(after.keys() - before.keys())):
+        if not _is_same(before.get(name, missing), after.get(name, missing)):
+            return name
+    return None
 
 
 def _contents(value: Any) -> Any:
     if isinstance(value, dict):
         return list(value.items())
+    if isinstance(value, Tensor) and value.device.type == "cpu" and not value.is_inference():
+        # No buffer, which would be with the module: a number of the host's, and one that may be written to.
+        return value, value._version
     return list(value) if isinstance(value, _CONTAINERS) else value
 
 

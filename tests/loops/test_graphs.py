@@ -51,7 +51,7 @@ class Module(pl.LightningModule):
 
 
 class StandIn:
-    """Takes the passes on its own inputs, into its own gradients, and logs as it did at first."""
+    """Takes the passes on its own inputs, with the numbers that Python had at first, and logs as it did at first."""
 
     replays = 0
 
@@ -60,6 +60,12 @@ class StandIn:
         self._module, self._forward = module, forward
         self._inputs = [t.clone() for t in leaves]
         self.log_calls = []
+        self._numbers = [
+            (part, name, value.clone() if isinstance(value, torch.Tensor) else value)
+            for part in module.modules()
+            for name, value in vars(part).items()
+            if isinstance(value, (bool, int, float, torch.Tensor))
+        ]
         # To capture does nothing yet.
         state = {name: value.clone() for name, value in module.state_dict().items()}
         self._run()
@@ -85,7 +91,13 @@ class StandIn:
         StandIn.replays += 1
         for held, given in zip(self._inputs, pytree.tree_leaves(batch), strict=True):
             held.copy_(given)
-        return self._run()
+        now = [vars(part)[name] for part, name, _ in self._numbers]
+        for part, name, value in self._numbers:
+            vars(part)[name] = value
+        outputs = self._run()
+        for (part, name, _), value in zip(self._numbers, now, strict=True):
+            vars(part)[name] = value
+        return outputs
 
 
 class Graphed(LeanLoop):
@@ -249,6 +261,68 @@ def test_a_history_that_is_kept_is_noticed():
     lean = Graphed()
     assert_equal(fit(module(), Keeps(), lean), own)
     assert "must be detached" in lean.graph_obstacle
+
+
+class Anneals(pl.Callback):
+    """Sets a number that the module's loss is multiplied by, every so many batches."""
+
+    def __init__(self, every):
+        self.every = every
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if (trainer.global_step + 1) % self.every == 0:
+            pl_module.factor = pl_module.factor * 0.5
+
+
+class Annealed(Module):
+    def __init__(self):
+        super().__init__()
+        self.factor, self.host = 1.0, torch.ones(())
+
+    def training_step(self, batch, batch_idx):
+        outputs = super().training_step(batch, batch_idx)
+        return {"loss": outputs["loss"] * self.factor * float(self.host)}
+
+
+@pytest.mark.parametrize("every", [4, 5, 11])
+def test_an_attribute_that_a_callback_sets_now_and_then(every):
+    """The graph is captured anew."""
+    torch.manual_seed(1)
+    own = fit(Annealed(), Anneals(every), max_epochs=1)
+    torch.manual_seed(1)
+    lean = Graphed()
+    assert_equal(fit(Annealed(), Anneals(every), lean, max_epochs=1), own)
+    assert lean.graph_obstacle is None
+    assert StandIn.replays > 0
+
+
+def test_an_attribute_that_a_callback_sets_all_the_time():
+    """There is no graph for long, and the run says why."""
+    torch.manual_seed(1)
+    own = fit(Annealed(), Anneals(1))
+    torch.manual_seed(1)
+    lean = Graphed()
+    assert_equal(fit(Annealed(), Anneals(1), lean), own)
+    assert lean.graph_obstacle == "something changes Annealed.factor between the steps"
+
+
+class AtEpochs(pl.Callback):
+    """Changes parts of the module where an epoch begins."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        pl_module.net[1].inplace = trainer.current_epoch % 2 == 1
+        pl_module.net[2].momentum = 0.1 / (1 + trainer.current_epoch)
+        pl_module.host.mul_(0.5)
+
+
+def test_parts_that_change_between_epochs():
+    """Numbers of layers, and tensors on the CPU that are written to."""
+    torch.manual_seed(1)
+    own = fit(Annealed(), AtEpochs(), max_epochs=3)
+    torch.manual_seed(1)
+    lean = Graphed()
+    assert_equal(fit(Annealed(), AtEpochs(), lean, max_epochs=3), own)
+    assert lean.graph_obstacle is None and StandIn.replays > 0
 
 
 def test_a_capture_that_fails(monkeypatch):
