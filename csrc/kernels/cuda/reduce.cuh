@@ -4,43 +4,19 @@
 
 #include "cross_entropy.h"
 #include "dtype.cuh"
+#include "sum.cuh"
 
 #include <algorithm>
 #include <cstdio>
 
 namespace lightkit::cuda {
 
-constexpr unsigned kFullMask = 0xffffffffu;
 constexpr int kSumThreads = 256;
 constexpr int64_t kRowsWorthAPart = 2048;
 
 __host__ __device__ inline int parts_of(int64_t rows) {
   const int64_t parts = (rows + kRowsWorthAPart - 1) / kRowsWorthAPart;
   return static_cast<int>(parts < 1 ? 1 : parts > CrossEntropyScratch::kParts ? CrossEntropyScratch::kParts : parts);
-}
-
-// Sum over the lanes of a warp; every lane gets the same bits.
-__device__ __forceinline__ double warp_sum(double value) {
-  for (int offset = 16; offset > 0; offset /= 2) {
-    value += __shfl_xor_sync(kFullMask, value, offset);
-  }
-  return value;
-}
-
-// Sum over a block of whole warps; every thread gets it.
-__device__ inline double block_sum(double value) {
-  __shared__ double partial[32];
-  value = warp_sum(value);
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) {
-    partial[threadIdx.x / 32] = value;
-  }
-  __syncthreads();
-  value = 0;
-  for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) {
-    value += partial[warp];
-  }
-  return value;
 }
 
 [[noreturn]] __device__ __noinline__ inline void refuse_target(int64_t target, int64_t row, int64_t classes) {

@@ -1,7 +1,7 @@
 #include "step.h"
 
 #include "dtype.cuh"
-#include "reduce.cuh"
+#include "sum.cuh"
 
 #include <algorithm>
 

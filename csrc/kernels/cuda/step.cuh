@@ -1,7 +1,7 @@
 // How the steps of all optimizers walk over the tensors of a model on a GPU.
 //
 // A Rule is an algorithm with its numbers, for values of type acc_t. It has: Options; acc_t; make(options, lr, factor of
-// the gradients, count) -> Rule; and update(value, gradient, states, first), which moves one value and its states.
+// the gradients, count) -> Rule; and update(value, gradient, states, tensor), which moves one value and its states.
 #pragma once
 
 #include "../step.h"
