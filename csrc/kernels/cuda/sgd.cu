@@ -39,30 +39,16 @@ struct Sgd {
   }
 };
 
-template <typename scalar_t>
-cudaError_t launch_of(const StepBatch<SgdOptions>& batch, const Kind<SgdOptions>& kind, int blocks, cudaStream_t stream) {
-  using acc_t = accumulator_t<scalar_t>;
-  if (kind.wide) {
-    return launch_typed<Sgd<acc_t>, scalar_t, acc_t>(batch, kind.extras, blocks, stream);
-  }
-  return launch_typed<Sgd<acc_t>, scalar_t, scalar_t>(batch, kind.extras, blocks, stream);
-}
-
 }  // namespace
 
 cudaError_t sgd(const std::vector<SgdTensor>& tensors, cudaStream_t stream) {
   return for_each_batch(tensors, [&](const auto& batch, const auto& kind, int blocks) {
-    switch (kind.type) {
-      case ParameterType::Float:
-        return launch_of<float>(batch, kind, blocks, stream);
-      case ParameterType::Double:
-        return launch_of<double>(batch, kind, blocks, stream);
-      case ParameterType::BFloat16:
-        return launch_of<__nv_bfloat16>(batch, kind, blocks, stream);
-      case ParameterType::Half:
-        return launch_of<__half>(batch, kind, blocks, stream);
-    }
-    return cudaErrorInvalidValue;
+    return with_type(kind.type, [&](auto scalar) {
+      using scalar_t = decltype(scalar);
+      using acc_t = accumulator_t<scalar_t>;
+      return kind.wide ? launch_typed<Sgd<acc_t>, scalar_t, acc_t>(batch, kind.extras, blocks, stream)
+                       : launch_typed<Sgd<acc_t>, scalar_t, scalar_t>(batch, kind.extras, blocks, stream);
+    });
   });
 }
 

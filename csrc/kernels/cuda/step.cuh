@@ -232,6 +232,22 @@ cudaError_t launch_typed(const StepBatch<typename Rule::Options>& batch, bool ex
   return cudaGetLastError();
 }
 
+// Calls function(scalar_t{}) with the type that a parameter has.
+template <typename Function>
+cudaError_t with_type(ParameterType type, const Function& function) {
+  switch (type) {
+    case ParameterType::Float:
+      return function(float{});
+    case ParameterType::Double:
+      return function(double{});
+    case ParameterType::BFloat16:
+      return function(__nv_bfloat16{});
+    case ParameterType::Half:
+      return function(__half{});
+  }
+  return cudaErrorInvalidValue;
+}
+
 // Calls launch(batch, kind, blocks) for as many launches as the update of every tensor takes.
 template <typename Options, typename Launch>
 cudaError_t for_each_batch(const std::vector<StepTensor<Options>>& tensors, const Launch& launch) {
