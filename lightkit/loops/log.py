@@ -13,6 +13,8 @@ from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection, _ResultMetric
 from torch import Tensor
 
+from lightkit.loops.deferred import DeferredMetric, defer, settle
+
 _PLAIN = (bool, int, str, type(None))
 
 # Seconds after which what the loggers have is on the disk.
@@ -24,7 +26,8 @@ class FastLog:
 
     Lightning's own checks the arguments, makes a record of them and compares it with the one there is, at every
     call. Here that is done at the first one; one that follows with the same options and a scalar tensor goes
-    straight to the running value, by Lightning's own arithmetic. Anything else is Lightning's as before.
+    straight to the running value, by Lightning's own arithmetic, of numbers on a CPU when somebody looks (see
+    `DeferredMetric`). Anything else is Lightning's as before.
     """
 
     def __init__(self, module: pl.LightningModule, results: _ResultCollection) -> None:
@@ -32,8 +35,8 @@ class FastLog:
         self._results = results
         self._connector = module.trainer._logger_connector
         self._log = module.log
-        # By hook and name: the options it was logged with, and the running value.
-        self._known: dict[tuple[str, str], tuple[tuple, dict[str, Any], _ResultMetric]] = {}
+        # By hook and name: the options it was logged with, the running value, and where that lies.
+        self._known: dict[tuple[str, str], tuple[tuple, dict[str, Any], _ResultMetric, torch.device]] = {}
 
     def __call__(self, name: str, value: Any, *args: Any, **options: Any) -> None:
         """See ``LightningModule.log``."""
@@ -47,15 +50,18 @@ class FastLog:
             and known[0] == args
             and known[1] == options
             and not torch.compiler.is_compiling()
-            and value.device == known[2].value.device
+            and value.device == known[3]
         ):
             metric = known[2]
             size = self._results._extract_batch_size(metric, batch_size, metric.meta)
-            # What torchmetrics does around an update.
-            metric._computed = None
-            metric._update_count += 1
-            _ResultMetric.update(metric, value.detach(), size)
-            metric.has_reset = False
+            if type(metric) is DeferredMetric and value.dtype == torch.float32:
+                metric.wait(value.item(), size)
+            else:
+                # What torchmetrics does around an update.
+                metric._computed = None
+                metric._update_count += 1
+                _ResultMetric.update(metric, value.detach(), size)
+                metric.has_reset = False
             self._connector._current_fx = hook
             return
         if batch_size is None:
@@ -72,7 +78,15 @@ class FastLog:
         metric = self._results.get(f"{hook}.{name}")
         plain = all(isinstance(o, _PLAIN) for o in (*args, *options.values()))
         if metric is not None and metric.is_tensor and plain and not metric.meta.enable_graph:
-            self._known[hook, name] = (args, options, metric)
+            self._known[hook, name] = (args, options, metric, metric.value.device)
+            if type(metric) is _ResultMetric and DeferredMetric.fits(metric):
+                defer(metric)
+
+    def close(self) -> None:
+        """Leaves Lightning's running values as Lightning would have them."""
+        for metric in {id(known[2]): known[2] for known in self._known.values()}.values():
+            if type(metric) is DeferredMetric:
+                settle(metric)
 
 
 @contextmanager
@@ -84,11 +98,12 @@ def fast_log(module: pl.LightningModule, results: _ResultCollection) -> Iterator
         yield
         return
     # Past nn.Module's __setattr__, which would look whether it is a parameter.
-    vars(module)["log"] = FastLog(module, results)
+    log = vars(module)["log"] = FastLog(module, results)
     try:
         yield
     finally:
         vars(module).pop("log", None)
+        log.close()
 
 
 class StepLogger:
@@ -100,13 +115,16 @@ class StepLogger:
     def __init__(self, trainer: pl.Trainer) -> None:
         self._trainer = trainer
         self._connector = trainer._logger_connector
+        self._loop = trainer.fit_loop.epoch_loop
         self._saved = time.monotonic()
         self._unsaved = False
 
     def __call__(self) -> None:
         """Logs if this step is one that is to be logged."""
         trainer = self._trainer
-        if not self._connector.should_update_logs or trainer.fit_loop._should_accumulate():
+        every = trainer.log_every_n_steps
+        # As the connector counts them, which has to find out which loop is running.
+        if every == 0 or (self._loop._batches_that_stepped + 1) % every != 0 or trainer.fit_loop._should_accumulate():
             return
         metrics = self._connector.metrics["log"]
         if not trainer.loggers or not metrics:
@@ -116,7 +134,7 @@ class StepLogger:
         step = values.pop("step", None)
         if step is None:
             values.setdefault("epoch", trainer.current_epoch)
-            step = trainer.fit_loop.epoch_loop._batches_that_stepped
+            step = self._loop._batches_that_stepped
         for logger in trainer.loggers:
             logger.log_metrics(metrics=values, step=int(step))
         self._unsaved = True

@@ -38,6 +38,7 @@ class LeanStep:
         self._module = module = trainer.lightning_module
         self._loop = loop = trainer.fit_loop.epoch_loop
         self._connector = trainer._logger_connector
+        self._results = loop._results
         self._precision = trainer.precision_plugin
         self._optimizer = trainer.optimizers[0]
         self._zeroes_plainly = not is_implemented("zero_grad", self._optimizer, torch.optim.Optimizer)
@@ -93,7 +94,9 @@ class LeanStep:
         self._batch = batch = self._transfer(batch)
         total.ready += 1
         current.ready += 1
-        self._connector.on_batch_start(batch)
+        # What the connector does at the start of a batch that is not the first; it would look for these results.
+        self._connector._first_loop_iter = False
+        self._results.batch, self._results.batch_size, self._results.dataloader_idx = batch, None, None
         if batch is None:
             self._loop._warning_cache.warn(
                 "train_dataloader yielded None. If this was on purpose, ignore this warning..."
@@ -114,8 +117,7 @@ class LeanStep:
         if self._batch_end:
             self._batch_end(self._outputs, batch, self._batch_idx)
         # Lightning's connector computes every metric here; those who want one ask for it.
-        results = self._trainer._results
-        results.batch = results.batch_size = None
+        self._results.batch = self._results.batch_size = None
         self._batch = self._outputs = None
         total.completed += 1
         current.completed += 1
