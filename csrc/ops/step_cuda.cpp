@@ -12,9 +12,11 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
-#include <algorithm>
-
 namespace lightkit {
+
+bool is_capturing() {
+  return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
+}
 
 void sgd_cuda(const std::vector<SgdTensor>& tensors, c10::Device device) {
   const c10::cuda::CUDAGuard guard(device);
@@ -23,11 +25,6 @@ void sgd_cuda(const std::vector<SgdTensor>& tensors, c10::Device device) {
 
 void adam_cuda(const std::vector<AdamTensor>& tensors, c10::Device device) {
   const c10::cuda::CUDAGuard guard(device);
-  const auto on_host = [](const AdamTensor& tensor) { return tensor.count_on_device == nullptr; };
-  TORCH_CHECK(
-      c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None ||
-          std::none_of(tensors.begin(), tensors.end(), on_host),
-      "Adam: a step captured in a CUDA graph must count its steps on the GPU: pass capturable=True");
   C10_CUDA_CHECK(cuda::adam(tensors, c10::cuda::getCurrentCUDAStream()));
 }
 

@@ -42,6 +42,8 @@ float* step_counter(const pybind11::object& held, c10::Device device);
 // Whether there are kernels of the steps for a device.
 bool has_step_kernels(c10::Device device);
 #ifdef LIGHTKIT_CUDA
+// Whether what is enqueued now goes into a CUDA graph.
+bool is_capturing();
 // The norm of gradients that all lie on one GPU, times `factor`, divided by what lies at `scale` if that is not null: a
 // float64 scalar there, for which nobody has waited.
 at::Tensor gradient_norm_cuda(
@@ -157,6 +159,7 @@ class StepPlan {
       const pybind11::object& grad_scale,
       const pybind11::object& found_inf);
   static bool gather(Entry& entry, const Group& group, std::vector<Update>& updates);
+  static void check_capture(const std::vector<Update>& updates);
   static bool find_counter(Update& update, const Group& group);
   static void use_buffer(Update& update, size_t slot, at::ScalarType type);
   static Tensor describe(const Update& update);

@@ -66,7 +66,9 @@ typename StepPlan<Algorithm>::Group StepPlan<Algorithm>::read_group(
   const auto find = [&](PyObject* object) {
     const float* place = number_on_device(object);
     if (place != nullptr) {
-      device = THPVariable_Unpack(object).device();
+      const c10::Device there = THPVariable_Unpack(object).device();
+      // No parameter is on a device of this kind: numbers on several devices are not for this kernel.
+      device = device.value_or(there) == there ? there : c10::Device(at::kMeta);
     }
     return place;
   };
@@ -304,6 +306,35 @@ void StepPlan<Algorithm>::run(const std::vector<Tensor>& tensors, c10::Device de
   }
 }
 
+// A CUDA graph repeats its launches: what was decided for one step on the host would hold for all of them.
+template <typename Algorithm>
+void StepPlan<Algorithm>::check_capture(const std::vector<Update>& updates) {
+#ifdef LIGHTKIT_CUDA
+  const auto on_gpu = [](const Update& update) { return update.parameter.is_cuda(); };
+  if (std::none_of(updates.begin(), updates.end(), on_gpu) || !is_capturing()) {
+    return;
+  }
+  for (const auto& update : updates) {
+    TORCH_CHECK(
+        !Algorithm::kCounts || update.counts_on_device,
+        Algorithm::kName,
+        ": a step captured in a CUDA graph must count its steps on the GPU: pass capturable=True");
+    bool makes_state = update.new_count.defined();
+    for (size_t slot = 0; slot < kSlots; ++slot) {
+      makes_state = makes_state || (update.first[slot] && update.buffers[slot].defined());
+    }
+    TORCH_CHECK(
+        !makes_state,
+        Algorithm::kName,
+        ": the step that makes the optimizer's state cannot be captured in a CUDA graph: take one before");
+    TORCH_CHECK(
+        !update.stochastic,
+        Algorithm::kName,
+        ": a step with stochastic_rounding cannot be captured in a CUDA graph: each replay would round alike");
+  }
+#endif
+}
+
 template <typename Algorithm>
 typename StepPlan<Algorithm>::Norm StepPlan<Algorithm>::measure(
     const std::vector<std::pair<c10::Device, std::vector<Tensor>>>& by_device,
@@ -384,6 +415,7 @@ pybind11::object StepPlan<Algorithm>::step(
     }
   }
 
+  check_capture(updates);
   // As a rule one device has them all.
   std::vector<std::pair<c10::Device, std::vector<Tensor>>> by_device;
   for (const auto& update : updates) {

@@ -18,6 +18,8 @@ def _looked_at(name: str) -> property:
 
     def read(self: DeferredMetric) -> Any:
         self.settle()
+        if name not in vars(self):
+            raise AttributeError(name)
         return vars(self)[name]
 
     def write(self: DeferredMetric, value: Any) -> None:
@@ -52,6 +54,10 @@ class DeferredMetric(_ResultMetric):
             and metric.value.dtype == torch.float32
         )
 
+    def can_wait(self, value: Tensor, batch_size: Any) -> bool:
+        """Whether what a step logs is of the kind that adds up to the same."""
+        return type(batch_size) is int and value.dtype == vars(self)["value"].dtype == torch.float32
+
     def wait(self, value: float, batch_size: int) -> None:
         """Keeps the value of a step."""
         attributes = vars(self)
@@ -84,7 +90,7 @@ class DeferredMetric(_ResultMetric):
 
 
 def _tensor(value: np.float32) -> Tensor:
-    return torch.tensor(value, dtype=torch.float32)
+    return torch.tensor(value, dtype=torch.float32, device="cpu")
 
 
 def defer(metric: _ResultMetric) -> None:

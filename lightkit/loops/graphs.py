@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
@@ -13,13 +14,14 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torchmetrics import Metric
 
-from lightkit.loops.watch import LogCall, Recorder, Watch, attributes, first_change, is_marked, own_attributes
+from lightkit.loops.watch import LogCall, Recorder, Watch, attributes, first_change, is_marked, references
 
 # A training has one shape of batch as a rule, and sequences as many as there are lengths: each takes memory.
 _MOST_GRAPHS = 8
 
-# A module that is another one more often than this between two steps is so all the time.
+# A module that is another one so often, with fewer replays than these between, is so all the time.
 _MOST_CHANGES = 3
+_WORTH_A_CAPTURE = 10
 
 # Of a batch and its index: the loss that backward starts from, and what training_step returned, as Lightning keeps it.
 Forward = Callable[[Any, int], tuple[Tensor | None, dict[str, Any]]]
@@ -119,40 +121,47 @@ class PassGraphs:
         self._parameters: list[Tensor] = []
         self._graphs: dict[Hashable, CapturedPasses | None] = {}
         self._pool: Any = None
-        # What the module was like when it was looked at last: at all of its parts, and at what is looked at every step.
+        # What the module was like when it was looked at last: in full, and what is quick to compare.
         self._attributes: dict[str, Any] = {}
-        self._own: dict[str, int] = {}
-        self._buffers: list[int] = []
-        self._weights: list[tuple[int, bool]] = []
-        self._changes = 0
+        self._parts: list[torch.nn.Module] = []
+        self._references: list[Any] = []
+        self._memory: list[Any] = []
+        self._changes = self._replays = 0
         if obstacle is not None:
-            self._give_up(obstacle)
+            self.give_up(obstacle)
 
     def release(self) -> None:
         """Gives the graphs' memory back, and lets go of the module."""
         self._graphs.clear()
         self._module = self._pool = None
-        self._parameters, self._attributes = [], {}
+        self._parameters, self._parts, self._references, self._attributes = [], [], [], {}
+
+    def give_up(self, obstacle: str) -> None:
+        """Takes no graphs any more."""
+        self.obstacle = obstacle
+        self._graphs.clear()
+        self._references, self._attributes = [], {}
+        rank_zero_info(f"LeanLoop takes no CUDA graphs: {obstacle}")
 
     def start(self) -> None:
-        """Looks at all parts of the module, as is due at the start of an epoch and after a validation."""
+        """Looks at the whole module, as is due at the start of an epoch and after a validation."""
+        if self.obstacle is not None:
+            return
         # A metric of the validation is another one after each; one in training_step is no case for a graph.
-        now = attributes(self._module, but_of=(Metric,))
-        buffers = [b.data_ptr() for b in self._module.buffers()]
-        if buffers != self._buffers or first_change(self._attributes, now) is not None:
-            self._graphs.clear()
-        self._attributes, self._buffers = now, buffers
+        self._parts = [part for part in self._module.modules() if not isinstance(part, Metric)]
         self._parameters = list(self._module.parameters())
+        if self._has_changed() is not None:
+            self._graphs.clear()
 
     def get(self, batch: Any, forward: Forward) -> CapturedPasses | None:
         """The graph for a batch, or None where Python is to take the passes."""
-        if self.obstacle is None:
-            self._look()
+        self._look()
         key = self._key(batch)
         if key is None or key not in self._graphs:
             return None
         if self._graphs[key] is None:
             self._capture(key, batch, forward)
+        self._replays += 1
         return self._graphs.get(key)
 
     @contextmanager
@@ -163,24 +172,47 @@ class PassGraphs:
             yield nullcontext()
             return
         watch = Watch(self._module, batch_idx)
+        before = _versions(batch)
         yield watch
+        if _versions(batch) != before:
+            watch.note("changes the batch")
         if watch.cause is not None:
-            self._give_up(watch.cause)
+            self.give_up(watch.cause)
         else:
             self._graphs[key] = None
 
     def _look(self) -> None:
-        """Looks at what callbacks and hooks of the module may change in the middle of an epoch."""
-        weights = [(p.data_ptr(), p.requires_grad) for p in self._parameters]
-        own = {name: id(value) for name, value in own_attributes(self._module)}
-        if weights == self._weights and own == self._own:
+        """Looks for what callbacks and hooks of the module have changed in the middle of an epoch."""
+        memory, found = self._lay_of_memory(), references(self._parts)
+        if memory == self._memory and len(found) == len(self._references):
+            if all(map(operator.is_, found, self._references)):
+                return
+        # A part may be another one, too.
+        self._parts = [part for part in self._module.modules() if not isinstance(part, Metric)]
+        self._parameters = list(self._module.parameters())
+        changed = self._has_changed()
+        if changed is None:
             return
         self._graphs.clear()
-        changed = [name for name in own if own[name] != self._own.get(name)]
-        self._changes += bool(self._own and changed)
-        self._weights, self._own = weights, own
+        self._changes = self._changes + 1 if self._replays < _WORTH_A_CAPTURE else 1
+        self._replays = 0
         if self._changes > _MOST_CHANGES:
-            self._give_up(f"something changes {type(self._module).__name__}.{changed[0]} between the steps")
+            self.give_up(
+                f"something changes {type(self._module).__name__}.{changed} between the steps, again and again"
+            )
+
+    def _has_changed(self) -> str | None:
+        """What of the module is not as it was when this was asked last, or None."""
+        memory, now = self._lay_of_memory(), attributes(self._module, but_of=(Metric,))
+        changed = first_change(self._attributes, now)
+        if changed is None and memory != self._memory:
+            changed = "parameters or buffers, which lie elsewhere,"
+        self._attributes, self._memory, self._references = now, memory, references(self._parts)
+        return changed
+
+    def _lay_of_memory(self) -> list[Any]:
+        lay: list[Any] = [(p.data_ptr(), p.requires_grad) for p in self._parameters]
+        return lay + [b.data_ptr() for b in self._module.buffers()]
 
     def _key(self, batch: Any) -> Hashable | None:
         """What batches have in common that one graph serves; None where no graph does."""
@@ -189,29 +221,37 @@ class PassGraphs:
         leaves, spec = pytree.tree_flatten(batch)
         device = self._module.device
         for leaf in leaves:
-            if type(leaf) is not Tensor or leaf.device != device or leaf.requires_grad:
-                what = f"a tensor on the {leaf.device}" if isinstance(leaf, Tensor) else f"a {type(leaf).__name__}"
-                self._give_up(f"the batch has {what} in it")
+            if type(leaf) is not Tensor:
+                self.give_up(f"the batch has a {type(leaf).__name__} in it")
+                return None
+            if leaf.device != device or leaf.requires_grad or leaf.layout != torch.strided or leaf.is_nested:
+                self.give_up(
+                    f"the batch has a tensor in it that is on the {leaf.device}, sparse, nested or with history"
+                )
                 return None
         return (str(spec), *((t.shape, t.stride(), t.dtype) for t in leaves))
 
     def _capture(self, key: Hashable, batch: Any, forward: Forward) -> None:
         if any(is_marked(p) for p in self._parameters if p.requires_grad):
-            self._give_up(
+            self.give_up(
                 "the history of an earlier step is still held by somebody: what is kept of a step's results, such as "
                 "the outputs of training_step, must be detached"
             )
             return
         try:
-            if self._pool is None:
+            if not any(self._graphs.values()):
+                # The pool of graphs that are gone is gone with them.
                 self._pool = torch.cuda.graph_pool_handle()
             self._graphs[key] = CapturedPasses(self._module, batch, forward, self._pool)
-        except (RuntimeError, torch.OutOfMemoryError) as error:
+        except Exception as error:
             for parameter in self._parameters:
                 parameter.grad = None
-            self._give_up(f"the passes cannot be captured: {str(error).splitlines()[0]}")
+            self.give_up(f"the passes cannot be captured: {(str(error) or type(error).__name__).splitlines()[0]}")
 
-    def _give_up(self, obstacle: str) -> None:
-        self.obstacle = obstacle
-        self._graphs.clear()
-        rank_zero_info(f"LeanLoop takes no CUDA graphs: {obstacle}")
+
+def _versions(batch: Any) -> tuple:
+    """What changes where a batch is written to, or gets other parts."""
+    leaves, spec = pytree.tree_flatten(batch)
+    return spec, [
+        (id(leaf), leaf._version if isinstance(leaf, Tensor) and not leaf.is_inference() else 0) for leaf in leaves
+    ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
@@ -52,8 +54,15 @@ class LeanEpochLoop(_TrainingEpochLoop):
                     if trainer.should_stop or trainer.received_sigterm:
                         break
                     step.advance_end()
-        finally:
+        except StopIteration:
             step.finish()
+            raise
+        except BaseException:
+            # What went wrong is to be seen, and not what comes of a step that was left in the middle.
+            with suppress(Exception):
+                step.finish()
+            raise
+        step.finish()
         if trainer.should_stop or trainer.received_sigterm:
             # Lightning knows what follows from these.
             self.on_advance_end(data_fetcher)

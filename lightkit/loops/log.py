@@ -17,6 +17,9 @@ from lightkit.loops.deferred import DeferredMetric, defer, settle
 
 _PLAIN = (bool, int, str, type(None))
 
+# Of ``log``, between the value and the batch size.
+_ARGUMENTS = 9
+
 # Seconds after which what the loggers have is on the disk.
 _SAVE = 1.0
 
@@ -54,7 +57,7 @@ class FastLog:
         ):
             metric = known[2]
             size = self._results._extract_batch_size(metric, batch_size, metric.meta)
-            if type(metric) is DeferredMetric and value.dtype == torch.float32:
+            if type(metric) is DeferredMetric and metric.can_wait(value, size):
                 metric.wait(value.item(), size)
             else:
                 # What torchmetrics does around an update.
@@ -76,11 +79,14 @@ class FastLog:
 
     def _remember(self, hook: str, name: str, args: tuple, options: dict[str, Any]) -> None:
         metric = self._results.get(f"{hook}.{name}")
-        plain = all(isinstance(o, _PLAIN) for o in (*args, *options.values()))
+        # With a batch size among them, which is another one each time, they are too many.
+        plain = all(isinstance(o, _PLAIN) for o in (*args, *options.values())) and len(args) <= _ARGUMENTS
         if metric is not None and metric.is_tensor and plain and not metric.meta.enable_graph:
             self._known[hook, name] = (args, options, metric, metric.value.device)
             if type(metric) is _ResultMetric and DeferredMetric.fits(metric):
                 defer(metric)
+            elif type(metric) is DeferredMetric and not DeferredMetric.fits(metric):
+                settle(metric)
 
     def close(self) -> None:
         """Leaves Lightning's running values as Lightning would have them."""
@@ -124,7 +130,9 @@ class StepLogger:
         trainer = self._trainer
         every = trainer.log_every_n_steps
         # As the connector counts them, which has to find out which loop is running.
-        if every == 0 or (self._loop._batches_that_stepped + 1) % every != 0 or trainer.fit_loop._should_accumulate():
+        if every == 0 or ((self._loop._batches_that_stepped + 1) % every != 0 and not trainer.should_stop):
+            return
+        if trainer.fit_loop._should_accumulate():
             return
         metrics = self._connector.metrics["log"]
         if not trainer.loggers or not metrics:

@@ -18,6 +18,7 @@ from torch import Tensor
 from lightkit.loops.graphs import CapturedPasses, PassGraphs
 from lightkit.loops.hooks import Hooks, is_implemented
 from lightkit.loops.log import StepLogger
+from lightkit.loops.watch import Watch
 
 
 class LeanStep:
@@ -72,7 +73,8 @@ class LeanStep:
         met = not self._is_alone and dist.is_available() and dist.is_initialized()
         self._stop_if_told = loop._broadcast_sigterm_tensor if met else None
         self._graphs = graphs
-        if graphs is not None:
+        if graphs is not None and graphs.obstacle is None:
+            self._check_for_graphs(graphs)
             graphs.start()
         # Of the batch at hand.
         self._batch: Any = None
@@ -135,6 +137,13 @@ class LeanStep:
         self._connector.on_batch_end()
         self._log.save()
 
+    def _check_for_graphs(self, graphs: PassGraphs) -> None:
+        mine = set(self._module.parameters())
+        if self._before_zero_grad:
+            graphs.give_up("somebody implements on_before_zero_grad, which comes between the passes")
+        elif not all(p in mine for group in self._optimizer.param_groups for p in group["params"]):
+            graphs.give_up("the optimizer has parameters that are not the module's")
+
     def _accumulates(self) -> bool:
         return self._progress.current.ready % self._trainer.accumulate_grad_batches != 0
 
@@ -166,17 +175,20 @@ class LeanStep:
 
     @torch.enable_grad()
     def _forward_backward(self) -> Tensor | None:
-        if self._graphs is None or self._trainer.accumulate_grad_batches != 1:
+        graphs = self._graphs
+        if graphs is None or graphs.obstacle is not None or self._trainer.accumulate_grad_batches != 1:
             return self._passes(nullcontext())
-        if (captured := self._graphs.get(self._batch, self._forward)) is not None:
+        if (captured := graphs.get(self._batch, self._forward)) is not None:
             return self._replay(captured)
-        with self._graphs.watching(self._batch, self._batch_idx) as watch:
+        with graphs.watching(self._batch, self._batch_idx) as watch:
             return self._passes(watch)
 
     def _passes(self, watch: AbstractContextManager) -> Tensor | None:
         with watch:
             # A watch has an index that knows whether it is used.
             loss, self._outputs = self._forward(self._batch, getattr(watch, "index", self._batch_idx))
+        if isinstance(watch, Watch):
+            watch.look_at_outputs(self._outputs)
         if loss is None:
             Closure.warning_cache.warn(
                 "`training_step` returned `None`. If this was on purpose, ignore this warning..."
@@ -195,7 +207,7 @@ class LeanStep:
         return self._outputs.get("loss")
 
     def _replay(self, captured: CapturedPasses) -> Tensor:
-        """Both passes at once; what is between them comes after them."""
+        """Both passes at once; what comes before backward comes after it."""
         self._announce_zero_grad()
         if not self._zeroes_plainly:
             # There are no gradients to forget: the graph writes them anew.

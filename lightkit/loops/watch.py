@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -13,23 +14,31 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
+from torch.utils import _pytree as pytree
 
 # What a trainer says that stays the same for a whole fit.
 _CONSTANT = {
-    *("accumulate_grad_batches", "barebones", "datamodule", "devices", "global_rank", "is_global_zero", "local_rank"),
-    *("estimated_stepping_batches", "max_epochs", "max_steps", "node_rank", "num_devices", "num_training_batches"),
-    *("precision", "precision_plugin", "sanity_checking", "state", "strategy", "testing", "training", "validating"),
-    *("world_size",),
+    *("accumulate_grad_batches", "barebones", "estimated_stepping_batches", "global_rank", "is_global_zero"),
+    *("local_rank", "max_epochs", "max_steps", "node_rank", "num_devices", "precision", "precision_plugin"),
+    *("sanity_checking", "state", "testing", "training", "validating", "world_size"),
 }
 
 # Where the trainer, and whoever watches, keep their own.
 _NOT_THE_MODULES = {"_trainer", "_current_fx_name", "log"}
 
+# Where a module keeps what is registered with it.
+_REGISTERED = {"_parameters", "_buffers", "_modules"}
+
 # Of the nodes by which a parameter takes part in a step: they live as long as the step's history.
 _MARK = "lightkit: of a watched step"
 
 _PLAIN = (bool, int, float, complex, str, bytes)
-_CONTAINERS = (dict, list, set, tuple, deque)
+_CONTAINERS = (list, set, frozenset, tuple, deque)
+
+# What an attribute holds is looked into so deep, and where there is no more of it.
+_DEPTH = 4
+_MOST_HELD = 10_000
+_MOST_BYTES = 1 << 16
 
 
 def is_marked(parameter: nn.Parameter) -> bool:
@@ -110,6 +119,12 @@ class Watch:
             self._log(call.name, value, *call.arguments, **call.options)
         attributes["_current_fx_name"] = before
 
+    def look_at_outputs(self, outputs: dict[str, Any]) -> None:
+        """Notes what is returned beside tensors: a replay has it as it was."""
+        for name, value in outputs.items():
+            if not all(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value)):
+                self.note(f"returns {name!r}, which is not all tensors")
+
     def note(self, cause: str) -> None:
         """Keeps the first cause."""
         if self.cause is None:
@@ -137,7 +152,9 @@ class Recorder:
 
     def __call__(self, name: str, value: Any, *arguments: Any, **options: Any) -> None:
         """See ``LightningModule.log``."""
-        self.calls.append(LogCall(name, value.detach() if type(value) is Tensor else value, arguments, options))
+        # A copy, as Lightning makes one: what is logged may be written to afterwards.
+        value = value.detach().clone() if type(value) is Tensor else value
+        self.calls.append(LogCall(name, value, arguments, options))
 
     @property
     def obstacle(self) -> str | None:
@@ -149,6 +166,8 @@ class Recorder:
                 return f"logs {call.name!r}, which is no tensor but a {type(call.value).__name__}"
             if call.options.get("enable_graph"):
                 return f"logs {call.name!r} with its graph"
+            if type(call.options.get("batch_size")) not in (int, type(None)):
+                return f"logs {call.name!r} with a batch_size that is no int"
         return None
 
 
@@ -195,20 +214,38 @@ for _name in (
 
 
 def attributes(module: nn.Module, but_of: tuple[type, ...] = ()) -> dict[str, Any]:
-    """What a module and its parts hold, one level deep, by name; without those of some classes.
+    """What a module and its parts hold, some levels deep, by name; without those of some classes.
 
     References, so that nothing that is gone is taken for something new at the same place.
     """
     found = {}
     for prefix, part in module.named_modules():
-        if not isinstance(part, but_of):
-            found |= {f"{prefix}.{name}" if prefix else name: _contents(value) for name, value in own_attributes(part)}
+        if isinstance(part, but_of):
+            continue
+        for name, value in vars(part).items():
+            if name not in _NOT_THE_MODULES:
+                # Parameters and buffers are with the module: a replay reads what is written into them.
+                held = tuple(value.items()) if name in _REGISTERED else _contents(value)
+                found[f"{prefix}.{name}" if prefix else name] = held
     return found
 
 
-def own_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """What a module itself holds."""
-    return ((name, value) for name, value in vars(module).items() if name not in _NOT_THE_MODULES)
+def references(parts: Iterable[nn.Module]) -> list[Any]:
+    """What may be other objects after a change of some modules' attributes: quick to compare, by identity."""
+    found: list[Any] = []
+    for part in parts:
+        held = vars(part)
+        if isinstance(part, pl.LightningModule):
+            found += [value for name, value in held.items() if name not in _NOT_THE_MODULES]
+        else:
+            found += held.values()
+        found += held["_parameters"].values()
+        found += held["_buffers"].values()
+        found += held["_modules"].values()
+        found += held["_forward_hooks"].values()
+        found += held["_forward_pre_hooks"].values()
+        found += held["_backward_hooks"].values()
+    return found
 
 
 def first_change(before: dict[str, Any], after: dict[str, Any]) -> str | None:
@@ -220,17 +257,50 @@ def first_change(before: dict[str, Any], after: dict[str, Any]) -> str | None:
     return None
 
 
-def _contents(value: Any) -> Any:
+def _contents(value: Any, depth: int = _DEPTH) -> Any:
+    """A value such that two of them are the same where nothing in it has changed."""
+    if isinstance(value, (*_PLAIN, type(None), type, FunctionType, ModuleType)):
+        return value
+    if isinstance(value, Tensor):
+        # What is written into a tensor with the module is read by a replay, too.
+        is_number_of_host = value.device.type == "cpu" and value.dim() == 0 and not value.is_inference()
+        return (value, value._version) if is_number_of_host else value
+    if isinstance(value, np.ndarray):
+        return (value, value.tobytes() if value.nbytes <= _MOST_BYTES else None)
+    if (state := _state_of_generator(value)) is not None:
+        return (value, state)
+    if isinstance(value, Iterator):
+        # Whoever asks it for the next one changes it.
+        return object()
+    if depth == 0 or isinstance(value, nn.Module):
+        return value
     if isinstance(value, dict):
-        return list(value.items())
-    if isinstance(value, Tensor) and value.device.type == "cpu" and not value.is_inference():
-        # No buffer, which would be with the module: a number of the host's, and one that may be written to.
-        return value, value._version
-    return list(value) if isinstance(value, _CONTAINERS) else value
+        parts = [part for item in list(value.items())[:_MOST_HELD] for part in item]
+    elif isinstance(value, _CONTAINERS):
+        parts = list(value)[:_MOST_HELD]
+    else:
+        return (value, *_contents_of_object(value, depth))
+    return (len(value), *(_contents(part, depth - 1) for part in parts))
+
+
+def _contents_of_object(value: Any, depth: int) -> Iterator[Any]:
+    for name, held in getattr(value, "__dict__", {}).items():
+        yield name
+        yield _contents(held, depth - 1)
+
+
+def _state_of_generator(value: Any) -> str | None:
+    if isinstance(value, torch.Generator):
+        return str(value.get_state().tolist()) if value.device.type == "cpu" else None
+    if isinstance(value, np.random.Generator):
+        return str(value.bit_generator.state)
+    if isinstance(value, (np.random.RandomState, random.Random)):
+        return str(value.get_state() if isinstance(value, np.random.RandomState) else value.getstate())
+    return None
 
 
 def _is_same(before: Any, after: Any) -> bool:
-    if isinstance(before, (list, tuple)) and isinstance(after, (list, tuple)):
+    if isinstance(before, tuple) and isinstance(after, tuple):
         return len(before) == len(after) and all(map(_is_same, before, after))
     return before is after or (type(before) is type(after) and type(before) in _PLAIN and before == after)
 

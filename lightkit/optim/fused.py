@@ -137,14 +137,21 @@ class FusedStep(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` of this class or of torch's returned."""
         amp_scaling = self._step_supports_amp_scaling
-        super().load_state_dict(state_dict)
+        # After those of others, which may have changed it.
+        loaded: list[dict[str, Any]] = [state_dict]
+        hook = self.register_load_state_dict_pre_hook(lambda optimizer, changed: loaded.append(changed))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+        state_dict = loaded[-1]
         self._step_supports_amp_scaling = amp_scaling
         # torch has rounded every tensor to the dtype of its parameter.
         for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for parameter, index in zip(own["params"], saved["params"], strict=True):
                 entry = state_dict["state"].get(index, {})
                 for name in self._unrounded(entry):
-                    self.state[parameter][name] = entry[name].detach().clone().to(parameter.device)
+                    self.state[parameter][name] = entry[name].detach().to(parameter.device, copy=True)
 
     @classmethod
     def _unrounded(cls, entry: dict[str, Any]) -> set[str]:
@@ -197,7 +204,7 @@ class FusedStep(torch.optim.Optimizer):
             self._plan = getattr(module, self._plan_name)()
 
         outcome = None
-        if self._plan is not None and _is_cuda(found_inf) and (grad_scale is None or _is_cuda(grad_scale)):
+        if self._plan is not None and _is_on_gpu(found_inf) and (grad_scale is None or _is_on_gpu(grad_scale)):
             outcome = self._plan.step(*options, 1.0, grad_scale, found_inf)
         if outcome is None:
             if found_inf is not None and found_inf.item() != 0:
@@ -276,8 +283,9 @@ class FusedStep(torch.optim.Optimizer):
         """Makes the state of an optimizer one that torch's class goes on with: see `convert`."""
 
 
-def _is_cuda(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.is_cuda
+def _is_on_gpu(number: Tensor | None) -> bool:
+    """Whether a number is one that the kernels read where it lies."""
+    return number is not None and number.is_cuda and number.dtype == torch.float32 and number.numel() == 1
 
 
 def to_parameter_dtype(optimizer: torch.optim.Optimizer, names: tuple[str, ...]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -76,6 +77,25 @@ def test_so_many_do_not_wait_for_ever(monkeypatch):
 def test_what_is_more_than_a_mean_does_not_wait(metric):
     """Other reductions, and those that ask other processes, are Lightning's."""
     assert not DeferredMetric.fits(metric)
+
+
+def test_sizes_and_dtypes_that_add_up_to_something_else():
+    """Floats, NumPy's integers, tensors; values in another dtype, now or before."""
+    metric = make()
+    defer(metric)
+    one = torch.tensor(1.0)
+    assert metric.can_wait(one, 3)
+    assert not any(metric.can_wait(one, size) for size in (3.0, np.uint8(3), torch.tensor(3), True))
+    assert not metric.can_wait(one.double(), 3) and not metric.can_wait(one.half(), 3)
+    _ResultMetric.update(metric, one.double(), 3)
+    assert not metric.can_wait(one, 3)
+
+
+def test_attributes_that_are_not_there():
+    """Are not there, as with Lightning's."""
+    metric = make(on_step=True, on_epoch=False, reduce_fx=torch.sum)
+    defer(metric)
+    assert not hasattr(metric, "cumulated_batch_size")
 
 
 def test_other_dtypes_do_not_wait():

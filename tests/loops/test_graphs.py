@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_lean_loop import MemoryLogger, Watcher, assert_equal, loader
+from test_lean_loop import HOOKS, MemoryLogger, assert_equal, loader
 from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
@@ -48,6 +48,17 @@ class Module(pl.LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+class Calls(pl.Callback):
+    """Counts the calls of hooks: of all but the one that no graph goes with."""
+
+    def __init__(self):
+        self.made = []
+
+
+for _hook in set(HOOKS) - {"on_before_zero_grad"}:
+    setattr(Calls, _hook, lambda self, trainer, pl_module, *_, _hook=_hook: self.made.append(_hook))
 
 
 class StandIn:
@@ -118,13 +129,13 @@ def stand_in(monkeypatch):
 def fit(module, *callbacks, train=None, **options):
     """Everything that can be compared."""
     torch.manual_seed(0)
-    logger, watcher = MemoryLogger(), Watcher()
+    logger, calls = MemoryLogger(), Calls()
     trainer = pl.Trainer(
         **{
             **{"accelerator": "cpu", "max_epochs": 2, "log_every_n_steps": 3, "logger": logger},
             **dict.fromkeys(("enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False),
             **options,
-            "callbacks": [watcher, *callbacks],
+            "callbacks": [calls, *callbacks],
         }
     )
     trainer.fit(module, loader() if train is None else train)
@@ -133,7 +144,7 @@ def fit(module, *callbacks, train=None, **options):
         "rows": logger.rows,
         "metrics": dict(trainer.callback_metrics),
         "loops": str(trainer.fit_loop.state_dict()),
-        "calls": sorted(hook for hook, *_ in watcher.calls),
+        "calls": sorted(calls.made),
     }
 
 
@@ -194,7 +205,24 @@ def _warn(module, batch_idx, logits):
     warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
 
 
+def _append_deeper(module, batch_idx, logits):
+    module.kept["outputs"].append(logits.detach())
+
+
+def _meter(module, batch_idx, logits):
+    module.meter.count += 1
+
+
+def _log_rate(module, batch_idx, logits):
+    module.log("lr", module.optimizers().param_groups[0]["lr"])
+
+
 CAUSES = {
+    "a list in a dict": (_append_deeper, "changes self.kept"),
+    "an object's attribute": (_meter, "changes self.meter"),
+    "a generator of one's own": (lambda m, i, z: m.rng.random(), "changes self.rng"),
+    "an iterator": (lambda m, i, z: next(m.numbers), "changes self.numbers"),
+    "the learning rate": (_log_rate, "reads trainer.strategy"),
     "a counter": (_count, "changes self.calls"),
     "a tensor kept": (_keep, "changes self.kept"),
     "a list that grows": (_append, "changes self.history"),
@@ -211,12 +239,28 @@ CAUSES = {
 }
 
 
+class Meter:
+    count = 0
+
+
+def equipped(step):
+    """A module with things of its own."""
+    made = module(step)
+    if step in (_append_deeper, CAUSES["a list in a dict"][0]):
+        made.kept = {"outputs": []}
+    made.meter, made.rng = Meter(), np.random.default_rng(0)
+    made.meter.count = 0
+    if step is CAUSES["an iterator"][0]:
+        made.numbers = iter(range(1000))
+    return made
+
+
 @pytest.mark.parametrize(("step", "cause"), CAUSES.values(), ids=CAUSES)
 def test_what_a_graph_would_leave_out_is_noticed(step, cause):
     """The run says so, takes no graph, and is Lightning's to the bit."""
-    own = fit(module(step))
+    own = fit(equipped(step))
     lean = Graphed()
-    assert_equal(fit(module(step), lean), own)
+    assert_equal(fit(equipped(step), lean), own)
     assert cause in lean.graph_obstacle
     assert StandIn.replays == 0
 
@@ -303,7 +347,166 @@ def test_an_attribute_that_a_callback_sets_all_the_time():
     torch.manual_seed(1)
     lean = Graphed()
     assert_equal(fit(Annealed(), Anneals(1), lean), own)
-    assert lean.graph_obstacle == "something changes Annealed.factor between the steps"
+    assert lean.graph_obstacle == "something changes Annealed.factor between the steps, again and again"
+
+
+def test_an_attribute_that_a_callback_sets_in_a_long_run():
+    """Changes with many steps between them are worth a graph each, however many they are."""
+    torch.manual_seed(1)
+    own = fit(Annealed(), Anneals(20), train=loader(600), max_epochs=1)
+    torch.manual_seed(1)
+    lean = Graphed()
+    assert_equal(fit(Annealed(), Anneals(20), lean, train=loader(600), max_epochs=1), own)
+    assert lean.graph_obstacle is None
+    assert StandIn.replays > 100
+
+
+class Temperature(nn.Module):
+    """A part with a number and a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.value = 1.0
+        self.register_buffer("queue", torch.ones(3))
+
+    def forward(self, x):
+        return x * self.value * self.queue
+
+
+def _number_of_a_part(part, step):
+    part.value = 1 / (step + 1)
+
+
+def _number_that_comes_and_goes(part, step):
+    part.value = None
+    part.value = 1 / (step + 3)
+
+
+def _another_buffer(part, step):
+    part.queue = torch.full((3,), 1 / (step + 1))
+
+
+def _a_hook(part, step):
+    part.register_forward_hook(lambda module, inputs, output: output * 0.5)
+
+
+def _another_mode(part, step):
+    part.train(not part.training)
+
+
+def _another_parameter(part, step):
+    part.value = nn.Parameter(torch.tensor(1 / (step + 1)))
+
+
+@pytest.mark.parametrize("every", [1, 12])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(_number_of_a_part, _number_that_comes_and_goes, _another_buffer, _a_hook, _another_mode),
+        _another_parameter,
+    ],
+)
+def test_a_part_that_a_callback_changes_within_an_epoch(change, every):
+    """Whatever a part of the module holds: the graph is made anew, or given up."""
+
+    class Changes(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if (trainer.global_step + 1) % every == 0:
+                if change is _another_parameter:
+                    del pl_module.net[4].value
+                change(pl_module.net[4], trainer.global_step)
+
+    def make():
+        made = module()
+        made.net.append(Temperature())
+        return made
+
+    own = fit(make(), Changes())
+    lean = Graphed()
+    assert_equal(fit(make(), Changes(), lean), own)
+    assert (lean.graph_obstacle is None) == (every == 12)
+
+
+def test_a_tensor_that_changes_after_it_was_logged():
+    """What is logged is what it was then."""
+
+    def step(module, batch_idx, logits):
+        loss = logits.square().mean()
+        module.log("before", loss, on_step=True)
+        loss += 10
+
+    own = fit(module(step), log_every_n_steps=1)
+    lean = Graphed()
+    assert_equal(fit(module(step), lean, log_every_n_steps=1), own)
+    assert lean.graph_obstacle is None
+
+
+class Hidden(Module):
+    """Has a parameter that its modules do not know of."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden = [nn.Parameter(torch.ones(3))]
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[0]) * self.hidden[0], batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([*self.parameters(), *self.hidden], lr=0.1)
+
+
+class ReturnsIndex(Module):
+    def training_step(self, batch, batch_idx):
+        return {**super().training_step(batch, batch_idx), "index": batch_idx}
+
+
+class WritesIntoBatch(Module):
+    def training_step(self, batch, batch_idx):
+        batch[0].mul_(2)
+        return super().training_step(batch, batch_idx)
+
+
+class TakesFromBatch(Module):
+    def training_step(self, batch, batch_idx):
+        return super().training_step((batch[0], batch.pop()), batch_idx)
+
+
+class BeforeZeroGrad(Module):
+    def on_before_zero_grad(self, optimizer):
+        self.seen.mul_(2)
+
+
+@pytest.mark.parametrize(
+    ("cls", "cause"),
+    [
+        (Hidden, "the optimizer has parameters that are not the module's"),
+        (ReturnsIndex, "returns 'index', which is not all tensors"),
+        (WritesIntoBatch, "changes the batch"),
+        (TakesFromBatch, "changes the batch"),
+        (BeforeZeroGrad, "on_before_zero_grad"),
+    ],
+)
+def test_modules_that_no_graph_goes_with(cls, cause):
+    """They are Lightning's to the bit, and the run says why."""
+    runs = []
+    for lean in ([], [Graphed()]):
+        torch.manual_seed(1)
+        runs.append(fit(cls(), *lean))
+    assert_equal(*runs)
+    assert cause in lean[0].graph_obstacle
+
+
+def test_sparse_batches():
+    """They have no strides to go by."""
+
+    class Sparse(Module):
+        def training_step(self, batch, batch_idx):
+            return super().training_step((batch[0].to_dense(), batch[1]), batch_idx)
+
+    batches = [(torch.randn(4, 4).to_sparse_csr(), torch.randint(3, (4,))) for _ in range(6)]
+    lean = Graphed()
+    fit(Sparse(), lean, train=DataLoader(batches, batch_size=None))
+    assert "sparse" in lean.graph_obstacle
 
 
 class AtEpochs(pl.Callback):

@@ -372,6 +372,29 @@ class Boom(Callback):
             raise RuntimeError("boom")
 
 
+def test_the_row_of_the_step_that_stops(tmp_path):
+    """Is logged, whether or not it was due."""
+
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            trainer.should_stop = batch_idx == 6
+
+    ours = assert_same(tmp_path, callbacks=[Stop], log_every_n_steps=50)
+    assert len(ours["rows"]) > 0
+
+
+def test_a_batch_size_by_position(tmp_path):
+    """Which is another one at each step."""
+
+    class Positional(Module):
+        def training_step(self, batch, batch_idx):
+            loss = F.cross_entropy(self.net(batch[0]), batch[1])
+            self.log("loss", loss, False, True, False, True, "mean", False, False, None, True, 1 + 10 * batch_idx)
+            return loss
+
+    assert_same(tmp_path, make=Positional)
+
+
 def test_an_exception_leaves_lightnings_loop_behind(tmp_path):
     """The loop and the module are as they were when a step fails, and the counters say which step it was."""
     trainers = []

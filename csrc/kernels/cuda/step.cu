@@ -25,13 +25,13 @@ struct GradientBatch {
   Entry entries[kGradientsPerLaunch];
   double* sums;
 };
-static_assert(sizeof(GradientBatch) <= 4096, "the arguments of a kernel are limited to 4 KiB");
+static_assert(sizeof(GradientBatch) <= 4096, "as many as fit into 4 KiB");
 
 struct CountBatch {
   float* counts[kCountsPerLaunch];
   const float* skip;
 };
-static_assert(sizeof(CountBatch) <= 4096, "the arguments of a kernel are limited to 4 KiB");
+static_assert(sizeof(CountBatch) <= 4096, "as many as fit into 4 KiB");
 
 int64_t runs_of(const Gradient& gradient) {
   return (gradient.numel + kRun - 1) / kRun;

@@ -18,7 +18,10 @@
 namespace lightkit::cuda {
 
 constexpr int kStepThreads = 256;
+
+// More than fit into the 4 KiB that a kernel's arguments had before CUDA 12.1.
 constexpr int kTensorsPerLaunch = 96;
+constexpr size_t kMostArguments = 32764;
 
 // A block works on one chunk of one tensor. Chunks are made small enough for this many blocks where the
 // tensors allow it, so that one tensor alone still fills the device.
@@ -36,6 +39,7 @@ struct StepBatch {
   int tensors;
   int64_t chunk;
   Options options;
+  static_assert(sizeof(Entry) * kTensorsPerLaunch + sizeof(Options) + 64 <= kMostArguments);
 };
 
 // `value` rounded to BFloat16 up or down at random: see cpu::round_stochastically, whose bits these are.
