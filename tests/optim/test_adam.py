@@ -213,6 +213,23 @@ def test_state_dict_exchange(first_class, second_class, flags, dtype):
             assert torch.equal(second.state[own]["exp_avg_sq"], reference.state[other]["exp_avg_sq"])
 
 
+def _zero_the_moments(optimizer, state_dict):
+    for entry in state_dict["state"].values():
+        entry["exp_avg"] = torch.zeros_like(entry["exp_avg"])
+
+
+def test_hooks_change_what_is_loaded():
+    """What a hook before loading makes of a state dict is what is loaded, in any dtype."""
+    for dtype in (torch.float32, torch.bfloat16):
+        state = run(Adam(make_parameters([17], dtype))).state_dict()
+        optimizer = Adam(make_parameters([17], dtype))
+        optimizer.register_load_state_dict_pre_hook(_zero_the_moments)
+        optimizer.load_state_dict(state)
+        (entry,) = optimizer.state.values()
+        assert entry["exp_avg"].count_nonzero() == 0
+        assert entry["exp_avg_sq"].count_nonzero() > 0
+
+
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["copy", "pickle"])
 def test_copies_are_independent(duplicate):
     """A copied or pickled optimizer goes on with its own parameters, moments and counts."""
