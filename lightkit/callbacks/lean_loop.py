@@ -34,11 +34,11 @@ class LeanLoop(Callback):
     the first eight, and the first and last of an epoch, are taken as before. The optimizer, clipping, schedulers,
     logging and callbacks run every step; hooks between the two passes are called after both. A graph repeats what the
     GPU did, not what Python did: the first step is therefore watched, and ``graph_obstacle`` says why there is no graph
-    where the pass changes attributes, uses ``batch_idx``, the epoch or the step, draws random numbers on the CPU,
-    waits for the GPU or logs a ``Metric``. Where callbacks and hooks change the module, move or freeze parameters, it
-    is captured anew. What cannot be watched is up to you: variables outside of the module, files, the clock, and
-    numbers in lists and dicts of the module that change within an epoch. Gradients, and tensors kept from inside of the
-    pass, are overwritten in the next step.
+    where somebody implements ``on_before_zero_grad``, or the pass changes attributes, uses ``batch_idx``, the epoch or
+    the step, draws random numbers on the CPU, waits for the GPU or logs a ``Metric``. Where callbacks and hooks change
+    the module, move or freeze parameters, it is captured anew. What cannot be watched is up to you: variables outside
+    of the module, files, the clock, and numbers in lists and dicts of the module that change within an epoch.
+    Gradients, and tensors kept from inside of the pass, are overwritten in the next step.
 
     Args:
         cuda_graphs: take the passes from CUDA graphs, on a GPU.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import lightning.pytorch as pl
@@ -72,8 +72,7 @@ class CapturedPasses:
             torch._foreach_copy_(self._inputs, pytree.tree_leaves(batch))
         self._graph.replay()
         for parameter, gradient in self._gradients:
-            if parameter.grad is not gradient:
-                parameter.grad = gradient
+            parameter.grad = gradient
         # The graph's own memory is written anew in the next step.
         return pytree.tree_map_only(Tensor, torch.clone, self._outputs)
 
@@ -165,11 +164,11 @@ class PassGraphs:
         return self._graphs.get(key)
 
     @contextmanager
-    def watching(self, batch: Any, batch_idx: int) -> Iterator[Watch | AbstractContextManager]:
-        """Gives what the passes on a batch are to be watched by: a context for each part of them."""
+    def watching(self, batch: Any, batch_idx: int) -> Iterator[Watch | None]:
+        """Gives what the passes on a batch are to be watched by, or None."""
         key = self._key(batch)
         if key is None or key in self._graphs or len(self._graphs) >= _MOST_GRAPHS:
-            yield nullcontext()
+            yield None
             return
         watch = Watch(self._module, batch_idx)
         before = _versions(batch)

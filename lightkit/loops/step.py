@@ -177,42 +177,37 @@ class LeanStep:
     def _forward_backward(self) -> Tensor | None:
         graphs = self._graphs
         if graphs is None or graphs.obstacle is not None or self._trainer.accumulate_grad_batches != 1:
-            return self._passes(nullcontext())
+            return self._passes(None)
         if (captured := graphs.get(self._batch, self._forward)) is not None:
             return self._replay(captured)
         with graphs.watching(self._batch, self._batch_idx) as watch:
             return self._passes(watch)
 
-    def _passes(self, watch: AbstractContextManager) -> Tensor | None:
-        with watch:
-            # A watch has an index that knows whether it is used.
-            loss, self._outputs = self._forward(self._batch, getattr(watch, "index", self._batch_idx))
-        if isinstance(watch, Watch):
+    def _passes(self, watch: Watch | None) -> Tensor | None:
+        context = nullcontext() if watch is None else watch
+        with context:
+            index = self._batch_idx if watch is None else watch.index
+            loss, self._outputs = self._forward(self._batch, index)
+        if watch is not None:
             watch.look_at_outputs(self._outputs)
         if loss is None:
             Closure.warning_cache.warn(
                 "`training_step` returned `None`. If this was on purpose, ignore this warning..."
             )
         if self._batch_idx % self._trainer.accumulate_grad_batches == 0:
-            self._announce_zero_grad()
             self._zero_grad()
-            self._zero_grad_progress.increment_completed()
         if loss is not None:
             if self._before_backward:
                 self._before_backward(loss)
-            with watch:
+            with context:
                 loss.backward()
             if self._after_backward:
                 self._after_backward()
         return self._outputs.get("loss")
 
     def _replay(self, captured: CapturedPasses) -> Tensor:
-        """Both passes at once; what comes before backward comes after it."""
-        self._announce_zero_grad()
-        if not self._zeroes_plainly:
-            # There are no gradients to forget: the graph writes them anew.
-            self._zero_grad()
-        self._zero_grad_progress.increment_completed()
+        """Both passes at once; the hook before backward comes after them."""
+        self._zero_grad()
         self._outputs = outputs = captured(self._batch)
         before = self._enter_training_step()
         for name, value, arguments, options in captured.log_calls:
@@ -250,13 +245,12 @@ class LeanStep:
         plain = self._is_wrapped or type(self._precision) is Precision
         return nullcontext() if plain else self._precision.train_step_context()
 
-    def _announce_zero_grad(self) -> None:
-        self._zero_grad_progress.increment_ready()
+    def _zero_grad(self) -> None:
+        progress = self._zero_grad_progress
+        progress.increment_ready()
         if self._before_zero_grad:
             self._before_zero_grad(self._optimizer)
-        self._zero_grad_progress.increment_started()
-
-    def _zero_grad(self) -> None:
+        progress.increment_started()
         if self._zeroes_plainly:
             # What Optimizer.zero_grad does, which also tells the profiler.
             for group in self._optimizer.param_groups:
@@ -264,6 +258,7 @@ class LeanStep:
                     parameter.grad = None
         else:
             self._optimizer.zero_grad()
+        progress.increment_completed()
 
 
 class _Transfer:

@@ -245,6 +245,7 @@ def references(parts: Iterable[nn.Module]) -> list[Any]:
         found += held["_forward_hooks"].values()
         found += held["_forward_pre_hooks"].values()
         found += held["_backward_hooks"].values()
+        found += held["_backward_pre_hooks"].values()
     return found
 
 

@@ -222,8 +222,13 @@ def test_no_step_waits_for_the_gpu(own_class, options):
     optimizer = own_class(values, lr=0.1, **options)
     set_gradients(values, 0, torch.bfloat16)
     optimizer.step()
+    before = [p.detach().clone() for p in values]
     torch.cuda.set_sync_debug_mode("error")
     try:
         optimizer.step()
+        # Which is what a step that waits would run into.
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            values[0].sum().item()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert not all(torch.equal(p, b) for p, b in zip(values, before, strict=True))

@@ -390,6 +390,10 @@ def _a_hook(part, step):
     part.register_forward_hook(lambda module, inputs, output: output * 0.5)
 
 
+def _a_hook_before_backward(part, step):
+    part.register_full_backward_pre_hook(lambda module, gradients: tuple(g * 0.5 for g in gradients))
+
+
 def _another_mode(part, step):
     part.train(not part.training)
 
@@ -403,7 +407,7 @@ def _another_parameter(part, step):
     "change",
     [
         *(_number_of_a_part, _number_that_comes_and_goes, _another_buffer, _a_hook, _another_mode),
-        _another_parameter,
+        *(_another_parameter, _a_hook_before_backward),
     ],
 )
 def test_a_part_that_a_callback_changes_within_an_epoch(change, every):
