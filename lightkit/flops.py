@@ -195,17 +195,40 @@ def _convolution_backward(grad_output: Shape, input: Shape, weight: Shape, *rest
     return sum(wanted[:2]) * conv_flop_count(input, weight, grad_output, transposed)
 
 
-def _conv_relu_pool(input: Shape, weight: Shape, bias: Any, padding: Shape, *_: Any, out_shape: Any) -> int:
-    # Of the convolution as a whole, which the results do not show: the pool halves it and drops an odd last row.
-    convolved = [i + 2 * p - w + 1 for i, w, p in zip(input[2:], weight[2:], padding, strict=True)]
-    return conv_flop_count(input, weight, (input[0], weight[0], *convolved))
+def _conv_relu_pool(input: Shape, weight: Shape, bias: Any, padding: Shape, pool: bool, *, out_shape: Any) -> int:
+    return _layer_chain(input, [weight], [bias], (*padding, True, pool), out_shape=None)
 
 
-def _conv_relu_pool_backward(
-    grad_output: Shape, index: Shape, input: Shape, weight: Shape, padding: Shape, *rest: Any, out_shape: Any
+def _layer_chain(
+    input: Shape, weights: Sequence[Shape], biases: Any, settings: Sequence[int], *_: Any, out_shape: Any
 ) -> int:
-    *_, wanted = rest
-    return sum(wanted[:2]) * _conv_relu_pool(input, weight, None, padding, out_shape=None)
+    return sum(_each_of_chain(input, weights, settings))
+
+
+def _layer_chain_backward(
+    grad_output: Shape, input: Shape, weights: Sequence[Shape], *rest: Any, out_shape: Any
+) -> int:
+    *_, settings, wanted = rest
+    each = _each_of_chain(input, weights, settings)
+    of_weights = wanted[1 : 1 + len(weights)]
+    # The gradient of an input is wanted where one of the layers before, or the chain's own input, wants one.
+    of_inputs = [any(wanted[: 1 + layer]) or any(wanted[1 + len(weights) :][:layer]) for layer in range(len(weights))]
+    return sum(flops * (w + i) for flops, w, i in zip(each, of_weights, of_inputs, strict=True))
+
+
+def _each_of_chain(input: Shape, weights: Sequence[Shape], settings: Sequence[int]) -> list[int]:
+    """Of each layer: of a convolution as a whole, which a pool halves, dropping an odd last row."""
+    flops = []
+    size = input[2:]
+    for layer, weight in enumerate(weights):
+        *padding, _, pool = settings[4 * layer : 4 * layer + 4]
+        if len(weight) == 2:
+            flops.append(2 * input[0] * prod(weight))
+        else:
+            size = [i + 2 * p - w + 1 for i, w, p in zip(size, weight[2:], padding, strict=True)]
+            flops.append(conv_flop_count([input[0], weight[1]], weight, (input[0], weight[0], *size)))
+            size = [s // 2 for s in size] if pool else size
+    return flops
 
 
 def _linear_cross_entropy(hidden: Shape, weight: Shape, *_: Any, out_shape: Any) -> int:
@@ -272,8 +295,9 @@ _OWN = {
     "aten::_scaled_dot_product_efficient_attention_backward": _attention_backward,
     "aten::_scaled_dot_product_cudnn_attention_backward": _attention_backward,
     "lightkit::conv_relu_pool": _conv_relu_pool,
-    "lightkit::_conv_relu_pool_forward": _conv_relu_pool,
-    "lightkit::_conv_relu_pool_backward": _conv_relu_pool_backward,
+    "lightkit::layer_chain": _layer_chain,
+    "lightkit::_layer_chain_forward": _layer_chain,
+    "lightkit::_layer_chain_backward": _layer_chain_backward,
     "lightkit::linear_cross_entropy": _linear_cross_entropy,
     "lightkit::_linear_cross_entropy_forward": _linear_cross_entropy_forward,
     "lightkit::_linear_cross_entropy_backward": _linear_cross_entropy_backward,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lightkit.nn import FusedSequential
+from lightkit.nn import FusedSequential, run_fused
 
 _BLOCKS = ("fused", "torch")
 
@@ -20,8 +20,8 @@ class CNN(nn.Module):
         in_channels: channels of an image.
         num_classes: number of logits.
         image_size: height and width of an image in pixels, at least 18.
-        blocks: ``"fused"`` runs a convolution, its ReLU and its pool as one operation, `lightkit.ops.conv_relu_pool`;
-            ``"torch"`` runs the layers one by one. Parameters, state dict and results are the same but for
+        blocks: ``"fused"`` runs the layers as one operation where that is faster, `lightkit.ops.layer_chain`;
+            ``"torch"`` runs them one by one. Parameters, state dict and results are the same but for
             rounding; see `lightkit.nn.FusedSequential`. Both may be chosen for the weights of the other.
 
     Shape:
@@ -43,7 +43,8 @@ class CNN(nn.Module):
             raise ValueError(f"image_size must be at least 18 for three convolutions and two pools, got {image_size}")
         side = ((image_size - 2) // 2 - 2) // 2 - 2
         self.image_shape = (in_channels, image_size, image_size)
-        sequential = FusedSequential if blocks == "fused" else nn.Sequential
+        self._fused = blocks == "fused"
+        sequential = FusedSequential if self._fused else nn.Sequential
         self.features = sequential(
             nn.Conv2d(in_channels, 32, kernel_size=3),
             nn.ReLU(),
@@ -54,7 +55,7 @@ class CNN(nn.Module):
             nn.Conv2d(64, 64, kernel_size=3),
             nn.ReLU(),
         )
-        self.classifier = nn.Sequential(
+        self.classifier = sequential(
             nn.Flatten(),
             nn.Linear(64 * side * side, 64),
             nn.ReLU(),
@@ -66,4 +67,6 @@ class CNN(nn.Module):
         if images.dim() != 4 or images.shape[1:] != self.image_shape:
             expected = ", ".join(map(str, self.image_shape))
             raise ValueError(f"CNN takes images of shape (N, {expected}), got {tuple(images.shape)}")
+        if self._fused:
+            return run_fused((self.features, self.classifier), images)
         return self.classifier(self.features(images))

@@ -3,7 +3,7 @@
 from torch.nn import BCEWithLogitsLoss, MSELoss
 
 from lightkit.nn.cross_entropy import CrossEntropyLoss
-from lightkit.nn.fused_sequential import FusedSequential, can_fuse
+from lightkit.nn.fused_sequential import FusedSequential, can_fuse, run_fused
 from lightkit.nn.linear_cross_entropy import LinearCrossEntropyLoss
 
 __all__ = [
@@ -13,4 +13,5 @@ __all__ = [
     "LinearCrossEntropyLoss",
     "MSELoss",
     "can_fuse",
+    "run_fused",
 ]

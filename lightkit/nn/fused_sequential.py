@@ -1,23 +1,25 @@
-"""A Sequential that runs convolution, ReLU and max-pool as one operation where they follow each other."""
+"""A Sequential that runs layers that follow each other as one operation: convolution, ReLU, max-pool, linear."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from lightkit.ops import conv_relu_pool
+from lightkit.ops.layer_chain import ChainLayer, is_autocast, is_faster, layer_chain
 
 
 class FusedSequential(nn.Sequential):
     """A drop-in for :class:`torch.nn.Sequential`, of the same layers and with the same state dict.
 
-    A convolution that a ReLU follows, with or without a max-pool after that, is run by
-    `lightkit.ops.conv_relu_pool`, which gives the same but for rounding. That is not so, and the layers run one by one,
-    where one of them has a hook, which would not be called, is a subclass or parametrized, or has settings that the
-    operation does not know: stride, dilation, groups, another pool than 2x2.
+    Convolutions that a ReLU follows, with or without a max-pool after that, and the linear layers behind them are run as
+    one operation, `lightkit.ops.layer_chain`, which gives the same but for rounding. That is not so, and the layers run
+    one by one, where one of them has a hook, which would not be called, is a subclass or parametrized, has settings that
+    the operation does not know (stride, dilation, groups, another pool than 2x2), or is faster in torch. What a
+    Sequential within this one has is run as if it stood here, unless that has a hook.
 
     The result has the memory format of the input, as do the inputs of layers to which it may matter: code that takes a
     ``view`` works as before, and dropout draws as before.
@@ -25,22 +27,84 @@ class FusedSequential(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         """What the layers make of the input, one after the other."""
-        x, reordered = input, False
-        for run in _runs(self._modules.values()):
-            if len(run) > 1 and x.dim() == 4:
-                convolution, pool = run[0], len(run) == 3
-                x, reordered = conv_relu_pool(x, convolution.weight, convolution.bias, convolution.padding, pool), True
-                continue
-            for layer in run:
-                if reordered and _minds_order(layer):
-                    x, reordered = _ordered_as(x, input), False
-                x = layer(x)
-        return _ordered_as(x, input) if reordered else x
+        return run_fused(self._modules.values(), input)
+
+
+def run_fused(layers: Iterable[nn.Module], input: Tensor) -> Tensor:
+    """What layers make of the input, one after the other, as `FusedSequential` runs them."""
+    if _are_all_hooked():
+        for layer in layers:
+            input = layer(input)
+        return input
+    runs = list(_runs(_unnested(layers)))
+    x, reordered, index = input, False, 0
+    while index < len(runs):
+        chain, end = _chain(runs, index, x)
+        if chain:
+            x, reordered, index = layer_chain(x, chain), chain[-1].weight.dim() == 4, end
+            continue
+        for layer in runs[index]:
+            if reordered and _minds_order(layer):
+                x, reordered = _ordered_as(x, input), False
+            x = layer(x)
+        index += 1
+    return _ordered_as(x, input) if reordered else x
 
 
 def can_fuse(layers: nn.Sequential) -> bool:
-    """Whether a Sequential has layers that `FusedSequential` runs as one."""
-    return any(len(run) > 1 for run in _runs(layers.children()))
+    """Whether a Sequential has layers that `FusedSequential` may run as one."""
+    runs = list(_runs(_unnested(layers.children())))
+    return any(type(run[0]) is nn.Conv2d and len(run) > 1 for run in runs) or any(
+        _is_linear(run[0]) and _is_linear(following[0]) for run, following in pairwise(runs)
+    )
+
+
+def _chain(runs: list[list[nn.Module]], begin: int, x: Tensor) -> tuple[list[ChainLayer], int]:
+    """What is run as one operation from a run on, and the run after it."""
+    chain: list[ChainLayer] = []
+    end = begin
+    dtype = torch.get_autocast_dtype(x.device.type) if is_autocast(x) else x.dtype
+    # Height and width of the next layer's input, or () of a linear layer.
+    size: tuple[int, ...] = tuple(x.shape[2:])
+    for index in range(begin, len(runs) if x.dim() in (2, 4) else begin):
+        run = runs[index]
+        first, kind = run[0], type(run[0])
+        if kind is nn.Conv2d and len(run) > 1 and size:
+            weight, bias = _parameters(first)
+            padding, pool = first.padding, len(run) == 3
+            if not is_faster(size[0] * size[1], weight, dtype, pool):
+                break
+            chain.append(ChainLayer(weight, bias, padding, True, pool))
+            rows = size[0] + 2 * padding[0] - first.kernel_size[0] + 1
+            columns = size[1] + 2 * padding[1] - first.kernel_size[1] + 1
+            size = (rows // 2, columns // 2) if pool else (rows, columns)
+        elif kind is nn.Linear and not size and _is_plain(first):
+            weight, bias = _parameters(first)
+            if not is_faster(1, weight, dtype):
+                break
+            chain.append(ChainLayer(weight, bias, (0, 0), len(run) == 2))
+        elif kind is nn.Flatten and chain and _is_flatten(first):
+            size = ()
+            continue
+        else:
+            break
+        end = index + 1
+    # One linear layer on its own is no faster.
+    return ([], begin) if len(chain) == 1 and chain[0].weight.dim() == 2 else (chain, end)
+
+
+def _parameters(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    # Not by the names, which a module looks up in several dicts.
+    return layer._parameters["weight"], layer._parameters["bias"]
+
+
+def _unnested(layers: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """The layers, and in place of a Sequential its own."""
+    for layer in layers:
+        if type(layer) in (nn.Sequential, FusedSequential) and _is_plain(layer):
+            yield from _unnested(layer._modules.values())
+        else:
+            yield layer
 
 
 def _ordered_as(x: Tensor, input: Tensor) -> Tensor:
@@ -50,23 +114,27 @@ def _ordered_as(x: Tensor, input: Tensor) -> Tensor:
 
 
 def _runs(layers: Iterable[nn.Module]) -> Iterator[list[nn.Module]]:
-    """The layers in order, those together that are run as one operation."""
+    """The layers in order, those together that are one layer of a chain."""
     layers = list(layers)
-    hooked_everywhere = (
+    index, count = 0, len(layers)
+    while index < count:
+        length = 1
+        if index + 1 < count and _is_relu(layers[index + 1]):
+            if _is_convolution(layers[index]):
+                length = 3 if index + 2 < count and _is_pool(layers[index + 2]) else 2
+            elif _is_linear(layers[index]):
+                length = 2
+        yield layers[index : index + length]
+        index += length
+
+
+def _are_all_hooked() -> bool:
+    return bool(
         torch_module._global_forward_hooks
         or torch_module._global_forward_pre_hooks
         or torch_module._global_backward_hooks
         or torch_module._global_backward_pre_hooks
     )
-    index, count = 0, len(layers)
-    while index < count:
-        fusible = not hooked_everywhere and index + 1 < count and _is_convolution(layers[index])
-        if fusible and _is_relu(layers[index + 1]):
-            length = 3 if index + 2 < count and _is_pool(layers[index + 2]) else 2
-        else:
-            length = 1
-        yield layers[index : index + length]
-        index += length
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -76,6 +144,7 @@ def _is_plain(layer: nn.Module) -> bool:
         or layer._backward_hooks
         or layer._backward_pre_hooks
         or "forward" in layer.__dict__
+        or "weight" in layer.__dict__
     )
 
 
@@ -99,6 +168,14 @@ def _is_convolution(layer: nn.Module) -> bool:
         and not isinstance(layer.padding, str)
         and _is_plain(layer)
     )
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    return type(layer) is nn.Linear and _is_plain(layer)
+
+
+def _is_flatten(layer: nn.Module) -> bool:
+    return type(layer) is nn.Flatten and (layer.start_dim, layer.end_dim) == (1, -1) and _is_plain(layer)
 
 
 def _is_relu(layer: nn.Module) -> bool:

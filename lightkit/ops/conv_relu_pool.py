@@ -7,13 +7,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.nn import Parameter
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lightkit import native
-
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from lightkit.ops.layer_chain import has_kernel, is_autocast, is_faster
 
 
 def conv_relu_pool(
@@ -25,19 +20,9 @@ def conv_relu_pool(
 ) -> Tensor:
     """``max_pool2d(relu(conv2d(input, weight, bias, padding=padding)), 2)`` on a native CPU kernel.
 
-    The convolution has stride 1, no dilation and one group; the pool is 2x2 with stride 2 and drops an odd last row
-    or column, which is then not even computed. Of the activations before the pool nothing is stored: one byte for
-    each output tells backward which position won, the first of equals as in torch. backward leaves out nearly every
-    product with a gradient that pool or ReLU made 0. The kernel's result does not depend on the number of threads.
-
-    Half-precision data is accumulated in float32 and rounded once. `conv_relu_pool_reference` does the work where the
-    kernel does not apply (another device, no native library, torch.func, tensor subclasses), and where torch is the
-    faster one: without a pool for 1x1 kernels and all but small images and weights, and in bfloat16, on a processor
-    that multiplies it, for all but small layers. The second derivative is torch's.
-
-    NaN goes through ReLU and pool as in torch. Since products with 0 are left out of the kernel's gradients, but for
-    that of the weight of few input channels, an infinite or NaN input or weight does not make NaN of a gradient that
-    does not depend on it.
+    It is a chain of one layer: see `lightkit.ops.layer_chain`. `conv_relu_pool_reference` does the work where the kernel
+    does not apply, and where torch is the faster one: without a pool for 1x1 kernels and all but small images and
+    weights, and in bfloat16, on a processor that multiplies it, for all but small layers.
 
     Args:
         input: ``(N, C, H, W)``, floating point. Read without a copy where it is ``torch.channels_last``.
@@ -55,12 +40,13 @@ def conv_relu_pool(
         RuntimeError: dtypes or devices that do not fit.
     """
     padding = _pair(padding)
-    if _autocast(input.device.type) and input.is_floating_point() and input.dtype != torch.float64:
+    if is_autocast(input):
         # As torch does for a convolution.
         dtype = torch.get_autocast_dtype(input.device.type)
         input, weight = input.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    if _has_kernel(input, weight, bias) and _is_faster(input, weight, pool):
+    tensors = (input, weight) if bias is None else (input, weight, bias)
+    if has_kernel(*tensors) and is_faster(math.prod(input.shape[2:]), weight, input.dtype, pool):
         # It checks its arguments as `_check` does.
         return torch.ops.lightkit.conv_relu_pool.default(input, weight, bias, padding, pool)
     _check(input, weight, bias, padding, pool)
@@ -120,45 +106,3 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[in
                 f"conv_relu_pool: the {name} must be of the dtype and on the device of the input, {input.dtype} on "
                 f"{input.device}, got {tensor.dtype} on {tensor.device}"
             )
-
-
-def _autocast(device_type: str) -> bool:
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)
-
-
-def _has_kernel(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    tensors = (input, weight) if bias is None else (input, weight, bias)
-    return (
-        all(t.device.type == "cpu" and t.layout == torch.strided for t in tensors)
-        and input.dtype in _DTYPES
-        and _native_available()
-        # Forward-mode AD and the transforms of torch.func cannot see through an autograd function in C++.
-        and forward_ad._current_level < 0
-        and not torch._C._are_functorch_transforms_active()
-        # DTensor and its like bring a dispatch of their own, which does not know the op.
-        and all(type(t) in (Tensor, Parameter) or not is_traceable_wrapper_subclass(t) for t in tensors)
-    )
-
-
-def _is_faster(input: Tensor, weight: Tensor, pool: bool) -> bool:
-    """Whether the kernel is, of forward and backward together: see benchmarks/conv_relu_pool.py."""
-    # Not Size.numel(), which makes constants of sizes that torch.export has been told to leave open.
-    pixels, size = math.prod(input.shape[2:]), math.prod(weight.shape)
-    if size >= 1 << 26:
-        # More than it takes.
-        return False
-    # With a pool most of the gradient is 0, and left out. A 1x1 convolution without one is a matrix product, in which
-    # dead units are too few to make up for lists of the others.
-    if not pool and (pixels > 256 or size > 1 << 16 or math.prod(weight.shape[2:]) == 1):
-        return False
-    return not (input.dtype == torch.bfloat16 and _multiplies_bfloat16()) or pixels * size <= 1 << 21
-
-
-@torch.compiler.assume_constant_result
-def _multiplies_bfloat16() -> bool:
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-@torch.compiler.assume_constant_result
-def _native_available() -> bool:
-    return native.available("cpu")

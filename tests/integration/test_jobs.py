@@ -101,7 +101,7 @@ def test_compiled_model(command, tmp_path):
     arguments = [*QUICK, "compile=true", "hydra.run.dir=out"]
     result = command("train", *arguments, cwd=tmp_path, environment={"TORCH_LOGS": "graph_code"})
     assert result.returncode == 0, result.stderr
-    assert "torch.ops.lightkit.conv_relu_pool" in result.stderr
+    assert "torch.ops.lightkit.layer_chain" in result.stderr
     assert "model.features.0.weight" in weights(tmp_path / "out" / "checkpoints" / "last.ckpt")
     evaluated = command("evaluate", "ckpt_path=out/checkpoints/last.ckpt", cwd=tmp_path)
     assert evaluated.returncode == 0, evaluated.stderr

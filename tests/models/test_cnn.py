@@ -12,7 +12,7 @@ from torch._dynamo.testing import AotEagerAndRecordGraphs
 
 from lightkit.models import CNN
 from lightkit.nn import fused_sequential
-from lightkit.ops import conv_relu_pool
+from lightkit.ops import layer_chain
 
 
 def test_layers_and_parameters():
@@ -77,19 +77,19 @@ def test_blocks_agree(channels, size):
 
 
 def test_fused_blocks_are_used(monkeypatch):
-    """The three convolutions go through the operation, with a pool after the first two; as "torch" none does."""
+    """All layers go through one operation; as "torch" none does."""
     calls = []
 
-    def recorded(input, weight, bias, padding, pool):
-        calls.append(pool)
-        return conv_relu_pool(input, weight, bias, padding, pool)
+    def recorded(input, layers):
+        calls.append([(layer.relu, layer.pool) for layer in layers])
+        return layer_chain(input, layers)
 
-    monkeypatch.setattr(fused_sequential, "conv_relu_pool", recorded)
+    monkeypatch.setattr(fused_sequential, "layer_chain", recorded)
     fused, plain = twins()
     plain(torch.zeros(1, 1, 28, 28))
     assert calls == []
     fused(torch.zeros(1, 1, 28, 28))
-    assert calls == [True, True, False]
+    assert calls == [[(True, True), (True, True), (True, False), (True, False), (False, False)]]
 
 
 def test_compile_fullgraph():
@@ -100,7 +100,7 @@ def test_compile_fullgraph():
     images = torch.randn(3, 1, 28, 28)
     compiled = torch.compile(model, fullgraph=True, backend=recorder)
     torch.testing.assert_close(compiled(images), model(images))
-    assert recorder.fw_graphs[0].code.count("lightkit._conv_relu_pool_forward") == 3
+    assert recorder.fw_graphs[0].code.count("lightkit._layer_chain_forward") == 1
 
 
 @pytest.mark.parametrize("package", ["models", "nn", "ops", "optim"])

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from lightkit.nn import FusedSequential, can_fuse, fused_sequential
-from lightkit.ops import conv_relu_pool
+from lightkit.ops import layer_chain
 
 
 def layers():
@@ -29,11 +29,11 @@ def fused(monkeypatch) -> list[nn.Parameter]:
     """The weights that went through the fused operation, in order."""
     weights = []
 
-    def recorded(input, weight, *rest):
-        weights.append(weight)
-        return conv_relu_pool(input, weight, *rest)
+    def recorded(input, layers):
+        weights.extend(layer.weight for layer in layers)
+        return layer_chain(input, layers)
 
-    monkeypatch.setattr(fused_sequential, "conv_relu_pool", recorded)
+    monkeypatch.setattr(fused_sequential, "layer_chain", recorded)
     return weights
 
 

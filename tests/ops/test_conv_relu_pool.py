@@ -30,6 +30,14 @@ def native(input, weight, bias=None, padding=0, pool=True):
     return torch.ops.lightkit.conv_relu_pool(input, weight, bias, padding, pool)
 
 
+def forward(input, weight, bias=None, padding=0, pool=True):
+    """Output and index of the inner op, the index as (images, channels, rows, columns)."""
+    padding = (padding, padding) if isinstance(padding, int) else padding
+    op = torch.ops.lightkit._layer_chain_forward
+    output, _, index = op(input, [weight], [bias], [*padding, True, pool], True)
+    return output, index.view(output.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
+
+
 def problem(images=2, channels=3, out_channels=4, height=9, width=8, kernel=(3, 3), bias=True, dtype=torch.float32):
     """Random input, weight and bias, the same for the same arguments; sums of about 1."""
     seed = hash((images, channels, out_channels, height, width, kernel))
@@ -61,9 +69,7 @@ def as_winners(input, weight, bias, padding, pool):
     Where two values of a pool differ by less than their rounding, or one is that near to 0, either choice is right,
     and the gradients of the two are not near each other at all.
     """
-    op = torch.ops.lightkit._conv_relu_pool_forward
-    padding = (padding, padding) if isinstance(padding, int) else padding
-    _, index = op(input, weight, bias, padding, pool, True)
+    _, index = forward(input, weight, bias, padding, pool)
 
     def function(input, weight, bias, padding, pool):
         convolved = F.conv2d(input, weight, bias, padding=padding)
@@ -298,7 +304,7 @@ def has_been_called(operation):
 )
 def test_who_does_the_work(channels, size, kernel_size, pool, dtype, multiplies_bfloat16, kernel, monkeypatch):
     """The faster one, so that nobody's network becomes slower."""
-    module = sys.modules["lightkit.ops.conv_relu_pool"]
+    module = sys.modules["lightkit.ops.layer_chain"]
     monkeypatch.setattr(module, "_multiplies_bfloat16", lambda: multiplies_bfloat16)
     input = torch.ones(1, channels, size, size, dtype=dtype)
     weight = torch.ones(channels, channels, kernel_size, kernel_size, dtype=dtype)
@@ -335,22 +341,10 @@ def test_tensors_on_several_devices():
 
 
 def test_op_called_directly_is_safe():
-    """The inner ops check what they are given: nothing reads beyond a tensor."""
+    """The op checks what it is given: nothing reads beyond a tensor."""
     input, weight, _ = problem()
-    backward = torch.ops.lightkit._conv_relu_pool_backward
-    output, index = torch.ops.lightkit._conv_relu_pool_forward(input, weight, None, (0, 0), True, True)
-    with pytest.raises(ValueError, match="must have the shape of the output"):
-        backward(output[:1], index, input, weight, (0, 0), True, [True, True, True])
-    with pytest.raises(ValueError, match="must have the shape of the output"):
-        backward(output, index, input, weight, (0, 0), False, [True, True, True])
     with pytest.raises(ValueError, match="too small"):
         native(input, torch.zeros(1, 3, 12, 1))
-    for out_channels in (5, 16):
-        for pool in (True, False):
-            x, w, _ = problem(images=1, channels=8, out_channels=out_channels)
-            output, index = torch.ops.lightkit._conv_relu_pool_forward(x, w, None, (0, 0), pool, True)
-            for byte in (1, 2, 3, 5, 7, 255):
-                backward(output, torch.full_like(index, byte), x, w, (0, 0), pool, [True, True, True])
     with pytest.raises(ValueError, match="padding"):
         native(input, weight, None, (-1, 0))
 
@@ -405,22 +399,13 @@ def test_backward_twice_and_in_place_use_of_the_output():
 @pytest.mark.parametrize("pool", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(pool, dtype):
-    """Schema, fake tensors and autograd registration are consistent, for the inner ops as well."""
+    """Schema, fake tensors and autograd registration are consistent."""
     input, weight, bias = (t.requires_grad_() for t in problem(dtype=dtype))
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     for b in (bias, None):
         torch.library.opcheck(
             torch.ops.lightkit.conv_relu_pool.default, (input, weight, b, (1, 0), pool), test_utils=checks
         )
-    tensors = [t.detach() for t in (input, weight, bias)]
-    inner = ("test_schema", "test_faketensor")
-    forward = torch.ops.lightkit._conv_relu_pool_forward.default
-    output, index = forward(*tensors, (1, 0), pool, True)
-    for with_index in (True, False):
-        torch.library.opcheck(forward, (*tensors, (1, 0), pool, with_index), test_utils=inner)
-    backward = torch.ops.lightkit._conv_relu_pool_backward.default
-    for wanted in ([True, True, True], [False, True, False]):
-        torch.library.opcheck(backward, (output, index, *tensors[:2], (1, 0), pool, wanted), test_utils=inner)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -433,8 +418,8 @@ def test_compile_fullgraph(dynamic):
         input, weight, bias = problem(images, 3, 8)
         actual = results(compiled, input, weight, bias, 1, True)
         torch.testing.assert_close(actual, results(native, input, weight, bias, 1, True), rtol=0, atol=0)
-    assert "lightkit._conv_relu_pool_forward" in recorder.fw_graphs[0].code
-    assert "lightkit._conv_relu_pool_backward" in recorder.bw_graphs[0].code
+    assert "lightkit._layer_chain_forward" in recorder.fw_graphs[0].code
+    assert "lightkit._layer_chain_backward" in recorder.bw_graphs[0].code
 
 
 def test_meta_tensors():

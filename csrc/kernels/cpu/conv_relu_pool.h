@@ -1,4 +1,6 @@
 // Convolution, bias, ReLU and max-pool in one pass on a CPU, and its gradients.
+//
+// What is here runs on the thread that calls it: layer_chain.h deals the work out.
 #pragma once
 
 #include "simd.h"
@@ -8,6 +10,7 @@
 #include <cstdint>
 #include <memory>
 #include <new>
+#include <vector>
 
 // A loop over an array of vectors stays in registers only if it is unrolled early: where this is a pragma. (The
 // lambdas of c10::ForcedUnroll leave the array in memory.)
@@ -19,16 +22,16 @@
 
 namespace lightkit::cpu {
 
-// A convolution of stride 1 without padding, and a pool of 2x2 with stride 2 after it or none. Tensors are
-// dense with the channels last: (images, rows, columns, channels).
+// A convolution of stride 1 without padding, after it a ReLU or none, and a pool of 2x2 with stride 2 or none. Tensors
+// are dense with the channels last: (images, rows, columns, channels).
 struct ConvReluPoolShape {
-  int64_t images;
   int64_t height;
   int64_t width;
   int64_t in_channels;
   int64_t out_channels;
   int64_t kernel_height;
   int64_t kernel_width;
+  bool relu;
   bool pool;
 
   // Of the output. What a pool drops at the border is never computed.
@@ -38,10 +41,14 @@ struct ConvReluPoolShape {
   int64_t columns() const {
     return (width - kernel_width + 1) / (pool ? 2 : 1);
   }
-  int64_t outputs() const {
-    return images * rows() * columns();
+  int64_t positions() const {
+    return rows() * columns();
+  }
+  int64_t output_size() const {
+    return positions() * out_channels;
   }
 
+  // Of the input.
   int64_t image_size() const {
     return height * row_size();
   }
@@ -60,6 +67,11 @@ struct ConvReluPoolShape {
     return kernel_size() * in_channels;
   }
 
+  // Products of an image, without those that the pool drops.
+  int64_t products() const {
+    return positions() * quads() * out_channels * taps();
+  }
+
   // Positions of the convolution that make one output, and how far their inputs lie from those of the first:
   // (0, 0), (0, 1), (1, 0), (1, 1).
   int quads() const {
@@ -76,26 +88,21 @@ inline constexpr uint8_t kDead = 4;
 // Where the inputs of consecutive outputs begin, without a division for each.
 class OutputCursor {
  public:
-  OutputCursor(const ConvReluPoolShape& shape, int64_t output)
-      : shape_(shape),
-        step_(shape.pool ? 2 : 1),
-        column_(output % shape.columns()),
-        row_(output / shape.columns() % shape.rows()),
-        image_(output / (shape.columns() * shape.rows())) {}
+  explicit OutputCursor(const ConvReluPoolShape& shape) : shape_(shape), step_(shape.pool ? 2 : 1) {}
 
-  int64_t image() const {
-    return image_;
+  // Of the first input of the output's image.
+  int64_t image_offset() const {
+    return image_offset_;
   }
-  // From the beginning of the image.
   int64_t offset() const {
-    return step_ * (row_ * shape_.row_size() + column_ * shape_.in_channels);
+    return image_offset_ + step_ * (row_ * shape_.row_size() + column_ * shape_.in_channels);
   }
   void advance() {
     if (++column_ == shape_.columns()) {
       column_ = 0;
       if (++row_ == shape_.rows()) {
         row_ = 0;
-        ++image_;
+        image_offset_ += shape_.image_size();
       }
     }
   }
@@ -103,9 +110,9 @@ class OutputCursor {
  private:
   const ConvReluPoolShape& shape_;
   const int64_t step_;
-  int64_t column_;
-  int64_t row_;
-  int64_t image_;
+  int64_t column_ = 0;
+  int64_t row_ = 0;
+  int64_t image_offset_ = 0;
 };
 
 // Memory of which no vector lies in two cache lines, not initialised.
@@ -130,44 +137,89 @@ class AlignedBuffer {
   std::unique_ptr<T, Delete> data_;
 };
 
-// output = maxpool(relu(input * weight + bias)), in float or double. `index`, unless null, gets for every output
-// which of its positions won (the first of equals, as in torch), or kDead; 0 or kDead without a pool. NaN wins.
+// The weight as the forward pass reads it, and the pass.
+//
 // Weights and their gradients are dense, (out_channels, in_channels, kernel_height, kernel_width).
 template <typename T>
-void conv_relu_pool_forward(
-    const ConvReluPoolShape& shape,
-    const T* input,
-    const T* weight,
-    const T* bias,  // (out_channels), or null
-    T* output,
-    uint8_t* index);
+class ConvReluPoolForward {
+ public:
+  ConvReluPoolForward(const ConvReluPoolShape& shape, const T* weight, const T* bias);  // (out_channels), or null
 
-// The gradients, from those of the outputs that `index` does not call dead: other products are with 0 and left out,
-// but where that costs more (conv_relu_pool_thin.cpp). All run on the threads of at::parallel_for, and none depends on
-// how many there are.
+  // Brings the weights of some of the `units()` into order: once for each, before `run`.
+  void prepare(int64_t begin, int64_t end);
+  int64_t units() const {
+    return vectors_;
+  }
+
+  // output = maxpool(relu(input * weight + bias)). `index`, unless null, gets for every output which of its positions
+  // won (the first of equals, as in torch), or kDead; 0 or kDead without a pool. NaN wins.
+  void run(int64_t images, const T* input, T* output, uint8_t* index) const;
+
+ private:
+  int64_t blocks() const;
+  int64_t vectors(int64_t block) const;
+  template <int quads>
+  void run(int64_t images, const T* input, T* output, uint8_t* index) const;
+
+  const ConvReluPoolShape shape_;
+  const T* const weight_;
+  const T* const bias_;
+  const int64_t vectors_;
+  AlignedBuffer<T> packed_;
+  AlignedBuffer<T> packed_bias_;
+};
+
+// The gradients, from those of the outputs that `index` does not call dead: other products are with 0 and left out, but
+// where that costs more (conv_relu_pool_thin.cpp). No result depends on how the work is dealt out.
+
+// A part of a patch of the input that is summed at once: some of its rows, some vectors of each.
 template <typename T>
-void conv_relu_pool_grad_input(
-    const ConvReluPoolShape& shape,
-    const T* grad_output,
-    const uint8_t* index,
-    const T* weight,
-    T* grad_input);
+struct Segment;
 
 template <typename T>
-void conv_relu_pool_grad_weight(
-    const ConvReluPoolShape& shape,
-    const T* grad_output,
-    const uint8_t* index,
-    const T* input,
-    T* grad_weight,
-    T* grad_bias);  // (out_channels)
+class ConvReluPoolGradInput {
+ public:
+  ConvReluPoolGradInput(const ConvReluPoolShape& shape, const T* weight);
+  ~ConvReluPoolGradInput();
+  ConvReluPoolGradInput(ConvReluPoolGradInput&&) noexcept;
 
-// What it takes to bring a weight to another place, in multiplications.
-inline constexpr int64_t kPackingCost = 16;
+  // As of the forward pass.
+  void prepare(int64_t begin, int64_t end);
+  int64_t units() const {
+    return shape_.out_channels;
+  }
+  void run(int64_t images, const T* grad_output, const uint8_t* index, T* grad_input) const;
 
-// How many items of `products` multiplications each are worth a thread.
-inline int64_t conv_grain(int64_t products) {
-  return std::max<int64_t>(1, (int64_t(1) << 17) / std::max<int64_t>(1, products));
-}
+ private:
+  const ConvReluPoolShape shape_;
+  const T* const weight_;
+  AlignedBuffer<T> packed_;
+  std::vector<Segment<T>> segments_;
+};
+
+// All that the gradients of a weight and a bias are made of.
+template <typename T>
+struct ConvReluPoolWeightProblem {
+  ConvReluPoolShape shape;
+  int64_t images;
+  const T* grad_output;
+  const uint8_t* index;
+  const T* input;
+  T* grad_weight;
+  T* grad_bias;  // (out_channels)
+};
+
+template <typename T>
+class ConvReluPoolGradWeight {
+ public:
+  virtual ~ConvReluPoolGradWeight() = default;
+  virtual int64_t units() const = 0;
+  virtual void run(int64_t begin, int64_t end) = 0;
+  // After all units.
+  virtual void finish() {}
+};
+
+template <typename T>
+std::unique_ptr<ConvReluPoolGradWeight<T>> make_grad_weight(const ConvReluPoolWeightProblem<T>& problem);
 
 }  // namespace lightkit::cpu

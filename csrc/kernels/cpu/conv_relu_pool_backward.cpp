@@ -8,8 +8,6 @@
 #include "conv_relu_pool_backward.h"
 #include "conv_relu_pool_lists.h"
 
-#include <ATen/Parallel.h>
-
 #include <numeric>
 #include <utility>
 #include <vector>
@@ -125,7 +123,8 @@ Accumulate<T> find_accumulate(int64_t rows, int64_t vectors) {
                    : find_vectors<T, 3>(vectors, all);
 }
 
-// A part of a patch that one call of `accumulate` sums: some of its rows, some vectors of each.
+}  // namespace
+
 template <typename T>
 struct Segment {
   int64_t row;
@@ -133,6 +132,8 @@ struct Segment {
   int64_t last;   // lanes of the last vector
   Accumulate<T> accumulate;
 };
+
+namespace {
 
 // Of at most so many vectors, and at least one.
 template <typename T>
@@ -161,28 +162,6 @@ int64_t padded_run(const ConvReluPoolShape& shape) {
   return (shape.run() + kWidth<T> - 1) / kWidth<T> * kWidth<T>;
 }
 
-// The weight as (out_channels, kernel_height, padded run).
-template <typename T>
-AlignedBuffer<T> pack(const ConvReluPoolShape& shape, const T* weight) {
-  const int64_t run = padded_run<T>(shape);
-  AlignedBuffer<T> packed(shape.out_channels * shape.kernel_height * run);
-  at::parallel_for(0, shape.out_channels, conv_grain(kPackingCost * shape.taps()), [&](int64_t begin, int64_t end) {
-    T* to = packed.data() + begin * shape.kernel_height * run;
-    for (int64_t out = begin; out < end; ++out) {
-      const T* from = weight + out * shape.taps();
-      for (int64_t row = 0; row < shape.kernel_height; ++row) {
-        for (int64_t column = 0; column < shape.kernel_width; ++column, ++from) {
-          for (int64_t in = 0; in < shape.in_channels; ++in) {
-            *to++ = from[in * shape.kernel_size()];
-          }
-        }
-        to = std::fill_n(to, run - shape.run(), T(0));
-      }
-    }
-  });
-  return packed;
-}
-
 // (kernel_height, padded run) into one channel of the weight's gradient.
 template <typename T>
 void unpack(const ConvReluPoolShape& shape, const T* packed, T* grad_weight) {
@@ -197,175 +176,213 @@ void unpack(const ConvReluPoolShape& shape, const T* packed, T* grad_weight) {
   }
 }
 
-// The products of a gradient if every output were live.
-int64_t products(const ConvReluPoolShape& shape) {
-  return shape.rows() * shape.columns() * shape.out_channels * shape.taps();
-}
+template <typename T>
+class SparseGradWeight final : public ConvReluPoolGradWeight<T> {
+ public:
+  explicit SparseGradWeight(const ConvReluPoolWeightProblem<T>& problem)
+      : problem_(problem),
+        run_(padded_run<T>(problem.shape)),
+        most_(outputs_of_a_list(problem.shape)),
+        segments_(make_segments<T>(problem.shape, kSums)) {
+    const ConvReluPoolShape& shape = problem.shape;
+    std::copy_n(shape.quad_offsets().begin(), shape.quads(), moves_.begin());
+    // Whole vectors read beyond a run, and so beyond the last image: the sums of those lanes are not used, but there
+    // must be memory.
+    if (run_ != shape.run()) {
+      const T* from = problem.input + (problem.images - 1) * shape.image_size();
+      copy_of_last_.assign(from, from + shape.image_size());
+      copy_of_last_.resize(shape.image_size() + kWidth<T>);
+    }
+  }
+
+  int64_t units() const override {
+    return (problem_.shape.out_channels + kChannels - 1) / kChannels;
+  }
+
+  void run(int64_t begin, int64_t end) override {
+    Lists<T> lists(kChannels, most_);
+    AlignedBuffer<T> sums(kChannels * problem_.shape.kernel_height * run_);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      sum_channels(unit * kChannels, lists, sums.data());
+    }
+  }
+
+ private:
+  // Whole images if they are small, else a part of one.
+  static int64_t outputs_of_a_list(const ConvReluPoolShape& shape) {
+    const int64_t cached = kCachedBytes / static_cast<int64_t>(sizeof(T)) / shape.image_size();
+    const int64_t positions = shape.positions();
+    return positions > kMostOutputs ? kMostOutputs
+                                    : positions * std::clamp<int64_t>(cached, 1, kMostOutputs / positions);
+  }
+
+  // Up to kChannels channels of the gradients.
+  void sum_channels(int64_t channel, Lists<T>& lists, T* sums) {
+    const ConvReluPoolShape& shape = problem_.shape;
+    const int64_t channels = std::min<int64_t>(kChannels, shape.out_channels - channel);
+    const int64_t patch = shape.kernel_height * run_;
+    const int64_t total = problem_.images * shape.positions();
+    const int64_t before_last = total - shape.positions();
+    std::fill_n(sums, kChannels * patch, T(0));
+    T bias_sums[kChannels] = {};
+    OutputCursor cursor(shape);
+    for (int64_t first = 0, last; first < total; first = last) {
+      const bool in_last = first >= before_last;
+      last = std::min(first + most_, in_last ? total : before_last);
+      const int64_t base = cursor.image_offset();
+      int32_t places[kMostOutputs];
+      for (int64_t o = first; o < last; ++o, cursor.advance()) {
+        places[o - first] = static_cast<int32_t>(cursor.offset() - base);
+      }
+      lists.clear();
+      const auto list = [&](auto together, int64_t c) {
+        list_outputs<T, together>(
+            lists.data() + c,
+            problem_.grad_output + first * shape.out_channels + channel + c,
+            problem_.index + first * shape.out_channels + channel + c,
+            shape.out_channels,
+            places,
+            moves_,
+            last - first);
+      };
+      if (channels == kChannels) {
+        list(std::integral_constant<int, kChannels>{}, 0);
+      } else {
+        for (int64_t c = 0; c < channels; ++c) {
+          list(std::integral_constant<int, 1>{}, c);
+        }
+      }
+      const T* source = in_last && !copy_of_last_.empty() ? copy_of_last_.data() : problem_.input + base;
+      for (const auto& segment : segments_) {
+        for (int64_t c = 0; c < channels; ++c) {
+          segment.accumulate(
+              lists.data()[c],
+              source + segment.row * shape.row_size() + segment.start,
+              shape.row_size(),
+              sums + c * patch + segment.row * run_ + segment.start,
+              run_,
+              kWidth<T>);
+        }
+      }
+      for (int64_t c = 0; c < channels; ++c) {
+        const List<T>& live = lists.data()[c];
+        bias_sums[c] += std::accumulate(live.coefficients, live.coefficients + live.size, T(0));
+      }
+    }
+    for (int64_t c = 0; c < channels; ++c) {
+      unpack(shape, sums + c * patch, problem_.grad_weight + (channel + c) * shape.taps());
+    }
+    std::copy_n(bias_sums, channels, problem_.grad_bias + channel);
+  }
+
+  const ConvReluPoolWeightProblem<T> problem_;
+  const int64_t run_;
+  const int64_t most_;
+  const std::vector<Segment<T>> segments_;
+  // Indexed by winner; what is dead, or no winner at all, goes nowhere.
+  Moves moves_{};
+  std::vector<T> copy_of_last_;
+};
 
 }  // namespace
 
 template <typename T>
-void conv_relu_pool_grad_input(
-    const ConvReluPoolShape& shape,
-    const T* grad_output,
-    const uint8_t* index,
-    const T* weight,
-    T* grad_input) {
-  const auto packed = pack(shape, weight);
-  // Of a segment, the weights of the listed channels stay in the first-level cache while all outputs are worked off.
-  const int64_t listed = std::min(kListed, shape.out_channels);
-  const auto segments = make_segments<T>(shape, kCachedBytes / static_cast<int64_t>(sizeof(T)) / kWidth<T> / listed);
-  const auto quad_offsets = shape.quad_offsets();
-  const int64_t run = padded_run<T>(shape);
-  const int64_t patch = shape.kernel_height * run;
-  const int64_t quads = shape.quads();
-  const int64_t positions = shape.rows() * shape.columns();
-  const auto list = shape.pool ? list_channels<T, 4> : list_channels<T, 1>;
+ConvReluPoolGradInput<T>::ConvReluPoolGradInput(const ConvReluPoolShape& shape, const T* weight)
+    : shape_(shape),
+      weight_(weight),
+      packed_(shape.out_channels * shape.kernel_height * padded_run<T>(shape)),
+      // Of a segment, the weights of the listed channels stay in the first-level cache while all outputs are worked off.
+      segments_(make_segments<T>(
+          shape,
+          kCachedBytes / static_cast<int64_t>(sizeof(T)) / kWidth<T> / std::min(kListed, shape.out_channels))) {}
 
-  at::parallel_for(0, shape.images, conv_grain(products(shape)), [&](int64_t begin, int64_t end) {
-    Lists<T> lists(kGroup * quads, listed);
-    for (int64_t image = begin; image < end; ++image) {
-      T* target = grad_input + image * shape.image_size();
-      std::fill_n(target, shape.image_size(), T(0));
-      OutputCursor cursor(shape, image * positions);
-      for (int64_t first = 0; first < positions; first += kGroup) {
-        const int64_t count = std::min(kGroup, positions - first);
-        int64_t offsets[kGroup];
-        for (int64_t p = 0; p < count; ++p, cursor.advance()) {
-          offsets[p] = cursor.offset();
-        }
-        for (int64_t channel = 0; channel < shape.out_channels; channel += listed) {
-          lists.clear();
-          for (int64_t p = 0; p < count; ++p) {
-            const int64_t output = (image * positions + first + p) * shape.out_channels + channel;
-            list(
-                lists.data() + p * quads,
-                grad_output + output,
-                index + output,
-                std::min(listed, shape.out_channels - channel),
-                patch);
-          }
-          for (const auto& segment : segments) {
-            for (int64_t l = 0; l < count * quads; ++l) {
-              segment.accumulate(
-                  lists.data()[l],
-                  packed.data() + channel * patch + segment.row * run + segment.start,
-                  run,
-                  target + offsets[l / quads] + quad_offsets[l % quads] + segment.row * shape.row_size() +
-                      segment.start,
-                  shape.row_size(),
-                  segment.last);
-            }
-          }
+template <typename T>
+ConvReluPoolGradInput<T>::~ConvReluPoolGradInput() = default;
+
+template <typename T>
+ConvReluPoolGradInput<T>::ConvReluPoolGradInput(ConvReluPoolGradInput&&) noexcept = default;
+
+// A unit is an output channel. The packed weight lies as (out_channels, kernel_height, padded run).
+template <typename T>
+void ConvReluPoolGradInput<T>::prepare(int64_t begin, int64_t end) {
+  const int64_t run = padded_run<T>(shape_);
+  T* to = packed_.data() + begin * shape_.kernel_height * run;
+  for (int64_t out = begin; out < end; ++out) {
+    const T* from = weight_ + out * shape_.taps();
+    for (int64_t row = 0; row < shape_.kernel_height; ++row) {
+      for (int64_t column = 0; column < shape_.kernel_width; ++column, ++from) {
+        for (int64_t in = 0; in < shape_.in_channels; ++in) {
+          *to++ = from[in * shape_.kernel_size()];
         }
       }
+      to = std::fill_n(to, run - shape_.run(), T(0));
     }
-  });
+  }
 }
 
 template <typename T>
-void conv_relu_pool_grad_weight(
-    const ConvReluPoolShape& shape,
-    const T* grad_output,
-    const uint8_t* index,
-    const T* input,
-    T* grad_weight,
-    T* grad_bias) {
-  if (is_thin<T>(shape)) {
-    return thin_grad_weight(shape, grad_output, index, input, grad_weight, grad_bias);
-  }
-  const auto segments = make_segments<T>(shape, kSums);
-  const int64_t run = padded_run<T>(shape);
-  const int64_t patch = shape.kernel_height * run;
-  const int64_t total = shape.outputs();
-  const int64_t positions = shape.rows() * shape.columns();
-  // Indexed by winner; what is dead, or no winner at all, goes nowhere.
-  Moves moves{};
-  std::copy_n(shape.quad_offsets().begin(), shape.quads(), moves.begin());
-  // Outputs of a list: whole images if they are small, else a part of one.
-  const int64_t cached = kCachedBytes / static_cast<int64_t>(sizeof(T)) / shape.image_size();
-  const int64_t most =
-      positions > kMostOutputs ? kMostOutputs : positions * std::clamp<int64_t>(cached, 1, kMostOutputs / positions);
+void ConvReluPoolGradInput<T>::run(
+    int64_t images, const T* grad_output, const uint8_t* index, T* grad_input) const {
+  const int64_t listed = std::min(kListed, shape_.out_channels);
+  const auto quad_offsets = shape_.quad_offsets();
+  const int64_t run = padded_run<T>(shape_);
+  const int64_t patch = shape_.kernel_height * run;
+  const int64_t quads = shape_.quads();
+  const int64_t positions = shape_.positions();
+  const auto list = shape_.pool ? list_channels<T, 4> : list_channels<T, 1>;
+  // Whole images or a part of one: in which order an image's sums are added does not depend on the others.
+  const int64_t images_of_group = std::max<int64_t>(1, kGroup / positions);
 
-  // Whole vectors read beyond a run, and so beyond the last image: the sums of those lanes are not used, but there
-  // must be memory.
-  const int64_t last_image = shape.images - 1;
-  std::vector<T> copy_of_last;
-  if (run != shape.run()) {
-    const T* from = input + last_image * shape.image_size();
-    copy_of_last.assign(from, from + shape.image_size());
-    copy_of_last.resize(shape.image_size() + kWidth<T>);
-  }
-
-  const int64_t blocks = (shape.out_channels + kChannels - 1) / kChannels;
-  const int64_t grain = conv_grain(shape.images * products(shape) / blocks);
-  at::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
-    Lists<T> lists(kChannels, most);
-    AlignedBuffer<T> sums(kChannels * patch);
-    for (int64_t channel = begin * kChannels; channel < std::min(end * kChannels, shape.out_channels);
-         channel += kChannels) {
-      const int64_t channels = std::min<int64_t>(kChannels, shape.out_channels - channel);
-      std::fill_n(sums.data(), kChannels * patch, T(0));
-      T bias_sums[kChannels] = {};
-      OutputCursor cursor(shape, 0);
-      for (int64_t first = 0, last; first < total; first = last) {
-        const bool in_last = first >= last_image * positions;
-        last = std::min(first + most, in_last ? total : last_image * positions);
-        const int64_t base = cursor.image() * shape.image_size();
-        int32_t places[kMostOutputs];
-        for (int64_t o = first; o < last; ++o, cursor.advance()) {
-          places[o - first] = static_cast<int32_t>(cursor.image() * shape.image_size() + cursor.offset() - base);
-        }
+  std::fill_n(grad_input, images * shape_.image_size(), T(0));
+  Lists<T> lists(kGroup * quads, listed);
+  OutputCursor cursor(shape_);
+  for (int64_t image = 0; image < images; image += images_of_group) {
+    const int64_t end = std::min(images, image + images_of_group) * positions;
+    for (int64_t first = image * positions; first < end; first += kGroup) {
+      const int64_t count = std::min(kGroup, end - first);
+      int64_t offsets[kGroup];
+      for (int64_t p = 0; p < count; ++p, cursor.advance()) {
+        offsets[p] = cursor.offset();
+      }
+      for (int64_t channel = 0; channel < shape_.out_channels; channel += listed) {
         lists.clear();
-        const auto list = [&](auto together, int64_t c) {
-          list_outputs<T, together>(
-              lists.data() + c,
-              grad_output + first * shape.out_channels + channel + c,
-              index + first * shape.out_channels + channel + c,
-              shape.out_channels,
-              places,
-              moves,
-              last - first);
-        };
-        if (channels == kChannels) {
-          list(std::integral_constant<int, kChannels>{}, 0);
-        } else {
-          for (int64_t c = 0; c < channels; ++c) {
-            list(std::integral_constant<int, 1>{}, c);
-          }
+        for (int64_t p = 0; p < count; ++p) {
+          const int64_t output = (first + p) * shape_.out_channels + channel;
+          list(
+              lists.data() + p * quads,
+              grad_output + output,
+              index + output,
+              std::min(listed, shape_.out_channels - channel),
+              patch);
         }
-        const T* source = in_last && !copy_of_last.empty() ? copy_of_last.data() : input + base;
-        for (const auto& segment : segments) {
-          for (int64_t c = 0; c < channels; ++c) {
+        for (const auto& segment : segments_) {
+          for (int64_t l = 0; l < count * quads; ++l) {
             segment.accumulate(
-                lists.data()[c],
-                source + segment.row * shape.row_size() + segment.start,
-                shape.row_size(),
-                sums.data() + c * patch + segment.row * run + segment.start,
+                lists.data()[l],
+                packed_.data() + channel * patch + segment.row * run + segment.start,
                 run,
-                kWidth<T>);
+                grad_input + offsets[l / quads] + quad_offsets[l % quads] + segment.row * shape_.row_size() +
+                    segment.start,
+                shape_.row_size(),
+                segment.last);
           }
         }
-        for (int64_t c = 0; c < channels; ++c) {
-          const List<T>& live = lists.data()[c];
-          bias_sums[c] += std::accumulate(live.coefficients, live.coefficients + live.size, T(0));
-        }
       }
-      for (int64_t c = 0; c < channels; ++c) {
-        unpack(shape, sums.data() + c * patch, grad_weight + (channel + c) * shape.taps());
-      }
-      std::copy_n(bias_sums, channels, grad_bias + channel);
     }
-  });
+  }
 }
 
-template void conv_relu_pool_grad_input(
-    const ConvReluPoolShape&, const float*, const uint8_t*, const float*, float*);
-template void conv_relu_pool_grad_input(
-    const ConvReluPoolShape&, const double*, const uint8_t*, const double*, double*);
-template void conv_relu_pool_grad_weight(
-    const ConvReluPoolShape&, const float*, const uint8_t*, const float*, float*, float*);
-template void conv_relu_pool_grad_weight(
-    const ConvReluPoolShape&, const double*, const uint8_t*, const double*, double*, double*);
+template <typename T>
+std::unique_ptr<ConvReluPoolGradWeight<T>> make_grad_weight(const ConvReluPoolWeightProblem<T>& problem) {
+  if (is_thin<T>(problem.shape)) {
+    return make_thin_grad_weight(problem);
+  }
+  return std::make_unique<SparseGradWeight<T>>(problem);
+}
+
+template class ConvReluPoolGradInput<float>;
+template class ConvReluPoolGradInput<double>;
+template std::unique_ptr<ConvReluPoolGradWeight<float>> make_grad_weight(const ConvReluPoolWeightProblem<float>&);
+template std::unique_ptr<ConvReluPoolGradWeight<double>> make_grad_weight(const ConvReluPoolWeightProblem<double>&);
 
 }  // namespace lightkit::cpu

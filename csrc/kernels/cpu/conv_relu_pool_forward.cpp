@@ -6,7 +6,6 @@
 
 #include "conv_relu_pool.h"
 
-#include <ATen/Parallel.h>
 #include <c10/util/Unroll.h>
 
 #include <type_traits>
@@ -72,9 +71,10 @@ void convolve(
   }
 }
 
-// ReLU, and the pool over `quads` positions, of one vector of channels; `stride` from position to position.
+// ReLU, if there is one, and the pool over `quads` positions, of one vector of channels; `stride` from position to
+// position.
 template <typename T, int quads>
-void finish(const T* sums, int64_t stride, T* output, uint8_t* index, int64_t count) {
+void finish(const T* sums, int64_t stride, bool relu, T* output, uint8_t* index, int64_t count) {
   using Values = Lanes<T>;
   using Numbers = LaneNumbers<T>;
   Values best = load_lanes<Values>(sums);
@@ -87,77 +87,34 @@ void finish(const T* sums, int64_t stride, T* output, uint8_t* index, int64_t co
     winner = wins ? Numbers{} + q : winner;
   }
   // NaN is not below 0: it goes on.
-  const auto dead = best <= Values{};
+  const auto dead = relu ? best <= Values{} : Numbers{};
   store_lanes(dead ? Values{} : best, output, count);
   if (index != nullptr) {
     store_lanes(__builtin_convertvector(dead ? Numbers{} + kDead : winner, LaneBytes<T>), index, count);
   }
 }
 
-// Weight and bias as `convolve` reads them: for each kVectors vectors of output channels one block, the lanes
-// without a channel 0.
+// Writes, tap after tap, what `rows` rows of `taps` have there, filled up with 0 to a vector, to next().
 template <typename T>
-class PackedWeight {
- public:
-  PackedWeight(const ConvReluPoolShape& shape, const T* weight, const T* bias)
-      : taps_(shape.taps()),
-        vectors_((shape.out_channels + kWidth<T> - 1) / kWidth<T>),
-        weight_(vectors_ * kWidth<T> * taps_),
-        bias_(vectors_ * kWidth<T>) {
-    at::parallel_for(0, vectors_, conv_grain(kPackingCost * kWidth<T> * taps_), [&](int64_t begin, int64_t end) {
-      for (int64_t v = begin; v < end; ++v) {
-        const int64_t first = v * kWidth<T>;
-        const int64_t filled = std::min<int64_t>(kWidth<T>, shape.out_channels - first);
-        if (filled == kWidth<T>) {
-          pack(shape, weight + first * taps_, v, std::integral_constant<int64_t, kWidth<T>>{});
-        } else {
-          pack(shape, weight + first * taps_, v, filled);
-        }
-        std::fill_n(bias_.data() + first, kWidth<T>, T(0));
-        if (bias != nullptr) {
-          std::copy_n(bias + first, filled, bias_.data() + first);
-        }
-      }
-    });
-  }
-
-  int64_t blocks() const {
-    return (vectors_ + kVectors - 1) / kVectors;
-  }
-  int64_t vectors(int64_t block) const {
-    return std::min<int64_t>(kVectors, vectors_ - block * kVectors);
-  }
-  const T* weight(int64_t block) const {
-    return weight_.data() + block * kVectors * kWidth<T> * taps_;
-  }
-  const T* bias(int64_t block) const {
-    return bias_.data() + block * kVectors * kWidth<T>;
-  }
-
- private:
-  // One vector of output channels, whose weights begin at `from`.
-  void pack(const ConvReluPoolShape& shape, const T* from, int64_t vector, auto filled) {
-    const int64_t block = vector / kVectors;
-    const int64_t lanes = vectors(block) * kWidth<T>;
-    T* const to = weight_.data() + block * kVectors * kWidth<T> * taps_ + vector % kVectors * kWidth<T>;
-    for (int64_t in = 0; in < shape.in_channels; ++in) {
-      for (int64_t k = 0; k < shape.kernel_size(); ++k, ++from) {
-        T* const tap = to + (k * shape.in_channels + in) * lanes;
-        for (int64_t lane = 0; lane < filled; ++lane) {
-          tap[lane] = from[lane * taps_];
-        }
-        for (int64_t lane = filled; lane < kWidth<T>; ++lane) {
-          tap[lane] = T(0);
-        }
+void pack_taps(const T* from, int64_t rows, int64_t taps, auto next) {
+  constexpr int width = kWidth<T>;
+  int64_t tap = 0;
+  if (rows == width) {
+    alignas(64) T square[width * width];
+    for (; tap + width <= taps; tap += width) {
+      at::vec::transpose_mxn<T, width, width>(from + tap, taps, square, width);
+      for (int64_t t = 0; t < width; ++t) {
+        Vec<T>::loadu(square + t * width).store(next());
       }
     }
   }
-
-  const int64_t taps_;
-  const int64_t vectors_;
-  AlignedBuffer<T> weight_;
-  AlignedBuffer<T> bias_;
-};
+  for (; tap < taps; ++tap) {
+    T* const to = next();
+    for (int64_t lane = 0; lane < width; ++lane) {
+      to[lane] = lane < rows ? from[lane * taps + tap] : T(0);
+    }
+  }
+}
 
 // `vectors` vectors of channels of one block of positions, into the outputs.
 template <typename T, int vectors, int quads>
@@ -182,6 +139,7 @@ void run_block(
       finish<T, quads>(
           sums + o * quads * vectors * width + c,
           vectors * width,
+          shape.relu,
           output + o * shape.out_channels + c,
           index == nullptr ? nullptr : index + o * shape.out_channels + c,
           std::min<int64_t>(width, channels - c));
@@ -189,71 +147,100 @@ void run_block(
   }
 }
 
-template <typename T, int quads>
-void run(
-    const ConvReluPoolShape& shape, const T* input, const PackedWeight<T>& packed, T* output, uint8_t* index) {
-  constexpr int most = kBlock / quads;
-  const auto offsets = shape.quad_offsets();
-  const int64_t total = shape.outputs();
-  const int64_t grain = conv_grain(kBlock * shape.taps() * shape.out_channels);
-  at::parallel_for(0, (total + most - 1) / most, grain, [&](int64_t begin, int64_t end) {
-    OutputCursor cursor(shape, begin * most);
-    for (int64_t first = begin * most; first < std::min(end * most, total); first += most) {
-      const int64_t outputs = std::min<int64_t>(most, total - first);
-      const T* inputs[kBlock];
-      for (int64_t o = 0; o < outputs; ++o, cursor.advance()) {
-        const T* at = input + cursor.image() * shape.image_size() + cursor.offset();
-        for (int q = 0; q < quads; ++q) {
-          inputs[o * quads + q] = at + offsets[q];
-        }
-      }
-      // A last tile is filled up with positions whose sums nobody reads.
-      std::fill(inputs + outputs * quads, inputs + kBlock, inputs[0]);
-      for (int64_t b = 0; b < packed.blocks(); ++b) {
-        const int64_t channel = b * kVectors * kWidth<T>;
-        const int64_t at = first * shape.out_channels + channel;
-        const auto run_vectors = [&](auto vectors) {
-          run_block<T, vectors, quads>(
-              shape,
-              inputs,
-              outputs,
-              packed.weight(b),
-              packed.bias(b),
-              std::min<int64_t>(vectors * kWidth<T>, shape.out_channels - channel),
-              output + at,
-              index == nullptr ? nullptr : index + at);
-        };
-        c10::ForcedUnroll<kVectors>{}([&](auto v) {
-          if (packed.vectors(b) == v + 1) {
-            run_vectors(std::integral_constant<int, v + 1>{});
-          }
-        });
-      }
-    }
-  });
-}
-
 }  // namespace
 
 template <typename T>
-void conv_relu_pool_forward(
-    const ConvReluPoolShape& shape,
-    const T* input,
-    const T* weight,
-    const T* bias,
-    T* output,
-    uint8_t* index) {
-  const PackedWeight<T> packed(shape, weight, bias);
-  if (shape.pool) {
-    run<T, 4>(shape, input, packed, output, index);
-  } else {
-    run<T, 1>(shape, input, packed, output, index);
+ConvReluPoolForward<T>::ConvReluPoolForward(const ConvReluPoolShape& shape, const T* weight, const T* bias)
+    : shape_(shape),
+      weight_(weight),
+      bias_(bias),
+      vectors_((shape.out_channels + kWidth<T> - 1) / kWidth<T>),
+      packed_(vectors_ * kWidth<T> * shape.taps()),
+      packed_bias_(vectors_ * kWidth<T>) {}
+
+template <typename T>
+int64_t ConvReluPoolForward<T>::blocks() const {
+  return (vectors_ + kVectors - 1) / kVectors;
+}
+
+template <typename T>
+int64_t ConvReluPoolForward<T>::vectors(int64_t block) const {
+  return std::min<int64_t>(kVectors, vectors_ - block * kVectors);
+}
+
+// A unit is a vector of output channels. For each kVectors of them the packed weight has a block as `convolve` reads it,
+// the lanes without a channel 0.
+template <typename T>
+void ConvReluPoolForward<T>::prepare(int64_t begin, int64_t end) {
+  const int64_t taps = shape_.taps();
+  for (int64_t v = begin; v < end; ++v) {
+    const int64_t first = v * kWidth<T>;
+    const int64_t filled = std::min<int64_t>(kWidth<T>, shape_.out_channels - first);
+    const int64_t lanes = vectors(v / kVectors) * kWidth<T>;
+    T* const to = packed_.data() + v / kVectors * kVectors * kWidth<T> * taps + v % kVectors * kWidth<T>;
+    // From (lane, in, k) to (k, in, lane).
+    pack_taps<T>(weight_ + first * taps, filled, taps, [&, in = int64_t(0), k = int64_t(0)]() mutable {
+      T* const tap = to + (k * shape_.in_channels + in) * lanes;
+      if (++k == shape_.kernel_size()) {
+        k = 0;
+        ++in;
+      }
+      return tap;
+    });
+    std::fill_n(packed_bias_.data() + first, kWidth<T>, T(0));
+    if (bias_ != nullptr) {
+      std::copy_n(bias_ + first, filled, packed_bias_.data() + first);
+    }
   }
 }
 
-template void conv_relu_pool_forward(
-    const ConvReluPoolShape&, const float*, const float*, const float*, float*, uint8_t*);
-template void conv_relu_pool_forward(
-    const ConvReluPoolShape&, const double*, const double*, const double*, double*, uint8_t*);
+template <typename T>
+template <int quads>
+void ConvReluPoolForward<T>::run(int64_t images, const T* input, T* output, uint8_t* index) const {
+  constexpr int most = kBlock / quads;
+  const auto offsets = shape_.quad_offsets();
+  const int64_t total = images * shape_.positions();
+  OutputCursor cursor(shape_);
+  for (int64_t first = 0; first < total; first += most) {
+    const int64_t outputs = std::min<int64_t>(most, total - first);
+    const T* inputs[kBlock];
+    for (int64_t o = 0; o < outputs; ++o, cursor.advance()) {
+      const T* at = input + cursor.offset();
+      for (int q = 0; q < quads; ++q) {
+        inputs[o * quads + q] = at + offsets[q];
+      }
+    }
+    // A last tile is filled up with positions whose sums nobody reads.
+    std::fill(inputs + outputs * quads, inputs + kBlock, inputs[0]);
+    for (int64_t b = 0; b < blocks(); ++b) {
+      const int64_t channel = b * kVectors * kWidth<T>;
+      const int64_t at = first * shape_.out_channels + channel;
+      const auto run_vectors = [&](auto count) {
+        run_block<T, count, quads>(
+            shape_,
+            inputs,
+            outputs,
+            packed_.data() + channel * shape_.taps(),
+            packed_bias_.data() + channel,
+            std::min<int64_t>(count * kWidth<T>, shape_.out_channels - channel),
+            output + at,
+            index == nullptr ? nullptr : index + at);
+      };
+      c10::ForcedUnroll<kVectors>{}([&](auto v) {
+        if (vectors(b) == v + 1) {
+          run_vectors(std::integral_constant<int, v + 1>{});
+        }
+      });
+    }
+  }
+}
+
+template <typename T>
+void ConvReluPoolForward<T>::run(int64_t images, const T* input, T* output, uint8_t* index) const {
+  shape_.pool ? run<4>(images, input, output, index) : run<1>(images, input, output, index);
+}
+
+template class ConvReluPoolForward<float>;
+template class ConvReluPoolForward<double>;
 
 }  // namespace lightkit::cpu

@@ -6,8 +6,6 @@
 
 #include "conv_relu_pool_backward.h"
 
-#include <ATen/Parallel.h>
-
 #include <type_traits>
 #include <vector>
 
@@ -140,6 +138,60 @@ void add_all(
   }
 }
 
+// A unit is one of the parts.
+template <typename T>
+class ThinGradWeight final : public ConvReluPoolGradWeight<T> {
+ public:
+  explicit ThinGradWeight(const ConvReluPoolWeightProblem<T>& problem)
+      : problem_(problem),
+        padded_((problem.shape.out_channels + kWidth<T> - 1) / kWidth<T> * kWidth<T>),
+        size_((problem.shape.taps() + 1) * padded_),
+        sums_(units() * size_) {}
+
+  int64_t units() const override {
+    return std::min(kParts, problem_.images);
+  }
+
+  void run(int64_t begin, int64_t end) override {
+    const auto& [shape, images, grad_output, index, input, grad_weight, grad_bias] = problem_;
+    const auto add = shape.pool ? add_all<T, 4> : add_all<T, 1>;
+    const int64_t parts = units();
+    for (int64_t part = begin; part < end; ++part) {
+      for (int64_t image = part * images / parts; image < (part + 1) * images / parts; ++image) {
+        add(shape,
+            grad_output + image * shape.output_size(),
+            index + image * shape.output_size(),
+            input + image * shape.image_size(),
+            sums_.data() + part * size_);
+      }
+    }
+  }
+
+  void finish() override {
+    const auto& shape = problem_.shape;
+    for (int64_t part = 1; part < units(); ++part) {
+      for (int64_t i = 0; i < size_; ++i) {
+        sums_[i] += sums_[part * size_ + i];
+      }
+    }
+    for (int64_t k = 0; k < shape.kernel_size(); ++k) {
+      for (int64_t in = 0; in < shape.in_channels; ++in) {
+        const T* from = sums_.data() + (k * shape.in_channels + in) * padded_;
+        for (int64_t out = 0; out < shape.out_channels; ++out) {
+          problem_.grad_weight[out * shape.taps() + in * shape.kernel_size() + k] = from[out];
+        }
+      }
+    }
+    std::copy_n(sums_.data() + shape.taps() * padded_, shape.out_channels, problem_.grad_bias);
+  }
+
+ private:
+  const ConvReluPoolWeightProblem<T> problem_;
+  const int64_t padded_;
+  const int64_t size_;
+  std::vector<T> sums_;
+};
+
 }  // namespace
 
 template <typename T>
@@ -149,52 +201,13 @@ bool is_thin(const ConvReluPoolShape& shape) {
 }
 
 template <typename T>
-void thin_grad_weight(
-    const ConvReluPoolShape& shape,
-    const T* grad_output,
-    const uint8_t* index,
-    const T* input,
-    T* grad_weight,
-    T* grad_bias) {
-  const int64_t padded = (shape.out_channels + kWidth<T> - 1) / kWidth<T> * kWidth<T>;
-  const int64_t size = (shape.taps() + 1) * padded;
-  const int64_t parts = std::min(kParts, shape.images);
-  std::vector<T> sums(parts * size);
-  const int64_t outputs = shape.rows() * shape.columns() * shape.out_channels;
-  const int64_t products = outputs * shape.quads() * shape.taps() * shape.images / parts;
-  at::parallel_for(0, parts, conv_grain(products), [&](int64_t begin, int64_t end) {
-    for (int64_t part = begin; part < end; ++part) {
-      for (int64_t image = part * shape.images / parts; image < (part + 1) * shape.images / parts; ++image) {
-        const auto add = shape.pool ? add_all<T, 4> : add_all<T, 1>;
-        add(shape,
-            grad_output + image * outputs,
-            index + image * outputs,
-            input + image * shape.image_size(),
-            sums.data() + part * size);
-      }
-    }
-  });
-  for (int64_t part = 1; part < parts; ++part) {
-    for (int64_t i = 0; i < size; ++i) {
-      sums[i] += sums[part * size + i];
-    }
-  }
-  for (int64_t k = 0; k < shape.kernel_size(); ++k) {
-    for (int64_t in = 0; in < shape.in_channels; ++in) {
-      const T* from = sums.data() + (k * shape.in_channels + in) * padded;
-      for (int64_t out = 0; out < shape.out_channels; ++out) {
-        grad_weight[out * shape.taps() + in * shape.kernel_size() + k] = from[out];
-      }
-    }
-  }
-  std::copy_n(sums.data() + shape.taps() * padded, shape.out_channels, grad_bias);
+std::unique_ptr<ConvReluPoolGradWeight<T>> make_thin_grad_weight(const ConvReluPoolWeightProblem<T>& problem) {
+  return std::make_unique<ThinGradWeight<T>>(problem);
 }
 
 template bool is_thin<float>(const ConvReluPoolShape&);
 template bool is_thin<double>(const ConvReluPoolShape&);
-template void thin_grad_weight(
-    const ConvReluPoolShape&, const float*, const uint8_t*, const float*, float*, float*);
-template void thin_grad_weight(
-    const ConvReluPoolShape&, const double*, const uint8_t*, const double*, double*, double*);
+template std::unique_ptr<ConvReluPoolGradWeight<float>> make_thin_grad_weight(const ConvReluPoolWeightProblem<float>&);
+template std::unique_ptr<ConvReluPoolGradWeight<double>> make_thin_grad_weight(const ConvReluPoolWeightProblem<double>&);
 
 }  // namespace lightkit::cpu
