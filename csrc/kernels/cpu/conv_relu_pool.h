@@ -160,11 +160,13 @@ class ConvReluPoolForward {
   int64_t vectors(int64_t block) const;
   template <int quads>
   void run(int64_t images, const T* input, T* output, uint8_t* index) const;
+  void run_winograd(int64_t images, const T* input, T* output, uint8_t* index) const;
 
   const ConvReluPoolShape shape_;
   const T* const weight_;
   const T* const bias_;
   const int64_t vectors_;
+  const bool winograd_;
   AlignedBuffer<T> packed_;
   AlignedBuffer<T> packed_bias_;
 };
@@ -172,9 +174,9 @@ class ConvReluPoolForward {
 // The gradients, from those of the outputs that `index` does not call dead: other products are with 0 and left out, but
 // where that costs more (conv_relu_pool_thin.cpp). No result depends on how the work is dealt out.
 
-// A part of a patch of the input that is summed at once: some of its rows, some vectors of each.
+// A part of the kernel: some of its rows and columns.
 template <typename T>
-struct Segment;
+struct KernelPart;
 
 template <typename T>
 class ConvReluPoolGradInput {
@@ -191,10 +193,13 @@ class ConvReluPoolGradInput {
   void run(int64_t images, const T* grad_output, const uint8_t* index, T* grad_input) const;
 
  private:
+  T* packed(size_t part, int64_t vector) const;
+
   const ConvReluPoolShape shape_;
   const T* const weight_;
+  const std::vector<KernelPart<T>> parts_;
+  int64_t part_size_;
   AlignedBuffer<T> packed_;
-  std::vector<Segment<T>> segments_;
 };
 
 // All that the gradients of a weight and a bias are made of.

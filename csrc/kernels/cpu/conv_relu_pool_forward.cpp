@@ -1,14 +1,16 @@
-// The forward pass: a direct convolution in registers, pooled before anything is stored.
+// The forward pass: a direct convolution in registers, or the products of Winograd's, pooled before anything is stored.
 //
 // A tile is kPositions positions by kVectors vectors of output channels, all of whose sums stay in registers: for
 // each input that a position reads, one broadcast and kVectors multiply-adds. A block of tiles then fills a buffer
 // in the first-level cache, from which ReLU and pool write the output.
 
 #include "conv_relu_pool.h"
+#include "conv_relu_pool_winograd.h"
 
 #include <c10/util/Unroll.h>
 
 #include <type_traits>
+#include <utility>
 
 namespace lightkit::cpu {
 namespace {
@@ -96,7 +98,7 @@ void finish(const T* sums, int64_t stride, bool relu, T* output, uint8_t* index,
 
 // Writes, tap after tap, what `rows` rows of `taps` have there, filled up with 0 to a vector, to next().
 template <typename T>
-void pack_taps(const T* from, int64_t rows, int64_t taps, auto next) {
+void pack_taps(const T* from, int64_t rows, int64_t taps, auto&& next) {
   constexpr int width = kWidth<T>;
   int64_t tap = 0;
   if (rows == width) {
@@ -114,6 +116,16 @@ void pack_taps(const T* from, int64_t rows, int64_t taps, auto next) {
       to[lane] = lane < rows ? from[lane * taps + tap] : T(0);
     }
   }
+}
+
+// Calls f(n) with n, from 1 to kVectors, known when compiled.
+template <typename F>
+void with_vectors(int64_t vectors, const F& f) {
+  c10::ForcedUnroll<kVectors>{}([&](auto v) {
+    if (vectors == v + 1) {
+      f(std::integral_constant<int, v + 1>{});
+    }
+  });
 }
 
 // `vectors` vectors of channels of one block of positions, into the outputs.
@@ -155,7 +167,8 @@ ConvReluPoolForward<T>::ConvReluPoolForward(const ConvReluPoolShape& shape, cons
       weight_(weight),
       bias_(bias),
       vectors_((shape.out_channels + kWidth<T> - 1) / kWidth<T>),
-      packed_(vectors_ * kWidth<T> * shape.taps()),
+      winograd_(winograd::applies<T>(shape)),
+      packed_(vectors_ * kWidth<T> * (winograd_ ? winograd::kPoints * shape.in_channels : shape.taps())),
       packed_bias_(vectors_ * kWidth<T>) {}
 
 template <typename T>
@@ -173,20 +186,32 @@ int64_t ConvReluPoolForward<T>::vectors(int64_t block) const {
 template <typename T>
 void ConvReluPoolForward<T>::prepare(int64_t begin, int64_t end) {
   const int64_t taps = shape_.taps();
+  AlignedBuffer<T> transposed(winograd_ ? taps * kWidth<T> : 0);
   for (int64_t v = begin; v < end; ++v) {
     const int64_t first = v * kWidth<T>;
     const int64_t filled = std::min<int64_t>(kWidth<T>, shape_.out_channels - first);
     const int64_t lanes = vectors(v / kVectors) * kWidth<T>;
-    T* const to = packed_.data() + v / kVectors * kVectors * kWidth<T> * taps + v % kVectors * kWidth<T>;
-    // From (lane, in, k) to (k, in, lane).
-    pack_taps<T>(weight_ + first * taps, filled, taps, [&, in = int64_t(0), k = int64_t(0)]() mutable {
-      T* const tap = to + (k * shape_.in_channels + in) * lanes;
-      if (++k == shape_.kernel_size()) {
-        k = 0;
-        ++in;
+    const int64_t size = winograd_ ? winograd::kPoints * shape_.in_channels : taps;
+    T* const to = packed_.data() + v / kVectors * kVectors * kWidth<T> * size + v % kVectors * kWidth<T>;
+    if (winograd_) {
+      // From (lane, in, k) to (in, k, lane), and from there to (point, in, lane).
+      T* tap = transposed.data();
+      pack_taps<T>(weight_ + first * taps, filled, taps, [&] { return std::exchange(tap, tap + kWidth<T>); });
+      for (int64_t in = 0; in < shape_.in_channels; ++in) {
+        winograd::transform_weight<T>(
+            transposed.data() + in * shape_.kernel_size() * kWidth<T>, to + in * lanes, shape_.in_channels * lanes);
       }
-      return tap;
-    });
+    } else {
+      // From (lane, in, k) to (k, in, lane).
+      pack_taps<T>(weight_ + first * taps, filled, taps, [&, in = int64_t(0), k = int64_t(0)]() mutable {
+        T* const tap = to + (k * shape_.in_channels + in) * lanes;
+        if (++k == shape_.kernel_size()) {
+          k = 0;
+          ++in;
+        }
+        return tap;
+      });
+    }
     std::fill_n(packed_bias_.data() + first, kWidth<T>, T(0));
     if (bias_ != nullptr) {
       std::copy_n(bias_ + first, filled, packed_bias_.data() + first);
@@ -215,7 +240,7 @@ void ConvReluPoolForward<T>::run(int64_t images, const T* input, T* output, uint
     for (int64_t b = 0; b < blocks(); ++b) {
       const int64_t channel = b * kVectors * kWidth<T>;
       const int64_t at = first * shape_.out_channels + channel;
-      const auto run_vectors = [&](auto count) {
+      with_vectors(vectors(b), [&](auto count) {
         run_block<T, count, quads>(
             shape_,
             inputs,
@@ -225,19 +250,89 @@ void ConvReluPoolForward<T>::run(int64_t images, const T* input, T* output, uint
             std::min<int64_t>(count * kWidth<T>, shape_.out_channels - channel),
             output + at,
             index == nullptr ? nullptr : index + at);
-      };
-      c10::ForcedUnroll<kVectors>{}([&](auto v) {
-        if (vectors(b) == v + 1) {
-          run_vectors(std::integral_constant<int, v + 1>{});
+      });
+    }
+  }
+}
+
+// Tiles of a block, whose transformed inputs and products stay in the second-level cache.
+constexpr int kTiles = 12;
+
+template <typename T>
+void ConvReluPoolForward<T>::run_winograd(int64_t images, const T* input, T* output, uint8_t* index) const {
+  constexpr int width = kWidth<T>;
+  const int64_t in_channels = shape_.in_channels;
+  const int64_t total = images * shape_.positions();
+  // For the points of a tile the products are those of a convolution of 1x1.
+  const ConvReluPoolShape product{1, 1, in_channels, shape_.out_channels, 1, 1, false, false};
+  AlignedBuffer<T> inputs(winograd::kPoints * kTiles * in_channels);
+  AlignedBuffer<T> products(winograd::kPoints * kTiles * kVectors * width);
+  alignas(64) const T no_bias[kVectors * width] = {};
+  alignas(64) T positions[4 * width];
+  OutputCursor cursor(shape_);
+  for (int64_t first = 0; first < total; first += kTiles) {
+    const int64_t tiles = std::min<int64_t>(kTiles, total - first);
+    for (int64_t t = 0; t < tiles; ++t, cursor.advance()) {
+      for (int64_t c = 0; c < in_channels; c += width) {
+        winograd::transform_input<T>(
+            input + cursor.offset() + c,
+            shape_.row_size(),
+            in_channels,
+            inputs.data() + t * in_channels + c,
+            kTiles * in_channels);
+      }
+    }
+    for (int64_t b = 0; b < blocks(); ++b) {
+      const int64_t channel = b * kVectors * width;
+      const int64_t channels = std::min<int64_t>(kVectors * width, shape_.out_channels - channel);
+      const int64_t lanes = vectors(b) * width;
+      const T* weight = packed_.data() + winograd::kPoints * channel * in_channels;
+      with_vectors(vectors(b), [&](auto count) {
+        for (int point = 0; point < winograd::kPoints; ++point) {
+          for (int64_t t = 0; t < tiles; t += kPositions) {
+            const T* x[kPositions];
+            for (int p = 0; p < kPositions; ++p) {
+              x[p] = inputs.data() + (point * kTiles + t + p) * in_channels;
+            }
+            convolve<T, count>(
+                product,
+                x,
+                weight + point * in_channels * lanes,
+                no_bias,
+                products.data() + (point * kTiles + t) * lanes);
+          }
         }
       });
+      for (int64_t t = 0; t < tiles; ++t) {
+        for (int64_t c = 0; c < channels; c += width) {
+          const int64_t at = (first + t) * shape_.out_channels + channel + c;
+          winograd::transform_output<T>(
+              products.data() + t * lanes + c,
+              kTiles * lanes,
+              Vec<T>::loadu(packed_bias_.data() + channel + c),
+              positions);
+          finish<T, 4>(
+              positions,
+              width,
+              shape_.relu,
+              output + at,
+              index == nullptr ? nullptr : index + at,
+              std::min<int64_t>(width, channels - c));
+        }
+      }
     }
   }
 }
 
 template <typename T>
 void ConvReluPoolForward<T>::run(int64_t images, const T* input, T* output, uint8_t* index) const {
-  shape_.pool ? run<4>(images, input, output, index) : run<1>(images, input, output, index);
+  if (winograd_) {
+    run_winograd(images, input, output, index);
+  } else if (shape_.pool) {
+    run<4>(images, input, output, index);
+  } else {
+    run<1>(images, input, output, index);
+  }
 }
 
 template class ConvReluPoolForward<float>;

@@ -53,6 +53,9 @@ class Lists {
   List<T>* data() {
     return lists_.data();
   }
+  const List<T>* data() const {
+    return lists_.data();
+  }
 
  private:
   // What an append writes beyond the end.

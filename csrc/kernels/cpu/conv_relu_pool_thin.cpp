@@ -4,7 +4,7 @@
 // that won: with a pool four times the products of conv_relu_pool_backward.cpp, but no list is made, and all lanes
 // are used.
 
-#include "conv_relu_pool_backward.h"
+#include "conv_relu_pool_thin.h"
 
 #include <type_traits>
 #include <vector>
