@@ -160,6 +160,7 @@ class ConvReluPoolForward {
   int64_t vectors(int64_t block) const;
   template <int quads>
   void run(int64_t images, const T* input, T* output, uint8_t* index) const;
+  void run_grey(int64_t images, const T* input, T* output, uint8_t* index) const;
   void run_winograd(int64_t images, const T* input, T* output, uint8_t* index) const;
 
   const ConvReluPoolShape shape_;

@@ -100,6 +100,73 @@ void add_image(
   }
 }
 
+#if defined(CPU_CAPABILITY_AVX512)
+// The same where all that an output reads fits a vector, `patch_row` to a row: each channel then takes its own inputs from
+// it, those of the position that won, and there are no products with 0.
+template <int rows, int taps>
+void add_small_image(
+    const ConvReluPoolShape& shape,
+    const Outputs<float>& outputs,
+    const float* image,
+    float* sums,
+    int64_t row_stride,
+    int64_t tap_stride,
+    float* bias_sum) {
+  const int patch_row = static_cast<int>(shape.run() + shape.in_channels);
+  const int patch_rows = static_cast<int>(shape.kernel_height + 1);
+  const int channels = static_cast<int>(shape.in_channels);
+  // Where the first input of a position lies in the patch, and that of a tap.
+  const __m512i first = _mm512_setr_epi32(
+      0, channels, patch_row, patch_row + channels, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+  __m512i moves[rows][taps];
+  __m512 sum[rows][taps];
+  LIGHTKIT_UNROLL for (int r = 0; r < rows; ++r) {
+    LIGHTKIT_UNROLL for (int t = 0; t < taps; ++t) {
+      moves[r][t] = _mm512_set1_epi32(r * patch_row + t);
+      sum[r][t] = _mm512_setzero_ps();
+    }
+  }
+  __m512 total = _mm512_setzero_ps();
+  const __mmask16 lanes = static_cast<__mmask16>((1u << outputs.count) - 1);
+  int64_t output = 0;
+  for (int64_t row = 0; row < shape.rows(); ++row) {
+    const float* x = image + 2 * row * shape.row_size();
+    for (int64_t column = 0; column < shape.columns(); ++column, ++output, x += 2 * shape.in_channels) {
+      __m512 patch = _mm512_setzero_ps();
+      for (int r = 0; r < patch_rows; ++r) {
+        const auto mask = static_cast<__mmask16>(((1u << patch_row) - 1) << (r * patch_row));
+        patch = _mm512_mask_expandloadu_ps(patch, mask, x + r * shape.row_size());
+      }
+      const int64_t at = output * outputs.stride;
+      const __m512i winner = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(lanes, outputs.winners + at));
+      const __mmask16 live = _mm512_mask_cmpneq_epi32_mask(lanes, winner, _mm512_set1_epi32(kDead));
+      const __m512 gradient = _mm512_maskz_loadu_ps(live, outputs.grads + at);
+      const __m512i place = _mm512_permutexvar_epi32(winner, first);
+      LIGHTKIT_UNROLL for (int r = 0; r < rows; ++r) {
+        LIGHTKIT_UNROLL for (int t = 0; t < taps; ++t) {
+          const __m512 value = _mm512_permutexvar_ps(_mm512_add_epi32(place, moves[r][t]), patch);
+          sum[r][t] = _mm512_fmadd_ps(gradient, value, sum[r][t]);
+        }
+      }
+      total = _mm512_add_ps(total, gradient);
+    }
+  }
+  LIGHTKIT_UNROLL for (int r = 0; r < rows; ++r) {
+    LIGHTKIT_UNROLL for (int t = 0; t < taps; ++t) {
+      float* const to = sums + r * row_stride + t * tap_stride;
+      _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), sum[r][t]));
+    }
+  }
+  _mm512_storeu_ps(bias_sum, _mm512_add_ps(_mm512_loadu_ps(bias_sum), total));
+}
+
+// Whether all taps are summed at once, and a patch is a vector.
+bool is_small(const ConvReluPoolShape& shape) {
+  return shape.pool && shape.kernel_height <= kMostRows && shape.run() <= kMostTaps &&
+      (shape.kernel_height + 1) * (shape.run() + shape.in_channels) <= 16;
+}
+#endif
+
 // Calls f(n) with n, from 1 to 3, known when compiled.
 template <typename F>
 void with_constant(int64_t n, const F& f) {
@@ -119,6 +186,19 @@ void add_all(
         winners + channel,
         shape.out_channels,
         std::min<int64_t>(kWidth<T>, shape.out_channels - channel)};
+#if defined(CPU_CAPABILITY_AVX512)
+    if constexpr (std::is_same_v<T, float>) {
+      if (is_small(shape)) {
+        with_constant(shape.kernel_height, [&](auto rows) {
+          with_constant(shape.run(), [&](auto taps) {
+            add_small_image<rows, taps>(
+                shape, outputs, image, sums + channel, shape.run() * padded, padded, sums + shape.taps() * padded + channel);
+          });
+        });
+        continue;
+      }
+    }
+#endif
     for (int64_t row = 0; row < shape.kernel_height; row += kMostRows) {
       for (int64_t tap = 0; tap < shape.run(); tap += kMostTaps) {
         with_constant(std::min<int64_t>(kMostRows, shape.kernel_height - row), [&](auto rows) {

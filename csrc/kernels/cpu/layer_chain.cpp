@@ -2,29 +2,64 @@
 
 #include <ATen/Parallel.h>
 
+#include <atomic>
+
 namespace lightkit::cpu {
 namespace {
 
 // What a thread works on at a time, in bytes of activations: a part of its second-level cache.
 constexpr int64_t kSliceBytes = 512 * 1024;
 
+// Of images, if there are so many.
+constexpr int64_t kPiecesOfAThread = 4;
+
 // How many multiplications are worth a thread, and what it takes to bring a weight to another place in these.
 constexpr int64_t kWorthAThread = int64_t(1) << 17;
 constexpr int64_t kPackingCost = 4;
 
-// Of items of `cost` multiplications each.
-int64_t grain(int64_t cost) {
-  return std::max<int64_t>(1, kWorthAThread / std::max<int64_t>(1, cost));
+// Calls run(begin, end) for pieces of 0 to `count`, which cost `cost` multiplications in all. Each thread begins with
+// pieces of its own and takes over others' when it is done: its core may be the one that nothing else slows down.
+template <typename F>
+void in_pieces(int64_t count, int64_t piece, int64_t cost, const F& run) {
+  struct alignas(64) Part {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  const int64_t pieces = (count + piece - 1) / piece;
+  const int64_t allowed = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const int64_t threads = std::max<int64_t>(1, std::min({allowed, cost / kWorthAThread, pieces}));
+  const auto parts = std::make_unique<Part[]>(threads);
+  for (int64_t t = 0; t < threads; ++t) {
+    parts[t].next = t * pieces / threads;
+    parts[t].end = (t + 1) * pieces / threads;
+  }
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t own = begin; own < end; ++own) {
+      for (int64_t t = 0; t < threads; ++t) {
+        Part& part = parts[(own + t) % threads];
+        for (int64_t p = part.next++; p < part.end; p = part.next++) {
+          run(p * piece, std::min(count, (p + 1) * piece));
+        }
+      }
+    }
+  });
 }
 
 // Calls run(worker, begin, end) until each has had all its units, of the cost of `cost` multiplications together. They
 // cost more with one worker than with another: each share has a like part of every worker's.
 template <typename F>
 void in_shares(const std::vector<int64_t>& units, int64_t cost, const F& run) {
-  constexpr int64_t shares = 64;
-  at::parallel_for(0, shares, grain(cost / shares), [&](int64_t begin, int64_t end) {
+  int64_t shares = 0;
+  for (const int64_t each : units) {
+    shares = std::max(shares, each);
+  }
+  in_pieces(shares, 1, cost, [&](int64_t share, int64_t) {
     for (size_t worker = 0; worker < units.size(); ++worker) {
-      run(worker, begin * units[worker] / shares, end * units[worker] / shares);
+      const int64_t begin = share * units[worker] / shares;
+      const int64_t end = (share + 1) * units[worker] / shares;
+      if (begin < end) {
+        run(worker, begin, end);
+      }
     }
   });
 }
@@ -77,12 +112,9 @@ void in_slices(const std::vector<ChainLayer<T>>& layers, int64_t images, const F
     products += layer.shape.products();
     bytes += (layer.shape.image_size() + layer.shape.output_size()) * static_cast<int64_t>(sizeof(T));
   }
-  const int64_t most = std::max<int64_t>(1, kSliceBytes / bytes);
-  at::parallel_for(0, images, grain(products), [&](int64_t begin, int64_t end) {
-    for (int64_t image = begin; image < end; image += most) {
-      run(image, std::min(end, image + most));
-    }
-  });
+  const int64_t balanced = images / (kPiecesOfAThread * at::get_num_threads());
+  const int64_t piece = std::max<int64_t>(1, std::min(kSliceBytes / bytes, balanced));
+  in_pieces(images, piece, images * products, run);
 }
 
 // Of images: into the middle of larger ones, 0 around it, or back.
