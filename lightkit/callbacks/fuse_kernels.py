@@ -59,8 +59,8 @@ class FuseKernels(Callback):
     - ``torch.nn.functional.cross_entropy``, however it is called, in the thread of the trainer, and with it
       ``torch.nn.CrossEntropyLoss``: see `lightkit.ops.substitute_cross_entropy`. For fit, validate, test and
       predict. Calls that the kernels do not cover, and code under torch.compile, stay torch's;
-    - on a CPU, each ``torch.nn.Sequential`` with convolutions that a ReLU follows, in place, by
-      `lightkit.nn.FusedSequential`. For fit, validate, test and predict.
+    - on a CPU, each ``torch.nn.Sequential`` with layers that go together as one operation, such as convolutions that
+      a ReLU follows, in place, by `lightkit.nn.FusedSequential`. For fit, validate, test and predict.
 
     When the run ends, or an exception or Ctrl-C ends it, everything is torch's again. Checkpoints hold nothing of
     lightkit: one made with this callback continues without it, and the other way round.
@@ -161,6 +161,8 @@ class FuseKernels(Callback):
 
 class _FusedForTheRun(FusedSequential):
     """What a Sequential is in the meantime: copies, pickles and exports of it are torch's."""
+
+    _is_only_its_layers = True
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_tracing() or torch.compiler.is_exporting():

@@ -25,6 +25,9 @@ class FusedSequential(nn.Sequential):
     ``view`` works as before, and dropout draws as before.
     """
 
+    # Looked for in a class itself: what inherits from it may do anything.
+    _is_only_its_layers = True
+
     def forward(self, input: Tensor) -> Tensor:
         """What the layers make of the input, one after the other."""
         return run_fused(self._modules.values(), input)
@@ -101,7 +104,8 @@ def _parameters(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
 def _unnested(layers: Iterable[nn.Module]) -> Iterator[nn.Module]:
     """The layers, and in place of a Sequential its own."""
     for layer in layers:
-        if type(layer) in (nn.Sequential, FusedSequential) and _is_plain(layer):
+        cls = type(layer)
+        if (cls is nn.Sequential or "_is_only_its_layers" in cls.__dict__) and _is_plain(layer):
             yield from _unnested(layer._modules.values())
         else:
             yield layer
@@ -115,17 +119,19 @@ def _ordered_as(x: Tensor, input: Tensor) -> Tensor:
 
 def _runs(layers: Iterable[nn.Module]) -> Iterator[list[nn.Module]]:
     """The layers in order, those together that are one layer of a chain."""
-    layers = list(layers)
-    index, count = 0, len(layers)
-    while index < count:
-        length = 1
-        if index + 1 < count and _is_relu(layers[index + 1]):
-            if _is_convolution(layers[index]):
-                length = 3 if index + 2 < count and _is_pool(layers[index + 2]) else 2
-            elif _is_linear(layers[index]):
-                length = 2
-        yield layers[index : index + length]
-        index += length
+    run: list[nn.Module] = []
+    for layer in layers:
+        # What a ReLU or a pool belongs to is the run before.
+        if len(run) == 1 and _is_relu(layer) and (_is_convolution(run[0]) or _is_linear(run[0])):
+            run.append(layer)
+        elif len(run) == 2 and type(run[0]) is nn.Conv2d and _is_pool(layer):
+            run.append(layer)
+        else:
+            if run:
+                yield run
+            run = [layer]
+    if run:
+        yield run
 
 
 def _are_all_hooked() -> bool:
@@ -138,13 +144,15 @@ def _are_all_hooked() -> bool:
 
 
 def _is_plain(layer: nn.Module) -> bool:
+    own = layer.__dict__
     return not (
-        layer._forward_hooks
-        or layer._forward_pre_hooks
-        or layer._backward_hooks
-        or layer._backward_pre_hooks
-        or "forward" in layer.__dict__
-        or "weight" in layer.__dict__
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+        # In place of the parameter, as by pruning.
+        or "weight" in own
     )
 
 
@@ -185,13 +193,11 @@ def _is_relu(layer: nn.Module) -> bool:
 def _is_pool(layer: nn.Module) -> bool:
     return (
         type(layer) is nn.MaxPool2d
-        and _pair(layer.kernel_size) == _pair(layer.stride) == (2, 2)
-        and (_pair(layer.padding), _pair(layer.dilation)) == ((0, 0), (1, 1))
+        and layer.kernel_size in (2, (2, 2))
+        and layer.stride in (2, (2, 2))
+        and layer.padding in (0, (0, 0))
+        and layer.dilation in (1, (1, 1))
         and not layer.ceil_mode
         and not layer.return_indices
         and _is_plain(layer)
     )
-
-
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else tuple(value)
