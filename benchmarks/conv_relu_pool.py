@@ -4,9 +4,10 @@
 
 The layers, forward and backward, with the gradients that a network needs (none of the images), are the three of the
 CNN and some of larger networks, with padding; peers: torch eager on contiguous and on channels-last data. "kernel" is
-the native one, "lightkit" what `conv_relu_pool` makes of it, which leaves some layers to torch. The step is forward,
-cross-entropy, backward and Adam, on the CNN with ``blocks="fused"`` and ``blocks="torch"``, and, for the latter, with
-torch's loss and as torch's default memory format and channels-last have it.
+the native one, "lightkit" what `conv_relu_pool` makes of it, which leaves some layers to torch. "linear A-B-C" are
+linear layers with a ReLU between them, as they stand at the end of a network: torch's, and as a chain. The step is
+forward, cross-entropy, backward and Adam, on the CNN with ``blocks="fused"`` and ``blocks="torch"``, and, for the
+latter, with torch's loss and as torch's default memory format and channels-last have it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from lightkit import native
 from lightkit.models import CNN
-from lightkit.ops import conv_relu_pool, conv_relu_pool_reference, cross_entropy
+from lightkit.ops import ChainLayer, conv_relu_pool, conv_relu_pool_reference, cross_entropy, layer_chain
 
 BATCHES = [32, 128]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -82,6 +84,31 @@ def calls(layer: Layer, batch: int, dtype: torch.dtype) -> dict[str, Callable[[]
     }
 
 
+# Features of linear layers.
+HEADS = [(576, 64, 10), (784, 128, 10), (256, 256, 256), (512, 256, 10), (1024, 512, 10)]
+
+
+def head(features: tuple[int, ...], batch: int) -> dict[str, Callable[[], object]]:
+    """Forward and backward of linear layers, on values as they come out of a ReLU."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, features[0], generator=generator).relu().requires_grad_()
+    linear = [torch.nn.Linear(*sizes) for sizes in pairwise(features)]
+    leaves = [x, *(parameter for layer in linear for parameter in layer.parameters())]
+    upstream = torch.randn(batch, features[-1], generator=generator)
+
+    def torchs() -> object:
+        y = x
+        for layer in linear[:-1]:
+            y = F.relu(layer(y))
+        return torch.autograd.grad(linear[-1](y), leaves, upstream)
+
+    def chain() -> object:
+        layers = [ChainLayer(layer.weight, layer.bias, relu=layer is not linear[-1]) for layer in linear]
+        return torch.autograd.grad(layer_chain(x, layers), leaves, upstream)
+
+    return {"eager": torchs, "kernel": chain}
+
+
 def step(batch: int) -> dict[str, Callable[[], object]]:
     """A training step of the CNN."""
     generator = torch.Generator().manual_seed(0)
@@ -121,6 +148,7 @@ def main() -> None:
     rows = []
     for batch in BATCHES:
         jobs = [(str(layer), d, calls(layer, batch, d)) for d in DTYPES for layer in LAYERS]
+        jobs += [("linear " + "-".join(map(str, f)), torch.float32, head(f, batch)) for f in HEADS]
         for name, dtype, functions in [*jobs, ("training step", torch.float32, step(batch))]:
             measured = interleaved(functions, options.seconds)
             times = {what: median(t) for what, t in measured.items()}

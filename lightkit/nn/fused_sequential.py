@@ -15,10 +15,10 @@ from lightkit.ops.layer_chain import ChainLayer, is_autocast, is_faster, layer_c
 class FusedSequential(nn.Sequential):
     """A drop-in for :class:`torch.nn.Sequential`, of the same layers and with the same state dict.
 
-    Convolutions that a ReLU follows, with or without a max-pool after that, and the linear layers behind them are run as
-    one operation, `lightkit.ops.layer_chain`, which gives the same but for rounding. That is not so, and the layers run
-    one by one, where one of them has a hook, which would not be called, is a subclass or parametrized, has settings that
-    the operation does not know (stride, dilation, groups, another pool than 2x2), or is faster in torch. What a
+    Convolutions that a ReLU follows, with or without a max-pool after that, and the linear layers behind them are run
+    as one operation, `lightkit.ops.layer_chain`, which gives the same but for rounding. That is not so, and the layers
+    run one by one, where one of them has a hook, which would not be called, is a subclass or parametrized, has settings
+    that the operation does not know (stride, dilation, groups, another pool than 2x2), or is faster in torch. What a
     Sequential within this one has is run as if it stood here, unless that has a hook.
 
     The result has the memory format of the input, as do the inputs of layers to which it may matter: code that takes a

@@ -20,9 +20,9 @@ def conv_relu_pool(
 ) -> Tensor:
     """``max_pool2d(relu(conv2d(input, weight, bias, padding=padding)), 2)`` on a native CPU kernel.
 
-    It is a chain of one layer: see `lightkit.ops.layer_chain`. `conv_relu_pool_reference` does the work where the kernel
-    does not apply, and where torch is the faster one: without a pool for 1x1 kernels and all but small images and
-    weights, and in bfloat16, on a processor that multiplies it, for all but small layers.
+    It is a chain of one layer: see `lightkit.ops.layer_chain`. `conv_relu_pool_reference` does the work where the
+    kernel does not apply, and where torch is the faster one: without a pool for 1x1 kernels and all but small images
+    and weights, and in bfloat16, on a processor that multiplies it, for all but small layers.
 
     Args:
         input: ``(N, C, H, W)``, floating point. Read without a copy where it is ``torch.channels_last``.

@@ -38,20 +38,23 @@ class ChainLayer(NamedTuple):
 def layer_chain(input: Tensor, layers: Sequence[ChainLayer]) -> Tensor:
     """Layers one after the other on a native CPU kernel: ``conv2d``, ``linear``, ``relu``, ``max_pool2d``.
 
-    Convolutions have stride 1, no dilation and one group; a pool drops an odd last row or column, which is then not even
-    computed. A linear layer takes what a convolution gives as if it were flattened, in the order ``(C, H, W)``. A thread
-    takes its images through all layers while they are in its cache, and autograd has one node for all of them. Of the
-    activations before a pool nothing is stored: one byte for each output tells backward which position won, the first of
-    equals as in torch. backward leaves out nearly every product with a gradient that pool or ReLU made 0. The result does
-    not depend on the number of threads.
+    Convolutions have stride 1, no dilation and one group; a pool drops an odd last row or column, which is then not
+    even computed. A linear layer takes what a convolution gives as if it were flattened, in the order ``(C, H, W)``. A
+    thread takes its images through all layers while they are in its cache, and autograd has one node for all of them.
+    Of the activations before a pool nothing is stored: one byte for each output tells backward which position won, the
+    first of equals as in torch. backward leaves out nearly every product with a gradient that pool or ReLU made 0. The
+    result does not depend on the number of threads.
+
+    Under a pool, 3x3 kernels on whole vectors of channels (16, 32, ... in float32 with AVX-512) are computed by
+    Winograd's F(2x2, 3x3), and the error is no larger. There an infinite input makes NaN of what depends on it.
 
     Half-precision data is computed in float32 and rounded once, at the end. `layer_chain_reference` does the work where
-    the kernel does not apply (another device, no native library, torch.func, tensor subclasses). The second derivative is
-    torch's. Which layers are faster so than in torch, `is_faster` knows.
+    the kernel does not apply (another device, no native library, torch.func, tensor subclasses). The second derivative
+    is torch's. Which layers are faster so than in torch, `is_faster` knows.
 
     NaN goes through ReLU and pool as in torch. Since products with 0 are left out of the gradients, but for that of the
-    weight of few input channels, an infinite or NaN input or weight does not make NaN of a gradient that does not depend
-    on it.
+    weight of few input channels, an infinite or NaN input or weight does not make NaN of a gradient that does not
+    depend on it.
 
     Args:
         input: ``(N, C, H, W)``, or ``(N, F)`` before a linear layer, floating point. Read without a copy where it is
@@ -59,8 +62,8 @@ def layer_chain(input: Tensor, layers: Sequence[ChainLayer]) -> Tensor:
         layers: the layers in order, at least one, with tensors of the dtype of ``input``.
 
     Returns:
-        What the last layer gives: ``(N, C_out)`` of a linear layer, ``(N, C_out, H', W')`` of a convolution, whose memory
-        format is ``torch.channels_last``, whatever that of ``input``, where the kernel did the work.
+        What the last layer gives: ``(N, C_out)`` of a linear layer, ``(N, C_out, H', W')`` of a convolution, whose
+        memory format is ``torch.channels_last``, whatever that of ``input``, where the kernel did the work.
 
     Raises:
         ValueError: no layer, shapes that do not fit, a negative padding, an input too small for kernel and pool.
@@ -122,7 +125,7 @@ def has_kernel(*tensors: Tensor) -> bool:
 def is_faster(pixels: int, weight: Tensor, dtype: torch.dtype, pool: bool = False) -> bool:
     """Whether the kernel is faster than torch at a layer, forward and backward together.
 
-    Measured by benchmarks/conv_relu_pool.py and benchmarks/layer_chain.py.
+    Measured by benchmarks/conv_relu_pool.py.
 
     Args:
         pixels: height times width of the input, without padding.

@@ -166,3 +166,92 @@ def test_one_image_without_a_batch():
     model = FusedSequential(*layers())
     image = torch.randn(2, 14, 14)
     torch.testing.assert_close(model(image), model(image.unsqueeze(0)).squeeze(0))
+
+
+def classifier():
+    torch.manual_seed(0)
+    return [
+        nn.Conv2d(2, 8, 3),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(288, 20),
+        nn.ReLU(),
+        nn.Linear(20, 5),
+    ]
+
+
+def test_linear_layers_go_with_the_convolutions(fused):
+    """The flattened images go on to the linear layers within the operation."""
+    model = FusedSequential(*classifier())
+    model(torch.zeros(1, 2, 14, 14))
+    assert [w is model[i].weight for w, i in zip(fused, (0, 4, 6), strict=True)] == [True] * 3
+    assert_same_as_plain(model)
+
+
+@pytest.mark.parametrize(
+    ("change", "still_fused"),
+    [
+        (lambda model: model.insert(4, nn.Dropout(0.5)), [0, 5, 7]),
+        (lambda model: model.insert(4, nn.Dropout(0.5)).insert(7, nn.Dropout(0.5)), [0]),
+        (replace(3, nn.Flatten(2)), [0]),
+        (replace(4, nn.LazyLinear(20)), [0, 4, 6]),
+        (replace(4, nn.Linear(288, 20, bias=False)), [0, 4, 6]),
+        (replace(5, nn.Tanh()), [0, 4]),
+        (lambda model: parametrizations.weight_norm(model[4]), [0]),
+        (lambda model: prune.l1_unstructured(model[6], "weight", 0.5), [0, 4]),
+        (lambda model: model[5].register_forward_hook(lambda *_: None), [0, 4]),
+        (lambda model: model[6].register_forward_hook(lambda *_: None), [0, 4]),
+        (lambda model: model[3].register_forward_hook(lambda *_: None), [0, 4, 6]),
+        (lambda model: model.append(nn.ReLU()), [0, 4, 6]),
+        (lambda model: model.append(nn.Linear(5, 300_000)), [0, 4, 6]),
+    ],
+)
+def test_other_layers_of_a_classifier_run_as_they_stand(fused, change, still_fused):
+    """What is between them, or not of their kind, ends the operation; linear layers begin one with another."""
+    model = FusedSequential(*classifier())
+    change(model)
+    if isinstance(model[3], nn.Flatten) and model[3].start_dim == 2:
+        model[4] = nn.Linear(36, 20)
+    model(torch.zeros(1, 2, 14, 14))
+    fused.clear()
+    model(torch.zeros(1, 2, 14, 14))
+    weights = [model[i].weight for i in still_fused]
+    assert len(fused) == len(weights) and all(a is b for a, b in zip(fused, weights, strict=True))
+    if len(model) < 9:
+        assert_same_as_plain(model)
+
+
+def test_nested_sequentials(fused):
+    """What a Sequential within has goes with what is outside; not where it has a hook, or is a class of its own."""
+
+    class Own(nn.Sequential):
+        pass
+
+    convolutions, linear = nn.Sequential(*classifier()[:3]), nn.Sequential(nn.Sequential(*classifier()[3:]))
+    model = FusedSequential(convolutions, linear)
+    model(torch.zeros(1, 2, 14, 14))
+    assert len(fused) == 3 and can_fuse(nn.Sequential(convolutions, linear))
+    assert_same_as_plain(model)
+    fused.clear()
+    called = []
+    linear.register_forward_hook(lambda *_: called.append(True))
+    model(torch.zeros(1, 2, 14, 14))
+    assert len(fused) == 1 and called == [True]
+    fused.clear()
+    model = FusedSequential(Own(*classifier()[:3]), nn.Sequential(*classifier()[3:]))
+    model(torch.zeros(1, 2, 14, 14))
+    assert len(fused) == 2
+    assert_same_as_plain(model)
+
+
+def test_linear_layers_of_sequences_run_as_they_stand(fused):
+    """A linear layer takes the last dimension of whatever it gets: that is another operation."""
+    model = FusedSequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
+    plain = nn.Sequential(*model)
+    for shape in ((6,), (2, 3, 6), (2, 3, 4, 6)):
+        x = torch.randn(*shape)
+        assert torch.equal(model(x), plain(x))
+    assert fused == []
+    model(torch.randn(3, 6))
+    assert len(fused) == 2

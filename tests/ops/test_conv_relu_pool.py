@@ -107,9 +107,12 @@ def assert_as_accurate_as_torch(input, weight, bias=None, padding=0, pool=True):
 
 @pytest.mark.parametrize("pool", [True, False])
 @pytest.mark.parametrize("out_channels", CHANNELS)
-@pytest.mark.parametrize("channels", [1, 2, 3, 8, 17, 33])
+@pytest.mark.parametrize("channels", [1, 2, 3, 8, 16, 17, 32, 33])
 def test_error_against_float64_over_channels(channels, out_channels, pool):
-    """Every count of channels at an edge of a vector or a tile, on either side, forward and backward."""
+    """Every count of channels at an edge of a vector or a tile, on either side, forward and backward.
+
+    Whole vectors of them under a pool are Winograd's.
+    """
     assert_as_accurate_as_torch(*problem(3, channels, out_channels), pool=pool)
 
 
@@ -138,7 +141,7 @@ def test_error_against_float64_over_kernels(kernel, padding, pool, dtype):
 
 @pytest.mark.parametrize("size", [(3, 3), (4, 4), (4, 5), (5, 4), (7, 7), (28, 28), (40, 31), (3, 300)])
 @pytest.mark.parametrize("images", [1, 2, 17, 40])
-@pytest.mark.parametrize("channels", [1, 5])
+@pytest.mark.parametrize("channels", [1, 5, 16])
 def test_error_against_float64_over_sizes(size, images, channels):
     """Rows and columns that the pool drops, images too small for one block or larger than a list, many and one."""
     pool = min(size) > 3

@@ -1,4 +1,5 @@
-// The forward pass: a direct convolution in registers, or the products of Winograd's, pooled before anything is stored.
+// The forward pass: a direct convolution in registers, or the products of Winograd's, pooled before anything is
+// stored.
 //
 // A tile is kPositions positions by kVectors vectors of output channels, all of whose sums stay in registers: for
 // each input that a position reads, one broadcast and kVectors multiply-adds. A block of tiles then fills a buffer
@@ -181,8 +182,8 @@ int64_t ConvReluPoolForward<T>::vectors(int64_t block) const {
   return std::min<int64_t>(kVectors, vectors_ - block * kVectors);
 }
 
-// A unit is a vector of output channels. For each kVectors of them the packed weight has a block as `convolve` reads it,
-// the lanes without a channel 0.
+// A unit is a vector of output channels. For each kVectors of them the packed weight has a block as `convolve` reads
+// it, the lanes without a channel 0.
 template <typename T>
 void ConvReluPoolForward<T>::prepare(int64_t begin, int64_t end) {
   const int64_t taps = shape_.taps();
@@ -255,8 +256,8 @@ void ConvReluPoolForward<T>::run(int64_t images, const T* input, T* output, uint
   }
 }
 
-// A 3x3 kernel on one channel, as on grey images: registers hold all its weights for so many vectors of output channels,
-// and an input is read once for all positions of an output.
+// A 3x3 kernel on one channel, as on grey images: registers hold all its weights for so many vectors of output
+// channels, and an input is read once for all positions of an output.
 constexpr int kGreyVectors = kVectors / 2;
 
 bool is_grey(const ConvReluPoolShape& shape) {

@@ -1,8 +1,8 @@
 // The gradient of the input, from the live outputs alone.
 //
 // A live output adds its gradient times the weight of its channel to a patch of the gradient. Of one vector of input
-// channels, a patch of all positions of an output stays in registers while the live channels are added up, and those come
-// from lists by the position that won.
+// channels, a patch of all positions of an output stays in registers while the live channels are added up, and those
+// come from lists by the position that won.
 
 #include "conv_relu_pool_lists.h"
 
@@ -28,8 +28,8 @@ constexpr int kHeld = 12;
 constexpr int kMostRows = 3;
 constexpr int kMostColumns = 5;
 
-// Outputs whose lists are made together, and channels of each: of one vector of input channels their weights stay in the
-// first-level cache.
+// Outputs whose lists are made together, and channels of each: of one vector of input channels their weights stay in
+// the first-level cache.
 constexpr int64_t kGroup = 32;
 constexpr int64_t kListed = 64;
 
@@ -153,7 +153,8 @@ ConvReluPoolGradInput<T>::ConvReluPoolGradInput(const ConvReluPoolShape& shape, 
   for (const auto& part : parts_) {
     part_size_ = std::max(part_size_, part.rows * part.columns * kWidth<T>);
   }
-  packed_ = AlignedBuffer<T>(static_cast<int64_t>(parts_.size()) * input_vectors<T>(shape) * shape.out_channels * part_size_);
+  const auto blocks = static_cast<int64_t>(parts_.size()) * input_vectors<T>(shape);
+  packed_ = AlignedBuffer<T>(blocks * shape.out_channels * part_size_);
 }
 
 template <typename T>

@@ -1,8 +1,8 @@
 // The gradient of the weight, from the live outputs alone.
 //
-// A live output adds its gradient times a patch of the input to the weight of its channel. With the channels last a row
-// of a patch is one run of memory. So a channel's gradient is a sum over a list of (coefficient, where a patch begins),
-// and is kept in registers.
+// A live output adds its gradient times a patch of the input to the weight of its channel. With the channels last a
+// row of a patch is one run of memory. So a channel's gradient is a sum over a list of (coefficient, where a patch
+// begins), and is kept in registers.
 
 #include "conv_relu_pool_lists.h"
 #include "conv_relu_pool_thin.h"
@@ -134,7 +134,8 @@ template <typename T>
 std::vector<Segment<T>> make_segments(const ConvReluPoolShape& shape) {
   const int64_t vectors = (shape.run() + kWidth<T> - 1) / kWidth<T>;
   const int64_t tiles = (vectors + kMostVectors - 1) / kMostVectors;
-  const int64_t most_rows = std::min<int64_t>({kMostRows, shape.kernel_height, kHeld / ((vectors + tiles - 1) / tiles)});
+  const int64_t held_rows = kHeld / ((vectors + tiles - 1) / tiles);
+  const int64_t most_rows = std::min<int64_t>({kMostRows, shape.kernel_height, held_rows});
   std::vector<Segment<T>> segments;
   for (int64_t row = 0; row < shape.kernel_height; row += most_rows) {
     const int64_t rows = std::min(most_rows, shape.kernel_height - row);
@@ -180,7 +181,8 @@ T sum(const T* values, int64_t count) {
 template <typename T>
 class ChannelLists {
  public:
-  explicit ChannelLists(const ConvReluPoolShape& shape) : lists_(kChannels, kMostOutputs), stride_(shape.out_channels) {
+  explicit ChannelLists(const ConvReluPoolShape& shape)
+      : lists_(kChannels, kMostOutputs), stride_(shape.out_channels) {
     std::copy_n(shape.quad_offsets().begin(), shape.quads(), moves_.begin());
   }
 

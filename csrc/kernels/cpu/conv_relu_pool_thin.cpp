@@ -47,8 +47,8 @@ struct Outputs {
   }
 };
 
-// Adds to sums[r][t], `row_stride` from row to row and `tap_stride` from tap to tap, what an image has of gradient times
-// input, for some rows and taps of the kernel; and to `bias_sum`, unless null, what it has of gradient.
+// Adds to sums[r][t], `row_stride` from row to row and `tap_stride` from tap to tap, what an image has of gradient
+// times input, for some rows and taps of the kernel; and to `bias_sum`, unless null, what it has of gradient.
 template <typename T, int quads, int rows, int taps>
 void add_image(
     const ConvReluPoolShape& shape,
@@ -101,8 +101,8 @@ void add_image(
 }
 
 #if defined(CPU_CAPABILITY_AVX512)
-// The same where all that an output reads fits a vector, `patch_row` to a row: each channel then takes its own inputs from
-// it, those of the position that won, and there are no products with 0.
+// The same where all that an output reads fits a vector, `patch_row` to a row: each channel then takes its own inputs
+// from it, those of the position that won, and there are no products with 0.
 template <int rows, int taps>
 void add_small_image(
     const ConvReluPoolShape& shape,
@@ -192,7 +192,13 @@ void add_all(
         with_constant(shape.kernel_height, [&](auto rows) {
           with_constant(shape.run(), [&](auto taps) {
             add_small_image<rows, taps>(
-                shape, outputs, image, sums + channel, shape.run() * padded, padded, sums + shape.taps() * padded + channel);
+                shape,
+                outputs,
+                image,
+                sums + channel,
+                shape.run() * padded,
+                padded,
+                sums + shape.taps() * padded + channel);
           });
         });
         continue;
@@ -287,7 +293,9 @@ std::unique_ptr<ConvReluPoolGradWeight<T>> make_thin_grad_weight(const ConvReluP
 
 template bool is_thin<float>(const ConvReluPoolShape&);
 template bool is_thin<double>(const ConvReluPoolShape&);
-template std::unique_ptr<ConvReluPoolGradWeight<float>> make_thin_grad_weight(const ConvReluPoolWeightProblem<float>&);
-template std::unique_ptr<ConvReluPoolGradWeight<double>> make_thin_grad_weight(const ConvReluPoolWeightProblem<double>&);
+template std::unique_ptr<ConvReluPoolGradWeight<float>> make_thin_grad_weight(
+    const ConvReluPoolWeightProblem<float>&);
+template std::unique_ptr<ConvReluPoolGradWeight<double>> make_thin_grad_weight(
+    const ConvReluPoolWeightProblem<double>&);
 
 }  // namespace lightkit::cpu

@@ -1,6 +1,6 @@
-// The transforms of Winograd's minimal filtering, F(2x2, 3x3) (Lavin and Gray, "Fast Algorithms for Convolutional Neural
-// Networks", 2016): the 2x2 positions of a pool, whose inputs are a tile of 4x4, take 16 products for each pair of
-// channels in place of 36.
+// The transforms of Winograd's minimal filtering, F(2x2, 3x3) (Lavin and Gray, "Fast Algorithms for Convolutional
+// Neural Networks", 2016): the 2x2 positions of a pool, whose inputs are a tile of 4x4, take 16 products for each pair
+// of channels in place of 36.
 #pragma once
 
 #include "conv_relu_pool.h"
@@ -71,8 +71,8 @@ void transform_weight(const T* weight, T* points, int64_t stride) {
   }
 }
 
-// A^T m A of one vector of channels, from points `stride` apart, plus a bias: the four positions as they are numbered, a
-// vector each.
+// A^T m A of one vector of channels, from points `stride` apart, plus a bias: the four positions as they are numbered,
+// a vector each.
 template <typename T>
 void transform_output(const T* points, int64_t stride, const Vec<T>& bias, T* positions) {
   constexpr int width = Vec<T>::size();
@@ -91,8 +91,8 @@ void transform_output(const T* points, int64_t stride, const Vec<T>& bias, T* po
   (lower[1] - lower[2] - lower[3] + bias).store(positions + 3 * width);
 }
 
-// Where it is faster than the products themselves: whole vectors of channels, and weights that stay in the second-level
-// cache.
+// Where it is faster than the products themselves: whole vectors of channels, and weights that stay in the
+// second-level cache.
 template <typename T>
 bool applies(const ConvReluPoolShape& shape) {
   return shape.pool && shape.kernel_height == 3 && shape.kernel_width == 3 &&

@@ -1,0 +1,101 @@
+// What the parts of the op on chains of layers share.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <array>
+#include <optional>
+#include <ostream>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+namespace lightkit {
+
+using OptionalTensors = c10::List<std::optional<at::Tensor>>;
+
+inline constexpr auto kChainLayout = at::MemoryFormat::ChannelsLast;
+
+// What the layers do, as the schemas have it, in four numbers a layer: the padding of rows and columns, whether a ReLU
+// and whether a pool follows.
+struct Settings {
+  at::IntArrayRef numbers;
+
+  at::IntArrayRef padding(size_t layer) const {
+    return numbers.slice(4 * layer, 2);
+  }
+  bool relu(size_t layer) const {
+    return numbers[4 * layer + 2] != 0;
+  }
+  bool pool(size_t layer) const {
+    return numbers[4 * layer + 3] != 0;
+  }
+};
+
+inline bool is_there(const std::optional<at::Tensor>& bias) {
+  return bias.has_value() && bias->defined();
+}
+
+// Whom an error is about.
+struct Where {
+  const char* op;
+  int64_t layer = -1;
+};
+
+inline std::ostream& operator<<(std::ostream& stream, const Where& where) {
+  stream << where.op;
+  return where.layer < 0 ? stream : stream << ": layer " << where.layer;
+}
+
+// A layer's sizes, which may be symbols: of its input without padding, its kernel, and its output.
+struct LayerSizes {
+  c10::SymInt channels, height, width;
+  c10::SymInt out_channels, kernel_height, kernel_width;
+  c10::SymInt rows, columns;
+  bool linear;
+};
+
+// Raise for what does not fit, in words that name the op and the layer.
+void check_input(const char* op, const at::Tensor& input);
+
+// `before` holds channels, height and width of what comes in, and gets those of what goes out.
+LayerSizes check_layer(
+    const Where& where,
+    const at::Tensor& input,
+    std::array<c10::SymInt, 3>& before,
+    const at::Tensor& weight,
+    const std::optional<at::Tensor>& bias,
+    at::IntArrayRef padding,
+    bool pool);
+
+std::vector<LayerSizes> check_chain(
+    const at::Tensor& input,
+    at::TensorList weights,
+    const std::vector<std::optional<at::Tensor>>& biases,
+    const Settings& settings);
+
+// Channels, height and width of an image.
+std::array<c10::SymInt, 3> image_sizes(const at::Tensor& input);
+
+std::vector<c10::SymInt> output_sizes(const at::Tensor& input, const LayerSizes& last);
+
+// Of the padded inputs of all layers but the first, and of the outputs of all.
+std::pair<c10::SymInt, c10::SymInt> kept_sizes(
+    const at::Tensor& input, const std::vector<LayerSizes>& sizes, const Settings& settings);
+
+// What the kernels compute in.
+inline at::ScalarType compute_type(at::ScalarType type) {
+  return type == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// The output, and for backward the activations and the index.
+using ChainResults = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+// Without values; the last two are (0) unless `keep`.
+ChainResults allocate_results(
+    const at::Tensor& input, const std::vector<LayerSizes>& sizes, const Settings& settings, bool keep);
+
+// Of the input, the weights and the biases, without values: those that `wanted` names, (0) for the others.
+std::vector<at::Tensor> allocate_gradients(const at::Tensor& input, at::TensorList weights, at::IntArrayRef wanted);
+
+}  // namespace lightkit

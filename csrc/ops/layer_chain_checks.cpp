@@ -1,0 +1,220 @@
+// What fits into a chain of layers, and how large its results are: sizes may be symbols.
+
+#include "layer_chain.h"
+
+namespace lightkit {
+
+using at::Tensor;
+using at::TensorList;
+using c10::SymInt;
+
+namespace {
+
+void check_same_kind(const Where& where, const char* name, const Tensor& tensor, const Tensor& input) {
+  TORCH_CHECK(
+      tensor.scalar_type() == input.scalar_type() && tensor.device() == input.device(),
+      where,
+      ": the ",
+      name,
+      " must be of the dtype and on the device of the input, ",
+      input.scalar_type(),
+      " on ",
+      input.device(),
+      ", got ",
+      tensor.scalar_type(),
+      " on ",
+      tensor.device());
+}
+
+
+}  // namespace
+
+LayerSizes check_layer(
+    const Where& where,
+    const Tensor& input,
+    std::array<SymInt, 3>& before,
+    const Tensor& weight,
+    const std::optional<Tensor>& bias,
+    at::IntArrayRef padding,
+    bool pool) {
+  check_same_kind(where, "weight", weight, input);
+  TORCH_CHECK_VALUE(
+      weight.dim() == 4 || weight.dim() == 2,
+      where,
+      ": the weight must have 4 dimensions, or 2 of a linear layer, got ",
+      weight.sym_sizes());
+  TORCH_CHECK_VALUE(weight.sym_numel() > 0, where, ": the weight must not be empty, got shape ", weight.sym_sizes());
+  TORCH_CHECK_VALUE(
+      padding[0] >= 0 && padding[1] >= 0, where, ": padding must be two numbers from 0 up, got ", padding);
+  const bool linear = weight.dim() == 2;
+  const auto& [channels, height, width] = before;
+  if (linear) {
+    TORCH_CHECK_VALUE(
+        weight.sym_size(1) == channels * height * width,
+        where,
+        ": the weight is for ",
+        weight.sym_size(1),
+        " values but the input has ",
+        channels * height * width);
+    TORCH_CHECK_VALUE(
+        padding[0] == 0 && padding[1] == 0 && !pool, where, ": a linear layer has neither padding nor a pool");
+  } else {
+    TORCH_CHECK_VALUE(
+        weight.sym_size(1) == channels,
+        where,
+        ": the weight is for ",
+        weight.sym_size(1),
+        " channels but the input has ",
+        channels);
+  }
+  if (is_there(bias)) {
+    TORCH_CHECK_VALUE(
+        bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0),
+        where,
+        ": the bias must hold one value for each of the ",
+        weight.sym_size(0),
+        " output channels, got shape ",
+        bias->sym_sizes());
+    check_same_kind(where, "bias", *bias, input);
+  }
+  const SymInt kernel_height = linear ? height : weight.sym_size(2);
+  const SymInt kernel_width = linear ? width : weight.sym_size(3);
+  const SymInt rows = height + 2 * padding[0] - kernel_height + 1;
+  const SymInt columns = width + 2 * padding[1] - kernel_width + 1;
+  const int64_t least = pool ? 2 : 1;
+  TORCH_CHECK_VALUE(
+      rows >= least && columns >= least,
+      where,
+      ": an input of ",
+      height,
+      "x",
+      width,
+      " with padding ",
+      padding,
+      " is too small for a kernel of ",
+      kernel_height,
+      "x",
+      kernel_width,
+      pool ? " and a pool of 2x2" : "");
+  LayerSizes sizes{
+      channels,
+      height,
+      width,
+      weight.sym_size(0),
+      kernel_height,
+      kernel_width,
+      pool ? rows / 2 : rows,
+      pool ? columns / 2 : columns,
+      linear};
+  before = {sizes.out_channels, sizes.rows, sizes.columns};
+  return sizes;
+}
+
+void check_input(const char* op, const Tensor& input) {
+  TORCH_CHECK(
+      at::isFloatingType(input.scalar_type()), op, ": the input must be floating point, got ", input.scalar_type());
+  TORCH_CHECK_VALUE(
+      input.dim() == 4 || input.dim() == 2,
+      op,
+      ": the input must have 4 dimensions, or 2 before a linear layer, got ",
+      input.sym_sizes());
+}
+
+std::array<SymInt, 3> image_sizes(const Tensor& input) {
+  if (input.dim() == 2) {
+    return {input.sym_size(1), 1, 1};
+  }
+  return {input.sym_size(1), input.sym_size(2), input.sym_size(3)};
+}
+
+std::vector<LayerSizes> check_chain(
+    const Tensor& input,
+    TensorList weights,
+    const std::vector<std::optional<Tensor>>& biases,
+    const Settings& settings) {
+  constexpr auto op = "layer_chain";
+  const size_t count = weights.size();
+  TORCH_CHECK_VALUE(
+      count > 0 && biases.size() == count && settings.numbers.size() == 4 * count,
+      op,
+      ": each layer must have a weight, a bias or None, and four numbers of settings, got ",
+      count,
+      ", ",
+      biases.size(),
+      " and ",
+      settings.numbers.size());
+  check_input(op, input);
+  auto before = image_sizes(input);
+  std::vector<LayerSizes> sizes;
+  for (size_t l = 0; l < count; ++l) {
+    TORCH_CHECK_VALUE(
+        weights[l].dim() == 2 || (l == 0 ? input.dim() == 4 : !sizes.back().linear),
+        Where{op, static_cast<int64_t>(l)},
+        ": a convolution cannot follow a linear layer");
+    sizes.push_back(check_layer(
+        {op, static_cast<int64_t>(l)},
+        input,
+        before,
+        weights[l],
+        biases[l],
+        settings.padding(l),
+        settings.pool(l)));
+  }
+  return sizes;
+}
+
+std::vector<SymInt> output_sizes(const Tensor& input, const LayerSizes& last) {
+  if (last.linear) {
+    return {input.sym_size(0), last.out_channels};
+  }
+  return {input.sym_size(0), last.out_channels, last.rows, last.columns};
+}
+
+std::pair<SymInt, SymInt> kept_sizes(
+    const Tensor& input, const std::vector<LayerSizes>& sizes, const Settings& settings) {
+  SymInt activations = 0;
+  SymInt outputs = 0;
+  for (size_t l = 0; l < sizes.size(); ++l) {
+    const auto& s = sizes[l];
+    outputs += s.out_channels * s.rows * s.columns;
+    if (l > 0) {
+      const auto padding = settings.padding(l);
+      activations += s.channels * (s.height + 2 * padding[0]) * (s.width + 2 * padding[1]);
+    }
+  }
+  return {activations * input.sym_size(0), outputs * input.sym_size(0)};
+}
+
+ChainResults allocate_results(
+    const Tensor& input, const std::vector<LayerSizes>& sizes, const Settings& settings, bool keep) {
+  const auto output = output_sizes(input, sizes.back());
+  const auto [activations, outputs] = kept_sizes(input, sizes, settings);
+  const auto options = input.options();
+  return {
+      output.size() == 4 ? at::empty_symint(output, options, kChainLayout) : at::empty_symint(output, options),
+      at::empty_symint({keep ? activations : SymInt(0)}, options.dtype(compute_type(input.scalar_type()))),
+      at::empty_symint({keep ? outputs : SymInt(0)}, options.dtype(at::kByte))};
+}
+
+std::vector<Tensor> allocate_gradients(const Tensor& input, TensorList weights, at::IntArrayRef wanted) {
+  TORCH_CHECK_VALUE(
+      wanted.size() == 1 + 2 * weights.size(),
+      "layer_chain: `wanted` must have a flag for the input and two for each layer, got ",
+      wanted.size());
+  const auto empty = [&](bool is_wanted, at::SymIntArrayRef sizes, bool image) {
+    const std::vector<SymInt> none{0};
+    return image && is_wanted ? at::empty_symint(sizes, input.options(), kChainLayout)
+                              : at::empty_symint(is_wanted ? sizes : at::SymIntArrayRef(none), input.options());
+  };
+  std::vector<Tensor> gradients{empty(wanted[0], input.sym_sizes(), input.dim() == 4)};
+  for (size_t l = 0; l < weights.size(); ++l) {
+    gradients.push_back(empty(wanted[1 + l], weights[l].sym_sizes(), false));
+  }
+  for (size_t l = 0; l < weights.size(); ++l) {
+    const std::vector<SymInt> size{weights[l].sym_size(0)};
+    gradients.push_back(empty(wanted[1 + weights.size() + l], size, false));
+  }
+  return gradients;
+}
+
+}  // namespace lightkit

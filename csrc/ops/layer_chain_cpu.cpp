@@ -1,0 +1,204 @@
+// The calls of the CPU kernels.
+
+#include "../kernels/cpu/layer_chain.h"
+#include "layer_chain.h"
+
+#include <torch/library.h>
+
+namespace lightkit {
+namespace {
+
+using at::Tensor;
+using at::TensorList;
+
+// Padded, in the dtype of the computation, channels last: the kernels know no padding there and no half precision.
+Tensor laid_out(const Tensor& tensor, at::IntArrayRef padding) {
+  Tensor result = tensor.to(compute_type(tensor.scalar_type()));
+  if (tensor.dim() == 2) {
+    return result.contiguous();
+  }
+  if (padding[0] != 0 || padding[1] != 0) {
+    result = at::constant_pad_nd(result, {padding[1], padding[1], padding[0], padding[0]});
+  }
+  return result.contiguous(kChainLayout);
+}
+
+// A chain as the kernels take it, and the tensors that its pointers are into.
+template <typename T>
+struct Prepared {
+  std::vector<cpu::ChainLayer<T>> layers;
+  std::vector<Tensor> held;
+
+  Prepared(
+      const std::vector<LayerSizes>& sizes,
+      TensorList weights,
+      const std::vector<std::optional<Tensor>>& biases,
+      const Settings& settings) {
+    const auto hold = [&](const Tensor& tensor) {
+      held.push_back(tensor.to(c10::CppTypeToScalarType<T>::value).contiguous());
+      return held.back().template const_data_ptr<T>();
+    };
+    for (size_t l = 0; l < sizes.size(); ++l) {
+      const auto number = [](const SymInt& size) { return size.expect_int(); };
+      const auto& s = sizes[l];
+      const std::array<int64_t, 2> padding{settings.padding(l)[0], settings.padding(l)[1]};
+      const cpu::ConvReluPoolShape shape{
+          .height = number(s.height) + 2 * padding[0],
+          .width = number(s.width) + 2 * padding[1],
+          .in_channels = number(s.channels),
+          .out_channels = number(s.out_channels),
+          .kernel_height = number(s.kernel_height),
+          .kernel_width = number(s.kernel_width),
+          .relu = settings.relu(l),
+          .pool = settings.pool(l),
+      };
+      // Places within an image, and within the weight with its rows filled up to vectors, are 32-bit numbers.
+      TORCH_CHECK_VALUE(
+          shape.image_size() < (int64_t(1) << 30) && shape.output_size() < (int64_t(1) << 30) &&
+              weights[l].numel() < (int64_t(1) << 26),
+          Where{"layer_chain", static_cast<int64_t>(l)},
+          ": images of up to 2^30 values and weights of up to 2^26 are supported, got ",
+          shape.image_size(),
+          ", ",
+          shape.output_size(),
+          " and ",
+          weights[l].numel());
+      const bool biased = l < biases.size() && is_there(biases[l]);
+      layers.push_back({shape, padding, hold(weights[l]), biased ? hold(*biases[l]) : nullptr});
+    }
+  }
+};
+
+// Calls f with a value of the type that the kernels compute in.
+template <typename F>
+void with_type(const Tensor& tensor, const F& f) {
+  if (tensor.scalar_type() == at::kDouble) {
+    f(double());
+  } else {
+    f(float());
+  }
+}
+
+ChainResults forward_cpu(
+    const Tensor& input,
+    TensorList weights,
+    const OptionalTensors& biases,
+    at::IntArrayRef numbers,
+    bool keep) {
+  const Settings settings{numbers};
+  const std::vector<std::optional<Tensor>> all_biases(biases.begin(), biases.end());
+  const auto sizes = check_chain(input, weights, all_biases, settings);
+  auto [result, activations, index] = allocate_results(input, sizes, settings, keep);
+  if (result.numel() == 0) {
+    return {result, activations, index};
+  }
+  const Tensor x = laid_out(input, settings.padding(0));
+  // Half precision is rounded once.
+  const Tensor output =
+      result.scalar_type() == x.scalar_type() ? result : at::empty_like(result, x.options());
+  with_type(x, [&](auto zero) {
+    using T = decltype(zero);
+    const Prepared<T> prepared(sizes, weights, all_biases, settings);
+    cpu::layer_chain_forward<T>(
+        prepared.layers,
+        x.size(0),
+        x.const_data_ptr<T>(),
+        output.mutable_data_ptr<T>(),
+        keep ? activations.mutable_data_ptr<T>() : nullptr,
+        keep ? index.mutable_data_ptr<uint8_t>() : nullptr);
+  });
+  if (!output.is_same(result)) {
+    result.copy_(output);
+  }
+  return {result, activations, index};
+}
+
+std::vector<Tensor> backward_cpu(
+    const Tensor& grad_output,
+    const Tensor& input,
+    TensorList weights,
+    const Tensor& activations,
+    const Tensor& index,
+    at::IntArrayRef numbers,
+    at::IntArrayRef wanted) {
+  const Settings settings{numbers};
+  const size_t count = weights.size();
+  const auto sizes = check_chain(input, weights, std::vector<std::optional<Tensor>>(count), settings);
+  const auto [kept, outputs] = kept_sizes(input, sizes, settings);
+  TORCH_CHECK_VALUE(
+      grad_output.sym_sizes() == output_sizes(input, sizes.back()) &&
+          grad_output.scalar_type() == input.scalar_type() && index.sym_numel() == outputs &&
+          index.scalar_type() == at::kByte && activations.sym_numel() == kept &&
+          activations.scalar_type() == compute_type(input.scalar_type()),
+      "layer_chain: the gradient must have the shape of the output, ",
+      output_sizes(input, sizes.back()),
+      ", and activations and index the sizes and dtypes of forward, got ",
+      grad_output.sym_sizes(),
+      ", ",
+      activations.sym_sizes(),
+      " and ",
+      index.sym_sizes());
+  auto gradients = allocate_gradients(input, weights, wanted);
+  if (grad_output.numel() == 0) {
+    for (auto& gradient : gradients) {
+      gradient.zero_();
+    }
+    return gradients;
+  }
+  const Tensor x = laid_out(input, settings.padding(0));
+  const Tensor g = laid_out(grad_output, {0, 0});
+  const Tensor kept_activations = activations.contiguous();
+  const Tensor winners = index.contiguous();
+  with_type(x, [&](auto zero) {
+    using T = decltype(zero);
+    const Prepared<T> prepared(sizes, weights, {}, settings);
+    // One pass makes the gradients of a weight and its bias: the second costs next to nothing.
+    std::vector<Tensor> made(gradients.size());
+    const auto place = [&](size_t which) {
+      const Tensor& gradient = gradients[which];
+      const bool direct = wanted[which] && gradient.scalar_type() == x.scalar_type();
+      const bool is_bias = which > count;
+      const auto sizes = is_bias ? at::IntArrayRef(weights[which - 1 - count].sizes().slice(0, 1))
+                                 : which > 0 ? weights[which - 1].sizes() : input.sizes();
+      made[which] = direct ? gradient
+          : which == 0 && input.dim() == 4 ? at::empty(sizes, x.options(), kChainLayout)
+                                           : at::empty(sizes, x.options());
+      return made[which].mutable_data_ptr<T>();
+    };
+    std::vector<cpu::ChainGradients<T>> places(count, {nullptr, nullptr});
+    bool any = wanted[0];
+    for (size_t l = 0; l < count; ++l) {
+      if (wanted[1 + l] || wanted[1 + count + l]) {
+        places[l] = {place(1 + l), place(1 + count + l)};
+        any = true;
+      }
+    }
+    if (!any) {
+      return;
+    }
+    cpu::layer_chain_backward<T>(
+        prepared.layers,
+        x.size(0),
+        g.const_data_ptr<T>(),
+        x.const_data_ptr<T>(),
+        kept_activations.const_data_ptr<T>(),
+        winners.const_data_ptr<uint8_t>(),
+        wanted[0] ? place(0) : nullptr,
+        places);
+    for (size_t i = 0; i < gradients.size(); ++i) {
+      if (wanted[i] && !made[i].is_same(gradients[i])) {
+        gradients[i].copy_(made[i]);
+      }
+    }
+  });
+  return gradients;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(lightkit, CPU, m) {
+  m.impl("_layer_chain_forward", forward_cpu);
+  m.impl("_layer_chain_backward", backward_cpu);
+}
+
+}  // namespace lightkit
