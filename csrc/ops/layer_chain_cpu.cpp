@@ -39,7 +39,7 @@ struct Prepared {
       return held.back().template const_data_ptr<T>();
     };
     for (size_t l = 0; l < sizes.size(); ++l) {
-      const auto number = [](const SymInt& size) { return size.expect_int(); };
+      const auto number = [](const c10::SymInt& size) { return size.expect_int(); };
       const auto& s = sizes[l];
       const std::array<int64_t, 2> padding{settings.padding(l)[0], settings.padding(l)[1]};
       const cpu::ConvReluPoolShape shape{

@@ -46,9 +46,11 @@ def layer_chain(input: Tensor, layers: Sequence[ChainLayer]) -> Tensor:
     result does not depend on the number of threads.
 
     Under a pool, 3x3 kernels on whole vectors of channels (16, 32, ... in float32 with AVX-512) are computed by
-    Winograd's F(2x2, 3x3), and the error is no larger. There an infinite input makes NaN of what depends on it.
+    Winograd's F(2x2, 3x3), with about the error of the products themselves. There an infinite input makes NaN of what
+    depends on it.
 
-    Half-precision data is computed in float32 and rounded once, at the end. `layer_chain_reference` does the work where
+    Half-precision data is computed in float32 and rounded once, at the end; under autocast only the result is of its
+    dtype. `layer_chain_reference` does the work where
     the kernel does not apply (another device, no native library, torch.func, tensor subclasses). The second derivative
     is torch's. Which layers are faster so than in torch, `is_faster` knows.
 
@@ -73,11 +75,11 @@ def layer_chain(input: Tensor, layers: Sequence[ChainLayer]) -> Tensor:
         raise ValueError("layer_chain: there must be at least one layer")
     weights = [layer.weight for layer in layers]
     biases = [layer.bias for layer in layers]
-    if is_autocast(input):
-        # As torch does for convolutions and linear layers.
-        dtype = torch.get_autocast_dtype(input.device.type)
-        input, weights = input.to(dtype), [weight.to(dtype) for weight in weights]
-        biases = [None if bias is None else bias.to(dtype) for bias in biases]
+    if is_autocast(input) and all(weight.dtype == torch.float32 for weight in weights):
+        # Autocast asks for no more precision than its dtype's: there may be more.
+        with torch.autocast(input.device.type, enabled=False):
+            output = layer_chain(input.float(), layers)
+        return output.to(torch.get_autocast_dtype(input.device.type))
     if has_kernel(input, *weights, *(bias for bias in biases if bias is not None)):
         settings = [number for layer in layers for number in (*layer.padding, layer.relu, layer.pool)]
         return torch.ops.lightkit.layer_chain.default(input, weights, biases, settings)

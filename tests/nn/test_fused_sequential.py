@@ -204,7 +204,7 @@ def test_linear_layers_go_with_the_convolutions(fused):
         (lambda model: model[6].register_forward_hook(lambda *_: None), [0, 4]),
         (lambda model: model[3].register_forward_hook(lambda *_: None), [0, 4, 6]),
         (lambda model: model.append(nn.ReLU()), [0, 4, 6]),
-        (lambda model: model.append(nn.Linear(5, 300_000)), [0, 4, 6]),
+        (lambda model: model.append(nn.Linear(5, 30_000)), [0, 4, 6]),
     ],
 )
 def test_other_layers_of_a_classifier_run_as_they_stand(fused, change, still_fused):
@@ -218,7 +218,8 @@ def test_other_layers_of_a_classifier_run_as_they_stand(fused, change, still_fus
     model(torch.zeros(1, 2, 14, 14))
     weights = [model[i].weight for i in still_fused]
     assert len(fused) == len(weights) and all(a is b for a, b in zip(fused, weights, strict=True))
-    if len(model) < 9:
+    # Sums over very many values are no measure.
+    if model(torch.zeros(1, 2, 14, 14)).shape[1] < 1000:
         assert_same_as_plain(model)
 
 
