@@ -5,9 +5,9 @@
 The layers, forward and backward, with the gradients that a network needs (none of the images), are the three of the
 CNN and some of larger networks, with padding; peers: torch eager on contiguous and on channels-last data. "kernel" is
 the native one, "lightkit" what `conv_relu_pool` makes of it, which leaves some layers to torch. "linear A-B-C" are
-linear layers with a ReLU between them, as they stand at the end of a network: torch's, and as a chain. The step is
-forward, cross-entropy, backward and Adam, on the CNN with ``blocks="fused"`` and ``blocks="torch"``, and, for the
-latter, with torch's loss and as torch's default memory format and channels-last have it.
+linear layers with a ReLU between them, alone: torch's, and as a chain. The step is forward, cross-entropy, backward and
+Adam, on the CNN with ``blocks="fused"`` and ``blocks="torch"``, and, for the latter, with torch's loss and as torch's
+default memory format and channels-last have it.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -56,20 +55,20 @@ def run_fused(layers: Iterable[nn.Module], input: Tensor) -> Tensor:
 
 def can_fuse(layers: nn.Sequential) -> bool:
     """Whether a Sequential has layers that `FusedSequential` may run as one."""
-    runs = list(_runs(_unnested(layers.children())))
-    return any(type(run[0]) is nn.Conv2d and len(run) > 1 for run in runs) or any(
-        _is_linear(run[0]) and _is_linear(following[0]) for run, following in pairwise(runs)
-    )
+    return any(type(run[0]) is nn.Conv2d and len(run) > 1 for run in _runs(_unnested(layers.children())))
 
 
 def _chain(runs: list[list[nn.Module]], begin: int, x: Tensor) -> tuple[list[ChainLayer], int]:
-    """What is run as one operation from a run on, and the run after it."""
+    """What is run as one operation from a run on, and the run after it.
+
+    It begins with a convolution: linear layers on their own are faster in torch.
+    """
     chain: list[ChainLayer] = []
     end = begin
     dtype = torch.get_autocast_dtype(x.device.type) if is_autocast(x) else x.dtype
     # Height and width of the next layer's input, or () of a linear layer.
     size: tuple[int, ...] = tuple(x.shape[2:])
-    for index in range(begin, len(runs) if x.dim() in (2, 4) else begin):
+    for index in range(begin, len(runs) if x.dim() == 4 else begin):
         run = runs[index]
         first, kind = run[0], type(run[0])
         if kind is nn.Conv2d and len(run) > 1 and size:
@@ -81,7 +80,7 @@ def _chain(runs: list[list[nn.Module]], begin: int, x: Tensor) -> tuple[list[Cha
             rows = size[0] + 2 * padding[0] - first.kernel_size[0] + 1
             columns = size[1] + 2 * padding[1] - first.kernel_size[1] + 1
             size = (rows // 2, columns // 2) if pool else (rows, columns)
-        elif kind is nn.Linear and not size and _is_plain(first):
+        elif kind is nn.Linear and chain and not size and _is_plain(first):
             weight, bias = _parameters(first)
             if not is_faster(1, weight, dtype):
                 break
@@ -92,8 +91,7 @@ def _chain(runs: list[list[nn.Module]], begin: int, x: Tensor) -> tuple[list[Cha
         else:
             break
         end = index + 1
-    # One linear layer on its own is no faster.
-    return ([], begin) if len(chain) == 1 and chain[0].weight.dim() == 2 else (chain, end)
+    return chain, end
 
 
 def _parameters(layer: nn.Module) -> tuple[Tensor, Tensor | None]:

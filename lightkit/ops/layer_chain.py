@@ -50,9 +50,9 @@ def layer_chain(input: Tensor, layers: Sequence[ChainLayer]) -> Tensor:
     depends on it.
 
     Half-precision data is computed in float32 and rounded once, at the end; under autocast only the result is of its
-    dtype. `layer_chain_reference` does the work where
-    the kernel does not apply (another device, no native library, torch.func, tensor subclasses). The second derivative
-    is torch's. Which layers are faster so than in torch, `is_faster` knows.
+    dtype. `layer_chain_reference` does the work where the kernel does not apply (another device, no native library,
+    torch.func, tensor subclasses). The second derivative is torch's. Which layers are faster so than in torch,
+    `is_faster` knows.
 
     NaN goes through ReLU and pool as in torch. Since products with 0 are left out of the gradients, but for that of the
     weight of few input channels, an infinite or NaN input or weight does not make NaN of a gradient that does not
@@ -125,7 +125,7 @@ def has_kernel(*tensors: Tensor) -> bool:
 
 
 def is_faster(pixels: int, weight: Tensor, dtype: torch.dtype, pool: bool = False) -> bool:
-    """Whether the kernel is faster than torch at a layer, forward and backward together.
+    """Whether the kernel is faster than torch at a layer, forward and backward together; a linear one behind others.
 
     Measured by benchmarks/conv_relu_pool.py.
 
@@ -137,7 +137,7 @@ def is_faster(pixels: int, weight: Tensor, dtype: torch.dtype, pool: bool = Fals
     """
     size = weight.numel()
     if weight.dim() == 2:
-        return size <= 1 << 17 and dtype == torch.float32
+        return size <= 1 << 17
     if size >= 1 << 26:
         # More than it takes.
         return False
@@ -145,7 +145,7 @@ def is_faster(pixels: int, weight: Tensor, dtype: torch.dtype, pool: bool = Fals
     # dead units are too few to make up for lists of the others.
     if not pool and (pixels > 256 or size > 1 << 16 or weight.shape[2] == weight.shape[3] == 1):
         return False
-    return not (dtype == torch.bfloat16 and _multiplies_bfloat16()) or pixels * size <= 1 << 21
+    return not (dtype == torch.bfloat16 and _multiplies_bfloat16()) or pixels * size <= 1 << 22
 
 
 @torch.compiler.assume_constant_result

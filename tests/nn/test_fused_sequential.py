@@ -192,8 +192,8 @@ def test_linear_layers_go_with_the_convolutions(fused):
 @pytest.mark.parametrize(
     ("change", "still_fused"),
     [
-        (lambda model: model.insert(4, nn.Dropout(0.5)), [0, 5, 7]),
-        (lambda model: model.insert(4, nn.Dropout(0.5)).insert(7, nn.Dropout(0.5)), [0]),
+        (lambda model: model.insert(4, nn.Dropout(0.5)), [0]),
+        (lambda model: model.insert(6, nn.Dropout(0.5)), [0, 4]),
         (replace(3, nn.Flatten(2)), [0]),
         (replace(4, nn.LazyLinear(20)), [0, 4, 6]),
         (replace(4, nn.Linear(288, 20, bias=False)), [0, 4, 6]),
@@ -202,13 +202,13 @@ def test_linear_layers_go_with_the_convolutions(fused):
         (lambda model: prune.l1_unstructured(model[6], "weight", 0.5), [0, 4]),
         (lambda model: model[5].register_forward_hook(lambda *_: None), [0, 4]),
         (lambda model: model[6].register_forward_hook(lambda *_: None), [0, 4]),
-        (lambda model: model[3].register_forward_hook(lambda *_: None), [0, 4, 6]),
+        (lambda model: model[3].register_forward_hook(lambda *_: None), [0]),
         (lambda model: model.append(nn.ReLU()), [0, 4, 6]),
         (lambda model: model.append(nn.Linear(5, 30_000)), [0, 4, 6]),
     ],
 )
 def test_other_layers_of_a_classifier_run_as_they_stand(fused, change, still_fused):
-    """What is between them, or not of their kind, ends the operation; linear layers begin one with another."""
+    """What is between them, or not of their kind, ends the operation; linear layers do not begin one."""
     model = FusedSequential(*classifier())
     change(model)
     if isinstance(model[3], nn.Flatten) and model[3].start_dim == 2:
@@ -242,17 +242,15 @@ def test_nested_sequentials(fused):
     fused.clear()
     model = FusedSequential(Own(*classifier()[:3]), nn.Sequential(*classifier()[3:]))
     model(torch.zeros(1, 2, 14, 14))
-    assert len(fused) == 2
+    assert len(fused) == 0
     assert_same_as_plain(model)
 
 
-def test_linear_layers_of_sequences_run_as_they_stand(fused):
-    """A linear layer takes the last dimension of whatever it gets: that is another operation."""
+def test_linear_layers_alone_run_as_they_stand(fused):
+    """They are faster in torch, and take the last dimension of whatever they get."""
     model = FusedSequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
     plain = nn.Sequential(*model)
     for shape in ((6,), (2, 3, 6), (2, 3, 4, 6)):
         x = torch.randn(*shape)
         assert torch.equal(model(x), plain(x))
-    assert fused == []
-    model(torch.randn(3, 6))
-    assert len(fused) == 2
+    assert fused == [] and not can_fuse(plain)

@@ -298,11 +298,11 @@ def has_been_called(operation):
         (8, 17, 3, False, torch.float32, True, False),  # too many pixels
         (96, 5, 3, False, torch.float32, True, False),  # too large a weight
         (8, 5, 1, False, torch.float32, True, False),  # a matrix product
-        (32, 9, 3, True, torch.bfloat16, True, True),
-        (32, 17, 3, True, torch.bfloat16, True, False),
-        (32, 17, 3, True, torch.bfloat16, False, True),
+        (32, 21, 3, True, torch.bfloat16, True, True),
+        (32, 23, 3, True, torch.bfloat16, True, False),
+        (32, 23, 3, True, torch.bfloat16, False, True),
         (8, 17, 3, False, torch.bfloat16, True, False),
-        (32, 17, 3, True, torch.float16, True, True),
+        (32, 23, 3, True, torch.float16, True, True),
     ],
 )
 def test_who_does_the_work(channels, size, kernel_size, pool, dtype, multiplies_bfloat16, kernel, monkeypatch):

@@ -407,10 +407,9 @@ def test_op_called_directly_is_safe():
 
 
 def test_who_is_faster():
-    """Large linear layers, and those of other dtypes than float32, are torch's."""
+    """Large linear layers are torch's; what of convolutions is, test_conv_relu_pool.py says."""
     assert is_faster(1, torch.ones(64, 576), torch.float32)
     assert not is_faster(1, torch.ones(1024, 1024), torch.float32)
-    assert not is_faster(1, torch.ones(64, 576), torch.bfloat16)
 
 
 def test_a_chain_of_one_is_conv_relu_pool():
@@ -429,7 +428,7 @@ lightkit.native.load()
 torch.manual_seed(0)
 for channels, first in ((1, 32), (3, 20)):
     x = torch.randn(53, channels, 28, 27).requires_grad_()
-    shapes = [(first, channels, 3, 3), (80, first, 3, 3), (70, 80, 2, 3), (11, 70 * 4 * 3), (7, 11)]
+    shapes = [(first, channels, 3, 3), (80, first, 3, 3), (70, 80, 2, 3), (11, 70 * 5 * 3), (7, 11)]
     weights = [torch.randn(*shape) / (shape[1] * 9) ** 0.5 for shape in shapes]
     weights = [w.requires_grad_() for w in weights]
     biases = [torch.randn(len(w)).requires_grad_() for w in weights]
