@@ -194,7 +194,7 @@ class ConvReluPoolGradInput {
   void run(int64_t images, const T* grad_output, const uint8_t* index, T* grad_input) const;
 
  private:
-  T* packed(size_t part, int64_t vector) const;
+  int64_t packed_place(size_t part, int64_t vector) const;
 
   const ConvReluPoolShape shape_;
   const T* const weight_;

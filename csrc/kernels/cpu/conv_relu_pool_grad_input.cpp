@@ -163,11 +163,10 @@ ConvReluPoolGradInput<T>::~ConvReluPoolGradInput() = default;
 template <typename T>
 ConvReluPoolGradInput<T>::ConvReluPoolGradInput(ConvReluPoolGradInput&&) noexcept = default;
 
-// The weights that a part of the kernel has for a vector of input channels, (out_channels, part_size).
+// Where the packed weight has those of a part of the kernel for a vector of input channels, (out_channels, part_size).
 template <typename T>
-T* ConvReluPoolGradInput<T>::packed(size_t part, int64_t vector) const {
-  const int64_t block = static_cast<int64_t>(part) * input_vectors<T>(shape_) + vector;
-  return const_cast<T*>(packed_.data()) + block * shape_.out_channels * part_size_;
+int64_t ConvReluPoolGradInput<T>::packed_place(size_t part, int64_t vector) const {
+  return (static_cast<int64_t>(part) * input_vectors<T>(shape_) + vector) * shape_.out_channels * part_size_;
 }
 
 // A unit is an output channel.
@@ -181,7 +180,7 @@ void ConvReluPoolGradInput<T>::prepare(int64_t begin, int64_t end) {
       const int64_t channels = std::min<int64_t>(width, shape_.in_channels - vector * width);
       for (int64_t out = begin; out < end; ++out) {
         const T* from = weight_ + out * shape_.taps() + vector * width * stride;
-        T* to = packed(p, vector) + out * part_size_;
+        T* to = packed_.data() + packed_place(p, vector) + out * part_size_;
         for (int64_t row = part.row; row < part.row + part.rows; ++row) {
           for (int64_t column = part.column; column < part.column + part.columns; ++column, to += width) {
             const T* tap = from + row * shape_.kernel_width + column;
@@ -231,7 +230,7 @@ void ConvReluPoolGradInput<T>::run(
           const auto& part = parts_[p];
           for (int64_t vector = 0; vector < input_vectors<T>(shape_); ++vector) {
             const int64_t lane = vector * kWidth<T>;
-            const T* weight = packed(p, vector) + channel * part_size_;
+            const T* weight = packed_.data() + packed_place(p, vector) + channel * part_size_;
             T* const at = grad_input + part.row * shape_.row_size() + part.column * shape_.in_channels + lane;
             for (int64_t o = 0; o < count; ++o) {
               part.add_patch(
