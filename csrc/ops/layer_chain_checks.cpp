@@ -2,6 +2,8 @@
 
 #include "layer_chain.h"
 
+#include <algorithm>
+
 namespace lightkit {
 
 using at::Tensor;
@@ -45,7 +47,10 @@ LayerSizes check_layer(
       weight.sym_sizes());
   TORCH_CHECK_VALUE(weight.sym_numel() > 0, where, ": the weight must not be empty, got shape ", weight.sym_sizes());
   TORCH_CHECK_VALUE(
-      padding[0] >= 0 && padding[1] >= 0, where, ": padding must be two numbers from 0 up, got ", padding);
+      std::min(padding[0], padding[1]) >= 0 && std::max(padding[0], padding[1]) < int64_t(1) << 30,
+      where,
+      ": padding must be two numbers from 0 up and less than 2^30, got ",
+      padding);
   const bool linear = weight.dim() == 2;
   const auto& [channels, height, width] = before;
   if (linear) {

@@ -23,6 +23,31 @@ Tensor laid_out(const Tensor& tensor, at::IntArrayRef padding) {
   return result.contiguous(kChainLayout);
 }
 
+// Places within an image, and within the weight with its rows filled up to vectors, are 32-bit numbers.
+void check_supported(const std::vector<LayerSizes>& sizes, TensorList weights, const Settings& settings) {
+  // As floating point, since products of what was asked for may be beyond any integer.
+  const auto values = [](const c10::SymInt& height, const c10::SymInt& width, const c10::SymInt& channels) {
+    return static_cast<double>(height.expect_int()) * static_cast<double>(width.expect_int()) *
+        static_cast<double>(channels.expect_int());
+  };
+  constexpr double most = 1 << 30;
+  for (size_t l = 0; l < sizes.size(); ++l) {
+    const auto& s = sizes[l];
+    const auto padding = settings.padding(l);
+    const double in = values(s.height + 2 * padding[0], s.width + 2 * padding[1], s.channels);
+    const double out = values(s.rows, s.columns, s.out_channels);
+    TORCH_CHECK_VALUE(
+        in < most && out < most && weights[l].numel() < (int64_t(1) << 26),
+        Where{"layer_chain", static_cast<int64_t>(l)},
+        ": images of less than 2^30 values and weights of less than 2^26 are supported, got ",
+        in,
+        ", ",
+        out,
+        " and ",
+        weights[l].numel());
+  }
+}
+
 // A chain as the kernels take it, and the tensors that its pointers are into.
 template <typename T>
 struct Prepared {
@@ -35,7 +60,8 @@ struct Prepared {
       const std::vector<std::optional<Tensor>>& biases,
       const Settings& settings) {
     const auto hold = [&](const Tensor& tensor) {
-      held.push_back(tensor.to(c10::CppTypeToScalarType<T>::value).contiguous());
+      // The tensors of a list come with the bit that says their sign is the other.
+      held.push_back(tensor.resolve_neg().to(c10::CppTypeToScalarType<T>::value).contiguous());
       return held.back().template const_data_ptr<T>();
     };
     for (size_t l = 0; l < sizes.size(); ++l) {
@@ -52,17 +78,6 @@ struct Prepared {
           .relu = settings.relu(l),
           .pool = settings.pool(l),
       };
-      // Places within an image, and within the weight with its rows filled up to vectors, are 32-bit numbers.
-      TORCH_CHECK_VALUE(
-          shape.image_size() < (int64_t(1) << 30) && shape.output_size() < (int64_t(1) << 30) &&
-              weights[l].numel() < (int64_t(1) << 26),
-          Where{"layer_chain", static_cast<int64_t>(l)},
-          ": images of up to 2^30 values and weights of up to 2^26 are supported, got ",
-          shape.image_size(),
-          ", ",
-          shape.output_size(),
-          " and ",
-          weights[l].numel());
       const bool biased = l < biases.size() && is_there(biases[l]);
       layers.push_back({shape, padding, hold(weights[l]), biased ? hold(*biases[l]) : nullptr});
     }
@@ -88,9 +103,11 @@ ChainResults forward_cpu(
   const Settings settings{numbers};
   const std::vector<std::optional<Tensor>> all_biases(biases.begin(), biases.end());
   const auto sizes = check_chain(input, weights, all_biases, settings);
-  auto [result, activations, index] = allocate_results(input, sizes, settings, keep);
+  check_supported(sizes, weights, settings);
+  const ChainResults results = allocate_results(input, sizes, settings, keep);
+  const Tensor& result = std::get<0>(results);
   if (result.numel() == 0) {
-    return {result, activations, index};
+    return results;
   }
   const Tensor x = laid_out(input, settings.padding(0));
   // Half precision is rounded once.
@@ -104,13 +121,13 @@ ChainResults forward_cpu(
         x.size(0),
         x.const_data_ptr<T>(),
         output.mutable_data_ptr<T>(),
-        keep ? activations.mutable_data_ptr<T>() : nullptr,
-        keep ? index.mutable_data_ptr<uint8_t>() : nullptr);
+        keep ? std::get<1>(results).mutable_data_ptr<T>() : nullptr,
+        keep ? std::get<2>(results).mutable_data_ptr<uint8_t>() : nullptr);
   });
   if (!output.is_same(result)) {
     result.copy_(output);
   }
-  return {result, activations, index};
+  return results;
 }
 
 std::vector<Tensor> backward_cpu(
@@ -124,6 +141,7 @@ std::vector<Tensor> backward_cpu(
   const Settings settings{numbers};
   const size_t count = weights.size();
   const auto sizes = check_chain(input, weights, std::vector<std::optional<Tensor>>(count), settings);
+  check_supported(sizes, weights, settings);
   const auto [kept, outputs] = kept_sizes(input, sizes, settings);
   TORCH_CHECK_VALUE(
       grad_output.sym_sizes() == output_sizes(input, sizes.back()) &&

@@ -62,6 +62,7 @@ class FuseKernels(Callback):
     - on a CPU, each ``torch.nn.Sequential`` with layers that go together as one operation, such as convolutions that
       a ReLU follows, in place, by `lightkit.nn.FusedSequential`. For fit, validate, test and predict.
 
+    Meanwhile torch.jit.script cannot compile what is replaced; torch.jit.trace and torch.export see torch's layers.
     When the run ends, or an exception or Ctrl-C ends it, everything is torch's again. Checkpoints hold nothing of
     lightkit: one made with this callback continues without it, and the other way round.
 

@@ -18,7 +18,8 @@ class FusedSequential(nn.Sequential):
     as one operation, `lightkit.ops.layer_chain`, which gives the same but for rounding. That is not so, and the layers
     run one by one, where one of them has a hook, which would not be called, is a subclass or parametrized, has settings
     that the operation does not know (stride, dilation, groups, another pool than 2x2), or is faster in torch. What a
-    Sequential within this one has is run as if it stood here, unless that has a hook.
+    Sequential within this one has is run as if it stood here, unless that has a hook. torch.jit.trace and devices other
+    than a CPU see torch's layers; torch.jit.script cannot compile it.
 
     The result has the memory format of the input, as do the inputs of layers to which it may matter: code that takes a
     ``view`` works as before, and dropout draws as before.
@@ -34,7 +35,7 @@ class FusedSequential(nn.Sequential):
 
 def run_fused(layers: Iterable[nn.Module], input: Tensor) -> Tensor:
     """What layers make of the input, one after the other, as `FusedSequential` runs them."""
-    if _are_all_hooked():
+    if _are_all_hooked() or (not torch.compiler.is_compiling() and torch.jit.is_tracing()):
         for layer in layers:
             input = layer(input)
         return input
@@ -64,11 +65,14 @@ def _chain(runs: list[list[nn.Module]], begin: int, x: Tensor) -> tuple[list[Cha
     It begins with a convolution: linear layers on their own are faster in torch.
     """
     chain: list[ChainLayer] = []
+    # Layers may hand on anything, such as tuples.
+    if not isinstance(x, Tensor) or not x.is_cpu or x.dim() != 4:
+        return chain, begin
     end = begin
     dtype = torch.get_autocast_dtype(x.device.type) if is_autocast(x) else x.dtype
     # Height and width of the next layer's input, or () of a linear layer.
     size: tuple[int, ...] = tuple(x.shape[2:])
-    for index in range(begin, len(runs) if x.dim() == 4 else begin):
+    for index in range(begin, len(runs)):
         run = runs[index]
         first, kind = run[0], type(run[0])
         if kind is nn.Conv2d and len(run) > 1 and size:
@@ -80,7 +84,7 @@ def _chain(runs: list[list[nn.Module]], begin: int, x: Tensor) -> tuple[list[Cha
             rows = size[0] + 2 * padding[0] - first.kernel_size[0] + 1
             columns = size[1] + 2 * padding[1] - first.kernel_size[1] + 1
             size = (rows // 2, columns // 2) if pool else (rows, columns)
-        elif kind is nn.Linear and chain and not size and _is_plain(first):
+        elif kind is nn.Linear and chain and not size and _is_linear(first):
             weight, bias = _parameters(first)
             if not is_faster(1, weight, dtype):
                 break
@@ -111,7 +115,13 @@ def _unnested(layers: Iterable[nn.Module]) -> Iterator[nn.Module]:
 
 def _ordered_as(x: Tensor, input: Tensor) -> Tensor:
     """In the memory format of the input: the fused operation's results, and what torch makes of them, have another."""
-    channels_last = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
+    if not isinstance(x, Tensor):
+        return x
+    channels_last = (
+        isinstance(input, Tensor)
+        and input.is_contiguous(memory_format=torch.channels_last)
+        and not input.is_contiguous()
+    )
     return x if channels_last else x.contiguous()
 
 
@@ -149,16 +159,24 @@ def _is_plain(layer: nn.Module) -> bool:
         or own["_backward_hooks"]
         or own["_backward_pre_hooks"]
         or "forward" in own
-        # In place of the parameter, as by pruning.
-        or "weight" in own
+        or own.get("_compiled_call_impl") is not None
     )
+
+
+def _has_parameters(layer: nn.Module) -> bool:
+    """Whether weight and bias are parameters, and not buffers, or what pruning computes."""
+    parameters = layer._parameters
+    return parameters.get("weight") is not None and "bias" in parameters
 
 
 def _minds_order(layer: nn.Module) -> bool:
     """Whether the order of its input in memory may change what a layer does, or whom it calls."""
     # Random numbers are drawn in the order in memory.
     draws = isinstance(layer, (nn.modules.dropout._DropoutNd, nn.RReLU))
-    return draws or not type(layer).__module__.startswith("torch.nn.") or bool(layer._modules) or not _is_plain(layer)
+    # Of a tuple nobody knows what to reorder afterwards.
+    gives_tuple = getattr(layer, "return_indices", False)
+    is_torchs = type(layer).__module__.startswith("torch.nn.") and not layer._modules and _is_plain(layer)
+    return draws or gives_tuple or not is_torchs
 
 
 # Not isinstance: a subclass may do anything.
@@ -173,11 +191,12 @@ def _is_convolution(layer: nn.Module) -> bool:
         and layer.padding_mode == "zeros"
         and not isinstance(layer.padding, str)
         and _is_plain(layer)
+        and _has_parameters(layer)
     )
 
 
 def _is_linear(layer: nn.Module) -> bool:
-    return type(layer) is nn.Linear and _is_plain(layer)
+    return type(layer) is nn.Linear and _is_plain(layer) and _has_parameters(layer)
 
 
 def _is_flatten(layer: nn.Module) -> bool:

@@ -69,21 +69,24 @@ def layer_chain(input: Tensor, layers: Sequence[ChainLayer]) -> Tensor:
 
     Raises:
         ValueError: no layer, shapes that do not fit, a negative padding, an input too small for kernel and pool.
-        RuntimeError: dtypes or devices that do not fit.
+        RuntimeError: dtypes or devices that do not fit. Where there is no kernel, what torch's functions raise.
     """
     if not layers:
         raise ValueError("layer_chain: there must be at least one layer")
     weights = [layer.weight for layer in layers]
     biases = [layer.bias for layer in layers]
-    if is_autocast(input) and all(weight.dtype == torch.float32 for weight in weights):
+    parameters = [*weights, *(bias for bias in biases if bias is not None)]
+    if not has_kernel(input, *parameters):
+        return layer_chain_reference(input, layers)
+    if is_autocast(input):
+        if any(parameter.dtype != torch.float32 for parameter in parameters):
+            return layer_chain_reference(input, layers)
         # Autocast asks for no more precision than its dtype's: there may be more.
         with torch.autocast(input.device.type, enabled=False):
             output = layer_chain(input.float(), layers)
         return output.to(torch.get_autocast_dtype(input.device.type))
-    if has_kernel(input, *weights, *(bias for bias in biases if bias is not None)):
-        settings = [number for layer in layers for number in (*layer.padding, layer.relu, layer.pool)]
-        return torch.ops.lightkit.layer_chain.default(input, weights, biases, settings)
-    return layer_chain_reference(input, layers)
+    settings = [number for layer in layers for number in (*layer.padding, layer.relu, layer.pool)]
+    return torch.ops.lightkit.layer_chain.default(input, weights, biases, settings)
 
 
 def layer_chain_reference(input: Tensor, layers: Sequence[ChainLayer]) -> Tensor:
@@ -119,6 +122,8 @@ def has_kernel(*tensors: Tensor) -> bool:
         # Forward-mode AD and the transforms of torch.func cannot see through an autograd function in C++.
         and forward_ad._current_level < 0
         and not torch._C._are_functorch_transforms_active()
+        # torch.jit.trace knows no list of tensors that may be None.
+        and (torch.compiler.is_compiling() or not torch.jit.is_tracing())
         # DTensor and its like bring a dispatch of their own, which does not know the op.
         and all(type(t) in (Tensor, Parameter) or not is_traceable_wrapper_subclass(t) for t in tensors)
     )
@@ -138,8 +143,8 @@ def is_faster(pixels: int, weight: Tensor, dtype: torch.dtype, pool: bool = Fals
     size = weight.numel()
     if weight.dim() == 2:
         return size <= 1 << 17
-    if size >= 1 << 26:
-        # More than it takes.
+    if size >= 1 << 26 or pixels * max(weight.shape[0], weight.shape[1]) >= 1 << 29:
+        # More than it takes, or nearly.
         return False
     # With a pool most of the gradient is 0, and left out. A 1x1 convolution without one is a matrix product, in which
     # dead units are too few to make up for lists of the others.

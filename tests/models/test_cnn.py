@@ -92,6 +92,13 @@ def test_fused_blocks_are_used(monkeypatch):
     assert calls == [[(True, True), (True, True), (True, False), (True, False), (False, False)]]
 
 
+@pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")
+def test_trace():
+    """torch.jit.trace takes the network as torch's layers."""
+    model, images = CNN(), torch.randn(3, 1, 28, 28)
+    torch.testing.assert_close(torch.jit.trace(model, images)(images), model(images))
+
+
 def test_compile_fullgraph():
     """The whole network is one compiled graph, and the fused blocks are in it."""
     torch._dynamo.reset()

@@ -254,3 +254,86 @@ def test_linear_layers_alone_run_as_they_stand(fused):
         x = torch.randn(*shape)
         assert torch.equal(model(x), plain(x))
     assert fused == [] and not can_fuse(plain)
+
+
+class Turned(nn.Module):
+    """Channels last, as a recurrent layer takes them."""
+
+    def forward(self, x):
+        return x.permute(0, 2, 1)
+
+
+class First(nn.Module):
+    """Of a tuple."""
+
+    def forward(self, values):
+        return values[0]
+
+
+def test_values_that_are_no_tensors():
+    """Layers may hand on tuples, and take them."""
+    plain = nn.Sequential(
+        *layers()[:3], nn.Flatten(2), Turned(), nn.LSTM(8, 5, batch_first=True), First(), nn.Linear(5, 2)
+    )
+    fused = FusedSequential(*plain)
+    x = torch.randn(3, 2, 14, 14)
+    torch.testing.assert_close(fused(x), plain(x))
+    plain = nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.MaxPool2d(2, return_indices=True))
+    torch.testing.assert_close(FusedSequential(*plain)(x), plain(x))
+    plain = nn.Sequential(First(), *layers()[:3])
+    torch.testing.assert_close(FusedSequential(*plain)((x, None)), plain((x, None)))
+
+
+def as_buffer(model, layer, name):
+    tensor = getattr(model[layer], name).detach()
+    delattr(model[layer], name)
+    model[layer].register_buffer(name, tensor)
+
+
+def without_bias(model, layer):
+    del model[layer].bias
+    model[layer].bias = None
+
+
+@pytest.mark.parametrize(
+    ("change", "still_fused"),
+    [
+        (lambda model: as_buffer(model, 0, "weight"), []),
+        (lambda model: as_buffer(model, 0, "bias"), []),
+        (lambda model: as_buffer(model, 4, "weight"), [0]),
+        (lambda model: without_bias(model, 4), [0]),
+        (lambda model: prune.l1_unstructured(model[0], "bias", 0.5), []),
+        (lambda model: model[4].compile(backend="eager"), [0]),
+    ],
+)
+def test_parameters_that_are_none(fused, change, still_fused):
+    """A weight that is a buffer, or computed, and what was compiled, are for the layer to know about."""
+    model = FusedSequential(*classifier())
+    change(model)
+    x = torch.randn(3, 2, 14, 14)
+    torch.testing.assert_close(model(x), nn.Sequential(*model)(x))
+    assert len(fused) == len(still_fused)
+    assert all(weight is model[i].weight for weight, i in zip(fused, still_fused, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")
+def test_tracing():
+    """torch.jit.trace and torch.fx see torch's layers."""
+    model = FusedSequential(*classifier())
+    x = torch.randn(3, 2, 14, 14)
+    traced = torch.jit.trace(model, x)
+    assert "lightkit::" not in str(traced.inlined_graph)
+    torch.testing.assert_close(traced(x), model(x))
+    symbolic = torch.fx.symbolic_trace(model)
+    torch.testing.assert_close(symbolic(x), model(x))
+
+
+def test_autocast_of_half_precision_weights():
+    """Autocast casts whatever it is given, as with torch's layers."""
+    x = torch.randn(3, 2, 14, 14)
+    for weights, dtype in ((torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float16)):
+        model = FusedSequential(*classifier()).to(weights)
+        with torch.autocast("cpu", dtype):
+            output, expected = model(x), nn.Sequential(*model)(x)
+        assert output.dtype == expected.dtype == dtype
+        torch.testing.assert_close(output, expected, rtol=0.05, atol=0.05)

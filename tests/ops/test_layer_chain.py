@@ -406,6 +406,31 @@ def test_op_called_directly_is_safe():
     assert all(g.numel() == 0 for g in backward(output, input, weights, activations, index, settings, [0] * 11))
 
 
+def test_sizes_beyond_any_number():
+    """Paddings and sizes whose products wrap around are refused: nothing is written beyond a tensor."""
+    image = torch.ones(1, 1, 8, 8)
+    one, three, linear = torch.ones(1, 1, 1, 1), torch.ones(1, 1, 3, 3), torch.ones(1, 36)
+    for padding in ((2**61, 2**61), (2**62, 0), (2**30, 0)):
+        with pytest.raises(ValueError, match=r"less than 2\^30"):
+            layer_chain(image, [ChainLayer(one, None), ChainLayer(three, None, padding), ChainLayer(linear, None)])
+    for padding in ((2**20, 2**20), (2**29, 2**29)):
+        with pytest.raises(ValueError, match=r"images of less than 2\^30 values"):
+            layer_chain(image, [ChainLayer(one, None), ChainLayer(three, None, padding)])
+    assert not is_faster(4096 * 4096, torch.ones(64, 64, 3, 3), torch.float32, True)
+
+
+def test_negative_views():
+    """A tensor whose sign is a bit is read with it, wherever it stands."""
+    input, layers = make(*PLANS["padded"])
+    negative = [
+        layer._replace(
+            weight=torch._neg_view(-layer.weight), bias=None if layer.bias is None else torch._neg_view(-layer.bias)
+        )
+        for layer in layers
+    ]
+    assert torch.equal(native(torch._neg_view(-input), negative), native(input, layers))
+
+
 def test_who_is_faster():
     """Large linear layers are torch's; what of convolutions is, test_conv_relu_pool.py says."""
     assert is_faster(1, torch.ones(64, 576), torch.float32)

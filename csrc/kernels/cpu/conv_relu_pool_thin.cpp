@@ -1,7 +1,7 @@
 // The gradient of the weight where a position reads few inputs in a row, as with one channel.
 //
 // Vectors are over the output channels. Of each output the gradient is spread over its positions, 0 but for the one
-// that won: with a pool four times the products of conv_relu_pool_backward.cpp, but no list is made, and all lanes
+// that won: with a pool four times the products of conv_relu_pool_grad_weight.cpp, but no list is made, and all lanes
 // are used.
 
 #include "conv_relu_pool_thin.h"
