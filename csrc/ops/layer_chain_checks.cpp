@@ -28,7 +28,6 @@ void check_same_kind(const Where& where, const char* name, const Tensor& tensor,
       tensor.device());
 }
 
-
 }  // namespace
 
 LayerSizes check_layer(

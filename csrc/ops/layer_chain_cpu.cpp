@@ -170,18 +170,21 @@ std::vector<Tensor> backward_cpu(
   with_type(x, [&](auto zero) {
     using T = decltype(zero);
     const Prepared<T> prepared(sizes, weights, {}, settings);
-    // One pass makes the gradients of a weight and its bias: the second costs next to nothing.
+    // Where the kernels write: into the result, unless that is of another dtype, or not wanted. One pass makes the
+    // gradients of a weight and its bias: the second costs next to nothing.
     std::vector<Tensor> made(gradients.size());
-    const auto place = [&](size_t which) {
-      const Tensor& gradient = gradients[which];
-      const bool direct = wanted[which] && gradient.scalar_type() == x.scalar_type();
+    const auto unlike = [&](size_t which) {
+      if (which == 0) {
+        return at::empty_like(input, x.options(), input.dim() == 4 ? kChainLayout : at::MemoryFormat::Contiguous);
+      }
       const bool is_bias = which > count;
-      const auto sizes = is_bias ? at::IntArrayRef(weights[which - 1 - count].sizes().slice(0, 1))
-                                 : which > 0 ? weights[which - 1].sizes() : input.sizes();
-      made[which] = direct ? gradient
-          : which == 0 && input.dim() == 4 ? at::empty(sizes, x.options(), kChainLayout)
-                                           : at::empty(sizes, x.options());
-      return made[which].mutable_data_ptr<T>();
+      const auto sizes = weights[which - 1 - (is_bias ? count : 0)].sizes();
+      return at::empty(is_bias ? sizes.slice(0, 1) : sizes, x.options());
+    };
+    const auto place = [&](size_t which) {
+      const bool direct = wanted[which] && gradients[which].scalar_type() == x.scalar_type();
+      made[which] = direct ? gradients[which] : unlike(which);
+      return made[which].template mutable_data_ptr<T>();
     };
     std::vector<cpu::ChainGradients<T>> places(count, {nullptr, nullptr});
     bool any = wanted[0];

@@ -22,6 +22,12 @@
 
 namespace lightkit::cpu {
 
+template <typename T>
+using Vec = at::vec::Vectorized<T>;
+
+template <typename T>
+inline constexpr int kWidth = Vec<T>::size();
+
 // A convolution of stride 1 without padding, after it a ReLU or none, and a pool of 2x2 with stride 2 or none. Tensors
 // are dense with the channels last: (images, rows, columns, channels).
 struct ConvReluPoolShape {
@@ -199,7 +205,7 @@ class ConvReluPoolGradInput {
   const ConvReluPoolShape shape_;
   const T* const weight_;
   const std::vector<KernelPart<T>> parts_;
-  int64_t part_size_;
+  const int64_t part_size_;
   AlignedBuffer<T> packed_;
 };
 

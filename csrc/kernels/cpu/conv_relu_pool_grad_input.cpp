@@ -6,23 +6,8 @@
 
 #include "conv_relu_pool_lists.h"
 
-#include <utility>
-
 namespace lightkit::cpu {
 namespace {
-
-template <typename T>
-using Vec = at::vec::Vectorized<T>;
-
-template <typename T>
-constexpr int kWidth = Vec<T>::size();
-
-// Vectors of a patch that registers hold beside a coefficient and a weight.
-#if defined(CPU_CAPABILITY_AVX512)
-constexpr int kHeld = 24;
-#else
-constexpr int kHeld = 12;
-#endif
 
 // Of the kernel, what one pass over the lists takes.
 constexpr int kMostRows = 3;
@@ -82,29 +67,17 @@ void add_patch(const List<T>* lists, const T* weight, const Patch<T>& patch) {
 template <typename T>
 using AddPatch = void (*)(const List<T>*, const T*, const Patch<T>&);
 
-template <typename T, int quads, int rows, int columns>
-constexpr AddPatch<T> add_patch_or_null() {
-  constexpr int more = quads == 4 ? 1 : 0;
-  if constexpr ((rows + more) * (columns + more) <= kHeld) {
-    return add_patch<T, quads, rows, columns>;
-  } else {
-    return nullptr;
-  }
-}
-
-template <typename T, int quads, int rows, int... c>
-AddPatch<T> find_columns(int64_t columns, std::integer_sequence<int, c...>) {
-  static constexpr AddPatch<T> table[] = {add_patch_or_null<T, quads, rows, c + 1>()...};
-  return table[columns - 1];
-}
-
 // Null if registers do not hold so many.
 template <typename T, int quads>
 AddPatch<T> find_add_patch(int64_t rows, int64_t columns) {
-  constexpr auto all = std::make_integer_sequence<int, kMostColumns>{};
-  return rows == 1 ? find_columns<T, quads, 1>(columns, all)
-      : rows == 2  ? find_columns<T, quads, 2>(columns, all)
-                   : find_columns<T, quads, 3>(columns, all);
+  return with_sizes<kMostRows, kMostColumns>(rows, columns, [](auto r, auto c) -> AddPatch<T> {
+    constexpr int more = quads == 4 ? 1 : 0;
+    if constexpr ((r + more) * (c + more) <= kHeld) {
+      return add_patch<T, quads, r, c>;
+    } else {
+      return nullptr;
+    }
+  });
 }
 
 }  // namespace
@@ -140,6 +113,16 @@ std::vector<KernelPart<T>> make_parts(const ConvReluPoolShape& shape) {
   return parts;
 }
 
+// The weights of an output channel in the largest part.
+template <typename T>
+int64_t largest(const std::vector<KernelPart<T>>& parts) {
+  int64_t size = 0;
+  for (const auto& part : parts) {
+    size = std::max(size, part.rows * part.columns * kWidth<T>);
+  }
+  return size;
+}
+
 template <typename T>
 int64_t input_vectors(const ConvReluPoolShape& shape) {
   return (shape.in_channels + kWidth<T> - 1) / kWidth<T>;
@@ -149,13 +132,11 @@ int64_t input_vectors(const ConvReluPoolShape& shape) {
 
 template <typename T>
 ConvReluPoolGradInput<T>::ConvReluPoolGradInput(const ConvReluPoolShape& shape, const T* weight)
-    : shape_(shape), weight_(weight), parts_(make_parts<T>(shape)), part_size_(0), packed_(0) {
-  for (const auto& part : parts_) {
-    part_size_ = std::max(part_size_, part.rows * part.columns * kWidth<T>);
-  }
-  const auto blocks = static_cast<int64_t>(parts_.size()) * input_vectors<T>(shape);
-  packed_ = AlignedBuffer<T>(blocks * shape.out_channels * part_size_);
-}
+    : shape_(shape),
+      weight_(weight),
+      parts_(make_parts<T>(shape)),
+      part_size_(largest(parts_)),
+      packed_(static_cast<int64_t>(parts_.size()) * input_vectors<T>(shape) * shape.out_channels * part_size_) {}
 
 template <typename T>
 ConvReluPoolGradInput<T>::~ConvReluPoolGradInput() = default;

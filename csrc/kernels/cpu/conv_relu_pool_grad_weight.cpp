@@ -7,24 +7,12 @@
 #include "conv_relu_pool_lists.h"
 #include "conv_relu_pool_thin.h"
 
-#include <utility>
 #include <vector>
 
 namespace lightkit::cpu {
 namespace {
 
-template <typename T>
-using Vec = at::vec::Vectorized<T>;
-
-template <typename T>
-constexpr int kWidth = Vec<T>::size();
-
-// Vectors of a patch that registers hold beside a coefficient, which several rows share.
-#if defined(CPU_CAPABILITY_AVX512)
-constexpr int kHeld = 24;
-#else
-constexpr int kHeld = 12;
-#endif
+// Of a patch, what is summed at once.
 constexpr int kMostRows = 3;
 constexpr int kMostVectors = 12;
 
@@ -99,27 +87,15 @@ void accumulate(const Part<T>& part) {
 template <typename T>
 using Accumulate = void (*)(const Part<T>&);
 
-template <typename T, int rows, int vectors>
-constexpr Accumulate<T> accumulate_or_null() {
-  if constexpr (rows * vectors <= kHeld) {
-    return accumulate<T, rows, vectors>;
-  } else {
-    return nullptr;
-  }
-}
-
-template <typename T, int rows, int... v>
-Accumulate<T> find_vectors(int64_t vectors, std::integer_sequence<int, v...>) {
-  static constexpr Accumulate<T> table[] = {accumulate_or_null<T, rows, v + 1>()...};
-  return table[vectors - 1];
-}
-
 template <typename T>
 Accumulate<T> find_accumulate(int64_t rows, int64_t vectors) {
-  constexpr auto all = std::make_integer_sequence<int, kMostVectors>{};
-  return rows == 1 ? find_vectors<T, 1>(vectors, all)
-      : rows == 2  ? find_vectors<T, 2>(vectors, all)
-                   : find_vectors<T, 3>(vectors, all);
+  return with_sizes<kMostRows, kMostVectors>(rows, vectors, [](auto r, auto v) -> Accumulate<T> {
+    if constexpr (r * v <= kHeld) {
+      return accumulate<T, r, v>;
+    } else {
+      return nullptr;
+    }
+  });
 }
 
 // A part of a patch that is summed at once: some of its rows, some vectors of each.

@@ -3,12 +3,35 @@
 
 #include "conv_relu_pool.h"
 
+#include <c10/util/Unroll.h>
+
 #include <array>
 #include <bit>
 #include <type_traits>
 #include <vector>
 
 namespace lightkit::cpu {
+
+// Vectors of a patch that registers hold beside a coefficient and what it multiplies.
+#if defined(CPU_CAPABILITY_AVX512)
+inline constexpr int kHeld = 24;
+#else
+inline constexpr int kHeld = 12;
+#endif
+
+// What make(rows, columns) gives for two numbers that are known when compiled: up to so many rows and columns.
+template <int most_rows, int most_columns, typename Make>
+auto with_sizes(int64_t rows, int64_t columns, const Make& make) {
+  decltype(make(std::integral_constant<int, 1>{}, std::integral_constant<int, 1>{})) found = nullptr;
+  c10::ForcedUnroll<most_rows>{}([&](auto r) {
+    c10::ForcedUnroll<most_columns>{}([&](auto c) {
+      if (rows == r + 1 && columns == c + 1) {
+        found = make(std::integral_constant<int, r + 1>{}, std::integral_constant<int, c + 1>{});
+      }
+    });
+  });
+  return found;
+}
 
 // What one sum adds up: coefficient times what lies at the offset, for each of `size`.
 template <typename T>

@@ -12,12 +12,6 @@
 namespace lightkit::cpu {
 namespace {
 
-template <typename T>
-using Vec = at::vec::Vectorized<T>;
-
-template <typename T>
-constexpr int kWidth = Vec<T>::size();
-
 // Of the kernel, what one pass over an image sums: all sums and the four gradients fit 16 registers.
 constexpr int kMostRows = 3;
 constexpr int kMostTaps = 3;

@@ -10,9 +10,6 @@ namespace lightkit::cpu::winograd {
 // Values of a tile, and of a weight, in the transformed domain.
 inline constexpr int kPoints = 16;
 
-template <typename T>
-using Vec = at::vec::Vectorized<T>;
-
 // B^T d B, with the factors of a row or column.
 template <typename T>
 void transform_input_line(Vec<T>& d0, Vec<T>& d1, Vec<T>& d2, Vec<T>& d3) {

@@ -10,7 +10,7 @@ namespace {
 // What a thread works on at a time, in bytes of activations: a part of its second-level cache.
 constexpr int64_t kSliceBytes = 512 * 1024;
 
-// Of images, if there are so many.
+// Pieces of the images that a thread begins with, if there are so many.
 constexpr int64_t kPiecesOfAThread = 4;
 
 // How many multiplications are worth a thread, and what it takes to bring a weight to another place in these.
