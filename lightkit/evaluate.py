@@ -16,6 +16,7 @@ class Keys(TypedDict):
 
     ckpt_path: str
     data_dir: str | None
+    download: bool
     output: str | None
     accelerator: str
 

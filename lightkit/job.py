@@ -1,12 +1,10 @@
-"""The objects of a job, built from its configuration or from a checkpoint that carries it."""
+"""The objects of a job, built from its configuration."""
 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,10 +13,10 @@ from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lightkit.checkpoints import CONFIG_KEY, AtomicCheckpointIO, AtomicXLACheckpointIO, load_checkpoint, load_weights
+from lightkit.checkpoints import CONFIG_KEY, AtomicCheckpointIO, AtomicXLACheckpointIO
 from lightkit.config import build
 from lightkit.data import SeriesDataModule, Text
-from lightkit.errors import CheckpointError, ConfigError
+from lightkit.errors import ConfigError
 from lightkit.strategies import tpu
 
 # By what their data serve, those whose model is no classifier.
@@ -26,7 +24,7 @@ _EXPERIMENTS = {"tokens": ("language_model", "char_rnn"), "windows": ("forecast"
 
 
 class SaveConfig(Callback):
-    """Puts the configuration into every checkpoint, which makes it complete: see `restore`."""
+    """Puts the configuration into every checkpoint, which makes it complete: see `lightkit.restore`."""
 
     def __init__(self, config: DictConfig) -> None:
         self._config = OmegaConf.to_container(config, resolve=True)
@@ -48,17 +46,26 @@ def build_task(config: DictConfig) -> pl.LightningModule:
 def build_data(config: DictConfig) -> pl.LightningDataModule:
     """The data module, checked to have as many classes as the model where both say."""
     data = build(config.data)
+    check_outputs(data, config.model)
+    return data
+
+
+def check_outputs(data: pl.LightningDataModule, model: Mapping[str, Any]) -> None:
+    """Refuses a model whose configuration has other classes than the data, or classes where the data have none.
+
+    Raises:
+        ConfigError: says both.
+    """
     classes = getattr(data, "num_classes", None)
     for key in ("num_classes", "num_outputs"):
-        outputs = config.model.get(key)
+        outputs = model.get(key)
         if classes is not None and outputs is not None and classes != outputs:
             raise ConfigError(f"the data has {classes} classes but model.{key} is {outputs}")
-    if classes is None and isinstance(data, (SeriesDataModule, Text)) and "num_classes" in config.model:
+    if classes is None and isinstance(data, (SeriesDataModule, Text)) and "num_classes" in model:
         raise ConfigError(
             f"{type(data).__name__} serves {data.unit}, in which there are no classes for the model to tell apart; "
             f"experiments for it: {', '.join(_EXPERIMENTS[data.unit])}"
         )
-    return data
 
 
 def build_trainer(config: DictConfig, **options: Any) -> pl.Trainer:
@@ -133,27 +140,3 @@ def refusals_of_lightning() -> Iterator[None]:
         if not frame.f_globals["__name__"].startswith("lightning."):
             raise
         raise ConfigError(" ".join(str(error).split())) from error
-
-
-@dataclass(frozen=True)
-class Restored:
-    """What a checkpoint of lightkit.train holds."""
-
-    config: DictConfig
-    task: pl.LightningModule
-    checkpoint: dict[str, Any]
-
-
-def restore(path: str | Path) -> Restored:
-    """Builds the task of a checkpoint from the configuration in it, and loads its weights.
-
-    Raises:
-        CheckpointError: missing, damaged, or not made by lightkit.train.
-    """
-    checkpoint = load_checkpoint(path)
-    if CONFIG_KEY not in checkpoint:
-        raise CheckpointError(f"{path} carries no configuration: it was not made by lightkit.train")
-    config = OmegaConf.create(checkpoint[CONFIG_KEY])
-    task = build_task(config)
-    load_weights(task, checkpoint, path)
-    return Restored(config, task.eval(), checkpoint)

@@ -33,7 +33,7 @@ def main(config: DictConfig) -> None:
     """Prints what the model of a checkpoint makes of an input."""
     # Only now, as in lightkit.train.
     from lightkit import prediction, results
-    from lightkit.job import restore
+    from lightkit.restore import restore
 
     results.check_output(config.output)
     predicted = prediction.predict(config, restore(config.ckpt_path))

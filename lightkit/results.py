@@ -13,10 +13,12 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lightkit import __version__, native
 from lightkit.errors import ConfigError
 from lightkit.files import write_atomically
+from lightkit.printable import printable
 
 _PACKAGES = ("torch", "lightning", "hydra-core", "torchmetrics", "numpy")
 
@@ -76,11 +78,12 @@ def _cpu_name() -> str:
 
 
 def print_table(title: str, rows: dict[str, str]) -> None:
-    """A short table of names and values on standard output."""
-    table = Table(title=title, show_header=False, title_justify="left")
+    """Prints a short table of names and values, which may be somebody else's, on standard output."""
+    # As texts: in plain strings rich looks for its markup.
+    table = Table(title=Text(printable(title), style="table.title"), show_header=False, title_justify="left")
     table.add_column(style="bold", no_wrap=True)
     # Paths must come out whole, to be copied.
     table.add_column(overflow="fold")
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(Text(printable(name)), Text(printable(value)))
     Console().print(table)

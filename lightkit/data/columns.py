@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,10 @@ import torch
 from torch import Tensor
 
 from lightkit.errors import DataError
+from lightkit.regular_files import open_regular
+
+# Bytes that a file may have: its cells are held as texts, which takes some ten times as much.
+_MOST_BYTES = 512 << 20
 
 _MISSING = ("error", "interpolate")
 
@@ -44,7 +49,7 @@ def read_column(
     """Reads a column of a CSV file whose first line names the columns and whose rows are in time order.
 
     Args:
-        path: the file, UTF-8, separated by commas.
+        path: a regular file, UTF-8, separated by commas.
         column: which one; None takes the only one that has numbers in it.
         time_column: dates (ISO 8601, or YYYYMMDD) or numbers, which must increase; None trusts the order of the rows.
         missing: what becomes of an empty cell: ``"error"`` refuses it, ``"interpolate"`` draws a straight line
@@ -76,7 +81,7 @@ def _read_rows(path: Path) -> tuple[list[str], list[list[str]], list[int]]:
     rows, lines = [], []
     try:
         # A spreadsheet's byte-order mark is not a part of the first name.
-        with open(path, newline="", encoding="utf-8-sig") as file:
+        with io.TextIOWrapper(open_regular(path, _MOST_BYTES), encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file)
             for row in reader:
                 rows.append([cell.strip() for cell in row])

@@ -32,6 +32,7 @@ class MNIST(ImageDataModule):
 
     Args:
         data_dir: a directory with the four files.
+        download: fetch the files if they are nowhere on this machine; without it that is an error.
         **options: see `ImageDataModule`.
 
     References:
@@ -51,9 +52,10 @@ class MNIST(ImageDataModule):
         "test_labels": "ec29112dd5afa0611ce80d1b7f02629c",
     }
 
-    def __init__(self, data_dir: str | None = None, **options: Any) -> None:
+    def __init__(self, data_dir: str | None = None, download: bool = True, **options: Any) -> None:
         super().__init__(**options)
         self.data_dir = data_dir
+        self.download = download
 
     def prepare_data(self) -> None:
         """Downloads what is missing, in one process a machine."""
@@ -83,6 +85,8 @@ class MNIST(ImageDataModule):
         return [Path("/usr/share/datasets") / self.directory_name, cache_root() / "data" / self.directory_name]
 
     def _download(self) -> Path:
+        if not self.download:
+            raise DataError(f"{self._not_here()}, and download=true has not been given, which fetches it")
         directory = cache_root() / "data" / self.directory_name
         for name, file in _FILES.items():
             path = directory / f"{file}.gz"
@@ -98,16 +102,18 @@ class MNIST(ImageDataModule):
                 raise DataError(self._no_network(tried))
         return directory
 
-    def _no_network(self, tried: list[str]) -> str:
-        name = type(self).__name__
+    def _not_here(self) -> str:
         looked = ", ".join(map(str, self._known_directories()))
+        return f"{type(self).__name__} is not on this machine (looked in {looked})"
+
+    def _no_network(self, tried: list[str]) -> str:
         ways = [f"put the four files into a directory and pass data.data_dir=DIRECTORY ({', '.join(_FILES.values())})"]
         if self.debian_package:
             ways.append(f"on Debian and Ubuntu: apt-get install {self.debian_package}")
         else:
             ways.append("train on data=mnist_5k, 5,000 of its digits, which needs no network")
         return (
-            f"{name} is not on this machine (looked in {looked}) and could not be downloaded:\n  "
+            f"{self._not_here()} and could not be downloaded:\n  "
             + "\n  ".join(tried)
             + "\nTwo ways out: "
             + "; or ".join(ways)

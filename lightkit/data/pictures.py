@@ -9,6 +9,13 @@ import torch
 from torch import Tensor
 
 from lightkit.errors import DataError
+from lightkit.printable import printable
+from lightkit.regular_files import open_regular, warn_of_skipped
+
+# What Pillow reads by itself; for some other formats it starts programs.
+_FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF")
+
+_MOST_BYTES = 1 << 30
 
 _SUFFIXES = (".png", ".jpg", ".jpeg")
 _BRIGHT = 127
@@ -22,11 +29,16 @@ def find_pictures(path: Path) -> list[Path]:
     """
     if path.is_file():
         return [path]
-    if not path.is_dir():
+    if not path.exists():
         raise DataError(f"input={path} does not exist")
+    if not path.is_dir():
+        # Says which kind it is.
+        open_regular(path, name=f"input={path}").close()
     # Hidden files are what file managers leave behind, not what somebody wants classified.
-    files = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
-    strangers = [p.name for p in files if p.suffix.lower() not in _SUFFIXES]
+    entries = sorted(p for p in path.iterdir() if not p.name.startswith(".") and not p.is_dir())
+    files = [p for p in entries if p.is_file()]
+    warn_of_skipped([p for p in entries if not p.is_file()])
+    strangers = [printable(p.name) for p in files if p.suffix.lower() not in _SUFFIXES]
     if strangers:
         raise DataError(f"{path} holds files that are not PNG or JPEG pictures: {', '.join(strangers[:5])}")
     if not files:
@@ -50,7 +62,7 @@ def read_picture(path: Path, size: int, invert: bool | str = "auto") -> Tensor:
     except ImportError as error:
         raise DataError("reading pictures needs Pillow: pip install 'lightkit[app]'") from error
     try:
-        with Image.open(path) as image:
+        with open_regular(path, _MOST_BYTES) as file, Image.open(file, formats=_FORMATS) as image:
             # Transparent means paper, not black.
             if "A" in image.getbands() or "transparency" in image.info:
                 rgba = image.convert("RGBA")

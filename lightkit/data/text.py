@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import mmap
 import os
@@ -22,6 +23,7 @@ from lightkit.data.bigram import bits_per_byte
 from lightkit.errors import DataError
 from lightkit.files import write_atomically
 from lightkit.paths import cache_root
+from lightkit.regular_files import open_regular, warn_of_skipped
 
 _PARTS = ("train", "validation", "test")
 
@@ -30,6 +32,9 @@ SEPARATOR = b"\0"
 
 # Bytes read from a file at once.
 _CHUNK = 1 << 20
+
+# Bytes of a folder that are joined without the disk.
+_MOST_IN_MEMORY = 1 << 30
 
 # Folders of the standard library that are not of its code; the last is one file of documentation, a 16th of all.
 _NOT_LIBRARY = ("site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data")
@@ -86,6 +91,9 @@ class Text(pl.LightningDataModule):
                 f"got {validation_share} and {test_share}"
             )
         self.path = path
+        # Whether the joined files of a folder are kept in the cache directory. Not where somebody else says which
+        # folder: it might be any.
+        self.keep_joined = True
         self.context = context
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
@@ -122,7 +130,8 @@ class Text(pl.LightningDataModule):
         root = self._root()
         if root.is_dir():
             found = library_files(root) if self.path is None else text_files(root)
-            return _join([[file for file in found if self._part_of(file.name) == part] for part in _PARTS])
+            parts = [[file for file in found if self._part_of(file.name) == part] for part in _PARTS]
+            return _join(parts) if self.keep_joined else _join_in_memory(parts, root)
         whole = _map(root, _open_text(root))
         test = round(len(whole) * self.test_share)
         validation = round(len(whole) * self.validation_share)
@@ -214,16 +223,25 @@ def text_files(root: Path, suffix: str = "", without: tuple[str, ...] = ()) -> l
     for folder, folders, names in os.walk(root, onerror=refuse):
         folders[:] = [name for name in folders if name not in (*without, "__pycache__") and name[0] != "."]
         paths += [Path(folder, name) for name in names if name[0] != "." and name.endswith(suffix)]
+    skipped = []
     for name, path in sorted((path.relative_to(root).as_posix(), path) for path in paths):
         try:
             status = path.stat()
         except OSError as error:
-            refuse(error)
+            # A link that leads nowhere, or in a circle.
+            if not path.is_symlink() or error.errno not in (errno.ENOENT, errno.ELOOP):
+                refuse(error)
+            skipped.append(path)
+            continue
         # A pipe or a device would be read for ever.
-        if not stat.S_ISREG(status.st_mode) or status.st_size == 0 or (status.st_dev, status.st_ino) in seen:
+        if not stat.S_ISREG(status.st_mode):
+            skipped.append(path)
+            continue
+        if status.st_size == 0 or (status.st_dev, status.st_ino) in seen:
             continue
         seen.add((status.st_dev, status.st_ino))
         found.append(File(path, name, status.st_size))
+    warn_of_skipped(skipped)
     if not found:
         raise DataError(f"{root} holds no text: no file that is neither hidden nor empty")
     return found
@@ -235,27 +253,22 @@ def library_files(root: Path) -> list[File]:
 
 
 def _open_text(path: Path) -> int:
-    """The size of a file that can be read.
+    """Returns the size of a file that can be read.
 
     Raises:
-        DataError: it cannot, or it is no file.
+        DataError: it cannot, or it is no regular file.
     """
     if not path.exists():
         raise DataError(f"there is no text at {path}")
-    if not path.is_file():
-        raise DataError(f"{path} is neither a file nor a folder")
-    try:
-        with open(path, "rb"):
-            return path.stat().st_size
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    with open_regular(path) as file:
+        return os.fstat(file.fileno()).st_size
 
 
 def _map(path: Path, size: int) -> Tensor:
     """The bytes of a file, uint8, read when they are looked at."""
     if size == 0:
         return torch.empty(0, dtype=torch.uint8)
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         # For reading alone: what may be written, the system wants memory for.
         mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
     with warnings.catch_warnings():
@@ -273,7 +286,7 @@ def _join(parts: list[list[File]]) -> list[Tensor]:
             for chunk in _read(file):
                 digest.update(chunk)
         digest.update(b"end of part\n")
-    sizes = [sum(file.size for file in part) + max(len(part) - 1, 0) for part in parts]
+    sizes = _sizes(parts)
     cached = cache_root() / "data" / f"text-{digest.hexdigest()[:16]}.bin"
     # Its name says what is in it, and it gets its name when it is whole.
     if not cached.is_file() or cached.stat().st_size != sum(sizes):
@@ -286,6 +299,26 @@ def _join(parts: list[list[File]]) -> list[Tensor]:
             joined = bytearray().join(_joined(parts))
             return list(torch.frombuffer(joined, dtype=torch.uint8).split(sizes))
     return list(_map(cached, sum(sizes)).split(sizes))
+
+
+def _join_in_memory(parts: list[list[File]], root: Path) -> list[Tensor]:
+    """Joins the files of each part in memory, of folders that are not too large.
+
+    Raises:
+        DataError: the folder is too large.
+    """
+    sizes = _sizes(parts)
+    if sum(sizes) > _MOST_IN_MEMORY:
+        raise DataError(
+            f"{root} has {sum(sizes):,} bytes, and of a folder that a checkpoint names {_MOST_IN_MEMORY:,} are read; "
+            "data_dir=PATH says which one is to be read, whatever its size"
+        )
+    return list(torch.frombuffer(bytearray().join(_joined(parts)), dtype=torch.uint8).split(sizes))
+
+
+def _sizes(parts: list[list[File]]) -> list[int]:
+    """Returns the bytes of each part, with a separator between two files."""
+    return [sum(file.size for file in part) + max(len(part) - 1, 0) for part in parts]
 
 
 def _write_joined(stream: BinaryIO, parts: list[list[File]]) -> None:
@@ -309,7 +342,7 @@ def _read(file: File) -> Iterator[bytes]:
     """
     left = file.size
     try:
-        with open(file.path, "rb") as stream:
+        with open_regular(file.path) as stream:
             while left and (chunk := stream.read(min(left, _CHUNK))):
                 left -= len(chunk)
                 yield chunk

@@ -8,7 +8,7 @@ from typing import Protocol
 from omegaconf import DictConfig
 
 from lightkit.errors import ConfigError
-from lightkit.job import Restored
+from lightkit.restore import Restored, refusals_of_a_model
 from lightkit.tasks import ClassificationTask, ForecastTask, LanguageModelTask
 
 # Keys of conf/predict.yaml that say something to one kind of task alone; null where they are not given.
@@ -44,7 +44,8 @@ def predict(config: DictConfig, restored: Restored) -> Prediction:
         raise ConfigError(f"input=PATH must say which {kind} the prediction is for")
     from lightkit.prediction import images, series, text
 
-    return {"images": images.predict, "series": series.predict, "text": text.predict}[kind](config, restored)
+    with refusals_of_a_model():
+        return {"images": images.predict, "series": series.predict, "text": text.predict}[kind](config, restored)
 
 
 def _kind(restored: Restored) -> str:

@@ -13,8 +13,8 @@ from torch import Tensor
 from lightkit import results
 from lightkit.data.images import ImageDataModule
 from lightkit.data.pictures import find_pictures, read_picture
-from lightkit.errors import ConfigError
-from lightkit.job import Restored, build_data
+from lightkit.errors import CheckpointError, ConfigError
+from lightkit.restore import Restored
 
 # How many predictions the terminal shows; a file gets all.
 _SHOWN = 20
@@ -65,11 +65,16 @@ def predict(config: DictConfig, restored: Restored) -> Images:
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
     paths = find_pictures(Path(config.input))
-    data = build_data(restored.config)
+    data = restored.build_data()
     if not isinstance(data, ImageDataModule):
         raise ConfigError(f"the checkpoint is of a model for {type(data).__name__}, which are not images")
     pictures = torch.stack([read_picture(path, data.image_size, invert) for path in paths])
     probabilities = torch.cat([_probabilities(restored.task, data, part) for part in pictures.split(batch_size)])
+    if probabilities.shape[1] != data.num_classes:
+        raise CheckpointError(
+            f"the model of the checkpoint tells {probabilities.shape[1]} classes apart, and its data have "
+            f"{data.num_classes}"
+        )
     values, indices = probabilities.topk(min(2, probabilities.shape[1]))
     names = [[data.classes[i] for i in row] for row in indices.tolist()]
     return Images(

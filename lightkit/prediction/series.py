@@ -13,7 +13,10 @@ from lightkit import results
 from lightkit.data.columns import read_column
 from lightkit.data.series import SeriesDataModule
 from lightkit.errors import ConfigError, DataError
-from lightkit.job import Restored, build_data
+from lightkit.restore import Restored
+
+# What a data module may have been told about its file, and what holds where it was not.
+_TOLD = {"column": None, "time_column": None, "missing": "error"}
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def predict(config: DictConfig, restored: Restored) -> Forecast:
     No further than the model was trained for: its own forecasts fed back to it would have intervals of no known
     level.
     """
-    task, data = restored.task, build_data(restored.config)
+    task, data = restored.task, restored.build_data()
     if not isinstance(data, SeriesDataModule):
         raise ConfigError(f"the checkpoint is of a model for {type(data).__name__}, which is not a series")
     horizon = task.horizon if config.horizon is None else config.horizon
@@ -61,9 +64,10 @@ def predict(config: DictConfig, restored: Restored) -> Forecast:
         advice = f"; to see further, train with data.horizon={horizon}" if horizon > task.horizon else ""
         raise ConfigError(f"horizon must be from 1 to {task.horizon}, got {horizon}{advice}")
     # What training was told about its file holds for this one, too.
-    told = restored.config.data
-    column = told.get("column") if config.column is None else config.column
-    series = read_column(config.input, column, told.get("time_column"), told.get("missing", "error"))
+    told = {name: getattr(data, name, default) for name, default in _TOLD.items()}
+    if config.column is not None:
+        told["column"] = config.column
+    series = read_column(config.input, **told)
     if len(series) < data.history:
         raise DataError(f"{config.input} has {len(series)} rows, but the model forecasts from {data.history}")
     with torch.inference_mode():

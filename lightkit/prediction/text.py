@@ -10,11 +10,16 @@ import torch
 from omegaconf import DictConfig
 
 from lightkit.data.text import SEPARATOR, Text
-from lightkit.errors import ConfigError, DataError
-from lightkit.job import Restored, build_data
+from lightkit.errors import ConfigError
+from lightkit.printable import printable
+from lightkit.regular_files import open_regular
+from lightkit.restore import Restored
 
 _LENGTH = 400
 _TEMPERATURE = 0.8
+
+# Bytes of a file to go on from.
+_MOST_BYTES = 16 << 20
 
 # Seeds that torch takes.
 _SEEDS = 2**64
@@ -28,8 +33,8 @@ class Continuation:
     added: bytes
 
     def show(self) -> None:
-        """Prints all of it; what is no text comes out as a replacement character."""
-        print((self.prompt + self.added).decode(errors="replace"))
+        """Prints all of it, with replacement characters for what is no text and escapes for control characters."""
+        print(printable((self.prompt + self.added).decode(errors="replace"), keep="\n\t"))
         sys.stdout.flush()
 
     def write(self, path: Path) -> None:
@@ -39,7 +44,7 @@ class Continuation:
 
 def predict(config: DictConfig, restored: Restored) -> Continuation:
     """Continues the text of a file or of the command line; an empty one as a file begins."""
-    data = build_data(restored.config)
+    data = restored.build_data()
     if not isinstance(data, Text):
         raise ConfigError(f"the checkpoint is of a model for {type(data).__name__}, which is not text")
     length = _LENGTH if config.length is None else config.length
@@ -69,9 +74,6 @@ def _prompt(config: DictConfig) -> bytes:
     if len(given) != 1:
         raise ConfigError(f"input=FILE or text=TEXT says what is to be continued: give one of them, not {len(given)}")
     if config.text is None:
-        path = Path(config.input)
-        try:
-            return path.read_bytes()
-        except OSError as error:
-            raise DataError(f"input={path} cannot be read: {error.strerror}") from error
+        with open_regular(config.input, _MOST_BYTES, name=f"input={config.input}") as file:
+            return file.read(_MOST_BYTES)
     return config.text.encode(errors="surrogateescape")

@@ -11,7 +11,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lightkit.report.figures import GREEN, grid, save, styled
+from lightkit.printable import printable
+from lightkit.report.figures import GREEN, grid, plain, save, styled
 from lightkit.report.section import Section
 
 
@@ -50,8 +51,9 @@ def confusion_matrix(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> 
                 color = GREEN if i == j else ("white" if mistakes[i, j] > dark else "black")
                 axis.text(j, i, str(value), ha="center", va="center", color=color, fontsize=9)
     axis.set(xlabel="predicted", ylabel="true")
-    axis.set_xticks(range(count), classes, rotation=45 if max(map(len, classes)) > 2 else 0, ha="center")
-    axis.set_yticks(range(count), classes)
+    names = [plain(name) for name in classes]
+    axis.set_xticks(range(count), names, rotation=45 if max(map(len, classes)) > 2 else 0, ha="center")
+    axis.set_yticks(range(count), names)
     return figure
 
 
@@ -73,7 +75,7 @@ def worst_mistakes(
         axis.axis("off")
     for axis, index in zip(axes.flat, wrong.tolist(), strict=False):
         axis.imshow(images[index].numpy(), cmap="gray_r")
-        guess, truth = classes[predicted[index]], classes[labels[index]]
+        guess, truth = plain(classes[predicted[index]]), plain(classes[labels[index]])
         axis.set_title(
             f"{guess} ({confidence[index]:.0%})\ntrue: {truth}", fontsize=9, fontweight="normal", loc="center"
         )
@@ -89,6 +91,8 @@ def class_table(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> str:
         claimed, present = int((predicted == index).sum()), int((labels == index).sum())
         precision = f"{hits / claimed:.1%}" if claimed else "–"
         recall = f"{hits / present:.1%}" if present else "–"
-        rows.append(f"<tr><td>{html.escape(name)}</td><td>{precision}</td><td>{recall}</td><td>{present}</td></tr>")
+        rows.append(
+            f"<tr><td>{html.escape(printable(name))}</td><td>{precision}</td><td>{recall}</td><td>{present}</td></tr>"
+        )
     head = "<tr><th>class</th><th>precision</th><th>recall</th><th>samples</th></tr>"
     return f'<table class="classes">{head}{"".join(rows)}</table>'

@@ -13,6 +13,8 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from lightkit.printable import printable
+
 BLUE, ORANGE, GREEN, GREY = "#2563eb", "#ea580c", "#15803d", "#94a3b8"
 _STYLE = {
     "font.size": 10,
@@ -50,6 +52,11 @@ def grid(width: float, height: float, **layout: int) -> tuple[Figure, np.ndarray
     # A Figure of its own needs no display and leaves no global state, as pyplot would.
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(squeeze=False, **layout)
+
+
+def plain(name: str) -> str:
+    """Returns a name as matplotlib draws it as it is: between dollars it would read a formula."""
+    return printable(name).replace("$", r"\$")
 
 
 def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lightkit.data import SeriesDataModule
-from lightkit.report.figures import BLUE, GREY, ORANGE, grid, save, styled
+from lightkit.report.figures import BLUE, GREY, ORANGE, grid, plain, save, styled
 from lightkit.report.section import Section
 from lightkit.tasks import ForecastTask
 
@@ -60,7 +60,7 @@ def forecasts(data: SeriesDataModule, recorded: dict[str, Tensor], level: float)
             axis.fill_between(steps, lower, upper, color=BLUE, alpha=0.18, linewidth=0, label=label)
         axis.plot(steps, recorded["forecast"][index].numpy(), color=BLUE, label="forecast" if first else None)
         axis.axvline(steps[0] - 0.5, color=GREY, linewidth=0.8, linestyle=":", label="origins" if first else None)
-    axis.set(ylabel=data.series.name, xlim=(begin, end - 1))
+    axis.set(ylabel=plain(data.series.name), xlim=(begin, end - 1))
     _label_times(axis, data, begin, end)
     axis.legend(loc="upper left", ncols=4)
     axis.margins(y=0.18)
@@ -119,4 +119,4 @@ def _label_times(axis: Axes, data: SeriesDataModule, begin: int, end: int) -> No
         axis.set_xlabel("row")
         return
     positions = np.linspace(begin, end - 1, num=7).round().astype(int)
-    axis.set_xticks(positions, [times[position] for position in positions])
+    axis.set_xticks(positions, [plain(times[position]) for position in positions])

@@ -10,6 +10,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from lightkit.printable import printable
 from lightkit.report.section import Section
 
 _TEMPLATE = Path(__file__).with_name("template.html")
@@ -43,13 +44,13 @@ def render(run_dir: Path, metrics: dict[str, Any], sections: Iterable[Section]) 
     environment = json.loads((run_dir / "environment.json").read_text())
     config = (run_dir / "config.yaml").read_text()
     return Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
-        title=html.escape(_title(config, run_dir)),
-        run_dir=html.escape(run_dir.name),
+        title=_escape(_title(config, run_dir)),
+        run_dir=_escape(run_dir.name),
         cards=cards,
         sections="".join(map(_section, sections)),
         metrics=_rows(metrics),
         environment=_rows(environment),
-        config=html.escape(config),
+        config=_escape(config),
     )
 
 
@@ -62,13 +63,17 @@ def _section(section: Section) -> str:
     content = section.html or ""
     if section.figure is not None:
         data = base64.b64encode(section.figure.read_bytes()).decode()
-        content += f'<img alt="{section.title}" src="data:image/png;base64,{data}">'
-    return f"<section><h2>{section.title}</h2>{content}</section>"
+        content += f'<img alt="{_escape(section.title)}" src="data:image/png;base64,{data}">'
+    return f"<section><h2>{_escape(section.title)}</h2>{content}</section>"
+
+
+def _escape(text: str) -> str:
+    return html.escape(printable(text, keep="\n\t"))
 
 
 def _rows(values: dict[str, Any]) -> str:
     return "".join(
-        f"<tr><td>{html.escape(name)}</td><td>{html.escape(_text(value))}</td></tr>" for name, value in values.items()
+        f"<tr><td>{_escape(name)}</td><td>{_escape(_text(value))}</td></tr>" for name, value in values.items()
     )
 
 

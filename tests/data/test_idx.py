@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import struct
 
 import pytest
@@ -52,6 +53,39 @@ def test_damaged(tmp_path, content, message):
     with pytest.raises(DataError, match=message) as error:
         read_idx(path)
     assert str(path) in str(error.value)
+
+
+def test_no_more_is_unpacked_than_the_header_says(tmp_path, monkeypatch):
+    """A small file may hold any amount: of 200 MB no more than the 6 bytes of its header are unpacked, or nothing."""
+    path = tmp_path / "file.gz"
+    path.write_bytes(gzip.compress(GOOD + bytes(200 << 20), compresslevel=1))
+    unpacked = []
+    read = gzip.GzipFile.read
+    monkeypatch.setattr(gzip.GzipFile, "read", lambda *args: unpacked.append(read(*args)) or unpacked[-1])
+    with pytest.raises(DataError, match=r"too long: more than 18 bytes, its header \(shape \(2, 3\)\) says 18"):
+        read_idx(path)
+    assert sum(map(len, unpacked)) <= len(GOOD) + 1
+    path.write_bytes(gzip.compress(idx_bytes((2**20, 2**12), bytes(100))))
+    with pytest.raises(DataError, match=r"too large: its header .* says 4294967308 bytes, more than 1073741824"):
+        read_idx(path)
+
+
+@pytest.mark.parametrize("sizes", [(0, 2**32 - 1, 2**32 - 1, 2**32 - 1), (2**32 - 1, 0, 2**32 - 1, 2**32 - 1)])
+def test_empty_shapes_beyond_any_tensor(tmp_path, sizes):
+    """A shape of no values whose other sizes overflow is one clear error."""
+    path = tmp_path / "file"
+    path.write_bytes(idx_bytes(sizes, ()))
+    with pytest.raises(DataError, match="which no tensor can have"):
+        read_idx(path)
+
+
+def test_reads_regular_files_alone(tmp_path):
+    """A pipe would keep its reader waiting, and a device has no end: both are named at once."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/zero")
+    for path, kind in ((tmp_path / "pipe", "a pipe"), (tmp_path / "link", "a device"), (tmp_path, "a folder")):
+        with pytest.raises(DataError, match=f"is {kind}, and must be a regular file"):
+            read_idx(path)
 
 
 def test_missing(tmp_path):

@@ -265,7 +265,7 @@ def test_nothing_there(tmp_path):
     for path, message in (
         (tmp_path / "nowhere", "there is no text at"),
         (tmp_path, "holds no text"),
-        ("/dev/zero", "neither a file nor a folder"),
+        ("/dev/zero", "is a device, and must be a regular file"),
     ):
         with pytest.raises(DataError, match=message):
             Text(str(path)).setup()
@@ -283,12 +283,20 @@ def test_too_short(tmp_path, folder):
         Text(str(folder), context=10_000).setup()
 
 
-def test_unreadable_file(folder, monkeypatch):
-    """A file in a folder that cannot be looked at is named."""
+def test_links_that_lead_nowhere(folder):
+    """A link to nothing, in a circle, to a pipe or to a device costs one line, and the files beside it are read."""
+    plain = [file.name for file in text_files(folder)]
     (folder / "dangling.txt").symlink_to(folder / "nowhere")
-    with pytest.raises(DataError, match=r"dangling\.txt cannot be read"):
-        Text(str(folder), context=8).setup()
-    (folder / "dangling.txt").unlink()
+    (folder / "circle.txt").symlink_to(folder / "circle.txt")
+    (folder / "zero.txt").symlink_to("/dev/zero")
+    os.mkfifo(folder / "pipe.txt")
+    with pytest.warns(UserWarning, match=r"^skipped.*circle\.txt, .*dangling\.txt, .*pipe\.txt and 1 more$") as warned:
+        assert [file.name for file in text_files(folder)] == plain
+    assert len(warned) == 1
+
+
+def test_unreadable_file(folder):
+    """A file in a folder that cannot be looked at is named."""
     if os.geteuid() != 0:
         (folder / "00.txt").chmod(0)
         with pytest.raises(DataError, match=r"00\.txt cannot be read: Permission denied"):

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from lightkit import prediction
 from lightkit.checkpoints import load_checkpoint
 from lightkit.errors import LightkitError
-from lightkit.job import restore
+from lightkit.restore import restore
 
 pytestmark = pytest.mark.slow
 

@@ -8,7 +8,9 @@ from omegaconf import OmegaConf
 
 from lightkit import prediction
 from lightkit.errors import ConfigError, DataError
-from lightkit.job import Restored, build_task
+from lightkit.job import build_task
+from lightkit.printable import printable
+from lightkit.restore import Restored
 
 KEYS = ("text", "length", "temperature", "top_k", "seed", "invert", "batch_size")
 
@@ -25,7 +27,7 @@ def restored():
             "data": {"_target_": "lightkit.data.Text"},
         }
     )
-    return Restored(config, build_task(config).eval(), {})
+    return Restored(OmegaConf.to_container(config), build_task(config).eval(), {})
 
 
 def predict(restored, **given):
@@ -45,7 +47,9 @@ def test_prompt_of_a_file_or_of_the_command_line(restored, tmp_path, capsys):
     written = (tmp_path / "out").read_bytes()
     assert written.startswith("naïve ".encode() + b"\xff") and len(written) == 8 + 50
     first.show()
-    assert capsys.readouterr().out == written.decode(errors="replace") + "\n"
+    shown = capsys.readouterr().out
+    assert shown == printable(written.decode(errors="replace"), keep="\n\t") + "\n"
+    assert not any(ord(c) < 32 and c not in "\n\t" for c in shown)
     given = predict(restored, text="naïve", length=50, seed=1)
     assert given.prompt == "naïve".encode() and len(given.added) == 50
 

@@ -1,0 +1,68 @@
+"""Opening regular files and nothing else: a pipe or a device may have no end, or keep its reader waiting for ever."""
+
+from __future__ import annotations
+
+import os
+import stat
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from lightkit.errors import DataError
+from lightkit.printable import printable
+
+# Names that a warning shows.
+_SHOWN = 3
+
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def open_regular(path: str | Path, most: int | None = None, name: str | None = None) -> BinaryIO:
+    """Opens a file for reading, if it is a regular one and not too large.
+
+    Args:
+        path: the file; links are followed.
+        most: bytes that it may have.
+        name: what messages call it, by default its path.
+
+    Raises:
+        DataError: there is no such file, it cannot be opened, is of another kind, or is too large.
+    """
+    name = str(path) if name is None else name
+    try:
+        # Looked at before it is opened, since opening a device may do something; and after, if it was exchanged.
+        _check_kind(os.stat(path).st_mode, name)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise DataError(f"{name} cannot be read: {error.strerror or error}") from error
+    file = os.fdopen(descriptor, "rb")
+    try:
+        status = os.fstat(descriptor)
+        _check_kind(status.st_mode, name)
+        if most is not None and status.st_size > most:
+            raise DataError(f"{name} has {status.st_size:,} bytes, and no more than {most:,} are read")
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def warn_of_skipped(paths: Sequence[Path]) -> None:
+    """Warns, in one line, of entries of a folder that are skipped: links that lead nowhere, pipes, devices."""
+    if paths:
+        shown = ", ".join(printable(str(path)) for path in paths[:_SHOWN])
+        more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
+        warnings.warn(f"skipped, since they are no files that can be read: {shown}{more}", stacklevel=3)
+
+
+def _check_kind(mode: int, name: str) -> None:
+    if not stat.S_ISREG(mode):
+        kind = next((kind for is_kind, kind in _KINDS if is_kind(mode)), "something else")
+        raise DataError(f"{name} is {kind}, and must be a regular file")
