@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from lightkit.errors import CheckpointError
 from lightkit.files import write_atomically
+from lightkit.printable import printable
 
 # Where a checkpoint of lightkit.train keeps the configuration that it was made with.
 CONFIG_KEY = "lightkit_config"
@@ -75,7 +76,7 @@ def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:
         # torch raises half a dozen types here, from EOFError to pickle's own, all of which mean this.
-        reason = str(error).partition("\n")[0]
+        reason = printable(str(error).partition("\n")[0])
         raise CheckpointError(f"{path} is damaged or not a checkpoint: {reason}") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise CheckpointError(f"{path} is not a Lightning checkpoint: it has no state_dict")
@@ -104,7 +105,7 @@ def check_weights(module: torch.nn.Module, checkpoint: dict[str, Any], path: str
         if want[name] != have[name]
     ]
     if differences:
-        shown = "; ".join(sorted(differences)[:3])
+        shown = printable("; ".join(sorted(differences)[:3]))
         more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
         raise CheckpointError(f"{path} is a checkpoint of another model: {shown}{more}")
 

@@ -7,9 +7,12 @@ import importlib
 import logging
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
+
+from lightkit.printable import printable
 
 
 def quiet() -> None:
@@ -25,9 +28,23 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
     # With several processes the running loss is that of the first one: to follow a training it is as good.
     warnings.filterwarnings("ignore", ".*It is recommended to use `self.log.*sync_dist=True.*")
+    _warn_in_one_line()
     # What Optuna's data base tools are made of, and that matplotlib has looked for fonts.
     for package in ("alembic", "matplotlib"):
         logging.getLogger(package).setLevel(logging.WARNING)
+
+
+def _warn_in_one_line() -> None:
+    """Prints lightkit's own warnings without the line of code that they come from, which tells a user nothing."""
+    inner = warnings.formatwarning
+    package = str(Path(__file__).parent)
+
+    def formatted(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None):
+        if filename.startswith(package):
+            return f"warning: {printable(str(message))}\n"
+        return inner(message, category, filename, lineno, line)
+
+    warnings.formatwarning = formatted
 
 
 def quiet_lightning() -> None:

@@ -39,12 +39,11 @@ def open_regular(path: str | Path, most: int | None = None, name: str | None = N
     try:
         # Looked at before it is opened, since opening a device may do something; and after, if it was exchanged.
         _check_kind(os.stat(path).st_mode, name)
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        file = open(path, "rb", opener=_open_without_waiting)
     except OSError as error:
         raise DataError(f"{name} cannot be read: {error.strerror or error}") from error
-    file = os.fdopen(descriptor, "rb")
     try:
-        status = os.fstat(descriptor)
+        status = os.fstat(file.fileno())
         _check_kind(status.st_mode, name)
         if most is not None and status.st_size > most:
             raise DataError(f"{name} has {status.st_size:,} bytes, and no more than {most:,} are read")
@@ -52,6 +51,10 @@ def open_regular(path: str | Path, most: int | None = None, name: str | None = N
         file.close()
         raise
     return file
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def warn_of_skipped(paths: Sequence[Path]) -> None:

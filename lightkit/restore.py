@@ -22,6 +22,9 @@ from lightkit.job import check_outputs
 from lightkit.printable import printable
 from lightkit.targets import user_packages
 
+# Parts of the configuration that are read; the others concern training.
+_READ = ("data", "model", "task", "trainer")
+
 # Memory that a model may take beyond what its checkpoint holds, for tables that are computed and for metrics; and how
 # many times the file, since weights may be stored in a narrower dtype than the model has.
 _FREE_BYTES, _TIMES_FILE = 256 << 20, 8
@@ -35,7 +38,8 @@ class Restored:
     """A task with the weights of a checkpoint.
 
     Attributes:
-        config: the configuration that the checkpoint carries: plain containers, checked to be bounded.
+        config: of the configuration that the checkpoint carries, what stands under ``data``, ``model``, ``task`` and
+            ``trainer``: plain containers, checked to be bounded.
         task: in evaluation mode.
         checkpoint: as it was loaded.
     """
@@ -81,9 +85,10 @@ def restore(path: str | Path, evaluates: bool = False) -> Restored:
     if CONFIG_KEY not in checkpoint:
         raise CheckpointError(f"{path} carries no configuration: it was not made by lightkit.train")
     config = checkpoint[CONFIG_KEY]
-    untrusted.check_plain(config)
     if type(config) is not dict or type(config.get("task")) is not dict:
         raise CheckpointError(f"the configuration in {path} has no task")
+    config = {key: config.get(key) for key in _READ}
+    untrusted.check_plain(config)
     weights = _weights(checkpoint, evaluates)
     _check_tensors(weights, path)
     if not _names_users_class(config):

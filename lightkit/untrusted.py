@@ -83,7 +83,7 @@ def check_plain(config: Any) -> None:
     """Refuses anything in the configuration of a checkpoint that is not a bounded tree of plain values.
 
     Raises:
-        CheckpointError: an object, a key that is no text, a text, number or nesting beyond all use.
+        CheckpointError: an object, a key that is neither text nor number, or a text, number or nesting beyond all use.
     """
     count = 0
     waiting = [(config, 0)]
@@ -97,8 +97,8 @@ def check_plain(config: Any) -> None:
             )
         if type(value) is dict:
             waiting += [(part, depth + 1) for pair in value.items() for part in pair]
-            if not all(type(key) is str for key in value):
-                raise CheckpointError("the configuration in the checkpoint has a key that is not a text")
+            if not all(type(key) in (str, int) for key in value):
+                raise CheckpointError("the configuration in the checkpoint has a key that is no text and no number")
         elif type(value) is list:
             waiting += [(part, depth + 1) for part in value]
         elif type(value) is str:
@@ -127,6 +127,8 @@ def build(place: str, node: Any, **extra: Any) -> Any:
     target = node[_TARGET]
     arguments = {name: value for name, value in node.items() if name not in (_TARGET, "_partial_", *extra)}
     cls, is_users = _find(place, target)
+    if strange := [name for name in arguments if type(name) is not str]:
+        raise CheckpointError(f"{place} of the checkpoint: {target} takes no argument {strange[0]!r}")
     if is_users:
         arguments = {name: _build_inner(value) for name, value in arguments.items()}
     else:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import Image
+from side_effects import watched
 
 from lightkit.data.pictures import find_pictures, read_picture
 from lightkit.errors import DataError
@@ -85,3 +89,27 @@ def test_nothing_there(tmp_path, make):
     make(tmp_path / "in")
     with pytest.raises(DataError, match=r"does not exist|holds no pictures"):
         find_pictures(tmp_path / "in")
+
+
+def test_links_that_lead_nowhere(tmp_path, digit):
+    """In a folder they cost one line, and so do pipes; by themselves they are named."""
+    Image.fromarray(digit.numpy()).save(tmp_path / "a.png")
+    (tmp_path / "dangling.png").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "circle.png").symlink_to(tmp_path / "circle.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.warns(UserWarning, match=r"skipped, .*circle\.png, .*dangling\.png, .*pipe\.png$"):
+        assert [p.name for p in find_pictures(tmp_path)] == ["a.png"]
+    with pytest.raises(DataError, match=r"input=.*pipe\.png is a pipe, and must be a regular file"):
+        find_pictures(tmp_path / "pipe.png")
+    with pytest.raises(DataError, match=r"input=.*dangling\.png does not exist"):
+        find_pictures(tmp_path / "dangling.png")
+    with pytest.raises(DataError, match=r"is a device, and must be a regular file"):
+        find_pictures(Path("/dev/zero"))
+
+
+def test_no_program_is_started_for_a_picture(tmp_path):
+    """Pillow would have Ghostscript read PostScript, whatever the file is called."""
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 28 28\nshowpage\n")
+    with watched() as acts, pytest.raises(DataError, match="is not a picture"):
+        read_picture(tmp_path / "a.png", 28)
+    assert not [act for act in acts if act.startswith(("subprocess", "os.posix_spawn", "os.exec"))]
