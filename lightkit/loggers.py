@@ -32,7 +32,7 @@ class CSVLogger(loggers.CSVLogger):
         self._rows: Rows = []
 
     @rank_zero_only
-    def continue_from(self, path: Path, steps: int) -> None:
+    def continue_from(self, path: Path, steps: int, last: dict[str, Any] | None = None) -> None:
         """Lets the log begin with the rows of another one, or with its own, that belong to the first steps.
 
         They are written at once, before a checkpoint can lie beside a log that lacks them.
@@ -40,8 +40,11 @@ class CSVLogger(loggers.CSVLogger):
         Args:
             path: a ``metrics.csv``; if it is not there, or is none, the log begins without a row.
             steps: how many steps are done; rows of later ones will be logged again.
+            last: figures of the last of these steps, which a kill may have kept from being logged.
         """
         self._rows = [row for row in read_rows(path) if int(row["step"]) < steps]
+        if last and not any(all(row.get(name) for name in last) for row in self._rows if int(row["step"]) == steps - 1):
+            self._rows.append({**last, "step": steps - 1})
         self._experiment = None
         _ = self.experiment
 
@@ -77,7 +80,7 @@ class _Writer(ExperimentWriter):
         super().__init__(log_dir)
         self._path = Path(self.metrics_file_path)
         if rows:
-            self.metrics_keys = list(rows[0])
+            self.metrics_keys = sorted(set().union(*rows))
             self._replace(rows)
         else:
             self._path.unlink(missing_ok=True)

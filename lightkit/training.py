@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from lightkit import native, report, results, runs
 from lightkit.callbacks import TestRecorder, Throughput
-from lightkit.callbacks.save_figures import FIGURES_KEY, SaveFigures
+from lightkit.callbacks.save_figures import EPOCH_KEY, FIGURES_KEY, SaveFigures
 from lightkit.callbacks.throughput import rate_name
 from lightkit.checkpoints import AtomicCheckpointIO, check_weights, load_checkpoint
 from lightkit.config import build
@@ -31,6 +31,7 @@ from lightkit.job import (
 from lightkit.loggers import CSVLogger
 
 _METRICS = "metrics.json"
+_LOG = "metrics.csv"
 
 # Seeds that Python, NumPy and torch all take.
 _SEEDS = 2**32
@@ -164,7 +165,8 @@ def _continue_logs(loggers: list[Any], run_dir: Path, resume: _Resumed) -> None:
             own = Path(logger.log_dir).absolute()
             # Its place in both runs is the same; outside of them they have one log.
             place = source / own.relative_to(run_dir.absolute()) if own.is_relative_to(run_dir.absolute()) else own
-            logger.continue_from(place / "metrics.csv", resume.steps())
+            epoch = resume.checkpoint.get(EPOCH_KEY, {})
+            logger.continue_from(place / _LOG, resume.steps(), epoch and {"epoch": resume.checkpoint["epoch"], **epoch})
 
 
 def _best(trainer: pl.Trainer) -> str | None:
