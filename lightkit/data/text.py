@@ -19,9 +19,8 @@ from torch import Tensor
 
 from lightkit.data.batches import TensorBatches, part_of
 from lightkit.data.bigram import bits_per_byte
+from lightkit.data.kept import is_kept, keep, kept_path, refuse
 from lightkit.errors import DataError
-from lightkit.files import write_atomically
-from lightkit.paths import cache_root
 
 _PARTS = ("train", "validation", "test")
 
@@ -266,19 +265,25 @@ def _map(path: Path, size: int) -> Tensor:
 
 def _join(parts: list[list[File]]) -> list[Tensor]:
     """The joined files of each part, from the cache or else put there."""
-    digest = hashlib.sha256()
+    # Of the files, which names what is kept, and of their joined text, which it must be.
+    digest, whole = hashlib.sha256(), hashlib.sha256()
     for part in parts:
-        for file in part:
+        for index, file in enumerate(part):
             digest.update(f"{file.name}\n{file.size}\n".encode("utf-8", "surrogateescape"))
+            whole.update(SEPARATOR if index else b"")
             for chunk in _read(file):
                 digest.update(chunk)
+                whole.update(chunk)
         digest.update(b"end of part\n")
     sizes = [sum(file.size for file in part) + max(len(part) - 1, 0) for part in parts]
-    cached = cache_root() / "data" / f"text-{digest.hexdigest()[:16]}.bin"
-    # Its name says what is in it, and it gets its name when it is whole.
-    if not cached.is_file() or cached.stat().st_size != sum(sizes):
+    cached = kept_path(f"text-{digest.hexdigest()[:16]}.bin")
+    is_whole = is_kept(cached)
+    if is_whole and _digest(cached) != whole.digest():
+        refuse(cached, "it is damaged")
+        is_whole = False
+    if not is_whole:
         try:
-            write_atomically(cached, lambda stream: _write_joined(stream, parts))
+            keep(cached, lambda stream: _write_joined(stream, parts))
         except DataError:
             raise
         except OSError as error:
@@ -286,6 +291,14 @@ def _join(parts: list[list[File]]) -> list[Tensor]:
             joined = bytearray().join(_joined(parts))
             return list(torch.frombuffer(joined, dtype=torch.uint8).split(sizes))
     return list(_map(cached, sum(sizes)).split(sizes))
+
+
+def _digest(path: Path) -> bytes:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.digest()
 
 
 def _write_joined(stream: BinaryIO, parts: list[list[File]]) -> None:
