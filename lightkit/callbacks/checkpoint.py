@@ -22,8 +22,8 @@ class Checkpoint(ModelCheckpoint):
     Lightning 2.6 writes it only when it also wrote another checkpoint, the best so far: a job that goes on from
     there loses all that came after its best epoch.
 
-    A training that goes on in another directory takes its checkpoints along, as copies: the best one so far, which
-    Lightning would forget, and the one that it goes on from as ``last.ckpt``. Each directory is then complete.
+    The checkpoint that a training goes on from becomes its ``last.ckpt``. In another directory it takes the best one so
+    far along too, which Lightning would forget: each directory is then complete.
 
     Args:
         *arguments: of Lightning's callback.
@@ -36,7 +36,7 @@ class Checkpoint(ModelCheckpoint):
         source = Path(str(trainer.ckpt_path)) if trainer.ckpt_path is not None else None
         if self.save_last and trainer.is_global_zero and source is not None and source.is_file():
             target = Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
-            if Path(self.dirpath).resolve() not in source.resolve().parents:
+            if source.resolve() != target.resolve():
                 _copy(source, target)
                 self.last_model_path = str(target)
 
