@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO, XLACheckpointIO
 from torch.utils._pytree import tree_map_only
 
+from lightkit.checksums import find_damage, write_with_checksum
 from lightkit.errors import CheckpointError
 from lightkit.files import write_atomically
 from lightkit.printable import printable
@@ -22,8 +23,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """A Lightning plug-in: ``Trainer(plugins=[AtomicCheckpointIO()])``.
 
     A checkpoint replaces the one of the same name only when all of it is on the disk; if the disk is full or
-    the process dies, the previous one is intact. Loading is ``weights_only`` unless asked otherwise: a
-    checkpoint cannot run code.
+    the process dies, the previous one is intact. It carries a checksum, which is compared when it is loaded: see
+    `lightkit.checksums`. Loading is ``weights_only`` unless asked otherwise: a checkpoint cannot run code.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -35,7 +36,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         try:
-            write_atomically(path, lambda file: file.write(buffer.getbuffer()))
+            write_atomically(path, lambda file: write_with_checksum(file, buffer.getbuffer()))
         except OSError as error:
             raise CheckpointError(
                 f"the checkpoint {path} could not be written: {error.strerror or error}; the one before it is intact"
@@ -45,7 +46,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Reads a checkpoint: see `load_checkpoint`."""
-        if weights_only is False or "://" in str(path):
+        if "://" in str(path):
+            return super().load_checkpoint(path, map_location, weights_only)
+        if weights_only is False:
+            check_intact(path)
             return super().load_checkpoint(path, map_location, weights_only)
         return load_checkpoint(path, map_location)
 
@@ -69,9 +73,7 @@ def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     Raises:
         CheckpointError: there is no such file, it is damaged, or it is not a Lightning checkpoint.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"there is no checkpoint {path}")
+    check_intact(path)
     try:
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:
@@ -81,6 +83,18 @@ def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise CheckpointError(f"{path} is not a Lightning checkpoint: it has no state_dict")
     return checkpoint
+
+
+def check_intact(path: str | Path) -> None:
+    """Raises a `CheckpointError` if there is no such file, or its content is not the one that was written."""
+    if not Path(path).is_file():
+        raise CheckpointError(f"there is no checkpoint {path}")
+    try:
+        damage = find_damage(path)
+    except OSError as error:
+        raise CheckpointError(f"the checkpoint {path} cannot be read: {error.strerror or error}") from error
+    if damage is not None:
+        raise CheckpointError(f"{path} is damaged or not a checkpoint: {damage}")
 
 
 def load_weights(module: torch.nn.Module, checkpoint: dict[str, Any], path: str | Path) -> None:
@@ -108,15 +122,3 @@ def check_weights(module: torch.nn.Module, checkpoint: dict[str, Any], path: str
         shown = printable("; ".join(sorted(differences)[:3]))
         more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
         raise CheckpointError(f"{path} is a checkpoint of another model: {shown}{more}")
-
-
-def find_last(runs: Path) -> Path:
-    """The most recently written ``last.ckpt`` below a directory.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    found = list(runs.rglob("last.ckpt"))
-    if not found:
-        raise CheckpointError(f"ckpt_path=last: there is no last.ckpt below {runs.absolute()}")
-    return max(found, key=lambda path: path.stat().st_mtime)

@@ -11,9 +11,11 @@ import traceback
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import hydra
+import hydra.core.utils
 from hydra import initialize_config_module
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
@@ -26,10 +28,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lightkit import processes
 from lightkit.config import check_types, nearest
-from lightkit.errors import ConfigError, LightkitError
+from lightkit.errors import CarriedError, ConfigError, LightkitError
+from lightkit.files import write_text_atomically
+from lightkit.printable import printable
 from lightkit.quiet import quiet, with_quiet_lightning
 
 CONFIG_SOURCE = "pkg://lightkit.conf"
+
+# Characters that a message of several lines is laid out with.
+_LAYOUT = "\n\t"
 
 # The flags of Hydra for several jobs.
 _SWEEP = ("-m", "--multirun")
@@ -45,10 +52,6 @@ def _user_errors() -> tuple[type[BaseException], ...]:
     """What an error in the input looks like; anything else is a fault of the program and keeps its traceback."""
     misconfiguration = _lightnings("MisconfigurationException")
     return (LightkitError, HydraException, OmegaConfBaseException, OSError, *misconfiguration)
-
-
-class _UserError(BaseException):
-    """Carries an error in the input past Hydra."""
 
 
 def entry_point(
@@ -78,7 +81,7 @@ def entry_point(
                     return for_sweeper(config, result)
                 return function(config)
             except _user_errors() as error:
-                raise _UserError(error) from error
+                raise CarriedError(error) from error
 
         command = hydra.main(version_base="1.3", config_path=CONFIG_SOURCE, config_name=config_name)(checked)
 
@@ -88,6 +91,7 @@ def entry_point(
             os.environ["HYDRA_FULL_ERROR"] = "1"
             _flags_first()
             quiet()
+            hydra.core.utils._save_config = _save_atomically
             try:
                 if not several_processes:
                     _refuse_sweep(config_name)
@@ -101,10 +105,10 @@ def entry_point(
                     command()
                 if several_processes:
                     processes.finish()
-            except (_UserError, *_user_errors()) as error:
+            except (CarriedError, *_user_errors()) as error:
                 if show_traceback:
                     traceback.print_exc()
-                print(f"error: {explain(error, config_name)}", file=sys.stderr)
+                _print_error(explain(error, config_name))
                 return 1
             except ValueError as error:
                 # Any other than Hydra's answer to GROUP=null is a fault of the program.
@@ -112,7 +116,7 @@ def entry_point(
                     raise
                 if show_traceback:
                     traceback.print_exc()
-                print(f"error: {message}", file=sys.stderr)
+                _print_error(message)
                 return 1
             except _lightnings("SIGTERMException"):
                 # A SystemExit that says nothing of a status: who counts on it would take the job for done.
@@ -164,6 +168,16 @@ def _run_started(function: Callable[[DictConfig], Any], config_name: str) -> int
     return 0
 
 
+def _save_atomically(config: DictConfig, filename: str, output_dir: Path) -> None:
+    """Writes ``.hydra/*.yaml`` in Hydra's place, which leaves an empty file when it is killed or the disk is full."""
+    write_text_atomically(output_dir / filename, OmegaConf.to_yaml(config))
+
+
+def _print_error(message: str) -> None:
+    """Prints an error, in which names may be somebody else's."""
+    print(f"error: {printable(message, keep=_LAYOUT)}", file=sys.stderr)
+
+
 def _is_interrupt(error: BaseException) -> bool:
     """Whether it is Ctrl-C, which Lightning turns into a SystemExit once it has put things in order."""
     return isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt)
@@ -201,7 +215,7 @@ def _keep_texts(names: list[str]) -> None:
 
 def explain(error: BaseException, config_name: str) -> str:
     """The message of an error in the input, with the nearest right names where one was misspelt."""
-    if isinstance(error, _UserError):
+    if isinstance(error, CarriedError):
         return explain(error.args[0], config_name)
     message = str(error).strip()
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:

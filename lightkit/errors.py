@@ -15,3 +15,7 @@ class DataError(LightkitError, ValueError):
 
 class CheckpointError(LightkitError, ValueError):
     """A checkpoint that is missing, damaged or of something else."""
+
+
+class CarriedError(BaseException):
+    """Carries an error in the input, its only argument, past Hydra, which would print its own words on an Exception."""

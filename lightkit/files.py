@@ -1,28 +1,40 @@
-"""Writing files so that a reader sees the old content or the new, never a part."""
+"""Files of which a reader sees the old content or the new, never a part; directories that have one writer."""
 
 from __future__ import annotations
 
+import fcntl
 import os
+import re
+import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+# What `write_atomically` calls the files that it has not finished, for the kinds of files that a run consists of.
+_LEFTOVER = re.compile(r"\..+\.(ckpt|csv|html|json|png|yaml)\.[a-z0-9_]{8}")
 
-def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
+
+def write_atomically(path: str | Path, write: Callable[[BinaryIO], object], mode: int = 0o666) -> None:
     """Replaces a file with what ``write`` puts into the stream it is given.
 
     The new content goes to a temporary file in the same directory, reaches the disk, and takes the name in one
-    rename. If anything fails, a full disk included, the file that was there is untouched.
+    rename. If anything fails, a full disk included, the file that was there is untouched. A device or a pipe cannot be
+    replaced: the content goes into it.
 
     Args:
         path: the file; its directory is made if it is not there.
         write: gets a binary stream.
+        mode: permissions of the file, less those that the umask takes away.
 
     Raises:
         OSError: the directory cannot be written, the disk is full.
     """
     path = Path(path)
+    if _is_no_file(path):
+        with open(path, "wb") as stream:
+            write(stream)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
@@ -30,20 +42,77 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
             write(stream)
             stream.flush()
             os.fsync(stream.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, mode & ~_umask())
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
 
 
-def remove_leftovers(directory: Path, pattern: str) -> None:
-    """Removes what `write_atomically` left of files of such names below a directory when it was killed.
+def write_text_atomically(path: str | Path, text: str) -> None:
+    """Replaces a file with a text in UTF-8: see `write_atomically`."""
+    write_atomically(path, lambda stream: stream.write(text.encode("utf-8", "surrogateescape")))
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Removes what `write_atomically` left of the files of a run below a directory when it was killed.
 
     Nobody must be writing one of them.
     """
-    for path in directory.rglob(f".{pattern}.????????"):
-        path.unlink(missing_ok=True)
+    for path in directory.rglob(".*"):
+        if _LEFTOVER.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
+# The directories that this process holds, and the descriptors that do it.
+_held: dict[Path, int] = {}
+
+
+def hold(directory: Path) -> bool:
+    """Makes this process the one that writes to a directory, until `release` or its end, however it ends.
+
+    Returns:
+        False if another process is that already. True also where the file system cannot tell.
+    """
+    directory = directory.resolve()
+    if directory in _held:
+        return True
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return False
+    except OSError:
+        os.close(descriptor)
+        return True
+    _held[directory] = descriptor
+    return True
+
+
+def release(directory: Path) -> None:
+    """Ends what `hold` began."""
+    if (descriptor := _held.pop(directory.resolve(), None)) is not None:
+        os.close(descriptor)
+
+
+def is_held_by_another(directory: Path) -> bool:
+    """Returns whether another process holds a directory."""
+    if directory.resolve() in _held:
+        return False
+    if not hold(directory):
+        return True
+    release(directory)
+    return False
+
+
+def _is_no_file(path: Path) -> bool:
+    """Returns whether something other than a regular file or a directory has that name, links followed."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
 
 
 def _umask() -> int:

@@ -2,8 +2,8 @@
 
 A job of several devices is led by the process that composed its configuration. It starts one process a device, each
 the same command without arguments, and watches them; torchrun's own processes are led by that of rank 0. The others
-run no Hydra: a sweep is not run again in them, and a time in a directory's name is not asked for twice. What torchrun
-starts again goes on with the run that it had begun: see `lightkit.restarts`.
+run no Hydra: a sweep is not run again in them, and a time in a directory's name is not asked for twice. What is started
+again goes on with the run that it had begun: see `lightkit.restarts`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging.config
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -74,17 +75,35 @@ def lead(function: Callable[[DictConfig], Any], config: DictConfig, command: lis
     Raises:
         LightkitError: what went wrong in one of the processes; the others have been ended.
     """
+    unresolved = config
     if _under_torchrun():
         config = with_torchruns_processes(config)
-        if not _restarts().begin(config):
-            return _restarts().result(config)
+    restarts = _restarts()
+    if not restarts.begin(config, unresolved):
+        return restarts.result(config)
+    # Hydra's sweepers draw from it too, what is next after a job that was done before being what was next after it.
+    state = random.getstate()
+    try:
+        result = _run(function, config, command)
+        restarts.end(config, result)
+    finally:
+        random.setstate(state)
+        restarts.leave()
+    return result
+
+
+def _run(function: Callable[[DictConfig], Any], config: DictConfig, command: list[str]) -> Any:
+    if _under_torchrun():
         _publish(_torchrun_store(), config)
-        result = function(config)
-        _restarts().end(config, result)
-        return result
+        return function(config)
     if (count := count_processes(config)) > 1:
         return _start_and_watch(config, count, command)
     return function(config)
+
+
+def restarted_directory() -> str | None:
+    """Returns Hydra's directory of the job that torchrun has started again; None if it has not."""
+    return _restarts().directory() if _under_torchrun() else None
 
 
 def command_line() -> list[str] | None:

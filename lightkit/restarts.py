@@ -1,9 +1,10 @@
-"""What lets a job go on after torchrun has started its processes again: a small file that says where its run lies.
+"""How a job begins, goes on and ends: by the record of its run, whoever starts it again.
 
-The file is named by torchrun's id of the job and lies below ``runs``, next to the runs themselves: whoever can read the
-checkpoint can read it. The rendezvous store would not do, as it goes with the machine that holds it; neither does the
-number of restarts that torchrun tells its processes, which differs from machine to machine, and is 0 for all of them
-when a machine comes back.
+A person does so with ``ckpt_path=last``. torchrun starts its processes again by itself, for which there is a small file
+that says where the job's run lies. It is named by torchrun's id of the job and lies below ``runs``, next to the runs
+themselves: whoever can read the checkpoint can read it. The rendezvous store would not do, as it goes with the machine
+that holds it; neither does the number of restarts that torchrun tells its processes, which differs from machine to
+machine, and is 0 for all of them when a machine comes back.
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ import re
 import shlex
 import socket
 import sys
-from dataclasses import asdict, dataclass, field
+import uuid
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
 
+from lightkit import runs, sweep_record
 from lightkit.errors import CheckpointError, ConfigError
-from lightkit.files import remove_leftovers, write_atomically
+from lightkit.files import hold, release, remove_leftovers, write_text_atomically
+from lightkit.runs import Run, shown
 
 # What torchrun calls a job that was given no id.
 _NO_ID = ("", "none")
@@ -33,24 +37,20 @@ DIRECTORY = Path("runs") / ".torchrun"
 
 @dataclass
 class Record:
-    """What is known of a job.
+    """What is known of a job of torchrun.
 
     Args:
         arguments: of the command line, which tell apart two jobs of the same id.
         directory: Hydra's, of the run or of the sweep.
         is_sweep: whether the job is a sweep.
-        begun: directories of the runs begun, each with the time of the latest checkpoint that was there before.
-        overrides: the parameters of each, as Hydra took them: a sweeper may propose others when it is started again.
-        done: directories of those that are done, each with the job's result.
+        job: names the job in the records of its runs.
         is_finished: whether there is nothing more to do.
     """
 
     arguments: list[str]
     directory: str
     is_sweep: bool
-    begun: dict[str, int] = field(default_factory=dict)
-    overrides: dict[str, list[str]] = field(default_factory=dict)
-    done: dict[str, float | None] = field(default_factory=dict)
+    job: str = field(default_factory=lambda: uuid.uuid4().hex)
     is_finished: bool = False
 
 
@@ -66,6 +66,8 @@ class Restarts:
         self._arguments = list(sys.argv[1:])
         self._path = DIRECTORY / f"{_key()}.json"
         self._record = self._read() if is_expected() else None
+        # Of the one that is being done.
+        self._run: Run | None = None
 
     def arguments(self) -> list[str] | None:
         """The command line, with the directory of the run that goes on; None if there is nothing left to do."""
@@ -75,57 +77,89 @@ class Restarts:
             print(f"done before the restart: {self._record.directory}")
             return None
         key = "hydra.sweep.dir" if self._record.is_sweep else "hydra.run.dir"
-        # Quoted as Hydra reads it: a name may have a comma or an equals sign in it.
-        quoted = re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + ("\\'" if match[2] else ""), self._record.directory)
-        return [*self._arguments, f"{key}='{quoted}'"]
+        return [*self._arguments, f"{key}={quoted(self._record.directory)}"]
 
-    def begin(self, config: DictConfig) -> bool:
-        """Puts the checkpoint to go on from into the configuration; False if the run is done already."""
-        if not is_expected():
-            return True
-        run_dir = str(Path(config.run_dir).absolute())
-        if self._record is None:
+    def directory(self) -> str | None:
+        """Returns Hydra's directory of the job that torchrun has started again; None if it has not."""
+        return None if self._record is None else self._record.directory
+
+    def begin(self, config: DictConfig, unresolved: DictConfig | None = None) -> bool:
+        """Puts the checkpoint to go on from into the configuration; False if the run is done already.
+
+        Args:
+            config: of the job.
+            unresolved: the same before interpolation, by which runs are compared.
+
+        Raises:
+            CheckpointError: ``ckpt_path=last``, and there is no run to go on with.
+            ConfigError: another process writes to the directory of the run.
+        """
+        run_dir = Path(config.run_dir).absolute()
+        if is_expected() and self._record is None:
             if self.count > 0:
                 print(
                     f"process 0 finds no run of this job below {DIRECTORY.parent.absolute()} and begins anew; if there "
                     "was one, that directory is not on a file system that all machines share",
                     file=sys.stderr,
                 )
-            self._record = Record(self._arguments, *_hydra_directory(run_dir))
-        overrides = _overrides()
-        if run_dir in self._record.begun:
-            # Whoever was writing is gone.
-            remove_leftovers(Path(run_dir), "*.ckpt")
-            if self._record.overrides.get(run_dir) != overrides:
-                print(f"other parameters than before the restart: beginning anew in {run_dir}", flush=True)
-                self._forget(run_dir)
-        if run_dir in self._record.done:
-            print(f"done before the restart: {run_dir}")
+            self._record = Record(self._arguments, *_hydra_directory(str(run_dir)))
+            self._write()
+        sweep = sweep_record.current()
+        run_dir.mkdir(parents=True, exist_ok=True)
+        # After a restart the machine that held it may be gone, and a file system not know it yet.
+        if not hold(run_dir) and not is_expected():
+            raise ConfigError(f"another lightkit.train, which is still running, writes to {shown(run_dir)}")
+        # Whoever was writing is gone.
+        remove_leftovers(run_dir)
+        job = sweep.job if sweep is not None else self._record.job if self._record is not None else None
+        run = replace(runs.describe(unresolved or config, job), directory=run_dir, overrides=_overrides())
+        before = runs.read(run_dir)
+        is_own = before is not None and job is not None and before.job == job
+        path = None
+        if is_own and before.overrides != run.overrides:
+            print(f"other parameters than before the restart: beginning anew in {run_dir}", flush=True)
+            for checkpoint in before.checkpoints():
+                checkpoint.unlink()
+            run = replace(run, older=before.older)
+        elif is_own and before.is_finished:
+            print(f"done before the restart: {run_dir}", flush=True)
+            self._run = before
+            release(run_dir)
             return False
-        if run_dir not in self._record.begun:
-            self._record.begun[run_dir] = _latest_time(Path(run_dir))
-            self._record.overrides[run_dir] = overrides
-            for path in _metrics_of_before(Path(run_dir)):
-                path.unlink()
-        elif (path := _own_checkpoint(Path(run_dir), self._record.begun[run_dir])) is not None:
-            print(f"continuing {path}", flush=True)
+        elif is_own:
+            run = replace(run, older=before.older)
+            if (path := run.whole_checkpoint()) is not None:
+                print(f"continuing {path}", flush=True)
+            else:
+                print(f"no checkpoint yet: beginning again in {run_dir}", flush=True)
+        if path is None and config.get("ckpt_path") == "last":
+            path = runs.find_last(run, config.name, sweep.swept if sweep is not None else ())
+            print(f"continuing {shown(path)}", flush=True)
+        elif job is None and config.get("ckpt_path") is None and "name" in config:
+            if (unfinished := runs.find_unfinished(run, config.name)) is not None:
+                print(f"{shown(unfinished.directory)} is unfinished: ckpt_path=last goes on with it", flush=True)
+        if path is not None:
             with open_dict(config):
                 config.ckpt_path = str(path)
-            _keep_metrics(Path(run_dir))
-        else:
-            print(f"no checkpoint yet: beginning again in {run_dir}", flush=True)
-        self._write()
+        if before is not None and _is_within(config.get("ckpt_path"), run_dir):
+            # It goes on with what is there: the checkpoints are its own.
+            run = replace(run, older=min(run.older, before.older))
+        run.write()
+        self._run = run
         return True
 
     def end(self, config: DictConfig, result: float | None) -> None:
         """Notes that a run is done."""
-        if self._record is not None:
-            self._record.done[str(Path(config.run_dir).absolute())] = result
-            self._write()
+        self._run = self._run.finished(result)
+        self._run.write()
+
+    def leave(self) -> None:
+        """Lets others write to the directory of the run, done or not."""
+        release(self._run.directory)
 
     def result(self, config: DictConfig) -> float | None:
         """Of a run that was done before."""
-        return self._record.done.get(str(Path(config.run_dir).absolute()))
+        return self._run.result
 
     def finish(self) -> None:
         """Notes that the whole job is."""
@@ -137,14 +171,6 @@ class Restarts:
         # Not forgotten: another process may fail at its very end, and all of them be started again for that.
         self._record.is_finished = True
         self._write()
-
-    def _forget(self, run_dir: str) -> None:
-        """Lets a run be one that was not begun, without the checkpoints that it wrote."""
-        before = self._record.begun.pop(run_dir)
-        self._record.done.pop(run_dir, None)
-        for path in Path(run_dir).rglob("*.ckpt"):
-            if path.stat().st_mtime_ns > before:
-                path.unlink()
 
     def _read(self) -> Record | None:
         try:
@@ -171,8 +197,16 @@ class Restarts:
         return None
 
     def _write(self) -> None:
-        content = json.dumps(asdict(self._record), indent=2)
-        write_atomically(self._path, lambda file: file.write(content.encode()))
+        write_text_atomically(self._path, json.dumps(asdict(self._record), indent=2))
+
+
+def _is_within(checkpoint: str | None, run_dir: Path) -> bool:
+    return checkpoint is not None and Path(checkpoint).absolute().is_relative_to(run_dir)
+
+
+def quoted(text: str) -> str:
+    """Returns a text in quotes as Hydra's command line reads it: it may have a comma or an equals sign in it."""
+    return "'" + re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + ("\\'" if match[2] else ""), text) + "'"
 
 
 def is_expected() -> bool:
@@ -222,28 +256,6 @@ def _hydra_directory(run_dir: str) -> tuple[str, bool]:
 
 def _overrides() -> list[str]:
     """What tells apart the runs of a job."""
-    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
-
-
-def _checkpoints(run_dir: Path) -> list[Path]:
-    return list(run_dir.rglob("last.ckpt")) or list(run_dir.rglob("*.ckpt"))
-
-
-def _latest_time(run_dir: Path) -> int:
-    return max((path.stat().st_mtime_ns for path in _checkpoints(run_dir)), default=0)
-
-
-def _own_checkpoint(run_dir: Path, before: int) -> Path | None:
-    """The latest checkpoint, if the run wrote it: those of an earlier one may lie in the same directory."""
-    path = max(_checkpoints(run_dir), key=lambda path: path.stat().st_mtime_ns, default=None)
-    return path if path is not None and path.stat().st_mtime_ns > before else None
-
-
-def _keep_metrics(run_dir: Path) -> None:
-    """Lightning's logger begins a new ``metrics.csv``: the one of before the restart stays under another name."""
-    if (path := run_dir / "metrics.csv").exists():
-        path.rename(run_dir / f"metrics.before_restart_{1 + len(_metrics_of_before(run_dir)):03}.csv")
-
-
-def _metrics_of_before(run_dir: Path) -> list[Path]:
-    return list(run_dir.glob("metrics.before_restart_*.csv"))
+    if not HydraConfig.initialized():
+        return []
+    return [word for word in HydraConfig.get().overrides.task if word.partition("=")[0] != "ckpt_path"]

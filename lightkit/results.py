@@ -17,7 +17,7 @@ from rich.text import Text
 
 from lightkit import __version__, native
 from lightkit.errors import ConfigError
-from lightkit.files import write_atomically
+from lightkit.files import write_text_atomically
 from lightkit.printable import printable
 
 _PACKAGES = ("torch", "lightning", "hydra-core", "torchmetrics", "numpy")
@@ -25,15 +25,16 @@ _PACKAGES = ("torch", "lightning", "hydra-core", "torchmetrics", "numpy")
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes a dict as indented JSON."""
-    text = json.dumps(content, indent=2) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_text_atomically(path, json.dumps(content, indent=2) + "\n")
 
 
 def read_if_newer(path: Path, than: Path) -> dict[str, Any]:
     """What `write_json` wrote, if that was after another file; else nothing."""
-    if not path.exists() or path.stat().st_mtime_ns < than.stat().st_mtime_ns:
+    try:
+        is_newer = path.stat().st_mtime_ns >= than.stat().st_mtime_ns
+        return json.loads(path.read_text()) if is_newer else {}
+    except (OSError, ValueError):
         return {}
-    return json.loads(path.read_text())
 
 
 def check_output(path: str | None) -> None:
@@ -49,7 +50,7 @@ def check_output(path: str | None) -> None:
 
 def write_config(run_dir: Path, config: DictConfig) -> None:
     """``config.yaml``: the configuration with everything resolved."""
-    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
+    write_text_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
 
 
 def environment() -> dict[str, Any]:

@@ -21,6 +21,7 @@ from lightkit.errors import ConfigError
 _PACKAGES = (
     "lightkit.callbacks",
     "lightkit.data",
+    "lightkit.loggers",
     "lightkit.models",
     "lightkit.nn",
     "lightkit.optim",

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from omegaconf import DictConfig
 
-from lightkit import native, report, results
+from lightkit import native, report, results, runs
 from lightkit.callbacks import TestRecorder, Throughput
+from lightkit.callbacks.save_figures import EPOCH_KEY, FIGURES_KEY, SaveFigures
 from lightkit.callbacks.throughput import rate_name
-from lightkit.checkpoints import AtomicCheckpointIO, check_weights, find_last, load_checkpoint
+from lightkit.checkpoints import AtomicCheckpointIO, check_weights, load_checkpoint
 from lightkit.config import build
 from lightkit.errors import CheckpointError, ConfigError
 from lightkit.job import (
@@ -25,6 +28,10 @@ from lightkit.job import (
     check_scheduler,
     refusals_of_lightning,
 )
+from lightkit.loggers import CSVLogger
+
+_METRICS = "metrics.json"
+_LOG = "metrics.csv"
 
 # Seeds that Python, NumPy and torch all take.
 _SEEDS = 2**32
@@ -53,10 +60,11 @@ def train(config: DictConfig) -> dict[str, Any]:
     resume = _checkpoint_to_resume(config, task)
 
     recorder = TestRecorder()
+    loggers = list(build(config.get("logger") or {}).values())
     trainer = build_trainer(
         config,
-        callbacks=[*build(config.get("callbacks") or {}).values(), SaveConfig(config), recorder],
-        logger=list(build(config.get("logger") or {}).values()),
+        callbacks=[*build(config.get("callbacks") or {}).values(), SaveConfig(config), SaveFigures(), recorder],
+        logger=loggers,
         plugins=[AtomicCheckpointIO()],
         enable_model_summary=False,
     )
@@ -64,8 +72,10 @@ def train(config: DictConfig) -> dict[str, Any]:
         run_dir.mkdir(parents=True, exist_ok=True)
         results.write_config(run_dir, config)
         results.write_json(run_dir / "environment.json", results.environment())
+    if resume is not None:
+        _continue_logs(loggers, run_dir, resume)
     with refusals_of_lightning():
-        trainer.fit(task, datamodule=data, ckpt_path=resume)
+        trainer.fit(task, datamodule=data, ckpt_path=resume.path if resume is not None else None)
     metrics = _scalars(trainer) | {"epochs": trainer.current_epoch, "steps": trainer.global_step}
     for throughput in (c for c in trainer.callbacks if isinstance(c, Throughput)):
         if throughput.total is not None:
@@ -78,10 +88,10 @@ def train(config: DictConfig) -> dict[str, Any]:
             metrics |= {f"step/{part} (ms)": value for part, value in throughput.step.items()}
     metrics |= getattr(trainer.strategy, "communication", {})
     if resume is not None and not trainer.callback_metrics:
-        # No epoch was left, as after a restart in the test: the figures are those of the process that trained.
-        metrics |= results.read_if_newer(run_dir / "metrics.json", than=resume)
+        # No epoch was left, as after a kill in the test: the figures are those of the process that trained.
+        metrics |= resume.figures()
     if trainer.is_global_zero:
-        results.write_json(run_dir / "metrics.json", metrics)
+        results.write_json(run_dir / _METRICS, metrics)
     if config.test and (trainer.is_global_zero or not getattr(trainer.strategy, "evaluates_everything", False)):
         with refusals_of_lightning():
             trainer.test(task, datamodule=data, ckpt_path=_best(trainer), verbose=False)
@@ -91,18 +101,37 @@ def train(config: DictConfig) -> dict[str, Any]:
     metrics["wall_seconds"] = time.perf_counter() - started
 
     if trainer.is_global_zero:
-        results.write_json(run_dir / "metrics.json", metrics)
+        results.write_json(run_dir / _METRICS, metrics)
         page = report.write(run_dir, metrics, task, data, recorder.result())
         _summarize(config, metrics, page)
     return metrics
 
 
-def _checkpoint_to_resume(config: DictConfig, task: pl.LightningModule) -> Path | None:
+@dataclass(frozen=True)
+class _Resumed:
+    """A checkpoint that a training goes on from: where it lies, what is in it, and the run that it is of, if any."""
+
+    path: Path
+    checkpoint: dict[str, Any]
+    run: runs.Run | None
+
+    def steps(self) -> int:
+        """Returns how many steps were logged before it: several optimizers take one each."""
+        return math.ceil(self.checkpoint["global_step"] / max(1, len(self.checkpoint.get("optimizer_states", []))))
+
+    def figures(self) -> dict[str, Any]:
+        """Returns what was logged last under each name before the test."""
+        logged = self.checkpoint.get(FIGURES_KEY, {})
+        return logged if self.run is None else logged | results.read_if_newer(self.run.directory / _METRICS, self.path)
+
+
+def _checkpoint_to_resume(config: DictConfig, task: pl.LightningModule) -> _Resumed | None:
     """The checkpoint to go on from, checked to fit this task and to leave something to do."""
     if config.ckpt_path is None:
         return None
     if config.ckpt_path == "last":
-        path = find_last(Path("runs") / config.name)
+        # The process that leads has chosen already; here are programs that train by themselves.
+        path = runs.find_last(runs.describe(config), config.name)
         print(f"continuing {path}")
     else:
         path = Path(config.ckpt_path)
@@ -115,14 +144,29 @@ def _checkpoint_to_resume(config: DictConfig, task: pl.LightningModule) -> Path 
         raise CheckpointError(
             f"{path} cannot be resumed: it has the weights but not the state of a training"
         ) from error
-    # Its own, after a restart: what is left may be the test and the report.
+    run = runs.find_run(path)
+    # What is left of a run that has no report is the test and the report.
+    has_report = run is None or run.is_finished
     is_own = path.absolute().is_relative_to(Path(config.run_dir).absolute())
-    if at_its_end and not is_own and 0 < (config.trainer.max_epochs or 0) <= done:
+    wanted = config.trainer.max_epochs or 0
+    if at_its_end and not is_own and 0 < wanted <= done and (has_report or wanted < done):
         raise CheckpointError(
             f"{path} has {done} epochs behind it and trainer.max_epochs is {config.trainer.max_epochs}: "
             f"nothing is left to train; pass trainer.max_epochs={done + 1} or more"
         )
-    return path
+    return _Resumed(path, checkpoint, run)
+
+
+def _continue_logs(loggers: list[Any], run_dir: Path, resume: _Resumed) -> None:
+    """Lets each ``metrics.csv`` begin with the rows of the run that goes on."""
+    source = resume.path.absolute().parent.parent if resume.run is None else resume.run.directory
+    for logger in loggers:
+        if isinstance(logger, CSVLogger):
+            own = Path(logger.log_dir).absolute()
+            # Its place in both runs is the same; outside of them they have one log.
+            place = source / own.relative_to(run_dir.absolute()) if own.is_relative_to(run_dir.absolute()) else own
+            epoch = resume.checkpoint.get(EPOCH_KEY, {})
+            logger.continue_from(place / _LOG, resume.steps(), epoch and {"epoch": resume.checkpoint["epoch"], **epoch})
 
 
 def _best(trainer: pl.Trainer) -> str | None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightkit.checkpoints import AtomicCheckpointIO, check_weights, find_last, load_checkpoint
+from lightkit.checkpoints import AtomicCheckpointIO, check_weights, load_checkpoint
 from lightkit.errors import CheckpointError
 from lightkit.files import write_atomically
 
@@ -110,15 +110,3 @@ def test_checkpoint_of_another_model():
     with pytest.raises(CheckpointError, match="bias is unknown here"):
         check_weights(nn.Linear(3, 4, bias=False), checkpoint, "x.ckpt")
     check_weights(nn.Linear(3, 4), checkpoint, "x.ckpt")
-
-
-def test_find_last(tmp_path):
-    """The newest last.ckpt below a directory is found, and none is an error."""
-    with pytest.raises(CheckpointError, match="there is no"):
-        find_last(tmp_path)
-    for age, name in ((20, "old"), (10, "new"), (30, "older")):
-        path = tmp_path / name / "checkpoints" / "last.ckpt"
-        path.parent.mkdir(parents=True)
-        path.write_bytes(b"")
-        os.utime(path, (1e9 - age, 1e9 - age))
-    assert find_last(tmp_path).parts[-3] == "new"

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+from typing import Any
+
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from lightkit.checkpoints import load_checkpoint
+from lightkit.errors import CheckpointError
+from lightkit.files import write_atomically
 
 
 class Checkpoint(ModelCheckpoint):
@@ -12,10 +22,30 @@ class Checkpoint(ModelCheckpoint):
     Lightning 2.6 writes it only when it also wrote another checkpoint, the best so far: a job that goes on from
     there loses all that came after its best epoch.
 
+    The checkpoint that a training goes on from becomes its ``last.ckpt``. In another directory it takes the best one so
+    far along too, which Lightning would forget: each directory is then complete.
+
     Args:
         *arguments: of Lightning's callback.
         **options: likewise.
     """
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Copies what the training goes on from."""
+        super().on_fit_start(trainer, pl_module)
+        source = Path(str(trainer.ckpt_path)) if trainer.ckpt_path is not None else None
+        if self.save_last and trainer.is_global_zero and source is not None and source.is_file():
+            target = Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
+            if source.resolve() != target.resolve():
+                _copy(source, target)
+                self.last_model_path = str(target)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the best checkpoints over, into the present directory if they lie in another one."""
+        before = state_dict.get("dirpath")
+        if before is not None and self.dirpath is not None and before != self.dirpath:
+            state_dict = self._taken_along(state_dict)
+        super().load_state_dict(state_dict)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves after an epoch of training, where Lightning does it here."""
@@ -34,3 +64,34 @@ class Checkpoint(ModelCheckpoint):
         by_epochs = self._every_n_epochs >= 1 and (trainer.current_epoch + 1) % self._every_n_epochs == 0
         if by_epochs and not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def _taken_along(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Returns the state with its best checkpoints in the present directory.
+
+        As it was, which makes Lightning begin anew with them, if one is gone or is a later one of the same name: the
+        run that wrote it may have come further than the checkpoint that is gone on from.
+        """
+        models = state.get("best_k_models") or {}
+        here = {path: str(Path(self.dirpath) / Path(path).name) for path in models}
+        if self.monitor is None or not all(self._is_of(path, score) for path, score in models.items()):
+            return state
+        for source, target in here.items():
+            _copy(Path(source), Path(target))
+        moved = {key: here.get(state.get(key), "") for key in ("best_model_path", "kth_best_model_path")}
+        return {**state, **moved, "best_k_models": {here[path]: score for path, score in models.items()}} | {
+            "dirpath": self.dirpath,
+            "last_model_path": "",
+        }
+
+    def _is_of(self, path: str, score: torch.Tensor) -> bool:
+        """Returns whether a checkpoint is there and is the one that had this score when it was written."""
+        try:
+            return bool(load_checkpoint(path)["callbacks"][self.state_key]["current_score"] == score)
+        except (CheckpointError, KeyError):
+            return False
+
+
+@rank_zero_only
+def _copy(source: Path, target: Path) -> None:
+    with open(source, "rb") as stream:
+        write_atomically(target, lambda copy: shutil.copyfileobj(stream, copy, 1 << 22))

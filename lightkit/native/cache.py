@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lightkit.paths import cache_root
+from lightkit.private import find_stranger
 
 from . import toolchain
 
@@ -60,13 +61,10 @@ def check_private(directory: Path) -> None:
     info = os.lstat(directory)
     if not stat.S_ISDIR(info.st_mode):
         raise CacheError(f"{directory} is not a directory")
-    # Root can do anything to this process anyway, and owns what an image was built with.
-    if info.st_uid not in (os.geteuid(), 0):
-        raise CacheError(
-            f"{directory} belongs to another user (uid {info.st_uid}); set LIGHTKIT_CACHE_DIR to one of yours"
-        )
-    if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise CacheError(f"{directory} can be written by other users; chmod go-w it, or set LIGHTKIT_CACHE_DIR")
+    if (reason := find_stranger(directory, follow_links=False)) is not None:
+        # Who owns it alone can change it.
+        advice = "" if "belongs" in reason else "chmod go-w it, or "
+        raise CacheError(f"{directory} {reason}; {advice}set LIGHTKIT_CACHE_DIR{'' if advice else ' to one of yours'}")
 
 
 def make_root() -> Path:

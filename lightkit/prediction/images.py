@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from lightkit import results
 from lightkit.data.images import ImageDataModule
 from lightkit.data.pictures import find_pictures, read_picture
 from lightkit.errors import CheckpointError, ConfigError
+from lightkit.files import write_text_atomically
 from lightkit.restore import Restored
 
 # How many predictions the terminal shows; a file gets all.
@@ -49,10 +51,11 @@ class Images:
 
     def write(self, path: Path) -> None:
         """Writes CSV."""
-        with open(path, "w", newline="") as file:
+        with io.StringIO(newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["path", "label", "probability"])
             writer.writerows([p.path, p.label, p.probability] for p in self.images)
+            write_text_atomically(path, file.getvalue())
 
 
 def predict(config: DictConfig, restored: Restored) -> Images:

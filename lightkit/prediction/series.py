@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from lightkit import results
 from lightkit.data.columns import read_column
 from lightkit.data.series import SeriesDataModule
 from lightkit.errors import ConfigError, DataError
+from lightkit.files import write_text_atomically
 from lightkit.restore import Restored
 
 # What a data module may have been told about its file, and what holds where it was not.
@@ -44,10 +46,11 @@ class Forecast:
 
     def write(self, path: Path) -> None:
         """Writes CSV."""
-        with open(path, "w", newline="") as file:
+        with io.StringIO(newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["step", "forecast", "lower", "upper"])
             writer.writerows([s.step, s.forecast, s.lower, s.upper] for s in self.steps)
+            write_text_atomically(path, file.getvalue())
 
 
 def predict(config: DictConfig, restored: Restored) -> Forecast:

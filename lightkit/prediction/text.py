@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from lightkit.data.text import SEPARATOR, Text
 from lightkit.errors import ConfigError
+from lightkit.files import write_atomically
 from lightkit.printable import printable
 from lightkit.regular_files import open_regular
 from lightkit.restore import Restored
@@ -39,7 +40,7 @@ class Continuation:
 
     def write(self, path: Path) -> None:
         """Writes the bytes as they are."""
-        path.write_bytes(self.prompt + self.added)
+        write_atomically(path, lambda stream: stream.write(self.prompt + self.added))
 
 
 def predict(config: DictConfig, restored: Restored) -> Continuation:

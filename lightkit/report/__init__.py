@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import Tensor
 
+from lightkit.files import write_text_atomically
 from lightkit.tasks import ClassificationTask, ForecastTask, LanguageModelTask
 
 
@@ -49,5 +50,5 @@ def write(
     if isinstance(task, LanguageModelTask):
         sections += language_model.sections(run_dir, metrics, task, data, recorded)
     target = run_dir / "report.html"
-    target.write_text(page.render(run_dir, metrics, sections), encoding="utf-8")
+    write_text_atomically(target, page.render(run_dir, metrics, sections))
     return target

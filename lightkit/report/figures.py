@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 from collections import defaultdict
 from collections.abc import Callable
@@ -13,6 +12,8 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from lightkit.files import write_atomically
+from lightkit.loggers import read_rows
 from lightkit.printable import printable
 
 BLUE, ORANGE, GREEN, GREY = "#2563eb", "#ea580c", "#15803d", "#94a3b8"
@@ -32,7 +33,8 @@ _STYLE = {
 
 def save(figure: Figure, path: Path) -> Path:
     """Writes a figure as PNG; returns the path."""
-    figure.savefig(path, dpi=144, bbox_inches="tight", facecolor="white")
+    options = {"format": "png", "dpi": 144, "bbox_inches": "tight", "facecolor": "white"}
+    write_atomically(path, lambda stream: figure.savefig(stream, **options))
     return path
 
 
@@ -60,24 +62,12 @@ def plain(name: str) -> str:
 
 
 def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """The columns of ``metrics.csv`` as (step, value) pairs, without the empty cells.
-
-    What a job wrote before a restart comes first, without the steps that were done again.
-    """
+    """The columns of ``metrics.csv`` as (step, value) pairs, without the empty cells."""
     series: dict[str, list[tuple[int, float]]] = defaultdict(list)
-    for part in [*sorted(path.parent.glob(f"{path.stem}.before_restart_*{path.suffix}")), path]:
-        if not part.is_file():
-            continue
-        with open(part, newline="") as file:
-            rows = list(csv.DictReader(file))
-        first = min((int(row["step"]) for row in rows), default=None)
-        if first is not None:
-            for name in series:
-                series[name] = [(step, value) for step, value in series[name] if step < first]
-        for row in rows:
-            for name, value in row.items():
-                if value and name not in ("step", "epoch"):
-                    series[name].append((int(row["step"]), float(value)))
+    for row in read_rows(path):
+        for name, value in row.items():
+            if value and name not in ("step", "epoch"):
+                series[name].append((int(row["step"]), float(value)))
     return series
 
 
