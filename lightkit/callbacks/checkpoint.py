@@ -30,6 +30,9 @@ class Checkpoint(ModelCheckpoint):
         **options: likewise.
     """
 
+    # Of the checkpoint that the training goes on from.
+    _source: Path | None = None
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Copies what the training goes on from."""
         super().on_fit_start(trainer, pl_module)
@@ -40,8 +43,18 @@ class Checkpoint(ModelCheckpoint):
                 _copy(source, target)
                 self.last_model_path = str(target)
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Notes where the checkpoint lies that the training goes on from."""
+        super().setup(trainer, pl_module, stage)
+        self._source = Path(str(trainer.ckpt_path)).parent if trainer.ckpt_path is not None else None
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the best checkpoints over, into the present directory if they lie in another one."""
+        """Takes the best checkpoints over, into the present directory if they lie in another one.
+
+        Files that the state names count only if they lie there or beside the checkpoint that the state is from:
+        Lightning reads and removes them, and the checkpoint may be somebody else's.
+        """
+        state_dict = self._with_near_files(state_dict)
         before = state_dict.get("dirpath")
         if before is not None and self.dirpath is not None and before != self.dirpath:
             state_dict = self._taken_along(state_dict)
@@ -64,6 +77,23 @@ class Checkpoint(ModelCheckpoint):
         by_epochs = self._every_n_epochs >= 1 and (trainer.current_epoch + 1) % self._every_n_epochs == 0
         if by_epochs and not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def _with_near_files(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Returns the state without files that lie elsewhere."""
+        models = state.get("best_k_models")
+        models = models if isinstance(models, dict) else {}
+        paths = {key: state.get(key, "") for key in ("best_model_path", "kth_best_model_path", "last_model_path")}
+        return {
+            **state,
+            **{key: path if self._is_near(path) else "" for key, path in paths.items()},
+            "best_k_models": {path: score for path, score in models.items() if self._is_near(path)},
+        }
+
+    def _is_near(self, path: Any) -> bool:
+        if not isinstance(path, str) or "://" in path:
+            return False
+        folders = [Path(folder).resolve() for folder in (self.dirpath, self._source) if folder is not None]
+        return Path(path).resolve().parent in folders
 
     def _taken_along(self, state: dict[str, Any]) -> dict[str, Any]:
         """Returns the state with its best checkpoints in the present directory.

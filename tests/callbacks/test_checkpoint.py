@@ -45,3 +45,31 @@ def test_last_is_the_latest(tmp_path, options, last):
     assert load_checkpoint(tmp_path / "best.ckpt")["global_step"] == options.get("every_n_epochs", 1)
     path = tmp_path / "last.ckpt"
     assert (load_checkpoint(path)["global_step"] if path.exists() else None) == last
+
+
+@pytest.mark.parametrize("elsewhere", ["{0}/precious.ckpt", "{0}/run/../precious.ckpt", "memory://precious", "http://x"])
+def test_a_strangers_state_names_no_file_of_the_users(tmp_path, elsewhere):
+    """A checkpoint of somebody else cannot have files removed or read that lie elsewhere, nor anything be fetched."""
+    (tmp_path / "stranger").mkdir()
+    precious = tmp_path / "precious.ckpt"
+    precious.write_text("mine")
+    path = elsewhere.format(tmp_path)
+    batches = DataLoader(torch.ones(2, 1), batch_size=2)
+    options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    settings = {"filename": "best", "monitor": "val/loss", "mode": "max", "save_last": True, "save_top_k": 1}
+    trainer = pl.Trainer(max_epochs=1, callbacks=[Checkpoint(tmp_path / "stranger", **settings)], **options)
+    trainer.fit(GetsWorse(), batches, batches)
+    crafted = load_checkpoint(tmp_path / "stranger" / "last.ckpt")
+    (state,) = (state for key, state in crafted["callbacks"].items() if key.startswith("Checkpoint"))
+    del state["dirpath"]
+    names = dict.fromkeys(("best_model_path", "kth_best_model_path", "last_model_path"), path)
+    state.update(names, best_k_models={path: torch.tensor(-1.0)}, best_model_score=torch.tensor(-1.0))
+    torch.save(crafted, tmp_path / "stranger" / "crafted.ckpt")
+    callback = Checkpoint(tmp_path / "run", **settings)
+    removed = []
+    trainer = pl.Trainer(max_epochs=3, callbacks=[callback], **options)
+    trainer.strategy.remove_checkpoint = removed.append
+    trainer.fit(GetsWorse(), batches, batches, ckpt_path=tmp_path / "stranger" / "crafted.ckpt")
+    assert precious.read_text() == "mine"
+    assert all(str(name).startswith(str(tmp_path / "run")) for name in removed)
+    assert callback.best_model_path == str(tmp_path / "run" / "best.ckpt")
