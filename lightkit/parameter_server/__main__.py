@@ -11,7 +11,7 @@ import threading
 import torch
 
 from lightkit.errors import LightkitError
-from lightkit.parameter_server.door import SECRET
+from lightkit.parameter_server.rendezvous import SECRET
 from lightkit.parameter_server.server import Server
 
 
@@ -19,13 +19,21 @@ def main() -> int:
     """Runs a server; 0 when the job has come to its end."""
     parser = argparse.ArgumentParser(
         prog="python -m lightkit.parameter_server",
-        description=f"A parameter server for one job. Workers must have the same {SECRET} in their environment.",
+        description=f"A parameter server for one job. Workers must have the same {SECRET} in their environment. Both "
+        "sides prove that they know it, and sign what they send, except the elements of tensors; nothing is encrypted: "
+        "the network between them must be one that is trusted, or a tunnel.",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address that workers reach (default: this machine alone)")
     parser.add_argument("--port", type=int, default=29600, help="0 for any free one (default: 29600)")
     parser.add_argument("--directory", help="where its snapshots and log go, and where it comes back from")
     parser.add_argument("--timeout", type=float, default=30.0, help="seconds without a worker's sign of life")
     parser.add_argument("--threads", type=int, default=1, help="of the optimizer's step (default: 1)")
+    parser.add_argument(
+        "--recover-until-damage",
+        action="store_true",
+        help="where the log in --directory is damaged and updates follow the damage: go on from the last update before "
+        "it, and keep the rest of the log there as damaged-log-*.bin (default: an error, and nothing is changed)",
+    )
     parser.add_argument("--leave-with-parent", action="store_true", help="end when standard input is closed")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="parameter server: %(message)s")
@@ -39,7 +47,9 @@ def main() -> int:
     if options.leave_with_parent:
         threading.Thread(target=_leave_with_parent, daemon=True).start()
     try:
-        server = Server(options.host, options.port, secret, options.directory, options.timeout)
+        server = Server(
+            options.host, options.port, secret, options.directory, options.timeout, options.recover_until_damage
+        )
         print(f"listening on {server.listener.host}:{server.listener.port}", flush=True)
         server.run()
     except (LightkitError, OSError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -12,12 +13,19 @@ from torch import Tensor
 
 from lightkit.errors import ConfigError, LightkitError
 from lightkit.parameter_server.compression import codec
-from lightkit.parameter_server.door import connect
 from lightkit.parameter_server.job import Job, allocate, read_numbers
-from lightkit.parameter_server.link import Expected, Link, LinkError
-from lightkit.parameter_server.protocol import PUSH_FACTS, Answer, Request, bulk
+from lightkit.parameter_server.protocol import PUSH_FACTS, Answer, Request
+from lightkit.parameter_server.rendezvous import connect
+from lightkit.parameter_server.transport import Connection, ProtocolError, TransportError, heartbeat_of
 
 T = TypeVar("T")
+
+# Seconds from one sign of life to the next where no connection says how often they are wanted.
+_HEARTBEAT = 0.2
+
+# Connections that may break in one exchange: a server that ends each of them, however often it comes back, would have
+# the worker begin again for ever.
+_MOST_ATTEMPTS = 30
 
 
 class Place:
@@ -55,9 +63,9 @@ class Channel:
         self.bytes_received = 0
         self.address, self._secret, self._who = address, secret, who
         self._timeout, self._patience, self._ended = timeout, patience, ended
-        self._link: Link | None = None
+        self._connection: Connection | None = None
         # One that no sign of life comes through any more.
-        self._silent: Link | None = None
+        self._silent: Connection | None = None
         self._begin: dict[str, Any] | None = None
         self._has_started = self._has_begun = False
         # One exchange after the other, also of two tables.
@@ -66,13 +74,13 @@ class Channel:
     @property
     def heartbeat(self) -> float:
         """Seconds from one sign of life to the next."""
-        link = self._link
-        return 1.0 if link is None else link.heartbeat
+        connection = self._connection
+        return _HEARTBEAT if connection is None else connection.heartbeat
 
     def start(self, begin: dict[str, Any]) -> bool:
         """Connects; begins the job where the server has none, and says whether that was so."""
         self._begin = begin
-        self._try(lambda link: None)
+        self._try(lambda connection: None)
         self._begin = None
         return self._has_begun
 
@@ -105,135 +113,172 @@ class Channel:
         """Sends, and waits for the parameters after the step; as often as it takes, it counts once."""
         place = self.places[table]
 
-        def exchange(link: Link) -> None:
-            reply = self._expect(link, table)
-            link.send_header(Request.PUSH, table, place.number, place.version)
-            link.send(place.facts, *place.wire, tag=bulk(table))
+        def exchange(connection: Connection) -> None:
+            connection.send_header(Request.PUSH, table, place.number, place.version)
+            connection.send(place.facts, *place.wire)
             self.bytes_sent += place.facts.nbytes + sum(tensor.nbytes for tensor in place.wire)
-            answer = self._answer(link)
+            answer = self._answer(connection, Answer.OK, Answer.NORM)
             if answer[0] == Answer.NORM:
                 square = torch.zeros(1, dtype=torch.float64)
-                link.receive(square)
-                link.send(torch.tensor([factor(self.address, square.item())], dtype=torch.float64))
-                answer = self._answer(link)
-            self._take(place, reply, answer)
+                connection.receive(square)
+                connection.send(torch.tensor([factor(self.address, square.item())], dtype=torch.float64))
+                answer = self._answer(connection)
+            self._take(place, connection, answer)
 
         self._try(exchange)
 
     def pull(self, table: int) -> None:
         """Takes the parameters as they are."""
 
-        def exchange(link: Link) -> None:
-            reply = self._expect(link, table)
-            link.send_header(Request.PULL, table)
-            self._take(self.places[table], reply, self._answer(link))
+        def exchange(connection: Connection) -> None:
+            connection.send_header(Request.PULL, table)
+            self._take(self.places[table], connection, self._answer(connection))
 
         self._try(exchange)
 
     def state(self) -> list[dict[str, Any]]:
-        """All that the server has, by table."""
+        """Returns all that the server has: by table ``flats``, ``state`` by parameter, ``seeds`` by group."""
 
-        def exchange(link: Link) -> list[dict[str, Any]]:
-            link.send_header(Request.STATE)
-            self._answer(link)
-            return link.receive_message()
+        def exchange(connection: Connection) -> list[dict[str, Any]]:
+            connection.send_header(Request.STATE)
+            self._answer(connection)
+            found = connection.receive_message(self.job.most_bytes)
+            if not self._is_state(found):
+                raise ProtocolError("the server sent the state of other parameters")
+            return found
 
         return self._try(exchange)
 
-    def ask(self, request: Request) -> None:
-        """For what the answer says nothing of."""
+    def _is_state(self, found: Any) -> bool:
+        """Returns whether that is the state of this connection's parameters: it goes into a checkpoint."""
+        if not isinstance(found, list) or len(found) != len(self.places):
+            return False
+        return all(map(_is_state_of, found, self.places))
 
-        def exchange(link: Link) -> None:
-            link.send_header(request)
-            self._answer(link)
+    def ask(self, request: Request) -> None:
+        """Sends a request whose reply has no payload."""
+
+        def exchange(connection: Connection) -> None:
+            connection.send_header(request)
+            self._answer(connection)
 
         self._try(exchange)
 
-    def live(self, rank: int) -> None:
+    def send_heartbeat(self) -> None:
         """Gives a sign of life."""
-        link = self._link
-        if link is not None and link is not self._silent:
+        connection = self._connection
+        if connection is not None and connection is not self._silent:
             try:
-                link.live(rank)
-            except LinkError:
+                connection.send_heartbeat()
+            except TransportError:
                 # The next exchange will find out.
-                self._silent = link
+                self._silent = connection
 
     def abandon(self) -> None:
-        """Lets go of the connection; an exchange that is under way keeps it until its end."""
-        self._link = None
+        """Ends the connection without a word; an exchange that is under way finds it gone."""
+        if (connection := self._connection) is not None:
+            connection.close()
 
     def leave(self) -> None:
         """Ends the connection."""
-        link, self._link = self._link, None
-        if link is not None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
             try:
-                link.send_header(Request.LEAVE)
-            except LinkError:
+                connection.send_header(Request.LEAVE)
+            except TransportError:
                 pass
-            link.close()
+            connection.release()
 
-    def _expect(self, link: Link, table: int) -> Expected:
-        link.expect_header()
-        return link.expect(*self.places[table].reply, tag=bulk(table))
-
-    def _take(self, place: Place, reply: Expected, answer: list[int]) -> None:
-        reply.wait()
+    def _take(self, place: Place, connection: Connection, answer: list[int]) -> None:
+        connection.receive(*place.reply)
         place.version = answer[1]
         self.bytes_received += sum(tensor.nbytes for tensor in place.reply)
 
-    def _answer(self, link: Link) -> list[int]:
-        while (answer := link.receive_header())[0] == Answer.WAIT:
+    def _answer(self, connection: Connection, *expected: Answer) -> list[int]:
+        while (answer := connection.receive_header())[0] == Answer.WAIT:
             self._look_for_the_end()
         if answer[0] == Answer.REFUSED:
-            reason = link.receive_message()["error"]
+            message = connection.receive_message()
+            reason = message.get("error") if isinstance(message, dict) else None
             raise ConfigError(f"the parameter server at {self.address} refuses this worker: {reason}")
+        if answer[0] not in (expected or (Answer.OK,)):
+            raise ProtocolError(f"the server answered {answer[0]}")
         return answer
 
     def _look_for_the_end(self) -> None:
         if self._ended.is_set():
             raise LightkitError("the training has ended")
 
-    def _try(self, exchange: Callable[[Link], T]) -> T:
+    def _try(self, exchange: Callable[[Connection], T]) -> T:
         with self._turn:
             until = time.monotonic() + self._patience
+            broken = 0
             while True:
                 self._look_for_the_end()
                 try:
-                    if self._link is None:
-                        self._connect(until)
-                    return exchange(self._link)
-                except LinkError as error:
+                    return exchange(self._connection or self._connect(until))
+                except TransportError as error:
                     now = time.monotonic()
-                    if self._link is not None:
+                    if (connection := self._connection) is not None:
+                        self._connection = None
+                        connection.release()
                         # It was there until now, however long the exchange took.
-                        self._link.close()
-                        self._link = None
                         until = now + self._patience
+                        broken += 1
                     elif now >= until:
                         raise LightkitError(
                             f"the parameter server at {self.address} did not come back in {self._patience:g} s: {error}"
                             if self._has_started
                             else str(error)
                         ) from None
+                    if broken == _MOST_ATTEMPTS:
+                        raise LightkitError(
+                            f"the parameter server at {self.address} broke {broken} connections in a row: {error}"
+                        ) from None
                     time.sleep(0.1)
 
-    def _connect(self, until: float) -> None:
-        link = connect(self.address, self._secret, self._who, max(until - time.monotonic(), 0.1), self._timeout)
+    def _connect(self, until: float) -> Connection:
+        who, patience = self._who, max(until - time.monotonic(), 0.1)
+        connection = connect(self.address, self._secret, who, patience, self._timeout)
         # From here on signs of life are wanted.
-        self._link = link
-        self._answer(link)
-        joined = link.receive_message()
+        self._connection = connection
+        self._answer(connection)
+        joined = connection.receive_message()
+        try:
+            begun, timeout = bool(joined["begun"]), float(joined["timeout"])
+        except (KeyError, TypeError, ValueError):
+            timeout = 0.0
+        if not 0 < timeout < math.inf:
+            raise ProtocolError("the server's first message must say begun and timeout")
         # Often enough for both, whoever is the less patient.
-        link.heartbeat = min(self._timeout, joined["timeout"]) / 5
-        if not joined["begun"]:
+        connection.heartbeat = heartbeat_of(min(self._timeout, timeout))
+        if not begun:
             if self._has_started:
                 raise LightkitError(
                     f"the parameter server at {self.address} came back without the parameters: it needs a "
                     "directory, and snapshot_every above 0"
                 )
-            link.send_header(Request.BEGIN)
-            link.send_message({"job": self.job.to_json(), **self._begin})
-            self._answer(link)
+            connection.send_header(Request.BEGIN)
+            connection.send_message({"job": self.job.to_json(), **self._begin})
+            self._answer(connection)
             self._has_begun = True
         self._has_started = True
+        return connection
+
+
+def _is_state_of(part: Any, place: Place) -> bool:
+    parts = [part.get(name) for name in ("flats", "state", "seeds")] if isinstance(part, dict) else [None]
+    if not all(isinstance(entry, list) for entry in parts):
+        return False
+    flats, state, seeds = parts
+    if [len(flats), len(state), len(seeds)] != [len(place.flats), len(place.parameters), len(place.groups)]:
+        return False
+    same = all(
+        isinstance(flat, Tensor) and flat.dtype == own.dtype and flat.shape == own.shape
+        for flat, own in zip(flats, place.flats, strict=True)
+    )
+    return (
+        same
+        and all(isinstance(entry, dict) for entry in state)
+        and all(seed is None or type(seed) is int for seed in seeds)
+    )

@@ -84,7 +84,7 @@ class Client:
         self._pool = ThreadPoolExecutor(len(self._channels), "lightkit-parameter-server")
         # Reads a mean's norm, which nobody clips by then.
         self.norm: float | None = None
-        self._signs = threading.Thread(target=self._live, args=(rank,), daemon=True)
+        self._signs = threading.Thread(target=self._send_heartbeats, daemon=True)
         self._signs.start()
 
     @property
@@ -238,10 +238,10 @@ class Client:
             torch._foreach_mul_(flats, factor)
         return factor >= 0
 
-    def _live(self, rank: int) -> None:
+    def _send_heartbeats(self) -> None:
         while not self._ended.wait(min(channel.heartbeat for channel in self._channels)):
             for channel in self._channels:
-                channel.live(rank)
+                channel.send_heartbeat()
 
 
 class Exchange:

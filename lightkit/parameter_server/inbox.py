@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lightkit.parameter_server.compression import codec
 from lightkit.parameter_server.job import Job, allocate
-from lightkit.parameter_server.link import Expected, Link
-from lightkit.parameter_server.protocol import PUSH_FACTS, bulk
+from lightkit.parameter_server.protocol import PUSH_FACTS
+from lightkit.parameter_server.transport import Connection, ProtocolError
 
 
 @dataclass
@@ -43,21 +43,20 @@ class Inbox:
         self.facts = torch.zeros(PUSH_FACTS + numbers + len(parameters), dtype=torch.float64)
         self.reply = [torch.empty_like(flat) for flat in self.flats]
         self._numbers = numbers
-        self._tag = bulk(table)
-        self._expected: Expected | None = None
 
-    def expect(self, link: Link) -> None:
-        """Gets ready for the next push, once all has been done with the last one."""
-        if self._expected is None:
-            self._expected = link.expect(self.facts, *self.wire, tag=self._tag)
+    def receive(self, connection: Connection) -> None:
+        """Takes a push.
 
-    def receive(self, link: Link) -> None:
-        """Takes a push."""
-        self.expect(link)
-        self._expected.wait()
-        self._expected = None
-        for received in self.codecs:
-            received.decode()
+        Raises:
+            ProtocolError: it has another size, or positions beyond the gradient.
+            TransportError: the worker is gone.
+        """
+        connection.receive(self.facts, *self.wire)
+        try:
+            for received in self.codecs:
+                received.decode()
+        except (IndexError, RuntimeError) as error:
+            raise ProtocolError(f"a push cannot be decompressed: {error}") from None
 
     @property
     def numbers(self) -> list[float]:

@@ -14,9 +14,12 @@ from torch.optim import Optimizer
 from lightkit.config import nearest
 from lightkit.errors import ConfigError
 from lightkit.parameter_server.compression import COMPRESSIONS
-from lightkit.parameter_server.link import dtype_named
+from lightkit.parameter_server.encoding import checked_shape, dtype_named
 
 MODES = ("sync", "async", "bounded")
+
+# Ranks of workers are below this.
+MOST_WORKERS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,17 @@ class Parameter:
     shape: list[int]
     dtype: str
     group: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or type(self.group) is not int or self.group < 0:
+            raise ValueError(f"{str(self.name)[:100]!r} in group {str(self.group)[:100]!r} is no parameter")
+        checked_shape(self.shape)
+        dtype_named(self.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        return self.count * dtype_named(self.dtype).itemsize
 
     @property
     def count(self) -> int:
@@ -71,7 +85,7 @@ class Job:
 
     Args:
         tables: one for each optimizer.
-        workers: that begin together; their number may change.
+        workers: that begin together, at most 65536; their number may change.
         mode: ``sync``: the server steps when all workers have pushed, along the mean of their gradients. ``async``: at
             each push. ``bounded``: likewise, but no worker is more than ``staleness`` pushes ahead of the slowest.
         staleness: of ``bounded``.
@@ -96,12 +110,15 @@ class Job:
     def __post_init__(self) -> None:
         for name, value, choices in (("mode", self.mode, MODES), ("compression", self.compression, COMPRESSIONS)):
             if value not in choices:
-                hint = nearest(str(value), choices)
-                raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}{hint}")
+                # A server hears it from whoever has the secret: it may be long.
+                hint = nearest(str(value)[:100], choices)
+                raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {repr(value)[:100]}{hint}")
         for name, least in (("workers", 1), ("staleness", 0), ("snapshot_every", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ConfigError(f"{name} must be a whole number, at least {least}, got {value!r}")
+                raise ConfigError(f"{name} must be a whole number, at least {least}, got {repr(value)[:100]}")
+        if self.workers > MOST_WORKERS:
+            raise ConfigError(f"workers must be at most {MOST_WORKERS}, got {repr(self.workers)[:100]}")
         if not 0 < self.fraction <= 1:
             raise ConfigError(f"fraction must be above 0 and at most 1, got {self.fraction!r}")
 
@@ -125,11 +142,24 @@ class Job:
                 )
                 for table in value["tables"]
             ]
-            for parameter in (p for table in tables for p in table.parameters):
-                dtype_named(parameter.dtype)
             return cls(**{**value, "tables": tables})
+        except ConfigError:
+            raise
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"this is not the description of a job: {error}") from None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its parameters."""
+        return sum(parameter.nbytes for table in self.tables for parameter in table.parameters)
+
+    @property
+    def most_bytes(self) -> int:
+        """Bytes of tensors that a message with its parameters and the optimizers' state may have, whatever those are.
+
+        The state of torch's optimizers takes a few times as much as the parameters, and a few numbers of each.
+        """
+        return 16 * self.nbytes + (1 << 16) * sum(1 + len(table.parameters) for table in self.tables)
 
     def parts(self, servers: int) -> list[Job]:
         """What each server has: whole parameters, the largest first to whoever has least so far."""

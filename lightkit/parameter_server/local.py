@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from lightkit.errors import LightkitError
-from lightkit.parameter_server.door import SECRET
+from lightkit.parameter_server.rendezvous import SECRET
 
 _log = logging.getLogger(__name__)
 

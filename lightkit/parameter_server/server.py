@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import threading
@@ -14,18 +15,31 @@ import torch
 from torch import Tensor
 
 from lightkit.errors import CheckpointError, ConfigError, LightkitError
-from lightkit.parameter_server.door import Knock, Listener
+from lightkit.parameter_server.available_memory import check_memory
 from lightkit.parameter_server.inbox import Inbox, Round, Worker
 from lightkit.parameter_server.job import Job, allocate
-from lightkit.parameter_server.journal import Journal, fill
-from lightkit.parameter_server.link import Link, LinkError
-from lightkit.parameter_server.protocol import PUSH_FACTS, Answer, Request, bulk
+from lightkit.parameter_server.protocol import PUSH_FACTS, Answer, Hello, Request
+from lightkit.parameter_server.rendezvous import Listener
 from lightkit.parameter_server.shard import Shard
+from lightkit.parameter_server.transport import (
+    Connection,
+    ProtocolError,
+    SilenceError,
+    TransportError,
+    heartbeat_of,
+)
+from lightkit.parameter_server.write_ahead_log import WriteAheadLog, fill
 
 _log = logging.getLogger(__name__)
 
 # Seconds for worker 0 to come, which the others wait for: it may be started by hand.
 _BEGIN = 600.0
+
+# Seconds for a worker that is refused to read why.
+_LAST_WORDS = 1.0
+
+# Connections of workers at a time, each of which has a thread; processes have about twice as many descriptors.
+_MOST_SESSIONS = 512
 
 
 class Server:
@@ -38,6 +52,8 @@ class Server:
         directory: for what it needs to come back after its end, and where it looks for that; None for neither.
         timeout: seconds without a sign of life after which a worker counts as gone. One whose process ends is
             noticed at once.
+        recover_until_damage: where the log in the directory is damaged and updates follow the damage, goes on from the
+            last update before it, and keeps the rest of the log under another name; else that is an error.
 
     Raises:
         ConfigError: the address cannot be listened on.
@@ -46,12 +62,18 @@ class Server:
     """
 
     def __init__(
-        self, host: str = "127.0.0.1", port: int = 0, secret: str = "", directory: Any = None, timeout: float = 30.0
+        self,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        secret: str = "",
+        directory: Any = None,
+        timeout: float = 30.0,
+        recover_until_damage: bool = False,
     ) -> None:
         if not 0 < timeout < math.inf:
             raise ConfigError(f"timeout must be a number of seconds above 0, got {timeout!r}")
-        self.listener = Listener(host, port, secret)
-        self._journal = Journal(Path(directory)) if directory is not None else None
+        self.listener = Listener(host, port, secret, timeout)
+        self._journal = WriteAheadLog(Path(directory), recover_until_damage) if directory is not None else None
         self._timeout = timeout
         # Of all that follows; notified at each change.
         self._changed = threading.Condition()
@@ -61,16 +83,22 @@ class Server:
         self._versions: list[int] = []
         self._rounds: list[Round] = []
         self._workers: dict[int, Worker] = {}
-        self._links: dict[int, Link] = {}
+        self._links: dict[int, Connection] = {}
         # Those that have been told of and did not come yet, and until when they are waited for.
         self._awaited: set[int] = set()
         self._awaited_until = math.inf
-        self._signs: dict[int, tuple[bytes, float]] = {}
         self._left_alone_since = time.monotonic()
         self._updates = 0
         self._stopped = threading.Event()
-        if self._journal is not None and (snapshot := self._journal.load()) is not None:
-            self._recover(snapshot)
+        self._sessions, self._counting = 0, threading.Lock()
+        try:
+            if self._journal is not None and (snapshot := self._journal.load()) is not None:
+                self._recover(snapshot)
+            # Nobody can connect to a server that does not know yet what it serves.
+            self.listener.listen()
+        except BaseException:
+            self._close()
+            raise
 
     # What the process does.
 
@@ -80,19 +108,37 @@ class Server:
         Raises:
             LightkitError: they were all lost, and none came back.
         """
-        while not self._stopped.is_set() and not self._is_over():
-            if (knock := self.listener.accept(0.2)) is not None:
-                threading.Thread(target=self._serve, args=(knock,), daemon=True).start()
-            self._look_for_the_lost()
-        if self._journal is not None and not self._stopped.is_set():
-            self._journal.clear()
+        try:
+            while not self._stopped.is_set() and not self._is_over():
+                if (connection := self.listener.accept(0.2)) is not None:
+                    self._start_session(connection)
+            if self._journal is not None and not self._stopped.is_set():
+                self._journal.clear()
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        """Lets go of the port, the workers and the directory."""
+        self.listener.close()
+        with self._changed:
+            for connection in self._links.values():
+                connection.close()
+            if self._journal is not None:
+                self._journal.close()
 
     def stop(self) -> None:
         """Has `run` return soon, in whatever thread that is; what is needed to come back stays."""
         self._stopped.set()
 
     def _is_over(self) -> bool:
-        with self._changed:
+        # While a snapshot is written, connections are accepted all the same.
+        if not self._changed.acquire(timeout=0.2):
+            return False
+        try:
+            if self._awaited and time.monotonic() > self._awaited_until:
+                _log.warning("going on without %s, which did not come", _workers_named(self._awaited))
+                self._awaited.clear()
+                self._changed.notify_all()
             if self._links or self._awaited or not self._workers:
                 return False
             if any(worker.left for worker in self._workers.values()):
@@ -101,95 +147,105 @@ class Server:
             if time.monotonic() - self._left_alone_since > self._timeout:
                 raise LightkitError(f"all workers are gone, and none came for {self._timeout:g} s")
             return False
+        finally:
+            self._changed.release()
 
-    def _look_for_the_lost(self) -> None:
-        with self._changed:
-            ranks = list(self._links)
-        signs = {rank: self.listener.signs_of_life(rank) for rank in ranks}
-        now = time.monotonic()
-        with self._changed:
-            for rank, sign in signs.items():
-                if (link := self._links.get(rank)) is None:
-                    continue
-                since = now
-                if self._signs.get(rank, (b"", 0.0))[0] == sign:
-                    since = self._signs[rank][1]
-                self._signs[rank] = (sign, since)
-                if now - since > self._timeout:
-                    _log.warning("worker %d gave no sign of life for %g s: going on without it", rank, self._timeout)
-                    self._remove(rank, link)
-            if self._awaited and now > self._awaited_until:
-                _log.warning("going on without %s, which did not come", _workers_named(self._awaited))
-                self._awaited.clear()
-                self._changed.notify_all()
+    def _start_session(self, connection: Connection) -> None:
+        with self._counting:
+            if self._sessions >= _MOST_SESSIONS:
+                _log.warning("a worker was sent away: the server has %d connections already", _MOST_SESSIONS)
+                connection.release()
+                return
+            self._sessions += 1
+        try:
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+        except RuntimeError as error:
+            self._end_session(connection)
+            _log.warning("a worker was sent away: %s", error)
+
+    def _end_session(self, connection: Connection) -> None:
+        connection.release()
+        with self._counting:
+            self._sessions -= 1
 
     # Workers come and go.
 
-    def _serve(self, knock: Knock) -> None:
+    def _serve(self, connection: Connection) -> None:
+        rank, worker = -1, None
         try:
-            link, who = self.listener.connect(knock)
-        except LinkError as error:
-            _log.warning("%s", error)
-            return
-        # It is seen to be lost by other means.
-        link.wait_for_at_most(365 * 86400.0)
-        rank = -1
-        try:
-            link.heartbeat = min(self._timeout, float(who["timeout"])) / 5
-            rank, worker = self._join(link, who)
+            hello = Hello.read(connection.receive_message())
+            rank = hello.rank
+            connection.heartbeat = heartbeat_of(min(self._timeout, hello.timeout))
+            worker = self._join(connection, hello)
             inboxes: dict[int, Inbox] = {}
-            while self._answer(link, rank, worker, inboxes):
+            while self._answer(connection, hello, worker, inboxes):
                 pass
-        except LinkError as error:
-            if rank >= 0 and not worker.finished:
+        except ProtocolError as error:
+            _log.warning("worker %d is sent away: %s", rank, error)
+            self._refuse(rank, connection, error)
+        except SilenceError:
+            if worker is not None and not worker.left:
+                _log.warning("worker %d gave no sign of life for %g s: going on without it", rank, self._timeout)
+        except TransportError as error:
+            if worker is not None and not worker.finished:
                 _log.warning("worker %d is gone: %s", rank, error)
         except Exception as error:
             # Also the optimizer's: whatever it is, the worker is told.
             if not isinstance(error, LightkitError):
                 _log.exception("a request of worker %d", rank)
-            _refuse(link, error)
+            self._refuse(rank, connection, error)
         finally:
             with self._changed:
-                self._remove(rank, link)
-            link.close()
+                self._remove(rank, connection)
+            self._end_session(connection)
 
-    def _join(self, link: Link, who: dict[str, Any]) -> tuple[int, Worker]:
-        rank, job = int(who["rank"]), Job.from_json(who["job"])
+    def _refuse(self, rank: int, connection: Connection, error: Exception) -> None:
+        with self._changed:
+            self._remove(rank, connection)
+        with contextlib.suppress(TransportError):
+            connection.send_header(Answer.REFUSED)
+            connection.send_message({"error": str(error) or type(error).__name__})
+            # It may be in the middle of what was wrong, and would not hear why.
+            connection.release(_LAST_WORDS)
+
+    def _join(self, connection: Connection, hello: Hello) -> Worker:
+        rank, job = hello.rank, hello.job
         with self._changed:
             # The first worker brings the parameters.
             until = time.monotonic() + _BEGIN
             while self._job is None and rank != 0:
-                self._wait(link)
+                self._wait(connection)
                 if time.monotonic() > until:
                     raise LightkitError(f"worker 0, which brings the parameters, did not come in {_BEGIN:g} s")
             if self._job is not None and (difference := self._job.difference(job)) is not None:
                 raise LightkitError(difference)
             known = self._workers.get(rank)
-            if known is None or known.incarnation != who["incarnation"]:
+            if known is None or known.incarnation != hello.incarnation:
                 if rank in self._links:
                     raise LightkitError(
                         f"there is a worker {rank} already; who takes its place must wait until it is gone"
                     )
                 tables = range(len(job.tables))
                 slowest = [min((self._progress(r, t) for r in self._active()), default=0) for t in tables]
-                known = Worker(who["incarnation"], [0 for _ in tables], slowest)
+                known = Worker(hello.incarnation, [0 for _ in tables], slowest)
                 for current in self._rounds:
                     if current.mean is None:
                         # What was pushed by who had the place before.
                         current.pushes.pop(rank, None)
                 if self._job is not None:
                     self._workers[rank] = known
-            self._links[rank] = link
-            self._signs[rank] = (b"", time.monotonic())
+            if (earlier := self._links.get(rank)) is not None:
+                earlier.close()
+            self._links[rank] = connection
             self._awaited.discard(rank)
             self._changed.notify_all()
             begun = self._job is not None
-        link.send_header(Answer.OK)
-        link.send_message({"begun": begun, "pushes": known.pushes, "timeout": self._timeout})
-        return rank, known
+        connection.send_header(Answer.OK)
+        connection.send_message({"begun": begun, "pushes": known.pushes, "timeout": self._timeout})
+        return known
 
-    def _remove(self, rank: int, link: Link) -> None:
-        if self._links.get(rank) is not link:
+    def _remove(self, rank: int, connection: Connection) -> None:
+        if self._links.get(rank) is not connection:
             return
         del self._links[rank]
         self._left_alone_since = time.monotonic()
@@ -207,87 +263,107 @@ class Server:
         worker = self._workers[rank]
         return worker.pushes[table] + worker.ahead[table]
 
-    def _wait(self, link: Link, rank: int | None = None) -> None:
+    def _wait(self, connection: Connection, rank: int | None = None) -> None:
         """Waits for a change; the worker hears that this is not the end.
 
         Raises:
-            LinkError: the worker is gone, or has come by another way, if it has a rank yet.
+            TransportError: the worker is gone, or has come by another way, if it has a rank yet.
         """
-        if not self._changed.wait(link.heartbeat):
+        self._changed.wait(connection.heartbeat)
+        # Also where changes come more often than that.
+        if time.monotonic() - connection.last_sent >= connection.heartbeat:
             self._changed.release()
             try:
-                link.send_header(Answer.WAIT)
+                connection.send_header(Answer.WAIT)
             finally:
                 self._changed.acquire()
-        if rank is not None and self._links.get(rank) is not link:
-            raise LinkError("it had been given up, or has connected anew")
+        connection.poll()
+        if rank is not None and self._links.get(rank) is not connection:
+            raise TransportError("it had been given up, or has connected anew")
 
     # Requests.
 
-    def _answer(self, link: Link, rank: int, worker: Worker, inboxes: dict[int, Inbox]) -> bool:
-        request, table, number, version = link.receive_header()
-        if self._links.get(rank) is not link:
-            raise LinkError("it had been given up, or has connected anew")
+    def _answer(self, connection: Connection, hello: Hello, worker: Worker, inboxes: dict[int, Inbox]) -> bool:
+        """Answers the next request; returns whether others may follow."""
+        request, table, number, version = connection.receive_header()
+        rank = hello.rank
+        if self._links.get(rank) is not connection:
+            raise TransportError("it had been given up, or has connected anew")
         if request == Request.BEGIN:
-            self._begin(link, rank, worker)
+            self._begin(connection, hello, worker)
             return True
         if self._job is None:
-            raise LightkitError("the job has not begun")
-        if not 0 <= table < len(self._shards):
-            raise LightkitError(f"there is no optimizer {table}")
-        if table not in inboxes:
-            inboxes[table] = Inbox(self._job, table, self._shards[table].count_numbers())
-        inbox = inboxes[table]
-        if request == Request.PUSH:
-            inbox.receive(link)
-            if self._job.mode == "sync":
-                self._push_with_all(link, rank, worker, table, number, version, inbox)
-            else:
-                self._push_alone(link, rank, worker, table, number, inbox)
+            raise ProtocolError("the job has not begun")
         if request in (Request.PUSH, Request.PULL):
+            if not 0 <= table < len(self._shards):
+                raise ProtocolError(f"there is no optimizer {table}")
+            if table not in inboxes:
+                # Its gradients, what they are decoded from, and the reply.
+                check_memory(3 * self._job.nbytes)
+                inboxes[table] = Inbox(self._job, table, self._shards[table].count_numbers())
+            inbox = inboxes[table]
+            if request == Request.PUSH:
+                if worker.finished:
+                    raise ProtocolError("a push came from a worker that had said that it pushes no more")
+                inbox.receive(connection)
+                if self._job.mode == "sync":
+                    self._push_with_all(connection, rank, worker, table, number, version, inbox)
+                else:
+                    self._push_alone(connection, rank, worker, table, number, inbox)
             with self._changed:
                 for copy, flat in zip(inbox.reply, self._shards[table].flats, strict=True):
                     copy.copy_(flat)
                 version = self._versions[table]
-            inbox.expect(link)
-            link.expect_header()
-            link.send_header(Answer.OK, version)
-            link.send(*inbox.reply, tag=bulk(table))
+            connection.send_header(Answer.OK, version)
+            connection.send(*inbox.reply)
         elif request == Request.STATE:
+            check_memory(2 * self._job.nbytes)
             with self._changed:
                 state = [
                     {**shard.snapshot(), "version": v} for shard, v in zip(self._shards, self._versions, strict=True)
                 ]
-            link.send_header(Answer.OK)
-            link.send_message(state)
+            connection.send_header(Answer.OK)
+            connection.send_message(state)
         elif request == Request.FINISH:
-            self._finish(link, rank, worker)
-            link.send_header(Answer.OK)
+            self._finish(connection, rank, worker)
+            connection.send_header(Answer.OK)
         elif request == Request.LEAVE:
             with self._changed:
-                worker.finished = worker.left = True
+                # Who leaves in the middle is lost: that is not the end of the job.
+                worker.left = worker.finished
         else:
-            raise LightkitError(f"there is no request {request}")
+            raise ProtocolError(f"there is no request {request}")
         return request != Request.LEAVE
 
-    def _begin(self, link: Link, rank: int, worker: Worker) -> None:
+    def _begin(self, connection: Connection, hello: Hello, worker: Worker) -> None:
         """Takes the job, the parameters and the optimizers' state from the first worker."""
-        start = link.receive_message()
-        job = Job.from_json(start["job"])
+        check_memory(2 * hello.job.nbytes)
+        start = connection.receive_message(hello.job.most_bytes)
         with self._changed:
             if self._job is not None:
-                raise LightkitError("the job has begun already")
-            self._set_up(job, start["options"])
-            for shard, values, state in zip(self._shards, start["values"], start["state"], strict=True):
-                shard.load(values, state)
-            self._job = job
-            self._workers[rank] = worker
-            self._awaited = set(range(job.workers)) - {rank}
-            self._awaited_until = time.monotonic() + self._timeout
+                raise ProtocolError("the job has begun already")
+            try:
+                job = Job.from_json(start["job"])
+                if (difference := hello.job.difference(job)) is not None:
+                    raise ProtocolError(difference)
+                self._set_up(job, start["options"])
+                for shard, values, state in zip(self._shards, start["values"], start["state"], strict=True):
+                    shard.load(values, state)
+            except (KeyError, TypeError, AttributeError) as error:
+                raise ProtocolError(f"the job cannot begin: {error}") from None
+            self._workers[hello.rank] = worker
             if self._journal is not None and job.snapshot_every:
-                self._journal.snapshot(self._snapshot())
+                try:
+                    self._journal.snapshot(self._snapshot(job))
+                except OSError:
+                    # The job has not begun.
+                    del self._workers[hello.rank]
+                    raise
+            self._job = job
+            self._awaited = set(range(job.workers)) - {hello.rank}
+            self._awaited_until = time.monotonic() + self._timeout
             self._changed.notify_all()
-        link.send_header(Answer.OK)
+        connection.send_header(Answer.OK)
 
     def _set_up(self, job: Job, options: list[list[dict[str, Any]]]) -> None:
         shards = [Shard(table, groups) for table, groups in zip(job.tables, options, strict=True)]
@@ -295,14 +371,16 @@ class Server:
         self._versions = [0] * len(shards)
         self._rounds = [Round() for _ in shards]
 
-    def _finish(self, link: Link, rank: int, worker: Worker) -> None:
+    def _finish(self, connection: Connection, rank: int, worker: Worker) -> None:
         with self._changed:
             worker.finished = True
             self._changed.notify_all()
             while self._awaited or self._active():
-                self._wait(link, rank)
+                self._wait(connection, rank)
 
-    def _push_alone(self, link: Link, rank: int, worker: Worker, table: int, number: int, inbox: Inbox) -> None:
+    def _push_alone(
+        self, connection: Connection, rank: int, worker: Worker, table: int, number: int, inbox: Inbox
+    ) -> None:
         """A step along the gradient of one worker."""
         with self._changed:
             # Pushed again because the answer was lost: it counts once.
@@ -310,14 +388,14 @@ class Server:
                 self._update(table, inbox, inbox.flats, inbox.views, inbox.facts[0] != 0, {rank: number})
             if self._job.mode == "bounded":
                 while self._is_too_far(rank, table):
-                    self._wait(link, rank)
+                    self._wait(connection, rank)
 
     def _is_too_far(self, rank: int, table: int) -> bool:
         slowest = min((self._progress(r, table) for r in self._active()), default=math.inf)
         return self._progress(rank, table) - slowest > self._job.staleness
 
     def _push_with_all(
-        self, link: Link, rank: int, worker: Worker, table: int, number: int, version: int, inbox: Inbox
+        self, connection: Connection, rank: int, worker: Worker, table: int, number: int, version: int, inbox: Inbox
     ) -> None:
         """A step along the mean of all workers' gradients."""
         with self._changed:
@@ -337,7 +415,7 @@ class Server:
                     self._changed.notify_all()
                 if current.mean is not None and rank in current.pushes:
                     break
-                self._wait(link, rank)
+                self._wait(connection, rank)
             if current is not self._rounds[table]:
                 _raise(current.error)
                 return
@@ -345,10 +423,10 @@ class Server:
                 self._step_with_all(table, current, 1.0)
                 return
         # To all of them, also when the first has answered: they put the norm together from what all servers say.
-        link.send_header(Answer.NORM)
-        link.send(torch.tensor([current.norm], dtype=torch.float64))
+        connection.send_header(Answer.NORM)
+        connection.send(torch.tensor([current.norm], dtype=torch.float64))
         factor = torch.zeros(1, dtype=torch.float64)
-        link.receive(factor)
+        connection.receive(factor)
         with self._changed:
             # All workers come to the same factor.
             self._step_with_all(table, current, factor.item())
@@ -405,13 +483,19 @@ class Server:
                 for rank, number in numbers.items()
             },
         }
-        if self._journal is not None and self._job.snapshot_every:
+        is_logged = self._journal is not None and self._job.snapshot_every > 0
+        if is_logged:
             self._journal.append(update, flats)
-        self._apply(update, views)
+        try:
+            self._apply(update, views)
+        except Exception:
+            if is_logged:
+                # It would fail again whenever the server comes back, and a part of it has been made.
+                self._journal.snapshot(self._snapshot(self._job))
+            raise
         self._updates += 1
-        if self._journal is not None and self._job.snapshot_every:
-            if self._updates % self._job.snapshot_every == 0 or self._journal.is_long:
-                self._journal.snapshot(self._snapshot())
+        if is_logged and (self._updates % self._job.snapshot_every == 0 or self._journal.is_long):
+            self._journal.snapshot(self._snapshot(self._job))
         self._changed.notify_all()
 
     def _apply(self, update: dict[str, Any], views: list[Tensor]) -> None:
@@ -428,32 +512,41 @@ class Server:
 
     # What outlives the process.
 
-    def _snapshot(self) -> dict[str, Any]:
+    def _snapshot(self, job: Job) -> dict[str, Any]:
         return {
-            "job": self._job.to_json(),
+            "job": job.to_json(),
             "options": self._options,
             "shards": [shard.snapshot() for shard in self._shards],
             "versions": list(self._versions),
-            "workers": {rank: asdict(worker) for rank, worker in self._workers.items()},
+            "workers": {str(rank): asdict(worker) for rank, worker in self._workers.items()},
         }
 
-    def _recover(self, snapshot: dict[str, Any]) -> None:
-        job = Job.from_json(snapshot["job"])
-        self._set_up(job, snapshot["options"])
-        for shard, saved in zip(self._shards, snapshot["shards"], strict=True):
-            shard.restore(saved)
-        self._versions = list(snapshot["versions"])
-        self._workers = {rank: Worker(**worker) for rank, worker in snapshot["workers"].items()}
+    def _recover(self, snapshot: Any) -> None:
+        try:
+            job = Job.from_json(snapshot["job"])
+            self._set_up(job, snapshot["options"])
+            for shard, saved in zip(self._shards, snapshot["shards"], strict=True):
+                shard.restore(saved)
+            self._versions = [int(version) for version in snapshot["versions"]]
+            self._workers = {int(rank): Worker(**worker) for rank, worker in snapshot["workers"].items()}
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(f"the snapshot in {self._journal} cannot be taken up: {error}") from error
         room = [allocate(table.parameters) for table in job.tables]
-        replayed = 0
+        replayed, failed = 0, None
         for update, body in self._journal.replay():
-            flats, views = room[update["table"]]
+            if failed is not None:
+                raise CheckpointError(f"update {replayed} of the log in {self._journal} cannot be made: {failed}")
             try:
+                flats, views = room[update["table"]]
                 fill(flats, body)
-            except ValueError as error:
-                raise CheckpointError(f"the log in {self._journal} does not fit its snapshot") from error
-            self._apply(update, views)
-            replayed += 1
+                self._apply(update, views)
+                replayed += 1
+            except Exception as error:
+                failed = error
+        if failed is not None:
+            # The server ended when it had failed, before any worker heard of it.
+            _log.warning("the last update of the log in %s is left out: %s", self._journal, failed)
+            self._journal.snapshot(self._snapshot(job))
         self._job = job
         self._awaited = {rank for rank, worker in self._workers.items() if not worker.finished}
         self._awaited_until = time.monotonic() + self._timeout
@@ -467,11 +560,3 @@ def _raise(error: Exception | None) -> None:
 
 def _workers_named(ranks: set[int]) -> str:
     return ("worker " if len(ranks) == 1 else "workers ") + ", ".join(map(str, sorted(ranks)))
-
-
-def _refuse(link: Link, error: Exception) -> None:
-    try:
-        link.send_header(Answer.REFUSED)
-        link.send_message({"error": str(error) or type(error).__name__})
-    except LinkError:
-        pass

@@ -31,9 +31,9 @@ from torch.optim import LBFGS, Optimizer
 from lightkit.errors import ConfigError
 from lightkit.parameter_server import Client, Job, Table
 from lightkit.parameter_server.client import Clipping, Exchange
-from lightkit.parameter_server.door import SECRET, split_address
 from lightkit.parameter_server.job import options_of
 from lightkit.parameter_server.local import LocalServers
+from lightkit.parameter_server.rendezvous import SECRET, split_address
 
 # Seconds for the processes of a job to come up, and for servers to put things in order at the end.
 _TOGETHER = timedelta(minutes=10)

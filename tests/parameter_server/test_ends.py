@@ -15,8 +15,8 @@ from lightkit.errors import ConfigError, LightkitError
 from lightkit.parameter_server import Client
 from lightkit.parameter_server.client import Clipping
 from lightkit.parameter_server.job import options_of
-from lightkit.parameter_server.link import LinkError
 from lightkit.parameter_server.shard import Shard
+from lightkit.parameter_server.transport import TransportError
 
 sys.path.insert(0, str(Path(__file__).parent))
 from workers import SECRET, Serving, Training, stop_serving, together
@@ -137,7 +137,7 @@ def test_an_end_does_not_wait_for_others():
     until(lambda: 0 in serving.servers[0]._rounds[0].pushes)
     trainings[0].client.abandon()
     thread.join(15)
-    assert not thread.is_alive() and isinstance(errors[0], LightkitError) and not isinstance(errors[0], LinkError)
+    assert not thread.is_alive() and isinstance(errors[0], LightkitError) and not isinstance(errors[0], TransportError)
     # It counts as lost, and the other goes on.
     trainings[1].step(1)
     trainings[1].end()

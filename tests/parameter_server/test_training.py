@@ -333,7 +333,7 @@ def test_workers_come_and_go():
             training.step(step)
         # As when its process dies: the connections break.
         for channel in training.client._channels:
-            channel._link.close()
+            channel._connection.close()
         training.client.abandon()
         left.set()
         time.sleep(0.5)
@@ -560,7 +560,7 @@ def test_refusals():
 
 def test_another_version(monkeypatch):
     """Workers and servers of different releases do not begin."""
-    import lightkit.parameter_server.door as door
+    import lightkit.parameter_server.rendezvous as rendezvous
 
     class Release:
         @property
@@ -568,7 +568,7 @@ def test_another_version(monkeypatch):
             is_worker = threading.current_thread().name.startswith("lightkit-parameter-server")
             return "9.9" if is_worker else "1.0"
 
-    monkeypatch.setattr(door, "lightkit", Release())
+    monkeypatch.setattr(rendezvous, "lightkit", Release())
     serving = Serving(1)
     with pytest.raises(ConfigError, match=r"the worker has lightkit 9\.9, the server 1\.0"):
         Training(serving.addresses, 0)

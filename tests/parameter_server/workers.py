@@ -131,8 +131,10 @@ def stop_serving():
 class ServerProcess:
     """A server of its own process, which can be killed and started again."""
 
-    def __init__(self, directory: Path | None = None, timeout=5.0):
+    def __init__(self, directory: Path | None = None, timeout=5.0, quiet=False):
         self.directory, self.timeout, self.port = directory, timeout, 0
+        # What it says is not read: a pipe that nobody reads would stop it in the end.
+        self.errors = subprocess.DEVNULL if quiet else subprocess.PIPE
         self.start()
 
     @property
@@ -146,7 +148,7 @@ class ServerProcess:
             command += ["--directory", str(self.directory)]
         environment = {**os.environ, "LIGHTKIT_SECRET": SECRET}
         self.process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
         )
         line = self.process.stdout.readline()
         assert line.startswith("listening on 127.0.0.1:"), self.process.stderr.read()

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import lightkit.parameter_server.journal as module
-from lightkit.errors import CheckpointError, ConfigError
+import lightkit.parameter_server.write_ahead_log as module
+from lightkit.errors import ConfigError
 from lightkit.parameter_server import Server
-from lightkit.parameter_server.journal import Journal
+from lightkit.parameter_server.write_ahead_log import WriteAheadLog
 
 sys.path.insert(0, str(Path(__file__).parent))
 from workers import Serving, Training, stop_serving
@@ -21,37 +21,43 @@ GRADIENT = [torch.arange(1000.0)]
 
 
 def updates(directory):
-    journal = Journal(directory)
+    journal = WriteAheadLog(directory)
     journal.load()
     return [update["number"] for update, _ in journal.replay()]
 
 
 def test_one_server_a_directory(tmp_path):
     """A second one is told, and does not write to the log of the first."""
-    first = Journal(tmp_path / "place")
+    first = WriteAheadLog(tmp_path / "place")
     with pytest.raises(ConfigError, match=r"another parameter server has the directory .*place"):
-        Journal(tmp_path / "place")
+        WriteAheadLog(tmp_path / "place")
     first.clear()
     assert not (tmp_path / "place").exists()
 
 
 def test_for_this_user_alone(tmp_path):
     """Parameters are nobody else's to read."""
-    journal = Journal(tmp_path / "place")
+    journal = WriteAheadLog(tmp_path / "place")
     journal.snapshot({})
     assert (tmp_path / "place").stat().st_mode & 0o077 == 0
 
 
 def test_what_an_end_in_the_middle_leaves(tmp_path):
     """Between a new snapshot and the removal of the old one: it does not come back, in this job or the next."""
-    journal = Journal(tmp_path)
+    journal = WriteAheadLog(tmp_path)
     journal.snapshot({"number": 0})
     journal.append({"number": 1}, GRADIENT)
-    (tmp_path / "snapshot-7.pt").write_bytes((tmp_path / "snapshot-0.pt").read_bytes())
-    (tmp_path / ".snapshot-8.pt.abcd").write_bytes(b"half")
-    del journal
-    again = Journal(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"snapshot-7.pt", "lock"}
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    journal.snapshot({"number": 2})
+    journal._lock.close()
+    for name, content in before.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / ".snapshot-8.bin.abcd").write_bytes(b"half")
+    again = WriteAheadLog(tmp_path)
+    # Nothing is removed until it is known that what stays is whole.
+    assert len(list(tmp_path.iterdir())) == 6
+    assert again.load() == {"number": 2} and not list(again.replay())
+    assert {path.name for path in tmp_path.iterdir()} == {"snapshot-1.bin", "log-1.bin", "lock"}
     again.clear()
     assert not tmp_path.exists()
 
@@ -77,7 +83,7 @@ class Full:
 @pytest.mark.parametrize("room", [0, 10, 50, 2000])
 def test_a_full_disk(tmp_path, room):
     """An update that did not fit is an error, and hides none of those that come after it."""
-    journal = Journal(tmp_path)
+    journal = WriteAheadLog(tmp_path)
     journal.snapshot({})
     journal.append({"number": 1}, GRADIENT)
     log = journal._log
@@ -91,7 +97,7 @@ def test_a_full_disk(tmp_path, room):
 
 def test_a_snapshot_that_does_not_fit(tmp_path, monkeypatch):
     """The one before it is still the one to come back from, with its log."""
-    journal = Journal(tmp_path)
+    journal = WriteAheadLog(tmp_path)
     journal.snapshot({"number": 0})
 
     def full(*unused):
@@ -103,16 +109,9 @@ def test_a_snapshot_that_does_not_fit(tmp_path, monkeypatch):
             journal.snapshot({"number": 1})
     journal.append({"number": 2}, GRADIENT)
     journal._lock.close()
-    again = Journal(tmp_path)
+    again = WriteAheadLog(tmp_path)
     assert again.load() == {"number": 0}
     assert [update for update, _ in again.replay()] == [{"number": 2}]
-
-
-def test_a_damaged_snapshot(tmp_path):
-    """Named by its path."""
-    (tmp_path / "snapshot-0.pt").write_bytes(b"nothing of the kind")
-    with pytest.raises(CheckpointError, match=r"snapshot-0\.pt is damaged"):
-        Journal(tmp_path).load()
 
 
 def test_the_log_does_not_fill_the_disk(tmp_path, monkeypatch):
@@ -125,7 +124,7 @@ def test_the_log_does_not_fill_the_disk(tmp_path, monkeypatch):
         for step in range(150):
             training.step(step)
             largest = max(largest, sum(path.stat().st_size for path in (tmp_path / "server").iterdir()))
-        (snapshot,) = (tmp_path / "server").glob("snapshot-*.pt")
+        (snapshot,) = (tmp_path / "server").glob("snapshot-*.bin")
         assert int(snapshot.stem.partition("-")[2]) > 0
         assert largest < 12 * snapshot.stat().st_size
         shutil.copytree(tmp_path / "server", tmp_path / "copy")

@@ -1,0 +1,299 @@
+"""Who comes to a server, and who stands at an address: strangers, other programs, and workers that go away."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import socket
+import sys
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed import TCPStore
+
+from lightkit.errors import ConfigError
+from lightkit.parameter_server import Server
+from lightkit.parameter_server import rendezvous as module
+from lightkit.parameter_server.rendezvous import Handshake, Listener, connect
+from lightkit.parameter_server.transport import ProtocolError, TransportError
+
+sys.path.insert(0, str(Path(__file__).parent))
+import hostile
+from workers import SECRET, Serving, Training, reference, stop_serving, together
+
+
+@pytest.fixture(autouse=True)
+def servers_end():
+    yield
+    stop_serving()
+
+
+@contextlib.contextmanager
+def listening(secret="the secret", silence=5.0):
+    """Yields the address of a listener that a thread serves, and what has been accepted."""
+    listener, accepted, over = Listener("127.0.0.1", 0, secret, silence), [], threading.Event()
+    listener.listen()
+
+    def run():
+        while not over.is_set():
+            if (connection := listener.accept(0.05)) is not None:
+                accepted.append(connection)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    yield listener, f"127.0.0.1:{listener.port}", accepted
+    over.set()
+    thread.join(5)
+    assert not thread.is_alive()
+    listener.close()
+
+
+def test_the_store_of_a_stranger():
+    """Nobody without the secret lists, sets, takes or waits for anything: there is no store at the port."""
+    serving = Serving(1)
+    host, port = serving.addresses[0].split(":")
+
+    def come():
+        with pytest.raises(RuntimeError):
+            store = TCPStore(
+                host, int(port), is_master=False, wait_for_workers=False, timeout=timedelta(milliseconds=300)
+            )
+            store.set("alive/0", "forged")
+            store.num_keys()
+
+    training = Training(serving.addresses, 0)
+    together(come, lambda: training.step(0))
+    training.end()
+
+
+@pytest.mark.parametrize("what", sorted(hostile.STRANGERS))
+def test_strangers(what, monkeypatch):
+    """Each costs nobody anything: no thread, no connection that stays, no worker that waits."""
+    serving = Serving(1)
+    (server,) = serving.servers
+    training = Training(serving.addresses, 0)
+    training.step(0)
+    monkeypatch.setattr(module, "HANDSHAKE", 0.2)
+    threads = threading.active_count()
+    for seed in range(5):
+        hostile.STRANGERS[what](serving.addresses[0], random.Random(seed))
+    assert threading.active_count() <= threads
+    for step in range(1, 12):
+        training.step(step)
+    assert torch.equal(training.end()[0], reference()[0])
+    assert set(server._workers) == {0}
+
+
+@pytest.mark.parametrize("count", [module.MOST_REQUESTS, 3 * module.MOST_REQUESTS])
+def test_strangers_that_stay(count):
+    """However many connections wait without a word, they have no thread, and a worker comes in between them."""
+    serving = Serving(1)
+    listener = serving.servers[0].listener
+    threads = threading.active_count()
+    with contextlib.ExitStack() as stack:
+        for _ in range(count):
+            stack.enter_context(hostile.stranger(serving.addresses[0]))
+        end = time.monotonic() + 10
+        while len(listener._requests) < module.MOST_REQUESTS:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        assert threading.active_count() == threads
+        started = time.monotonic()
+        training = Training(serving.addresses, 0)
+        training.step(0)
+        # It does not wait for those before it to be given up.
+        assert time.monotonic() - started < 8
+        assert len(listener._requests) <= module.MOST_REQUESTS
+    training.end()
+
+
+def test_the_busiest_address_makes_room():
+    """Where there are too many, those of the address that has most of them go first."""
+    with listening() as (listener, _, _):
+        patient = socket.create_connection(("127.0.0.1", listener.port), source_address=("127.0.0.2", 0))
+        hostile.greeting_of(patient)
+        others = [socket.create_connection(("127.0.0.1", listener.port)) for _ in range(2 * module.MOST_REQUESTS)]
+        # The last one has been taken in.
+        assert hostile.greeting_of(others[-1]) and len(listener._requests) >= module.MOST_REQUESTS - 1
+        assert patient.getsockname() in [r.socket.getpeername() for r in list(listener._requests.values())]
+        for connected in (patient, *others):
+            connected.close()
+
+
+def test_a_stranger_has_so_much_time(monkeypatch, caplog):
+    """Whoever does not show in time that it knows the secret is sent away, also where it sends a byte now and then."""
+    monkeypatch.setattr(module, "HANDSHAKE", 0.5)
+    with listening() as (listener, address, _), hostile.stranger(address) as connected:
+        hostile.greeting_of(connected)
+        started = time.monotonic()
+        with pytest.raises(OSError):
+            while time.monotonic() - started < 5:
+                connected.sendall(b"x")
+                time.sleep(0.05)
+        assert time.monotonic() - started < 3 and not listener._requests
+    assert "did not show in 0.5 s that it knows the secret" in caplog.text
+
+
+def test_what_is_logged_of_strangers_is_bounded(caplog):
+    """A line a second, however many come: they must not fill a disk."""
+    caplog.set_level(logging.WARNING)
+    with listening() as (_, address, _):
+        started = time.monotonic()
+        for seed in range(100):
+            hostile.guesses(address, random.Random(seed))
+        seconds = time.monotonic() - started
+    lines = [r for r in caplog.records if "another secret" in r.getMessage()]
+    assert 1 <= len(lines) <= seconds + 1
+
+
+def test_a_proof_cannot_be_used_again():
+    """Neither one that was seen, nor the server's own sent back to it."""
+    with listening() as (_, address, accepted):
+        with hostile.stranger(address) as connected:
+            greeting = hostile.greeting_of(connected)
+            handshake = Handshake("the secret", greeting, bytes(32))
+            hello = module._HELLO.pack(bytes(32), handshake.proof("worker"))
+            connected.sendall(hello)
+            answer = connected.recv(module._ANSWER.size, socket.MSG_WAITALL)
+            assert module._ANSWER.unpack(answer) == (module._ACCEPTED, handshake.proof("server"))
+        for proof in (handshake.proof("worker"), handshake.proof("server"), b"", b"\xff" * 32):
+            with hostile.stranger(address) as connected:
+                hostile.greeting_of(connected)
+                connected.sendall(module._HELLO.pack(bytes(32), proof))
+                answer = connected.recv(module._ANSWER.size, socket.MSG_WAITALL)
+                assert module._ANSWER.unpack(answer) == (module._OTHER_SECRET, bytes(32))
+    assert len(accepted) == 1
+
+
+def test_who_passes_a_handshake_on_can_say_nothing(monkeypatch):
+    """A stranger between a worker and a server that lets both show the secret has no key to sign with."""
+    with listening(silence=2.0) as (_, address, accepted):
+        between = socket.create_server(("127.0.0.1", 0))
+
+        def pass_on():
+            worker, _ = between.accept()
+            with hostile.stranger(address) as server:
+                for one, other, count in (
+                    (server, worker, module._GREETING.size),
+                    (worker, server, module._HELLO.size),
+                    (server, worker, module._ANSWER.size),
+                ):
+                    other.sendall(one.recv(count, socket.MSG_WAITALL))
+                forged = b"\x00" + bytes(8) + bytes(16)
+                server.sendall(forged)
+                time.sleep(0.5)
+            worker.close()
+
+        together(pass_on, lambda: connect(f"127.0.0.1:{between.getsockname()[1]}", "the secret", {}, 5, 5))
+        between.close()
+        with pytest.raises(ProtocolError, match="not signed by the other side"):
+            accepted[0].receive_header()
+
+
+def test_nobody_comes_before_it_has_recovered(tmp_path, monkeypatch):
+    """The port is not listened on until the server knows what it serves; a worker that has come waits."""
+    serving = Serving(1, directory=tmp_path / "server")
+    port = serving.servers[0].listener.port
+    training = Training(serving.addresses, 0)
+    training.step(0)
+    serving.stop()
+    recover, refused = Server._recover, []
+
+    def slowly(server, snapshot):
+        with pytest.raises(ConnectionRefusedError):
+            hostile.stranger(f"127.0.0.1:{port}")
+        refused.append(True)
+        time.sleep(0.5)
+        recover(server, snapshot)
+
+    monkeypatch.setattr(Server, "_recover", slowly)
+
+    def come_back():
+        server = Server(port=port, secret=SECRET, timeout=5.0, directory=tmp_path / "server")
+        server.run()
+
+    together(come_back, lambda: (training.step(1), training.end()))
+    assert refused == [True]
+
+
+def test_a_stranger_at_the_address():
+    """Whoever listens without knowing the secret gets no gradient."""
+    with listening("what it guesses") as (_, address, accepted):
+        with pytest.raises(ConfigError, match="the secret is not that of the server"):
+            connect(address, "the real one", {}, 5, 5)
+        assert not accepted
+
+
+def test_a_stranger_that_takes_every_proof():
+    """It would have to show one of its own."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+
+        def lie():
+            connected, _ = other.accept()
+            with connected:
+                connected.sendall(module._GREETING.pack(module._MAGIC, module._version(), bytes(32)))
+                connected.recv(module._HELLO.size, socket.MSG_WAITALL)
+                connected.sendall(module._ANSWER.pack(module._ACCEPTED, b"guessed"))
+
+        def work():
+            with pytest.raises(ConfigError, match="does not know the secret"):
+                connect(f"127.0.0.1:{other.getsockname()[1]}", "the real one", {}, 5, 5)
+
+        together(lie, work)
+
+
+@pytest.mark.parametrize(
+    ("address", "error", "message"),
+    [
+        ("nowhere.invalid:29600", TransportError, "cannot be reached"),
+        ("127.0.0.1:1", TransportError, "127.0.0.1:1 cannot be reached: Connection refused"),
+        ("127.0.0.1", ConfigError, "must be HOST:PORT"),
+        ("127.0.0.1:0", ConfigError, "must be HOST:PORT"),
+    ],
+)
+def test_nobody_there(address, error, message):
+    """A wrong address is an error within the patience, which names it."""
+    started = time.monotonic()
+    with pytest.raises(error, match=message):
+        connect(address, "secret", {}, 1.0, 1.0)
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("text", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n" * 10, bytes(5000)])
+def test_another_program_that_answers(text):
+    """It is named in one line, whatever it says."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+
+        def answer():
+            connected, _ = other.accept()
+            connected.sendall(text)
+            connected.close()
+
+        def work():
+            with pytest.raises(TransportError, match=r"does not answer as one.*is that another program") as caught:
+                connect(f"127.0.0.1:{other.getsockname()[1]}", "secret", {}, 1.0, 1.0)
+            assert "\n" not in str(caught.value)
+
+        together(answer, work)
+
+
+def test_another_program_at_the_port(monkeypatch):
+    """Something that listens but is no parameter server does not make the worker wait for ever."""
+    monkeypatch.setattr(module, "HANDSHAKE", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        started = time.monotonic()
+        with pytest.raises(TransportError, match="does not answer as one"):
+            connect(f"127.0.0.1:{other.getsockname()[1]}", "secret", {}, 1.0, 1.0)
+        assert time.monotonic() - started < 25
+
+
+def test_two_servers_on_one_port():
+    """The second does not come up."""
+    serving = Serving(1)
+    with pytest.raises(ConfigError, match=r"cannot listen on 127\.0\.0\.1:\d+: Address already in use"):
+        Server(port=serving.servers[0].listener.port, secret="x")
