@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO, XLACheckpointIO
 from torch.utils._pytree import tree_map_only
 
-from lightkit.checksums import find_damage, write_with_checksum
-from lightkit.errors import CheckpointError
+from lightkit.archives import find_trick
+from lightkit.checksums import find_damage_in, write_with_checksum
+from lightkit.errors import CheckpointError, DataError
 from lightkit.files import write_atomically
 from lightkit.printable import printable
+from lightkit.regular_files import open_regular
 
 # Where a checkpoint of lightkit.train keeps the configuration that it was made with.
 CONFIG_KEY = "lightkit_config"
@@ -47,7 +49,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> dict[str, Any]:
         """Reads a checkpoint: see `load_checkpoint`."""
         if "://" in str(path):
-            return super().load_checkpoint(path, map_location, weights_only)
+            # Lightning's default for a path on the network runs what is in the file.
+            return super().load_checkpoint(path, map_location, weights_only is not False)
         if weights_only is False:
             check_intact(path)
             return super().load_checkpoint(path, map_location, weights_only)
@@ -67,19 +70,25 @@ def on_cpu(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return tree_map_only(torch.Tensor, lambda tensor: tensor.cpu(), checkpoint)
 
 
-def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+def load_checkpoint(path: str | Path, map_location: Any = "cpu", is_strangers: bool = False) -> dict[str, Any]:
     """Reads a checkpoint with ``weights_only=True``.
+
+    Args:
+        path: the file.
+        map_location: where its tensors go.
+        is_strangers: refuse what `torch.save` does not write of plain data and tensors: see `lightkit.archives`.
 
     Raises:
         CheckpointError: there is no such file, it is damaged, or it is not a Lightning checkpoint.
     """
-    check_intact(path)
-    try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-    except Exception as error:
-        # torch raises half a dozen types here, from EOFError to pickle's own, all of which mean this.
-        reason = printable(str(error).partition("\n")[0])
-        raise CheckpointError(f"{path} is damaged or not a checkpoint: {reason}") from error
+    with _open_intact(path, is_strangers) as file:
+        try:
+            checkpoint = torch.load(file, map_location=map_location, weights_only=True)
+        except Exception as error:
+            # torch raises half a dozen types here, from EOFError to pickle's own, all of which mean this. What it
+            # advises, to load with weights_only=False, is not for here.
+            reason = printable(str(error).partition("\n")[0].partition(". ")[0])
+            raise CheckpointError(f"{path} is damaged or not a checkpoint: {reason}") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise CheckpointError(f"{path} is not a Lightning checkpoint: it has no state_dict")
     return checkpoint
@@ -87,14 +96,32 @@ def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
 
 def check_intact(path: str | Path) -> None:
     """Raises a `CheckpointError` if there is no such file, or its content is not the one that was written."""
+    _open_intact(path).close()
+
+
+def _open_intact(path: str | Path, is_strangers: bool = False) -> BinaryIO:
+    """Opens a checkpoint whose content is the one that was written.
+
+    It is opened once: what is checked is what is read.
+    """
     if not Path(path).is_file():
         raise CheckpointError(f"there is no checkpoint {path}")
     try:
-        damage = find_damage(path)
+        file = open_regular(path)
+    except DataError as error:
+        raise CheckpointError(f"the checkpoint {error}") from error
+    try:
+        damage = find_damage_in(file) or (find_trick(file) if is_strangers else None)
+        if damage is not None:
+            raise CheckpointError(f"{path} is damaged or not a checkpoint: {printable(damage)}")
+        file.seek(0)
     except OSError as error:
+        file.close()
         raise CheckpointError(f"the checkpoint {path} cannot be read: {error.strerror or error}") from error
-    if damage is not None:
-        raise CheckpointError(f"{path} is damaged or not a checkpoint: {damage}")
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
 def load_weights(module: torch.nn.Module, checkpoint: dict[str, Any], path: str | Path) -> None:

@@ -51,17 +51,23 @@ def find_damage(path: str | Path) -> str | None:
         OSError: the file cannot be read.
     """
     with open(path, "rb") as file:
-        begin = file.read(4)
-        size = file.seek(0, 2)
-        file.seek(max(0, size - _SIZE))
-        comment = file.read()
-        if size == 0:
-            return "it is empty"
-        if comment.startswith(_COMMENT):
-            file.seek(0)
-            wrong = _crc32(file, size - _SIZE) != _number(comment[len(_COMMENT) :])
-            return "its checksum is not that of its content" if wrong else None
-        return _damaged_record(file) if begin == _ARCHIVE else None
+        return find_damage_in(file)
+
+
+def find_damage_in(file: BinaryIO) -> str | None:
+    """Returns the same of a file that is open for reading; its place is moved."""
+    file.seek(0)
+    begin = file.read(4)
+    size = file.seek(0, 2)
+    file.seek(max(0, size - _SIZE))
+    comment = file.read()
+    if size == 0:
+        return "it is empty"
+    if comment.startswith(_COMMENT):
+        file.seek(0)
+        wrong = _crc32(file, size - _SIZE) != _number(comment[len(_COMMENT) :])
+        return "its checksum is not that of its content" if wrong else None
+    return _damaged_record(file) if begin == _ARCHIVE else None
 
 
 def _number(digits: bytes) -> int | None:

@@ -38,6 +38,9 @@ CONFIG_SOURCE = "pkg://lightkit.conf"
 # Characters that a message of several lines is laid out with.
 _LAYOUT = "\n\t"
 
+# Characters of a message: a file may have millions of columns to list.
+_LONGEST_MESSAGE = 4000
+
 # The flags of Hydra for several jobs.
 _SWEEP = ("-m", "--multirun")
 
@@ -175,6 +178,8 @@ def _save_atomically(config: DictConfig, filename: str, output_dir: Path) -> Non
 
 def _print_error(message: str) -> None:
     """Prints an error, in which names may be somebody else's."""
+    if len(message) > _LONGEST_MESSAGE:
+        message = f"{message[:_LONGEST_MESSAGE]} ... ({len(message):,} characters)"
     print(f"error: {printable(message, keep=_LAYOUT)}", file=sys.stderr)
 
 

@@ -58,8 +58,8 @@ def _build_data(config: DictConfig, restored: Restored) -> pl.LightningDataModul
         setattr(data, place, config.data_dir)
     elif place is not None and getattr(data, place) is not None:
         print(f"reading {printable(str(getattr(data, place)))}, which the checkpoint names", flush=True)
-        if isinstance(data, Text):
-            data.keep_joined = False
+    if isinstance(data, Text):
+        data.is_own = config.data_dir is not None
     if isinstance(data, MNIST):
         data.download = config.download
     return data

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from lightkit.errors import DataError
 from lightkit.printable import printable
@@ -27,6 +28,9 @@ _KINDS = (
 def open_regular(path: str | Path, most: int | None = None, name: str | None = None) -> BinaryIO:
     """Opens a file for reading, if it is a regular one and not too large.
 
+    It ends where it ended when it was opened, also if it grows meanwhile, or is one of the system's that says that it
+    is empty and goes on for ever.
+
     Args:
         path: the file; links are followed.
         most: bytes that it may have.
@@ -39,11 +43,13 @@ def open_regular(path: str | Path, most: int | None = None, name: str | None = N
     try:
         # Looked at before it is opened, since opening a device may do something; and after, if it was exchanged.
         _check_kind(os.stat(path).st_mode, name)
-        file = open(path, "rb", opener=_open_without_waiting)
+        raw = _Bounded(path, "rb", opener=_open_without_waiting)
     except OSError as error:
         raise DataError(f"{name} cannot be read: {error.strerror or error}") from error
+    file = io.BufferedReader(raw)
     try:
         status = os.fstat(file.fileno())
+        raw.end = status.st_size
         _check_kind(status.st_mode, name)
         if most is not None and status.st_size > most:
             raise DataError(f"{name} has {status.st_size:,} bytes, and no more than {most:,} are read")
@@ -51,6 +57,23 @@ def open_regular(path: str | Path, most: int | None = None, name: str | None = N
         file.close()
         raise
     return file
+
+
+class _Bounded(io.FileIO):
+    """A file that has no byte from ``end`` on."""
+
+    end = 0
+
+    def readinto(self, buffer: Any) -> int:
+        room = memoryview(buffer).cast("B")
+        return super().readinto(room[: max(0, self.end - self.tell())])
+
+    def readall(self) -> bytes:
+        return self.read(max(0, self.end - self.tell())) or b""
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self.end - self.tell())
+        return super().read(left if size < 0 else min(size, left)) or b""
 
 
 def _open_without_waiting(path: str, flags: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from lightkit.checkpoints import CONFIG_KEY, check_weights, load_checkpoint
 from lightkit.errors import CheckpointError, LightkitError
 from lightkit.job import check_outputs
 from lightkit.printable import printable
+from lightkit.resumable import checked_weights
 from lightkit.targets import user_packages
 
 # Parts of the configuration that are read; the others concern training.
@@ -27,7 +27,7 @@ _READ = ("data", "model", "task", "trainer")
 
 # Memory that a model may take beyond what its checkpoint holds, for tables that are computed and for metrics; and how
 # many times the file, since weights may be stored in a narrower dtype than the model has.
-_FREE_BYTES, _TIMES_FILE = 256 << 20, 8
+_FREE_BYTES, _TIMES_FILE = 128 << 20, 8
 
 # Parameters that a model may register beyond those in its checkpoint: a weight that is tied is registered twice.
 _FREE_PARAMETERS = 64
@@ -80,8 +80,7 @@ def restore(path: str | Path, evaluates: bool = False) -> Restored:
         CheckpointError: the checkpoint is missing, damaged, not made by lightkit.train, or names what it may not.
     """
     path = Path(path)
-    _check_container(path)
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path, is_strangers=True)
     if CONFIG_KEY not in checkpoint:
         raise CheckpointError(f"{path} carries no configuration: it was not made by lightkit.train")
     config = checkpoint[CONFIG_KEY]
@@ -89,13 +88,18 @@ def restore(path: str | Path, evaluates: bool = False) -> Restored:
         raise CheckpointError(f"the configuration in {path} has no task")
     config = {key: config.get(key) for key in _READ}
     untrusted.check_plain(config)
-    weights = _weights(checkpoint, evaluates)
-    _check_tensors(weights, path)
-    if not _names_users_class(config):
-        with torch.device("meta"), _at_most_parameters(2 * len(weights) + _FREE_PARAMETERS):
+    weights = checked_weights(checkpoint, path)
+    if not evaluates:
+        # A prediction has no loss, which may have weights of the classes.
+        weights = {name: value for name, value in weights.items() if not name.startswith("loss.")}
+    with torch.device("meta"), _at_most_parameters(2 * len(weights) + _FREE_PARAMETERS):
+        # A class of the user's need not know how to be built without memory.
+        if not _is_users(config["task"]) and not _is_users(config["model"]):
             blank = _build_task(config, evaluates)
-        check_weights(blank, {"state_dict": weights}, path)
-        _check_memory(blank, path)
+            check_weights(blank, {"state_dict": weights}, path)
+            _check_memory(blank, path)
+        elif not _is_users(config["model"]):
+            _check_memory(untrusted.build("model", config["model"]), path)
     task = _build_task(config, evaluates)
     check_weights(task, {"state_dict": weights}, path)
     task.load_state_dict(weights)
@@ -127,54 +131,16 @@ def _build_task(config: dict[str, Any], evaluates: bool) -> pl.LightningModule:
     if "loss" in node:
         parts["loss"] = untrusted.build("loss", node["loss"]) if evaluates and node["loss"] is not None else None
     if "metrics" in node:
-        metrics = node["metrics"] if evaluates and type(node["metrics"]) is dict else {}
-        parts["metrics"] = {name: untrusted.build("metric", metric) for name, metric in metrics.items()}
+        parts["metrics"] = untrusted.build_metrics(node["metrics"]) if evaluates else {}
     # Not for a user's class to build either: nothing is trained.
     node = {name: value for name, value in node.items() if name not in ("optimizer", "scheduler")}
     return untrusted.build("task", node, **parts)
 
 
-def _weights(checkpoint: dict[str, Any], evaluates: bool) -> dict[str, Any]:
-    """Returns the state dict; for a prediction without what belongs to the loss, such as weights of the classes."""
-    weights = checkpoint["state_dict"]
-    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
-        raise CheckpointError("the state_dict of the checkpoint is not a mapping of names to tensors")
-    return {name: value for name, value in weights.items() if evaluates or not name.startswith("loss.")}
-
-
-def _names_users_class(config: dict[str, Any]) -> bool:
-    """Returns True if a class of the user's is part of it, which need not know how to be built without memory."""
-    targets = [str(node.get("_target_")) for node in (config["task"], config.get("model")) if isinstance(node, dict)]
-    return any(target.startswith(f"{package}.") for target in targets for package in user_packages())
-
-
-def _check_container(path: Path) -> None:
-    """Refuses a file whose parts, unpacked, take more than the file: torch would unpack all of them.
-
-    Raises:
-        CheckpointError: it is not a zip file as ``torch.save`` writes it.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"there is no checkpoint {path}")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            parts = archive.infolist()
-    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise CheckpointError(f"{path} is damaged or not a checkpoint: {printable(str(error))}") from error
-    is_packed = any(part.compress_type != zipfile.ZIP_STORED for part in parts)
-    if is_packed or sum(part.file_size for part in parts) > path.stat().st_size:
-        raise CheckpointError(
-            f"{path} is not a checkpoint: its parts are compressed or overlap, as torch.save's do not"
-        )
-
-
-def _check_tensors(weights: dict[str, Any], path: Path) -> None:
-    for name, value in weights.items():
-        is_plain = type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided
-        if not is_plain or value.device.type != "cpu" or value.is_quantized or value.is_nested:
-            raise CheckpointError(
-                f"{path}: {printable(name)} is not a plain tensor of the CPU, but {type(value).__name__}"
-            )
+def _is_users(node: Any) -> bool:
+    """Returns True if a class of the user's is named there."""
+    target = str(node.get("_target_")) if isinstance(node, dict) else ""
+    return any(target.startswith(f"{package}.") for package in user_packages())
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from lightkit.job import (
     refusals_of_lightning,
 )
 from lightkit.loggers import CSVLogger
+from lightkit.resumable import CheckTrainingState, check_training_state, checked_weights
 
 _METRICS = "metrics.json"
 _LOG = "metrics.csv"
@@ -63,7 +64,11 @@ def train(config: DictConfig) -> dict[str, Any]:
     loggers = list(build(config.get("logger") or {}).values())
     trainer = build_trainer(
         config,
-        callbacks=[*build(config.get("callbacks") or {}).values(), SaveConfig(config), SaveFigures(), recorder],
+        callbacks=[
+            *build(config.get("callbacks") or {}).values(),
+            *(SaveConfig(config), SaveFigures(), recorder),
+            *([CheckTrainingState(resume.path)] if resume is not None else []),
+        ],
         logger=loggers,
         plugins=[AtomicCheckpointIO()],
         enable_model_summary=False,
@@ -121,7 +126,9 @@ class _Resumed:
 
     def figures(self) -> dict[str, Any]:
         """Returns what was logged last under each name before the test."""
-        logged = self.checkpoint.get(FIGURES_KEY, {})
+        logged = self.checkpoint.get(FIGURES_KEY)
+        numbers = (int, float)
+        logged = {k: v for k, v in logged.items() if type(v) in numbers} if isinstance(logged, dict) else {}
         return logged if self.run is None else logged | results.read_if_newer(self.run.directory / _METRICS, self.path)
 
 
@@ -135,15 +142,16 @@ def _checkpoint_to_resume(config: DictConfig, task: pl.LightningModule) -> _Resu
         print(f"continuing {path}")
     else:
         path = Path(config.ckpt_path)
-    checkpoint = load_checkpoint(path)
-    check_weights(task, checkpoint, path)
+    checkpoint = load_checkpoint(path, is_strangers=True)
+    check_weights(task, {"state_dict": checked_weights(checkpoint, path)}, path)
     try:
         done = checkpoint["epoch"] + 1
         at_its_end = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"]
-    except KeyError as error:
+    except (KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path} cannot be resumed: it has the weights but not the state of a training"
         ) from error
+    check_training_state(checkpoint, path)
     run = runs.find_run(path)
     # What is left of a run that has no report is the test and the report.
     has_report = run is None or run.is_finished

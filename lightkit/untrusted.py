@@ -79,6 +79,10 @@ _TARGET = "_target_"
 _MOST_VALUES, _MOST_DEPTH, _MOST_LETTERS, _LARGEST = 10_000, 12, 4096, 2**63
 
 
+# Bounds of metrics: how many, the letters of a name, and a number of classes or thresholds.
+_MOST_METRICS, _LONGEST_NAME, _LARGEST_NUMBER = 50, 100, 1000
+
+
 def check_plain(config: Any) -> None:
     """Refuses anything in the configuration of a checkpoint that is not a bounded tree of plain values.
 
@@ -138,6 +142,34 @@ def build(place: str, node: Any, **extra: Any) -> Any:
         return construct(cls, target, **arguments, **extra)
     except (ConfigError, RuntimeError, ArithmeticError, LookupError, AttributeError) as error:
         raise CheckpointError(f"{place} of the checkpoint: {printable(str(error))}") from error
+
+
+def build_metrics(node: Any) -> dict[str, Any]:
+    """Builds the metrics that a checkpoint names.
+
+    Their tables may be larger than their numbers by a power, and are made as they are fed: numbers are bounded here.
+
+    Raises:
+        CheckpointError: there are too many, or one has a number or a name beyond all use, or cannot be built.
+    """
+    metrics = {} if node is None else node
+    if type(metrics) is not dict or len(metrics) > _MOST_METRICS:
+        raise CheckpointError(f"the metrics of the checkpoint must be a mapping of {_MOST_METRICS} at most")
+    for name, metric in metrics.items():
+        if type(name) is not str or len(name) > _LONGEST_NAME or not name.isprintable():
+            raise CheckpointError(f"a metric of the checkpoint has the name {printable(str(name)[:_LONGEST_NAME])!r}")
+        arguments = metric if type(metric) is dict else {}
+        if "validate_args" in arguments or not all(map(_is_moderate, arguments.values())):
+            raise CheckpointError(
+                f"metric of the checkpoint: {name} must have numbers up to {_LARGEST_NUMBER} and no validate_args"
+            )
+    return {name: build("metric", metric) for name, metric in metrics.items()}
+
+
+def _is_moderate(value: Any) -> bool:
+    if type(value) is list:
+        return len(value) <= _LARGEST_NUMBER
+    return type(value) is not int or abs(value) <= _LARGEST_NUMBER
 
 
 def _find(place: str, target: str) -> tuple[type, bool]:

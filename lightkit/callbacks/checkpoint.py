@@ -90,7 +90,7 @@ class Checkpoint(ModelCheckpoint):
         }
 
     def _is_near(self, path: Any) -> bool:
-        if not isinstance(path, str) or "://" in path:
+        if not isinstance(path, str) or "://" in path or not path.endswith(self.FILE_EXTENSION):
             return False
         folders = [Path(folder).resolve() for folder in (self.dirpath, self._source) if folder is not None]
         return Path(path).resolve().parent in folders

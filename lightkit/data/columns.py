@@ -17,8 +17,8 @@ from torch import Tensor
 from lightkit.errors import DataError
 from lightkit.regular_files import open_regular
 
-# Bytes that a file may have: its cells are held as texts, which takes some ten times as much.
-_MOST_BYTES = 512 << 20
+# Bytes and cells that a file may have: a cell is held as a text, which takes some hundred bytes.
+_MOST_BYTES, _MOST_CELLS = 512 << 20, 20_000_000
 
 _MISSING = ("error", "interpolate")
 
@@ -78,14 +78,19 @@ def read_column(
 
 def _read_rows(path: Path) -> tuple[list[str], list[list[str]], list[int]]:
     """The header, the rows, and in which line of the file each of them ends."""
-    rows, lines = [], []
+    rows, lines, cells = [], [], 0
     try:
         # A spreadsheet's byte-order mark is not a part of the first name.
         with io.TextIOWrapper(open_regular(path, _MOST_BYTES), encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file)
             for row in reader:
+                cells += len(row) + 1
+                if cells > _MOST_CELLS:
+                    raise DataError(f"{path} has more than {_MOST_CELLS:,} cells, which is what is read at most")
                 rows.append([cell.strip() for cell in row])
                 lines.append(reader.line_num)
+    except DataError:
+        raise
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} is not a CSV file in UTF-8: {error}") from error
     except OSError as error:

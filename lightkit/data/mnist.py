@@ -22,6 +22,9 @@ _FILES = {
 }
 _TIMEOUT_SECONDS = 20
 
+# Bytes of a header, and of a file of labels: the largest set of the family has a million.
+_HEADER, _MOST_LABELS = 1024, 1 << 24
+
 
 class MNIST(ImageDataModule):
     """The handwritten digits of LeCun et al. [1]_.
@@ -65,11 +68,13 @@ class MNIST(ImageDataModule):
     def read(self) -> tuple[ImageSet, ImageSet]:
         """The official training and test sets."""
         directory = self._find_directory() or self._download()
-        parts = {name: read_idx(_find_file(directory, file)) for name, file in _FILES.items()}
-        return (
-            ImageSet(parts["train_images"], parts["train_labels"].long()),
-            ImageSet(parts["test_images"], parts["test_labels"].long()),
-        )
+        return self._read_set(directory, "train"), self._read_set(directory, "test")
+
+    def _read_set(self, directory: Path, part: str) -> ImageSet:
+        labels = read_idx(_find_file(directory, _FILES[f"{part}_labels"]), _MOST_LABELS)
+        # Of images as many as there are labels, and one more, so that the check sees which there are more of.
+        most = _HEADER + (len(labels) + 1) * self.image_size**2
+        return ImageSet(read_idx(_find_file(directory, _FILES[f"{part}_images"]), most), labels.long())
 
     def _find_directory(self) -> Path | None:
         """The first place that has all four files; what the user named must have them."""

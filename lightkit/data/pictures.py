@@ -15,7 +15,9 @@ from lightkit.regular_files import open_regular, warn_of_skipped
 # What Pillow reads by itself; for some other formats it starts programs.
 _FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF")
 
+# Of a file. Pixels are held several times, with four bytes each.
 _MOST_BYTES = 1 << 30
+_MOST_PIXELS, _LONGEST_SIDE = 120_000_000, 1 << 15
 
 _SUFFIXES = (".png", ".jpg", ".jpeg")
 _BRIGHT = 127
@@ -63,11 +65,18 @@ def read_picture(path: Path, size: int, invert: bool | str = "auto") -> Tensor:
         raise DataError("reading pictures needs Pillow: pip install 'lightkit[app]'") from error
     try:
         with open_regular(path, _MOST_BYTES) as file, Image.open(file, formats=_FORMATS) as image:
+            if image.width * image.height > _MOST_PIXELS or max(image.size) > _LONGEST_SIDE:
+                raise DataError(
+                    f"{path} has {image.width} x {image.height} pixels, and at most {_MOST_PIXELS:,} are read, of "
+                    f"sides up to {_LONGEST_SIDE:,}"
+                )
             # Transparent means paper, not black.
             if "A" in image.getbands() or "transparency" in image.info:
                 rgba = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
             grey = ImageOps.exif_transpose(image).convert("L")
+    except DataError:
+        raise
     except UnidentifiedImageError as error:
         raise DataError(f"{path} is not a picture (PNG or JPEG)") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

@@ -32,7 +32,7 @@ SEPARATOR = b"\0"
 # Bytes read from a file at once.
 _CHUNK = 1 << 20
 
-# Bytes of a folder that are joined without the disk.
+# Bytes of a text that are held in memory.
 _MOST_IN_MEMORY = 1 << 30
 
 # Folders of the standard library that are not of its code; the last is one file of documentation, a 16th of all.
@@ -90,9 +90,9 @@ class Text(pl.LightningDataModule):
                 f"got {validation_share} and {test_share}"
             )
         self.path = path
-        # Whether the joined files of a folder are kept in the cache directory. Not where somebody else says which
-        # folder: it might be any.
-        self.keep_joined = True
+        # False where somebody else says which text it is: it might be any. Nothing of it is then kept in the cache
+        # directory, and nothing mapped, which ends the process where the file is cut off meanwhile.
+        self.is_own = True
         self.context = context
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
@@ -130,8 +130,8 @@ class Text(pl.LightningDataModule):
         if root.is_dir():
             found = library_files(root) if self.path is None else text_files(root)
             parts = [[file for file in found if self._part_of(file.name) == part] for part in _PARTS]
-            return _join(parts) if self.keep_joined else _join_in_memory(parts, root)
-        whole = _map(root, _open_text(root))
+            return _join(parts) if self.is_own else _join_in_memory(parts, root)
+        whole = _map(root, _open_text(root)) if self.is_own else _read_whole(root)
         test = round(len(whole) * self.test_share)
         validation = round(len(whole) * self.validation_share)
         return list(whole.split([len(whole) - validation - test, validation, test]))
@@ -313,12 +313,28 @@ def _join_in_memory(parts: list[list[File]], root: Path) -> list[Tensor]:
         DataError: the folder is too large.
     """
     sizes = _sizes(parts)
-    if sum(sizes) > _MOST_IN_MEMORY:
+    _check_size(root, sum(sizes))
+    return list(torch.frombuffer(bytearray().join(_joined(parts)), dtype=torch.uint8).split(sizes))
+
+
+def _read_whole(path: Path) -> Tensor:
+    """Reads a file into memory, if it is not too large.
+
+    Raises:
+        DataError: it cannot be read, or is too large.
+    """
+    _check_size(path, _open_text(path))
+    with open_regular(path) as file:
+        content = bytearray(file.read())
+    return torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
+
+
+def _check_size(root: Path, size: int) -> None:
+    if size > _MOST_IN_MEMORY:
         raise DataError(
-            f"{root} has {sum(sizes):,} bytes, and of a folder that a checkpoint names {_MOST_IN_MEMORY:,} are read; "
+            f"{root} has {size:,} bytes, and of a text that a checkpoint names {_MOST_IN_MEMORY:,} are read; "
             "data_dir=PATH says which one is to be read, whatever its size"
         )
-    return list(torch.frombuffer(bytearray().join(_joined(parts)), dtype=torch.uint8).split(sizes))
 
 
 def _sizes(parts: list[list[File]]) -> list[int]:

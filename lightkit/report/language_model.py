@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lightkit.data.text import Text
+from lightkit.printable import printable
 from lightkit.report.figures import BLUE, GREY, grid, save, styled
 from lightkit.report.section import Section
 from lightkit.tasks import LanguageModelTask
@@ -93,7 +94,7 @@ def samples(task: LanguageModelTask, data: Text, windows: Tensor) -> str:
         window = windows[(2 * place + 1) * len(windows) // (2 * _SAMPLES)]
         prompt = window[:_PROMPT].long()
         added = task.generate(prompt, _ADDED, temperature=_TEMPERATURE, generator=generator)
-        given, made = (html.escape(data.decode(part).decode(errors="replace")) for part in (prompt, added))
+        given, made = (_escape(data.decode(part).decode(errors="replace")) for part in (prompt, added))
         parts.append(f'{_PRE}<span style="color: {_GIVEN}">{given}</span>{made}</pre>')
     note = f"<p>Grey is from the test set, black is what the model adds, at temperature {_TEMPERATURE}.</p>"
     return note + "".join(parts)
@@ -111,9 +112,9 @@ def passage(windows: Tensor, bits: Tensor) -> str:
         strength = round(min(cost / _STRONGEST, 1.0) * 8) / 8
         style = f'<span style="background: rgba(234, 88, 12, {strength * 0.8:.2g})">'
         if spans and spans[-1].startswith(style):
-            spans[-1] += html.escape(text)
+            spans[-1] += _escape(text)
         else:
-            spans.append(style + html.escape(text))
+            spans.append(style + _escape(text))
     note = (
         f"<p>Windows {start + 1} to {start + count} of the test set. The stronger the colour, the more bits a "
         f"character takes: none at 0, the full one at {_STRONGEST} or more. Each window of {bits.shape[1]} bytes "
@@ -137,6 +138,10 @@ def costs(windows: Tensor, bits: Tensor, rows: int = 12) -> str:
             )
     head = "<tr><th>byte</th><th>bits each</th><th>share of the text</th><th>share of the bits</th></tr>"
     return f'<table class="classes">{head}{"".join(lines)}</table>'
+
+
+def _escape(text: str) -> str:
+    return html.escape(printable(text, keep="\n\t"))
 
 
 def _characters(tokens: list[int], bits: list[float]) -> Iterator[tuple[str, float]]:

@@ -47,7 +47,9 @@ def test_last_is_the_latest(tmp_path, options, last):
     assert (load_checkpoint(path)["global_step"] if path.exists() else None) == last
 
 
-@pytest.mark.parametrize("elsewhere", ["{0}/precious.ckpt", "{0}/run/../precious.ckpt", "memory://precious", "http://x"])
+@pytest.mark.parametrize(
+    "elsewhere", ["{0}/precious.ckpt", "{0}/run/../precious.ckpt", "memory://precious", "http://x"]
+)
 def test_a_strangers_state_names_no_file_of_the_users(tmp_path, elsewhere):
     """A checkpoint of somebody else cannot have files removed or read that lie elsewhere, nor anything be fetched."""
     (tmp_path / "stranger").mkdir()

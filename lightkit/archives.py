@@ -1,0 +1,172 @@
+"""Checks that a checkpoint is a plain archive of plain data, before torch reads it.
+
+torch loads a file with ``weights_only=True`` without running its code, and all the same such a file can hang it, end it
+or take any amount of memory: by parts that unpack to more, by tuples within tuples that take for ever to hash, by
+functions that are called with a size. `torch.save` writes none of that.
+"""
+
+from __future__ import annotations
+
+import os
+import pickletools
+import struct
+import zipfile
+from typing import BinaryIO
+
+import torch
+
+# The records at the end of a zip file: the last one, and those that torch writes before it for large files.
+_END = struct.Struct("<4s4H2LH")
+_LOCATOR = struct.Struct("<4sLQL")
+_LARGE_END = struct.Struct("<4sQ2H2L4Q")
+
+# Bytes of the pickle, which describes the tensors and holds everything else.
+_LONGEST_PICKLE = 256 << 20
+
+# Nesting of tuples: torch.save comes to three.
+_DEEPEST = 8
+
+# What a pickle of plain data and tensors calls or names, beside storages and dtypes.
+_GLOBALS = {
+    "builtins complex",
+    "builtins set",
+    "__builtin__ complex",
+    "__builtin__ set",
+    "collections Counter",
+    "collections OrderedDict",
+    "torch Size",
+    "torch device",
+    "torch.serialization _get_layout",
+    "torch._utils _rebuild_parameter",
+    "torch._utils _rebuild_tensor_v2",
+}
+
+
+def find_trick(file: BinaryIO) -> str | None:
+    """Returns what in a file is not as `torch.save` writes it, or None.
+
+    Args:
+        file: open for reading; its place is moved.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            parts = archive.infolist()
+            if trick := _find_in_archive(file, archive, parts):
+                return trick
+            pickles = [part for part in parts if part.filename.endswith("/data.pkl")]
+            if len(pickles) != 1:
+                return f"it has {len(pickles)} records data.pkl"
+            if pickles[0].file_size > _LONGEST_PICKLE:
+                return f"its data.pkl has {pickles[0].file_size:,} bytes, and at most {_LONGEST_PICKLE:,} are read"
+            return _find_in_pickle(archive.read(pickles[0]))
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, struct.error, RecursionError) as error:
+        return str(error).partition("\n")[0] or type(error).__name__
+
+
+def _find_in_archive(file: BinaryIO, archive: zipfile.ZipFile, parts: list[zipfile.ZipInfo]) -> str | None:
+    size = os.fstat(file.fileno()).st_size
+    if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+        return "its records are compressed"
+    if sum(part.file_size for part in parts) > size or any(part.file_size != part.compress_size for part in parts):
+        return "its records are larger than the file"
+    # torch finds a record by its name whatever the case.
+    if len({part.filename.lower() for part in parts}) != len(parts):
+        return "two of its records have the same name"
+    return None if _is_one_directory(file, size, len(archive.comment)) else "it has more than one directory"
+
+
+def _is_one_directory(file: BinaryIO, size: int, comment: int) -> bool:
+    """Returns True if the directory ends where the records after it begin: else readers may see different ones."""
+    place = size - comment - _END.size
+    *_, length, offset, _ = _END.unpack(_read(file, place, _END.size))
+    before = _read(file, place - _LOCATOR.size, _LOCATOR.size) if place >= _LOCATOR.size else b""
+    if before[:4] == b"PK\6\7":
+        end = place - _LOCATOR.size - _LARGE_END.size
+        if end < 0 or _LOCATOR.unpack(before)[2] != end:
+            return False
+        signature, *_, large_length, large_offset = _LARGE_END.unpack(_read(file, end, _LARGE_END.size))
+        if signature != b"PK\6\6" or length not in (large_length, 0xFFFFFFFF):
+            return False
+        if offset not in (large_offset, 0xFFFFFFFF):
+            return False
+        place, length, offset = end, large_length, large_offset
+    return offset + length == place
+
+
+def _read(file: BinaryIO, place: int, size: int) -> bytes:
+    file.seek(place)
+    return file.read(size)
+
+
+def _find_in_pickle(pickle: bytes) -> str | None:
+    """Goes through the operations once, keeping of each value on the stack how deep it is nested in tuples."""
+    stack: list[int] = []
+    marks: list[int] = []
+    memo: dict[int, int] = {}
+
+    def take(count: int) -> list[int]:
+        if count > len(stack) - (marks[-1] if marks else 0):
+            raise ValueError("its data.pkl is damaged")
+        taken = stack[len(stack) - count :]
+        del stack[len(stack) - count :]
+        return taken
+
+    def take_marked() -> list[int]:
+        if not marks:
+            raise ValueError("its data.pkl is damaged")
+        place = marks.pop()
+        taken = stack[place:]
+        del stack[place:]
+        return taken
+
+    for opcode, argument, _ in pickletools.genops(pickle):
+        name = opcode.name
+        if name in ("PROTO", "FRAME", "STOP"):
+            pass
+        elif name == "GLOBAL":
+            if not _is_known(argument):
+                return f"it names {argument.replace(' ', '.', 1)!r}, which is no plain data"
+            stack.append(0)
+        elif name == "MARK":
+            marks.append(len(stack))
+        elif name in ("BINPUT", "LONG_BINPUT"):
+            memo[argument] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            if argument not in memo:
+                return "its data.pkl is damaged"
+            stack.append(memo[argument])
+        elif name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
+            inner = take_marked() if name == "TUPLE" else take(int(name[-1]))
+            depth = 1 + max(inner, default=0)
+            if depth > _DEEPEST:
+                return "it nests tuples too deep"
+            stack.append(depth)
+        elif name in ("SETITEMS", "APPENDS"):
+            take_marked()
+        elif name in ("SETITEM", "APPEND", "BUILD"):
+            take(2 if name == "SETITEM" else 1)
+        elif name in ("REDUCE", "BINPERSID"):
+            take(2 if name == "REDUCE" else 1)
+            stack.append(0)
+        elif name in _VALUES:
+            stack.append(0)
+        else:
+            return f"its data.pkl has the operation {name}"
+    return None
+
+
+# Operations that put a value on the stack.
+_VALUES = frozenset(
+    "BINBYTES BINFLOAT BININT BININT1 BININT2 BINUNICODE EMPTY_DICT EMPTY_LIST EMPTY_TUPLE LONG1 LONG4 NEWFALSE "
+    "NEWTRUE NONE SHORT_BINBYTES".split()
+)
+
+
+def _is_known(name: str) -> bool:
+    module, _, attribute = name.partition(" ")
+    is_dtype = module == "torch" and isinstance(getattr(torch, attribute, None), torch.dtype)
+    is_storage = module == "torch" and attribute.endswith("Storage")
+    return is_dtype or is_storage or (module, attribute) == ("torch.storage", "UntypedStorage") or name in _GLOBALS
