@@ -115,6 +115,11 @@ def find_run(checkpoint: Path) -> Run | None:
     return None
 
 
+def has_runs(name: str) -> bool:
+    """Returns whether there is a run below ``runs/NAME``."""
+    return any(_walk(Path("runs") / name))
+
+
 def find_others(run: Run, name: str) -> list[Run]:
     """Returns the runs that one may go on with, the newest one first.
 
@@ -146,7 +151,8 @@ def find_last(run: Run, name: str, swept: Sequence[str] = ()) -> Path:
     for other in same:
         if (path := other.whole_checkpoint()) is not None:
             return path
-    keys = f"{', '.join(SAME[:-1])} and {SAME[-1]}"
+    *most, last = *SAME, *swept
+    keys = f"{', '.join(most)} and {last}"
     if same:
         raise CheckpointError(
             f"ckpt_path=last: {shown(same[0].directory)} has the same {keys}, but no checkpoint to go on from: leave "
@@ -252,7 +258,7 @@ def _read_hydras(directory: Path) -> Run | None:
     except Exception:
         # A file that is missing, empty or damaged, which YAML and OmegaConf have many words for: no run to go on with.
         return None
-    if not isinstance(plain, dict):
+    if not isinstance(plain, dict) or not plain:
         return None
     return Run(directory, started, plain, _own_groups(choices), overrides, is_finished=_has_figures(directory))
 

@@ -223,3 +223,14 @@ def test_steps_that_cannot_be_counted(cls):
     assert throughput.flops_per_sample is throughput.flops_per_second is throughput.fraction_of_matmul_rate is None
     assert "train/gigaflops_per_second" not in job.callback_metrics
     assert not any(getattr(module, "watched", []))
+
+
+def test_an_epoch_that_goes_on_in_the_middle(tmp_path):
+    """Its time is that of the batches that are left: the clock does not count from some time long ago."""
+    first = trainer(max_epochs=1, max_steps=2)
+    first.fit(make(), batches())
+    first.save_checkpoint(tmp_path / "middle.ckpt")
+    throughput, started = Throughput(), time.perf_counter()
+    trainer(throughput, max_epochs=1).fit(make(), batches(), ckpt_path=tmp_path / "middle.ckpt")
+    # Three batches of eight are left.
+    assert 3 * 8 / throughput.total < time.perf_counter() - started
