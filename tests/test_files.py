@@ -74,8 +74,12 @@ def test_leftovers_are_those_of_a_run(tmp_path):
     (tmp_path / "deep").mkdir()
     for name in gone + stay:
         (tmp_path / "deep" / name).touch()
+    # Another run may be at work below.
+    (tmp_path / "deep" / "other" / ".hydra").mkdir(parents=True)
+    (tmp_path / "deep" / "other" / gone[0]).touch()
     remove_leftovers(tmp_path)
-    assert sorted(os.listdir(tmp_path / "deep")) == sorted(stay)
+    assert sorted(os.listdir(tmp_path / "deep")) == sorted([*stay, "other"])
+    assert (tmp_path / "deep" / "other" / gone[0]).exists()
 
 
 def test_one_writer(tmp_path):
