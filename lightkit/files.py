@@ -55,13 +55,15 @@ def write_text_atomically(path: str | Path, text: str) -> None:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Removes what `write_atomically` left of the files of a run below a directory when it was killed.
+    """Removes what `write_atomically` left of the files of a run in its directory when it was killed.
 
-    Nobody must be writing one of them.
+    Nobody must be writing one of them: the directories of other runs below it, which have a ``.hydra`` of their own,
+    are left alone.
     """
-    for path in directory.rglob(".*"):
-        if _LEFTOVER.fullmatch(path.name):
-            path.unlink(missing_ok=True)
+    for folder, folders, names in os.walk(directory):
+        folders[:] = [name for name in folders if not os.path.isdir(os.path.join(folder, name, ".hydra"))]
+        for name in filter(_LEFTOVER.fullmatch, names):
+            Path(folder, name).unlink(missing_ok=True)
 
 
 # The directories that this process holds, and the descriptors that do it.

@@ -115,15 +115,27 @@ def find_run(checkpoint: Path) -> Run | None:
     return None
 
 
-def find_others(run: Run, name: str) -> list[Run]:
+def has_runs(name: str) -> bool:
+    """Returns whether there is a run below ``runs/NAME``."""
+    return any(_walk(Path("runs") / name))
+
+
+def find_others(run: Run, name: str, recorded: bool = False) -> list[Run]:
     """Returns the runs that one may go on with, the newest one first.
 
     They lie below ``runs/NAME``, or were in the run's own directory before, and are no jobs of the same sweep.
+
+    Args:
+        run: the one that wants to go on.
+        name: of the runs.
+        recorded: leaves out those of the first edition, each of which takes a while to read.
     """
     directories = {folder.resolve() for root in (Path("runs") / name, run.directory) for folder in _walk(root)}
     if not (run.directory / _RECORD).exists():
         # Hydra has written there what could be taken for a run of the first edition.
         directories.discard(run.directory.resolve())
+    if recorded:
+        directories = {directory for directory in directories if (directory / _RECORD).exists()}
     found = [other for directory in directories if (other := read(directory)) is not None]
     others = [other for other in found if run.job is None or other.job != run.job]
     return sorted(others, key=lambda other: other.started, reverse=True)
@@ -146,7 +158,8 @@ def find_last(run: Run, name: str, swept: Sequence[str] = ()) -> Path:
     for other in same:
         if (path := other.whole_checkpoint()) is not None:
             return path
-    keys = f"{', '.join(SAME[:-1])} and {SAME[-1]}"
+    *most, last = *SAME, *swept
+    keys = f"{', '.join(most)} and {last}"
     if same:
         raise CheckpointError(
             f"ckpt_path=last: {shown(same[0].directory)} has the same {keys}, but no checkpoint to go on from: leave "
@@ -166,7 +179,7 @@ def find_last(run: Run, name: str, swept: Sequence[str] = ()) -> Path:
 
 def find_unfinished(run: Run, name: str) -> Run | None:
     """Returns the newest run of the same kind below ``runs/NAME``, if that was left unfinished."""
-    same = (other for other in find_others(run, name) if not differences(run, other))
+    same = (other for other in find_others(run, name, recorded=True) if not differences(run, other))
     newest = next((other for other in same if other.is_finished or other.checkpoints()), None)
     return newest if newest is not None and newest.is_left_alone() else None
 
@@ -252,7 +265,7 @@ def _read_hydras(directory: Path) -> Run | None:
     except Exception:
         # A file that is missing, empty or damaged, which YAML and OmegaConf have many words for: no run to go on with.
         return None
-    if not isinstance(plain, dict):
+    if not isinstance(plain, dict) or not plain:
         return None
     return Run(directory, started, plain, _own_groups(choices), overrides, is_finished=_has_figures(directory))
 

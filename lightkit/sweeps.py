@@ -22,7 +22,7 @@ from lightkit import processes
 from lightkit.errors import CarriedError, CheckpointError, ConfigError, LightkitError
 from lightkit.files import hold, release, remove_leftovers
 from lightkit.restarts import quoted
-from lightkit.runs import shown
+from lightkit.runs import has_runs, shown
 from lightkit.sweep_record import Sweep, find, find_all, read
 
 _STUDY = "study.db"
@@ -91,7 +91,7 @@ def _to_continue(new: Sweep, name: str, restarted: str | None) -> Sweep | None:
     """Returns the sweep to go on with; None if each of the jobs is to go on with a run of its own.
 
     Raises:
-        CheckpointError: nothing of the sweep is left to do, or it is being done.
+        CheckpointError: nothing of the sweep is left to do, it is being done, or there is no run at all.
     """
     if restarted is not None:
         old = read(Path(restarted))
@@ -103,6 +103,9 @@ def _to_continue(new: Sweep, name: str, restarted: str | None) -> Sweep | None:
             f"ckpt_path=last: {shown(done.directory)}, the sweep with the same overrides, "
             f"{'is finished' if done.is_finished else 'is still running'}"
         )
+    if not has_runs(name):
+        # Before there is a directory of a sweep that nobody wanted to begin.
+        raise CheckpointError(f"ckpt_path=last: there is no last.ckpt below {(Path('runs') / name).absolute()}")
     nearest = max(find_all(new, name), key=lambda old: (_alike(new, old), old.started), default=None)
     if nearest is not None and not nearest.is_finished:
         there, here = (" ".join(w for w in a.overrides if w not in b.overrides) for a, b in _both_ways(nearest, new))

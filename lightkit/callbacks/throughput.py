@@ -83,11 +83,12 @@ class Throughput(Callback):
         self.flops_per_sample = self.fraction_of_matmul_rate = None
         # Who optimizes manually may go on with the forward pass after any backward.
         self._is_to_count = pl_module.automatic_optimization
+        # An epoch that goes on in the middle does not start.
+        self._start_clock()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the clock."""
-        self._epoch_samples, self._epoch_seconds = 0, 0.0
-        self._resume_clock()
+        self._start_clock()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -168,6 +169,10 @@ class Throughput(Callback):
     def _abandon_counting(self) -> None:
         self._counting.close()
         self._counter = None
+
+    def _start_clock(self) -> None:
+        self._epoch_samples, self._epoch_seconds = 0, 0.0
+        self._resume_clock()
 
     def _resume_clock(self) -> None:
         self._since = self._mark = time.perf_counter()

@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from plain import Plain, batches, make, trainer
 from torch import nn
 
@@ -223,3 +223,13 @@ def test_steps_that_cannot_be_counted(cls):
     assert throughput.flops_per_sample is throughput.flops_per_second is throughput.fraction_of_matmul_rate is None
     assert "train/gigaflops_per_second" not in job.callback_metrics
     assert not any(getattr(module, "watched", []))
+
+
+def test_an_epoch_that_goes_on_in_the_middle(tmp_path):
+    """Its time is that of the batches that are left: the clock does not count from some time long ago."""
+    saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+    trainer(saving, max_epochs=1, enable_checkpointing=True).fit(make(), batches())
+    throughput, started = Throughput(), time.perf_counter()
+    trainer(throughput, max_epochs=1).fit(make(), batches(), ckpt_path=tmp_path / "step=2.ckpt", weights_only=False)
+    # Three batches of eight are left.
+    assert 3 * 8 / throughput.total < time.perf_counter() - started
