@@ -133,6 +133,8 @@ def _find_in_pickle(pickle: bytes) -> str | None:
         elif name == "MARK":
             marks.append(len(stack))
         elif name in ("BINPUT", "LONG_BINPUT"):
+            if not stack:
+                return "its data.pkl is damaged"
             memo[argument] = stack[-1]
         elif name in ("BINGET", "LONG_BINGET"):
             if argument not in memo:

@@ -176,11 +176,11 @@ class CheckTrainingState(Callback):
 
 def _is_alike(value: Any, own: Any) -> bool:
     """Returns True if a value may stand where another one stands: the same type, and of numbers any."""
-    numbers = (int, float, bool)
-    if isinstance(own, numbers) or own is None or isinstance(own, Tensor):
-        return (
-            value is None or type(value) in (*numbers, Tensor) or (own is None and isinstance(value, (str, list, dict)))
-        )
+    plain = (int, float, bool, Tensor, type(None))
+    if own is None:
+        return type(value) in (*plain, str, list, tuple, dict)
+    if isinstance(own, plain):
+        return type(value) in plain
     if isinstance(own, (list, tuple)):
         return isinstance(value, (list, tuple))
     return type(value) is type(own) or isinstance(value, type(own))

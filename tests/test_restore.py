@@ -172,9 +172,17 @@ def test_sizes_are_compared_before_memory_is_taken(save, config, changes, messag
 
 def test_metrics_of_terabytes(save):
     """The tables of a metric count as memory, too."""
-    confusion = {"_target_": "torchmetrics.classification.MulticlassConfusionMatrix", "num_classes": 10**6}
+    for arguments in ({"num_classes": 10**6}, {"num_classes": 3, "validate_args": False}, {"num_classes": [3] * 2000}):
+        confusion = {"_target_": "torchmetrics.classification.MulticlassConfusionMatrix", **arguments}
+        with pytest.raises(CheckpointError, match="x must have numbers up to 1000 and no validate_args"):
+            restore(save(CNN, task__metrics={"x": confusion}), evaluates=True)
+    table = {"_target_": "torchmetrics.classification.MulticlassAUROC", "num_classes": 1000, "thresholds": 1000}
     with pytest.raises(CheckpointError, match=r"takes [0-9,]+ bytes"):
-        restore(save(CNN, task__metrics={"x": confusion}), evaluates=True)
+        restore(save(CNN, task__metrics={str(number): table for number in range(50)}), evaluates=True)
+    with pytest.raises(CheckpointError, match="must be a mapping of 50 at most"):
+        restore(save(CNN, task__metrics={str(number): ACCURACY for number in range(51)}), evaluates=True)
+    with pytest.raises(CheckpointError, match=r"has the name 'a.*x1b'"):
+        restore(save(CNN, task__metrics={"a\x1b": ACCURACY}), evaluates=True)
 
 
 def test_one_number_that_stands_for_terabytes(save):
@@ -194,7 +202,7 @@ def test_containers_that_unpack_to_more(save, tmp_path):
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
         for part in old.infolist():
             new.writestr(part.filename, old.read(part))
-    with pytest.raises(CheckpointError, match="its parts are compressed or overlap"):
+    with pytest.raises(CheckpointError, match="its records are compressed"):
         restore(packed)
     (tmp_path / "legacy.ckpt").touch()
     torch.save(torch.load(path), tmp_path / "legacy.ckpt", _use_new_zipfile_serialization=False)
