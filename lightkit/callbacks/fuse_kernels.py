@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copyreg
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,17 +13,19 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.loss import _Loss
 
 from lightkit import native
-from lightkit.nn import CrossEntropyLoss, FusedSequential, can_fuse
+from lightkit.nn import CrossEntropyLoss, can_fuse
+from lightkit.nn.fused_sequential import FusedCall, is_fused
 from lightkit.ops import substitute, substitute_cross_entropy
-from lightkit.optim.convert import convert
+from lightkit.optim.convert import REPLACEMENTS, convert
 from lightkit.optim.convert import obstacle as optimizer_obstacle
 
 _FUNCTION = "torch.nn.functional.cross_entropy"
 _REPLACEMENT = "lightkit.ops.cross_entropy"
+_FUSED = "it is on lightkit's kernels already"
 _COMPILED = "it is under torch.compile, whose graphs stay torch's"
 
 
@@ -112,6 +113,10 @@ class FuseKernels(Callback):
         """Likewise, where the run does not come to its end."""
         self._restore(trainer)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy, such as that of a trainer in the middle of a run, has replaced nothing and has nothing to undo.
+        return {**vars(self), "_undo": {}}
+
     def _undo_of(self, trainer: pl.Trainer) -> ExitStack:
         return self._undo.setdefault(id(trainer), ExitStack())
 
@@ -142,7 +147,7 @@ class FuseKernels(Callback):
         if cause is not None:
             return Found(name, _name(cls), reason=cause)
         self._undo_of(trainer).callback(convert(optimizer))
-        return Found(name, _name(cls), replacement=_name(type(optimizer)))
+        return Found(name, _name(cls), replacement=_name(REPLACEMENTS[cls]))
 
     def _sequentials(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, cause: str | None, compiled: _Compiled
@@ -153,26 +158,10 @@ class FuseKernels(Callback):
             cause = f"convolutions are torch's on {device}"
         for name, module in pl_module.named_modules():
             if type(module) is nn.Sequential and can_fuse(module):
-                reason = cause or (_COMPILED if compiled.above(name) else None)
+                reason = cause or (_COMPILED if compiled.above(name) else _FUSED if is_fused(module) else None)
                 if reason is None:
-                    module.__class__ = _FusedForTheRun
-                    self._undo_of(trainer).callback(setattr, module, "__class__", nn.Sequential)
+                    self._undo_of(trainer).callback(FusedCall(module).undo)
                 yield Found(name, "torch.nn.Sequential", None if reason else "lightkit.nn.FusedSequential", reason)
-
-
-class _FusedForTheRun(FusedSequential):
-    """What a Sequential is in the meantime: copies, pickles and exports of it are torch's."""
-
-    _is_only_its_layers = True
-
-    def forward(self, input: Tensor) -> Tensor:
-        if torch.jit.is_tracing() or torch.compiler.is_exporting():
-            return nn.Sequential.forward(self, input)
-        return super().forward(input)
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # As pickle's oldest protocol does: the newer ones insist on the class that the object has.
-        return copyreg._reconstructor, (nn.Sequential, object, None), vars(self).copy()
 
 
 def _obstacle(trainer: pl.Trainer) -> str | None:
@@ -221,7 +210,7 @@ def _is_compiled(module: nn.Module) -> bool:
 
     return (
         isinstance(module, OptimizedModule)
-        or getattr(module, "_compiled_call_impl", None) is not None
+        or (getattr(module, "_compiled_call_impl", None) is not None and not is_fused(module))
         or getattr(module, "_compiler_ctx", None) is not None
     )
 
