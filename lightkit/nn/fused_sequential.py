@@ -17,7 +17,7 @@ _LAYERS = ("Sequential", "Conv2d", "ReLU", "MaxPool2d", "Flatten", "Linear")
 
 # What torch's layers call and the operation leaves out.
 _ORIGINALS = Originals(
-    torch,
+    (torch,),
     nn,
     *(f"{layer}.{method}" for layer in _LAYERS for method in ("forward", "__call__")),
     "Module._call_impl",
@@ -34,9 +34,9 @@ class FusedSequential(nn.Sequential):
     run one by one, where one of them has a hook, which would not be called, is a subclass or parametrized, has settings
     that the operation does not know (stride, dilation, groups, another pool than 2x2), or is faster in torch. What a
     Sequential within this one has is run as if it stood here, unless that has a hook. torch.jit.trace and devices other
-    than a CPU see torch's layers; torch.jit.script cannot compile it. Where somebody patches ``forward`` or ``__call__``
-    of torch's classes, or a function that they call, such as ``torch.nn.functional.conv2d``, the layers run one by one,
-    and so they do for an input that the operation refuses: errors are those of torch's layers.
+    than a CPU see torch's layers; torch.jit.script cannot compile it. Where somebody patches ``forward`` of torch's
+    classes, or a function that they call, such as ``torch.nn.functional.conv2d``, the layers run one by one, and so
+    they do for an input that the operation refuses: errors are those of torch's layers.
 
     The result has the memory format of the input, as do the inputs of layers to which it may matter: code that takes a
     ``view`` works as before, and dropout draws as before.
@@ -87,6 +87,7 @@ class FusedCall:
         module._compiled_call_impl = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns what calling the module returns."""
         module = self._module()
         if len(args) != 1 or kwargs or not _is_plain(module) or _is_traced():
             return module._call_impl(*args, **kwargs)

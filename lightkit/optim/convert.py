@@ -28,7 +28,9 @@ REPLACEMENTS: dict[type[Optimizer], type[FusedStep]] = {
 }
 
 # What a step of torch's calls. torch.optim does not keep the names of its modules.
-_MODULES = types.SimpleNamespace(sgd=sys.modules["torch.optim.sgd"], adam=sys.modules["torch.optim.adam"], own=torch.optim)
+_MODULES = types.SimpleNamespace(
+    sgd=sys.modules["torch.optim.sgd"], adam=sys.modules["torch.optim.adam"], own=torch.optim
+)
 _METHODS = ("step", "_init_group", "_optimizer_step_code")
 _FUNCTIONS = {torch.optim.SGD: "sgd.sgd", torch.optim.Adam: "adam.adam", torch.optim.AdamW: "adam.adam"}
 
@@ -178,7 +180,7 @@ class _Method:
 
 def _called(cls: type[Optimizer]) -> Originals:
     methods = (f"own.{cls.__name__}.{name}" for name in _METHODS)
-    return Originals(torch, _MODULES, *methods, _FUNCTIONS[cls])
+    return Originals((torch,), _MODULES, *methods, _FUNCTIONS[cls])
 
 
 def _has_step_of(optimizer: Optimizer, function: Callable[..., Any]) -> bool:

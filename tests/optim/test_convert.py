@@ -203,7 +203,7 @@ def test_attributes_of_a_converted_optimizer():
 @pytest.mark.parametrize("name", ["step", "_init_group"])
 @pytest.mark.parametrize("before", [True, False], ids=["patched before", "patched meanwhile"])
 def test_methods_patched_on_the_class(monkeypatch, cls, name, before):
-    """A method that somebody has replaced on torch's class, or on its base, is called, with the state as torch has it."""
+    """A method that somebody has replaced on torch's class, or on its base, is called."""
     dtype = torch.bfloat16 if cls is not torch.optim.SGD else torch.float32
     optimizer = cls([nn.Parameter(torch.ones(3, dtype=dtype))], lr=0.1)
     optimizer.zero_grad()
