@@ -17,11 +17,24 @@ class LeanLoop(Callback):
     """Takes most of Lightning's overhead out of a training step: ``Trainer(callbacks=[LeanLoop()])``.
 
     Weights, running values, counters, checkpoints, the hooks that somebody implements and their order are the
-    same to the bit; see `lightkit.loops.LeanRun`. Which callbacks, hooks and schedulers there are is looked up
-    at the start of an epoch and after each validation. What is not done in every step any more is what nobody sees
-    there: collecting metrics that no logger takes, writing the loggers' files more than once a second, drawing a
-    progress bar more than ten times a second, looking up hooks that are empty, checking the options of ``self.log``
-    anew.
+    same to the bit; see `lightkit.loops.LeanRun`. So are the metrics after a step that fails. What is not done in
+    every step any more is what nobody sees there: collecting metrics that no logger takes, writing the loggers' files
+    more than once a second, drawing a progress bar more than ten times a second, looking up hooks that are empty,
+    checking the options of ``self.log`` anew. Callbacks, optimizers and hooks that are exchanged in the middle of an
+    epoch take part from the next step on, and where somebody patches a function of Lightning's that a step calls, the
+    steps are Lightning's. A trainer can be copied and pickled in the middle of a run; the copy has nothing of it.
+
+    During a training, a program that looks closely sees these differences:
+
+    ==================================== ===================================================================
+    where                                what
+    ==================================== ===================================================================
+    training loop, ``vars``              ``run`` and ``__getstate__`` are attributes of the object
+    module, ``vars``, in a lean step     ``log`` and ``__getstate__`` are attributes of the object
+    loader that is sliced, ``vars``      ``_get_iterator`` and ``__getstate__`` are attributes of the object
+    private running values, ``type``     ``DeferredMetric``, a subclass of Lightning's ``_ResultMetric``
+    hooks patched on classes of others   are seen at the next epoch or after the next validation
+    ==================================== ===================================================================
 
     A ``DataLoader`` over a ``TensorDataset`` gives the same batches by slicing: see `lightkit.data.fetch_slices`.
 

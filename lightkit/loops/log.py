@@ -18,6 +18,8 @@ from lightkit.loops.deferred import DeferredMetric, defer, settle
 
 _PLAIN = (bool, int, str, type(None))
 
+_LOG = pl.LightningModule.log
+
 # Of ``log``, between the value and the batch size.
 _ARGUMENTS = 9
 
@@ -38,7 +40,6 @@ class FastLog:
         self._module = module
         self._results = results
         self._connector = module.trainer._logger_connector
-        self._log = module.log
         # By hook and name: the options it was logged with, the running value, and where that lies.
         self._known: dict[tuple[str, str], tuple[tuple, dict[str, Any], _ResultMetric, torch.device]] = {}
 
@@ -55,6 +56,7 @@ class FastLog:
             and known[1] == options
             and not torch.compiler.is_compiling()
             and value.device == known[3]
+            and pl.LightningModule.log is _LOG
         ):
             metric = known[2]
             size = self._results._extract_batch_size(metric, batch_size, metric.meta)
@@ -68,10 +70,10 @@ class FastLog:
                 metric.has_reset = False
             self._connector._current_fx = hook
             return
-        if batch_size is None:
-            self._log(name, value, *args, **options)
-        else:
-            self._log(name, value, *args, batch_size=batch_size, **options)
+        if batch_size is not None:
+            options["batch_size"] = batch_size
+        type(self._module).log(self._module, name, value, *args, **options)
+        options.pop("batch_size", None)
         self._remember(hook, name, args, options)
 
     def __reduce__(self) -> tuple:
