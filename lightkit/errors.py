@@ -15,3 +15,7 @@ class DataError(LightkitError, ValueError):
 
 class CheckpointError(LightkitError, ValueError):
     """A checkpoint that is missing, damaged or of something else."""
+
+
+class ArgumentError(ValueError, RuntimeError):
+    """An argument of an op does not fit. It is both, since torch raises now the one and now the other."""

@@ -50,21 +50,38 @@ class Found:
 
 
 class FuseKernels(Callback):
-    """Replaces optimizers, cross-entropy and convolution blocks of torch by lightkit's, while the trainer runs.
+    """Runs optimizers, cross-entropy and convolution blocks of torch on lightkit's kernels, while the trainer runs.
 
-    Goes with any LightningModule, unchanged: ``Trainer(callbacks=[FuseKernels()])``. Replaced are
+    Goes with any LightningModule, unchanged: ``Trainer(callbacks=[FuseKernels()])``. On the kernels run
 
-    - optimizers that are a ``torch.optim.SGD``, ``Adam`` or ``AdamW``, in place: see `lightkit.optim.convert`. For a
+    - optimizers that are a ``torch.optim.SGD``, ``Adam`` or ``AdamW``: see `lightkit.optim.convert`. For a
       fit;
     - ``torch.nn.functional.cross_entropy``, however it is called, in the thread of the trainer, and with it
       ``torch.nn.CrossEntropyLoss``: see `lightkit.ops.substitute_cross_entropy`. For fit, validate, test and
       predict. Calls that the kernels do not cover, and code under torch.compile, stay torch's;
     - on a CPU, each ``torch.nn.Sequential`` with layers that go together as one operation, such as convolutions that
-      a ReLU follows, in place, by `lightkit.nn.FusedSequential`. For fit, validate, test and predict.
+      a ReLU follows, as `lightkit.nn.FusedSequential` does. For fit, validate, test and predict.
 
-    Meanwhile torch.jit.script cannot compile what is replaced; torch.jit.trace and torch.export see torch's layers.
+    The objects keep their classes: ``type(optimizer)``, ``type(net)``, ``match``, the summary of the model and a
+    profiler show the user's, copies and pickles are torch's, and so is what torch.jit, torch.fx, torch.compile and
+    torch.export see of a ``Sequential``. Where somebody patches a method of torch's classes, or a function that they
+    call, before a run or during it, that is called. A program that looks closely sees these differences:
+
+    ================================== =====================================================================
+    where                              what, during a run
+    ================================== =====================================================================
+    ``vars(optimizer)``                ``step`` and ``__getstate__`` are attributes of the object
+    hooks of ``load_state_dict``       the optimizer has one of each kind more
+    ``vars(net)`` of a fused net       ``_compiled_call_impl`` is an attribute of the object
+    ``net.forward`` called by itself   runs torch's layers; the call of a net that has hooks does so, too
+    ``F.cross_entropy.__code__``       is another; torch.jit.script cannot compile the function
+    ``grad_fn`` of a result            is a node of lightkit's
+    state of half-precision ``Adam``   the moments are float32
+    ================================== =====================================================================
+
     When the run ends, or an exception or Ctrl-C ends it, everything is torch's again. Checkpoints hold nothing of
-    lightkit: one made with this callback continues without it, and the other way round.
+    lightkit: one made with this callback continues without it, and the other way round. A trainer can be copied and
+    pickled during a run; the copy has nothing of it.
 
     What was found, and what became of it, is logged once a run and kept in ``report``. With strategies that
     spawn processes it stays in those. Without native kernels for the trainer's device nothing is replaced, and

@@ -89,7 +89,8 @@ class FusedCall:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Returns what calling the module returns."""
         module = self._module()
-        if len(args) != 1 or kwargs or not _is_plain(module) or _is_traced():
+        is_plain = len(args) == 1 and not kwargs and _is_plain(module) and _ORIGINALS.are_in_place()
+        if not is_plain or _is_traced():
             return module._call_impl(*args, **kwargs)
         return run_fused(module._modules.values(), args[0])
 

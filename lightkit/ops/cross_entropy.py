@@ -10,6 +10,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightkit import native
+from lightkit.errors import ArgumentError
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -73,8 +74,9 @@ def cross_entropy(
 
     Raises:
         IndexError: a target is outside ``[0, C)`` and not ``ignore_index``; names the row.
-        ValueError: shapes that do not fit, an unknown ``reduction``, a negative ``softcap``, or ``inplace``
-            with logits that are a leaf, a view, not contiguous or of shared memory.
+        ValueError: an unknown ``reduction``, a negative ``softcap``.
+        ArgumentError: shapes that do not fit, or ``inplace`` with logits that are a leaf, a view, not contiguous or
+            of shared memory.
         RuntimeError: dtypes or devices that do not fit, ``label_smoothing`` outside [0, 1], an ``ignore_index``
             of 0 or more with probabilities, a second derivative after ``inplace``.
 
@@ -84,19 +86,11 @@ def cross_entropy(
         .. [3] Gemma Team, Gemma 2: Improving Open Language Models at a Practical Size, 2024.
     """
     if not torch.compiler.is_compiling() and input.numel() > 0 and (module := native.load()) is not None:
-        result = module.cross_entropy(
-            input,
-            target,
-            weight,
-            _REDUCTIONS.get(reduction, -1),
-            ignore_index,
-            label_smoothing,
-            z_loss,
-            softcap,
-            dtype,
-            return_lse,
-            inplace,
-        )
+        options = (ignore_index, label_smoothing, z_loss, softcap, dtype, return_lse, inplace)
+        try:
+            result = module.cross_entropy(input, target, weight, _REDUCTIONS.get(reduction, -1), *options)
+        except ValueError as error:
+            raise ArgumentError(str(error)) from None
         if result is not NotImplemented:
             return result
     # From here on, what is not plain tensors and class indices: traced, transformed, wrapped, or wrong.
@@ -132,19 +126,11 @@ def cross_entropy(
             return_lse=return_lse,
             inplace=inplace,
         )
-    loss, lse = torch.ops.lightkit.cross_entropy.default(
-        input,
-        target,
-        weight,
-        _REDUCTIONS[reduction],
-        ignore_index,
-        label_smoothing,
-        z_loss,
-        softcap,
-        dtype,
-        return_lse,
-        inplace,
-    )
+    options = (ignore_index, label_smoothing, z_loss, softcap, dtype, return_lse, inplace)
+    try:
+        loss, lse = torch.ops.lightkit.cross_entropy.default(input, target, weight, _REDUCTIONS[reduction], *options)
+    except ValueError as error:
+        raise ArgumentError(str(error)) from None
     return (loss, lse) if return_lse else loss
 
 
@@ -166,6 +152,8 @@ def cross_entropy_reference(
 
     ``inplace`` saves memory and changes no value: it has no effect here.
     """
+    if dtype is None and target.is_floating_point():
+        input, target, weight = _promoted(input, target, weight)
     output_dtype = input.dtype if dtype is None else dtype
     logits = input.to(torch.promote_types(input.dtype, torch.float32))
     if softcap > 0:

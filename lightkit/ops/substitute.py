@@ -104,11 +104,11 @@ def _choose(
         and type(input) in _PLAIN
         and type(target) in _PLAIN
         and (weight is None or type(weight) in _PLAIN)
-        and _has_dtypes_of_kernels(input, target, weight)
         # Modes that watch torch's functions or operators, such as tracers, are to see torch's.
         and not has_torch_function_variadic(input, target)
         and not _is_dispatched_by_modes()
         and not torch.jit.is_tracing()
+        and _has_dtypes_of_kernels(input, target, weight)
         and has_kernel(input, target, weight)
     ):
         return cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)

@@ -1,4 +1,4 @@
-"""What a program sees of the lean loop: after errors, in copies, through patched functions. Lightning is the measure."""
+"""What a program sees of the lean loop: after errors, in copies, through patched functions; against Lightning's."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from lightkit.callbacks import LeanLoop
 from lightkit.loops.deferred import DeferredMetric
 from lightkit.loops.step import LeanStep
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*(does not have many workers|lower value for log_every|val_dataloader)")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*(does not have many workers|lower value for log_every|val_dataloader)"
+)
 
 STEP = 6
 
@@ -277,7 +279,7 @@ def test_copies_of_a_trainer_in_the_middle_of_a_step(duplicate):
 )
 @pytest.mark.parametrize("when", ["before", "meanwhile"])
 def test_patched_functions_are_called(monkeypatch, owner, name, when):
-    """Whoever patches a function that a step calls, before a run or in the middle of an epoch, has it called as often."""
+    """Whoever patches a function that a step calls, before a run or in the middle of an epoch, has it called."""
     counts = []
     for lean in (False, True):
         calls, original = [], getattr(owner, name)
