@@ -28,9 +28,10 @@ auto make_node() {
   }
 }
 
-// Whether `tensor` stands for several, as within vmap: is_grads_batched=True calls backward so.
+// Whether `tensor` stands for several: within torch.func.vmap, or in a backward with is_grads_batched=True.
 inline bool is_batched(const at::Tensor& tensor) {
-  return tensor.key_set().has(c10::DispatchKey::FuncTorchBatched);
+  return tensor.key_set().has_any(
+      c10::DispatchKeySet({c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Batched}));
 }
 
 // `gradient`, computed in forward, times what backward brings. Its memory goes to the result and `gradient` is
