@@ -19,3 +19,7 @@ class CheckpointError(LightkitError, ValueError):
 
 class CarriedError(BaseException):
     """Carries an error in the input, its only argument, past Hydra, which would print its own words on an Exception."""
+
+
+class ArgumentError(ValueError, RuntimeError):
+    """An argument of an op does not fit. It is both, since torch raises now the one and now the other."""

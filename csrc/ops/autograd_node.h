@@ -28,10 +28,16 @@ auto make_node() {
   }
 }
 
+// Whether `tensor` stands for several: within torch.func.vmap, or in a backward with is_grads_batched=True.
+inline bool is_batched(const at::Tensor& tensor) {
+  return tensor.key_set().has_any(
+      c10::DispatchKeySet({c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Batched}));
+}
+
 // `gradient`, computed in forward, times what backward brings. Its memory goes to the result and `gradient` is
-// undefined afterwards, unless this backward keeps the graph for another one.
+// undefined afterwards, unless this backward keeps the graph for another one, or brings several to multiply it with.
 inline at::Tensor take_gradient(at::Tensor& gradient, const at::Tensor& upstream) {
-  if (!is_concrete(gradient) || torch::autograd::get_current_graph_task_keep_graph()) {
+  if (!is_concrete(gradient) || is_batched(upstream) || torch::autograd::get_current_graph_task_keep_graph()) {
     return (gradient * upstream).to(gradient.scalar_type());
   }
   static const auto apply_upstream = c10::Dispatcher::singleton()

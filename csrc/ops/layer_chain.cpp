@@ -6,6 +6,8 @@
 
 #include "layer_chain.h"
 
+#include "autograd_node.h"
+
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -64,15 +66,17 @@ Tensor reference(const Tensor& input, TensorList weights, TensorList biases, con
   return x;
 }
 
-// The gradients for backward with create_graph=True: of the reference, and differentiable. Which positions win does
-// not change with the input, nearly everywhere.
-std::vector<Tensor> differentiable_gradients(
+// The gradients of the reference: differentiable for backward with create_graph=True, and for several upstream
+// gradients at once. Which positions win does not change with the input, nearly everywhere.
+std::vector<Tensor> reference_gradients(
     const Tensor& grad_output,
     const Tensor& input,
     TensorList weights,
     TensorList biases,
     const Settings& settings,
     at::IntArrayRef wanted) {
+  const bool create_graph = at::GradMode::is_enabled();
+  const at::AutoGradMode grad_mode(true);
   // Aliases: if one of the tensors was made from another, that is none of this operation's.
   const auto alias = [](const Tensor& tensor) { return tensor.defined() ? tensor.alias() : tensor; };
   variable_list all{alias(input)};
@@ -90,7 +94,7 @@ std::vector<Tensor> differentiable_gradients(
       inputs.push_back(all[i]);
     }
   }
-  const auto found = torch::autograd::grad({output}, inputs, {grad_output}, std::nullopt, /*create_graph=*/true);
+  const auto found = torch::autograd::grad({output}, inputs, {grad_output}, std::nullopt, create_graph);
   std::vector<Tensor> gradients(all.size());
   for (size_t i = 0, j = 0; i < all.size(); ++i) {
     if (wanted[i]) {
@@ -154,8 +158,8 @@ class LayerChain : public torch::autograd::Function<LayerChain> {
         }
       }
     }
-    const auto found = at::GradMode::is_enabled()
-        ? differentiable_gradients(grad_outputs[0], saved[0], weights, biases, {numbers}, wanted)
+    const auto found = at::GradMode::is_enabled() || is_batched(grad_outputs[0])
+        ? reference_gradients(grad_outputs[0], saved[0], weights, biases, {numbers}, wanted)
         : call_backward(grad_outputs[0], saved, weights, {numbers}, wanted);
     for (size_t i = 0; i < found.size(); ++i) {
       if (wanted[i]) {

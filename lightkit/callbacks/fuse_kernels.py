@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import copyreg
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.loss import _Loss
 
 from lightkit import native
-from lightkit.nn import CrossEntropyLoss, FusedSequential, can_fuse
+from lightkit.nn import CrossEntropyLoss, can_fuse
+from lightkit.nn.fused_sequential import FusedCall, is_fused
 from lightkit.ops import substitute, substitute_cross_entropy
-from lightkit.optim.convert import convert
+from lightkit.optim.convert import REPLACEMENTS, convert
 from lightkit.optim.convert import obstacle as optimizer_obstacle
 
 _FUNCTION = "torch.nn.functional.cross_entropy"
 _REPLACEMENT = "lightkit.ops.cross_entropy"
+_FUSED = "it is on lightkit's kernels already"
 _COMPILED = "it is under torch.compile, whose graphs stay torch's"
 
 
@@ -50,21 +50,38 @@ class Found:
 
 
 class FuseKernels(Callback):
-    """Replaces optimizers, cross-entropy and convolution blocks of torch by lightkit's, while the trainer runs.
+    """Runs optimizers, cross-entropy and convolution blocks of torch on lightkit's kernels, while the trainer runs.
 
-    Goes with any LightningModule, unchanged: ``Trainer(callbacks=[FuseKernels()])``. Replaced are
+    Goes with any LightningModule, unchanged: ``Trainer(callbacks=[FuseKernels()])``. On the kernels run
 
-    - optimizers that are a ``torch.optim.SGD``, ``Adam`` or ``AdamW``, in place: see `lightkit.optim.convert`. For a
+    - optimizers that are a ``torch.optim.SGD``, ``Adam`` or ``AdamW``: see `lightkit.optim.convert`. For a
       fit;
     - ``torch.nn.functional.cross_entropy``, however it is called, in the thread of the trainer, and with it
       ``torch.nn.CrossEntropyLoss``: see `lightkit.ops.substitute_cross_entropy`. For fit, validate, test and
       predict. Calls that the kernels do not cover, and code under torch.compile, stay torch's;
     - on a CPU, each ``torch.nn.Sequential`` with layers that go together as one operation, such as convolutions that
-      a ReLU follows, in place, by `lightkit.nn.FusedSequential`. For fit, validate, test and predict.
+      a ReLU follows, as `lightkit.nn.FusedSequential` does. For fit, validate, test and predict.
 
-    Meanwhile torch.jit.script cannot compile what is replaced; torch.jit.trace and torch.export see torch's layers.
+    The objects keep their classes: ``type(optimizer)``, ``type(net)``, ``match``, the summary of the model and a
+    profiler show the user's, copies and pickles are torch's, and so is what torch.jit, torch.fx, torch.compile and
+    torch.export see of a ``Sequential``. Where somebody patches a method of torch's classes, or a function that they
+    call, before a run or during it, that is called. A program that looks closely sees these differences:
+
+    ================================== =====================================================================
+    where                              what, during a run
+    ================================== =====================================================================
+    ``vars(optimizer)``                ``step`` and ``__getstate__`` are attributes of the object
+    hooks of ``load_state_dict``       the optimizer has one of each kind more
+    ``vars(net)`` of a fused net       ``_compiled_call_impl`` is an attribute of the object
+    ``net.forward`` called by itself   runs torch's layers; the call of a net that has hooks does so, too
+    ``F.cross_entropy.__code__``       is another; torch.jit.script cannot compile the function
+    ``grad_fn`` of a result            is a node of lightkit's
+    state of half-precision ``Adam``   the moments are float32
+    ================================== =====================================================================
+
     When the run ends, or an exception or Ctrl-C ends it, everything is torch's again. Checkpoints hold nothing of
-    lightkit: one made with this callback continues without it, and the other way round.
+    lightkit: one made with this callback continues without it, and the other way round. A trainer can be copied and
+    pickled during a run; the copy has nothing of it.
 
     What was found, and what became of it, is logged once a run and kept in ``report``. With strategies that
     spawn processes it stays in those. Without native kernels for the trainer's device nothing is replaced, and
@@ -112,6 +129,10 @@ class FuseKernels(Callback):
         """Likewise, where the run does not come to its end."""
         self._restore(trainer)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy, such as that of a trainer in the middle of a run, has replaced nothing and has nothing to undo.
+        return {**vars(self), "_undo": {}}
+
     def _undo_of(self, trainer: pl.Trainer) -> ExitStack:
         return self._undo.setdefault(id(trainer), ExitStack())
 
@@ -142,7 +163,7 @@ class FuseKernels(Callback):
         if cause is not None:
             return Found(name, _name(cls), reason=cause)
         self._undo_of(trainer).callback(convert(optimizer))
-        return Found(name, _name(cls), replacement=_name(type(optimizer)))
+        return Found(name, _name(cls), replacement=_name(REPLACEMENTS[cls]))
 
     def _sequentials(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, cause: str | None, compiled: _Compiled
@@ -153,26 +174,10 @@ class FuseKernels(Callback):
             cause = f"convolutions are torch's on {device}"
         for name, module in pl_module.named_modules():
             if type(module) is nn.Sequential and can_fuse(module):
-                reason = cause or (_COMPILED if compiled.above(name) else None)
+                reason = cause or (_COMPILED if compiled.above(name) else _FUSED if is_fused(module) else None)
                 if reason is None:
-                    module.__class__ = _FusedForTheRun
-                    self._undo_of(trainer).callback(setattr, module, "__class__", nn.Sequential)
+                    self._undo_of(trainer).callback(FusedCall(module).undo)
                 yield Found(name, "torch.nn.Sequential", None if reason else "lightkit.nn.FusedSequential", reason)
-
-
-class _FusedForTheRun(FusedSequential):
-    """What a Sequential is in the meantime: copies, pickles and exports of it are torch's."""
-
-    _is_only_its_layers = True
-
-    def forward(self, input: Tensor) -> Tensor:
-        if torch.jit.is_tracing() or torch.compiler.is_exporting():
-            return nn.Sequential.forward(self, input)
-        return super().forward(input)
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # As pickle's oldest protocol does: the newer ones insist on the class that the object has.
-        return copyreg._reconstructor, (nn.Sequential, object, None), vars(self).copy()
 
 
 def _obstacle(trainer: pl.Trainer) -> str | None:
@@ -221,7 +226,7 @@ def _is_compiled(module: nn.Module) -> bool:
 
     return (
         isinstance(module, OptimizedModule)
-        or getattr(module, "_compiled_call_impl", None) is not None
+        or (getattr(module, "_compiled_call_impl", None) is not None and not is_fused(module))
         or getattr(module, "_compiler_ctx", None) is not None
     )
 

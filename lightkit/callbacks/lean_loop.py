@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightkit.data.slices import fetch_slices
-from lightkit.loops import LeanEpochLoop, PassGraphs, graph_obstacle, obstacle
+from lightkit.loops import LeanRun, PassGraphs, graph_obstacle, obstacle
 
 
 class LeanLoop(Callback):
     """Takes most of Lightning's overhead out of a training step: ``Trainer(callbacks=[LeanLoop()])``.
 
     Weights, running values, counters, checkpoints, the hooks that somebody implements and their order are the
-    same to the bit; see `lightkit.loops.LeanEpochLoop`. Which callbacks, hooks and schedulers there are is looked up
-    at the start of an epoch and after each validation. What is not done in every step any more is what nobody sees
-    there: collecting metrics that no logger takes, writing the loggers' files more than once a second, drawing a
-    progress bar more than ten times a second, looking up hooks that are empty, checking the options of ``self.log``
-    anew.
+    same to the bit; see `lightkit.loops.LeanRun`. So are the metrics after a step that fails. What is not done in
+    every step any more is what nobody sees there: collecting metrics that no logger takes, writing the loggers' files
+    more than once a second, drawing a progress bar more than ten times a second, looking up hooks that are empty,
+    checking the options of ``self.log`` anew. Callbacks, optimizers and hooks that are exchanged in the middle of an
+    epoch take part from the next step on, and where somebody patches a function of Lightning's that a step calls, the
+    steps are Lightning's. A trainer can be copied and pickled in the middle of a run; the copy has nothing of it.
+
+    During a training, a program that looks closely sees these differences:
+
+    ==================================== ===================================================================
+    where                                what
+    ==================================== ===================================================================
+    training loop, ``vars``              ``run`` and ``__getstate__`` are attributes of the object
+    module, ``vars``, in a lean step     ``log`` and ``__getstate__`` are attributes of the object
+    loader that is sliced, ``vars``      ``_get_iterator`` and ``__getstate__`` are attributes of the object
+    private running values, ``type``     ``DeferredMetric``, a subclass of Lightning's ``_ResultMetric``
+    hooks patched on classes of others   are seen at the next epoch or after the next validation
+    ==================================== ===================================================================
 
     A ``DataLoader`` over a ``TensorDataset`` gives the same batches by slicing: see `lightkit.data.fetch_slices`.
 
@@ -49,7 +62,12 @@ class LeanLoop(Callback):
         self.obstacle: str | None = None
         self._graphs: PassGraphs | None = None
         # By trainer: one callback may serve several, also one within the other.
+        self._runs: dict[int, LeanRun] = {}
         self._undo: dict[int, ExitStack] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy, such as that of a trainer in the middle of a run, has changed nothing and has nothing to undo.
+        return {**vars(self), "_graphs": None, "_runs": {}, "_undo": {}}
 
     @property
     def graph_obstacle(self) -> str | None:
@@ -60,16 +78,16 @@ class LeanLoop(Callback):
         """Changes the loop, when everything has been set up."""
         self.obstacle = obstacle(trainer)
         if self.obstacle is None:
-            trainer.fit_loop.epoch_loop.__class__ = LeanEpochLoop
+            graphs = None
             if self.cuda_graphs and trainer.strategy.root_device.type == "cuda":
-                self._graphs = PassGraphs(pl_module, graph_obstacle(trainer))
-                trainer.fit_loop.epoch_loop.graphs = self._graphs
+                graphs = self._graphs = PassGraphs(pl_module, graph_obstacle(trainer))
+            self._runs[id(trainer)] = LeanRun(trainer.fit_loop.epoch_loop, graphs)
         else:
             rank_zero_warn(f"LeanLoop leaves Lightning's loop as it is: {self.obstacle}")
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Has the loaders slice, new ones among them."""
-        if type(trainer.fit_loop.epoch_loop) is not LeanEpochLoop:
+        if id(trainer) not in self._runs:
             return
         combined = trainer.fit_loop._combined_loader
         iterators = combined._iterator.iterators if combined._iterator is not None else []
@@ -91,9 +109,5 @@ class LeanLoop(Callback):
 
     def _restore(self, trainer: pl.Trainer) -> None:
         self._undo.pop(id(trainer), ExitStack()).close()
-        loop = trainer.fit_loop.epoch_loop
-        if type(loop) is LeanEpochLoop:
-            if loop.graphs is not None:
-                loop.graphs.release()
-            vars(loop).pop("graphs", None)
-            loop.__class__ = _TrainingEpochLoop
+        if (run := self._runs.pop(id(trainer), None)) is not None:
+            run.undo()

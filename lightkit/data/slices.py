@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 from torch.utils.data.dataloader import _SingleProcessDataLoaderIter
 
+from lightkit._util.stand_in import StandIn
+
 
 def fetch_slices(loader: Any, iterators: Iterable[Any] = ()) -> Callable[[], None] | None:
     """Makes a DataLoader take a batch by one indexing operation for each tensor, in place.
@@ -43,8 +45,8 @@ def fetch_slices(loader: Any, iterators: Iterable[Any] = ()) -> Callable[[], Non
             # The data set of another loader may be the same, but not what that makes of it.
             if iterator._index_sampler is loader.batch_sampler and iterator._collate_fn is default_collate:
                 iterator._dataset_fetcher = _Slices(loader.dataset)
-    loader._get_iterator = partial(_slicing_iterator, loader)
-    return partial(vars(loader).pop, "_get_iterator", None)
+    # A copy of the loader is as any other.
+    return StandIn(loader, "_get_iterator", partial(_slicing_iterator, loader)).undo
 
 
 def _slicing_iterator(loader: DataLoader) -> Any:

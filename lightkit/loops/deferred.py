@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,17 @@ class DeferredMetric(_ResultMetric):
         waiting.append((value, batch_size))
         if len(waiting) >= _MOST_WAITING:
             self.settle()
+
+    def last(self) -> float | Tensor | None:
+        """Returns the value of the last step, as a number if it waits."""
+        waiting = vars(self)["_waiting"]
+        return waiting[-1][0] if waiting else vars(self)["_forward_cache"]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # Copies and pickles are Lightning's. As pickle's oldest protocol does: newer ones insist on the object's class.
+        self.settle()
+        state = {name: value for name, value in self.__getstate__().items() if name != "_waiting"}
+        return copyreg._reconstructor, (_ResultMetric, object, None), state
 
     def settle(self) -> None:
         """Brings the running value up to date."""

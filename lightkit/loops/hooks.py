@@ -33,10 +33,10 @@ class Hooks:
         self._module = trainer.lightning_module
         self._name = name
         self._callbacks = [(c, _due(c, name)) for c in trainer.callbacks if is_implemented(name, c, Callback)]
-        self._own = getattr(self._module, name) if is_implemented(name, self._module, pl.LightningModule) else None
+        self._is_own = is_implemented(name, self._module, pl.LightningModule)
 
     def __bool__(self) -> bool:
-        return bool(self._callbacks) or self._own is not None
+        return bool(self._callbacks) or self._is_own
 
     def __call__(self, *args: Any) -> None:
         """Calls the callbacks for which something is due, and the module."""
@@ -46,8 +46,8 @@ class Hooks:
         for callback, is_due in self._callbacks:
             if is_due is None or is_due(self._trainer, callback):
                 getattr(callback, self._name)(self._trainer, self._module, *args)
-        if self._own is not None:
-            self._own(*args)
+        if self._is_own:
+            getattr(self._module, self._name)(*args)
         self._module.__dict__["_current_fx_name"] = before
 
 

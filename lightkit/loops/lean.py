@@ -7,74 +7,86 @@ from contextlib import suppress
 from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
+from lightkit._util.stand_in import StandIn
 from lightkit.loops.graphs import PassGraphs
 from lightkit.loops.log import StepLogger, fast_log
+from lightkit.loops.obstacle import ORIGINALS
 from lightkit.loops.step import LeanStep
 
 
-class LeanEpochLoop(_TrainingEpochLoop):
-    """Runs an epoch as Lightning's own loop does, to the bit and to the counter, with less work between the steps.
+class LeanRun:
+    """Stands for ``run`` of Lightning's training loop, and runs an epoch the same, with less work between the steps.
 
     The first and the last batch of an epoch, the batch before a validation, the last step of a training and
     everything at a restart go through Lightning's own code. What lies between is taken by `LeanStep`, which calls
-    the same hooks in the same order where somebody implements them.
+    the same hooks in the same order where somebody implements them. The loop stays Lightning's own object and class.
 
-    It has the state of Lightning's loop and no other: a loop becomes one by its ``__class__``.
-
-    Attributes:
-        graphs: take the passes of the steps between, where they can; None for none.
+    Args:
+        loop: of a fit for which there is no `obstacle`.
+        graphs: take the passes of the steps between, where they can; None for none. Kept as an attribute.
     """
 
-    graphs: PassGraphs | None = None
+    def __init__(self, loop: _TrainingEpochLoop, graphs: PassGraphs | None = None) -> None:
+        self._loop = loop
+        self.graphs = graphs
+        self._stand_in = StandIn(loop, "run", self)
 
-    def run(self, data_fetcher: _DataFetcher) -> None:
+    def undo(self) -> None:
+        """Makes the loop's ``run`` Lightning's again."""
+        if self.graphs is not None:
+            self.graphs.release()
+        self._stand_in.undo()
+
+    def __call__(self, data_fetcher: _DataFetcher) -> None:
         """Runs one epoch."""
-        self.reset()
-        self.on_run_start(data_fetcher)
-        log = StepLogger(self.trainer)
-        while not self.done:
+        loop = self._loop
+        loop.reset()
+        loop.on_run_start(data_fetcher)
+        log = StepLogger(loop.trainer)
+        while not loop.done:
             try:
                 ahead = self._lean_steps_ahead(data_fetcher)
                 if ahead > 0:
-                    self._take(LeanStep(self.trainer, log, self.graphs), ahead, data_fetcher)
+                    self._take(LeanStep(loop.trainer, log, self.graphs), ahead, data_fetcher)
                 else:
-                    self.advance(data_fetcher)
-                    self.on_advance_end(data_fetcher)
+                    loop.advance(data_fetcher)
+                    loop.on_advance_end(data_fetcher)
             except StopIteration:
                 break
             finally:
-                self.on_iteration_done()
+                loop.on_iteration_done()
 
     def _take(self, step: LeanStep, count: int, data_fetcher: _DataFetcher) -> None:
-        trainer = self.trainer
+        """Takes steps, until something is due that Lightning or another `LeanStep` must see."""
+        loop, trainer = self._loop, self._loop.trainer
         try:
-            with fast_log(trainer.lightning_module, self._results):
+            with fast_log(trainer.lightning_module, loop._results):
+                step.begin()
                 for _ in range(count):
                     step(data_fetcher)
                     if trainer.should_stop or trainer.received_sigterm:
                         break
                     step.advance_end()
-        except StopIteration:
-            step.finish()
-            raise
+                    if not step.is_current():
+                        break
         except BaseException:
             # What went wrong is to be seen, and not what comes of a step that was left in the middle.
             with suppress(Exception):
-                step.finish()
+                step.finish_after_error()
             raise
         step.finish()
         if trainer.should_stop or trainer.received_sigterm:
             # Lightning knows what follows from these.
-            self.on_advance_end(data_fetcher)
+            loop.on_advance_end(data_fetcher)
 
     def _lean_steps_ahead(self, data_fetcher: _DataFetcher) -> int:
-        """How many batches lie before the next one that Lightning must see."""
-        trainer = self.trainer
-        done = self.batch_progress.current.ready
+        """Returns how many batches lie before the next one that Lightning must see."""
+        loop, trainer = self._loop, self._loop.trainer
+        done = loop.batch_progress.current.ready
         # Lightning resets running values at the first batch, which may also be the first after a restart.
-        if self.restarting or done == 0 or trainer._logger_connector._first_loop_iter is None:
+        if loop.restarting or done == 0 or trainer._logger_connector._first_loop_iter is None:
             return 0
-        if trainer.should_stop or trainer.fast_dev_run:
+        if trainer.should_stop or trainer.fast_dev_run or not ORIGINALS.are_in_place():
             return 0
         # Without backward, as where batch norms are only to see the data, a step is another one.
         if trainer.fit_loop._skip_backward:
@@ -83,11 +95,11 @@ class LeanEpochLoop(_TrainingEpochLoop):
         if data_fetcher.length is None:
             return 0
         ahead = min(trainer.num_training_batches - done, data_fetcher.length - data_fetcher.fetched) - 1
-        if self._should_check_val_epoch() and trainer.val_check_batch != float("inf"):
+        if loop._should_check_val_epoch() and trainer.val_check_batch != float("inf"):
             every = trainer.val_check_batch
-            passed = self.batch_progress.total.ready if trainer.check_val_every_n_epoch is None else done
+            passed = loop.batch_progress.total.ready if trainer.check_val_every_n_epoch is None else done
             ahead = min(ahead, every - 1 - passed % every)
-        if self.max_steps != -1:
+        if loop.max_steps != -1:
             # Each step takes at least one batch.
-            ahead = min(ahead, self.max_steps - 1 - self.global_step)
+            ahead = min(ahead, loop.max_steps - 1 - loop.global_step)
         return int(ahead)

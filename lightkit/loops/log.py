@@ -13,9 +13,12 @@ from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection, _ResultMetric
 from torch import Tensor
 
+from lightkit._util.stand_in import StandIn
 from lightkit.loops.deferred import DeferredMetric, defer, settle
 
 _PLAIN = (bool, int, str, type(None))
+
+_LOG = pl.LightningModule.log
 
 # Of ``log``, between the value and the batch size.
 _ARGUMENTS = 9
@@ -37,7 +40,6 @@ class FastLog:
         self._module = module
         self._results = results
         self._connector = module.trainer._logger_connector
-        self._log = module.log
         # By hook and name: the options it was logged with, the running value, and where that lies.
         self._known: dict[tuple[str, str], tuple[tuple, dict[str, Any], _ResultMetric, torch.device]] = {}
 
@@ -54,6 +56,7 @@ class FastLog:
             and known[1] == options
             and not torch.compiler.is_compiling()
             and value.device == known[3]
+            and pl.LightningModule.log is _LOG
         ):
             metric = known[2]
             size = self._results._extract_batch_size(metric, batch_size, metric.meta)
@@ -67,14 +70,14 @@ class FastLog:
                 metric.has_reset = False
             self._connector._current_fx = hook
             return
-        if batch_size is None:
-            self._log(name, value, *args, **options)
-        else:
-            self._log(name, value, *args, batch_size=batch_size, **options)
+        if batch_size is not None:
+            options["batch_size"] = batch_size
+        type(self._module).log(self._module, name, value, *args, **options)
+        options.pop("batch_size", None)
         self._remember(hook, name, args, options)
 
     def __reduce__(self) -> tuple:
-        # A copy of the module, or a pickle, logs as any module does, and does not bring the trainer with it.
+        # For modules that make copies of themselves in a way of their own: they log as any module does.
         return getattr, (self._module, "log")
 
     def _remember(self, hook: str, name: str, args: tuple, options: dict[str, Any]) -> None:
@@ -103,13 +106,64 @@ def fast_log(module: pl.LightningModule, results: _ResultCollection) -> Iterator
     if own or module.trainer.barebones or module._compiler_ctx is not None:
         yield
         return
-    # Past nn.Module's __setattr__, which would look whether it is a parameter.
-    log = vars(module)["log"] = FastLog(module, results)
+    log = FastLog(module, results)
+    stand_in = StandIn(module, "log", log)
     try:
         yield
     finally:
-        vars(module).pop("log", None)
+        stand_in.undo()
         log.close()
+
+
+class ShownMetrics:
+    """Keeps what the trainer's metrics show at the end of a step, for the case that the next one fails.
+
+    Lightning collects the metrics at the end of each step, and a step that fails leaves those of the step before. Here
+    they are collected when somebody looks, so that the running values may have gone on when an error comes.
+    """
+
+    def __init__(self, results: _ResultCollection) -> None:
+        self._results = results
+        self._shown: list[tuple[str, Any]] = []
+
+    def note(self) -> None:
+        """Keeps what is shown now."""
+        self._shown = [
+            (key, metric.last() if type(metric) is DeferredMetric else metric._forward_cache)
+            for key, metric in self._results.items()
+            if metric.meta.on_step
+        ]
+
+    def collect(self, connector: Any) -> None:
+        """Has the connector show what was kept, where nobody has looked at a later value."""
+        caches = {key: torch.tensor(value) if isinstance(value, float) else value for key, value in self._shown}
+        now = self._results.metrics(on_step=True)
+        before = _ResultCollection(self._results.training)
+        before.dataloader_idx = self._results.dataloader_idx
+        before.update((key, self._results[key]) for key in caches)
+        later = {key: metric._forward_cache for key, metric in before.items()}
+        try:
+            for key, metric in before.items():
+                metric._forward_cache = caches[key]
+            shown = before.metrics(on_step=True)
+        finally:
+            for key, metric in before.items():
+                metric._forward_cache = later[key]
+        for kind, collected in (
+            ("pbar", connector._progress_bar_metrics),
+            ("callback", connector._callback_metrics),
+            ("log", connector._logged_metrics),
+        ):
+            for name, value in shown[kind].items():
+                if name not in collected or not _is_same(collected[name], now[kind].get(name)):
+                    collected[name] = value
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    """Returns True if two metrics were collected from one running value at one time."""
+    if isinstance(value, Tensor) and isinstance(other, Tensor):
+        return value.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+    return value == other
 
 
 class StepLogger:

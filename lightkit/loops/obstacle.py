@@ -2,26 +2,75 @@
 
 from __future__ import annotations
 
+import types
+
+import lightning
 import lightning.pytorch as pl
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
-from lightning.pytorch.loops.optimization.automatic import _AutomaticOptimization
+from lightning.pytorch.loops.optimization.automatic import Closure, _AutomaticOptimization
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
+from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection, _ResultMetric
 from torch.nn.parallel import DistributedDataParallel
 
+from lightkit._util.originals import Originals
 from lightkit.loops.hooks import is_implemented
-from lightkit.strategies import DataParallel, DiLoCo, LocalSGD, ParameterServer, TorchTPU
 
-# The releases whose loop `LeanEpochLoop` was written after, and tested to equal: it is no public interface.
+# The releases whose loop `LeanRun` was written after, and tested to equal: it is no public interface.
 _LIGHTNING = ("2.6.",)
 
-# The strategies whose part in a step is known. By type: one derived from them may do anything.
-_STRATEGIES = (SingleDeviceStrategy, TorchTPU, DDPStrategy, DataParallel, LocalSGD, DiLoCo, ParameterServer)
+# Lightning's strategies whose part in a step is known; those of lightkit say so by ``takes_lean_steps``. By type: one
+# derived from them may do anything.
+_STRATEGIES = (SingleDeviceStrategy, DDPStrategy)
 
 # What a module may override to take over a part of the step, instead of watching it.
 _TAKEN_OVER = ("on_train_batch_start", "optimizer_step", "optimizer_zero_grad", "backward")
+
+# What Lightning calls in a step, from lightning.pytorch on, and a lean step leaves out or does in its own way.
+_ROOTS = types.SimpleNamespace(
+    call=pl.trainer.call,
+    loop=_TrainingEpochLoop,
+    automatic=_AutomaticOptimization,
+    closure=Closure,
+    module=pl.LightningModule,
+    callback=pl.Callback,
+    optimizer=LightningOptimizer,
+    strategy=Strategy,
+    single=SingleDeviceStrategy,
+    ddp=DDPStrategy,
+    precision=Precision,
+    connector=_LoggerConnector,
+    results=_ResultCollection,
+    metric=_ResultMetric,
+)
+_HOOKS = (
+    *("on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward"),
+    *("on_before_optimizer_step", "on_train_batch_end"),
+)
+_CALLED = {
+    "call": ("_call_callback_hooks", "_call_lightning_module_hook", "_call_strategy_hook"),
+    "loop": ("run", "advance", "on_advance_end"),
+    "automatic": ("run", "_make_closure", "_optimizer_step", "_training_step"),
+    "closure": ("closure", "__call__"),
+    "module": ("optimizer_step", "optimizer_zero_grad", "backward", "log", *_HOOKS),
+    "callback": _HOOKS,
+    "optimizer": ("step",),
+    "strategy": ("backward", "optimizer_step", "training_step", "batch_to_device"),
+    "single": ("backward", "optimizer_step"),
+    "ddp": ("backward", "optimizer_step"),
+    "precision": ("backward", "optimizer_step", "_wrap_closure", "convert_input"),
+    "connector": ("on_batch_start", "on_batch_end", "update_train_step_metrics", "log_metrics"),
+    "results": ("log",),
+    "metric": ("update",),
+}
+ORIGINALS = Originals(
+    (lightning, torch), _ROOTS, *(f"{root}.{name}" for root, names in _CALLED.items() for name in names)
+)
 
 # The methods through which a precision plug-in takes part in a step.
 _PRECISION = ("pre_backward", "backward", "post_backward", "optimizer_step", "_wrap_closure", "_after_closure")
@@ -33,6 +82,8 @@ def obstacle(trainer: pl.Trainer) -> str | None:
     loop = trainer.fit_loop.epoch_loop
     if not pl.__version__.startswith(_LIGHTNING):
         return f"Lightning is {pl.__version__}; its loop is known of {', '.join(v + 'x' for v in _LIGHTNING)} alone"
+    if not ORIGINALS.are_in_place():
+        return f"{ORIGINALS.first_replaced()} of Lightning has been replaced"
     if not module.automatic_optimization:
         return "the module optimizes manually (automatic_optimization is False)"
     if (cause := _strategy_obstacle(trainer.strategy, module)) is not None:
@@ -46,6 +97,15 @@ def obstacle(trainer: pl.Trainer) -> str | None:
         return cause
     if type(loop) is not _TrainingEpochLoop:
         return f"the training loop is {type(loop).__name__}, which may do something else"
+    for part in (
+        loop,
+        loop.automatic_optimization,
+        trainer.strategy,
+        trainer.precision_plugin,
+        trainer._logger_connector,
+    ):
+        if (name := _own_method(part)) is not None:
+            return f"{type(part).__name__} has a method {name} of its own"
     if type(loop.automatic_optimization) is not _AutomaticOptimization:
         return f"the optimization loop is {type(loop.automatic_optimization).__name__}, which may do something else"
     if isinstance(trainer.fit_loop._data_fetcher, _DataLoaderIterDataFetcher):
@@ -55,6 +115,12 @@ def obstacle(trainer: pl.Trainer) -> str | None:
     if trainer._val_check_time_interval is not None:
         return "validation comes by the clock (val_check_interval is a time)"
     return None
+
+
+def _own_method(part: object) -> str | None:
+    """Returns the name of a method that an object has in place of its class's, or None."""
+    cls = type(part)
+    return next((name for name in vars(part) if isinstance(getattr(cls, name, None), types.FunctionType)), None)
 
 
 def graph_obstacle(trainer: pl.Trainer) -> str | None:
@@ -74,9 +140,12 @@ def graph_obstacle(trainer: pl.Trainer) -> str | None:
 
 
 def _strategy_obstacle(strategy: Strategy, module: pl.LightningModule) -> str | None:
-    if type(strategy) not in _STRATEGIES:
+    if type(strategy) not in _STRATEGIES and not vars(type(strategy)).get("takes_lean_steps"):
         known = ", ".join(cls.__name__ for cls in _STRATEGIES)
-        return f"the strategy is {type(strategy).__name__}; what one does in a step is known of {known}"
+        return (
+            f"the strategy is {type(strategy).__name__}; what one does in a step is known of {known} "
+            "and of those in lightkit.strategies"
+        )
     if getattr(strategy, "_model_averager", None) is not None:
         return "the strategy averages the model (model_averaging_period)"
     model = strategy.model

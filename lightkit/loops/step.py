@@ -15,10 +15,14 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ParallelStrategy, Strategy
 from torch import Tensor
 
+from lightkit._util.originals import Originals
 from lightkit.loops.graphs import CapturedPasses, PassGraphs
 from lightkit.loops.hooks import Hooks, is_implemented
-from lightkit.loops.log import StepLogger
+from lightkit.loops.log import ShownMetrics, StepLogger
+from lightkit.loops.obstacle import ORIGINALS
 from lightkit.loops.watch import Watch
+
+ZERO_GRAD = Originals((torch,), torch.optim.Optimizer, "zero_grad", "profile_hook_step")
 
 
 class LeanStep:
@@ -42,7 +46,14 @@ class LeanStep:
         self._results = loop._results
         self._precision = trainer.precision_plugin
         self._optimizer = trainer.optimizers[0]
-        self._zeroes_plainly = not is_implemented("zero_grad", self._optimizer, torch.optim.Optimizer)
+        self._zeroes_plainly = ZERO_GRAD.are_in_place() and not is_implemented(
+            "zero_grad", self._optimizer, torch.optim.Optimizer
+        )
+        # What is looked up here once is looked up anew when one of these has changed.
+        self._callbacks = list(trainer.callbacks)
+        self._parts = [module, self._optimizer, loop, loop.automatic_optimization, trainer.strategy, *self._callbacks]
+        self._sizes: list[int] = []
+        self._shown = ShownMetrics(loop._results)
         self._progress = loop.batch_progress
         self._step_progress = loop.automatic_optimization.optim_progress.optimizer.step
         self._zero_grad_progress = loop.automatic_optimization.optim_progress.optimizer.zero_grad
@@ -64,7 +75,7 @@ class LeanStep:
         self._is_alone = trainer.world_size == 1
         self._is_wrapped = strategy.model is not module
         # Where the model is wrapped, by its forward.
-        self._training_step = strategy.training_step if self._is_wrapped else module.training_step
+        self._takes_step = strategy if self._is_wrapped else module
         starts = is_implemented("on_train_batch_start", strategy, Strategy)
         self._strategy_start = strategy.on_train_batch_start if starts else None
         self._after_step = getattr(strategy, "after_step", None)
@@ -120,6 +131,7 @@ class LeanStep:
             self._batch_end(self._outputs, batch, self._batch_idx)
         # Lightning's connector computes every metric here; those who want one ask for it.
         self._results.batch = self._results.batch_size = None
+        self._shown.note()
         self._batch = self._outputs = None
         total.completed += 1
         current.completed += 1
@@ -132,9 +144,37 @@ class LeanStep:
         if not self._accumulates():
             self._loop._batches_that_stepped += 1
 
+    def begin(self) -> None:
+        """Prepares for the first step, when the module logs by `FastLog` already."""
+        self._sizes = self._sizes_of_parts()
+        self._shown.note()
+
+    def is_current(self) -> bool:
+        """Returns False if what was looked up beforehand may have changed since `begin`.
+
+        That is where Lightning's own functions were patched, the optimizer or a callback is another one, or somebody
+        has put an attribute on one of those that take part, which may be a method.
+        """
+        trainer = self._trainer
+        return (
+            ORIGINALS.are_in_place()
+            and trainer.callbacks == self._callbacks
+            and trainer.optimizers[0] is self._optimizer
+            and self._sizes_of_parts() == self._sizes
+            and (not self._zeroes_plainly or ZERO_GRAD.are_in_place())
+        )
+
+    def _sizes_of_parts(self) -> list[int]:
+        return [len(vars(part)) for part in self._parts]
+
     def finish(self) -> None:
-        """What is left to do when Lightning's own step, or nothing, follows: those who look find what it leaves."""
+        """Leaves what Lightning's own step leaves, where that or nothing follows."""
         self._connector.on_batch_end()
+        self._log.save()
+
+    def finish_after_error(self) -> None:
+        """Leaves what Lightning's own step leaves when it fails: the metrics of the step before."""
+        self._shown.collect(self._connector)
         self._log.save()
 
     def _check_for_graphs(self, graphs: PassGraphs) -> None:
@@ -154,7 +194,9 @@ class LeanStep:
             return
         self._step_progress.increment_ready()
         # The optimizer calls it, as with Lightning: some do so more than once.
+        before = self._enter("optimizer_step")
         self._optimizer.step(closure=self._closure)
+        vars(self._module)["_current_fx_name"] = before
         if self._after_step is not None:
             self._after_step(self._optimizer)
         self._step_progress.increment_completed()
@@ -199,8 +241,10 @@ class LeanStep:
         if loss is not None:
             if self._before_backward:
                 self._before_backward(loss)
+            before = self._enter("backward")
             with context:
                 loss.backward()
+            vars(self._module)["_current_fx_name"] = before
             if self._after_backward:
                 self._after_backward()
         return self._outputs.get("loss")
@@ -209,7 +253,7 @@ class LeanStep:
         """Both passes at once; the hook before backward comes after them."""
         self._zero_grad()
         self._outputs = outputs = captured(self._batch)
-        before = self._enter_training_step()
+        before = self._enter("training_step")
         for name, value, arguments, options in captured.log_calls:
             self._module.log(name, value, *arguments, **options)
         vars(self._module)["_current_fx_name"] = before
@@ -222,9 +266,10 @@ class LeanStep:
     def _forward(self, batch: Any, batch_idx: int) -> tuple[Tensor | None, dict[str, Any]]:
         """The loss that backward starts from, and what training_step returned, as Lightning keeps it."""
         accumulate = self._trainer.accumulate_grad_batches
-        before = self._enter_training_step()
+        before = self._enter("training_step")
         with self._forward_context():
-            output = self._training_step(batch, batch_idx) if self._takes_index else self._training_step(batch)
+            training_step = self._takes_step.training_step
+            output = training_step(batch, batch_idx) if self._takes_index else training_step(batch)
         vars(self._module)["_current_fx_name"] = before
         if output is None and not self._is_alone:
             raise RuntimeError("training_step returned None: with several processes no batch can be left out")
@@ -233,11 +278,11 @@ class LeanStep:
         result = ClosureResult.from_training_step_output(output, accumulate)
         return result.closure_loss, {} if result.loss is None else result.asdict()
 
-    def _enter_training_step(self) -> str | None:
-        """Has what is logged from now on logged by training_step; returns who had logged before."""
+    def _enter(self, hook: str) -> str | None:
+        """Has what is logged from now on logged by a hook; returns which one it was before."""
         before = self._module._current_fx_name
         # Past nn.Module's __setattr__, which would look whether it is a parameter.
-        vars(self._module)["_current_fx_name"] = "training_step"
+        vars(self._module)["_current_fx_name"] = hook
         return before
 
     def _forward_context(self) -> AbstractContextManager:
@@ -251,7 +296,7 @@ class LeanStep:
         if self._before_zero_grad:
             self._before_zero_grad(self._optimizer)
         progress.increment_started()
-        if self._zeroes_plainly:
+        if self._zeroes_plainly and not torch.autograd._profiler_enabled():
             # What Optimizer.zero_grad does, which also tells the profiler.
             for group in self._optimizer.param_groups:
                 for parameter in group["params"]:

@@ -24,7 +24,7 @@ _CONSTANT = {
 }
 
 # Where the trainer, and whoever watches, keep their own.
-_NOT_THE_MODULES = {"_trainer", "_current_fx_name", "log"}
+_NOT_THE_MODULES = {"_trainer", "_current_fx_name", "log", "__getstate__"}
 
 # Where a module keeps what is registered with it.
 _REGISTERED = {"_parameters", "_buffers", "_modules"}

@@ -89,6 +89,10 @@ def _import(library: Path) -> ModuleType:
     spec = spec_from_file_location(MODULE_NAME, library, loader=ExtensionFileLoader(MODULE_NAME, str(library)))
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
+    # The ops are there from now on.
+    from lightkit.ops.batching import register
+
+    register()
     return module
 
 

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from lightkit._util.originals import Originals
 from lightkit.ops.layer_chain import ChainLayer, is_autocast, is_faster, layer_chain
+
+_LAYERS = ("Sequential", "Conv2d", "ReLU", "MaxPool2d", "Flatten", "Linear")
+
+# What torch's layers call and the operation leaves out.
+_ORIGINALS = Originals(
+    (torch,),
+    nn,
+    *(f"{layer}.{method}" for layer in _LAYERS for method in ("forward", "__call__")),
+    "Module._call_impl",
+    "Conv2d._conv_forward",
+    *(f"functional.{name}" for name in ("conv2d", "relu", "max_pool2d", "linear")),
+)
 
 
 class FusedSequential(nn.Sequential):
@@ -19,14 +34,13 @@ class FusedSequential(nn.Sequential):
     run one by one, where one of them has a hook, which would not be called, is a subclass or parametrized, has settings
     that the operation does not know (stride, dilation, groups, another pool than 2x2), or is faster in torch. What a
     Sequential within this one has is run as if it stood here, unless that has a hook. torch.jit.trace and devices other
-    than a CPU see torch's layers; torch.jit.script cannot compile it.
+    than a CPU see torch's layers; torch.jit.script cannot compile it. Where somebody patches ``forward`` of torch's
+    classes, or a function that they call, such as ``torch.nn.functional.conv2d``, the layers run one by one, and so
+    they do for an input that the operation refuses: errors are those of torch's layers.
 
     The result has the memory format of the input, as do the inputs of layers to which it may matter: code that takes a
     ``view`` works as before, and dropout draws as before.
     """
-
-    # Looked for in a class itself: what inherits from it may do anything.
-    _is_only_its_layers = True
 
     def forward(self, input: Tensor) -> Tensor:
         """What the layers make of the input, one after the other."""
@@ -35,7 +49,7 @@ class FusedSequential(nn.Sequential):
 
 def run_fused(layers: Iterable[nn.Module], input: Tensor) -> Tensor:
     """What layers make of the input, one after the other, as `FusedSequential` runs them."""
-    if _are_all_hooked() or (not torch.compiler.is_compiling() and torch.jit.is_tracing()):
+    if _are_all_hooked() or not (torch.compiler.is_compiling() or _ORIGINALS.are_in_place()) or _is_traced():
         for layer in layers:
             input = layer(input)
         return input
@@ -44,8 +58,12 @@ def run_fused(layers: Iterable[nn.Module], input: Tensor) -> Tensor:
     while index < len(runs):
         chain, end = _chain(runs, index, x)
         if chain:
-            x, reordered, index = layer_chain(x, chain), chain[-1].weight.dim() == 4, end
-            continue
+            try:
+                x, reordered, index = layer_chain(x, chain), chain[-1].weight.dim() == 4, end
+                continue
+            except ValueError:
+                # For shapes that do not fit torch has errors of other classes.
+                pass
         for layer in runs[index]:
             if reordered and _minds_order(layer):
                 x, reordered = _ordered_as(x, input), False
@@ -54,8 +72,42 @@ def run_fused(layers: Iterable[nn.Module], input: Tensor) -> Tensor:
     return _ordered_as(x, input) if reordered else x
 
 
+class FusedCall:
+    """Stands for the call of a Sequential, and runs its layers as `FusedSequential` does.
+
+    It lies where torch keeps what a compiled module calls. Of all places this one is seen least: class and ``forward``
+    stay torch's, copies and pickles do not have it, and neither torch.compile, torch.export nor torch.jit look there.
+
+    Args:
+        module: one that `can_fuse`, and is not compiled.
+    """
+
+    def __init__(self, module: nn.Sequential) -> None:
+        self._module = weakref.ref(module)
+        module._compiled_call_impl = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns what calling the module returns."""
+        module = self._module()
+        is_plain = len(args) == 1 and not kwargs and _is_plain(module) and _ORIGINALS.are_in_place()
+        if not is_plain or _is_traced():
+            return module._call_impl(*args, **kwargs)
+        return run_fused(module._modules.values(), args[0])
+
+    def undo(self) -> None:
+        """Makes the call torch's again, unless the module was compiled meanwhile."""
+        module = self._module()
+        if module is not None and vars(module).get("_compiled_call_impl") is self:
+            del module._compiled_call_impl
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Returns True if a `FusedCall` stands for the call of a module."""
+    return isinstance(vars(module).get("_compiled_call_impl"), FusedCall)
+
+
 def can_fuse(layers: nn.Sequential) -> bool:
-    """Whether a Sequential has layers that `FusedSequential` may run as one."""
+    """Returns True if a Sequential has layers that `FusedSequential` may run as one."""
     return any(type(run[0]) is nn.Conv2d and len(run) > 1 for run in _runs(_unnested(layers.children())))
 
 
@@ -106,8 +158,7 @@ def _parameters(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
 def _unnested(layers: Iterable[nn.Module]) -> Iterator[nn.Module]:
     """The layers, and in place of a Sequential its own."""
     for layer in layers:
-        cls = type(layer)
-        if (cls is nn.Sequential or "_is_only_its_layers" in cls.__dict__) and _is_plain(layer):
+        if type(layer) in (nn.Sequential, FusedSequential) and _is_plain(layer):
             yield from _unnested(layer._modules.values())
         else:
             yield layer
@@ -142,6 +193,10 @@ def _runs(layers: Iterable[nn.Module]) -> Iterator[list[nn.Module]]:
         yield run
 
 
+def _is_traced() -> bool:
+    return not torch.compiler.is_compiling() and torch.jit.is_tracing()
+
+
 def _are_all_hooked() -> bool:
     return bool(
         torch_module._global_forward_hooks
@@ -159,7 +214,7 @@ def _is_plain(layer: nn.Module) -> bool:
         or own["_backward_hooks"]
         or own["_backward_pre_hooks"]
         or "forward" in own
-        or own.get("_compiled_call_impl") is not None
+        or (own.get("_compiled_call_impl") is not None and not is_fused(layer))
     )
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from lightkit.errors import ArgumentError
 from lightkit.ops import linear_cross_entropy
 from lightkit.ops.linear_cross_entropy import MEMORY_LIMIT
 
@@ -12,29 +16,33 @@ from lightkit.ops.linear_cross_entropy import MEMORY_LIMIT
 class LinearCrossEntropyLoss(nn.Module):
     """A linear layer and its cross-entropy loss without the logits: see `lightkit.ops.linear_cross_entropy`.
 
-    Takes the arguments of ``torch.nn.LinearCrossEntropyLoss`` (torch 2.13 and later) for one set of classes, and has
-    the same state dict: the layer is ``linear``. A model that has the layer for itself, or shares its weight with an
-    embedding, calls the function instead.
+    Takes the arguments of ``torch.nn.LinearCrossEntropyLoss`` (torch 2.13 and later), and has the same state dict: the
+    layer is ``linear``. A model that has the layer for itself, or shares its weight with an embedding, calls the
+    function instead.
 
     Args:
         in_features: size of a hidden state.
         num_classes: number of classes.
+        out_features: sizes of a loss for each hidden state, for each of which there is one; ``()`` for a single one.
+            The logits of several exist as a whole.
         bias: whether the layer has a bias.
         device: of the parameters.
         dtype: of the parameters.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
         weight: ``(num_classes)``, a factor for each class.
-        ignore_index: targets that count for nothing.
+        ignore_index: targets that count for nothing. Default: -100. Not with class probabilities.
         label_smoothing: between 0 and 1.
+        options: accepted as torch's, whose choice of chunks it is: here there is ``memory_limit``.
         z_loss: coefficient of the squared log-partition function.
         softcap: bound of the logits; 0 for none.
         memory_limit: bytes for logits and what becomes of them.
 
     Shape:
-        input ``(..., in_features)`` and target ``(...)`` -> ``()``, or ``(...)`` with ``reduction="none"``.
+        input ``(..., in_features)`` and target ``(...)`` -> ``()``, or ``(...)`` with ``reduction="none"``. With
+        ``out_features`` input ``(N, in_features)`` and target ``(N, *out_features)``.
 
     Raises:
-        ValueError: ``weight`` is not of shape ``(num_classes)``.
+        ArgumentError: ``weight`` is not of shape ``(num_classes)``, or ``label_smoothing`` outside [0, 1].
     """
 
     def __init__(
@@ -42,36 +50,49 @@ class LinearCrossEntropyLoss(nn.Module):
         in_features: int,
         num_classes: int,
         *,
+        out_features: tuple[int, ...] = (),
         bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         reduction: str = "mean",
         weight: Tensor | None = None,
-        ignore_index: int = -100,
+        ignore_index: int | None = None,
         label_smoothing: float = 0.0,
+        options: Any = None,
         z_loss: float = 0.0,
         softcap: float = 0.0,
         memory_limit: int = MEMORY_LIMIT,
     ) -> None:
         super().__init__()
         if weight is not None and weight.shape != (num_classes,):
-            raise ValueError(f"weight must have shape ({num_classes},), got {tuple(weight.shape)}")
-        self.linear = nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
+            raise ArgumentError(f"weight must have shape ({num_classes},), got {tuple(weight.shape)}")
+        if not 0 <= label_smoothing <= 1:
+            raise ArgumentError(f"label_smoothing must be between 0 and 1, got {label_smoothing}")
+        outputs = math.prod(out_features, start=num_classes)
+        self.linear = nn.Linear(in_features, outputs, bias=bias, device=device, dtype=dtype)
         self.register_buffer("weight", weight)
+        self.num_classes = num_classes
+        self.out_features = out_features
         self.reduction = reduction
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
+        self.options = options
         self.z_loss = z_loss
         self.softcap = softcap
         self.memory_limit = memory_limit
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """The loss of hidden states ``input`` and class indices ``target``."""
+        """Returns the loss of hidden states ``input`` and class indices or probabilities ``target``."""
+        linear_weight, linear_bias = self.linear.weight, self.linear.bias
+        if self.out_features:
+            sizes = (self.num_classes, *self.out_features)
+            linear_weight = linear_weight.reshape(*sizes, self.linear.in_features)
+            linear_bias = None if linear_bias is None else linear_bias.reshape(sizes)
         return linear_cross_entropy(
             input,
-            self.linear.weight,
+            linear_weight,
             target,
-            linear_bias=self.linear.bias,
+            linear_bias=linear_bias,
             weight=self.weight,
             reduction=self.reduction,
             ignore_index=self.ignore_index,
@@ -82,5 +103,5 @@ class LinearCrossEntropyLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """What the children do not say."""
+        """Returns what the children do not say."""
         return f"reduction={self.reduction}, ignore_index={self.ignore_index}, label_smoothing={self.label_smoothing}"

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightkit.errors import ArgumentError
 from lightkit.ops.layer_chain import has_kernel, is_autocast, is_faster
 
 
@@ -36,7 +37,7 @@ def conv_relu_pool(
         format is ``torch.channels_last``, whatever that of ``input``, where the kernel did the work.
 
     Raises:
-        ValueError: shapes that do not fit, a negative padding, or an input too small for kernel and pool.
+        ArgumentError: shapes that do not fit, a negative padding, or an input too small for kernel and pool.
         RuntimeError: dtypes or devices that do not fit.
     """
     padding = _pair(padding)
@@ -47,8 +48,11 @@ def conv_relu_pool(
         bias = None if bias is None else bias.to(dtype)
     tensors = (input, weight) if bias is None else (input, weight, bias)
     if has_kernel(*tensors) and is_faster(math.prod(input.shape[2:]), weight, input.dtype, pool):
-        # It checks its arguments as `_check` does.
-        return torch.ops.lightkit.conv_relu_pool.default(input, weight, bias, padding, pool)
+        try:
+            # It checks its arguments as `_check` does.
+            return torch.ops.lightkit.conv_relu_pool.default(input, weight, bias, padding, pool)
+        except ValueError as error:
+            raise ArgumentError(str(error)) from None
     _check(input, weight, bias, padding, pool)
     return conv_relu_pool_reference(input, weight, bias, padding, pool)
 
@@ -68,33 +72,33 @@ def conv_relu_pool_reference(
 def _pair(padding: int | tuple[int, int]) -> tuple[int, int]:
     pair = (padding, padding) if isinstance(padding, int) else padding
     if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(p, int) for p in pair)):
-        raise ValueError(f"conv_relu_pool: padding must be one or two whole numbers, got {padding!r}")
+        raise ArgumentError(f"conv_relu_pool: padding must be one or two whole numbers, got {padding!r}")
     if min(pair) < 0:
-        raise ValueError(f"conv_relu_pool: padding must not be negative, got {padding!r}")
+        raise ArgumentError(f"conv_relu_pool: padding must not be negative, got {padding!r}")
     return pair[0], pair[1]
 
 
 def _check(input: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int], pool: bool) -> None:
     if input.dim() != 4 or weight.dim() != 4:
-        raise ValueError(
+        raise ArgumentError(
             "conv_relu_pool: input and weight must have 4 dimensions, (N, C, H, W) and (C_out, C, KH, KW), "
             f"got {tuple(input.shape)} and {tuple(weight.shape)}"
         )
     if weight.shape[1] != input.shape[1]:
-        raise ValueError(
+        raise ArgumentError(
             f"conv_relu_pool: the weight is for {weight.shape[1]} channels but the input has {input.shape[1]}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(
+        raise ArgumentError(
             f"conv_relu_pool: the bias must hold one value for each of the {weight.shape[0]} output channels, "
             f"got shape {tuple(bias.shape)}"
         )
     if weight.numel() == 0:
-        raise ValueError(f"conv_relu_pool: the weight must not be empty, got shape {tuple(weight.shape)}")
+        raise ArgumentError(f"conv_relu_pool: the weight must not be empty, got shape {tuple(weight.shape)}")
     least = 2 if pool else 1
     for size, kernel, pad in zip(input.shape[2:], weight.shape[2:], padding, strict=True):
         if size + 2 * pad - kernel + 1 < least:
-            raise ValueError(
+            raise ArgumentError(
                 f"conv_relu_pool: an input of {input.shape[2]}x{input.shape[3]} with padding {padding} is too small "
                 f"for a kernel of {weight.shape[2]}x{weight.shape[3]}{' and a pool of 2x2' if pool else ''}"
             )

@@ -10,6 +10,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightkit import native
+from lightkit.errors import ArgumentError
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -58,7 +59,9 @@ def cross_entropy(
         z_loss: coefficient of the square of the log-partition function in the loss of each row that is not
             ignored, see [2]_.
         softcap: bound of the logits, see [3]_; 0 for none.
-        dtype: of the loss. Default: that of ``input``, or float32 under autocast, as torch does.
+        dtype: of the loss. Default: that of ``input``, or float32 under autocast, as torch does. With class
+            probabilities it is what the dtypes of ``input``, ``target`` and ``weight`` are promoted to, as in torch,
+            and the loss is computed in it.
         return_lse: return ``lse`` of each row too, 0 for ignored ones, in float32 (float64 for float64), of the
             shape of the unreduced loss. It is not differentiable.
         inplace: let the gradient take the memory of ``input``, whose values are then lost. Refused while
@@ -71,8 +74,9 @@ def cross_entropy(
 
     Raises:
         IndexError: a target is outside ``[0, C)`` and not ``ignore_index``; names the row.
-        ValueError: shapes that do not fit, an unknown ``reduction``, a negative ``softcap``, or ``inplace``
-            with logits that are a leaf, a view, not contiguous or of shared memory.
+        ValueError: an unknown ``reduction``, a negative ``softcap``.
+        ArgumentError: shapes that do not fit, or ``inplace`` with logits that are a leaf, a view, not contiguous or
+            of shared memory.
         RuntimeError: dtypes or devices that do not fit, ``label_smoothing`` outside [0, 1], an ``ignore_index``
             of 0 or more with probabilities, a second derivative after ``inplace``.
 
@@ -81,20 +85,12 @@ def cross_entropy(
         .. [2] Chowdhery et al., PaLM: Scaling Language Modeling with Pathways, JMLR 2023.
         .. [3] Gemma Team, Gemma 2: Improving Open Language Models at a Practical Size, 2024.
     """
-    if not torch.compiler.is_compiling() and (module := native.load()) is not None:
-        result = module.cross_entropy(
-            input,
-            target,
-            weight,
-            _REDUCTIONS.get(reduction, -1),
-            ignore_index,
-            label_smoothing,
-            z_loss,
-            softcap,
-            dtype,
-            return_lse,
-            inplace,
-        )
+    if not torch.compiler.is_compiling() and input.numel() > 0 and (module := native.load()) is not None:
+        options = (ignore_index, label_smoothing, z_loss, softcap, dtype, return_lse, inplace)
+        try:
+            result = module.cross_entropy(input, target, weight, _REDUCTIONS.get(reduction, -1), *options)
+        except ValueError as error:
+            raise ArgumentError(str(error)) from None
         if result is not NotImplemented:
             return result
     # From here on, what is not plain tensors and class indices: traced, transformed, wrapped, or wrong.
@@ -112,6 +108,8 @@ def cross_entropy(
         raise ValueError(f"cross_entropy: the dtype of the loss must be floating point, got {dtype}")
     if not softcap >= 0:
         raise ValueError(f"cross_entropy: softcap must not be negative, got {softcap}")
+    if target.is_floating_point():
+        input, target, weight = _promoted(input, target, weight)
     if dtype is None and input.dtype != torch.float64 and _autocast(input.device.type):
         dtype = torch.float32
     if not has_kernel(input, target, weight):
@@ -128,19 +126,11 @@ def cross_entropy(
             return_lse=return_lse,
             inplace=inplace,
         )
-    loss, lse = torch.ops.lightkit.cross_entropy.default(
-        input,
-        target,
-        weight,
-        _REDUCTIONS[reduction],
-        ignore_index,
-        label_smoothing,
-        z_loss,
-        softcap,
-        dtype,
-        return_lse,
-        inplace,
-    )
+    options = (ignore_index, label_smoothing, z_loss, softcap, dtype, return_lse, inplace)
+    try:
+        loss, lse = torch.ops.lightkit.cross_entropy.default(input, target, weight, _REDUCTIONS[reduction], *options)
+    except ValueError as error:
+        raise ArgumentError(str(error)) from None
     return (loss, lse) if return_lse else loss
 
 
@@ -162,6 +152,8 @@ def cross_entropy_reference(
 
     ``inplace`` saves memory and changes no value: it has no effect here.
     """
+    if dtype is None and target.is_floating_point():
+        input, target, weight = _promoted(input, target, weight)
     output_dtype = input.dtype if dtype is None else dtype
     logits = input.to(torch.promote_types(input.dtype, torch.float32))
     if softcap > 0:
@@ -191,6 +183,14 @@ def cross_entropy_reference(
     return (loss, lse.detach()) if return_lse else loss
 
 
+def _promoted(input: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns all three in the dtype that torch's products of them have."""
+    common = torch.promote_types(input.dtype, target.dtype)
+    if weight is not None:
+        common = torch.promote_types(common, weight.dtype)
+    return input.to(common), target.to(common), None if weight is None else weight.to(common)
+
+
 def _denominator(lse: Tensor, target: Tensor | None, weight: Tensor | None, ignore_index: int) -> Tensor | int:
     """What a mean divides by."""
     if target is None:
@@ -210,6 +210,8 @@ def has_kernel(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
     return (
         input.dtype in _DTYPES
         and _native_available(input.device.type)
+        # What a mean, or smoothing, over nothing is, torch decides.
+        and input.numel() > 0
         # The kernels know the gradient with respect to the logits alone.
         and not target.requires_grad
         and not (weight is not None and weight.requires_grad)

@@ -13,6 +13,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightkit import native
+from lightkit.errors import ArgumentError
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -68,11 +69,11 @@ def layer_chain(input: Tensor, layers: Sequence[ChainLayer]) -> Tensor:
         memory format is ``torch.channels_last``, whatever that of ``input``, where the kernel did the work.
 
     Raises:
-        ValueError: no layer, shapes that do not fit, a negative padding, an input too small for kernel and pool.
+        ArgumentError: no layer, shapes that do not fit, a negative padding, an input too small for kernel and pool.
         RuntimeError: dtypes or devices that do not fit. Where there is no kernel, what torch's functions raise.
     """
     if not layers:
-        raise ValueError("layer_chain: there must be at least one layer")
+        raise ArgumentError("layer_chain: there must be at least one layer")
     weights = [layer.weight for layer in layers]
     biases = [layer.bias for layer in layers]
     parameters = [*weights, *(bias for bias in biases if bias is not None)]
@@ -86,7 +87,10 @@ def layer_chain(input: Tensor, layers: Sequence[ChainLayer]) -> Tensor:
             output = layer_chain(input.float(), layers)
         return output.to(torch.get_autocast_dtype(input.device.type))
     settings = [number for layer in layers for number in (*layer.padding, layer.relu, layer.pool)]
-    return torch.ops.lightkit.layer_chain.default(input, weights, biases, settings)
+    try:
+        return torch.ops.lightkit.layer_chain.default(input, weights, biases, settings)
+    except ValueError as error:
+        raise ArgumentError(str(error)) from None
 
 
 def layer_chain_reference(input: Tensor, layers: Sequence[ChainLayer]) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,7 +12,8 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightkit import native
-from lightkit.ops.cross_entropy import cross_entropy_reference
+from lightkit.errors import ArgumentError
+from lightkit.ops.cross_entropy import cross_entropy, cross_entropy_reference
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -27,8 +30,9 @@ def linear_cross_entropy(
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
-    ignore_index: int = -100,
+    ignore_index: int | None = None,
     label_smoothing: float = 0.0,
+    options: Any = None,
     z_loss: float = 0.0,
     softcap: float = 0.0,
     dtype: torch.dtype | None = None,
@@ -50,14 +54,17 @@ def linear_cross_entropy(
 
     Args:
         input: hidden states of shape ``(D)`` or ``(..., D)``; float32, float64, bfloat16 or float16.
-        linear_weight: ``(C, D)``, of the dtype of ``input``; under autocast both become its dtype.
+        linear_weight: ``(C, D)``, of the dtype of ``input``; under autocast both become its dtype. Of shape
+            ``(C, d1, ..., D)`` each row of ``input`` ``(N, D)`` has a loss for every ``d1, ...``, and the logits exist.
         target: class indices of the shape of ``input`` without ``D``, of any integer type. Class probabilities
             ``(..., C)`` are taken too, but as large as the logits as they are: these exist then.
-        linear_bias: ``(C)``, floating point.
+        linear_bias: ``(C)``, or ``(C, d1, ...)``, floating point.
         weight: ``(C)``, a factor for each class.
         reduction: ``"none"``, ``"mean"`` (over the weights of the targets) or ``"sum"``.
-        ignore_index: rows with this target count for nothing, get gradient 0, and on a CPU take no time.
+        ignore_index: rows with this target count for nothing, get gradient 0, and on a CPU take no time. Default:
+            -100. Not with class probabilities.
         label_smoothing: between 0 and 1.
+        options: accepted as torch's, whose choice of chunks it is: here there is ``memory_limit``.
         z_loss: coefficient of the square of the log-partition function of each row that is not ignored.
         softcap: bound of the logits; 0 for none.
         dtype: of the loss. Default: that of ``input``, or float32 under autocast.
@@ -72,7 +79,8 @@ def linear_cross_entropy(
 
     Raises:
         IndexError: a target is outside ``[0, C)`` and not ``ignore_index``; names the row.
-        ValueError: shapes that do not fit, an unknown ``reduction``, a negative ``softcap``, no ``memory_limit``.
+        ArgumentError: shapes that do not fit, a negative ``softcap``, no ``memory_limit``.
+        ValueError: an unknown ``reduction``.
         RuntimeError: dtypes or devices that do not fit, ``label_smoothing`` outside [0, 1].
 
     References:
@@ -80,8 +88,27 @@ def linear_cross_entropy(
     """
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, _REDUCTIONS))}, got {reduction!r}")
+    if target.is_floating_point() and ignore_index is not None:
+        raise RuntimeError(
+            f"linear_cross_entropy: ignore_index is not supported for floating point target, got {ignore_index}"
+        )
+    ignore_index = -100 if ignore_index is None else ignore_index
+    if linear_weight.dim() > 2:
+        logits = _logits_of_several(input, linear_weight, linear_bias)
+        return cross_entropy(
+            logits,
+            target,
+            weight,
+            ignore_index,
+            reduction,
+            label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            dtype=dtype,
+            return_lse=return_lse,
+        )
     if input.dim() < 1 or linear_weight.dim() != 2 or input.shape[-1] != linear_weight.shape[1]:
-        raise ValueError(
+        raise ArgumentError(
             "linear_cross_entropy: input and linear_weight must be (..., D) and (C, D), "
             f"got {tuple(input.shape)} and {tuple(linear_weight.shape)}"
         )
@@ -98,14 +125,16 @@ def linear_cross_entropy(
     sizes = input.shape[:-1]
     if target.shape != (sizes if by_index else (*sizes, linear_weight.shape[0])):
         what = f"indices {tuple(sizes)} or probabilities {(*sizes, linear_weight.shape[0])}"
-        raise ValueError(f"linear_cross_entropy: the target must be {what}, got {tuple(target.shape)}")
+        raise ArgumentError(f"linear_cross_entropy: the target must be {what}, got {tuple(target.shape)}")
     rows = input.reshape(-1, input.shape[-1])
     targets = target.reshape(-1) if by_index else target.reshape(len(rows), -1)
-    options = (ignore_index, label_smoothing, z_loss, softcap, dtype)
+    numbers = (ignore_index, label_smoothing, z_loss, softcap, dtype)
     if by_index and _has_kernel(rows, linear_weight, linear_bias, weight):
-        loss, lse = torch.ops.lightkit.linear_cross_entropy.default(
-            rows, linear_weight, targets, linear_bias, weight, _REDUCTIONS[reduction], *options, memory_limit
-        )
+        arguments = (rows, linear_weight, targets, linear_bias, weight, _REDUCTIONS[reduction])
+        try:
+            loss, lse = torch.ops.lightkit.linear_cross_entropy.default(*arguments, *numbers, memory_limit)
+        except ValueError as error:
+            raise ArgumentError(str(error)) from None
     else:
         loss, lse = linear_cross_entropy_reference(
             rows,
@@ -154,6 +183,20 @@ def linear_cross_entropy_reference(
         dtype=dtype,
         return_lse=return_lse,
     )
+
+
+def _logits_of_several(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
+    """Returns logits ``(N, C, d1, ...)`` of a weight ``(C, d1, ..., D)``."""
+    sizes = linear_weight.shape[:-1]
+    if input.dim() != 2 or input.shape[1] != linear_weight.shape[-1]:
+        raise RuntimeError(
+            f"linear_cross_entropy: for a linear_weight {tuple(linear_weight.shape)} the input must be "
+            f"(N, {linear_weight.shape[-1]}), got {tuple(input.shape)}"
+        )
+    if linear_bias is not None and linear_bias.shape != sizes:
+        raise RuntimeError(f"linear_cross_entropy: linear_bias must be {tuple(sizes)}, got {tuple(linear_bias.shape)}")
+    bias = None if linear_bias is None else linear_bias.flatten()
+    return F.linear(input, linear_weight.flatten(0, -2), bias).reshape(len(input), *sizes)
 
 
 def _autocast(device_type: str) -> bool:

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from lightkit.ops.cross_entropy import cross_entropy, has_kernel
 
 _PLAIN = (Tensor, Parameter)
+_AUTOCAST = {torch.float32, torch.bfloat16, torch.float16}
 
 _lock = threading.Lock()
 _threads: Counter[int] = Counter()
@@ -107,10 +108,23 @@ def _choose(
         and not has_torch_function_variadic(input, target)
         and not _is_dispatched_by_modes()
         and not torch.jit.is_tracing()
+        and _has_dtypes_of_kernels(input, target, weight)
         and has_kernel(input, target, weight)
     ):
         return cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
     return _torch_cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+
+
+def _has_dtypes_of_kernels(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
+    """Returns False for dtypes that torch refuses, and lightkit does not."""
+    if target.is_floating_point():
+        return weight is None or weight.is_floating_point()
+    if target.dtype != torch.int64:
+        return False
+    if weight is None or weight.dtype == input.dtype:
+        return True
+    # Autocast makes all of them float32.
+    return torch.is_autocast_enabled(input.device.type) and {weight.dtype, input.dtype} <= _AUTOCAST
 
 
 def _is_dispatched_by_modes() -> bool:

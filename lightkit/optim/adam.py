@@ -102,15 +102,16 @@ class Adam(FusedStep, torch.optim.Adam):
     def _unrounded(cls, entry: dict[str, Any]) -> set[str]:
         return super()._unrounded(entry) | {name for name in _MOMENTS if isinstance(entry.get(name), Tensor)}
 
-    def _is_plain(self) -> bool:
+    def _is_plain(self, optimizer: torch.optim.Optimizer) -> bool:
         # torch's step would want the moments of half-precision parameters in half precision.
         halves = (torch.bfloat16, torch.float16)
-        return super()._is_plain() and not any(p.dtype in halves for g in self.param_groups for p in g["params"])
+        has_halves = any(p.dtype in halves for group in optimizer.param_groups for p in group["params"])
+        return super()._is_plain(optimizer) and not has_halves
 
     @classmethod
-    def release(cls, optimizer: torch.optim.Optimizer) -> None:
+    def release(cls, state: dict[Tensor, dict[str, Any]]) -> None:
         """Rounds the moments of half-precision parameters to what torch keeps."""
-        to_parameter_dtype(optimizer, _MOMENTS)
+        to_parameter_dtype(state, _MOMENTS)
 
 
 class AdamW(Adam, torch.optim.AdamW):

@@ -134,8 +134,12 @@ class FusedStep(torch.optim.Optimizer):
         if "_step_supports_amp_scaling" not in state:
             self._step_supports_amp_scaling = type(self)._step_supports_amp_scaling
 
+    def state_dict(self) -> dict[str, Any]:
+        """Returns torch's state dict with ``skipped_steps``, which torch's own `load_state_dict` passes over."""
+        return {**super().state_dict(), "skipped_steps": self.skipped_steps}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` of this class or of torch's returned."""
+        """Loads what `state_dict` of this class or of torch's returned; torch's has skipped no steps."""
         amp_scaling = self._step_supports_amp_scaling
         # After those of others, which may have changed it.
         loaded: list[dict[str, Any]] = [state_dict]
@@ -144,14 +148,18 @@ class FusedStep(torch.optim.Optimizer):
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
-        state_dict = loaded[-1]
         self._step_supports_amp_scaling = amp_scaling
-        # torch has rounded every tensor to the dtype of its parameter.
-        for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+        self.skipped_steps = int(loaded[-1].get("skipped_steps", 0))
+        self.restore_unrounded(self, loaded[-1])
+
+    @classmethod
+    def restore_unrounded(cls, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+        """Gives an optimizer the saved state that keeps its dtype; torch has rounded all to that of the parameters."""
+        for own, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
             for parameter, index in zip(own["params"], saved["params"], strict=True):
                 entry = state_dict["state"].get(index, {})
-                for name in self._unrounded(entry):
-                    self.state[parameter][name] = entry[name].detach().to(parameter.device, copy=True)
+                for name in cls._unrounded(entry):
+                    optimizer.state[parameter][name] = entry[name].detach().to(parameter.device, copy=True)
 
     @classmethod
     def _unrounded(cls, entry: dict[str, Any]) -> set[str]:
@@ -167,20 +175,11 @@ class FusedStep(torch.optim.Optimizer):
         Returns:
             What the closure returned, or None without one.
         """
-        return self._watched_step(closure) if self._is_watched() else self._step(closure)
+        return self._watched_step(closure) if is_watched(self) else self.step_for(self, closure)
 
     # torch would wrap every step, to run hooks and to name it to a profiler: of a small model that takes as long as the
     # step itself. So it is done where there is somebody to see it.
     step.hooked = True
-
-    def _is_watched(self) -> bool:
-        return bool(
-            torch.autograd._profiler_enabled()
-            or self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
-            or _global_optimizer_pre_hooks
-            or _global_optimizer_post_hooks
-        )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets the gradients, or makes them zeros."""
@@ -192,14 +191,23 @@ class FusedStep(torch.optim.Optimizer):
                 parameter.grad = None
 
     @torch.no_grad()
-    def _step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step_for(self, optimizer: torch.optim.Optimizer, closure: Callable[[], float] | None = None) -> float | None:
+        """Takes a step of an optimizer, itself or a converted one, without the hooks around it.
+
+        Args:
+            optimizer: its groups and state are used.
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            What the closure returned, or None without one.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         # A GradScaler sets these for the time of a step.
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        options = (self.param_groups, self.state, self.max_grad_norm, self.skip_nonfinite)
+        grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+        options = (optimizer.param_groups, optimizer.state, self.max_grad_norm, self.skip_nonfinite)
         if self._plan is None and (module := native.load()) is not None:
             self._plan = getattr(module, self._plan_name)()
 
@@ -214,8 +222,8 @@ class FusedStep(torch.optim.Optimizer):
             if self._plan is not None:
                 outcome = self._plan.step(*options, None, None)
         if outcome is None:
-            if found_inf is None and grad_scale is None and self._is_plain():
-                self._take_torch_step()
+            if found_inf is None and grad_scale is None and self._is_plain(optimizer):
+                self._take_torch_step(optimizer)
                 return loss
             outcome = step_reference(type(self)._rule, *options)
         norm, skipped = outcome
@@ -223,12 +231,14 @@ class FusedStep(torch.optim.Optimizer):
             self._grad_norm = norm
         if skipped:
             self.skipped_steps += 1
-        for group in self.param_groups:
+        for group in optimizer.param_groups:
             if group.get("stochastic_rounding") and not skipped:
                 group["rounding_seed"] += 1
         return loss
 
-    _watched_step = torch.optim.Optimizer.profile_hook_step(_step)
+    @torch.optim.Optimizer.profile_hook_step
+    def _watched_step(self, closure: Callable[[], float] | None = None) -> float | None:
+        return self.step_for(self, closure)
 
     @property
     def grad_norm(self) -> float | None:
@@ -253,34 +263,45 @@ class FusedStep(torch.optim.Optimizer):
                 for parameter, value in own.items():
                     parameter.copy_(value)
 
-    def _is_plain(self) -> bool:
+    def _is_plain(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether nothing is asked that torch's optimizer does not do."""
         extras = ("master_weights", "stochastic_rounding")
         return (
             self.max_grad_norm is None
             and not self.skip_nonfinite
-            and not any(g.get("ema_decay") is not None or any(map(g.get, extras)) for g in self.param_groups)
+            and not any(g.get("ema_decay") is not None or any(map(g.get, extras)) for g in optimizer.param_groups)
         )
 
-    def _take_torch_step(self) -> None:
+    def _take_torch_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Takes torch's own step, without the hooks that it runs around it: the caller's step has run them."""
         step = self._torch_class.step
         if getattr(step, "hooked", False):
             step = step.__wrapped__
         # Not the fused one, which a state dict may ask for: it takes neither sparse gradients nor gaps, and SGD's
         # leaves half-precision parameters on a CPU nearly unchanged (2.13).
-        fused = [group.get("fused") for group in self.param_groups]
+        fused = [group.get("fused") for group in optimizer.param_groups]
         try:
-            for group in self.param_groups:
+            for group in optimizer.param_groups:
                 group["fused"] = None
-            step(self)
+            step(optimizer)
         finally:
-            for group, value in zip(self.param_groups, fused, strict=True):
+            for group, value in zip(optimizer.param_groups, fused, strict=True):
                 group["fused"] = value
 
     @classmethod
-    def release(cls, optimizer: torch.optim.Optimizer) -> None:
+    def release(cls, state: dict[Tensor, dict[str, Any]]) -> None:
         """Makes the state of an optimizer one that torch's class goes on with: see `convert`."""
+
+
+def is_watched(optimizer: torch.optim.Optimizer) -> bool:
+    """Returns True if somebody wants to see a step: a profiler, or the owner of a hook around it."""
+    return bool(
+        torch.autograd._profiler_enabled()
+        or optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or _global_optimizer_pre_hooks
+        or _global_optimizer_post_hooks
+    )
 
 
 def _is_on_gpu(number: Tensor | None) -> bool:
@@ -288,9 +309,9 @@ def _is_on_gpu(number: Tensor | None) -> bool:
     return number is not None and number.is_cuda and number.dtype == torch.float32 and number.numel() == 1
 
 
-def to_parameter_dtype(optimizer: torch.optim.Optimizer, names: tuple[str, ...]) -> None:
+def to_parameter_dtype(state: dict[Tensor, dict[str, Any]], names: tuple[str, ...]) -> None:
     """Rounds some entries of an optimizer's state to the dtypes of the parameters, as torch keeps them."""
-    for parameter, entry in optimizer.state.items():
+    for parameter, entry in state.items():
         for name in names:
             if isinstance(entry.get(name), Tensor):
                 entry[name] = entry[name].to(parameter.dtype)

@@ -46,6 +46,8 @@ class DataParallel(Parallel):
            NeurIPS 2019.
     """
 
+    takes_lean_steps = True
+
     def __init__(self, compression: str = "none", find_unused_parameters: bool = False, **options: Any) -> None:
         if compression not in _COMPRESSIONS:
             hint = nearest(str(compression), _COMPRESSIONS)

@@ -39,6 +39,8 @@ class DiLoCo(LocalSGD):
         .. [1] Douillard et al., DiLoCo: distributed low-communication training of language models, 2023.
     """
 
+    takes_lean_steps = True
+
     def __init__(self, period: int = 16, outer_lr: float = 0.7, outer_momentum: float = 0.9, **options: Any) -> None:
         super().__init__(period=period, **options)
         if not outer_lr > 0:

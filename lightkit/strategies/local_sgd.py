@@ -50,6 +50,8 @@ class LocalSGD(Parallel):
         .. [1] Stich, Local SGD converges fast and communicates little, ICLR 2019.
     """
 
+    takes_lean_steps = True
+
     def __init__(self, period: int = 16, **options: Any) -> None:
         if not isinstance(period, int) or isinstance(period, bool) or period < 1:
             raise ConfigError(f"period must be a whole number of steps, at least 1, got {period!r}")

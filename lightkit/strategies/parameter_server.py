@@ -94,6 +94,8 @@ class ParameterServer(ParallelStrategy):
     # Each worker measures on all of the data.
     evaluates_everything = True
 
+    takes_lean_steps = True
+
     def __init__(
         self,
         mode: str = "sync",

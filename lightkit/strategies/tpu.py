@@ -102,6 +102,7 @@ class TorchTPU(SingleDeviceStrategy):
     """
 
     strategy_name = "torch_tpu"
+    takes_lean_steps = True
 
     def __init__(
         self,

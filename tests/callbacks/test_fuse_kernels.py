@@ -27,9 +27,11 @@ from torch.utils.checkpoint import checkpoint
 import lightkit
 from lightkit import native
 from lightkit.callbacks import FuseKernels
-from lightkit.nn import CrossEntropyLoss, FusedSequential
+from lightkit.nn import CrossEntropyLoss
+from lightkit.nn.fused_sequential import is_fused
 from lightkit.ops import substitute
 from lightkit.optim import SGD
+from lightkit.optim.convert import is_converted
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(does not have many workers|lower value for log_every|GPU available)")
 
@@ -65,15 +67,14 @@ def weights(module):
 
 
 class Watch(Callback):
-    """Keeps the types of the optimizers while batches run."""
+    """Keeps, while batches run, whether the optimizers are on lightkit's kernels; their class is torch's."""
 
     def __init__(self):
-        self.types = set()
+        self.converted = set()
 
     def on_train_batch_end(self, trainer, *_):
-        self.types |= {type(optimizer) for optimizer in trainer.optimizers}
-        # The native step has been taken: a scheduler's wrapper might still lead to torch's.
-        assert all(optimizer._plan is not None for optimizer in trainer.optimizers if type(optimizer) is SGD)
+        assert all(type(optimizer) is torch.optim.SGD for optimizer in trainer.optimizers)
+        self.converted |= {is_converted(optimizer) for optimizer in trainer.optimizers}
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
@@ -84,11 +85,11 @@ def test_same_training_on_the_kernels(loss, calls):
     assert calls == []
     runner = trainer(FuseKernels(), watch)
     runner.fit(fused, batches())
-    assert len(calls) == 10 and watch.types == {SGD}
+    assert len(calls) == 10 and watch.converted == {True}
     torch.testing.assert_close(torch.tensor(fused.losses), torch.tensor(plain.losses))
     torch.testing.assert_close(weights(fused), weights(plain))
     assert fused.losses[-1] < fused.losses[0]
-    assert type(runner.optimizers[0]) is torch.optim.SGD
+    assert not is_converted(runner.optimizers[0]) and "step" in vars(runner.optimizers[0])
 
 
 def test_every_stage(calls):
@@ -197,7 +198,7 @@ def test_nothing_without_native_kernels(monkeypatch, calls):
         trainer(callback, watch).fit(fused, batches())
     (message,) = [str(w.message) for w in caught if "kernels" in str(w.message)]
     assert message == "FuseKernels replaces nothing: there are no native kernels: LIGHTKIT_NATIVE=off"
-    assert calls == [] and watch.types == {torch.optim.SGD}
+    assert calls == [] and watch.converted == {False}
     assert all(found.replacement is None and "LIGHTKIT_NATIVE=off" in found.reason for found in callback.report)
     assert torch.equal(weights(plain), weights(fused))
 
@@ -232,7 +233,7 @@ def test_undone_after_an_exception(where, error):
     finally:
         signal.signal(signal.SIGINT, before)
     assert F.cross_entropy.__code__ is CODE
-    assert all(type(optimizer) is torch.optim.SGD for optimizer in made)
+    assert not any(is_converted(optimizer) for optimizer in made)
     assert bool(made) == (where != "setup")
 
 
@@ -245,7 +246,7 @@ def test_fits_in_a_row(calls):
         runner.fit(module, batches())
         runner.fit_loop.max_epochs = 4
         runner.fit(module, batches())
-    assert watch.types == {SGD} and len(calls) == 20
+    assert watch.converted == {True} and len(calls) == 20
     torch.testing.assert_close(weights(fused), weights(plain))
 
     class Failing(Plain):
@@ -411,24 +412,24 @@ def test_schedulers_and_hooks():
             return [optimizer], [{"scheduler": scheduler, "interval": "step"} for scheduler in (one, two)]
 
         def on_train_epoch_start(self):
-            assert type(self.made) is expected and self.trainer.optimizers == [self.made]
+            assert is_converted(self.made) is expected and self.trainer.optimizers == [self.made]
             assert self.optimizers().optimizer is self.made
             torch.optim.lr_scheduler.ConstantLR(self.made, factor=1.0)
 
     with warnings.catch_warnings():
         # Torch warns if it believes that a scheduler was stepped before its optimizer.
         warnings.filterwarnings("error", ".*lr_scheduler.step.*")
-        expected = torch.optim.SGD
+        expected = False
         plain = make(Scheduled)
         trainer().fit(plain, batches())
-        expected = SGD
+        expected = True
         fused = make(Scheduled)
         trainer(FuseKernels()).fit(fused, batches())
     assert events == ["before", "after"] * 20
     assert fused.made.param_groups[0]["lr"] == plain.made.param_groups[0]["lr"]
     torch.testing.assert_close(weights(fused), weights(plain))
     # It is torch's again, and goes on as such.
-    assert type(fused.made) is torch.optim.SGD
+    assert not is_converted(fused.made)
     for module in (plain, fused):
         module.made.step()
     torch.testing.assert_close(weights(fused), weights(plain))
@@ -447,13 +448,13 @@ def test_a_scheduler_made_during_the_fit_outlives_it():
 
     module = make(Late)
     trainer(FuseKernels()).fit(module, batches())
-    assert type(module.made) is torch.optim.SGD
+    assert not is_converted(module.made)
     before = weights(module).clone()
     module(torch.ones(1, 4)).sum().backward()
     module.made.step()
     module.late.step()
     assert not torch.equal(weights(module), before)
-    assert module.made.step.__wrapped__ is torch.optim.SGD.step and not hasattr(module.made, "_plan")
+    assert module.made.step.__wrapped__ is torch.optim.SGD.step
 
 
 def test_an_optimizer_that_comes_wrapped():
@@ -465,11 +466,11 @@ def test_an_optimizer_that_comes_wrapped():
             return LightningOptimizer(torch.optim.SGD(self.parameters(), lr=0.1))
 
         def on_train_epoch_end(self):
-            kinds.append(type(self.optimizers().optimizer))
+            kinds.append(is_converted(self.optimizers().optimizer))
 
     kinds, callback = [], FuseKernels()
     trainer(callback).fit(make(Wrapped), batches())
-    assert kinds == [SGD, SGD]
+    assert kinds == [True, True]
     assert each(callback, "optimizers[0]").kind == "torch.optim.SGD"
 
 
@@ -499,7 +500,7 @@ def test_copies_of_a_fused_sequential_are_torchs():
 
     class Copy(Callback):
         def on_train_epoch_end(self, trainer, module):
-            assert isinstance(module.features, FusedSequential)
+            assert is_fused(module.features) and type(module.features) is nn.Sequential
             file = io.BytesIO()
             torch.save(module.features, file)
             traced = torch.jit.trace(module.features, torch.zeros(1, 1, 8, 8))
@@ -571,7 +572,7 @@ def test_nested_trainers(calls):
             trainer(shared, max_epochs=1).fit(make(), batches())
 
     trainer(shared, Inner(), watch).fit(make(), batches())
-    assert len(calls) == 20 and watch.types == {SGD}
+    assert len(calls) == 20 and watch.converted == {True}
 
 
 def test_two_callbacks_in_one_trainer(calls):
@@ -583,7 +584,7 @@ def test_two_callbacks_in_one_trainer(calls):
     first, second = FuseKernels(), Second()
     trainer(first, second).fit(make(), batches())
     assert len(calls) == 10
-    assert each(second, "optimizers[0]").reason == "it is lightkit's already"
+    assert each(second, "optimizers[0]").reason == "it is on lightkit's kernels already"
 
 
 def test_other_threads_keep_torchs(calls):
@@ -668,12 +669,12 @@ from lightning.pytorch.callbacks import Callback
 from multiprocessing.util import Finalize
 from plain import Plain, batches, make, trainer
 from lightkit.callbacks import FuseKernels
-from lightkit.optim import SGD
+from lightkit.optim.convert import is_converted
 
 
 class Check(Callback):
     def on_train_batch_end(self, trainer, *_):
-        assert type(trainer.optimizers[0]) is (SGD if fuse else torch.optim.SGD)
+        assert is_converted(trainer.optimizers[0]) == fuse
         assert trainer.world_size == 2
 
     def on_fit_end(self, *_):

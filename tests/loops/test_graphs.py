@@ -116,7 +116,7 @@ class Graphed(LeanLoop):
 
     def on_train_start(self, trainer, pl_module):
         super().on_train_start(trainer, pl_module)
-        self._graphs = trainer.fit_loop.epoch_loop.graphs = PassGraphs(pl_module)
+        self._graphs = self._runs[id(trainer)].graphs = PassGraphs(pl_module)
 
 
 @pytest.fixture(autouse=True)

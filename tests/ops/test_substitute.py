@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import pickle
 
 import pytest
@@ -233,3 +234,74 @@ def test_somebody_elses_function_is_left_alone(monkeypatch):
         substitute_cross_entropy(),
     ):
         pass
+
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+INDICES = [torch.int64, torch.int32, torch.uint8]
+
+
+def seen_of(logits, target, weight, **options):
+    """What a program sees of a loss and its gradient, but for their values; or the class of the error."""
+    # A leaf of the layout of the logits.
+    logits = logits.detach().requires_grad_()
+    try:
+        loss = F.cross_entropy(logits, target, weight, **options)
+        loss.sum().backward()
+    except (RuntimeError, ValueError, IndexError) as error:
+        return type(error)
+    gradient = logits.grad
+    return loss.dtype, loss.shape, loss.stride(), loss.device, loss.requires_grad, gradient.dtype, gradient.stride()
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("input_dtype", DTYPES, ids=str)
+def test_every_product_of_dtypes(input_dtype, autocast):
+    """Dtype, shape, strides, device and class of error are torch's, for all dtypes of logits, target and weight."""
+    logits = torch.randn(4, 5).to(input_dtype)
+    indices, probabilities = torch.tensor([0, 4, 1, 2]), torch.rand(4, 5).softmax(1)
+    targets = [indices.to(dtype) for dtype in INDICES] + [probabilities.to(dtype) for dtype in DTYPES]
+    weights = [None, *(torch.ones(5, dtype=dtype) for dtype in (*DTYPES, torch.int64))]
+    options = [{"reduction": r, "label_smoothing": s} for r in ("none", "mean", "sum") for s in (0.0, 0.1)]
+    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        for target, weight, chosen in itertools.product(targets, weights, options):
+            expected = seen_of(logits, target, weight, **chosen)
+            with substitute_cross_entropy():
+                seen = seen_of(logits, target, weight, **chosen)
+            assert seen == expected, (target.dtype, None if weight is None else weight.dtype, chosen)
+
+
+LAYOUTS = {
+    "transposed": torch.randn(5, 4).t(),
+    "with gaps": torch.randn(4, 10)[:, ::2],
+    "one row": torch.randn(5),
+    "images": torch.randn(2, 5, 3, 3),
+    "channels last": torch.randn(2, 5, 3, 3).contiguous(memory_format=torch.channels_last),
+    "expanded": torch.randn(1, 5).expand(4, 5),
+    "no rows": torch.randn(0, 5),
+    "no classes": torch.randn(3, 0),
+    "no classes of images": torch.randn(2, 0, 3),
+    "nothing": torch.randn(0, 0),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_and_empty_inputs(layout):
+    """Shapes, strides and errors are torch's for logits that lie otherwise, or are empty; so are values."""
+    logits = LAYOUTS[layout]
+    sizes = logits.shape[1:] if logits.dim() == 1 else (*logits.shape[:1], *logits.shape[2:])
+    ignored = torch.full(sizes, -100)
+    targets = [torch.zeros(sizes, dtype=torch.int64), ignored, torch.rand(logits.shape)]
+    for target, reduction, smoothing in itertools.product(targets, ("none", "mean", "sum"), (0.0, 0.1)):
+        options = {"reduction": reduction, "label_smoothing": smoothing}
+        expected = seen_of(logits, target, None, **options)
+        with substitute_cross_entropy():
+            assert seen_of(logits, target, None, **options) == expected, options
+        if isinstance(expected, type):
+            with pytest.raises(expected):
+                lightkit.ops.cross_entropy(logits, target, **options)
+        else:
+            torch.testing.assert_close(
+                lightkit.ops.cross_entropy(logits, target, **options),
+                F.cross_entropy(logits, target, **options),
+                equal_nan=True,
+            )

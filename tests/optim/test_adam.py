@@ -246,15 +246,23 @@ def test_copies_are_independent(duplicate):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("own_class", "torch_class"), PAIRS)
 def test_conversion_in_the_middle(own_class, torch_class, dtype):
-    """torch's optimizer becomes ours and torch's again, which then finds a state that it can go on with."""
+    """torch's optimizer steps on the kernels for a while, and finds a state afterwards that it can go on with."""
     changing, plain = make_parameters([40], dtype), make_parameters([40], dtype)
     optimizer, reference = torch_class(changing, lr=0.01), torch_class(plain, lr=0.01)
     run(optimizer, 2)
     revert = convert(optimizer)
-    assert type(optimizer) is own_class
     run(optimizer, 2, first=2)
+    assert optimizer.state[changing[0]]["exp_avg"].dtype == torch.float32
+    # A copy made meanwhile is one that torch's class steps.
+    copied = copy.deepcopy(optimizer)
+    run(copied, 1, first=4)
+    assert type(copied) is torch_class and vars(copied).keys() == vars(copy.deepcopy(reference)).keys()
+    # What is loaded meanwhile keeps the precision of what was saved.
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(saved)
+    assert torch.equal(optimizer.state[changing[0]]["exp_avg"], saved["state"][0]["exp_avg"])
+    assert optimizer.state[changing[0]]["exp_avg"].dtype == torch.float32
     revert()
-    assert type(optimizer) is torch_class
     run(optimizer, 2, first=4)
     run(reference, 6)
     tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import gc
+import inspect
 import pickle
+import sys
+import warnings
 import weakref
 
 import pytest
 import torch
 from torch import nn
 
-from lightkit.optim import SGD, convert
-from lightkit.optim.convert import REPLACEMENTS, obstacle
+from lightkit.optim import SGD, FusedStep, convert
+from lightkit.optim.convert import REPLACEMENTS, is_converted, obstacle
 
 OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
 
@@ -33,23 +38,39 @@ def parameter_of(optimizer):
     return optimizer.param_groups[0]["params"][0]
 
 
-def test_back_and_forth_between_steps():
-    """The momentum goes through every change of class, and the steps are torch's."""
+@pytest.fixture
+def kernel_steps(monkeypatch):
+    """The optimizers that took a step on the kernels, in order."""
+    taken = []
+    original = FusedStep.step_for
+
+    def step_for(self, optimizer, closure=None):
+        result = original(self, optimizer, closure)
+        assert self._plan is not None
+        taken.append(optimizer)
+        return result
+
+    monkeypatch.setattr(FusedStep, "step_for", step_for)
+    return taken
+
+
+def test_back_and_forth_between_steps(kernel_steps):
+    """The momentum goes through every conversion, the steps are torch's, and so is the class all the time."""
     changing, plain = make(), make()
     revert = None
     for seed in range(8):
         if seed % 2:
             revert = convert(changing)
-            assert type(changing) is SGD
         elif revert is not None:
             revert()
-            assert type(changing) is torch.optim.SGD
+        assert type(changing) is torch.optim.SGD and is_converted(changing) == bool(seed % 2)
         step(changing, seed)
         step(plain, seed)
-        assert (vars(changing).get("_plan") is not None) == bool(seed % 2)
+        assert kernel_steps == [changing] * ((seed + 1) // 2)
     torch.testing.assert_close(parameter_of(changing), parameter_of(plain))
     revert()
     assert vars(changing).keys() == vars(plain).keys()
+    assert not changing._optimizer_load_state_dict_pre_hooks and not changing._optimizer_load_state_dict_post_hooks
 
 
 @pytest.mark.parametrize("flags", [{}, {"fused": True}, {"foreach": True}], ids=str)
@@ -63,7 +84,7 @@ def test_groups_and_state_stay(flags):
     step(optimizer, 1)
     saved = pickle.loads(pickle.dumps(optimizer.state_dict()))
     # With fused=True a scaler hands its scale to the step, as it did to torch's.
-    assert optimizer._step_supports_amp_scaling == flags.get("fused", False)
+    assert getattr(optimizer, "_step_supports_amp_scaling", False) == flags.get("fused", False)
     optimizer.load_state_dict(saved)
     step(optimizer, 2)
     revert()
@@ -102,15 +123,20 @@ def test_a_scheduler_keeps_no_optimizer_alive():
 
 
 def test_reverting_leaves_other_peoples_changes_alone():
-    """An optimizer whose step was wrapped meanwhile is not taken apart."""
-    optimizer = make()
+    """A step that somebody has wrapped meanwhile stays wrapped; inside of it torch's step is called again."""
+    optimizer, plain = make(), make()
     revert = convert(optimizer)
-    inner = optimizer.step
-    optimizer.step = lambda closure=None: inner(closure)
-    revert()
-    before = parameter_of(optimizer).detach().clone()
+    inner, calls = optimizer.step, []
+    optimizer.step = wrapper = lambda closure=None: calls.append(inner(closure))
     step(optimizer, 0)
-    assert type(optimizer) is SGD and not torch.equal(before, parameter_of(optimizer))
+    revert()
+    assert optimizer.step is wrapper and not is_converted(optimizer)
+    for seed in (1, 2):
+        step(optimizer, seed)
+    for seed in (0, 1, 2):
+        step(plain, seed)
+    assert len(calls) == 3
+    torch.testing.assert_close(parameter_of(optimizer), parameter_of(plain))
 
 
 class Derived(torch.optim.SGD):
@@ -157,3 +183,111 @@ def test_groups_that_are_added_or_loaded_while_converted(cls):
     revert()
     plain = cls([nn.Parameter(torch.randn(3))], lr=0.1)
     assert [group.keys() for group in optimizer.param_groups] == [plain.param_groups[0].keys()] * 2
+
+
+def test_attributes_of_a_converted_optimizer():
+    """All that a program can see of the conversion: two attributes, which copies and pickles do not have."""
+    optimizer, plain = make(), make()
+    convert(optimizer)
+    assert vars(optimizer).keys() - vars(plain).keys() == {"step", "__getstate__"}
+    assert type(optimizer) is torch.optim.SGD and repr(optimizer) == repr(plain)
+    assert optimizer.step.__self__ is optimizer and optimizer.step.__name__ == "step"
+    assert inspect.signature(optimizer.step) == inspect.signature(plain.step)
+    for copied in (copy.deepcopy(optimizer), copy.copy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert type(copied) is torch.optim.SGD and not is_converted(copied)
+        assert vars(copied).keys() == vars(copy.deepcopy(plain)).keys()
+    assert b"lightkit" not in pickle.dumps(optimizer)
+
+
+@pytest.mark.parametrize("cls", list(REPLACEMENTS))
+@pytest.mark.parametrize("name", ["step", "_init_group"])
+@pytest.mark.parametrize("before", [True, False], ids=["patched before", "patched meanwhile"])
+def test_methods_patched_on_the_class(monkeypatch, cls, name, before):
+    """A method that somebody has replaced on torch's class, or on its base, is called."""
+    dtype = torch.bfloat16 if cls is not torch.optim.SGD else torch.float32
+    optimizer = cls([nn.Parameter(torch.ones(3, dtype=dtype))], lr=0.1)
+    optimizer.zero_grad()
+    parameter_of(optimizer).grad = torch.ones(3, dtype=dtype)
+    owner = next(base for base in cls.__mro__ if name in vars(base))
+    original, calls = vars(owner)[name], []
+
+    @functools.wraps(original)
+    def patched(*args, **kwargs):
+        calls.append(name)
+        return original(*args, **kwargs)
+
+    if before:
+        monkeypatch.setattr(owner, name, patched)
+        assert "has been replaced" in obstacle(optimizer)
+        return
+    revert = convert(optimizer)
+    optimizer.step()
+    assert calls == []
+    monkeypatch.setattr(owner, name, patched)
+    optimizer.step()
+    assert calls == [name]
+    monkeypatch.setattr(owner, name, original)
+    optimizer.step()
+    assert calls == [name] and not torch.equal(parameter_of(optimizer), torch.ones(3, dtype=dtype))
+    revert()
+
+
+def test_functions_of_torchs_step_that_are_patched(monkeypatch):
+    """So is the function that torch's step calls."""
+    module = sys.modules["torch.optim.sgd"]
+    original, calls = module.sgd, []
+    optimizer = make()
+    convert(optimizer)
+    monkeypatch.setattr(module, "sgd", lambda *args, **kwargs: calls.append(original(*args, **kwargs)))
+    step(optimizer, 0)
+    assert len(calls) == 1
+
+
+def test_hooks_and_schedulers_made_meanwhile(kernel_steps):
+    """They see the optimizer and the arguments that torch shows them; a scheduler finds a step to wrap."""
+    seen = []
+
+    def train(optimizer):
+        optimizer.register_step_pre_hook(lambda *args: seen.append(args))
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+        parameter_of(optimizer).grad = torch.ones(100)
+        optimizer.step(closure=lambda: 3.0)
+        scheduler.step()
+        return optimizer.param_groups[0]["lr"], parameter_of(optimizer).detach()
+
+    plain, converted = make(), make()
+    expected = train(plain)
+    revert = convert(converted)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = train(converted)
+    assert kernel_steps == [converted] and result[0] == expected[0]
+    torch.testing.assert_close(result[1], expected[1])
+    for own, (optimizer, args, kwargs) in zip((plain, converted), seen, strict=True):
+        assert optimizer is own and args == (own,) and list(kwargs) == ["closure"]
+    revert()
+    assert converted.step.__wrapped__ is torch.optim.SGD.step and plain.step.__wrapped__ is torch.optim.SGD.step
+
+
+def test_the_profiler_names_the_users_class():
+    """A profiler sees a step of torch's class."""
+    optimizer = make()
+    convert(optimizer)
+    with torch.profiler.profile() as profile:
+        step(optimizer, 0)
+    assert "Optimizer.step#SGD.step" in {event.key for event in profile.key_averages()}
+
+
+def test_no_optimizer_is_kept_alive():
+    """A converted optimizer is gone with the last reference to it, and its end is nobody's trouble."""
+    optimizer = make()
+    revert = convert(optimizer)
+    step(optimizer, 0)
+    reference = weakref.ref(optimizer)
+    gc.disable()
+    try:
+        del optimizer
+        assert reference() is None
+    finally:
+        gc.enable()
+    revert()

@@ -419,3 +419,30 @@ def test_what_is_written_past_autograd_counts_too(optimizer_class, dtype):
     assert parameter.abs().max() == 0.5 and torch.equal(parameter, after.to(dtype))
     # What nobody has written keeps the bits that its rounding lacks.
     assert torch.equal(after[inside], before[inside])
+
+
+@pytest.mark.parametrize("own_class", [SGD, Adam])
+def test_skipped_steps_in_the_state_dict(own_class):
+    """Their count survives saving and loading; torch's class loads the state dict, and ours that of torch's."""
+    torch_class = own_class._torch_class
+
+    def made(cls, **options):
+        return cls([nn.Parameter(torch.ones(2))], lr=0.1, **options)
+
+    optimizer = made(own_class, skip_nonfinite=True)
+    for value in (1.0, float("nan"), float("inf")):
+        optimizer.param_groups[0]["params"][0].grad = torch.full((2,), value)
+        optimizer.step()
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    other = made(own_class, skip_nonfinite=True)
+    other.load_state_dict(saved)
+    assert other.skipped_steps == optimizer.skipped_steps == 2
+    plain = made(torch_class)
+    plain.load_state_dict(saved)
+    plain.param_groups[0]["params"][0].grad = torch.ones(2)
+    plain.step()
+    other.load_state_dict(plain.state_dict())
+    assert other.skipped_steps == 0

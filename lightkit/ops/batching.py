@@ -1,0 +1,57 @@
+"""Batching rules: what the ops do within torch.func.vmap, and with ``is_grads_batched=True`` in backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+# Those that return what they compute; within torch.func the functions of `lightkit.ops` take torch's operations, so
+# that these are reached by backward, and by whoever calls an op itself.
+_OPS = (
+    "cross_entropy",
+    "_cross_entropy_forward",
+    "linear_cross_entropy",
+    "_linear_cross_entropy_forward",
+    "_linear_cross_entropy_backward",
+    "layer_chain",
+    "_layer_chain_forward",
+    "_layer_chain_backward",
+)
+
+
+def register() -> None:
+    """Registers a rule for every op, when the native library has defined them."""
+    for name in _OPS:
+        torch.library.register_vmap(f"lightkit::{name}", _one_by_one(name), lib=_library)
+
+
+def _one_by_one(name: str) -> Callable[..., Any]:
+    """Returns a rule that calls an op for each element of the batch."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        op = getattr(torch.ops.lightkit, name).default
+        leaves, spec = pytree.tree_flatten(args)
+        dims = pytree.tree_leaves(in_dims)
+        # Of no elements one of zeros tells the shapes.
+        if info.batch_size == 0:
+            leaves = [
+                leaf if dim is None else leaf.new_zeros((1, *leaf.movedim(dim, 0).shape[1:])).movedim(0, dim)
+                for leaf, dim in zip(leaves, dims, strict=True)
+            ]
+        results = []
+        for index in range(max(1, info.batch_size)):
+            element = [leaf if dim is None else leaf.select(dim, index) for leaf, dim in zip(leaves, dims, strict=True)]
+            results.append(op(*pytree.tree_unflatten(element, spec)))
+        found, out_spec = pytree.tree_flatten(results[0])
+        columns = zip(*map(pytree.tree_leaves, results), strict=True)
+        stacked = [torch.stack(column)[: info.batch_size] for column in columns]
+        return pytree.tree_unflatten(stacked, out_spec), pytree.tree_unflatten([0] * len(found), out_spec)
+
+    return rule
+
+
+# Rules are registered as long as it lives.
+_library = torch.library.Library("lightkit", "FRAGMENT")
