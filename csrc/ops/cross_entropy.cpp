@@ -4,6 +4,7 @@
 // writes loss and gradient; backward then only applies the upstream gradient, and nothing where that is 1.
 
 #include "autograd_node.h"
+#include "checks.h"
 #include "cross_entropy_checks.h"
 
 #include <ATen/ATen.h>
@@ -76,6 +77,8 @@ std::tuple<Tensor, Tensor> call_forward_inplace(
 
 // lightkit::_apply_upstream_: gradient *= upstream, without touching memory where upstream is 1.
 Tensor& apply_upstream_cpu(Tensor& gradient, const Tensor& upstream) {
+  check_memory("_apply_upstream_", "the gradient", gradient);
+  check_memory("_apply_upstream_", "upstream", upstream);
   return upstream.dim() == 0 && upstream.item<double>() == 1 ? gradient : gradient.mul_(upstream);
 }
 
