@@ -79,7 +79,8 @@ std::tuple<Tensor, Tensor> call_forward_inplace(
 Tensor& apply_upstream_cpu(Tensor& gradient, const Tensor& upstream) {
   check_memory("_apply_upstream_", "the gradient", gradient);
   check_memory("_apply_upstream_", "upstream", upstream);
-  return upstream.dim() == 0 && upstream.item<double>() == 1 ? gradient : gradient.mul_(upstream);
+  const bool is_real = !at::isComplexType(upstream.scalar_type());
+  return upstream.dim() == 0 && is_real && upstream.item<double>() == 1 ? gradient : gradient.mul_(upstream);
 }
 
 // The gradient written with differentiable operations, for backward with create_graph=True: see
