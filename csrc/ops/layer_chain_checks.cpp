@@ -236,32 +236,31 @@ std::vector<LayerSizes> check_backward(
   const auto [kept, outputs] = kept_sizes(input, sizes, settings);
   const auto output = output_sizes(input, sizes.back());
   check_same_kind({op}, "gradient", grad_output, input);
+  const auto is_kept = [&](const Tensor& tensor, const SymInt& count, at::ScalarType type) {
+    return tensor.sym_numel() == count && tensor.scalar_type() == type && tensor.device() == input.device();
+  };
   TORCH_CHECK_VALUE(
-      grad_output.sym_sizes() == output,
+      grad_output.sym_sizes() == output && is_kept(activations, kept, compute_type(input.scalar_type())) &&
+          is_kept(index, outputs, at::kByte),
       op,
       ": the gradient must have the shape of the output, ",
       output,
-      ", got ",
-      grad_output.sym_sizes());
-  const auto check_kept = [&](const char* name, const Tensor& tensor, const SymInt& count, at::ScalarType type) {
-    TORCH_CHECK_VALUE(
-        tensor.sym_numel() == count && tensor.scalar_type() == type && tensor.device() == input.device(),
-        op,
-        ": ",
-        name,
-        " must be what forward returned, ",
-        count,
-        " values of ",
-        type,
-        ", got ",
-        tensor.scalar_type(),
-        " of shape ",
-        tensor.sym_sizes(),
-        " on ",
-        tensor.device());
-  };
-  check_kept("activations", activations, kept, compute_type(input.scalar_type()));
-  check_kept("index", index, outputs, at::kByte);
+      ", and activations and index be what forward returned, ",
+      kept,
+      " values of ",
+      compute_type(input.scalar_type()),
+      " and ",
+      outputs,
+      " of Byte, got ",
+      grad_output.sym_sizes(),
+      ", ",
+      activations.sym_sizes(),
+      " of ",
+      activations.scalar_type(),
+      " and ",
+      index.sym_sizes(),
+      " of ",
+      index.scalar_type());
   TORCH_CHECK_VALUE(
       wanted.size() == 1 + 2 * weights.size(),
       op,

@@ -27,8 +27,8 @@ CASES = [
 ]
 
 # What Python and torch raise where a dict grows while another thread walks over it, groups and what is loaded into them
-# no longer are of a size, or an optimizer gets another class in the middle of a method.
-RACES = (RuntimeError, ValueError, KeyError, AttributeError, IndexError)
+# no longer are of a size, or an optimizer gets another class in the middle of a method (super() raises TypeError).
+RACES = (RuntimeError, ValueError, KeyError, AttributeError, IndexError, TypeError)
 
 
 @pytest.fixture(autouse=True)
@@ -122,7 +122,8 @@ def test_everything_at_once(cls) -> None:
         for entry in list(optimizer.state.values()):
             for value in list(entry.values()):
                 if isinstance(value, torch.Tensor):
-                    assert value.isfinite().all()
+                    # A copy: isfinite compares a value with itself, which may change in between.
+                    assert value.clone().isfinite().all()
 
     def extend() -> None:
         if len(optimizer.param_groups) < 20:
@@ -135,7 +136,8 @@ def test_everything_at_once(cls) -> None:
         revert()
 
     actions = {
-        "step": optimizer.step,
+        # That of the class that the optimizer has at the time.
+        "step": lambda: type(optimizer).step(optimizer),
         "other step": lambda: optimizer.step(),
         "save": lambda: saved.append(optimizer.state_dict()) or saved.__delitem__(slice(0, -3)),
         "load": lambda: optimizer.load_state_dict(saved[-1]),
@@ -144,8 +146,6 @@ def test_everything_at_once(cls) -> None:
         "forget": lambda: optimizer.zero_grad(set_to_none=False),
         "convert": change_class,
     }
-    # A step is the class's at the time.
-    actions["step"] = lambda: type(optimizer).step(optimizer)
     with running(*(again_and_again(name, action) for name, action in actions.items())):
         pass
     assert all(count > 0 for count in done.values()), done
