@@ -29,7 +29,9 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -74,47 +76,69 @@ def work(seed: int, first: int, last: int) -> None:
             print(json.dumps({"ended": number, "name": outcome.name, "refusal": outcome.refusal}), flush=True)
 
 
+class _Worker:
+    """A process that runs calls, what it says of each, and what it says besides."""
+
+    def __init__(self, seed: int, first: int, calls: int, variables: dict[str, str]) -> None:
+        command = [sys.executable, __file__, "--worker", f"--seed={seed}", f"--first={first}", f"--calls={calls}"]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
+        self.process = subprocess.Popen(command, env=variables, text=True, errors="replace", **pipes)
+        self._lines: queue.Queue[str | None] = queue.Queue()
+        self._said: list[str] = []
+        self._readers = [threading.Thread(target=reader) for reader in (self._read_lines, self._read_errors)]
+        for reader in self._readers:
+            reader.start()
+
+    def _read_lines(self) -> None:
+        for line in self.process.stdout:
+            self._lines.put(line)
+        self._lines.put(None)
+
+    def _read_errors(self) -> None:
+        for line in self.process.stderr:
+            self._said.append(line)
+
+    def events(self, limit: float) -> Iterator[dict[str, Any]]:
+        """Returns what became of the calls, until the process ends or a call takes longer than `limit` seconds."""
+        # The first one also imports torch.
+        patience = limit + 300
+        try:
+            while (line := self._lines.get(timeout=patience)) is not None:
+                patience = limit
+                yield json.loads(line)
+        except queue.Empty:
+            self._said.append(f"the call did not end within {limit} s\n")
+            self.process.kill()
+
+    def end(self) -> str:
+        """Returns the lines on standard error that tell why the process ended."""
+        self.process.wait()
+        for reader in self._readers:
+            reader.join()
+        first = next((i for i, line in enumerate(self._said) if "ERROR" in line or "runtime error" in line), 0)
+        return "".join(line[:300] for line in self._said[first : first + 30])
+
+
 def supervise(seed: int, first: int, calls: int, variables: dict[str, str], limit: float) -> Counter[str]:
     """Runs calls in processes, and counts results, refusals by class, failures and crashes."""
     counts: Counter[str] = Counter()
     number, last = first, first + calls
     while number < last:
-        command = [sys.executable, __file__, "--worker", f"--seed={seed}", f"--first={number}", f"--calls={last - number}"]
-        process = subprocess.Popen(
-            command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
-        )
-        lines: queue.Queue[str | None] = queue.Queue()
-        said: list[str] = []
-        readers = [
-            threading.Thread(target=lambda out=process.stdout: [*map(lines.put, out), lines.put(None)]),
-            threading.Thread(target=lambda err=process.stderr: said.extend(err)),
-        ]
-        for reader in readers:
-            reader.start()
-        began = None
-        try:
-            # The first call also imports torch.
-            while (line := lines.get(timeout=limit if began is not None else limit + 300)) is not None:
-                event = json.loads(line)
-                if "began" in event:
-                    began = event["began"]
-                    continue
-                if "failed" in event:
-                    counts["failures"] += 1
-                    print(f"seed {seed}, call {event['failed']} failed: {event['why']}", flush=True)
-                else:
-                    counts[event["refusal"] or "results"] += 1
-                number = event.get("ended", event.get("failed")) + 1
-        except queue.Empty:
-            said.append(f"the call did not end within {limit} s\n")
-            process.kill()
-        process.wait()
-        for reader in readers:
-            reader.join()
+        worker = _Worker(seed, number, last - number, variables)
+        for event in worker.events(limit):
+            if "failed" in event:
+                counts["failures"] += 1
+                print(f"seed {seed}, call {number} failed: {event['why']}", flush=True)
+            elif "ended" in event:
+                counts[event["refusal"] or "results"] += 1
+            else:
+                continue
+            number += 1
+        said = worker.end()
         if number < last:
             counts["crashes"] += 1
-            print(f"seed {seed}, call {began} crashed ({process.returncode}):\n{''.join(said)[-6000:]}", flush=True)
-            number = (number if began is None else began) + 1
+            print(f"seed {seed}, call {number} crashed ({worker.process.returncode}):\n{said}", flush=True)
+            number += 1
     return counts
 
 

@@ -25,7 +25,8 @@ _EXTRAS = {
 def _parameters(rng: random.Random) -> list[Tensor]:
     sizes = [(), (0,), (3,), (65,), (4, 5), (2, 3, 4, 4)]
     parameters = [
-        torch.randn(rng.choice(sizes), dtype=rng.choice(_DTYPES), requires_grad=True) for _ in range(rng.randrange(1, 5))
+        torch.randn(rng.choice(sizes), dtype=rng.choice(_DTYPES), requires_grad=True)
+        for _ in range(rng.randrange(1, 5))
     ]
     for parameter in parameters:
         if rng.random() < 0.8:

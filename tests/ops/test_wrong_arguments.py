@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -116,6 +116,17 @@ def test_cross_entropy(name, changes, error, message) -> None:
         called(name, cross_entropy_values(), **changes)
 
 
+def test_negative_bits_in_place() -> None:
+    """Logits that are written into and whose sign is still to be changed: torch failed an assertion of its own."""
+    values = cross_entropy_values()
+    with pytest.raises(ValueError, match="without negative bit"):
+        called("_cross_entropy_forward_", values, logits=torch._neg_view(values["logits"]))
+    weight, logits = torch.rand(5), values["logits"].clone()
+    expected = called("_cross_entropy_forward_", values, logits=values["logits"].clone(), weight=-weight)
+    found = called("_cross_entropy_forward_", values, logits=logits, weight=torch._neg_view(weight))
+    torch.testing.assert_close(found, expected)
+
+
 def test_cross_entropy_without_classes_takes_no_memory_for_rows() -> None:
     """A loss that is reduced wants nothing for each of 2^50 rows that have no classes."""
     logits = torch.empty(1 << 50, 0)
@@ -185,7 +196,11 @@ def test_linear_cross_entropy_backward_without_rows(dtype, reduction) -> None:
         ({"settings": [2**62, 0, 1, 1, 0, 0, 0, 0]}, ValueError, "padding must be two numbers from 0"),
         ({"settings": [2**29, 2**29, 1, 1, 0, 0, 0, 0]}, ValueError, "images of less than 2.30 values"),
         ({"weights": []}, ValueError, "each layer must have a weight"),
-        ({"input": torch.empty(0).as_strided([0, HUGE, HUGE, HUGE], [1, 0, 0, 0])}, ValueError, "images of less than 2.30 values"),
+        (
+            {"input": torch.empty(0).as_strided([0, HUGE, HUGE, HUGE], [1, 0, 0, 0])},
+            ValueError,
+            "images of less than 2.30 values",
+        ),
         ({"input": short(2, 3, 6, 6)}, ValueError, "the input of shape .2, 3, 6, 6. reaches beyond its storage"),
         ({"weights": [short(4, 3, 3, 3), torch.randn(2, 16)]}, ValueError, "a weight .* reaches beyond its storage"),
         ({"weights": [torch.randn(4, 3, 3, 3), torch.randn(2, 16, device="meta")]}, RuntimeError, "on meta"),
@@ -238,7 +253,7 @@ def test_layer_chain_backward_of_any_index(pool) -> None:
         output, activations, index = op("_layer_chain_forward")(input, weights, [None], settings, True)
         for wrong in (torch.full_like(index, 255), torch.randint(0, 256, index.shape, generator=generator).byte()):
             arguments = (torch.ones_like(output), input, weights, activations, wrong, settings, [1, 1, 1])
-            assert [g.shape for g in op("_layer_chain_backward")(*arguments)][0] == input.shape
+            assert op("_layer_chain_backward")(*arguments)[0].shape == input.shape
 
 
 @pytest.mark.parametrize("padding", [[], [1], [1, 1, 1]])
@@ -254,7 +269,7 @@ def test_apply_upstream() -> None:
     for upstream in (torch.ones(3), torch.ones(4, 5, 6), torch.ones((), dtype=torch.complex64)):
         with pytest.raises(RuntimeError):
             op("_apply_upstream_")(gradient, upstream)
-    with pytest.raises(ValueError, match="the gradient of shape .4, 5. reaches beyond its storage"):
+    with pytest.raises(ValueError, match=r"the gradient of shape \[4, 5\] reaches beyond its storage"):
         op("_apply_upstream_")(short(4, 5), torch.ones(()))
     assert torch.equal(gradient, torch.ones(4, 5))
 
@@ -262,7 +277,7 @@ def test_apply_upstream() -> None:
 class TestPlans:
     """The native side of the optimizers, with groups and state that are none."""
 
-    OPTIONS = {
+    OPTIONS: ClassVar = {
         "AdamPlan": {
             **{"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0},
             **{"decoupled_weight_decay": False, "amsgrad": False, "maximize": False},
