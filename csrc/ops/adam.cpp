@@ -5,7 +5,7 @@
 namespace lightkit {
 
 AdamOptions AdamAlgorithm::read(const pybind11::handle& group) {
-  const pybind11::handle betas = group_item(group, "betas");
+  const pybind11::object betas = group_item(group, "betas");
   const auto beta = [&](Py_ssize_t index) {
     const auto item = pybind11::reinterpret_steal<pybind11::object>(PySequence_GetItem(betas.ptr(), index));
     const double value = item ? PyFloat_AsDouble(item.ptr()) : -1.0;
@@ -15,7 +15,7 @@ AdamOptions AdamAlgorithm::read(const pybind11::handle& group) {
     return value;
   };
   AdamOptions options{};
-  if (number_on_device(group_item(group, "lr").ptr()) == nullptr) {
+  if (!number_on_device(group_item(group, "lr")).defined()) {
     options.lr = group_number(group, "lr");
   }
   options.beta1 = beta(0);

@@ -4,6 +4,7 @@
 // writes loss and gradient; backward then only applies the upstream gradient, and nothing where that is 1.
 
 #include "autograd_node.h"
+#include "checks.h"
 #include "cross_entropy_checks.h"
 
 #include <ATen/ATen.h>
@@ -74,9 +75,28 @@ std::tuple<Tensor, Tensor> call_forward_inplace(
   return op.call(logits, target, weight, LIGHTKIT_OPTION_ARGUMENTS, with_lse);
 }
 
+// The same where some tensor's sign is still to be changed. torch's own way with that wants of an op that writes into a
+// tensor to return it.
+std::tuple<Tensor, Tensor> forward_inplace_negative(
+    Tensor& logits,
+    const Tensor& target,
+    const std::optional<Tensor>& weight,
+    LIGHTKIT_OPTION_PARAMETERS,
+    bool with_lse) {
+  TORCH_CHECK_VALUE(
+      !logits.is_neg(),
+      "cross_entropy: the logits in whose memory the gradient is written must be a tensor without negative bit, got one "
+      "whose is_neg() is True");
+  const auto positive_weight = is_there(weight) ? std::optional(weight->resolve_neg()) : std::nullopt;
+  return call_forward_inplace(logits, target.resolve_neg(), positive_weight, LIGHTKIT_OPTION_ARGUMENTS, with_lse);
+}
+
 // lightkit::_apply_upstream_: gradient *= upstream, without touching memory where upstream is 1.
 Tensor& apply_upstream_cpu(Tensor& gradient, const Tensor& upstream) {
-  return upstream.dim() == 0 && upstream.item<double>() == 1 ? gradient : gradient.mul_(upstream);
+  check_memory("_apply_upstream_", "the gradient", gradient);
+  check_memory("_apply_upstream_", "upstream", upstream);
+  const bool is_real = !at::isComplexType(upstream.scalar_type());
+  return upstream.dim() == 0 && is_real && upstream.item<double>() == 1 ? gradient : gradient.mul_(upstream);
 }
 
 // The gradient written with differentiable operations, for backward with create_graph=True: see
@@ -273,6 +293,10 @@ TORCH_LIBRARY_IMPL(lightkit, CPU, m) {
 
 TORCH_LIBRARY_IMPL(lightkit, Meta, m) {
   m.impl("_cross_entropy_forward", forward_meta);
+}
+
+TORCH_LIBRARY_IMPL(lightkit, Negative, m) {
+  m.impl("_cross_entropy_forward_", forward_inplace_negative);
 }
 
 TORCH_LIBRARY_IMPL(lightkit, CompositeExplicitAutograd, m) {

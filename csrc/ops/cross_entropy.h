@@ -47,6 +47,9 @@ struct CrossEntropyProblem {
 // float, or double for double.
 at::ScalarType accumulation_type(at::ScalarType type);
 
+// Raises a ValueError for a loss that is to be of another dtype than floating point.
+void check_loss_dtype(const char* op, const CrossEntropyOptions& options);
+
 // The shape of the unreduced loss: that of the logits without the classes.
 std::vector<int64_t> loss_sizes(const at::Tensor& logits);
 

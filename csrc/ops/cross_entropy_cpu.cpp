@@ -104,12 +104,10 @@ std::tuple<Tensor, Tensor> run(
     return problem.classes == 0 ? at::zeros(sizes, acc_options) : at::empty(sizes, acc_options);
   };
   const bool reduced = options.reduction != Reduction::None;
-  // Losses that are only summed need no tensor of their own.
+  // Losses that are only summed need no tensor of their own. Without classes they are 0, and of a number of rows that
+  // no memory stands for.
   const Tensor row_losses = reduced ? Tensor() : make({problem.rows});
-  c10::SmallBuffer<acc_t, 512> summands(reduced ? problem.rows : 0);
-  if (problem.classes == 0) {
-    std::fill(summands.begin(), summands.end(), acc_t(0));
-  }
+  c10::SmallBuffer<acc_t, 512> summands(reduced && problem.classes > 0 ? problem.rows : 0);
   const Tensor lse = with_lse ? make(loss_sizes(logits)) : at::empty({0}, acc_options);
   const bool mean = options.reduction == Reduction::Mean;
 
@@ -136,7 +134,7 @@ std::tuple<Tensor, Tensor> run(
   if (!reduced) {
     return {row_losses.view(loss_sizes(logits)).to(loss_type), lse};
   }
-  return {scalar(ordered_sum(summands.data(), problem.rows) / (mean ? denominator : 1), logits.options().dtype(loss_type)), lse};
+  return {scalar(ordered_sum(summands.data(), summands.size()) / (mean ? denominator : 1), logits.options().dtype(loss_type)), lse};
 }
 
 std::tuple<Tensor, Tensor> dispatch(

@@ -1,5 +1,6 @@
 // lightkit::cross_entropy on a GPU: memory, stream and launch.
 
+#include "checks.h"
 #include "cross_entropy.h"
 
 #include "../kernels/cuda/cross_entropy.h"
@@ -111,13 +112,21 @@ std::tuple<Tensor, Tensor> forward_inplace_cuda(
 }
 
 Tensor& apply_upstream_cuda(Tensor& gradient, const Tensor& upstream) {
-  if (gradient.dim() > 2 || !gradient.is_contiguous()) {
+  const int64_t rows = gradient.dim() == 2 ? gradient.size(0) : 1;
+  const bool is_scalar = upstream.numel() == 1 && upstream.dim() <= gradient.dim();
+  const bool is_column =
+      gradient.dim() == 2 && upstream.dim() == 2 && upstream.size(0) == rows && upstream.size(1) == 1;
+  // torch checks what else there may be.
+  if (gradient.dim() > 2 || !gradient.is_contiguous() || !is_logits_type(gradient.scalar_type()) ||
+      !at::isFloatingType(upstream.scalar_type()) || upstream.device() != gradient.device() ||
+      !(is_scalar || is_column)) {
     return gradient.mul_(upstream);
   }
+  check_memory("_apply_upstream_", "the gradient", gradient);
+  check_memory("_apply_upstream_", "upstream", upstream);
   const c10::cuda::CUDAGuard guard(gradient.device());
   const auto acc_type = accumulation_type(gradient.scalar_type());
   const Tensor factor = upstream.to(acc_type).contiguous();
-  const int64_t rows = gradient.dim() == 2 ? gradient.size(0) : 1;
   C10_CUDA_CHECK(cuda::scale_rows(
       gradient.mutable_data_ptr(),
       logits_type(gradient.scalar_type()),

@@ -1,5 +1,6 @@
 // What cross-entropy does around the kernel of a device: checks, layout, shapes.
 
+#include "checks.h"
 #include "cross_entropy_checks.h"
 
 #include <ATen/ATen.h>
@@ -14,6 +15,14 @@ at::ScalarType accumulation_type(at::ScalarType type) {
 
 std::vector<int64_t> loss_sizes(const Tensor& logits) {
   return without_classes(logits, logits.sizes());
+}
+
+void check_loss_dtype(const char* op, const CrossEntropyOptions& options) {
+  TORCH_CHECK_VALUE(
+      !options.dtype.has_value() || at::isFloatingType(*options.dtype),
+      op,
+      ": the dtype of the loss must be floating point, got ",
+      *options.dtype);
 }
 
 void check_arguments(
@@ -59,7 +68,8 @@ void check_arguments(
       "cross_entropy: label_smoothing must be between 0.0 and 1.0, got ",
       options.label_smoothing);
   TORCH_CHECK_VALUE(options.softcap >= 0.0, "cross_entropy: softcap must not be negative, got ", options.softcap);
-  if (weight.has_value() && weight->defined()) {
+  check_loss_dtype("cross_entropy", options);
+  if (is_there(weight)) {
     TORCH_CHECK(
         weight->dim() == 1 && weight->sym_size(0) == logits.sym_size(class_dim(logits)),
         "cross_entropy: weight must hold one value for each of the ",
@@ -100,16 +110,13 @@ CrossEntropyProblem make_problem(
     const CrossEntropyOptions& options,
     int64_t max_strided_classes) {
   check_arguments(logits, target, weight, options);
+  check_memory("cross_entropy", "the logits", logits);
+  check_memory("cross_entropy", "the target", target);
+  check_memory("cross_entropy", "weight", weight);
   CrossEntropyProblem problem;
   problem.classes = logits.size(class_dim(logits));
-  problem.rows = 1;
-  problem.inner = 1;
-  for (int64_t d = 0; d < logits.dim(); ++d) {
-    if (d != class_dim(logits)) {
-      problem.rows *= logits.size(d);
-      problem.inner *= d == 0 ? 1 : logits.size(d);
-    }
-  }
+  problem.rows = checked_product("cross_entropy", loss_sizes(logits));
+  problem.inner = problem.rows == 0 || logits.dim() == 1 ? 1 : problem.rows / logits.size(0);
   if (!(logits.is_contiguous() && problem.inner > 1 && problem.classes <= max_strided_classes)) {
     problem.inner = 1;
   }
@@ -126,7 +133,7 @@ CrossEntropyProblem make_problem(
   }
 
   const auto type = accumulation_type(logits.scalar_type());
-  const bool weighted = weight.has_value() && weight->defined();
+  const bool weighted = is_there(weight);
   if (weighted) {
     problem.weight = weight->detach().to(type).contiguous();
   }

@@ -42,6 +42,7 @@ std::vector<Tensor> backward_meta(
     const Tensor& index,
     at::IntArrayRef numbers,
     at::IntArrayRef wanted) {
+  check_backward(grad_output, input, weights, activations, index, {numbers}, wanted);
   return allocate_gradients(input, weights, wanted);
 }
 

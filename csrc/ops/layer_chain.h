@@ -1,6 +1,8 @@
 // What the parts of the op on chains of layers share.
 #pragma once
 
+#include "checks.h"
+
 #include <ATen/ATen.h>
 
 #include <array>
@@ -32,10 +34,6 @@ struct Settings {
   }
 };
 
-inline bool is_there(const std::optional<at::Tensor>& bias) {
-  return bias.has_value() && bias->defined();
-}
-
 // Whom an error is about.
 struct Where {
   const char* op;
@@ -55,7 +53,8 @@ struct LayerSizes {
   bool linear;
 };
 
-// Raise for what does not fit, in words that name the op and the layer.
+// Raise for what does not fit, in words that name the op and the layer. Sizes that are no symbols are compared with what
+// the kernels take, on any device: no product of them is beyond 64 bits afterwards.
 void check_input(const char* op, const at::Tensor& input);
 
 // `before` holds channels, height and width of what comes in, and gets those of what goes out.
@@ -73,6 +72,16 @@ std::vector<LayerSizes> check_chain(
     at::TensorList weights,
     const std::vector<std::optional<at::Tensor>>& biases,
     const Settings& settings);
+
+// The same for backward, and that what forward has kept belongs to them.
+std::vector<LayerSizes> check_backward(
+    const at::Tensor& grad_output,
+    const at::Tensor& input,
+    at::TensorList weights,
+    const at::Tensor& activations,
+    const at::Tensor& index,
+    const Settings& settings,
+    at::IntArrayRef wanted);
 
 // Channels, height and width of an image.
 std::array<c10::SymInt, 3> image_sizes(const at::Tensor& input);

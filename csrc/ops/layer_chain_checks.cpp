@@ -28,6 +28,40 @@ void check_same_kind(const Where& where, const char* name, const Tensor& tensor,
       tensor.device());
 }
 
+// Of an image or, with its rows filled up to vectors, of a weight: places in them are 32-bit numbers.
+constexpr int64_t kMostImage = int64_t(1) << 30;
+constexpr int64_t kMostWeight = int64_t(1) << 26;
+
+// Of all images that a layer keeps: bytes of them are numbers of 64 bits.
+constexpr double kMostKept = 0x1p60;
+
+// Returns the product as floating point, since it may be beyond any integer; 0 if a size is a symbol.
+double product(std::initializer_list<SymInt> sizes) {
+  double result = 1;
+  for (const SymInt& size : sizes) {
+    result *= static_cast<double>(size.maybe_as_int().value_or(0));
+  }
+  return result;
+}
+
+void check_image(const Where& where, const SymInt& channels, const SymInt& height, const SymInt& width) {
+  TORCH_CHECK_VALUE(
+      product({channels, height, width}) < kMostImage,
+      where,
+      ": images of less than 2^30 values are supported, got ",
+      channels,
+      "x",
+      height,
+      "x",
+      width);
+}
+
+void check_flags(const Where& where, const char* name, at::IntArrayRef flags) {
+  const auto is_flag = [](int64_t flag) { return flag == 0 || flag == 1; };
+  TORCH_CHECK_VALUE(
+      std::all_of(flags.begin(), flags.end(), is_flag), where, ": ", name, " must be 0 or 1, got ", flags);
+}
+
 }  // namespace
 
 LayerSizes check_layer(
@@ -46,7 +80,12 @@ LayerSizes check_layer(
       weight.sym_sizes());
   TORCH_CHECK_VALUE(weight.sym_numel() > 0, where, ": the weight must not be empty, got shape ", weight.sym_sizes());
   TORCH_CHECK_VALUE(
-      std::min(padding[0], padding[1]) >= 0 && std::max(padding[0], padding[1]) < int64_t(1) << 30,
+      weight.sym_numel().maybe_as_int().value_or(0) < kMostWeight,
+      where,
+      ": weights of less than 2^26 values are supported, got shape ",
+      weight.sym_sizes());
+  TORCH_CHECK_VALUE(
+      padding.size() == 2 && std::min(padding[0], padding[1]) >= 0 && std::max(padding[0], padding[1]) < int64_t(1) << 30,
       where,
       ": padding must be two numbers from 0 up and less than 2^30, got ",
       padding);
@@ -110,6 +149,8 @@ LayerSizes check_layer(
       pool ? rows / 2 : rows,
       pool ? columns / 2 : columns,
       linear};
+  check_image(where, sizes.channels, sizes.height + 2 * padding[0], sizes.width + 2 * padding[1]);
+  check_image(where, sizes.out_channels, sizes.rows, sizes.columns);
   before = {sizes.out_channels, sizes.rows, sizes.columns};
   return sizes;
 }
@@ -122,6 +163,8 @@ void check_input(const char* op, const Tensor& input) {
       op,
       ": the input must have 4 dimensions, or 2 before a linear layer, got ",
       input.sym_sizes());
+  const auto [channels, height, width] = image_sizes(input);
+  check_image({op}, channels, height, width);
 }
 
 std::array<SymInt, 3> image_sizes(const Tensor& input) {
@@ -155,8 +198,10 @@ std::vector<LayerSizes> check_chain(
         weights[l].dim() == 2 || (l == 0 ? input.dim() == 4 : !sizes.back().linear),
         Where{op, static_cast<int64_t>(l)},
         ": a convolution cannot follow a linear layer");
+    const Where where{op, static_cast<int64_t>(l)};
+    check_flags(where, "relu and pool", settings.numbers.slice(4 * l + 2, 2));
     sizes.push_back(check_layer(
-        {op, static_cast<int64_t>(l)},
+        where,
         input,
         before,
         weights[l],
@@ -164,6 +209,64 @@ std::vector<LayerSizes> check_chain(
         settings.padding(l),
         settings.pool(l)));
   }
+  double values = 0;
+  for (size_t l = 0; l < count; ++l) {
+    const auto& s = sizes[l];
+    values += product({s.channels, s.height + 2 * settings.padding(l)[0], s.width + 2 * settings.padding(l)[1]});
+    values += product({s.out_channels, s.rows, s.columns});
+  }
+  TORCH_CHECK_VALUE(
+      values * product({input.sym_size(0)}) < kMostKept,
+      op,
+      ": batches whose layers have less than 2^60 values are supported, got an input of shape ",
+      input.sym_sizes());
+  return sizes;
+}
+
+std::vector<LayerSizes> check_backward(
+    const Tensor& grad_output,
+    const Tensor& input,
+    TensorList weights,
+    const Tensor& activations,
+    const Tensor& index,
+    const Settings& settings,
+    at::IntArrayRef wanted) {
+  constexpr auto op = "layer_chain";
+  auto sizes = check_chain(input, weights, std::vector<std::optional<Tensor>>(weights.size()), settings);
+  const auto [kept, outputs] = kept_sizes(input, sizes, settings);
+  const auto output = output_sizes(input, sizes.back());
+  check_same_kind({op}, "gradient", grad_output, input);
+  const auto is_kept = [&](const Tensor& tensor, const SymInt& count, at::ScalarType type) {
+    return tensor.sym_numel() == count && tensor.scalar_type() == type && tensor.device() == input.device();
+  };
+  TORCH_CHECK_VALUE(
+      grad_output.sym_sizes() == output && is_kept(activations, kept, compute_type(input.scalar_type())) &&
+          is_kept(index, outputs, at::kByte),
+      op,
+      ": the gradient must have the shape of the output, ",
+      output,
+      ", and activations and index be what forward returned, ",
+      kept,
+      " values of ",
+      compute_type(input.scalar_type()),
+      " and ",
+      outputs,
+      " of Byte, got ",
+      grad_output.sym_sizes(),
+      ", ",
+      activations.sym_sizes(),
+      " of ",
+      activations.scalar_type(),
+      " and ",
+      index.sym_sizes(),
+      " of ",
+      index.scalar_type());
+  TORCH_CHECK_VALUE(
+      wanted.size() == 1 + 2 * weights.size(),
+      op,
+      ": `wanted` must have a flag for the input and two for each layer, got ",
+      wanted.size());
+  check_flags({op}, "`wanted`", wanted);
   return sizes;
 }
 
@@ -201,10 +304,6 @@ ChainResults allocate_results(
 }
 
 std::vector<Tensor> allocate_gradients(const Tensor& input, TensorList weights, at::IntArrayRef wanted) {
-  TORCH_CHECK_VALUE(
-      wanted.size() == 1 + 2 * weights.size(),
-      "layer_chain: `wanted` must have a flag for the input and two for each layer, got ",
-      wanted.size());
   const auto empty = [&](bool is_wanted, at::SymIntArrayRef sizes, bool image) {
     const std::vector<SymInt> none{0};
     return image && is_wanted ? at::empty_symint(sizes, input.options(), kChainLayout)

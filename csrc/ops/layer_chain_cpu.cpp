@@ -23,28 +23,12 @@ Tensor laid_out(const Tensor& tensor, at::IntArrayRef padding) {
   return result.contiguous(kChainLayout);
 }
 
-// Places within an image, and within the weight with its rows filled up to vectors, are 32-bit numbers.
-void check_supported(const std::vector<LayerSizes>& sizes, TensorList weights, const Settings& settings) {
-  // As floating point, since products of what was asked for may be beyond any integer.
-  const auto values = [](const c10::SymInt& height, const c10::SymInt& width, const c10::SymInt& channels) {
-    return static_cast<double>(height.expect_int()) * static_cast<double>(width.expect_int()) *
-        static_cast<double>(channels.expect_int());
-  };
-  constexpr double most = 1 << 30;
-  for (size_t l = 0; l < sizes.size(); ++l) {
-    const auto& s = sizes[l];
-    const auto padding = settings.padding(l);
-    const double in = values(s.height + 2 * padding[0], s.width + 2 * padding[1], s.channels);
-    const double out = values(s.rows, s.columns, s.out_channels);
-    TORCH_CHECK_VALUE(
-        in < most && out < most && weights[l].numel() < (int64_t(1) << 26),
-        Where{"layer_chain", static_cast<int64_t>(l)},
-        ": images of less than 2^30 values and weights of less than 2^26 are supported, got ",
-        in,
-        ", ",
-        out,
-        " and ",
-        weights[l].numel());
+void check_memory_of_layers(TensorList weights, const std::vector<std::optional<Tensor>>& biases) {
+  for (const Tensor& weight : weights) {
+    check_memory("layer_chain", "a weight", weight);
+  }
+  for (const auto& bias : biases) {
+    check_memory("layer_chain", "a bias", bias);
   }
 }
 
@@ -103,7 +87,8 @@ ChainResults forward_cpu(
   const Settings settings{numbers};
   const std::vector<std::optional<Tensor>> all_biases(biases.begin(), biases.end());
   const auto sizes = check_chain(input, weights, all_biases, settings);
-  check_supported(sizes, weights, settings);
+  check_memory("layer_chain", "the input", input);
+  check_memory_of_layers(weights, all_biases);
   const ChainResults results = allocate_results(input, sizes, settings, keep);
   const Tensor& result = std::get<0>(results);
   if (result.numel() == 0) {
@@ -140,22 +125,12 @@ std::vector<Tensor> backward_cpu(
     at::IntArrayRef wanted) {
   const Settings settings{numbers};
   const size_t count = weights.size();
-  const auto sizes = check_chain(input, weights, std::vector<std::optional<Tensor>>(count), settings);
-  check_supported(sizes, weights, settings);
-  const auto [kept, outputs] = kept_sizes(input, sizes, settings);
-  TORCH_CHECK_VALUE(
-      grad_output.sym_sizes() == output_sizes(input, sizes.back()) &&
-          grad_output.scalar_type() == input.scalar_type() && index.sym_numel() == outputs &&
-          index.scalar_type() == at::kByte && activations.sym_numel() == kept &&
-          activations.scalar_type() == compute_type(input.scalar_type()),
-      "layer_chain: the gradient must have the shape of the output, ",
-      output_sizes(input, sizes.back()),
-      ", and activations and index the sizes and dtypes of forward, got ",
-      grad_output.sym_sizes(),
-      ", ",
-      activations.sym_sizes(),
-      " and ",
-      index.sym_sizes());
+  const auto sizes = check_backward(grad_output, input, weights, activations, index, settings, wanted);
+  check_memory("layer_chain", "the gradient", grad_output);
+  check_memory("layer_chain", "the input", input);
+  check_memory_of_layers(weights, {});
+  check_memory("layer_chain", "activations", activations);
+  check_memory("layer_chain", "index", index);
   auto gradients = allocate_gradients(input, weights, wanted);
   if (grad_output.numel() == 0) {
     for (auto& gradient : gradients) {

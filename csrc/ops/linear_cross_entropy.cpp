@@ -7,6 +7,7 @@
 #include "linear_cross_entropy.h"
 
 #include "autograd_node.h"
+#include "checks.h"
 
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/autograd.h>
@@ -34,19 +35,20 @@ LinearGradients empty_gradients(const LinearInputs& inputs, const WantedGradient
   return {
       make(inputs.hidden, wanted.hidden),
       make(inputs.linear_weight, wanted.linear_weight),
-      make(inputs.linear_bias.value_or(inputs.linear_weight), wanted.linear_bias && inputs.linear_bias.has_value())};
+      make(inputs.linear_bias.value_or(inputs.linear_weight), wanted.linear_bias)};
 }
 
 LinearResults forward_meta(
     LIGHTKIT_LINEAR_PARAMETERS, LIGHTKIT_OPTION_PARAMETERS, int64_t memory_limit, LIGHTKIT_WANTED_PARAMETERS) {
   const LinearInputs inputs{LIGHTKIT_LINEAR_ARGUMENTS};
   const auto options = make_options(LIGHTKIT_OPTION_ARGUMENTS);
-  check_linear_arguments(inputs, options, memory_limit);
+  const WantedGradients wanted{LIGHTKIT_WANTED_ARGUMENTS};
+  check_kernel_arguments(inputs, options, memory_limit, wanted);
   const auto loss_options = hidden.options().dtype(dtype.value_or(hidden.scalar_type()));
   const auto acc_options = hidden.options().dtype(accumulation_type(hidden.scalar_type()));
   Tensor loss = options.reduction == Reduction::None ? at::empty_symint({hidden.sym_size(0)}, loss_options)
                                                      : at::empty_symint({}, loss_options);
-  auto [hidden_gradient, weight_gradient, bias_gradient] = empty_gradients(inputs, {LIGHTKIT_WANTED_ARGUMENTS});
+  auto [hidden_gradient, weight_gradient, bias_gradient] = empty_gradients(inputs, wanted);
   const Tensor rows_known = at::empty_symint({3, hidden.sym_size(0)}, acc_options);
   return {loss, rows_known, hidden_gradient, weight_gradient, bias_gradient};
 }
@@ -58,7 +60,12 @@ LinearGradients backward_meta(
     LIGHTKIT_OPTION_PARAMETERS,
     int64_t memory_limit,
     LIGHTKIT_WANTED_PARAMETERS) {
-  return empty_gradients({LIGHTKIT_LINEAR_ARGUMENTS}, {LIGHTKIT_WANTED_ARGUMENTS});
+  const LinearInputs inputs{LIGHTKIT_LINEAR_ARGUMENTS};
+  const auto options = make_options(LIGHTKIT_OPTION_ARGUMENTS);
+  const WantedGradients wanted{LIGHTKIT_WANTED_ARGUMENTS};
+  check_kernel_arguments(inputs, options, memory_limit, wanted);
+  check_backward_arguments(grad_loss, rows_known, inputs, options);
+  return empty_gradients(inputs, wanted);
 }
 
 LinearResults call_forward(
@@ -90,6 +97,26 @@ LinearGradients call_backward(
 
 using CrossEntropy = std::tuple<Tensor, Tensor>(
     const Tensor&, const Tensor&, const std::optional<Tensor>&, LIGHTKIT_OPTION_PARAMETERS, bool, bool);
+
+// Loss and lse by way of the logits as a whole, in differentiable operations.
+std::tuple<Tensor, Tensor> through_logits(const LinearInputs& in, const CrossEntropyOptions& options, bool return_lse) {
+  static const auto cross_entropy =
+      c10::Dispatcher::singleton().findSchemaOrThrow("lightkit::cross_entropy", "").typed<CrossEntropy>();
+  // The kernels take a bias of any type; at::linear does not.
+  const auto bias = is_there(in.linear_bias) ? std::optional(in.linear_bias->to(in.hidden.scalar_type())) : std::nullopt;
+  return cross_entropy.call(
+      at::linear(in.hidden, in.linear_weight, bias),
+      in.target,
+      in.weight,
+      static_cast<int64_t>(options.reduction),
+      options.ignore_index,
+      options.label_smoothing,
+      options.z_loss,
+      options.softcap,
+      options.dtype,
+      return_lse,
+      /*inplace=*/false);
+}
 
 class LinearCrossEntropyBackward : public torch::autograd::Node {
  public:
@@ -185,21 +212,7 @@ class LinearCrossEntropyBackward : public torch::autograd::Node {
   // derivative.
   variable_list differentiable_gradients(const Tensor& grad_loss) {
     const LinearInputs in = unpack();
-    static const auto cross_entropy =
-        c10::Dispatcher::singleton().findSchemaOrThrow("lightkit::cross_entropy", "").typed<CrossEntropy>();
-    const Tensor logits = at::linear(in.hidden, in.linear_weight, in.linear_bias);
-    const auto [loss, unused] = cross_entropy.call(
-        logits,
-        in.target,
-        in.weight,
-        static_cast<int64_t>(options.reduction),
-        options.ignore_index,
-        options.label_smoothing,
-        options.z_loss,
-        options.softcap,
-        options.dtype,
-        /*return_lse=*/false,
-        /*inplace=*/false);
+    const auto [loss, unused] = through_logits(in, options, /*return_lse=*/false);
     variable_list inputs;
     if (wanted.hidden) {
       inputs.push_back(in.hidden);
@@ -229,8 +242,20 @@ Tensor lse_of(const Tensor& rows_known) {
   return rows_known.select(0, 0) + rows_known.select(0, 1);
 }
 
+// Without classes or features the logits take no memory, or are the bias alone.
+std::tuple<Tensor, Tensor> empty_linear_cross_entropy(
+    LIGHTKIT_LINEAR_PARAMETERS, LIGHTKIT_OPTION_PARAMETERS, int64_t memory_limit) {
+  const LinearInputs inputs{LIGHTKIT_LINEAR_ARGUMENTS};
+  const auto options = make_options(LIGHTKIT_OPTION_ARGUMENTS);
+  check_linear_arguments(inputs, options, memory_limit);
+  return through_logits(inputs, options, /*return_lse=*/true);
+}
+
 std::tuple<Tensor, Tensor> linear_cross_entropy(
     LIGHTKIT_LINEAR_PARAMETERS, LIGHTKIT_OPTION_PARAMETERS, int64_t memory_limit) {
+  if (linear_weight.sym_numel() == 0) {
+    return empty_linear_cross_entropy(LIGHTKIT_LINEAR_ARGUMENTS, LIGHTKIT_OPTION_ARGUMENTS, memory_limit);
+  }
   auto [loss, rows_known, hidden_gradient, weight_gradient, bias_gradient] =
       call_forward(LIGHTKIT_LINEAR_ARGUMENTS, LIGHTKIT_OPTION_ARGUMENTS, memory_limit, false, false, false);
   return {loss, lse_of(rows_known)};
@@ -238,7 +263,10 @@ std::tuple<Tensor, Tensor> linear_cross_entropy(
 
 std::tuple<Tensor, Tensor> linear_cross_entropy_autograd(
     LIGHTKIT_LINEAR_PARAMETERS, LIGHTKIT_OPTION_PARAMETERS, int64_t memory_limit) {
-  const bool has_bias = linear_bias.has_value() && linear_bias->defined();
+  if (linear_weight.sym_numel() == 0) {
+    return empty_linear_cross_entropy(LIGHTKIT_LINEAR_ARGUMENTS, LIGHTKIT_OPTION_ARGUMENTS, memory_limit);
+  }
+  const bool has_bias = is_there(linear_bias);
   const bool grad_mode = at::GradMode::is_enabled();
   const WantedGradients wanted{
       grad_mode && hidden.requires_grad(),

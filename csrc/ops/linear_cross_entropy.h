@@ -55,7 +55,14 @@ inline LinearGradients no_gradients(const at::TensorOptions& options) {
 // Raises for arguments that do not fit, in words that name them.
 void check_linear_arguments(const LinearInputs& inputs, const CrossEntropyOptions& options, int64_t memory_limit);
 
-// The same for what the backward pass gets besides.
+// The same, and what the kernels want besides: sizes above 0, and a bias where its gradient is wanted.
+void check_kernel_arguments(
+    const LinearInputs& inputs, const CrossEntropyOptions& options, int64_t memory_limit, const WantedGradients& wanted);
+
+// Raises where a tensor reaches beyond its storage.
+void check_memory(const LinearInputs& inputs);
+
+// Raises for what the backward pass gets besides.
 void check_backward_arguments(
     const at::Tensor& grad_loss,
     const at::Tensor& rows_known,

@@ -1,5 +1,6 @@
 // What arguments of the fused linear cross-entropy are refused, for symbolic sizes, too.
 
+#include "checks.h"
 #include "linear_cross_entropy.h"
 
 #include <ATen/ATen.h>
@@ -15,10 +16,6 @@ void check_linear_arguments(const LinearInputs& inputs, const CrossEntropyOption
       "linear_cross_entropy: input and linear_weight must be (N, D) and (C, D), got ",
       hidden.sym_sizes(),
       " and ",
-      head.sym_sizes());
-  TORCH_CHECK_VALUE(
-      head.sym_size(0) > 0 && head.sym_size(1) > 0,
-      "linear_cross_entropy: linear_weight must not be empty, got ",
       head.sym_sizes());
   TORCH_CHECK(
       at::isFloatingType(hidden.scalar_type()) && hidden.element_size() > 1,
@@ -43,7 +40,7 @@ void check_linear_arguments(const LinearInputs& inputs, const CrossEntropyOption
       "], got ",
       target.sym_sizes());
   const auto check_classes = [&](const std::optional<Tensor>& values, const char* name) {
-    if (values.has_value() && values->defined()) {
+    if (is_there(values)) {
       TORCH_CHECK(
           values->dim() == 1 && values->sym_size(0) == head.sym_size(0) && at::isFloatingType(values->scalar_type()),
           "linear_cross_entropy: ",
@@ -83,7 +80,29 @@ void check_linear_arguments(const LinearInputs& inputs, const CrossEntropyOption
       options.label_smoothing);
   TORCH_CHECK_VALUE(
       options.softcap >= 0.0, "linear_cross_entropy: softcap must not be negative, got ", options.softcap);
+  check_loss_dtype("linear_cross_entropy", options);
   TORCH_CHECK_VALUE(memory_limit > 0, "linear_cross_entropy: memory_limit must be positive, got ", memory_limit);
+}
+
+void check_kernel_arguments(
+    const LinearInputs& inputs, const CrossEntropyOptions& options, int64_t memory_limit, const WantedGradients& wanted) {
+  check_linear_arguments(inputs, options, memory_limit);
+  TORCH_CHECK_VALUE(
+      inputs.linear_weight.sym_numel() > 0,
+      "linear_cross_entropy: the kernel wants a linear_weight that is not empty, got ",
+      inputs.linear_weight.sym_sizes());
+  TORCH_CHECK_VALUE(
+      !wanted.linear_bias || is_there(inputs.linear_bias),
+      "linear_cross_entropy: bias_wanted must be False where linear_bias is None, got True");
+}
+
+void check_memory(const LinearInputs& inputs) {
+  constexpr auto op = "linear_cross_entropy";
+  check_memory(op, "the input", inputs.hidden);
+  check_memory(op, "linear_weight", inputs.linear_weight);
+  check_memory(op, "the target", inputs.target);
+  check_memory(op, "linear_bias", inputs.linear_bias);
+  check_memory(op, "weight", inputs.weight);
 }
 
 void check_backward_arguments(
@@ -99,8 +118,10 @@ void check_backward_arguments(
   const bool each = options.reduction == Reduction::None;
   TORCH_CHECK_VALUE(
       grad_loss.dim() == (each ? 1 : 0) && (!each || grad_loss.sym_size(0) == hidden.sym_size(0)) &&
-          grad_loss.device() == hidden.device(),
-      "linear_cross_entropy: grad_loss must have the shape of the loss, got ",
+          grad_loss.device() == hidden.device() && at::isFloatingType(grad_loss.scalar_type()),
+      "linear_cross_entropy: grad_loss must be floating point and have the shape of the loss, got ",
+      grad_loss.scalar_type(),
+      " of shape ",
       grad_loss.sym_sizes());
 }
 

@@ -2,6 +2,7 @@
 
 #include "../kernels/cpu/linear_cross_entropy.h"
 #include "buffer_pool.h"
+#include "checks.h"
 #include "linear_cross_entropy.h"
 
 #include <ATen/ATen.h>
@@ -27,8 +28,7 @@ T* mutable_data_or_null(const Tensor& tensor) {
 // Where it is given, in the accumulation type and contiguous.
 template <typename acc_t>
 Tensor as_accumulators(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() && tensor->defined() ? tensor->to(c10::CppTypeToScalarType<acc_t>::value).contiguous()
-                                                 : Tensor();
+  return is_there(tensor) ? tensor->to(c10::CppTypeToScalarType<acc_t>::value).contiguous() : Tensor();
 }
 
 // The rows that count, one after the other: those whose target is ignore_index are not computed at all.
@@ -270,9 +270,11 @@ LinearResults forward_cpu(
     LIGHTKIT_LINEAR_PARAMETERS, LIGHTKIT_OPTION_PARAMETERS, int64_t memory_limit, LIGHTKIT_WANTED_PARAMETERS) {
   const LinearInputs inputs{LIGHTKIT_LINEAR_ARGUMENTS};
   const auto options = make_options(LIGHTKIT_OPTION_ARGUMENTS);
-  check_linear_arguments(inputs, options, memory_limit);
+  const WantedGradients wanted{LIGHTKIT_WANTED_ARGUMENTS};
+  check_kernel_arguments(inputs, options, memory_limit, wanted);
+  check_memory(inputs);
   return with_type(hidden.scalar_type(), [&](auto value) {
-    return forward<decltype(value)>(inputs, options, memory_limit, {LIGHTKIT_WANTED_ARGUMENTS});
+    return forward<decltype(value)>(inputs, options, memory_limit, wanted);
   });
 }
 
@@ -285,10 +287,14 @@ LinearGradients backward_cpu(
     LIGHTKIT_WANTED_PARAMETERS) {
   const LinearInputs inputs{LIGHTKIT_LINEAR_ARGUMENTS};
   const auto options = make_options(LIGHTKIT_OPTION_ARGUMENTS);
-  check_linear_arguments(inputs, options, memory_limit);
+  const WantedGradients wanted{LIGHTKIT_WANTED_ARGUMENTS};
+  check_kernel_arguments(inputs, options, memory_limit, wanted);
   check_backward_arguments(grad_loss, rows_known, inputs, options);
+  check_memory(inputs);
+  check_memory("linear_cross_entropy", "grad_loss", grad_loss);
+  check_memory("linear_cross_entropy", "rows_known", rows_known);
   return with_type(hidden.scalar_type(), [&](auto value) {
-    return backward<decltype(value)>(grad_loss, rows_known, inputs, options, memory_limit, {LIGHTKIT_WANTED_ARGUMENTS});
+    return backward<decltype(value)>(grad_loss, rows_known, inputs, options, memory_limit, wanted);
   });
 }
 

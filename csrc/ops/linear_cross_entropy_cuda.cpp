@@ -1,5 +1,6 @@
 // lightkit::linear_cross_entropy on a GPU: products by cuBLAS a slice of classes at a time, and the kernels on them.
 
+#include "checks.h"
 #include "linear_cross_entropy.h"
 
 #include "../kernels/cuda/linear_cross_entropy.h"
@@ -169,7 +170,7 @@ class Slices {
   }
 
   Tensor as_accumulators(const std::optional<Tensor>& tensor) const {
-    return tensor.has_value() && tensor->defined() ? tensor->to(acc_type_).contiguous() : Tensor();
+    return is_there(tensor) ? tensor->to(acc_type_).contiguous() : Tensor();
   }
 
   Tensor compute_logits(int64_t begin) const {
@@ -226,7 +227,8 @@ LinearResults forward_cuda(
   const LinearInputs inputs{LIGHTKIT_LINEAR_ARGUMENTS};
   const auto options = make_options(LIGHTKIT_OPTION_ARGUMENTS);
   const WantedGradients wanted{LIGHTKIT_WANTED_ARGUMENTS};
-  check_linear_arguments(inputs, options, memory_limit);
+  check_kernel_arguments(inputs, options, memory_limit, wanted);
+  check_memory(inputs);
   Slices slices(inputs, options, memory_limit);
   const auto [losses, rows_known] = slices.losses(/*keep=*/wanted.any());
   const bool mean = options.reduction == Reduction::Mean;
@@ -253,14 +255,18 @@ LinearGradients backward_cuda(
   const c10::cuda::CUDAGuard guard(hidden.device());
   const LinearInputs inputs{LIGHTKIT_LINEAR_ARGUMENTS};
   const auto options = make_options(LIGHTKIT_OPTION_ARGUMENTS);
-  check_linear_arguments(inputs, options, memory_limit);
+  const WantedGradients wanted{LIGHTKIT_WANTED_ARGUMENTS};
+  check_kernel_arguments(inputs, options, memory_limit, wanted);
   check_backward_arguments(grad_loss, rows_known, inputs, options);
+  check_memory(inputs);
+  check_memory("linear_cross_entropy", "grad_loss", grad_loss);
+  check_memory("linear_cross_entropy", "rows_known", rows_known);
   Slices slices(inputs, options, memory_limit);
   Tensor scale = grad_loss.to(rows_known.scalar_type());
   if (options.reduction == Reduction::Mean) {
     scale = scale / slices.denominator();
   }
-  return slices.gradients(inputs, rows_known.contiguous(), scale, {LIGHTKIT_WANTED_ARGUMENTS});
+  return slices.gradients(inputs, rows_known.contiguous(), scale, wanted);
 }
 
 }  // namespace

@@ -6,7 +6,7 @@ namespace lightkit {
 
 SgdOptions SgdAlgorithm::read(const pybind11::handle& group) {
   SgdOptions options{};
-  if (number_on_device(group_item(group, "lr").ptr()) == nullptr) {
+  if (!number_on_device(group_item(group, "lr")).defined()) {
     options.lr = group_number(group, "lr");
   }
   options.momentum = group_number(group, "momentum");

@@ -1,3 +1,4 @@
+#include "checks.h"
 #include "step_plan.h"
 
 #include <ATen/Functions.h>
@@ -10,45 +11,68 @@ namespace lightkit {
 namespace py = pybind11;
 using at::Tensor;
 
-py::handle group_item(const py::handle& group, const char* key) {
-  PyObject* value = PyDict_GetItemString(group.ptr(), key);
+namespace {
+
+// Raises what the interpreter has been told to raise, if it has.
+void check_python(bool may_have_failed) {
+  if (may_have_failed && PyErr_Occurred() != nullptr) {
+    throw py::error_already_set();
+  }
+}
+
+// Null where there is no such key.
+PyObject* find_item(const py::handle& group, const char* key) {
+  TORCH_CHECK_TYPE(
+      PyDict_Check(group.ptr()), "a parameter group must be a dict, got ", std::string(py::str(py::type::of(group))));
+  return PyDict_GetItemString(group.ptr(), key);
+}
+
+}  // namespace
+
+py::object group_item(const py::handle& group, const char* key) {
+  PyObject* value = find_item(group, key);
   if (value == nullptr) {
     throw py::key_error(std::string("a parameter group has no '") + key + "'");
   }
-  return value;
+  return py::reinterpret_borrow<py::object>(value);
 }
 
-const float* number_on_device(PyObject* object) {
-  if (!THPVariable_Check(object)) {
-    return nullptr;
+Tensor number_on_device(const py::handle& object) {
+  if (!THPVariable_Check(object.ptr())) {
+    return Tensor();
   }
-  const Tensor& tensor = THPVariable_Unpack(object);
+  const Tensor& tensor = THPVariable_Unpack(object.ptr());
   const bool fits = tensor.is_cuda() && is_plain(tensor) && tensor.scalar_type() == at::kFloat && tensor.numel() == 1;
-  return fits ? tensor.const_data_ptr<float>() : nullptr;
+  return fits ? tensor : Tensor();
 }
 
 double group_number(const py::handle& group, const char* key) {
   const double value = PyFloat_AsDouble(group_item(group, key).ptr());
-  if (value == -1.0 && PyErr_Occurred()) {
-    throw py::error_already_set();
-  }
+  check_python(value == -1.0);
   return value;
 }
 
 bool group_flag(const py::handle& group, const char* key) {
-  return PyObject_IsTrue(group_item(group, key).ptr()) == 1;
+  const int value = PyObject_IsTrue(group_item(group, key).ptr());
+  check_python(value < 0);
+  return value == 1;
 }
 
-PyObject* group_extra(const py::handle& group, const char* key) {
-  PyObject* value = PyDict_GetItemString(group.ptr(), key);
-  return value == nullptr || value == Py_None || value == Py_False ? nullptr : value;
+uint64_t group_bits(const py::handle& group, const char* key) {
+  const unsigned long long value = PyLong_AsUnsignedLongLongMask(group_item(group, key).ptr());
+  check_python(value == static_cast<unsigned long long>(-1));
+  return value;
+}
+
+bool has_group_extra(const py::handle& group, const char* key) {
+  PyObject* value = find_item(group, key);
+  return value != nullptr && value != Py_None && value != Py_False;
 }
 
 py::list group_parameters(const py::handle& group) {
-  const py::handle parameters = group_item(group, "params");
+  const py::object parameters = group_item(group, "params");
   // A list as a rule; anything else that can be iterated over is made one.
-  return PyList_Check(parameters.ptr()) ? py::reinterpret_borrow<py::list>(parameters)
-                                       : py::list(py::reinterpret_borrow<py::object>(parameters));
+  return PyList_Check(parameters.ptr()) ? py::reinterpret_borrow<py::list>(parameters) : py::list(parameters);
 }
 
 std::optional<ParameterType> parameter_type(at::ScalarType type) {
@@ -73,7 +97,12 @@ const Tensor& unpack_tensor(const py::object& object) {
 }
 
 bool is_plain(const Tensor& tensor) {
-  return tensor.layout() == at::kStrided && !tensor.is_neg() && !tensor.key_set().has(c10::DispatchKey::Python);
+  constexpr c10::DispatchKeySet others{c10::DispatchKey::Python, c10::DispatchKey::ZeroTensor};
+  if (tensor.layout() != at::kStrided || tensor.is_neg() || tensor.key_set().has_any(others)) {
+    return false;
+  }
+  check_memory("step", "a tensor", tensor);
+  return true;
 }
 
 Tensor laid_out_as(const Tensor& tensor, const Tensor& like, at::ScalarType type) {

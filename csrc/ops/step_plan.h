@@ -8,21 +8,25 @@
 
 #include <array>
 #include <cstdint>
+#include <mutex>
 #include <optional>
 #include <utility>
 #include <vector>
 
 namespace lightkit {
 
-// Reading Python's side of an optimizer.
+// Reading Python's side of an optimizer. What is read is owned while it is used: wherever Python code runs, such as in
+// the hash of a tensor or for the value of one, another thread may change the groups and the state.
 
 // A key of a parameter group, which must be there.
-pybind11::handle group_item(const pybind11::handle& group, const char* key);
+pybind11::object group_item(const pybind11::handle& group, const char* key);
+// An integer, of which the lowest 64 bits count.
+uint64_t group_bits(const pybind11::handle& group, const char* key);
 // Any number, a one-element tensor included, which is what float() takes.
 double group_number(const pybind11::handle& group, const char* key);
 bool group_flag(const pybind11::handle& group, const char* key);
-// One of the options that torch's groups do not have, or null where it is not set.
-PyObject* group_extra(const pybind11::handle& group, const char* key);
+// Whether one of the options that torch's groups do not have is set.
+bool has_group_extra(const pybind11::handle& group, const char* key);
 pybind11::list group_parameters(const pybind11::handle& group);
 
 std::optional<ParameterType> parameter_type(at::ScalarType type);
@@ -31,12 +35,13 @@ inline bool holds_tensor(const pybind11::object& object) {
   return object && !object.is_none();
 }
 // Whether a tensor's memory is what it stands for: not that of a subclass such as DTensor, whose storage is
-// elsewhere, and not with a negation still to be applied.
+// elsewhere, not with a negation still to be applied, and not zeros without any. Raises where it reaches beyond its
+// storage.
 bool is_plain(const at::Tensor& tensor);
 // `tensor` as `type`, with the device and the order of elements in memory of `like`, which is dense.
 at::Tensor laid_out_as(const at::Tensor& tensor, const at::Tensor& like, at::ScalarType type);
-// Where a number lies on a GPU: the memory of a float32 tensor of one element there; null for any other object.
-const float* number_on_device(PyObject* object);
+// A number that lies on a GPU: a float32 tensor of one element there; undefined for any other object.
+at::Tensor number_on_device(const pybind11::handle& object);
 // Where a parameter's count of steps is kept: float32 on the CPU or on the parameter's device; null for anything else.
 float* step_counter(const pybind11::object& held, c10::Device device);
 // Whether there are kernels of the steps for a device.
@@ -50,11 +55,29 @@ at::Tensor gradient_norm_cuda(
     const std::vector<Gradient>& gradients, c10::Device device, double factor, const float* scale);
 #endif
 
+// Lets one step of a plan run at a time. Who waits for its turn holds no GIL: the one that it waits for needs it to get
+// done. A step that Python code in another step of the same thread takes need not wait.
+class Turn {
+ public:
+  explicit Turn(std::recursive_mutex& mutex) : lock_(mutex, std::try_to_lock) {
+    if (!lock_.owns_lock()) {
+      const pybind11::gil_scoped_release release;
+      lock_.lock();
+    }
+  }
+
+ private:
+  std::unique_lock<std::recursive_mutex> lock_;
+};
+
 // Holds the parameters of an optimizer and where their buffers lie, so that a step is one call.
 //
 // Memory, gradients and dtypes are read anew at every step: a parameter may be moved, re-pointed, frozen or
-// given another gradient at any time. The plan itself is rebuilt only when the groups list other parameters
+// given another gradient at any time. What is remembered is read again only when the groups list other parameters
 // or the optimizer's state holds other objects.
+//
+// Threads may share a plan. A step takes what is remembered out of the plan for as long as it runs, and owns every
+// tensor that it works on: whatever others do meanwhile to the groups and the state, its memory stays.
 //
 // An Algorithm has: Options (with kStates, see ../kernels/step.h), kName, kStateNames, kCounts (whether the state
 // has a "step"), kZeroed (whether buffers begin as zeros), read(group) -> Options, uses(options, state),
@@ -118,9 +141,18 @@ class StepPlan {
     pybind11::object count;                         // in it, likewise
   };
 
+  // What is known from one step to the next.
+  struct Memory {
+    std::vector<std::vector<Entry>> groups;
+    std::vector<std::pair<pybind11::object, pybind11::object>> state_items;
+    std::vector<const void*> places;  // where the parameters of the last step lay, and whether some share memory
+    bool shares_memory = false;
+  };
+
   struct Group {
     Options options;
     std::optional<c10::Device> device;  // the one that some of the options are on
+    std::array<at::Tensor, 3> numbers;  // the options that are on it: the learning rate, the scale, what was found
     bool master_weights;
     bool averaged;
     bool stochastic;
@@ -150,9 +182,17 @@ class StepPlan {
     uint64_t key = 0;
   };
 
-  bool is_current(const pybind11::list& param_groups, const pybind11::dict& state) const;
-  void rebuild(const pybind11::list& param_groups, const pybind11::dict& state);
-  void remember_items(const pybind11::dict& state);
+  static bool is_current(const Memory& memory, const pybind11::list& param_groups, const pybind11::dict& state);
+  static Memory remember(const pybind11::list& param_groups, const pybind11::dict& state);
+  static pybind11::object take_step(
+      Memory& memory,
+      const pybind11::list& param_groups,
+      const pybind11::dict& state,
+      std::optional<double> max_grad_norm,
+      bool skip_nonfinite,
+      double inverse_scale,
+      const pybind11::object& grad_scale,
+      const pybind11::object& found_inf);
   static Group read_group(
       const pybind11::handle& group,
       double inverse_scale,
@@ -163,7 +203,7 @@ class StepPlan {
   static bool find_counter(Update& update, const Group& group);
   static void use_buffer(Update& update, size_t slot, at::ScalarType type);
   static Tensor describe(const Update& update);
-  bool shares_memory(const std::vector<Update>& updates);
+  static bool shares_memory(Memory& memory, const std::vector<Update>& updates);
   static Norm measure(
       const std::vector<std::pair<c10::Device, std::vector<Tensor>>>& by_device,
       double inverse_scale,
@@ -172,10 +212,8 @@ class StepPlan {
   static void keep_buffers(Update& update, const pybind11::dict& state);
   static void keep(const pybind11::object& state, const char* key, pybind11::object& place, const at::Tensor& tensor);
 
-  std::vector<std::vector<Entry>> groups_;
-  std::vector<std::pair<pybind11::object, pybind11::object>> state_items_;
-  std::vector<const void*> memory_;  // where the parameters of the last step lay, and whether some share it
-  bool shares_memory_ = false;
+  std::recursive_mutex mutex_;
+  Memory memory_;
 };
 
 }  // namespace lightkit

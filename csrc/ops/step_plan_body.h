@@ -13,24 +13,25 @@
 namespace lightkit {
 
 template <typename Algorithm>
-bool StepPlan<Algorithm>::is_current(const pybind11::list& param_groups, const pybind11::dict& state) const {
-  if (param_groups.size() != groups_.size() || state.size() != state_items_.size()) {
+bool StepPlan<Algorithm>::is_current(
+    const Memory& memory, const pybind11::list& param_groups, const pybind11::dict& state) {
+  if (param_groups.size() != memory.groups.size() || state.size() != memory.state_items.size()) {
     return false;
   }
   PyObject *key = nullptr, *value = nullptr;
   Py_ssize_t position = 0;
   for (size_t i = 0; PyDict_Next(state.ptr(), &position, &key, &value); ++i) {
-    if (key != state_items_[i].first.ptr() || value != state_items_[i].second.ptr()) {
+    if (key != memory.state_items[i].first.ptr() || value != memory.state_items[i].second.ptr()) {
       return false;
     }
   }
-  for (size_t g = 0; g < groups_.size(); ++g) {
+  for (size_t g = 0; g < memory.groups.size(); ++g) {
     const pybind11::list parameters = group_parameters(param_groups[g]);
-    if (parameters.size() != groups_[g].size()) {
+    if (parameters.size() != memory.groups[g].size()) {
       return false;
     }
-    for (size_t i = 0; i < groups_[g].size(); ++i) {
-      const Entry& entry = groups_[g][i];
+    for (size_t i = 0; i < memory.groups[g].size(); ++i) {
+      const Entry& entry = memory.groups[g][i];
       if (PyList_GET_ITEM(parameters.ptr(), i) != entry.parameter.ptr()) {
         return false;
       }
@@ -56,58 +57,64 @@ typename StepPlan<Algorithm>::Group StepPlan<Algorithm>::read_group(
     double inverse_scale,
     const pybind11::object& grad_scale,
     const pybind11::object& found_inf) {
-  const bool averaged = group_extra(group, "ema_decay") != nullptr;
-  const bool stochastic = group_extra(group, "stochastic_rounding") != nullptr;
+  const bool averaged = has_group_extra(group, "ema_decay");
+  const bool stochastic = has_group_extra(group, "stochastic_rounding");
   Options options = Algorithm::read(group);
   options.maximize = group_flag(group, "maximize");
   options.gradient_factor = inverse_scale;
   options.ema_decay = averaged ? group_number(group, "ema_decay") : 0;
   std::optional<c10::Device> device;
-  const auto find = [&](PyObject* object) {
-    const float* place = number_on_device(object);
-    if (place != nullptr) {
-      const c10::Device there = THPVariable_Unpack(object).device();
-      // No parameter is on a device of this kind: numbers on several devices are not for this kernel.
-      device = device.value_or(there) == there ? there : c10::Device(at::kMeta);
+  const std::array<at::Tensor, 3> numbers{
+      number_on_device(group_item(group, "lr")), number_on_device(grad_scale), number_on_device(found_inf)};
+  const auto place = [&](const at::Tensor& number) -> const float* {
+    if (!number.defined()) {
+      return nullptr;
     }
-    return place;
+    // No parameter is on a device of this kind: numbers on several devices are not for this kernel.
+    device = device.value_or(number.device()) == number.device() ? number.device() : c10::Device(at::kMeta);
+    return number.const_data_ptr<float>();
   };
-  options.lr_on_device = find(group_item(group, "lr").ptr());
-  options.scale_on_device = find(grad_scale.ptr());
-  options.skip_on_device = find(found_inf.ptr());
+  options.lr_on_device = place(numbers[0]);
+  options.scale_on_device = place(numbers[1]);
+  options.skip_on_device = place(numbers[2]);
   return {
       .options = options,
       .device = device,
-      .master_weights = group_extra(group, "master_weights") != nullptr,
+      .numbers = numbers,
+      .master_weights = has_group_extra(group, "master_weights"),
       .averaged = averaged,
       .stochastic = stochastic,
       // As torch has it.
-      .counts_on_device = group_extra(group, "capturable") != nullptr || group_extra(group, "fused") != nullptr,
-      .seed = stochastic ? PyLong_AsUnsignedLongLongMask(group_item(group, "rounding_seed").ptr()) : 0,
+      .counts_on_device = has_group_extra(group, "capturable") || has_group_extra(group, "fused"),
+      .seed = stochastic ? group_bits(group, "rounding_seed") : 0,
   };
 }
 
 template <typename Algorithm>
-void StepPlan<Algorithm>::remember_items(const pybind11::dict& state) {
-  state_items_.clear();
-  for (const auto& [key, value] : state) {
-    state_items_.emplace_back(
-        pybind11::reinterpret_borrow<pybind11::object>(key), pybind11::reinterpret_borrow<pybind11::object>(value));
-  }
-}
-
-template <typename Algorithm>
-void StepPlan<Algorithm>::rebuild(const pybind11::list& param_groups, const pybind11::dict& state) {
+typename StepPlan<Algorithm>::Memory StepPlan<Algorithm>::remember(
+    const pybind11::list& param_groups, const pybind11::dict& state) {
   const auto borrow = [](PyObject* object) { return pybind11::reinterpret_borrow<pybind11::object>(object); };
-  groups_.clear();
-  remember_items(state);
-  for (const auto& group : param_groups) {
-    auto& entries = groups_.emplace_back();
-    for (const auto& parameter : group_parameters(group)) {
+  Memory memory;
+  for (const auto& [key, value] : state) {
+    memory.state_items.emplace_back(borrow(key.ptr()), borrow(value.ptr()));
+  }
+  // By index: the lists may grow while a tensor is hashed.
+  for (size_t g = 0; g < param_groups.size(); ++g) {
+    auto& entries = memory.groups.emplace_back();
+    const pybind11::list parameters = group_parameters(param_groups[g]);
+    for (size_t i = 0; i < parameters.size(); ++i) {
       Entry entry;
-      entry.parameter = borrow(parameter.ptr());
-      if (PyDict_Contains(state.ptr(), parameter.ptr()) == 1) {
-        entry.state = borrow(PyDict_GetItem(state.ptr(), parameter.ptr()));
+      entry.parameter = parameters[i];
+      entry.state = borrow(PyDict_GetItemWithError(state.ptr(), entry.parameter.ptr()));
+      if (!entry.state && PyErr_Occurred() != nullptr) {
+        throw pybind11::error_already_set();
+      }
+      if (entry.state) {
+        TORCH_CHECK_TYPE(
+            PyDict_Check(entry.state.ptr()),
+            Algorithm::kName,
+            ": the state of a parameter must be a dict, got ",
+            std::string(pybind11::str(pybind11::type::of(entry.state))));
         for (size_t slot = 0; slot < kSlots; ++slot) {
           entry.buffers[slot] = borrow(find(entry.state, slot));
         }
@@ -118,6 +125,7 @@ void StepPlan<Algorithm>::rebuild(const pybind11::list& param_groups, const pybi
       entries.push_back(std::move(entry));
     }
   }
+  return memory;
 }
 
 // Finds or makes one of the buffers of a parameter.
@@ -161,6 +169,11 @@ bool StepPlan<Algorithm>::find_counter(Update& update, const Group& group) {
     return false;
   }
   update.counts_on_device = !unpack_tensor(held).is_cpu();
+  TORCH_CHECK_VALUE(
+      update.counts_on_device || (*update.count >= 0 && *update.count < 0x1p62f),
+      Algorithm::kName,
+      ": the count of a parameter's steps must be a number from 0 up, got ",
+      *update.count);
   if (belongs_there && !update.counts_on_device) {
     update.new_count = unpack_tensor(held).to(device);
     update.count = update.new_count.template mutable_data_ptr<float>();
@@ -172,8 +185,8 @@ bool StepPlan<Algorithm>::find_counter(Update& update, const Group& group) {
 // Adds what is to be done for one parameter; false if that is not for this kernel.
 template <typename Algorithm>
 bool StepPlan<Algorithm>::gather(Entry& entry, const Group& group, std::vector<Update>& updates) {
-  const at::Tensor& parameter = unpack_tensor(entry.parameter);
-  const at::Tensor& gradient = parameter.grad();
+  const at::Tensor parameter = unpack_tensor(entry.parameter);
+  const at::Tensor gradient = parameter.grad();
   if (!gradient.defined()) {
     return true;
   }
@@ -271,16 +284,17 @@ typename StepPlan<Algorithm>::Tensor StepPlan<Algorithm>::describe(const Update&
 // Whether two parameters lie in the same memory, so that their updates must come one after the other. Looked
 // at again only when a parameter has moved, or others have gradients.
 template <typename Algorithm>
-bool StepPlan<Algorithm>::shares_memory(const std::vector<Update>& updates) {
-  const auto lies_there = [](const Update& update, const void* memory) {
-    return update.parameter.const_data_ptr() == memory;
+bool StepPlan<Algorithm>::shares_memory(Memory& memory, const std::vector<Update>& updates) {
+  auto& places = memory.places;
+  const auto lies_there = [](const Update& update, const void* place) {
+    return update.parameter.const_data_ptr() == place;
   };
-  if (std::equal(updates.begin(), updates.end(), memory_.begin(), memory_.end(), lies_there)) {
-    return shares_memory_;
+  if (std::equal(updates.begin(), updates.end(), places.begin(), places.end(), lies_there)) {
+    return memory.shares_memory;
   }
-  memory_.clear();
+  places.clear();
   for (const auto& update : updates) {
-    memory_.push_back(update.parameter.const_data_ptr());
+    places.push_back(update.parameter.const_data_ptr());
   }
   std::vector<std::pair<const char*, const char*>> spans;
   for (const auto& update : updates) {
@@ -290,10 +304,10 @@ bool StepPlan<Algorithm>::shares_memory(const std::vector<Update>& updates) {
     }
   }
   std::sort(spans.begin(), spans.end());
-  shares_memory_ = std::adjacent_find(spans.begin(), spans.end(), [](const auto& a, const auto& b) {
-                     return b.first < a.second;
-                   }) != spans.end();
-  return shares_memory_;
+  memory.shares_memory = std::adjacent_find(spans.begin(), spans.end(), [](const auto& a, const auto& b) {
+                           return b.first < a.second;
+                         }) != spans.end();
+  return memory.shares_memory;
 }
 
 template <typename Algorithm>
@@ -369,11 +383,12 @@ void StepPlan<Algorithm>::keep_buffers(Update& update, const pybind11::dict& sta
   Entry& entry = *update.entry;
   const auto owner = [&]() -> const pybind11::object& {
     if (!entry.state) {
-      // Through __getitem__: the state of an optimizer is a defaultdict.
-      entry.state = pybind11::reinterpret_steal<pybind11::object>(PyObject_GetItem(state.ptr(), entry.parameter.ptr()));
-      if (!entry.state) {
+      // As the defaultdict that the state of an optimizer is would do.
+      PyObject* found = PyDict_SetDefault(state.ptr(), entry.parameter.ptr(), pybind11::dict().ptr());
+      if (found == nullptr) {
         throw pybind11::error_already_set();
       }
+      entry.state = pybind11::reinterpret_borrow<pybind11::object>(found);
     }
     return entry.state;
   };
@@ -397,18 +412,46 @@ pybind11::object StepPlan<Algorithm>::step(
     double inverse_scale,
     const pybind11::object& grad_scale,
     const pybind11::object& found_inf) {
-  if (!is_current(param_groups, state)) {
-    rebuild(param_groups, state);
+  const auto is_number = [](const pybind11::object& number) {
+    return number.is_none() || number_on_device(number).defined();
+  };
+  TORCH_CHECK_TYPE(
+      is_number(grad_scale) && is_number(found_inf),
+      Algorithm::kName,
+      ": grad_scale and found_inf must be None or float32 tensors of one element on a GPU, got ",
+      std::string(pybind11::str(pybind11::type::of(grad_scale))),
+      " and ",
+      std::string(pybind11::str(pybind11::type::of(found_inf))));
+  const Turn turn(mutex_);
+  Memory memory = std::exchange(memory_, {});
+  if (!is_current(memory, param_groups, state)) {
+    memory = remember(param_groups, state);
   }
+  pybind11::object outcome = take_step(
+      memory, param_groups, state, max_grad_norm, skip_nonfinite, inverse_scale, grad_scale, found_inf);
+  // Swapped: nothing is in the plan while Python destroys what has been there.
+  std::swap(memory_, memory);
+  return outcome;
+}
+
+template <typename Algorithm>
+pybind11::object StepPlan<Algorithm>::take_step(
+    Memory& memory,
+    const pybind11::list& param_groups,
+    const pybind11::dict& state,
+    std::optional<double> max_grad_norm,
+    bool skip_nonfinite,
+    double inverse_scale,
+    const pybind11::object& grad_scale,
+    const pybind11::object& found_inf) {
   std::vector<Group> groups;
-  groups.reserve(groups_.size());
+  groups.reserve(memory.groups.size());
   std::vector<Update> updates;
-  updates.reserve(std::accumulate(groups_.begin(), groups_.end(), size_t{0}, [](size_t sum, const auto& entries) {
-    return sum + entries.size();
-  }));
-  for (size_t g = 0; g < groups_.size(); ++g) {
+  const auto count = [](size_t sum, const auto& entries) { return sum + entries.size(); };
+  updates.reserve(std::accumulate(memory.groups.begin(), memory.groups.end(), size_t{0}, count));
+  for (size_t g = 0; g < memory.groups.size(); ++g) {
     groups.push_back(read_group(param_groups[g], inverse_scale, grad_scale, found_inf));
-    for (auto& entry : groups_[g]) {
+    for (auto& entry : memory.groups[g]) {
       if (!gather(entry, groups.back(), updates)) {
         return pybind11::none();
       }
@@ -431,7 +474,7 @@ pybind11::object StepPlan<Algorithm>::step(
   if (measured && by_device.size() > 1) {
     return pybind11::none();
   }
-  const bool one_by_one = shares_memory(updates);
+  const bool one_by_one = shares_memory(memory, updates);
   Norm norm;
   bool skipped = false;
   {
@@ -477,7 +520,8 @@ pybind11::object StepPlan<Algorithm>::step(
       keep_buffers(update, state);
     }
     if (state.size() != states) {
-      remember_items(state);
+      // Others may have added to it, too.
+      memory.state_items.clear();
     }
   }
   pybind11::object found = pybind11::none();

@@ -122,6 +122,8 @@ def has_kernel(*tensors: Tensor) -> bool:
     return (
         tensors[0].dtype in _DTYPES
         and all(t.is_cpu and t.layout is torch.strided for t in tensors)
+        # Linear layers without inputs or outputs are torch's; a convolution without channels is refused.
+        and all(t.numel() > 0 for t in tensors[1:] if t.dim() != 4)
         and _native_available()
         # Forward-mode AD and the transforms of torch.func cannot see through an autograd function in C++.
         and forward_ad._current_level < 0

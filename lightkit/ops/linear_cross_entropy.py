@@ -126,8 +126,9 @@ def linear_cross_entropy(
     if target.shape != (sizes if by_index else (*sizes, linear_weight.shape[0])):
         what = f"indices {tuple(sizes)} or probabilities {(*sizes, linear_weight.shape[0])}"
         raise ArgumentError(f"linear_cross_entropy: the target must be {what}, got {tuple(target.shape)}")
-    rows = input.reshape(-1, input.shape[-1])
-    targets = target.reshape(-1) if by_index else target.reshape(len(rows), -1)
+    # The number of rows is given: where there are no features, -1 could not say it.
+    rows = input.reshape(sizes.numel(), input.shape[-1])
+    targets = target.reshape(sizes.numel(), *target.shape[len(sizes) :])
     numbers = (ignore_index, label_smoothing, z_loss, softcap, dtype)
     if by_index and _has_kernel(rows, linear_weight, linear_bias, weight):
         arguments = (rows, linear_weight, targets, linear_bias, weight, _REDUCTIONS[reduction])

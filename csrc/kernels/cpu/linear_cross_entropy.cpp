@@ -28,11 +28,17 @@ auto with_operand(const LinearCrossEntropy<scalar_t>& args, const Function& func
 
 template <typename scalar_t>
 int64_t linear_cross_entropy_workspace(const LinearCrossEntropy<scalar_t>& args) {
+  if (args.rows == 0) {
+    return 0;
+  }
   return with_operand(args, [&](auto operand) { return make_plan<scalar_t, decltype(operand)>(args).bytes(); });
 }
 
 template <typename scalar_t>
 void linear_cross_entropy(const LinearCrossEntropy<scalar_t>& args) {
+  if (args.rows == 0) {
+    return;
+  }
   with_operand(args, [&](auto operand) {
     using operand_t = decltype(operand);
     Passes<scalar_t, operand_t>(args, make_plan<scalar_t, operand_t>(args)).run();

@@ -57,8 +57,8 @@ class Passes {
 
   // What a thread works with.
   struct Scratch {
-    Scratch(int64_t features)
-        : panel(features * kTileRows),
+    Scratch(int64_t features, int64_t panel_rows)
+        : panel(features * panel_rows),
           left(std::max(kTileClasses * kChain<operand_t>, kMostRows * kTerms)),
           right((kTerms + 1) * kMostColumns),
           tile(kSumsApart ? kMostClasses * kMostColumns : kTileClasses * kTileRows),
@@ -91,7 +91,7 @@ class Passes {
     }
     scratch_.reserve(threads_);
     for (int64_t t = 0; t < threads_; ++t) {
-      scratch_.emplace_back(args.features);
+      scratch_.emplace_back(args.features, std::min(kTileRows, plan.stride));
     }
   }
 

@@ -55,7 +55,7 @@ int64_t row_bytes(int64_t classes) {
   return values * static_cast<int64_t>(sizeof(acc_t));
 }
 
-// The products are computed with operands of type operand_t.
+// The products are computed with operands of type operand_t. There is at least one row.
 template <typename scalar_t, typename operand_t>
 Plan make_plan(const LinearCrossEntropy<scalar_t>& args) {
   using acc_t = accumulator_t<scalar_t>;

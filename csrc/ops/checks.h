@@ -1,0 +1,60 @@
+// Checks of single arguments that all ops make.
+#pragma once
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/core/Tensor.h>
+#include <c10/util/safe_numerics.h>
+
+#include <optional>
+
+namespace lightkit {
+
+inline bool is_there(const std::optional<at::Tensor>& tensor) {
+  return tensor.has_value() && tensor->defined();
+}
+
+// Returns whether the elements of a strided tensor lie within its storage, which may have been resized since.
+inline bool lies_in_storage(const at::Tensor& tensor) {
+  if (tensor.numel() == 0) {
+    return true;
+  }
+  const auto offset = static_cast<size_t>(tensor.storage_offset());
+  const size_t end = tensor.is_contiguous()
+      ? (offset + static_cast<size_t>(tensor.numel())) * tensor.itemsize()
+      : at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(), tensor.itemsize(), offset);
+  return end <= tensor.storage().nbytes();
+}
+
+// Raises a ValueError for a tensor whose storage ends before its elements do. torch's functions do not check this.
+inline void check_memory(const char* op, const char* name, const at::Tensor& tensor) {
+  TORCH_CHECK_VALUE(
+      lies_in_storage(tensor),
+      op,
+      ": ",
+      name,
+      " of shape ",
+      tensor.sizes(),
+      " reaches beyond its storage of ",
+      tensor.storage().nbytes(),
+      " bytes");
+}
+
+inline void check_memory(const char* op, const char* name, const std::optional<at::Tensor>& tensor) {
+  if (is_there(tensor)) {
+    check_memory(op, name, *tensor);
+  }
+}
+
+// Returns the product of some of a tensor's sizes. Raises a ValueError where that is beyond any number, as it may be if
+// another size is 0.
+inline int64_t checked_product(const char* op, at::IntArrayRef sizes) {
+  int64_t product = 1;
+  bool overflows = false;
+  for (const int64_t size : sizes) {
+    overflows = overflows || c10::mul_overflows(product, size, &product);
+  }
+  TORCH_CHECK_VALUE(!overflows, op, ": sizes of fewer than 2^63 elements are supported, got ", sizes);
+  return product;
+}
+
+}  // namespace lightkit

@@ -1,0 +1,119 @@
+"""Right calls of the public functions, small and random, from which the fuzz takes right arguments of every op.
+
+An example returns what it called the function with, by the names that the ops' schemas give to these things. What it
+returns under further names is for ops that are not reached while a mode watches. A new op needs an example that leads
+to it: the tests say so.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from lightkit import ops
+
+_DTYPES = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_REDUCTIONS = ("none", "mean", "sum")
+
+
+def _options(rng: random.Random) -> dict[str, Any]:
+    return {
+        "label_smoothing": rng.choice([0.0, 0.1, 1.0]),
+        "z_loss": rng.choice([0.0, 0.01]),
+        "softcap": rng.choice([0.0, 5.0]),
+        "dtype": rng.choice([None, torch.float32]),
+    }
+
+
+def _indices(rng: random.Random, classes: int, *sizes: int) -> torch.Tensor:
+    target = torch.randint(0, classes, sizes)
+    if rng.random() < 0.3:
+        target[torch.rand(sizes) < 0.3] = -100
+    return target.to(rng.choice([torch.int64, torch.int64, torch.int32]))
+
+
+def cross_entropy(rng: random.Random) -> dict[str, Any]:
+    """Cross-entropy of narrow, wide and strided logits, with indices or probabilities."""
+    dtype, classes = rng.choice(_DTYPES), rng.choice([1, 3, 10, 65, 130, 1030])
+    sizes = rng.choice([(5,), (0,), (33,), (2, 3), (2, 4, 5)])
+    logits = torch.randn(sizes[0], classes, *sizes[1:], dtype=dtype, requires_grad=True)
+    if rng.random() < 0.25:
+        target = torch.softmax(torch.randn_like(logits, dtype=torch.float32), 1).to(dtype)
+    else:
+        target = _indices(rng, classes, *sizes)
+    given = {"target": target, "weight": torch.rand(classes) if rng.random() < 0.3 else None, **_options(rng)}
+    loss = ops.cross_entropy(logits, reduction=rng.choice(_REDUCTIONS), **given)
+    loss.sum().backward()
+    upstream = torch.rand(rng.choice([(), (logits.shape[0], *[1] * (logits.dim() - 1))]), dtype=dtype)
+    return {"logits": logits, "upstream": upstream, "return_lse": True, "inplace": rng.random() < 0.3, **given}
+
+
+def linear_cross_entropy(rng: random.Random) -> dict[str, Any]:
+    """Cross-entropy of a linear layer, with little memory or enough of it."""
+    dtype = rng.choice(_DTYPES)
+    rows, features, classes = rng.choice([0, 1, 5, 40, 150]), rng.choice([1, 4, 33]), rng.choice([1, 3, 70, 1100])
+    given = {
+        "linear_weight": torch.randn(classes, features, dtype=dtype, requires_grad=True),
+        "target": _indices(rng, classes, rows),
+        "linear_bias": torch.randn(classes, dtype=dtype, requires_grad=True) if rng.random() < 0.5 else None,
+        "weight": torch.rand(classes) if rng.random() < 0.3 else None,
+        "memory_limit": rng.choice([1, 100_000, 1 << 26]),
+        **_options(rng),
+    }
+    hidden = torch.randn(rows, features, dtype=dtype, requires_grad=True)
+    loss = ops.linear_cross_entropy(hidden, reduction=rng.choice(_REDUCTIONS), **given)
+    loss.sum().backward()
+    return {"hidden": hidden, **given}
+
+
+def conv_relu_pool(rng: random.Random) -> dict[str, Any]:
+    """One convolution."""
+    dtype = rng.choice(_DTYPES)
+    channels, out_channels, kernel = rng.choice([1, 2, 16, 17]), rng.choice([1, 5, 16, 32]), rng.choice([1, 3])
+    input = torch.randn(rng.choice([0, 1, 3]), channels, rng.choice([6, 9]), 7, dtype=dtype, requires_grad=True)
+    weight = torch.randn(out_channels, channels, kernel, kernel, dtype=dtype, requires_grad=True)
+    given = {
+        "bias": torch.randn(out_channels, dtype=dtype, requires_grad=True) if rng.random() < 0.5 else None,
+        "padding": [rng.randrange(3), rng.randrange(3)],
+        "pool": rng.random() < 0.5,
+    }
+    ops.conv_relu_pool(input, weight, given["bias"], tuple(given["padding"]), given["pool"]).sum().backward()
+    return {"input": input, "weight": weight, **given}
+
+
+def layer_chain(rng: random.Random) -> dict[str, Any]:
+    """Up to two convolutions and up to two linear layers."""
+    dtype = rng.choice(_DTYPES)
+    convolutions, linear = rng.choice([(0, 1), (0, 2), (1, 0), (1, 1), (2, 1), (2, 2)])
+    channels, size = rng.choice([1, 3, 16]), 8
+    sizes = (channels, size, size) if convolutions else (channels * size,)
+    input = torch.randn(rng.choice([0, 1, 4]), *sizes, dtype=dtype, requires_grad=True)
+    layers, values = [], channels * size * (size if convolutions else 1)
+
+    def parameters(out: int, *taps: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        bias = torch.randn(out, dtype=dtype, requires_grad=True) if rng.random() < 0.5 else None
+        return torch.randn(out, *taps, dtype=dtype, requires_grad=True), bias
+
+    for _ in range(convolutions):
+        out, kernel, pool = rng.choice([2, 16, 20]), rng.choice([1, 3]), rng.random() < 0.5
+        padding = (kernel // 2, kernel // 2)
+        layers.append(ops.ChainLayer(*parameters(out, channels, kernel, kernel), padding, rng.random() < 0.5, pool))
+        channels, size = out, size // (2 if pool else 1)
+        values = channels * size * size
+    for _ in range(linear):
+        out = rng.choice([1, 4, 16])
+        layers.append(ops.ChainLayer(*parameters(out, values), relu=rng.random() < 0.5))
+        values = out
+    ops.layer_chain(input, layers).sum().backward()
+    return {"input": input}
+
+
+EXAMPLES: tuple[Callable[[random.Random], dict[str, Any]], ...] = (
+    cross_entropy,
+    linear_cross_entropy,
+    conv_relu_pool,
+    layer_chain,
+)
