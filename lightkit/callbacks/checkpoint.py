@@ -43,9 +43,11 @@ class Checkpoint(ModelCheckpoint):
                 _copy(source, target)
                 self.last_model_path = str(target)
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Notes where the checkpoint lies that the training goes on from."""
-        super().setup(trainer, pl_module, stage)
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Notes where the checkpoint lies that the training goes on from, before its state is loaded."""
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
         self._source = Path(str(trainer.ckpt_path)).parent if trainer.ckpt_path is not None else None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,8 +24,8 @@ _OPS = (
 
 
 def register() -> None:
-    """Registers a rule for every op, when the native library has defined them."""
-    for name in _OPS:
+    """Registers a rule for every op that the native library has defined."""
+    for name in filter(functools.partial(hasattr, torch.ops.lightkit), _OPS):
         torch.library.register_vmap(f"lightkit::{name}", _one_by_one(name), lib=_library)
 
 
