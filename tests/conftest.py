@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest.mock import patch
@@ -52,5 +54,22 @@ def command() -> Callable[..., subprocess.CompletedProcess]:
             stdin=subprocess.DEVNULL,
             **options,
         )
+
+    return run
+
+
+@pytest.fixture
+def call(monkeypatch, capsys) -> Callable[..., subprocess.CompletedProcess]:
+    """Does what `command` does, in this process: for what a command says and returns, which takes no process to see."""
+
+    def run(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", [f"lightkit.{name}", *arguments])
+        # The command sets these for its process.
+        monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+        capsys.readouterr()
+        status = importlib.import_module(f"lightkit.{name}").main()
+        return subprocess.CompletedProcess(arguments, status, *capsys.readouterr())
 
     return run

@@ -60,15 +60,15 @@ def assert_fails(result, *expected):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_train(command, tmp_path, arguments, expected):
+def test_train(call, tmp_path, arguments, expected):
     """Unknown names come with the nearest right ones, wrong values with what was expected."""
-    assert_fails(command("train", *arguments, cwd=tmp_path), *expected)
+    assert_fails(call("train", *arguments, cwd=tmp_path), *expected)
 
 
-def test_a_figure_that_is_not_logged(command, tmp_path):
+def test_a_figure_that_is_not_logged(call, tmp_path):
     """A callback that waits for it ends the training, in Lightning's words, with those that are."""
     stop = ["_target_=lightning.pytorch.callbacks.EarlyStopping", "monitor=nonsense"]
-    result = command("train", *QUICK, *(f"+callbacks.stop.{argument}" for argument in stop), cwd=tmp_path)
+    result = call("train", *QUICK, *(f"+callbacks.stop.{argument}" for argument in stop), cwd=tmp_path)
     assert_fails(result, "`nonsense` which is not available", "`val/loss`")
 
 
@@ -103,6 +103,12 @@ def test_own_modules_lie_in_the_current_directory(tmp_path):
             text=True,
         )
         assert_fails(result, "own.Net takes no argument 'in_channels'")
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "predict"])
+def test_a_process_ends_with_the_status(command, tmp_path, name):
+    """What the other tests see within this process is what a shell sees of one."""
+    assert_fails(command(name, "ckpt_path=nowhere.ckpt", cwd=tmp_path), "there is no checkpoint nowhere.ckpt")
 
 
 @pytest.mark.parametrize("command_name", ["train", "evaluate", "predict"])
@@ -168,29 +174,29 @@ def checkpoint(tmp_path_factory):
     return directory / "out" / "checkpoints" / "last.ckpt"
 
 
-def test_corrupt_checkpoint(command, tmp_path, checkpoint):
+def test_corrupt_checkpoint(call, tmp_path, checkpoint):
     """Every command that reads a checkpoint says that it is damaged; the file is left alone."""
     broken = tmp_path / "broken.ckpt"
     broken.write_bytes(checkpoint.read_bytes()[:5000])
     for name, arguments in (("train", QUICK), ("evaluate", []), ("predict", ["input=x.png"])):
         (tmp_path / "x.png").write_bytes(b"")
-        assert_fails(command(name, f"ckpt_path={broken}", *arguments, cwd=tmp_path), "damaged or not a checkpoint")
+        assert_fails(call(name, f"ckpt_path={broken}", *arguments, cwd=tmp_path), "damaged or not a checkpoint")
     assert broken.stat().st_size == 5000
 
 
-def test_checkpoint_of_another_model(command, tmp_path, checkpoint):
+def test_checkpoint_of_another_model(call, tmp_path, checkpoint):
     """Resuming with another architecture says what differs."""
-    result = command("train", *QUICK, f"ckpt_path={checkpoint}", "model.image_size=32", cwd=tmp_path)
+    result = call("train", *QUICK, f"ckpt_path={checkpoint}", "model.image_size=32", cwd=tmp_path)
     assert_fails(result, "a checkpoint of another model", "classifier.1.weight")
 
 
-def test_checkpoint_without_configuration(command, tmp_path):
+def test_checkpoint_without_configuration(call, tmp_path):
     """A checkpoint of some other program is said to be that."""
     torch.save({"state_dict": {}}, tmp_path / "plain.ckpt")
-    assert_fails(command("evaluate", "ckpt_path=plain.ckpt", cwd=tmp_path), "was not made by lightkit.train")
+    assert_fails(call("evaluate", "ckpt_path=plain.ckpt", cwd=tmp_path), "was not made by lightkit.train")
 
 
-def test_corrupt_idx_file(command, tmp_path):
+def test_corrupt_idx_file(call, tmp_path):
     """A truncated data file is named with what it should hold."""
     for name in (
         "train-images-idx3-ubyte",
@@ -199,15 +205,15 @@ def test_corrupt_idx_file(command, tmp_path):
         "t10k-labels-idx1-ubyte",
     ):
         (tmp_path / name).write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 9, 1, 2]))
-    result = command("train", *QUICK, "data=fashion_mnist", f"data.data_dir={tmp_path}", cwd=tmp_path)
-    assert_fails(result, "train-images-idx3-ubyte is truncated: 10 bytes")
+    result = call("train", *QUICK, "data=fashion_mnist", f"data.data_dir={tmp_path}", cwd=tmp_path)
+    assert_fails(result, "train-labels-idx1-ubyte is truncated: 10 bytes")
 
 
-def test_folder_with_a_text_file(command, tmp_path, checkpoint):
+def test_folder_with_a_text_file(call, tmp_path, checkpoint):
     """A file in a folder of pictures that is not one is named."""
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "readme.txt").write_text("hello")
-    result = command("predict", f"ckpt_path={checkpoint}", "input=in", cwd=tmp_path)
+    result = call("predict", f"ckpt_path={checkpoint}", "input=in", cwd=tmp_path)
     assert_fails(result, "not PNG or JPEG pictures: readme.txt")
 
 
@@ -235,18 +241,18 @@ def test_folder_with_a_text_file(command, tmp_path, checkpoint):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_wrong_values(command, tmp_path, checkpoint, name, arguments, expected):
+def test_wrong_values(call, tmp_path, checkpoint, name, arguments, expected):
     """A value of the wrong type, or one that says nothing, is named with what was expected."""
-    assert_fails(command(name, f"ckpt_path={checkpoint}", *arguments, cwd=tmp_path), expected)
+    assert_fails(call(name, f"ckpt_path={checkpoint}", *arguments, cwd=tmp_path), expected)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("missing", ["ckpt_path", "input"])
-def test_missing_argument(command, tmp_path, checkpoint, missing):
+def test_missing_argument(call, tmp_path, checkpoint, missing):
     """What must be given is named."""
     given = {"ckpt_path": str(checkpoint), "input": "."}
     arguments = [f"{key}={value}" for key, value in given.items() if key != missing]
-    assert_fails(command("predict", *arguments, cwd=tmp_path), missing)
+    assert_fails(call("predict", *arguments, cwd=tmp_path), missing)
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="mounts a small file system")
