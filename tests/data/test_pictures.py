@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import struct
+import zlib
 from pathlib import Path
 
 import pytest
@@ -113,3 +115,16 @@ def test_no_program_is_started_for_a_picture(tmp_path):
     with watched() as acts, pytest.raises(DataError, match="is not a picture"):
         read_picture(tmp_path / "a.png", 28)
     assert not [act for act in acts if act.startswith(("subprocess", "os.posix_spawn", "os.exec"))]
+
+
+@pytest.mark.parametrize("size", [(12_000, 11_000), (1, 40_000)])
+def test_pictures_beyond_all_use(tmp_path, size):
+    """A small file may hold any number of pixels: they are counted before they are unpacked."""
+    header = struct.pack(">IIBBBBB", *size, 8, 0, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b""))
+    packed = b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+    (tmp_path / "large.png").write_bytes(b"\x89PNG\r\n\x1a\n" + packed)
+    with pytest.raises(DataError, match=rf"has {size[0]} x {size[1]} pixels, and at most 120,000,000 are read"):
+        read_picture(tmp_path / "large.png", 28)

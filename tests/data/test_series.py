@@ -202,3 +202,21 @@ def test_series_of_statsmodels():
     assert len(spots) == 309 and spots.times[0] == "1700" and spots.values[:3].tolist() == [5.0, 11.0, 16.0]
     with pytest.raises(DataError, match="column co2: line 8 is empty"):
         CO2(missing="error", history=8, horizon=4).setup()
+
+
+def test_tables_beyond_all_use(table, monkeypatch):
+    """Cells take many times their bytes: they are counted as they are read."""
+    monkeypatch.setattr("lightkit.data.columns._MOST_CELLS", 100)
+    assert len(read_column(table("x\n" + "1\n" * 40))) == 40
+    with pytest.raises(DataError, match="has more than 100 cells"):
+        read_column(table("x\n" + "1\n" * 60))
+    with pytest.raises(DataError, match="has more than 100 cells"):
+        read_column(table(",".join("x" * 200)))
+
+
+def test_files_of_the_system_that_go_on_for_ever():
+    """They say that they are empty, and are taken at their word; devices are refused."""
+    with pytest.raises(DataError, match="is empty"):
+        read_column("/proc/self/pagemap")
+    with pytest.raises(DataError, match="is a device, and must be a regular file"):
+        read_column("/dev/zero")

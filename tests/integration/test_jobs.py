@@ -131,13 +131,13 @@ def test_resume_is_bit_identical(command, tmp_path):
         assert all(torch.equal(whole[key], resumed[key]) for key in whole), name
 
 
-def test_last_finds_the_latest_run(command, tmp_path):
+def test_last_finds_the_latest_run(call, tmp_path):
     """ckpt_path=last goes on with the latest run of that name, and says when nothing is left to do."""
-    assert command("train", *QUICK, cwd=tmp_path).returncode == 0
-    done = command("train", *QUICK, "ckpt_path=last", cwd=tmp_path)
+    assert call("train", *QUICK, cwd=tmp_path).returncode == 0
+    done = call("train", *QUICK, "ckpt_path=last", cwd=tmp_path)
     assert done.returncode == 1
     assert "nothing is left to train; pass trainer.max_epochs=2 or more" in done.stderr
-    more = command("train", *QUICK, "ckpt_path=last", "trainer.max_epochs=2", cwd=tmp_path)
+    more = call("train", *QUICK, "ckpt_path=last", "trainer.max_epochs=2", cwd=tmp_path)
     assert more.returncode == 0, more.stderr
     assert "continuing runs/cnn/" in more.stdout
 

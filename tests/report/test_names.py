@@ -7,7 +7,7 @@ import json
 import torch
 
 from lightkit.data import Series
-from lightkit.report import classification, figures, forecast, page
+from lightkit.report import classification, figures, forecast, language_model, page
 from lightkit.report.section import Section
 from lightkit.tasks import ForecastTask
 
@@ -44,3 +44,13 @@ def test_figures_draw_names_as_they_are(tmp_path):
     task = ForecastTask(torch.nn.Linear(1, 1), horizon=2)
     (tmp_path / "run").mkdir()
     assert len(forecast.sections(tmp_path / "run", task, data, recorded)) == 3
+
+
+def test_texts_are_shown_without_what_a_page_obeys():
+    """Markup, control characters and directions of writing of a text that a model was trained on are escaped."""
+    text = "<b>\x1b[2J\u202e&amp;\x07".encode() * 20
+    windows = torch.frombuffer(bytearray(text), dtype=torch.uint8).unfold(0, 9, 8)
+    html = language_model.passage(windows, torch.ones(len(windows), 8))
+    shown = html[html.index("<pre") :]
+    assert "<b>" not in shown and "\x1b" not in shown and "\u202e" not in shown and "\x07" not in shown
+    assert "&lt;" in shown
