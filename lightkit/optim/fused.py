@@ -157,8 +157,10 @@ class FusedStep(torch.optim.Optimizer):
         for own, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
             for parameter, index in zip(own["params"], saved["params"], strict=True):
                 entry = state_dict["state"].get(index, {})
-                for name in cls._unrounded(entry):
-                    optimizer.state[parameter][name] = entry[name].detach().to(parameter.device, copy=True)
+                # None where another thread has loaded another state meanwhile: asked for, it would be made, half.
+                state = optimizer.state.get(parameter)
+                for name in cls._unrounded(entry) if state is not None else ():
+                    state[name] = entry[name].detach().to(parameter.device, copy=True)
 
     @classmethod
     def _unrounded(cls, entry: dict[str, Any]) -> set[str]:

@@ -149,6 +149,9 @@ def test_everything_at_once(cls) -> None:
     with running(*(again_and_again(name, action) for name, action in actions.items())):
         pass
     assert all(count > 0 for count in done.values()), done
+    # torch's step makes the state of a parameter key by key, and one that is saved in the middle of that lacks the rest
+    # when it is loaded, as it does without lightkit.
+    optimizer.state.clear()
     for group in optimizer.param_groups:
         set_gradients(group["params"], 1)
     optimizer.step()
