@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torchmetrics import Metric
 
 from lightkit import untrusted
-from lightkit.checkpoints import CONFIG_KEY, check_weights, load_checkpoint
+from lightkit.checkpoints import CONFIG_KEY, check_weights, load_checkpoint, load_weights
 from lightkit.errors import CheckpointError, LightkitError
 from lightkit.job import check_outputs
 from lightkit.printable import printable
@@ -101,8 +101,7 @@ def restore(path: str | Path, evaluates: bool = False) -> Restored:
         elif not _is_users(config["model"]):
             _check_memory(untrusted.build("model", config["model"]), path)
     task = _build_task(config, evaluates)
-    check_weights(task, {"state_dict": weights}, path)
-    task.load_state_dict(weights)
+    load_weights(task, {"state_dict": weights}, path)
     return Restored(config, task.eval(), checkpoint)
 
 
