@@ -102,10 +102,10 @@ def entry_point(
                 if several_processes and processes.follows():
                     processes.follow(function)
                 elif not several_processes:
-                    command()
+                    _leave_hydra_as_it_was(command)
                 elif (arguments := processes.command_line()) is not None:
                     sys.argv[1:] = arguments
-                    command()
+                    _leave_hydra_as_it_was(command)
                 if several_processes:
                     processes.finish()
             except (CarriedError, *_user_errors()) as error:
@@ -148,6 +148,18 @@ def entry_point(
         return main
 
     return decorate
+
+
+def _leave_hydra_as_it_was(command: Callable[[], None]) -> None:
+    """Calls a command of Hydra's, and lets a program that goes on afterwards find no job in `HydraConfig`.
+
+    Hydra itself keeps the configuration of a sweep for ever.
+    """
+    before = HydraConfig.instance().cfg
+    try:
+        command()
+    finally:
+        HydraConfig.instance().cfg = before
 
 
 def _run_started(function: Callable[[DictConfig], Any], config_name: str) -> int:

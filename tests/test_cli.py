@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from lightkit.cli import _keep_texts
@@ -26,3 +27,10 @@ def test_no_text_and_several_texts(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["program", *words])
     _keep_texts(["text"])
     assert sys.argv[1:] == words
+
+
+def test_a_command_leaves_no_job_behind(call, tmp_path):
+    """Hydra keeps the configuration of a sweep for the rest of the process, which later jobs would take for theirs."""
+    words = ("-m", "+experiment=cnn", "model=nothing,cnn")
+    assert call("train", *words, cwd=tmp_path).returncode == 1
+    assert not HydraConfig.initialized()
