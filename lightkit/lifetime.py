@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from lightkit import lazy_imports
+from lightkit.errors import ConfigError
 
 # What `open` makes of a file that is written to.
 _WRITERS = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)
@@ -39,6 +40,8 @@ def run_as_process(main: Callable[[], int | None]) -> NoReturn:
     try:
         lazy_imports.defer()
         status = main()
+    except ConfigError as error:
+        status = f"error: {error}"
     except SystemExit as error:
         status = error.code
     if status is not None and not isinstance(status, int):

@@ -8,7 +8,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeVar
+from types import MethodType
+from typing import Any, TypeVar
 
 import torch
 
@@ -27,3 +28,15 @@ def never_compile() -> AbstractContextManager:
     if "torch._dynamo.eval_frame" not in sys.modules:
         return nullcontext()
     return torch.compiler.set_stance("force_eager")
+
+
+def undisguised(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a bound method without the wrapper by which torch hides it from its compiler, while there is none.
+
+    The wrapper imports the compiler in order to hide from it.
+    """
+    function = getattr(method, "__func__", None)
+    is_wrapper = getattr(getattr(function, "__code__", None), "co_filename", None) == torch._compile.__file__
+    if not is_wrapper or "torch._dynamo" in sys.modules:
+        return method
+    return MethodType(function.__wrapped__, method.__self__)
