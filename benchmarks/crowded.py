@@ -18,31 +18,40 @@ import time
 from collections.abc import Iterator
 
 BATCH = 32
-WARM_UP = 30
+EPOCH = 32
 CONTENDERS = ("lightkit", "torch")
 
 
 class Batches:
-    """Batches until so many seconds of training are over, after a few to warm up."""
+    """Epochs of batches; `is_over` once so many seconds of them are over, after one epoch to warm up."""
 
     def __init__(self, seconds: float) -> None:
         import torch
 
         torch.manual_seed(0)
-        self._images = torch.rand(3600, 1, 28, 28)
-        self._labels = torch.randint(0, 10, (3600,))
+        self._images = torch.rand(EPOCH * BATCH, 1, 28, 28)
+        self._labels = torch.randint(0, 10, (EPOCH * BATCH,))
         self._seconds = seconds
+        self._started: float | None = None
+        self._count = 0
         self.rate = 0.0
 
+    def __len__(self) -> int:
+        return EPOCH
+
     def __iter__(self) -> Iterator:
-        started, count = time.perf_counter(), 0
-        while count < WARM_UP or time.perf_counter() - started < self._seconds:
-            if count == WARM_UP:
-                started = time.perf_counter()
-            first = count * BATCH % (len(self._images) - BATCH)
+        for first in range(0, EPOCH * BATCH, BATCH):
             yield self._images[first : first + BATCH], self._labels[first : first + BATCH]
-            count += 1
-        self.rate = (count - WARM_UP) * BATCH / (time.perf_counter() - started)
+
+    def is_over(self) -> bool:
+        """Notes the end of an epoch, and says whether it was the last one."""
+        now = time.perf_counter()
+        if self._started is None:
+            self._started = now
+            return False
+        self._count += EPOCH * BATCH
+        self.rate = self._count / (now - self._started)
+        return now - self._started >= self._seconds
 
 
 def lightkit(batches: Batches) -> None:
@@ -66,9 +75,14 @@ def lightkit(batches: Batches) -> None:
         def configure_optimizers(self):
             return Adam(self.parameters())
 
+    class Clock(pl.Callback):
+        def on_train_epoch_end(self, trainer, module):
+            trainer.should_stop = batches.is_over()
+
     keep_freed_memory()
     off = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    pl.Trainer(max_epochs=1, accelerator="cpu", callbacks=[LeanLoop(), FuseKernels()], **off).fit(Task(), batches)
+    callbacks = [LeanLoop(), FuseKernels(), Clock()]
+    pl.Trainer(max_epochs=-1, accelerator="cpu", callbacks=callbacks, **off).fit(Task(), batches)
 
 
 def torch(batches: Batches) -> None:
@@ -80,10 +94,11 @@ def torch(batches: Batches) -> None:
 
     model = torch_cnn()
     optimizer = torch.optim.Adam(model.parameters())
-    for images, labels in batches:
-        optimizer.zero_grad()
-        cross_entropy(model(images), labels).backward()
-        optimizer.step()
+    while not batches.is_over():
+        for images, labels in batches:
+            optimizer.zero_grad()
+            cross_entropy(model(images), labels).backward()
+            optimizer.step()
 
 
 def contend(name: str, seconds: float) -> None:

@@ -1,7 +1,6 @@
 #include "parallel.h"
 
 #include <omp.h>
-#include <pthread.h>
 
 #include <atomic>
 #include <chrono>
@@ -68,11 +67,6 @@ class Sleepers {
     }
   }
 
-  // In a process that was forked the team is not there.
-  void forget() {
-    wanted_ = false;
-  }
-
  private:
   void keep_team() {
     // Something must be done, or the compiler leaves the team out.
@@ -93,10 +87,7 @@ class Machine {
  public:
   static Machine& instance() {
     // Never destroyed: the thread of the sleepers may outlive static objects.
-    static Machine* const machine = [] {
-      pthread_atfork(nullptr, nullptr, [] { instance().forget(); });
-      return new Machine;
-    }();
+    static Machine* const machine = new Machine;
     return *machine;
   }
 
@@ -116,12 +107,6 @@ class Machine {
   }
 
  private:
-  void forget() {
-    is_heavy_ = false;
-    calm_ = 0;
-    sleepers_.forget();
-  }
-
   std::atomic<bool> is_heavy_{false};
   std::atomic<int> calm_{0};
   Sleepers sleepers_;
