@@ -11,11 +11,9 @@ import traceback
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import hydra
-import hydra.core.utils
 from hydra import initialize_config_module
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
@@ -26,10 +24,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lightkit import processes
+from lightkit import __version__, processes
 from lightkit.config import check_types, nearest
 from lightkit.errors import CarriedError, ConfigError, LightkitError
-from lightkit.files import write_text_atomically
+from lightkit.hydra_changes import change_hydra
 from lightkit.printable import printable
 from lightkit.quiet import quiet, with_quiet_lightning
 
@@ -92,9 +90,12 @@ def entry_point(
             show_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
             # With it Hydra raises instead of printing, which leaves the printing to us.
             os.environ["HYDRA_FULL_ERROR"] = "1"
+            if "--version" in sys.argv[1:]:
+                print(f"lightkit {__version__} (hydra {hydra.__version__})")
+                return 0
             _flags_first()
             quiet()
-            hydra.core.utils._save_config = _save_atomically
+            change_hydra()
             try:
                 if not several_processes:
                     _refuse_sweep(config_name)
@@ -181,11 +182,6 @@ def _run_started(function: Callable[[DictConfig], Any], config_name: str) -> int
         processes.tell(f"{type(error).__name__}: {error}", traceback.format_exc())
         return 1
     return 0
-
-
-def _save_atomically(config: DictConfig, filename: str, output_dir: Path) -> None:
-    """Writes ``.hydra/*.yaml`` in Hydra's place, which leaves an empty file when it is killed or the disk is full."""
-    write_text_atomically(output_dir / filename, OmegaConf.to_yaml(config))
 
 
 def _print_error(message: str) -> None:
