@@ -1,6 +1,6 @@
 """Whole processes against each other, from Enter to the prompt: start, work and end, the programs taking turns.
 
-    python benchmarks/whole_process.py --rounds 5 'lightkit=python -m lightkit.train +experiment=cnn' 'other=python a.py'
+    python benchmarks/whole_process.py 'lightkit=python -m lightkit.train +experiment=cnn' 'other=python script.py'
 
 Each argument names a program and gives its command; the others are compared with the first one. They run in a directory
 of their own, and their output is thrown away.
