@@ -100,22 +100,27 @@ def ninja_file(
     library: str | None,
     extra_flags: tuple[str, ...] = (),
 ) -> str:
-    """The build: one object a source, and ``library`` of them all if it is named."""
+    """The build: one object a unit, and ``library`` of them all if it is named."""
     includes = toolchain.include_flags(cuda)
     cxx = _shell(*compiler, *toolchain.compile_flags(compiler, cuda is not None), *extra_flags, *includes)
     lines = [
         "rule cxx",
-        f"  command = {cxx} -c $in -o $out",
+        f"  command = {cxx} $options -c $in -o $out",
         "rule link",
         f"  command = {_shell(*compiler)} $in -o $out {_shell(*toolchain.link_flags(cuda))}",
     ]
     if cuda is not None:
         lines += ["rule nvcc", f"  command = {_shell(cuda.nvcc, *toolchain.cuda_compile_flags(cuda))} -c $in -o $out"]
     objects = []
-    for source in sources:
-        rule = "nvcc" if source.suffix == ".cu" else "cxx"
-        name = "-".join(source.relative_to(toolchain.SOURCE_DIR).parts) + ".o"
-        lines.append(f"build {_escape(name)}: {rule} {_escape(source)}")
+    for unit in toolchain.units(sources):
+        *others, last = unit.files
+        rule = "nvcc" if last.suffix == ".cu" else "cxx"
+        name = unit.name.replace("/", "-") + ".o"
+        lines.append(f"build {_escape(name)}: {rule} {_escape(last)}")
+        options = toolchain.glue_flags() if unit.is_glue else []
+        options += [word for path in others for word in ("-include", os.fspath(path))]
+        if rule == "cxx" and options:
+            lines.append(f"  options = {_shell(*options)}")
         objects.append(_escape(name))
     if library is not None:
         lines += [f"build {_escape(library)}: link {' '.join(objects)}", f"default {_escape(library)}"]

@@ -27,6 +27,13 @@ DEFAULT_CUDA_ARCHITECTURES = ("80", "90")
 _AVX512_MACROS = ("__AVX512F__", "__AVX512BW__", "__AVX512DQ__", "__AVX512VL__", "__FMA__")
 _AVX2_MACROS = ("__AVX2__", "__FMA__", "__F16C__")
 
+# The units that take longer than others to compile, the slowest first: two cores then end at about the same time.
+_SLOWEST_UNITS = (
+    "ops/common",
+    "kernels/cpu/linear_cross_entropy.cpp",
+    *("ops/cross_entropy", "ops/layer_chain", "ops/linear_cross_entropy", "ops/optim"),
+)
+
 # What LIGHTKIT_NATIVE_SANITIZE may name: the sanitizers that work in a library that Python loads.
 _SANITIZERS = ("address", "undefined")
 
@@ -117,6 +124,11 @@ def sanitize_flags() -> list[str]:
     return [*flags, "-O1", "-g1", "-fno-omit-frame-pointer", "-D_GLIBCXX_ASSERTIONS"]
 
 
+def glue_flags() -> list[str]:
+    """Flags, after those of every C++ file, of units that only call kernels: -O3 would take longer for nothing."""
+    return [] if sanitizers() else ["-O2"]
+
+
 def compile_flags(compiler: tuple[str, ...], cuda: bool) -> list[str]:
     """Flags of every C++ file."""
     level = simd_level(compiler)
@@ -128,6 +140,8 @@ def compile_flags(compiler: tuple[str, ...], cuda: bool) -> list[str]:
         *capability,
         *(["-DLIGHTKIT_CUDA"] if cuda else []),
         f"-DLIGHTKIT_MODULE={MODULE_NAME}",
+        # Each operation's header declares it alone, and no header of torch's brings all two thousand.
+        "-DAT_PER_OPERATOR_HEADERS",
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
     ]
 
@@ -217,6 +231,35 @@ def sources(cuda: bool) -> list[Path]:
         raise ToolchainError(f"the kernel sources are not where they belong: {SOURCE_DIR} does not exist")
     found = sorted(path for path in SOURCE_DIR.rglob("*") if path.suffix in (".cpp", ".cu"))
     return [path for path in found if cuda or not is_cuda_source(path)]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one run of a compiler makes an object of."""
+
+    name: str
+    files: tuple[Path, ...]
+
+    @property
+    def is_glue(self) -> bool:
+        """Whether it calls kernels and has no arithmetic of its own."""
+        return not self.name.startswith("kernels/")
+
+
+def units(files: list[Path]) -> list[Unit]:
+    """What is compiled at a time, the slowest first: a file, or the files of a folder under ``ops`` together.
+
+    Those are short and torch's headers are long: one file more takes some tenths of a second, one unit more two.
+    """
+    grouped: dict[str, list[Path]] = {}
+    for path in files:
+        place = path.relative_to(SOURCE_DIR)
+        if place.parts[0] == "ops":
+            place = place.parent / "cuda" if is_cuda_source(path) else place.parent
+        grouped.setdefault(place.as_posix(), []).append(path)
+    ranks = {name: rank for rank, name in enumerate(_SLOWEST_UNITS)}
+    ordered = sorted(grouped, key=lambda name: ranks.get(name, len(ranks)))
+    return [Unit(name, tuple(grouped[name])) for name in ordered]
 
 
 def is_cuda_source(path: Path) -> bool:

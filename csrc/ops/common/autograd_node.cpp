@@ -1,0 +1,112 @@
+#include "autograd_node.h"
+
+#include "../cross_entropy/cross_entropy.h"
+
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/graph_task.h>
+#include <torch/csrc/autograd/saved_variable.h>
+
+#include <mutex>
+#include <string>
+#include <type_traits>
+#include <utility>
+
+namespace lightkit {
+
+using at::Tensor;
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
+
+// It is written out, not made by torch::autograd::Function, whose bookkeeping takes longer than a small loss.
+class GraphNode : public torch::autograd::Node {
+ public:
+  void set(std::unique_ptr<Backward> backward, at::TensorList inputs, at::TensorList saved) {
+    backward_ = std::move(backward);
+    backward_->node_ = this;
+    torch::autograd::edge_list edges;
+    edges.reserve(inputs.size());
+    for (const Tensor& input : inputs) {
+      edges.push_back(input.defined() ? torch::autograd::impl::gradient_edge(input) : torch::autograd::Edge());
+    }
+    set_next_edges(std::move(edges));
+    for (const Tensor& tensor : saved) {
+      saved_.emplace_back(tensor, /*is_output=*/false);
+    }
+  }
+
+  Tensor saved(size_t place) const {
+    return saved_[place].unpack();
+  }
+
+  variable_list apply(variable_list&& grad_outputs) override {
+    const std::lock_guard lock(mutex_);
+    return backward_->apply(grad_outputs[0]);
+  }
+
+  std::string name() const override {
+    return backward_->name();
+  }
+
+  void release_variables() override {
+    const std::lock_guard lock(mutex_);
+    for (SavedVariable& saved : saved_) {
+      saved.reset_data();
+    }
+    backward_->release();
+  }
+
+ private:
+  std::unique_ptr<Backward> backward_;
+  c10::SmallVector<SavedVariable, 6> saved_;
+};
+
+namespace {
+
+// torch counts the references of a node in itself from 2.13 on, and with std::shared_ptr before.
+template <typename T>
+auto make_node() {
+  if constexpr (std::is_base_of_v<c10::intrusive_ptr_target, T>) {
+    return c10::make_intrusive<T>();
+  } else {
+    return std::make_shared<T>();
+  }
+}
+
+}  // namespace
+
+Tensor Backward::saved(size_t place) const {
+  return node_->saved(place);
+}
+
+bool Backward::is_wanted(size_t input) const {
+  return node_->task_should_compute_output(input);
+}
+
+void record(const Tensor& output, std::unique_ptr<Backward> backward, at::TensorList inputs, at::TensorList saved) {
+  for (const Tensor& input : inputs) {
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        !input.defined() || !input._fw_grad(/*level=*/0).defined(),
+        backward->name(),
+        ": forward-mode differentiation is not implemented for lightkit's kernels");
+  }
+  const auto node = make_node<GraphNode>();
+  node->set(std::move(backward), inputs, saved);
+  torch::autograd::set_history(output, node);
+}
+
+std::vector<Tensor> differentiate(
+    const Tensor& output, at::TensorList inputs, const Tensor& grad_output, bool create_graph) {
+  return torch::autograd::grad({output}, inputs.vec(), {grad_output}, /*retain_graph=*/std::nullopt, create_graph);
+}
+
+Tensor take_gradient(Tensor& gradient, const Tensor& upstream) {
+  if (!is_concrete(gradient) || is_batched(upstream) || torch::autograd::get_current_graph_task_keep_graph()) {
+    return gradient.mul(upstream).to(gradient.scalar_type());
+  }
+  Tensor taken = std::exchange(gradient, Tensor());
+  return call_apply_upstream(taken, upstream);
+}
+
+}  // namespace lightkit

@@ -1,0 +1,82 @@
+#include "buffer_pool.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <deque>
+#include <mutex>
+#include <new>
+
+namespace lightkit {
+namespace {
+
+constexpr size_t kMostKept = size_t(1) << 30;
+constexpr size_t kMostBuffers = 2;
+
+// The size of a huge page, and so the alignment that lets the system use them.
+constexpr size_t kAlignment = size_t(1) << 21;
+
+class Pool {
+ public:
+  PooledBuffer take(size_t bytes) {
+    {
+      const std::lock_guard lock(mutex_);
+      // A buffer twice as large would keep memory away from those who need it.
+      const auto fits = [&](const PooledBuffer& b) { return b.bytes >= bytes && b.bytes / 2 <= bytes; };
+      if (const auto found = std::find_if(kept_.begin(), kept_.end(), fits); found != kept_.end()) {
+        const PooledBuffer buffer = *found;
+        kept_.erase(found);
+        return buffer;
+      }
+    }
+    const size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    void* data = std::aligned_alloc(kAlignment, rounded);
+    if (data == nullptr) {
+      throw std::bad_alloc();
+    }
+#ifdef MADV_HUGEPAGE
+    // A hint: where it is not taken, everything works as well, more slowly.
+    madvise(data, rounded, MADV_HUGEPAGE);
+#endif
+    return {data, rounded};
+  }
+
+  void give_back(PooledBuffer buffer) {
+    const std::lock_guard lock(mutex_);
+    kept_.push_back(buffer);
+    const auto total = [this] {
+      size_t sum = 0;
+      for (const auto& b : kept_) {
+        sum += b.bytes;
+      }
+      return sum;
+    };
+    while (kept_.size() > kMostBuffers || total() > kMostKept) {
+      std::free(kept_.front().data);
+      kept_.pop_front();
+    }
+  }
+
+ private:
+  std::mutex mutex_;
+  std::deque<PooledBuffer> kept_;
+};
+
+Pool& pool() {
+  // Never destroyed: tensors may outlive every static object.
+  static Pool* const instance = new Pool();
+  return *instance;
+}
+
+}  // namespace
+
+PooledBuffer take_buffer(size_t bytes) {
+  return pool().take(bytes);
+}
+
+void give_back_buffer(PooledBuffer buffer) {
+  pool().give_back(buffer);
+}
+
+}  // namespace lightkit

@@ -1,0 +1,222 @@
+// The ops at torch's dispatcher: their schemas, what is registered for each dispatch key, and calls through it. What
+// must see the dispatcher's headers is here, and nothing else is: they take 4 s to compile.
+
+#include "../cross_entropy/cross_entropy.h"
+#include "../layer_chain/layer_chain.h"
+#include "../linear_cross_entropy/linear_cross_entropy.h"
+
+#include <torch/library.h>
+
+namespace lightkit {
+namespace {
+
+template <typename Op>
+c10::TypedOperatorHandle<Op> find_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Op>();
+}
+
+// The dispatcher looks for tensors in a list of optional ones only if that is a List.
+using OptionalTensorList = c10::List<std::optional<at::Tensor>>;
+
+OptionalTensorList as_list(OptionalTensors tensors) {
+  OptionalTensorList list;
+  list.reserve(tensors.size());
+  for (const auto& tensor : tensors) {
+    list.push_back(tensor);
+  }
+  return list;
+}
+
+std::vector<std::optional<at::Tensor>> as_vector(const OptionalTensorList& list) {
+  return {list.begin(), list.end()};
+}
+
+template <LayerChainOp op>
+at::Tensor layer_chain(
+    const at::Tensor& input, at::TensorList weights, const OptionalTensorList& biases, at::IntArrayRef settings) {
+  return op(input, weights, as_vector(biases), settings);
+}
+
+template <ChainForwardOp op>
+ChainResults chain_forward(
+    const at::Tensor& input,
+    at::TensorList weights,
+    const OptionalTensorList& biases,
+    at::IntArrayRef settings,
+    bool keep) {
+  return op(input, weights, as_vector(biases), settings, keep);
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> call_cross_entropy(
+    const at::Tensor& logits,
+    const at::Tensor& target,
+    const std::optional<at::Tensor>& weight,
+    LIGHTKIT_OPTION_PARAMETERS,
+    bool return_lse,
+    bool inplace) {
+  static const auto op = find_op<CrossEntropyOp>("lightkit::cross_entropy");
+  return op.call(logits, target, weight, LIGHTKIT_OPTION_ARGUMENTS, return_lse, inplace);
+}
+
+Results call_cross_entropy_forward(
+    const at::Tensor& logits,
+    const at::Tensor& target,
+    const std::optional<at::Tensor>& weight,
+    LIGHTKIT_OPTION_PARAMETERS,
+    bool with_gradient,
+    bool with_lse) {
+  static const auto op = find_op<CrossEntropyForwardOp>("lightkit::_cross_entropy_forward");
+  return op.call(logits, target, weight, LIGHTKIT_OPTION_ARGUMENTS, with_gradient, with_lse);
+}
+
+std::tuple<at::Tensor, at::Tensor> call_cross_entropy_inplace(
+    at::Tensor& logits,
+    const at::Tensor& target,
+    const std::optional<at::Tensor>& weight,
+    LIGHTKIT_OPTION_PARAMETERS,
+    bool with_lse) {
+  static const auto op = find_op<CrossEntropyInplaceOp>("lightkit::_cross_entropy_forward_");
+  return op.call(logits, target, weight, LIGHTKIT_OPTION_ARGUMENTS, with_lse);
+}
+
+at::Tensor& call_apply_upstream(at::Tensor& gradient, const at::Tensor& upstream) {
+  static const auto op = find_op<ApplyUpstreamOp>("lightkit::_apply_upstream_");
+  return op.call(gradient, upstream);
+}
+
+LinearResults call_linear_forward(
+    LIGHTKIT_LINEAR_PARAMETERS, LIGHTKIT_OPTION_PARAMETERS, int64_t memory_limit, LIGHTKIT_WANTED_PARAMETERS) {
+  static const auto op = find_op<LinearForwardOp>("lightkit::_linear_cross_entropy_forward");
+  return op.call(LIGHTKIT_LINEAR_ARGUMENTS, LIGHTKIT_OPTION_ARGUMENTS, memory_limit, LIGHTKIT_WANTED_ARGUMENTS);
+}
+
+LinearGradients call_linear_backward(
+    const at::Tensor& grad_loss,
+    const at::Tensor& rows_known,
+    LIGHTKIT_LINEAR_PARAMETERS,
+    LIGHTKIT_OPTION_PARAMETERS,
+    int64_t memory_limit,
+    LIGHTKIT_WANTED_PARAMETERS) {
+  static const auto op = find_op<LinearBackwardOp>("lightkit::_linear_cross_entropy_backward");
+  return op.call(
+      grad_loss,
+      rows_known,
+      LIGHTKIT_LINEAR_ARGUMENTS,
+      LIGHTKIT_OPTION_ARGUMENTS,
+      memory_limit,
+      LIGHTKIT_WANTED_ARGUMENTS);
+}
+
+at::Tensor call_layer_chain(
+    const at::Tensor& input, at::TensorList weights, OptionalTensors biases, at::IntArrayRef settings) {
+  static const auto op = find_op<decltype(layer_chain<layer_chain_autograd>)>("lightkit::layer_chain");
+  return op.call(input, weights, as_list(biases), settings);
+}
+
+ChainResults call_chain_forward(
+    const at::Tensor& input, at::TensorList weights, OptionalTensors biases, at::IntArrayRef settings, bool keep) {
+  static const auto op = find_op<decltype(chain_forward<chain_forward_cpu>)>("lightkit::_layer_chain_forward");
+  return op.call(input, weights, as_list(biases), settings, keep);
+}
+
+std::vector<at::Tensor> call_chain_backward(
+    const at::Tensor& grad_output,
+    const at::Tensor& input,
+    at::TensorList weights,
+    const at::Tensor& activations,
+    const at::Tensor& index,
+    at::IntArrayRef settings,
+    at::IntArrayRef wanted) {
+  static const auto op = find_op<ChainBackwardOp>("lightkit::_layer_chain_backward");
+  return op.call(grad_output, input, weights, activations, index, settings, wanted);
+}
+
+#define LIGHTKIT_OPTION_SCHEMA \
+  "int reduction, int ignore_index, float label_smoothing, float z_loss, float softcap, ScalarType? dtype, "
+#define LIGHTKIT_LINEAR_SCHEMA \
+  "Tensor hidden, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight, "
+#define LIGHTKIT_WANTED_SCHEMA "bool hidden_wanted, bool weight_wanted, bool bias_wanted"
+
+TORCH_LIBRARY_FRAGMENT(lightkit, m) {
+  m.def(
+      "cross_entropy(Tensor logits, Tensor target, Tensor? weight=None, int reduction=1, int ignore_index=-100, "
+      "float label_smoothing=0.0, float z_loss=0.0, float softcap=0.0, ScalarType? dtype=None, "
+      "bool return_lse=False, bool inplace=False) -> (Tensor loss, Tensor lse)");
+  m.def(
+      "_cross_entropy_forward(Tensor logits, Tensor target, Tensor? weight, " LIGHTKIT_OPTION_SCHEMA
+      "bool with_gradient, bool with_lse) -> (Tensor loss, Tensor lse, Tensor gradient)");
+  m.def(
+      "_cross_entropy_forward_(Tensor(a!) logits, Tensor target, Tensor? weight, " LIGHTKIT_OPTION_SCHEMA
+      "bool with_lse) -> (Tensor loss, Tensor lse)");
+  m.def("_apply_upstream_(Tensor(a!) gradient, Tensor upstream) -> Tensor(a!)");
+
+  m.def("linear_cross_entropy(" LIGHTKIT_LINEAR_SCHEMA LIGHTKIT_OPTION_SCHEMA
+        "int memory_limit) -> (Tensor loss, Tensor lse)");
+  m.def("_linear_cross_entropy_forward(" LIGHTKIT_LINEAR_SCHEMA LIGHTKIT_OPTION_SCHEMA
+        "int memory_limit, " LIGHTKIT_WANTED_SCHEMA
+        ") -> (Tensor loss, Tensor rows_known, Tensor hidden_gradient, Tensor weight_gradient, Tensor bias_gradient)");
+  m.def("_linear_cross_entropy_backward(Tensor grad_loss, Tensor rows_known, " LIGHTKIT_LINEAR_SCHEMA
+        LIGHTKIT_OPTION_SCHEMA "int memory_limit, " LIGHTKIT_WANTED_SCHEMA
+        ") -> (Tensor hidden_gradient, Tensor weight_gradient, Tensor bias_gradient)");
+
+  m.def("layer_chain(Tensor input, Tensor[] weights, Tensor?[] biases, int[] settings) -> Tensor");
+  m.def(
+      "_layer_chain_forward(Tensor input, Tensor[] weights, Tensor?[] biases, int[] settings, bool keep) "
+      "-> (Tensor output, Tensor activations, Tensor index)");
+  m.def(
+      "_layer_chain_backward(Tensor grad_output, Tensor input, Tensor[] weights, Tensor activations, Tensor index, "
+      "int[] settings, int[] wanted) -> Tensor[]");
+  m.def("conv_relu_pool(Tensor input, Tensor weight, Tensor? bias, int[2] padding, bool pool) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(lightkit, CPU, m) {
+  m.impl("_cross_entropy_forward", cross_entropy_forward_cpu);
+  m.impl("_cross_entropy_forward_", cross_entropy_inplace_cpu);
+  m.impl("_apply_upstream_", apply_upstream_cpu);
+  m.impl("_linear_cross_entropy_forward", linear_forward_cpu);
+  m.impl("_linear_cross_entropy_backward", linear_backward_cpu);
+  m.impl("_layer_chain_forward", chain_forward<chain_forward_cpu>);
+  m.impl("_layer_chain_backward", chain_backward_cpu);
+}
+
+#ifdef LIGHTKIT_CUDA
+TORCH_LIBRARY_IMPL(lightkit, CUDA, m) {
+  m.impl("_cross_entropy_forward", cross_entropy_forward_cuda);
+  m.impl("_cross_entropy_forward_", cross_entropy_inplace_cuda);
+  m.impl("_apply_upstream_", apply_upstream_cuda);
+  m.impl("_linear_cross_entropy_forward", linear_forward_cuda);
+  m.impl("_linear_cross_entropy_backward", linear_backward_cuda);
+}
+#endif
+
+TORCH_LIBRARY_IMPL(lightkit, Meta, m) {
+  m.impl("_cross_entropy_forward", cross_entropy_forward_meta);
+  m.impl("_linear_cross_entropy_forward", linear_forward_meta);
+  m.impl("_linear_cross_entropy_backward", linear_backward_meta);
+  m.impl("_layer_chain_forward", chain_forward<chain_forward_meta>);
+  m.impl("_layer_chain_backward", chain_backward_meta);
+}
+
+TORCH_LIBRARY_IMPL(lightkit, Negative, m) {
+  m.impl("_cross_entropy_forward_", cross_entropy_inplace_negative);
+}
+
+TORCH_LIBRARY_IMPL(lightkit, CompositeExplicitAutograd, m) {
+  m.impl("cross_entropy", cross_entropy_below_autograd);
+  m.impl("linear_cross_entropy", linear_cross_entropy_below_autograd);
+  m.impl("layer_chain", layer_chain<layer_chain_below_autograd>);
+}
+
+TORCH_LIBRARY_IMPL(lightkit, Autograd, m) {
+  m.impl("cross_entropy", cross_entropy_autograd);
+  m.impl("linear_cross_entropy", linear_cross_entropy_autograd);
+  m.impl("layer_chain", layer_chain<layer_chain_autograd>);
+}
+
+TORCH_LIBRARY_IMPL(lightkit, CompositeImplicitAutograd, m) {
+  m.impl("conv_relu_pool", conv_relu_pool);
+}
+
+}  // namespace lightkit

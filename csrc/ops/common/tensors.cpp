@@ -1,0 +1,71 @@
+#include "tensors.h"
+
+#include "buffer_pool.h"
+
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/conv2d.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/max_pool2d.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+
+namespace lightkit {
+
+using at::Tensor;
+
+Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  return at::empty(sizes, options);
+}
+
+Tensor empty_symint(
+    at::SymIntArrayRef sizes, const at::TensorOptions& options, std::optional<at::MemoryFormat> format) {
+  return at::empty_symint(sizes, options, format);
+}
+
+Tensor empty_like(const Tensor& like, const at::TensorOptions& options, std::optional<at::MemoryFormat> format) {
+  return at::empty_like(like, options, format);
+}
+
+Tensor zeros(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  return at::zeros(sizes, options);
+}
+
+Tensor zeros_like(const Tensor& like, const at::TensorOptions& options) {
+  return at::zeros_like(like, options);
+}
+
+Tensor full(at::IntArrayRef sizes, double value, const at::TensorOptions& options) {
+  return at::full(sizes, value, options);
+}
+
+Tensor pooled_empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  const size_t bytes = c10::multiply_integers(sizes) * options.dtype().itemsize();
+  if (bytes < kLeastPooledBytes) {
+    return at::empty(sizes, options);
+  }
+  const PooledBuffer buffer = take_buffer(bytes);
+  return at::from_blob(buffer.data, sizes, [buffer](void*) { give_back_buffer(buffer); }, options);
+}
+
+Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
+  return at::linear(input, weight, bias);
+}
+
+Tensor conv2d(
+    const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, at::IntArrayRef padding) {
+  return at::conv2d(input, weight, bias, 1, padding);
+}
+
+Tensor max_pool2d(const Tensor& input, int64_t size) {
+  return at::max_pool2d(input, size);
+}
+
+Tensor pad_with_zeros(const Tensor& input, at::IntArrayRef padding) {
+  return at::constant_pad_nd(input, padding);
+}
+
+}  // namespace lightkit

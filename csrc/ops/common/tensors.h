@@ -1,0 +1,62 @@
+// Makes tensors, and calculates with them: torch's own headers for this take each file that includes them 1.5 s to
+// compile, ATen/ATen.h 6 s.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+namespace lightkit {
+
+at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options);
+at::Tensor empty_symint(
+    at::SymIntArrayRef sizes,
+    const at::TensorOptions& options,
+    std::optional<at::MemoryFormat> format = std::nullopt);
+at::Tensor empty_like(
+    const at::Tensor& like,
+    const at::TensorOptions& options = {},
+    std::optional<at::MemoryFormat> format = std::nullopt);
+at::Tensor zeros(at::IntArrayRef sizes, const at::TensorOptions& options);
+at::Tensor zeros_like(const at::Tensor& like, const at::TensorOptions& options = {});
+at::Tensor full(at::IntArrayRef sizes, double value, const at::TensorOptions& options);
+
+// An uninitialised contiguous CPU tensor, its memory aligned to 64 bytes and, if it is large, from the pool of buffers.
+at::Tensor pooled_empty(at::IntArrayRef sizes, const at::TensorOptions& options);
+
+inline at::Tensor pooled_empty_like(const at::Tensor& like) {
+  return pooled_empty(like.sizes(), like.options());
+}
+
+at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias);
+at::Tensor conv2d(
+    const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias, at::IntArrayRef padding);
+at::Tensor max_pool2d(const at::Tensor& input, int64_t size);
+at::Tensor pad_with_zeros(const at::Tensor& input, at::IntArrayRef padding);
+
+inline at::Tensor operator+(const at::Tensor& a, const at::Tensor& b) {
+  return a.add(b);
+}
+inline at::Tensor operator-(const at::Tensor& a, const at::Tensor& b) {
+  return a.sub(b);
+}
+inline at::Tensor operator*(const at::Tensor& a, const at::Tensor& b) {
+  return a.mul(b);
+}
+inline at::Tensor operator/(const at::Tensor& a, const at::Tensor& b) {
+  return a.div(b);
+}
+inline at::Tensor operator*(const at::Tensor& a, double b) {
+  return a.mul(b);
+}
+inline at::Tensor operator*(double a, const at::Tensor& b) {
+  return b.mul(a);
+}
+inline at::Tensor operator/(const at::Tensor& a, double b) {
+  return a.div(b);
+}
+inline at::Tensor operator-(double a, const at::Tensor& b) {
+  return b.neg().add(a);
+}
+
+}  // namespace lightkit

@@ -1,0 +1,129 @@
+// The short way from Python to lightkit::cross_entropy, for plain tensors. torch.ops calls the same op, but asking
+// in Python whether it may be called, and matching eleven arguments to its schema, takes longer than a small loss.
+
+#include "cross_entropy_python.h"
+
+#include "cross_entropy.h"
+#include "../common/python_tensor.h"
+
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/Dtype.h>
+
+namespace at::autocast {
+// Declared here anew: its header takes 8 s to compile.
+TORCH_API bool is_autocast_enabled(at::DeviceType device_type);
+}
+
+namespace lightkit {
+namespace {
+
+using at::Tensor;
+
+constexpr Py_ssize_t kArguments = 11;
+
+void check_python(bool may_have_failed) {
+  if (may_have_failed && PyErr_Occurred() != nullptr) {
+    throw PythonError();
+  }
+}
+
+int64_t integer(PyObject* object) {
+  const int64_t value = PyLong_AsLongLong(object);
+  check_python(value == -1);
+  return value;
+}
+
+double number(PyObject* object) {
+  const double value = PyFloat_AsDouble(object);
+  check_python(value == -1.0);
+  return value;
+}
+
+bool flag(PyObject* object) {
+  const int value = PyObject_IsTrue(object);
+  check_python(value < 0);
+  return value == 1;
+}
+
+bool is_type_of_kernels(at::ScalarType type) {
+  return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
+}
+
+bool is_device_of_kernels(c10::Device device) {
+#ifdef LIGHTKIT_CUDA
+  return device.is_cpu() || device.is_cuda();
+#else
+  return device.is_cpu();
+#endif
+}
+
+// Whether torch.func or a mode of torch.overrides is to see what is called.
+bool is_transformed() {
+  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+      at::impl::torch_function_mode_enabled();
+}
+
+// The kernels know the gradient with respect to the logits alone, and no tangents.
+bool has_other_derivatives(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& weight) {
+  return target.requires_grad() || (weight.has_value() && weight->requires_grad()) ||
+      logits._fw_grad(/*level=*/0).defined();
+}
+
+// The loss, or (loss, lse); NotImplemented for whatever is not the common case, mistakes included.
+PyObject* call(PyObject* const* arguments, Py_ssize_t count) {
+  TORCH_CHECK_TYPE(count == kArguments, "cross_entropy takes ", kArguments, " arguments, got ", count);
+  if (!is_exact_tensor(arguments[0]) || !is_exact_tensor(arguments[1]) || !(arguments[2] == Py_None || is_exact_tensor(arguments[2])) ||
+      !(arguments[8] == Py_None || THPDtype_Check(arguments[8])) || is_transformed()) {
+    Py_RETURN_NOTIMPLEMENTED;
+  }
+  const Tensor& logits = tensor_of(arguments[0]);
+  if (!is_device_of_kernels(logits.device())) {
+    Py_RETURN_NOTIMPLEMENTED;
+  }
+  const Tensor& target = tensor_of(arguments[1]);
+  const auto weight = arguments[2] == Py_None ? std::nullopt : std::optional(tensor_of(arguments[2]));
+  const int64_t reduction = integer(arguments[3]);
+  const int64_t ignore_index = integer(arguments[4]);
+  const double label_smoothing = number(arguments[5]);
+  const double z_loss = number(arguments[6]);
+  const double softcap = number(arguments[7]);
+  std::optional<at::ScalarType> dtype;
+  if (arguments[8] != Py_None) {
+    dtype = reinterpret_cast<THPDtype*>(arguments[8])->scalar_type;
+  } else if (logits.scalar_type() != at::kDouble && at::autocast::is_autocast_enabled(logits.device().type())) {
+    dtype = at::kFloat;
+  }
+  const bool return_lse = flag(arguments[9]);
+  const bool inplace = flag(arguments[10]);
+  if (!is_type_of_kernels(logits.scalar_type()) || !at::isIntegralType(target.scalar_type(), /*includeBool=*/false) ||
+      has_other_derivatives(logits, target, weight) || reduction < 0 || !(softcap >= 0) ||
+      (dtype.has_value() && !at::isFloatingType(*dtype))) {
+    Py_RETURN_NOTIMPLEMENTED;
+  }
+  Tensor loss, lse;
+  {
+    const WithoutGil release;
+    std::tie(loss, lse) = call_cross_entropy(logits, target, weight, LIGHTKIT_OPTION_ARGUMENTS, return_lse, inplace);
+  }
+  Object result = wrapped(loss);
+  return return_lse ? PyTuple_Pack(2, result.get(), wrapped(lse).get()) : result.release();
+}
+
+PyObject* call_from_python(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  return with_python_errors([&] { return call(arguments, count); });
+}
+
+PyMethodDef definition{
+    "cross_entropy",
+    reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_from_python)),
+    METH_FASTCALL,
+    "The op lightkit::cross_entropy, its arguments by position."};
+
+}  // namespace
+
+Object cross_entropy_function() {
+  return Object::checked(PyCFunction_New(&definition, nullptr));
+}
+
+}  // namespace lightkit

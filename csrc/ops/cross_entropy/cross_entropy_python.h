@@ -1,0 +1,10 @@
+// The Python function of cross-entropy.
+#pragma once
+
+#include "../common/python_object.h"
+
+namespace lightkit {
+
+Object cross_entropy_function();
+
+}  // namespace lightkit
