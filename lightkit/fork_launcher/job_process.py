@@ -1,0 +1,184 @@
+"""One job of a sweep in a process forked from this one: how it starts, and what is known of it in the end."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pickle
+import random
+import signal
+import tempfile
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import Any, BinaryIO
+
+import torch
+from hydra.core.utils import JobReturn, JobStatus
+
+from lightkit import processes
+from lightkit.cli import explain
+from lightkit.errors import CarriedError, LightkitError
+
+# Of Linux's prctl.h.
+_PR_SET_PDEATHSIG = 1
+
+
+class JobError(RuntimeError):
+    """A fault of the program in a job; its cause shows the traceback."""
+
+
+class _JobTraceback(Exception):
+    """Stands for an error in another process, whose traceback is its message."""
+
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}"
+
+
+@dataclass
+class _Outcome:
+    """What a job tells the process that it forked from.
+
+    Args:
+        job_return: Hydra's account of a job that came to its end, or of one that failed by a fault of the program.
+        refusal: the message of an error in the input.
+        status: the argument of a `SystemExit`.
+        trace: the traceback of whatever went wrong.
+    """
+
+    job_return: JobReturn | None = None
+    refusal: str | None = None
+    status: Any = None
+    trace: str = ""
+
+
+class JobProcess:
+    """A job that runs in a process of its own.
+
+    The process is in a session of its own, so that Ctrl-C at the terminal reaches its parent alone, who passes it on
+    once. It ends when its parent does. Its standard input is empty.
+
+    Args:
+        name: of the job, for messages.
+        run: does the job.
+        mask: the signals that were blocked before the parent blocked those that it waits for.
+        threads: that torch computes with at most; None for as many as it chooses.
+    """
+
+    def __init__(self, name: str, run: Callable[[], JobReturn], mask: set[signal.Signals], threads: int | None) -> None:
+        self.name = name
+        # A file and no pipe, which would have to be read while the job runs.
+        self._outcome = tempfile.TemporaryFile()
+        # Python seeds the module's generator anew in a forked process.
+        state = random.getstate()
+        arguments = (run, self._outcome, os.getpid(), state, mask, threads)
+        self._process = get_context("fork").Process(target=_run, args=arguments, name=name)
+        self._process.start()
+
+    def has_ended(self) -> bool:
+        """Returns whether the process has."""
+        return self._process.exitcode is not None
+
+    def send(self, number: signal.Signals) -> None:
+        """Sends the process a signal, if it is still there."""
+        if not self.has_ended():
+            os.kill(self._process.pid, number)
+
+    def kill(self) -> None:
+        """Ends the process at once, and forgets it."""
+        self._process.kill()
+        self._process.join()
+        self._process.close()
+        self._outcome.close()
+
+    def result(self) -> JobReturn:
+        """Returns what Hydra knows of a job whose process has ended.
+
+        A process that was killed or that crashed is a job that failed.
+
+        Raises:
+            CarriedError: an error in the input, which ends the sweep.
+            SystemExit: somebody has called `sys.exit` in the job.
+        """
+        status = self._process.exitcode
+        self._process.close()
+        with self._outcome as file:
+            file.seek(0)
+            content = file.read()
+        if not content:
+            return _failed(LightkitError(self._ending(status)))
+        outcome: _Outcome = pickle.loads(content)
+        if outcome.refusal is not None:
+            raise CarriedError(_caused(LightkitError(outcome.refusal), outcome.trace))
+        if outcome.job_return is None:
+            raise SystemExit(outcome.status)
+        if outcome.job_return.status == JobStatus.FAILED:
+            _caused(outcome.job_return._return_value, outcome.trace)
+        return outcome.job_return
+
+    def _ending(self, status: int) -> str:
+        if status >= 0:
+            return f"{self.name} ended with status {status} and no result"
+        hint = "; the machine may be out of memory" if status == -signal.SIGKILL else ""
+        return (
+            f"{self.name} was ended by {signal.Signals(-status).name}{hint}. "
+            "ckpt_path=last goes on with the sweep from the last checkpoint"
+        )
+
+
+def _failed(error: Exception) -> JobReturn:
+    job_return = JobReturn(status=JobStatus.FAILED)
+    job_return.return_value = error
+    return job_return
+
+
+def _caused(error: BaseException, trace: str) -> BaseException:
+    error.__cause__ = _JobTraceback(trace)
+    return error
+
+
+def _run(
+    run: Callable[[], JobReturn],
+    file: BinaryIO,
+    parent: int,
+    state: tuple[Any, ...],
+    mask: set[signal.Signals],
+    threads: int | None,
+) -> None:
+    """Does the job in the forked process, and writes down what came of it."""
+    os.setsid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    random.setstate(state)
+    if threads is not None:
+        torch.set_num_threads(min(threads, torch.get_num_threads()))
+        # For what the job starts in turn.
+        os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+    pickle.dump(_outcome_of(run), file)
+    file.flush()
+    processes.finish()
+
+
+def _outcome_of(run: Callable[[], JobReturn]) -> _Outcome:
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    try:
+        job_return = run()
+    except CarriedError as error:
+        return _Outcome(refusal=explain(error, "train"), trace=traceback.format_exc())
+    except SIGTERMException:
+        processes.end_by(signal.SIGTERM)
+    except KeyboardInterrupt:
+        processes.end_by(signal.SIGINT)
+    except SystemExit as error:
+        return _Outcome(status=error.code, trace=traceback.format_exc())
+    if job_return.status != JobStatus.FAILED:
+        return _Outcome(job_return)
+    error = job_return._return_value
+    trace = "".join(traceback.format_exception(error))
+    # The error itself may be one that cannot be sent.
+    job_return.return_value = JobError(f"{type(error).__name__}: {error}")
+    return _Outcome(job_return, trace=trace)

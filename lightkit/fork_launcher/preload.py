@@ -1,0 +1,118 @@
+"""Imports everything that a job needs, and checks that the process may fork afterwards."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from lightkit import processes
+from lightkit.errors import ConfigError, LightkitError
+from lightkit.quiet import quiet_lightning
+
+# Modules that a job imports only once it has come to the part that needs them; those of the extra may not be there.
+_LATE = (
+    "lightkit.training",
+    "lightkit.memory",
+)
+
+_TASKS = Path("/proc/self/task")
+
+# Seconds in which a thread that has been waited for leaves the kernel's list.
+_LEAVING = 1.0
+
+_ADVICE = "leave hydra/launcher=fork out to run the jobs in this process, one after the other"
+
+
+def check_platform() -> None:
+    """Refuses to fork where that cannot work.
+
+    Raises:
+        ConfigError: this is not Linux, torchrun has started the process, or CUDA is initialized.
+    """
+    if not sys.platform.startswith("linux"):
+        raise ConfigError(f"hydra/launcher=fork works on Linux alone, and this is {sys.platform}: {_ADVICE}")
+    if processes.is_under_torchrun():
+        raise ConfigError(f"hydra/launcher=fork cannot run under torchrun, whose processes would not fork: {_ADVICE}")
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        raise ConfigError(f"hydra/launcher=fork: CUDA is initialized, and does not work in a forked process: {_ADVICE}")
+
+
+def preload(config: DictConfig) -> None:
+    """Imports what a job imports, and loads the native library.
+
+    None of this starts a thread that a fork would lose, or draws a random number.
+
+    Args:
+        config: of the sweep; the classes that it names are imported, too.
+
+    Raises:
+        LightkitError: the native library is required and cannot be had.
+    """
+    quiet_lightning()
+    for name in _LATE:
+        if find_spec(name.partition(".")[0]) is not None:
+            importlib.import_module(name)
+    from lightkit import native
+    from lightkit.config import find_class
+
+    native.load()
+    for target in _targets(OmegaConf.to_container(config, resolve=False)):
+        try:
+            find_class(target)
+        except (LightkitError, ImportError):
+            # The job that builds it says so.
+            continue
+
+
+def check_threads() -> None:
+    """Refuses to fork a process that has threads, of which the fork would have none, while it keeps their locks.
+
+    OpenBLAS (a copy each in NumPy and SciPy) starts its threads at import. It ends them before any fork, and starts
+    them again when it needs them; so does the first fork here, of a process that ends at once.
+
+    Raises:
+        ConfigError: there are others; names them.
+    """
+    if len(os.listdir(_TASKS)) > 1:
+        process = os.fork()
+        if process == 0:
+            os._exit(0)
+        os.waitpid(process, 0)
+    end = time.monotonic() + _LEAVING
+    while (count := len(os.listdir(_TASKS))) > 1 and time.monotonic() < end:
+        time.sleep(0.001)
+    if count > 1:
+        raise ConfigError(
+            f"hydra/launcher=fork: {count - 1} threads ({', '.join(_other_threads())}) have started in the process "
+            f"that the jobs fork from: {_ADVICE}"
+        )
+
+
+def _other_threads() -> Iterator[str]:
+    """Yields the names of all threads except the main one: Python's, or else the kernel's."""
+    names = {str(thread.native_id): thread.name for thread in threading.enumerate()}
+    for task in _TASKS.iterdir():
+        if task.name != str(os.getpid()):
+            yield names.get(task.name) or (task / "comm").read_text().strip()
+
+
+def _targets(node: Any) -> Iterator[str]:
+    """Yields the names of the classes in a configuration."""
+    if isinstance(node, dict):
+        if isinstance(node.get("_target_"), str):
+            yield node["_target_"]
+        for value in node.values():
+            yield from _targets(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _targets(value)
