@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
@@ -271,17 +272,28 @@ def _explain_null() -> str | None:
 
 def check_top_level(config: Mapping[str, Any], config_name: str) -> None:
     """Refuses keys that nothing reads, and their lack: Hydra's ``+key=value`` and ``~key`` do as they are told."""
-    with _config_loader() as loader:
-        known = [str(key) for key in _defaults(loader, config_name)]
-        groups = loader.list_groups("")
-        # Hydra's own is not handed on; a group that may be none may as well be away.
-        optional = ["hydra", *(group for group in groups if "none" in loader.get_group_options(group))]
+    known, groups, optional = top_level(config_name)
     # Iterated over: for a value that must yet be given, `in` says no.
     if missing := set(known).difference(map(str, config), optional):
         raise ConfigError(f"the configuration needs {', '.join(sorted(missing))}, which cannot be removed")
     for key in config:
         if key not in known:
             raise ConfigError(f"{key!r} is not a key of the configuration{nearest(str(key), [*known, *groups])}")
+
+
+def top_level(config_name: str) -> tuple[list[str], list[str], list[str]]:
+    """Returns the keys of the configuration, its groups, and those of both that may be missing."""
+    with _config_loader() as loader:
+        return _top_level(loader, config_name)
+
+
+@functools.lru_cache(maxsize=1)
+def _top_level(loader: ConfigLoader, config_name: str) -> tuple[list[str], list[str], list[str]]:
+    # Kept: composing takes longer than anything else that comes before a job of a sweep.
+    known = [str(key) for key in _defaults(loader, config_name)]
+    groups = loader.list_groups("")
+    # Hydra's own is not handed on; a group that may be none may as well be away.
+    return known, groups, ["hydra", *(group for group in groups if "none" in loader.get_group_options(group))]
 
 
 def for_sweeper(config: Mapping[str, Any], result: float | None) -> float | None:

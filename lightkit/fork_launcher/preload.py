@@ -8,20 +8,36 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from lightkit import processes
+from lightkit.cli import top_level
+from lightkit.config import find_class
 from lightkit.errors import ConfigError, LightkitError
 from lightkit.quiet import quiet_lightning
 
-# Modules that a job imports only once it has come to the part that needs them; those of the extra may not be there.
-_LATE = (
+# What jobs import, some of it only at the part that needs it.
+_MODULES = (
     "lightkit.training",
     "lightkit.memory",
+    "lightkit.report.classification",
+    "lightkit.report.figures",
+    "lightkit.report.forecast",
+    "lightkit.report.language_model",
+    "lightkit.report.page",
+    "matplotlib.backends.backend_agg",
+    "PIL.BmpImagePlugin",
+    "PIL.GifImagePlugin",
+    "PIL.JpegImagePlugin",
+    "PIL.PngImagePlugin",
+    "PIL.PpmImagePlugin",
+    "torch.utils.tensorboard",
+    "torchmetrics.aggregation",
+    "torchmetrics.classification",
+    "torchmetrics.regression",
 )
 
 _TASKS = Path("/proc/self/task")
@@ -48,7 +64,7 @@ def check_platform() -> None:
 
 
 def preload(config: DictConfig) -> None:
-    """Imports what a job imports, and loads the native library.
+    """Imports what a job imports, loads the native library, and composes what every job is compared with.
 
     None of this starts a thread that a fork would lose, or draws a random number.
 
@@ -59,13 +75,16 @@ def preload(config: DictConfig) -> None:
         LightkitError: the native library is required and cannot be had.
     """
     quiet_lightning()
-    for name in _LATE:
-        if find_spec(name.partition(".")[0]) is not None:
+    for name in _MODULES:
+        try:
             importlib.import_module(name)
+        except ImportError:
+            # Of an extra that is not installed: the job that needs it says so.
+            continue
     from lightkit import native
-    from lightkit.config import find_class
 
     native.load()
+    top_level("train")
     for target in _targets(OmegaConf.to_container(config, resolve=False)):
         try:
             find_class(target)
