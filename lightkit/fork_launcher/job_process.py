@@ -9,7 +9,7 @@ import random
 import signal
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import Any, BinaryIO
@@ -43,12 +43,14 @@ class _Outcome:
     Args:
         job_return: Hydra's account of a job that came to its end, or of one that failed by a fault of the program.
         refusal: the message of an error in the input.
+        fault: the name and the message of a fault of the program.
         status: the argument of a `SystemExit`.
         trace: the traceback of whatever went wrong.
     """
 
     job_return: JobReturn | None = None
     refusal: str | None = None
+    fault: str | None = None
     status: Any = None
     trace: str = ""
 
@@ -61,13 +63,22 @@ class JobProcess:
 
     Args:
         name: of the job, for messages.
+        overrides: the words of the command line that are the job's own.
         run: does the job.
         mask: the signals that were blocked before the parent blocked those that it waits for.
         threads: that torch computes with at most; None for as many as it chooses.
     """
 
-    def __init__(self, name: str, run: Callable[[], JobReturn], mask: set[signal.Signals], threads: int | None) -> None:
-        self.name = name
+    def __init__(
+        self,
+        name: str,
+        overrides: Sequence[str],
+        run: Callable[[], JobReturn],
+        mask: set[signal.Signals],
+        threads: int | None,
+    ) -> None:
+        self._name = name
+        self._overrides = list(overrides)
         # A file and no pipe, which would have to be read while the job runs.
         self._outcome = tempfile.TemporaryFile()
         # Python seeds the module's generator anew in a forked process.
@@ -107,30 +118,27 @@ class JobProcess:
             file.seek(0)
             content = file.read()
         if not content:
-            return _failed(LightkitError(self._ending(status)))
+            job_return = JobReturn(self._overrides, status=JobStatus.FAILED)
+            job_return.return_value = LightkitError(self._ending(status))
+            return job_return
         outcome: _Outcome = pickle.loads(content)
         if outcome.refusal is not None:
             raise CarriedError(_caused(LightkitError(outcome.refusal), outcome.trace))
         if outcome.job_return is None:
             raise SystemExit(outcome.status)
-        if outcome.job_return.status == JobStatus.FAILED:
-            _caused(outcome.job_return._return_value, outcome.trace)
+        if outcome.fault is not None:
+            error = JobError(f"{self._name}: {outcome.fault}")
+            outcome.job_return.return_value = _caused(error, outcome.trace)
         return outcome.job_return
 
     def _ending(self, status: int) -> str:
         if status >= 0:
-            return f"{self.name} ended with status {status} and no result"
+            return f"{self._name} ended with status {status} and no result"
         hint = "; the machine may be out of memory" if status == -signal.SIGKILL else ""
         return (
-            f"{self.name} was ended by {signal.Signals(-status).name}{hint}. "
+            f"{self._name} was ended by {signal.Signals(-status).name}{hint}. "
             "ckpt_path=last goes on with the sweep from the last checkpoint"
         )
-
-
-def _failed(error: Exception) -> JobReturn:
-    job_return = JobReturn(status=JobStatus.FAILED)
-    job_return.return_value = error
-    return job_return
 
 
 def _caused(error: BaseException, trace: str) -> BaseException:
@@ -177,8 +185,7 @@ def _outcome_of(run: Callable[[], JobReturn]) -> _Outcome:
         return _Outcome(status=error.code, trace=traceback.format_exc())
     if job_return.status != JobStatus.FAILED:
         return _Outcome(job_return)
-    error = job_return._return_value
-    trace = "".join(traceback.format_exception(error))
     # The error itself may be one that cannot be sent.
-    job_return.return_value = JobError(f"{type(error).__name__}: {error}")
-    return _Outcome(job_return, trace=trace)
+    error, job_return.return_value = job_return._return_value, None
+    trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    return _Outcome(job_return, fault=f"{type(error).__name__}: {error}", trace=trace)

@@ -106,8 +106,7 @@ class ForkLauncher(Launcher):
 
     def _start(self, number: int, overrides: Sequence[str], mask: set[signal.Signals]) -> JobProcess:
         """Composes the configuration of a job, and lets it run."""
-        words = " ".join(filter_overrides(overrides))
-        log.info(f"\t#{number} : {words}")
+        log.info(f"\t#{number} : {' '.join(filter_overrides(overrides))}")
         config = self._context.config_loader.load_sweep_config(self._config, list(overrides))
         with open_dict(config):
             config.hydra.job.id = number
@@ -124,7 +123,7 @@ class ForkLauncher(Launcher):
         # A collection would write to every object that there is, and so copy the memory that the processes share.
         gc.freeze()
         threads = max(1, len(os.sched_getaffinity(0)) // self._jobs) if self._jobs > 1 else None
-        return JobProcess(f"job {number} ({words})", run, mask, threads)
+        return JobProcess(f"job {number}", filter_overrides(overrides), run, mask, threads)
 
 
 @contextmanager
