@@ -52,7 +52,7 @@ def _lightnings(name: str) -> tuple[type[BaseException], ...]:
     return () if module is None else (getattr(module, name),)
 
 
-def _user_errors() -> tuple[type[BaseException], ...]:
+def user_errors() -> tuple[type[BaseException], ...]:
     """What an error in the input looks like; anything else is a fault of the program and keeps its traceback."""
     misconfiguration = _lightnings("MisconfigurationException")
     return (LightkitError, HydraException, OmegaConfBaseException, OSError, *misconfiguration)
@@ -84,7 +84,7 @@ def entry_point(
                     result = processes.lead(function, config, [sys.executable, "-m", f"lightkit.{config_name}"])
                     return for_sweeper(config, result)
                 return function(config)
-            except _user_errors() as error:
+            except user_errors() as error:
                 raise CarriedError(error) from error
 
         command = hydra.main(version_base="1.3", config_path=CONFIG_SOURCE, config_name=config_name)(checked)
@@ -109,7 +109,7 @@ def entry_point(
                     _leave_hydra_as_it_was(command)
                 if several_processes:
                     processes.finish()
-            except (CarriedError, *_user_errors()) as error:
+            except (CarriedError, *user_errors()) as error:
                 if show_traceback:
                     traceback.print_exc()
                 _print_error(explain(error, config_name))
@@ -169,7 +169,7 @@ def _run_started(function: Callable[[DictConfig], Any], config_name: str) -> int
     try:
         processes.follow(function)
         processes.finish()
-    except _user_errors() as error:
+    except user_errors() as error:
         processes.tell(explain(error, config_name))
         return 1
     except _lightnings("SIGTERMException"):

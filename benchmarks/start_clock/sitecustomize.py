@@ -27,7 +27,7 @@ class Clock(MetaPathFinder):
     def __init__(self) -> None:
         self._left: tuple[float, float] | None = None
 
-    def find_spec(self, name, path, target=None):  # noqa: ANN001, ANN201
+    def find_spec(self, name, path, target=None):
         if name != "lightkit.training":
             return None
         sys.meta_path.remove(self)

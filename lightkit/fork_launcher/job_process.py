@@ -18,7 +18,7 @@ import torch
 from hydra.core.utils import JobReturn, JobStatus
 
 from lightkit import processes
-from lightkit.cli import explain
+from lightkit.cli import explain, user_errors
 from lightkit.errors import CarriedError, LightkitError
 
 # Of Linux's prctl.h.
@@ -41,7 +41,7 @@ class _Outcome:
     """What a job tells the process that it forked from.
 
     Args:
-        job_return: Hydra's account of a job that came to its end, or of one that failed by a fault of the program.
+        job_return: Hydra's account of a job whose function came to its end, or failed by a fault of the program.
         refusal: the message of an error in the input.
         fault: the name and the message of a fault of the program.
         status: the argument of a `SystemExit`.
@@ -110,6 +110,7 @@ class JobProcess:
 
         Raises:
             CarriedError: an error in the input, which ends the sweep.
+            JobError: a fault of the program outside of the job's own function.
             SystemExit: somebody has called `sys.exit` in the job.
         """
         status = self._process.exitcode
@@ -124,11 +125,13 @@ class JobProcess:
         outcome: _Outcome = pickle.loads(content)
         if outcome.refusal is not None:
             raise CarriedError(_caused(LightkitError(outcome.refusal), outcome.trace))
-        if outcome.job_return is None:
-            raise SystemExit(outcome.status)
         if outcome.fault is not None:
-            error = JobError(f"{self._name}: {outcome.fault}")
-            outcome.job_return.return_value = _caused(error, outcome.trace)
+            error = _caused(JobError(f"{self._name}: {outcome.fault}"), outcome.trace)
+            if outcome.job_return is None:
+                raise error
+            outcome.job_return.return_value = error
+        elif outcome.job_return is None:
+            raise SystemExit(outcome.status)
         return outcome.job_return
 
     def _ending(self, status: int) -> str:
@@ -175,17 +178,23 @@ def _outcome_of(run: Callable[[], JobReturn]) -> _Outcome:
 
     try:
         job_return = run()
-    except CarriedError as error:
+    except (CarriedError, *user_errors()) as error:
         return _Outcome(refusal=explain(error, "train"), trace=traceback.format_exc())
     except SIGTERMException:
         processes.end_by(signal.SIGTERM)
     except KeyboardInterrupt:
         processes.end_by(signal.SIGINT)
     except SystemExit as error:
-        return _Outcome(status=error.code, trace=traceback.format_exc())
+        return _Outcome(status=error.code)
+    except Exception as error:
+        return _Outcome(fault=_described(error), trace=traceback.format_exc())
     if job_return.status != JobStatus.FAILED:
         return _Outcome(job_return)
     # The error itself may be one that cannot be sent.
     error, job_return.return_value = job_return._return_value, None
     trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    return _Outcome(job_return, fault=f"{type(error).__name__}: {error}", trace=trace)
+    return _Outcome(job_return, fault=_described(error), trace=trace)
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

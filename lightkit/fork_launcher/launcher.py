@@ -19,7 +19,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 from lightkit.errors import CarriedError, ConfigError
-from lightkit.fork_launcher.job_process import JobProcess
+from lightkit.fork_launcher.job_process import JobError, JobProcess
 from lightkit.fork_launcher.preload import check_platform, check_threads, preload
 
 log = logging.getLogger(__name__)
@@ -63,6 +63,7 @@ class ForkLauncher(Launcher):
         Raises:
             ConfigError: this process cannot fork; no job has started.
             CarriedError: an error in the input of a job.
+            JobError: a fault of Hydra's, before or after the job itself.
             KeyboardInterrupt: Ctrl-C, which was passed on to the jobs that were running.
             SIGTERMException: SIGTERM, likewise.
         """
@@ -90,16 +91,17 @@ class ForkLauncher(Launcher):
                         running[number] = self._start(number, overrides, mask)
                 except Exception as raised:
                     error = raised
-                if (received := _wait(held)) is not None:
+                if running and (received := _wait(held)) is not None:
                     _end_in_order(list(running.values()), received, held)
                 for number in [number for number, job in running.items() if job.has_ended()]:
                     try:
                         returns[number] = running.pop(number).result()
-                    except (CarriedError, SystemExit) as raised:
+                    except (CarriedError, JobError, SystemExit) as raised:
                         error = error or raised
         finally:
             for job in running.values():
                 job.kill()
+            gc.unfreeze()
         if error is not None:
             raise error
         return [returns[number] for number in sorted(returns)]
