@@ -160,9 +160,7 @@ def test_threads_are_refused(monkeypatch):
     thread = threading.Thread(target=done.wait, name="the progress of something")
     thread.start()
     try:
-        with pytest.raises(
-            ConfigError, match=r"\(.*the progress of something.*\) have started in"
-        ):
+        with pytest.raises(ConfigError, match=r"\(.*the progress of something.*\) have started in"):
             preload.check_threads()
     finally:
         done.set()

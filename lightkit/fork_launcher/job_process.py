@@ -59,7 +59,8 @@ class JobProcess:
     """A job that runs in a process of its own.
 
     The process is in a session of its own, so that Ctrl-C at the terminal reaches its parent alone, who passes it on
-    once. It ends when its parent does. Its standard input is empty.
+    once. It ends when its parent does. Its standard input is empty, and functions registered by `atexit` are not
+    called at its end before Python 3.13.
 
     Args:
         name: of the job, for messages.
@@ -118,7 +119,7 @@ class JobProcess:
         with self._outcome as file:
             file.seek(0)
             content = file.read()
-        if not content:
+        if status != 0 or not content:
             job_return = JobReturn(self._overrides, status=JobStatus.FAILED)
             job_return.return_value = LightkitError(self._ending(status))
             return job_return
