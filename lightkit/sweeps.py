@@ -43,6 +43,7 @@ class RecordSweep(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Chooses the directory, the study and the seeds of the sweep."""
         if config.hydra.runtime.choices["hydra/launcher"] == "fork":
+            # Before the sweep seeds Python's random numbers, of which the imports take some.
             from lightkit import fork_launcher
 
             fork_launcher.register()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import random
 import signal
@@ -46,7 +47,12 @@ def returning(value):
 
 
 def die(number):
-    return lambda: os.kill(os.getpid(), number)
+    def run():
+        # It would print what pytest was doing.
+        faulthandler.disable()
+        os.kill(os.getpid(), number)
+
+    return run
 
 
 @linux
@@ -169,18 +175,19 @@ def test_threads_are_refused(monkeypatch):
 
 @linux
 def test_what_is_imported_starts_no_thread():
-    """A new process that has imported all of it, and computed with NumPy, may fork, and CUDA is as it was."""
+    """After all imports and a product of NumPy's a process may fork; CUDA and random numbers are as before."""
     code = (
-        "import numpy, os, torch\n"
+        "import numpy, os, random, torch\n"
         "from omegaconf import OmegaConf\n"
         "from lightkit.fork_launcher.preload import check_threads, preload\n"
+        "state = random.getstate()\n"
         "preload(OmegaConf.create({'model': {'_target_': 'lightkit.models.CNN'}, 'data': {'_target_': 'no.Such'}}))\n"
         "numpy.ones((500, 500)) @ numpy.ones((500, 500))\n"
         "check_threads()\n"
-        "print(len(os.listdir('/proc/self/task')), torch.cuda.is_initialized())\n"
+        "print(len(os.listdir('/proc/self/task')), torch.cuda.is_initialized(), random.getstate() == state)\n"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert (result.stdout.split(), result.stderr) == (["1", "False"], "")
+    assert (result.stdout.split(), result.stderr) == (["1", "False", "True"], "")
 
 
 def test_no_other_program_imports_it():
@@ -202,10 +209,14 @@ def sweep(tmp_path, monkeypatch):
     def launch(function, jobs, *overrides):
         with initialize_config_module("lightkit.conf", version_base="1.3"):
             loader = GlobalHydra.instance().config_loader()
-            words = ["hydra/launcher=fork", f"hydra.launcher.jobs={jobs}", "hydra.sweep.dir=sweep"]
+            words = [
+                "hydra/launcher=fork",
+                f"hydra.launcher.jobs={jobs}",
+                "hydra.sweep.dir=sweep",
+                "hydra.mode=MULTIRUN",
+            ]
             config = loader.load_configuration("train", words, run_mode=RunMode.MULTIRUN)
             with open_dict(config):
-                config.hydra.mode = RunMode.MULTIRUN
                 config.hydra.job.name = "train"
             context = HydraContext(config_loader=loader, callbacks=hydra._internal.callbacks.Callbacks())
             forking = Plugins.instance().instantiate_launcher(context, function, config)

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 import torch
 from hydra.core.utils import JobReturn, JobStatus
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightkit import processes
 from lightkit.cli import explain, user_errors
@@ -175,8 +176,6 @@ def _run(
 
 
 def _outcome_of(run: Callable[[], JobReturn]) -> _Outcome:
-    from lightning.pytorch.utilities.exceptions import SIGTERMException
-
     try:
         job_return = run()
     except (CarriedError, *user_errors()) as error:

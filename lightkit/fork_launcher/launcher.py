@@ -16,6 +16,7 @@ from typing import NoReturn
 from hydra.core.utils import JobReturn, configure_log, filter_overrides, run_job, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, open_dict
 
 from lightkit.errors import CarriedError, ConfigError
@@ -162,6 +163,4 @@ def _end_in_order(jobs: list[JobProcess], received: signal.Signals, held: set[si
         pass
     if received == signal.SIGINT:
         raise KeyboardInterrupt
-    from lightning.pytorch.utilities.exceptions import SIGTERMException
-
     raise SIGTERMException

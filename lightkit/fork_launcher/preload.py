@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import random
 import sys
 import threading
 import time
@@ -66,7 +67,8 @@ def check_platform() -> None:
 def preload(config: DictConfig) -> None:
     """Imports what a job imports, loads the native library, and composes what every job is compared with.
 
-    None of this starts a thread that a fork would lose, or draws a random number.
+    None of this starts a thread that a fork would lose. Python's random numbers, which sweepers draw from, stay as
+    they were.
 
     Args:
         config: of the sweep; the classes that it names are imported, too.
@@ -74,6 +76,14 @@ def preload(config: DictConfig) -> None:
     Raises:
         LightkitError: the native library is required and cannot be had.
     """
+    state = random.getstate()
+    try:
+        _import_all(config)
+    finally:
+        random.setstate(state)
+
+
+def _import_all(config: DictConfig) -> None:
     quiet_lightning()
     for name in _MODULES:
         try:
