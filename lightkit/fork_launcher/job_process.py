@@ -126,7 +126,7 @@ class JobProcess:
             return job_return
         outcome: _Outcome = pickle.loads(content)
         if outcome.refusal is not None:
-            raise CarriedError(_caused(LightkitError(outcome.refusal), outcome.trace))
+            raise _caused(CarriedError(LightkitError(outcome.refusal)), outcome.trace)
         if outcome.fault is not None:
             error = _caused(JobError(f"{self._name}: {outcome.fault}"), outcome.trace)
             if outcome.job_return is None:

@@ -118,12 +118,12 @@ def check_threads() -> None:
             os._exit(0)
         os.waitpid(process, 0)
     end = time.monotonic() + _LEAVING
-    while (count := len(os.listdir(_TASKS))) > 1 and time.monotonic() < end:
+    while (is_threaded := len(os.listdir(_TASKS)) > 1) and time.monotonic() < end:
         time.sleep(0.001)
-    if count > 1:
+    if is_threaded:
         raise ConfigError(
-            f"hydra/launcher=fork: {count - 1} threads ({', '.join(_other_threads())}) have started in the process "
-            f"that the jobs fork from: {_ADVICE}"
+            "hydra/launcher=fork: the process that the jobs fork from has other threads "
+            f"({', '.join(_other_threads())}): {_ADVICE}"
         )
 
 
