@@ -1,13 +1,16 @@
 // The Python module of the native library: what is not an op. Importing it registers the ops.
 
-#include "ops/optim/adam.h"
-#include "ops/cross_entropy/cross_entropy_python.h"
 #include "ops/common/python_tensor.h"
-#include "ops/optim/sgd.h"
 #include "ops/common/tensors.h"
+#include "ops/cross_entropy/cross_entropy_python.h"
+#include "ops/optim/adam.h"
+#include "ops/optim/sgd.h"
 
-#include <new>
+#include <pybind11/pybind11.h>
+
 #include <optional>
+
+namespace py = pybind11;
 
 namespace lightkit {
 
@@ -25,131 +28,63 @@ void check_tensor_layout() {
 
 namespace {
 
-// A plan as an object of Python's.
+// Returns what `function` returns as pybind11 has objects, with errors as torch translates them.
+template <typename Function>
+py::object called(const Function& function) {
+  PyObject* result = with_python_errors([&] { return function().release(); });
+  if (result == nullptr) {
+    throw py::error_already_set();
+  }
+  return py::reinterpret_steal<py::object>(result);
+}
+
 template <typename Plan>
-struct PlanObject {
-  PyObject_HEAD
-  Plan plan;
-
-  static PyObject* make(PyTypeObject* type, PyObject* arguments, PyObject* keywords) {
-    static char* names[] = {nullptr};
-    if (PyArg_ParseTupleAndKeywords(arguments, keywords, "", names) == 0) {
-      return nullptr;
-    }
-    PyObject* self = type->tp_alloc(type, 0);
-    if (self != nullptr) {
-      new (&reinterpret_cast<PlanObject*>(self)->plan) Plan();
-    }
-    return self;
-  }
-
-  static void destroy(PyObject* self) {
-    PyTypeObject* type = Py_TYPE(self);
-    reinterpret_cast<PlanObject*>(self)->plan.~Plan();
-    type->tp_free(self);
-    Py_DECREF(type);
-  }
-
-  static PyObject* step(PyObject* self, PyObject* arguments, PyObject* keywords) {
-    static const char* names[] = {
-        "param_groups",
-        "state",
-        "max_grad_norm",
-        "skip_nonfinite",
-        "inverse_scale",
-        "grad_scale",
-        "found_inf",
-        nullptr};
-    PyObject *groups, *state, *max_grad_norm, *grad_scale, *found_inf;
-    int skip_nonfinite;
-    double inverse_scale;
-    if (PyArg_ParseTupleAndKeywords(
-            arguments,
-            keywords,
-            "O!O!OpdOO",
-            const_cast<char**>(names),
-            &PyList_Type,
-            &groups,
-            &PyDict_Type,
-            &state,
-            &max_grad_norm,
-            &skip_nonfinite,
-            &inverse_scale,
-            &grad_scale,
-            &found_inf) == 0) {
-      return nullptr;
-    }
-    std::optional<double> limit;
-    if (max_grad_norm != Py_None) {
-      limit = PyFloat_AsDouble(max_grad_norm);
-      if (*limit == -1.0 && PyErr_Occurred() != nullptr) {
-        return nullptr;
-      }
-    }
-    return with_python_errors([&] {
-      Plan& plan = reinterpret_cast<PlanObject*>(self)->plan;
-      return plan.step(groups, state, limit, skip_nonfinite != 0, inverse_scale, grad_scale, found_inf).release();
+void bind_plan(py::module_& module, const char* name) {
+  const auto step = [](Plan& plan,
+                       const py::list& param_groups,
+                       const py::dict& state,
+                       const py::object& max_grad_norm,
+                       bool skip_nonfinite,
+                       double inverse_scale,
+                       const py::object& grad_scale,
+                       const py::object& found_inf) {
+    const auto limit = max_grad_norm.is_none() ? std::nullopt : std::make_optional(max_grad_norm.cast<double>());
+    return called([&] {
+      return plan.step(
+          param_groups.ptr(), state.ptr(), limit, skip_nonfinite, inverse_scale, grad_scale.ptr(), found_inf.ptr());
     });
-  }
-};
-
-template <typename Plan>
-Object plan_class(const char* name) {
-  using Self = PlanObject<Plan>;
-  static PyMethodDef methods[] = {
-      {"step",
-       reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(Self::step)),
-       METH_VARARGS | METH_KEYWORDS,
-       "Takes one step over all parameters; None, having changed nothing, if some are not for the kernels."},
-      {nullptr, nullptr, 0, nullptr}};
-  static PyType_Slot slots[] = {
-      {Py_tp_new, reinterpret_cast<void*>(Self::make)},
-      {Py_tp_dealloc, reinterpret_cast<void*>(Self::destroy)},
-      {Py_tp_methods, methods},
-      {0, nullptr}};
-  PyType_Spec spec{name, sizeof(Self), 0, Py_TPFLAGS_DEFAULT, slots};
-  return Object::checked(PyType_FromSpec(&spec));
+  };
+  py::class_<Plan>(module, name)
+      .def(py::init<>())
+      .def(
+          "step",
+          step,
+          py::arg("param_groups"),
+          py::arg("state"),
+          py::arg("max_grad_norm"),
+          py::arg("skip_nonfinite"),
+          py::arg("inverse_scale"),
+          py::arg("grad_scale"),
+          py::arg("found_inf"));
 }
-
-void add(PyObject* module, const char* name, const Object& value) {
-  if (PyObject_SetAttrString(module, name, value.get()) != 0) {
-    throw PythonError();
-  }
-}
-
-// The kinds of device that the registered ops have kernels for.
-Object devices() {
-#ifdef LIGHTKIT_CUDA
-  return Object::checked(Py_BuildValue("(ss)", "cpu", "cuda"));
-#else
-  return Object::checked(Py_BuildValue("(s)", "cpu"));
-#endif
-}
-
-#define LIGHTKIT_TEXT(text) #text
-#define LIGHTKIT_NAME(name) LIGHTKIT_TEXT(name)
-#define LIGHTKIT_JOINED(a, b) a##b
-#define LIGHTKIT_INIT(name) LIGHTKIT_JOINED(PyInit_, name)
-
-PyModuleDef definition{
-    .m_base = PyModuleDef_HEAD_INIT,
-    .m_name = LIGHTKIT_NAME(LIGHTKIT_MODULE),
-    .m_doc = "Native kernels of lightkit, compiled for this machine.",
-    .m_size = -1,
-};
 
 }  // namespace
 }  // namespace lightkit
 
-PyMODINIT_FUNC LIGHTKIT_INIT(LIGHTKIT_MODULE)() {
+PYBIND11_MODULE(LIGHTKIT_MODULE, module) {
   using namespace lightkit;
-  return with_python_errors([] {
+  module.doc() = "Native kernels of lightkit, compiled for this machine.";
+  called([] {
     check_tensor_layout();
-    Object module = Object::checked(PyModule_Create(&definition));
-    add(module.get(), "SgdPlan", plan_class<SgdPlan>(LIGHTKIT_NAME(LIGHTKIT_MODULE) ".SgdPlan"));
-    add(module.get(), "AdamPlan", plan_class<AdamPlan>(LIGHTKIT_NAME(LIGHTKIT_MODULE) ".AdamPlan"));
-    add(module.get(), "cross_entropy", cross_entropy_function());
-    add(module.get(), "devices", devices());
-    return module.release();
+    return Object::borrow(Py_None);
   });
+  bind_plan<SgdPlan>(module, "SgdPlan");
+  bind_plan<AdamPlan>(module, "AdamPlan");
+  module.attr("cross_entropy") = called(cross_entropy_function);
+  // The kinds of device that the registered ops have kernels for.
+#ifdef LIGHTKIT_CUDA
+  module.attr("devices") = py::make_tuple("cpu", "cuda");
+#else
+  module.attr("devices") = py::make_tuple("cpu");
+#endif
 }

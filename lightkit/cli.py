@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
@@ -11,11 +12,9 @@ import traceback
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import hydra
-import hydra.core.utils
 from hydra import initialize_config_module
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
@@ -26,10 +25,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lightkit import processes
+from lightkit import __version__, processes
 from lightkit.config import check_types, nearest
 from lightkit.errors import CarriedError, ConfigError, LightkitError
-from lightkit.files import write_text_atomically
+from lightkit.hydra_changes import change_hydra
 from lightkit.printable import printable
 from lightkit.quiet import quiet, with_quiet_lightning
 
@@ -51,7 +50,7 @@ def _lightnings(name: str) -> tuple[type[BaseException], ...]:
     return () if module is None else (getattr(module, name),)
 
 
-def _user_errors() -> tuple[type[BaseException], ...]:
+def user_errors() -> tuple[type[BaseException], ...]:
     """What an error in the input looks like; anything else is a fault of the program and keeps its traceback."""
     misconfiguration = _lightnings("MisconfigurationException")
     return (LightkitError, HydraException, OmegaConfBaseException, OSError, *misconfiguration)
@@ -83,7 +82,7 @@ def entry_point(
                     result = processes.lead(function, config, [sys.executable, "-m", f"lightkit.{config_name}"])
                     return for_sweeper(config, result)
                 return function(config)
-            except _user_errors() as error:
+            except user_errors() as error:
                 raise CarriedError(error) from error
 
         command = hydra.main(version_base="1.3", config_path=CONFIG_SOURCE, config_name=config_name)(checked)
@@ -92,9 +91,12 @@ def entry_point(
             show_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
             # With it Hydra raises instead of printing, which leaves the printing to us.
             os.environ["HYDRA_FULL_ERROR"] = "1"
+            if "--version" in sys.argv[1:]:
+                print(f"lightkit {__version__} (hydra {hydra.__version__})")
+                return 0
             _flags_first()
             quiet()
-            hydra.core.utils._save_config = _save_atomically
+            change_hydra()
             try:
                 if not several_processes:
                     _refuse_sweep(config_name)
@@ -108,7 +110,7 @@ def entry_point(
                     _leave_hydra_as_it_was(command)
                 if several_processes:
                     processes.finish()
-            except (CarriedError, *_user_errors()) as error:
+            except (CarriedError, *user_errors()) as error:
                 if show_traceback:
                     traceback.print_exc()
                 _print_error(explain(error, config_name))
@@ -168,7 +170,7 @@ def _run_started(function: Callable[[DictConfig], Any], config_name: str) -> int
     try:
         processes.follow(function)
         processes.finish()
-    except _user_errors() as error:
+    except user_errors() as error:
         processes.tell(explain(error, config_name))
         return 1
     except _lightnings("SIGTERMException"):
@@ -181,11 +183,6 @@ def _run_started(function: Callable[[DictConfig], Any], config_name: str) -> int
         processes.tell(f"{type(error).__name__}: {error}", traceback.format_exc())
         return 1
     return 0
-
-
-def _save_atomically(config: DictConfig, filename: str, output_dir: Path) -> None:
-    """Writes ``.hydra/*.yaml`` in Hydra's place, which leaves an empty file when it is killed or the disk is full."""
-    write_text_atomically(output_dir / filename, OmegaConf.to_yaml(config))
 
 
 def _print_error(message: str) -> None:
@@ -271,17 +268,28 @@ def _explain_null() -> str | None:
 
 def check_top_level(config: Mapping[str, Any], config_name: str) -> None:
     """Refuses keys that nothing reads, and their lack: Hydra's ``+key=value`` and ``~key`` do as they are told."""
-    with _config_loader() as loader:
-        known = [str(key) for key in _defaults(loader, config_name)]
-        groups = loader.list_groups("")
-        # Hydra's own is not handed on; a group that may be none may as well be away.
-        optional = ["hydra", *(group for group in groups if "none" in loader.get_group_options(group))]
+    known, groups, optional = top_level(config_name)
     # Iterated over: for a value that must yet be given, `in` says no.
     if missing := set(known).difference(map(str, config), optional):
         raise ConfigError(f"the configuration needs {', '.join(sorted(missing))}, which cannot be removed")
     for key in config:
         if key not in known:
             raise ConfigError(f"{key!r} is not a key of the configuration{nearest(str(key), [*known, *groups])}")
+
+
+def top_level(config_name: str) -> tuple[list[str], list[str], list[str]]:
+    """Returns the keys of the configuration, its groups, and those of both that may be missing."""
+    with _config_loader() as loader:
+        return _top_level(loader, config_name)
+
+
+@functools.lru_cache(maxsize=1)
+def _top_level(loader: ConfigLoader, config_name: str) -> tuple[list[str], list[str], list[str]]:
+    # Kept: composing takes longer than anything else that comes before a job of a sweep.
+    known = [str(key) for key in _defaults(loader, config_name)]
+    groups = loader.list_groups("")
+    # Hydra's own is not handed on; a group that may be none may as well be away.
+    return known, groups, ["hydra", *(group for group in groups if "none" in loader.get_group_options(group))]
 
 
 def for_sweeper(config: Mapping[str, Any], result: float | None) -> float | None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import TypedDict
+from typing import NoReturn, TypedDict
 
 from omegaconf import DictConfig
 
 from lightkit.cli import entry_point
+from lightkit.lifetime import begin_to_collect, run_as_process
 
 
 class Keys(TypedDict):
@@ -28,6 +28,7 @@ def main(config: DictConfig) -> None:
     from lightkit import results
     from lightkit.evaluation import evaluate
 
+    begin_to_collect()
     results.check_output(config.output)
     metrics = evaluate(config)
     results.print_table(f"{config.ckpt_path}", {name: f"{value:.6g}" for name, value in metrics.items()})
@@ -35,5 +36,10 @@ def main(config: DictConfig) -> None:
         results.write_json(Path(config.output), metrics)
 
 
+def command() -> NoReturn:
+    """Runs `main` as a process of its own."""
+    run_as_process(main)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Literal, NoReturn, TypedDict
 
 from omegaconf import DictConfig
 
 from lightkit.cli import entry_point
+from lightkit.lifetime import begin_to_collect, run_as_process
 
 
 class Keys(TypedDict):
@@ -35,6 +35,7 @@ def main(config: DictConfig) -> None:
     from lightkit import prediction, results
     from lightkit.restore import restore
 
+    begin_to_collect()
     results.check_output(config.output)
     predicted = prediction.predict(config, restore(config.ckpt_path))
     predicted.show()
@@ -42,5 +43,10 @@ def main(config: DictConfig) -> None:
         predicted.write(Path(config.output))
 
 
+def command() -> NoReturn:
+    """Runs `main` as a process of its own."""
+    run_as_process(main)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -58,7 +58,7 @@ def is_started() -> bool:
 
 def follows() -> bool:
     """Whether this process trains with the configuration of another."""
-    return is_started() or (_under_torchrun() and os.environ["RANK"] != "0")
+    return is_started() or (is_under_torchrun() and os.environ["RANK"] != "0")
 
 
 def lead(function: Callable[[DictConfig], Any], config: DictConfig, command: list[str]) -> Any:
@@ -76,7 +76,7 @@ def lead(function: Callable[[DictConfig], Any], config: DictConfig, command: lis
         LightkitError: what went wrong in one of the processes; the others have been ended.
     """
     unresolved = config
-    if _under_torchrun():
+    if is_under_torchrun():
         config = with_torchruns_processes(config)
     restarts = _restarts()
     if not restarts.begin(config, unresolved):
@@ -93,7 +93,7 @@ def lead(function: Callable[[DictConfig], Any], config: DictConfig, command: lis
 
 
 def _run(function: Callable[[DictConfig], Any], config: DictConfig, command: list[str]) -> Any:
-    if _under_torchrun():
+    if is_under_torchrun():
         _publish(_torchrun_store(), config)
         return function(config)
     if (count := count_processes(config)) > 1:
@@ -103,7 +103,7 @@ def _run(function: Callable[[DictConfig], Any], config: DictConfig, command: lis
 
 def restarted_directory() -> str | None:
     """Returns Hydra's directory of the job that torchrun has started again; None if it has not."""
-    return _restarts().directory() if _under_torchrun() else None
+    return _restarts().directory() if is_under_torchrun() else None
 
 
 def command_line() -> list[str] | None:
@@ -114,12 +114,12 @@ def command_line() -> list[str] | None:
     Raises:
         LightkitError: torchrun was started so that a restart could not work.
     """
-    return _restarts().arguments() if _under_torchrun() else sys.argv[1:]
+    return _restarts().arguments() if is_under_torchrun() else sys.argv[1:]
 
 
 def finish() -> None:
     """After the last job: under torchrun, tells those that follow that there is no further one."""
-    if _under_torchrun() and not is_started() and os.environ["RANK"] == "0":
+    if is_under_torchrun() and not is_started() and os.environ["RANK"] == "0":
         store = _torchrun_store()
         _publish(store, None)
         # This process may be the one that serves the store: it stays until all have read that.
@@ -195,7 +195,8 @@ def count_processes(config: DictConfig) -> int:
     return trainer.num_devices if isinstance(trainer.strategy, ParallelStrategy) else 1
 
 
-def _under_torchrun() -> bool:
+def is_under_torchrun() -> bool:
+    """Returns whether torchrun, or somebody who sets its variables, has started this process."""
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"))
 
 

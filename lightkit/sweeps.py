@@ -27,8 +27,8 @@ from lightkit.sweep_record import Sweep, find, find_all, read
 
 _STUDY = "study.db"
 
-# Hydra's own keys that do not say what a sweep computes.
-_PLACES = ("hydra.mode", "hydra.run.dir", "hydra.sweep.dir")
+# Hydra's own keys that do not say what a sweep computes: where it writes, and which processes its jobs run in.
+_PLACES = ("hydra.mode", "hydra.run.dir", "hydra.sweep.dir", "hydra/launcher", "hydra.launcher.jobs")
 
 
 class RecordSweep(Callback):
@@ -42,6 +42,11 @@ class RecordSweep(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Chooses the directory, the study and the seeds of the sweep."""
+        if config.hydra.runtime.choices["hydra/launcher"] == "fork":
+            # Before the sweep seeds Python's random numbers, of which the imports take some.
+            from lightkit import fork_launcher
+
+            fork_launcher.register()
         # Hydra sets it for the jobs alone; a directory may be named by what it has.
         HydraConfig.instance().set_config(config)
         try:

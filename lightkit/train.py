@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from typing import TypedDict
+from typing import NoReturn, TypedDict
 
 from omegaconf import DictConfig
 
 from lightkit.cli import entry_point
+from lightkit.lifetime import begin_to_collect, run_as_process
 
 
 class Keys(TypedDict):
@@ -33,9 +33,15 @@ def main(config: DictConfig) -> float | None:
     native.start()
     from lightkit.training import train
 
+    begin_to_collect()
     keep_freed_memory()
     return train(config).get(config.objective)
 
 
+def command() -> NoReturn:
+    """Runs `main` as a process of its own."""
+    run_as_process(main)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -8,6 +8,7 @@ import pytest
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+import lightkit
 from lightkit.cli import _keep_texts
 
 
@@ -34,3 +35,9 @@ def test_a_command_leaves_no_job_behind(call, tmp_path):
     words = ("-m", "+experiment=cnn", "model=nothing,cnn")
     assert call("train", *words, cwd=tmp_path).returncode == 1
     assert not HydraConfig.initialized()
+
+
+def test_version(call, tmp_path):
+    """Says lightkit's, which a report of a fault needs, and not Hydra's alone."""
+    result = call("train", "--version", cwd=tmp_path)
+    assert result.returncode == 0 and result.stdout.startswith(f"lightkit {lightkit.__version__} ")

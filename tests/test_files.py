@@ -11,7 +11,7 @@ import hydra.core.utils
 import pytest
 from omegaconf import OmegaConf
 
-from lightkit import cli, files, results
+from lightkit import files, hydra_changes, results
 from lightkit.files import hold, is_held_by_another, release, remove_leftovers, write_atomically, write_text_atomically
 from lightkit.prediction.images import Image, Images
 from lightkit.prediction.series import Forecast, Step
@@ -32,7 +32,7 @@ WRITERS = {
     "series.csv": lambda path: Forecast("x", 0.8, [Step(1, 2.0, 1.0, 3.0)]).write(path),
     "text.txt": lambda path: Continuation(b"\xff", b"b").write(path),
     "report.html": lambda path: write_text_atomically(path, "<html>"),
-    "hydra.yaml": lambda path: cli._save_atomically(OmegaConf.create({"a": 1}), path.name, path.parent),
+    "hydra.yaml": lambda path: hydra_changes._save_atomically(OmegaConf.create({"a": 1}), path.name, path.parent),
 }
 
 

@@ -7,6 +7,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from lightkit import lazy_imports
+
 # What is written in C has no code that could be anybody else's.
 _BUILTINS = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)
 
@@ -43,7 +45,8 @@ def is_own(function: Any, libraries: tuple[types.ModuleType, ...]) -> bool:
 
     Names do not tell: `functools.wraps` gives a wrapper those of what it wraps.
     """
-    roots = tuple(str(Path(library.__file__).parent) for library in libraries)
+    # The stand-in for torch's compiler wraps functions as the compiler itself would.
+    roots = (*(str(Path(library.__file__).parent) for library in libraries), lazy_imports.__file__)
     while function is not None:
         code = getattr(function, "__code__", None)
         if code is None:

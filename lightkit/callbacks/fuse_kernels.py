@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.modules.loss import _Loss
 
 from lightkit import native
+from lightkit._util.imported import is_instance
 from lightkit.nn import CrossEntropyLoss, can_fuse
 from lightkit.nn.fused_sequential import FusedCall, is_fused
 from lightkit.ops import substitute, substitute_cross_entropy
@@ -222,10 +223,8 @@ def _loss_obstacle(module: nn.Module) -> str | None:
 def _is_compiled(module: nn.Module) -> bool:
     # The wrapper that torch.compile makes, a module compiled in place, and a LightningModule that Lightning has
     # taken out of its wrapper.
-    from torch._dynamo import OptimizedModule
-
     return (
-        isinstance(module, OptimizedModule)
+        is_instance(module, "torch._dynamo", "OptimizedModule")
         or (getattr(module, "_compiled_call_impl", None) is not None and not is_fused(module))
         or getattr(module, "_compiler_ctx", None) is not None
     )

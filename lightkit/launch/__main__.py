@@ -6,12 +6,14 @@ import argparse
 import os
 import sys
 import time
+from typing import NoReturn
 
 from rich.console import Console
 
 from lightkit.errors import ConfigError, LightkitError
 from lightkit.launch import addresses
 from lightkit.launch import job as jobs
+from lightkit.lifetime import run_as_process
 
 _HELP = """Start a training on several machines, or check the network between them first.
 
@@ -202,5 +204,10 @@ def _check(options: argparse.Namespace, _: list[str]) -> int:
     return 1 if faults else 0
 
 
+def command() -> NoReturn:
+    """Runs `main` as a process of its own."""
+    run_as_process(main)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -10,6 +10,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightkit import native
+from lightkit._util.compiler import assume_constant_result
 from lightkit.errors import ArgumentError
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
@@ -223,6 +224,6 @@ def has_kernel(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def _native_available(device_type: str) -> bool:
     return native.available(device_type)

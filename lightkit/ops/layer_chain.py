@@ -13,6 +13,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightkit import native
+from lightkit._util.compiler import assume_constant_result
 from lightkit.errors import ArgumentError
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -159,11 +160,11 @@ def is_faster(pixels: int, weight: Tensor, dtype: torch.dtype, pool: bool = Fals
     return not (dtype == torch.bfloat16 and _multiplies_bfloat16()) or pixels * size <= 1 << 22
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def _multiplies_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def _native_available() -> bool:
     return native.available("cpu")

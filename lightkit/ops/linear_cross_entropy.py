@@ -12,6 +12,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightkit import native
+from lightkit._util.compiler import assume_constant_result
 from lightkit.errors import ArgumentError
 from lightkit.ops.cross_entropy import cross_entropy, cross_entropy_reference
 
@@ -219,6 +220,6 @@ def _has_kernel(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None
     )
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def _native_available(device_type: str) -> bool:
     return native.available(device_type)

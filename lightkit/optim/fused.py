@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from lightkit import native
+from lightkit._util.compiler import undisguised
 from lightkit.optim.reference import Rule, step_reference
 
 # What the parameter groups have beside torch's options. Those of a converted optimizer lack them.
@@ -108,7 +109,7 @@ class FusedStep(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, which takes the optimizer's defaults for what it does not say."""
-        super().add_param_group(param_group)
+        undisguised(super().add_param_group)(param_group)
         group = self.param_groups[-1]
         # While the optimizer is being made, torch fills in what it knows of alone.
         for name, value in getattr(self, "_extra_defaults", {}).items():
@@ -135,7 +136,7 @@ class FusedStep(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns torch's state dict with ``skipped_steps``, which torch's own `load_state_dict` passes over."""
-        return {**super().state_dict(), "skipped_steps": self.skipped_steps}
+        return {**undisguised(super().state_dict)(), "skipped_steps": self.skipped_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` of this class or of torch's returned; torch's has skipped no steps."""
@@ -144,7 +145,7 @@ class FusedStep(torch.optim.Optimizer):
         loaded: list[dict[str, Any]] = [state_dict]
         hook = self.register_load_state_dict_pre_hook(lambda optimizer, changed: loaded.append(changed))
         try:
-            super().load_state_dict(state_dict)
+            undisguised(super().load_state_dict)(state_dict)
         finally:
             hook.remove()
         self._step_supports_amp_scaling = amp_scaling
@@ -185,7 +186,7 @@ class FusedStep(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets the gradients, or makes them zeros."""
         if not set_to_none or torch.autograd._profiler_enabled():
-            super().zero_grad(set_to_none)
+            undisguised(super().zero_grad)(set_to_none)
             return
         for group in self.param_groups:
             for parameter in group["params"]:

@@ -17,6 +17,10 @@ from lightkit.loggers import read_rows
 from lightkit.printable import printable
 
 BLUE, ORANGE, GREEN, GREY = "#2563eb", "#ea580c", "#15803d", "#94a3b8"
+
+# Characters of a name in a figure.
+LONGEST_NAME = 24
+
 _STYLE = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -33,7 +37,8 @@ _STYLE = {
 
 def save(figure: Figure, path: Path) -> Path:
     """Writes a figure as PNG; returns the path."""
-    options = {"format": "png", "dpi": 144, "bbox_inches": "tight", "facecolor": "white"}
+    # Without bbox_inches="tight", which would draw it once more to find borders that the layout keeps already.
+    options = {"format": "png", "dpi": 144, "facecolor": "white"}
     write_atomically(path, lambda stream: figure.savefig(stream, **options))
     return path
 
@@ -57,8 +62,13 @@ def grid(width: float, height: float, **layout: int) -> tuple[Figure, np.ndarray
 
 
 def plain(name: str) -> str:
-    """Returns a name as matplotlib draws it as it is: between dollars it would read a formula."""
-    return printable(name).replace("$", r"\$")
+    """Returns a name as matplotlib draws it as it is: between dollars it would read a formula.
+
+    Of one that is too long to stand beside an axis, the beginning.
+    """
+    shown = printable(name)
+    shown = shown if len(shown) <= LONGEST_NAME else f"{shown[: LONGEST_NAME - 1]}…"
+    return shown.replace("$", r"\$")
 
 
 def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:

@@ -14,11 +14,10 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from lightkit._util.imported import is_instance
 from lightkit.errors import ConfigError
 
 
@@ -60,8 +59,10 @@ class Parallel(DDPStrategy):
     def configure_ddp(self) -> None:
         """Refuses modules that are spread over processes by themselves."""
         for name, module in self.lightning_module.named_modules():
-            wrapped = isinstance(module, (DistributedDataParallel, FullyShardedDataParallel))
-            if wrapped or any(isinstance(p, DTensor) for p in module.parameters(recurse=False)):
+            wrapped = isinstance(module, DistributedDataParallel) or is_instance(
+                module, "torch.distributed.fsdp", "FullyShardedDataParallel"
+            )
+            if wrapped or any(_is_sharded(parameter) for parameter in module.parameters(recurse=False)):
                 raise ConfigError(
                     f"{type(self).__name__} keeps the whole model in every process, but {name or 'the module'} is "
                     "sharded or wrapped already: use one of the two"
@@ -116,3 +117,7 @@ def _gather_numbers(value: float, device: torch.device) -> list[float]:
     everyone: list[Tensor] = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, mine)
     return [number.item() for number in everyone]
+
+
+def _is_sharded(parameter: Tensor) -> bool:
+    return is_instance(parameter, "torch.distributed.tensor", "DTensor")

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics.aggregation import MeanMetric
 
+from lightkit._util.compiler import never_compile
 from lightkit.models import LanguageModel
 from lightkit.ops import linear_cross_entropy
 from lightkit.tasks.task import Task
@@ -147,7 +148,7 @@ class LanguageModelTask(Task):
         self.eval()
         try:
             # Compiling for every length of the state would take longer than all of it.
-            with torch.compiler.set_stance("force_eager"):
+            with never_compile():
                 self._continue(tokens, len(prompt), temperature, top_k, generator)
         finally:
             self.train(was_training)

@@ -2,8 +2,7 @@
 
 #include "cross_entropy_tile.h"
 #include "cross_entropy_wide.h"
-
-#include <ATen/Parallel.h>
+#include "parallel.h"
 
 #include <algorithm>
 
@@ -26,7 +25,7 @@ void cross_entropy(const CrossEntropyRows<scalar_t>& args) {
   }
   if (args.inner > 1 || args.classes <= kNarrowClasses) {
     const int64_t grain = std::max<int64_t>(1, kGrain / (args.classes * Tile<scalar_t>::kLanes));
-    at::parallel_for(0, Tile<scalar_t>::count(args), grain, [&](int64_t begin, int64_t end) {
+    parallel_for(0, Tile<scalar_t>::count(args), grain, [&](int64_t begin, int64_t end) {
       Tile<scalar_t> tile(args);
       for (int64_t i = begin; i < end; ++i) {
         tile.run(i);
@@ -35,7 +34,7 @@ void cross_entropy(const CrossEntropyRows<scalar_t>& args) {
   } else {
     const int64_t grain = std::max<int64_t>(1, kGrain / args.classes);
     const bool extras = args.softcap != 0 || args.smooth != nullptr || args.probabilities != nullptr;
-    at::parallel_for(0, args.rows, grain, [&](int64_t begin, int64_t end) {
+    parallel_for(0, args.rows, grain, [&](int64_t begin, int64_t end) {
       if (extras) {
         WideRows<scalar_t, true>(args).run(begin, end);
       } else {

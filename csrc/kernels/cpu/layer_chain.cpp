@@ -1,6 +1,6 @@
 #include "layer_chain.h"
 
-#include <ATen/Parallel.h>
+#include "parallel.h"
 
 #include <atomic>
 
@@ -33,7 +33,7 @@ void in_pieces(int64_t count, int64_t piece, int64_t cost, const F& run) {
     parts[t].next = t * pieces / threads;
     parts[t].end = (t + 1) * pieces / threads;
   }
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t own = begin; own < end; ++own) {
       for (int64_t t = 0; t < threads; ++t) {
         Part& part = parts[(own + t) % threads];

@@ -5,9 +5,9 @@
 #include "linear_cross_entropy_plan.h"
 #include "linear_cross_entropy_tile.h"
 #include "operands.h"
+#include "parallel.h"
 #include "tile_gemm.h"
 
-#include <ATen/Parallel.h>
 #include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
@@ -113,7 +113,7 @@ class Passes {
   // Runs `work(unit, scratch)` for every unit, each on one thread.
   template <typename Work>
   void for_each(int64_t units, const Work& work) {
-    at::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
       Scratch& scratch = scratch_[at::get_thread_num()];
       for (int64_t unit = begin; unit < end; ++unit) {
         work(unit, scratch);
@@ -314,7 +314,7 @@ class Passes {
       use_gradients(begin, end, slice);
     }
     if (kSumsApart && args_.hidden_gradient != nullptr) {
-      at::parallel_for(0, count_, 16, [&](int64_t begin, int64_t end) {
+      parallel_for(0, count_, 16, [&](int64_t begin, int64_t end) {
         const int64_t place = begin * args_.features;
         at::vec::convert(
             hidden_sums_ + place,
@@ -415,7 +415,7 @@ class Passes {
   }
 
   void write_bias_gradient(int64_t begin, int64_t end, Matrix<const operand_t> gradient) {
-    at::parallel_for(begin, end, kTileClasses, [&](int64_t first, int64_t last) {
+    parallel_for(begin, end, kTileClasses, [&](int64_t first, int64_t last) {
       for (int64_t c = first; c < last; ++c) {
         const operand_t* values = gradient.at(c - begin, 0).data;
         Vec lanes(acc_t(0));

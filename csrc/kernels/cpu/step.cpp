@@ -35,7 +35,7 @@ double square_sum(const std::vector<Gradient>& gradients) {
   constexpr int64_t kRun = 16384;
   const auto starts = starts_of_runs(gradients, kRun);
   std::vector<double> sums(starts.back());
-  at::parallel_for(0, starts.back(), kStepGrain / kRun, [&](int64_t begin, int64_t end) {
+  parallel_for(0, starts.back(), kStepGrain / kRun, [&](int64_t begin, int64_t end) {
     size_t i = begin < end ? tensor_of(starts, begin) : 0;
     for (int64_t run = begin; run < end; ++run) {
       while (starts[i + 1] <= run) {

@@ -3,9 +3,8 @@
 
 #include "../step.h"
 
+#include "parallel.h"
 #include "simd.h"
-
-#include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <cstring>
@@ -57,7 +56,7 @@ void for_each_range(const std::vector<Tensor>& tensors, const Update& update) {
   // Threads meet only at multiples of this many elements of a tensor, so that no cache line has two writers.
   constexpr int64_t kAlignment = 64;
   const auto starts = starts_of_runs(tensors, kAlignment);
-  at::parallel_for(0, starts.back(), kStepGrain / kAlignment, [&](int64_t begin, int64_t end) {
+  parallel_for(0, starts.back(), kStepGrain / kAlignment, [&](int64_t begin, int64_t end) {
     const FlushDenormals flush;
     for (size_t i = tensor_of(starts, begin); i < tensors.size() && starts[i] < end; ++i) {
       const int64_t from = std::max<int64_t>(begin - starts[i], 0) * kAlignment;

@@ -1,0 +1,221 @@
+"""Sweeps whose jobs fork from one process, as a user starts them: the same results, and an end in order."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lightkit.checkpoints import load_checkpoint
+
+pytestmark = pytest.mark.slow
+
+FORK = "hydra/launcher=fork"
+SHORT = ["+experiment=cnn", "trainer.accelerator=cpu", "trainer.limit_train_batches=4", "trainer.limit_val_batches=1"]
+QUICK = ["+experiment=cnn", "+debug=quick", "trainer.accelerator=cpu", "test=false", "logger=none"]
+
+# What is measured in seconds differs from run to run.
+TIMED = ("second", "(ms)", "fraction")
+
+needs_optuna = pytest.mark.skipif(
+    find_spec("hydra_plugins.hydra_optuna_sweeper") is None, reason="needs pip install 'lightkit[sweep]'"
+)
+
+
+def started(*arguments, cwd, python=(), **options):
+    """Starts `python -m lightkit.train ...`, which finds the callbacks of this folder."""
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    return subprocess.Popen(
+        [sys.executable, *python, "-m", "lightkit.train", *arguments],
+        cwd=cwd,
+        env={**os.environ, "LIGHTKIT_TARGETS": "faulty", "PYTHONPATH": path},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def run(*arguments, cwd, status=0, **options):
+    """Runs `python -m lightkit.train ...` to its end, and returns what it said."""
+    process = started(*arguments, cwd=cwd, **options)
+    try:
+        output, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == status, errors
+    return output, errors
+
+
+def faulty(what, directory):
+    """Configuration of a callback that makes a job fail; it notes the process in ``directory``."""
+    callback = "+callbacks.faulty"
+    return [f"{callback}._target_=faulty.Faulty", f"{callback}.directory={directory}", f"{callback}.rank=0"] + (
+        [f"{callback}.what={what}"] if what else []
+    )
+
+
+def results(directory):
+    """The weights of a run, and its figures except those that depend on time."""
+    weights = load_checkpoint(directory / "checkpoints" / "last.ckpt")["state_dict"]
+    metrics = json.loads((directory / "metrics.json").read_text())
+    with open(directory / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    untimed = [
+        {key: value for key, value in row.items() if not any(word in key for word in TIMED)} for row in (metrics, *rows)
+    ]
+    return weights, untimed
+
+
+def test_the_same_bits(tmp_path):
+    """A forked job, one in the process of the sweep and one in a process of its own: weights, figures and files."""
+    two = ["trainer.max_epochs=2", "-m", "seed=0,1"]
+    output, errors = run(*SHORT, FORK, "hydra.sweep.dir=fork", *two, cwd=tmp_path)
+    # In order, and each line once: what was in a buffer at the fork would come twice.
+    assert [output.index(f"#{number} :") for number in (0, 1)] == sorted(output.index(f"#{n} :") for n in (0, 1))
+    assert output.count("forked from this process") == 1 and output.count("epoch 2/2") == 2
+    assert output.index("epoch 2/2") < output.index("#1 :")
+    assert "Warning" not in errors
+    run(*SHORT, "hydra.sweep.dir=basic", *two, cwd=tmp_path)
+    run(*SHORT, "hydra.run.dir=fresh/1", "trainer.max_epochs=2", "seed=1", cwd=tmp_path)
+    for one, other in (("fork/0", "basic/0"), ("fork/1", "basic/1"), ("fork/1", "fresh/1")):
+        weights, figures = results(tmp_path / one)
+        expected, expected_figures = results(tmp_path / other)
+        assert weights.keys() == expected.keys() and all(torch.equal(weights[key], expected[key]) for key in expected)
+        assert figures == expected_figures
+        names = [sorted(path.name for path in (tmp_path / run_dir).iterdir()) for run_dir in (one, other)]
+        assert names[0] == names[1]
+        logs = [(tmp_path / run_dir / "train.log").read_text() for run_dir in (one, other)]
+        assert logs[0] == logs[1]
+
+
+@needs_optuna
+def test_optuna(tmp_path):
+    """The results of forked jobs, two at a time, reach the sweeper, which chooses the next by them."""
+    optuna = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "+hydra.sweeper.sampler.seed=1"]
+    two = ["hydra.sweeper.n_jobs=2", "hydra.launcher.jobs=2"]
+    values = "optim.lr=tag(log,interval(0.0001,0.01))"
+    run(*QUICK, FORK, *optuna, *two, "hydra.sweep.dir=sweep", "-m", values, cwd=tmp_path)
+    found = {}
+    for number in ("0", "1", "2"):
+        metrics = json.loads((tmp_path / "sweep" / number / "metrics.json").read_text())
+        config = yaml.safe_load((tmp_path / "sweep" / number / "config.yaml").read_text())
+        found[config["optim"]["lr"]] = metrics["val/loss"]
+    best = yaml.safe_load((tmp_path / "sweep" / "optimization_results.yaml").read_text())
+    assert best["best_params"] == {"optim.lr": min(found, key=found.get)}
+    assert best["best_value"] == pytest.approx(min(found.values()))
+    threads = json.loads((tmp_path / "sweep" / "0" / "environment.json").read_text())["threads"]
+    assert threads == max(1, len(os.sched_getaffinity(0)) // 2)
+
+
+@pytest.mark.parametrize(
+    ("what", "expected", "others"),
+    [
+        ("data", "error: sample 7 is damaged", False),
+        ("kill", "error: job 0 was ended by SIGKILL; the machine may be out of memory", True),
+        ("terminate", "error: job 0 was ended by SIGTERM", True),
+    ],
+)
+def test_a_job_fails(tmp_path, what, expected, others):
+    """One error; bad input ends the sweep, and after a job that was killed the others run."""
+    batches = ["trainer.limit_train_batches=5", "hydra.sweep.dir=sweep"]
+    kinds = f"+callbacks.faulty.what={what},nothing"
+    arguments = [*QUICK, *batches, FORK, *faulty(None, tmp_path), "-m", kinds]
+    _, errors = run(*arguments, cwd=tmp_path, status=1)
+    assert [line.startswith(expected) for line in errors.splitlines() if line.startswith("error: ")] == [True], errors
+    assert "Traceback" not in errors
+    assert (tmp_path / "sweep" / "1" / "metrics.json").exists() == others
+
+
+def test_a_fault_of_the_program(tmp_path):
+    """The traceback of the job is shown, after the jobs that follow it have run."""
+    batches = ["trainer.limit_train_batches=5", "hydra.sweep.dir=sweep"]
+    arguments = [*QUICK, *batches, FORK, *faulty(None, tmp_path), "-m", "+callbacks.faulty.what=fault,nothing"]
+    _, errors = run(*arguments, cwd=tmp_path, status=1)
+    assert errors.splitlines()[-1].endswith("JobError: job 0: RuntimeError: a fault of the program")
+    assert "in on_train_batch_start" in errors
+    assert (tmp_path / "sweep" / "1" / "metrics.json").exists()
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_the_sweep_is_ended(tmp_path, number):
+    """The running job ends with it, in order if it may, with its checkpoint; ``ckpt_path=last`` goes on."""
+    sweep = [*SHORT, "trainer.max_epochs=4", "test=false", "logger=none", FORK, *faulty("wait", tmp_path)]
+    process = started(
+        *[*sweep, "-m", "seed=0,1"],
+        cwd=tmp_path,
+        # A job in the background of a script ignores Ctrl-C, and so do its children unless told otherwise.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    while not (found := list(tmp_path.glob("runs/cnn/*/0/checkpoints/last.ckpt"))):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    try:
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert "Traceback" not in errors
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        assert errors.splitlines()[-1] == "interrupted: ckpt_path=last goes on from the last checkpoint"
+    if number == signal.SIGTERM:
+        assert process.returncode == 143
+        assert errors.splitlines()[-1] == "ended by SIGTERM: ckpt_path=last goes on from the last checkpoint"
+    job = int((tmp_path / "rank0.pid").read_text())
+    end = time.monotonic() + 10
+    while is_alive(job) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert job != process.pid and not is_alive(job)
+    assert load_checkpoint(found[0])["epoch"] < 3
+    # The launcher is none of what a sweep computes: either goes on with the sweep of the other.
+    sweep.remove(FORK)
+    output, _ = run(*sweep, "ckpt_path=last", "-m", "seed=0,1", cwd=tmp_path)
+    assert output.count("continuing") == 2
+    (directory,) = (tmp_path / "runs" / "cnn").iterdir()
+    for job in ("0", "1"):
+        assert load_checkpoint(directory / job / "checkpoints" / "last.ckpt")["epoch"] == 3
+
+
+def test_goes_on_with_what_was_done(tmp_path):
+    """A job that was done is not done again, and one that was killed is."""
+    arguments = [*QUICK, "trainer.limit_train_batches=5", FORK, *faulty(None, tmp_path), "ckpt_path=last"]
+    kinds = ["-m", "+callbacks.faulty.what=nothing,kill"]
+    (tmp_path / "runs" / "cnn").mkdir(parents=True)
+    first = [word for word in arguments if word != "ckpt_path=last"]
+    run(*first, *kinds, cwd=tmp_path, status=1)
+    output, _ = run(*arguments, *kinds, cwd=tmp_path, status=1)
+    assert output.count("done before the restart") == 1 and output.count("beginning again") == 1
+
+
+def test_jobs_of_two_processes(tmp_path):
+    """A forked job starts the processes of its devices, as any other does."""
+    arguments = [*QUICK, "trainer.devices=2", "strategy=ddp", FORK, "hydra.sweep.dir=sweep", "-m", "seed=0,1"]
+    run(*arguments, cwd=tmp_path)
+    for number in ("0", "1"):
+        assert json.loads((tmp_path / "sweep" / number / "metrics.json").read_text())["steps"] == 1
+
+
+def test_under_torchrun(tmp_path):
+    """Its processes meet before the first job, and could not fork."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+    _, errors = run(*QUICK, FORK, "-m", "seed=0,1", cwd=tmp_path, python=torchrun, status=1)
+    assert errors.count("error: hydra/launcher=fork cannot run under torchrun") == 1
