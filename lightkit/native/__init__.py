@@ -61,10 +61,12 @@ def start() -> None:
     with _lock:
         if _loaded is not None or _build is not None or policy() == "off":
             return
-        from . import cache, compile, toolchain
+        from . import cache, toolchain
 
         try:
             if cache.find() is None:
+                from . import compile
+
                 _build = compile.start()
         except (toolchain.ToolchainError, cache.CacheError):
             # `load` comes to the same error, and tells it.
@@ -100,10 +102,14 @@ def _load() -> tuple[ModuleType | None, str]:
     chosen = policy()
     if chosen == "off":
         return None, _OFF
-    from . import cache, compile, toolchain
+    from . import cache, toolchain
 
     try:
-        library = _build.result() if _build is not None else cache.find() or compile.build()
+        library = _build.result() if _build is not None else cache.find()
+        if library is None:
+            from . import compile
+
+            library = compile.build()
         cache.check_processor(cache.read_manifest(library.parent))
         return _import(library), ""
     except (toolchain.ToolchainError, cache.CacheError, ImportError) as error:
