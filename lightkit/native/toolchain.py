@@ -59,12 +59,17 @@ def find_compiler() -> tuple[str, ...] | None:
 
 
 def require_compiler() -> tuple[str, ...]:
-    """The command of the C++ compiler, or a `ToolchainError` that says how to get one."""
+    """The command of the C++ compiler, or a `ToolchainError` that says how to get one that will do."""
     compiler = find_compiler()
     if compiler is None:
         wanted = os.environ.get("CXX")
         what = f"the compiler named by CXX ({wanted!r})" if wanted else "a C++ compiler (g++, c++ or clang++)"
         raise ToolchainError(f"{what} was not found on the path; on Debian and Ubuntu: apt-get install g++")
+    if platform.system() == "Linux" and "clang" in compiler_version(compiler):
+        # Its OpenMP is that of libomp; torch has loaded g++'s, and two of them fight for the cores.
+        raise ToolchainError(
+            f"{' '.join(compiler)} is clang, whose OpenMP does not work with torch's on Linux; set CXX to a g++"
+        )
     return compiler
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,6 +105,17 @@ def test_what_a_compiler_said_is_asked_once(tiny_sources: Path, monkeypatch: pyt
     answer.write_text("[]")
     with pytest.raises(pytest.fail.Exception):
         cache.find()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere torch is built with clang")
+def test_clang_is_refused_by_name(tiny_sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler whose OpenMP would not work with torch's is told by name, not by an error of the linker."""
+    clang = tmp_path / "some-compiler"
+    clang.write_text("#!/bin/sh\necho 'Debian clang version 14.0.6'\n")
+    clang.chmod(0o755)
+    monkeypatch.setenv("CXX", str(clang))
+    with pytest.raises(toolchain.ToolchainError, match="some-compiler is clang, .* set CXX to a g"):
+        compile.build()
 
 
 def test_warm_start_imports_no_build_tools(run_python, built_cache: Path) -> None:
