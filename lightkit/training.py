@@ -73,16 +73,16 @@ def train(config: DictConfig) -> dict[str, Any]:
         plugins=[AtomicCheckpointIO()],
         enable_model_summary=False,
     )
+    # Waited for here, not in the middle of the first step or of any timing.
+    waiting = time.perf_counter()
+    native.load()
+    started += time.perf_counter() - waiting
     if trainer.is_global_zero:
         run_dir.mkdir(parents=True, exist_ok=True)
         results.write_config(run_dir, config)
         results.write_json(run_dir / "environment.json", results.environment())
     if resume is not None:
         _continue_logs(loggers, run_dir, resume)
-    # Waited for here, not in the middle of the first step or of any timing.
-    waiting = time.perf_counter()
-    native.load()
-    started += time.perf_counter() - waiting
     with refusals_of_lightning():
         trainer.fit(task, datamodule=data, ckpt_path=resume.path if resume is not None else None)
     metrics = _scalars(trainer) | {"epochs": trainer.current_epoch, "steps": trainer.global_step}
