@@ -1,17 +1,21 @@
 """``python -m lightkit.build``: compile the native kernels ahead of time, and say what was built.
 
-For images and clusters, so that no training job has to. With ``--check-cuda`` every CUDA kernel is compiled
-for sm_80 and sm_90, which needs nvcc but no GPU.
+For images and clusters, so that no training job has to. LIGHTKIT_MARCH=x86-64-v3 (AVX2) or x86-64-v4 (AVX-512)
+compiles for every processor of that level instead of this machine's. ``--archive`` writes the build into one file, and
+``--from`` installs such a file on a machine with the same torch, Python and lightkit, which needs no compiler then. An
+archive runs code, as a wheel does: install only those of somebody you trust. With ``--check-cuda`` every CUDA kernel is
+compiled for sm_80 and sm_90, which needs nvcc but no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 from lightkit.lifetime import run_as_process
-from lightkit.native import cache, compile, toolchain
+from lightkit.native import archive, cache, compile, toolchain
 
 
 def report(library) -> str:
@@ -23,6 +27,7 @@ def report(library) -> str:
         "compiler": manifest.compiler,
         "flags": " ".join(manifest.flags),
         "SIMD": manifest.simd,
+        "target": f"{manifest.march}: {' '.join(manifest.instructions)}",
         "CUDA": manifest.cuda,
         "built in": f"{manifest.seconds:.0f} s",
     }
@@ -32,17 +37,30 @@ def report(library) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Builds, and prints the report; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m lightkit.build", description=__doc__)
-    parser.add_argument(
-        "--check-cuda", action="store_true", help="compile the CUDA kernels for sm_80 and sm_90 and stop"
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--archive", type=Path, metavar="FILE", help="build if need be, and write the build to FILE")
+    what.add_argument(
+        "--from",
+        type=Path,
+        metavar="FILE",
+        dest="source",
+        help="install the build in FILE; it runs code: trust its maker",
     )
+    what.add_argument("--check-cuda", action="store_true", help="compile the CUDA kernels for sm_80 and sm_90 and stop")
     options = parser.parse_args(arguments)
     try:
         if options.check_cuda:
             for name in compile.check_cuda():
                 print(f"compiles: {name}")
+        elif options.source is not None:
+            print(report(archive.install(options.source)))
         else:
-            print(report(compile.build()))
-    except (toolchain.ToolchainError, cache.CacheError) as error:
+            library = compile.build()
+            print(report(library))
+            if options.archive is not None:
+                archive.write(library, options.archive)
+                print(f"  archive: {options.archive}")
+    except (toolchain.ToolchainError, cache.CacheError, archive.ArchiveError) as error:
         print(f"lightkit.build: {error}", file=sys.stderr)
         return 1
     return 0

@@ -26,7 +26,11 @@ class Keys(TypedDict):
 def main(config: DictConfig) -> float | None:
     """Trains what the configuration describes; the result is what a sweeper such as Optuna's looks at."""
     # Only now: torch and Lightning take seconds, which nobody waits for to see --help or a typing error.
+    from lightkit import native
     from lightkit.memory import keep_freed_memory
+
+    # Before what takes seconds to import: compilers may run meanwhile.
+    native.start()
     from lightkit.training import train
 
     begin_to_collect()

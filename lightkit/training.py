@@ -48,8 +48,8 @@ def train(config: DictConfig) -> dict[str, Any]:
         raise ConfigError(f"seed must be from 0 to {_SEEDS - 1}, got {config.seed}")
     check_accelerator(config)
     check_scheduler(config)
-    # Compiled here if they must be, not in the middle of the first step or of its timing.
-    native.load()
+    # If they must be compiled, that goes on while data and model are made.
+    native.start()
     started = time.perf_counter()
     run_dir = Path(config.run_dir)
     pl.seed_everything(config.seed, workers=True, verbose=False)
@@ -79,6 +79,10 @@ def train(config: DictConfig) -> dict[str, Any]:
         results.write_json(run_dir / "environment.json", results.environment())
     if resume is not None:
         _continue_logs(loggers, run_dir, resume)
+    # Waited for here, not in the middle of the first step or of any timing.
+    waiting = time.perf_counter()
+    native.load()
+    started += time.perf_counter() - waiting
     with refusals_of_lightning():
         trainer.fit(task, datamodule=data, ckpt_path=resume.path if resume is not None else None)
     metrics = _scalars(trainer) | {"epochs": trainer.current_epoch, "steps": trainer.global_step}

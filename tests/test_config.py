@@ -47,7 +47,7 @@ def test_builds_from_the_inside_out():
         "builtins.eval",
         # Ways through a trusted package to what it imports.
         "lightning.pytorch.trainer.trainer.os.system",
-        "lightkit.native.compile.subprocess.Popen",
+        "lightkit.native.background.subprocess.Popen",
         "lightkit.native.compile.os.system",
         "torch.nn.modules.module.functools.partial",
         "lightkit.files.tempfile.NamedTemporaryFile",

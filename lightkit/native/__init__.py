@@ -1,5 +1,7 @@
 """The native library: found in the cache or compiled at first use, and loaded once a process.
 
+`load` waits for a library that must be compiled; `start` lets the compilers run while the process does other things.
+
 ``LIGHTKIT_NATIVE`` decides what happens where that fails:
 
 - ``auto`` (the default): one warning that says why, and the pure-PyTorch references do the work;
@@ -16,8 +18,12 @@ from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from lightkit.errors import ConfigError, LightkitError
+
+if TYPE_CHECKING:
+    from .background import BackgroundWork
 
 _POLICIES = ("auto", "require", "off")
 
@@ -26,6 +32,7 @@ _OFF = "LIGHTKIT_NATIVE=off"
 _lock = threading.Lock()
 _loaded: tuple[ModuleType | None, str] | None = None
 _warned = False
+_build: BackgroundWork | None = None
 
 
 class NativeUnavailableError(LightkitError, RuntimeError):
@@ -42,6 +49,28 @@ def policy() -> str:
     if value not in _POLICIES:
         raise ConfigError(f"LIGHTKIT_NATIVE must be one of {', '.join(_POLICIES)}, got {value!r}")
     return value
+
+
+def start() -> None:
+    """Begins to compile the library in the background if it must be compiled; `load` waits for it.
+
+    Nothing runs on torch's own operations meanwhile: what needs the library calls `load`. If this process ends before
+    the compilers, they end, too, and leave nothing behind.
+    """
+    global _build
+    with _lock:
+        if _loaded is not None or _build is not None or policy() == "off":
+            return
+        from . import cache, toolchain
+
+        try:
+            if cache.find() is None:
+                from . import compile
+
+                _build = compile.start()
+        except (toolchain.ToolchainError, cache.CacheError):
+            # `load` comes to the same error, and tells it.
+            return
 
 
 def load() -> ModuleType | None:
@@ -73,10 +102,16 @@ def _load() -> tuple[ModuleType | None, str]:
     chosen = policy()
     if chosen == "off":
         return None, _OFF
-    from . import cache, compile, toolchain
+    from . import cache, toolchain
 
     try:
-        return _import(cache.find() or compile.build()), ""
+        library = _build.result() if _build is not None else cache.find()
+        if library is None:
+            from . import compile
+
+            library = compile.build()
+        cache.check_processor(cache.read_manifest(library.parent))
+        return _import(library), ""
     except (toolchain.ToolchainError, cache.CacheError, ImportError) as error:
         if chosen == "require":
             raise NativeUnavailableError(f"LIGHTKIT_NATIVE=require, but there is no native library: {error}") from error

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +13,15 @@ from pathlib import Path
 
 import torch
 
-from . import cache, toolchain
+from . import cache, target, toolchain
+from .background import BackgroundWork, Control
 
-_HOW_LONG = "this happens once for this torch and this machine and takes one to two minutes"
+_ANNOUNCEMENT = "lightkit: compiling the native kernels, once for this torch and this kind of processor"
+
+
+def start() -> BackgroundWork:
+    """Begins to find or to compile the library for this torch and this machine; `result()` waits for its path."""
+    return BackgroundWork(_find_or_build, _ANNOUNCEMENT)
 
 
 def build() -> Path:
@@ -25,40 +29,48 @@ def build() -> Path:
 
     Raises `ToolchainError` or `CacheError` where it cannot be built.
     """
-    with _locked_cache() as directory:
-        found = cache.find()
-        return found if found is not None else _build(directory)
+    return start().result()
 
 
 @contextmanager
-def _locked_cache() -> Iterator[Path]:
-    """The cache directory, while this process is the one that builds."""
+def _locked_cache(control: Control) -> Iterator[tuple[Path, int]]:
+    """The cache directory, while this process is the one that builds, and the descriptor of its lock."""
     directory = cache.make_root()
     try:
-        with cache.builder_lock(directory):
-            yield directory
+        with cache.builder_lock(directory, control.check) as lock:
+            yield directory, lock
     except OSError as error:
         raise cache.CacheError(f"the cache cannot be written: {error}; set LIGHTKIT_CACHE_DIR") from error
 
 
-def _build(directory: Path) -> Path:
+def _find_or_build(control: Control) -> Path:
+    with _locked_cache(control) as (directory, lock):
+        found = cache.find()
+        return found if found is not None else _build(directory, lock, control)
+
+
+def _build(directory: Path, lock: int, control: Control) -> Path:
     compiler = toolchain.require_compiler()
+    made_for = target.resolve(compiler, directory)
     cuda, reason = toolchain.find_cuda()
-    started = time.monotonic()
     with cache.work_directory(directory) as work:
         library = work / f"{toolchain.MODULE_NAME}.so"
-        rules = ninja_file(compiler, cuda, toolchain.sources(cuda is not None), library.name)
-        run_ninja(work, rules, f"lightkit: compiling the native kernels; {_HOW_LONG}")
+        units = toolchain.units(toolchain.sources(cuda is not None))
+        run_ninja(work, lock, ninja_file(compiler, made_for, cuda, units, library.name), len(units) + 1, control)
         architectures = ", ".join(f"sm_{a}" for a in cuda.architectures) if cuda else ""
         manifest = {
+            "base_key": target.base_key(),
             "torch": torch.__version__,
+            "python": target.python_abi(),
             "compiler": toolchain.compiler_version(compiler),
-            "flags": toolchain.compile_flags(compiler, cuda is not None),
-            "simd": toolchain.simd_level(compiler),
+            "flags": [*toolchain.common_flags(cuda is not None), *made_for.flags],
+            "march": made_for.march,
+            "instructions": list(made_for.instructions),
+            "simd": made_for.simd,
             "cuda": f"nvcc {cuda.version} for {architectures}" if cuda else f"none: {reason}",
-            "seconds": round(time.monotonic() - started, 1),
+            "seconds": round(control.progress.seconds, 1),
         }
-        return cache.publish(work, library, manifest)
+        return cache.publish(work, library, manifest, cache.build_directory(compiler))
 
 
 def check_cuda(architectures: tuple[str, ...] = toolchain.DEFAULT_CUDA_ARCHITECTURES) -> list[str]:
@@ -71,13 +83,18 @@ def check_cuda(architectures: tuple[str, ...] = toolchain.DEFAULT_CUDA_ARCHITECT
         raise toolchain.ToolchainError(reason)
     cuda = replace(cuda, architectures=architectures)
     cuda_sources = [path for path in toolchain.sources(cuda=True) if toolchain.is_cuda_source(path)]
-    with _locked_cache() as directory, cache.work_directory(directory) as work:
-        # A CPU build of torch has the CUDA headers but for one that its own build would have generated.
-        extra = () if torch.version.cuda else ("-DC10_USING_CUSTOM_GENERATED_MACROS",)
-        rules = ninja_file(toolchain.require_compiler(), cuda, cuda_sources, None, extra)
-        run_ninja(
-            work, rules, f"lightkit: compiling the CUDA kernels for {', '.join('sm_' + a for a in architectures)}"
-        )
+    compiler = toolchain.require_compiler()
+
+    def work(control: Control) -> None:
+        with _locked_cache(control) as (directory, lock), cache.work_directory(directory) as place:
+            # A CPU build of torch has the CUDA headers but for one that its own build would have generated.
+            extra = () if torch.version.cuda else ("-DC10_USING_CUSTOM_GENERATED_MACROS",)
+            units = toolchain.units(cuda_sources)
+            rules = ninja_file(compiler, target.resolve(compiler, directory), cuda, units, None, extra)
+            run_ninja(place, lock, rules, len(units), control)
+
+    names = ", ".join("sm_" + a for a in architectures)
+    BackgroundWork(work, f"lightkit: compiling the CUDA kernels for {names}").result()
     return [str(path.relative_to(toolchain.SOURCE_DIR)) for path in cuda_sources]
 
 
@@ -95,14 +112,16 @@ def _shell(*words: str) -> str:
 
 def ninja_file(
     compiler: tuple[str, ...],
+    made_for: target.Target,
     cuda: toolchain.CudaToolchain | None,
-    sources: list[Path],
+    units: list[toolchain.Unit],
     library: str | None,
     extra_flags: tuple[str, ...] = (),
 ) -> str:
     """The build: one object a unit, and ``library`` of them all if it is named."""
     includes = toolchain.include_flags(cuda)
-    cxx = _shell(*compiler, *toolchain.compile_flags(compiler, cuda is not None), *extra_flags, *includes)
+    flags = [*toolchain.common_flags(cuda is not None), *made_for.flags, *extra_flags]
+    cxx = _shell(*compiler, *flags, *includes)
     lines = [
         "rule cxx",
         f"  command = {cxx} $options -c $in -o $out",
@@ -112,7 +131,7 @@ def ninja_file(
     if cuda is not None:
         lines += ["rule nvcc", f"  command = {_shell(cuda.nvcc, *toolchain.cuda_compile_flags(cuda))} -c $in -o $out"]
     objects = []
-    for unit in toolchain.units(sources):
+    for unit in units:
         *others, last = unit.files
         rule = "nvcc" if last.suffix == ".cu" else "cxx"
         name = unit.name.replace("/", "-") + ".o"
@@ -138,40 +157,24 @@ def _ninja() -> str:
     return str(Path(ninja.BIN_DIR) / "ninja")
 
 
-def run_ninja(work: Path, rules: str, announcement: str) -> None:
-    """Runs a build in ``work``, telling on standard error how far it is."""
+def run_ninja(work: Path, lock: int, rules: str, steps: int, control: Control) -> None:
+    """Runs a build of so many steps in ``work``."""
     (work / "build.ninja").write_text(rules)
     jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-    on_terminal = sys.stderr.isatty()
-    print(announcement, file=sys.stderr, end="" if on_terminal else "\n", flush=True)
-    process = subprocess.Popen(
-        [_ninja(), "-C", str(work), *jobs],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env={**os.environ, "NINJA_STATUS": "[%f/%t] "},
-    )
+    progress = control.progress
+    progress.started = time.monotonic()
+    progress.total = steps
+    command = [_ninja(), "-C", os.fspath(work), *jobs]
     said = []
-    started = time.monotonic()
-    try:
+    with control.run(command, work, lock, {**os.environ, "NINJA_STATUS": "[%f/%t] "}) as process:
         for line in process.stdout:
             said.append(line)
-            if on_terminal and (progress := re.match(r"\[\d+/\d+\]", line)):
-                print(f"\r{announcement} {progress[0]}", file=sys.stderr, end="", flush=True)
-        failed = process.wait() != 0
-    except BaseException:
-        # Terminated, not killed: ninja then ends its compilers, too.
-        process.terminate()
-        process.wait()
-        raise
-    finally:
-        if on_terminal:
-            print(file=sys.stderr)
-    if failed:
+            if done := re.match(r"\[(\d+)/\d+\]", line):
+                progress.done = int(done[1])
+    control.check()
+    if process.returncode != 0:
         raise toolchain.ToolchainError("the native kernels do not compile:\n" + _errors("".join(said)))
-    print(f"lightkit: compiled in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+    progress.seconds = time.monotonic() - progress.started
 
 
 def _errors(output: str, limit: int = 20) -> str:

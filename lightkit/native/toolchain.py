@@ -1,8 +1,7 @@
-"""Which compilers this machine has, and the flags that fit the installed torch and this CPU."""
+"""Which compilers this machine has, and the flags that fit the installed torch."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import re
@@ -15,7 +14,6 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch.utils import cpp_extension
 
 SOURCE_DIR = Path(__file__).resolve().parent.parent / "csrc"
 MODULE_NAME = "_lightkit_native"
@@ -23,9 +21,8 @@ MODULE_NAME = "_lightkit_native"
 # What kernels are compiled for where no GPU can be asked: Ampere and Hopper.
 DEFAULT_CUDA_ARCHITECTURES = ("80", "90")
 
-# The macros g++ defines for what the widest paths of at::vec need.
-_AVX512_MACROS = ("__AVX512F__", "__AVX512BW__", "__AVX512DQ__", "__AVX512VL__", "__FMA__")
-_AVX2_MACROS = ("__AVX2__", "__FMA__", "__F16C__")
+# Of every .cu file, besides the architectures.
+CUDA_FLAGS = ("-std=c++17", "-O3", "-lineinfo", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC")
 
 # The units that take longer than others to compile, the slowest first: two cores then end at about the same time.
 _SLOWEST_UNITS = (
@@ -62,16 +59,22 @@ def find_compiler() -> tuple[str, ...] | None:
 
 
 def require_compiler() -> tuple[str, ...]:
-    """The command of the C++ compiler, or a `ToolchainError` that says how to get one."""
+    """The command of the C++ compiler, or a `ToolchainError` that says how to get one that will do."""
     compiler = find_compiler()
     if compiler is None:
         wanted = os.environ.get("CXX")
         what = f"the compiler named by CXX ({wanted!r})" if wanted else "a C++ compiler (g++, c++ or clang++)"
         raise ToolchainError(f"{what} was not found on the path; on Debian and Ubuntu: apt-get install g++")
+    if platform.system() == "Linux" and "clang" in compiler_version(compiler):
+        # Its OpenMP is that of libomp; torch has loaded g++'s, and two of them fight for the cores.
+        raise ToolchainError(
+            f"{' '.join(compiler)} is clang, whose OpenMP does not work with torch's on Linux; set CXX to a g++"
+        )
     return compiler
 
 
-def _output(*command: str) -> str:
+def output(*command: str) -> str:
+    """What a command prints; a `ToolchainError` where it fails or prints nothing."""
     result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if result.returncode != 0 or not result.stdout:
         said = result.stderr.strip() or result.stdout.strip() or "it said nothing"
@@ -82,23 +85,7 @@ def _output(*command: str) -> str:
 @cache
 def compiler_version(compiler: tuple[str, ...]) -> str:
     """The first line the compiler says of itself."""
-    return _output(*compiler, "--version").splitlines()[0]
-
-
-@cache
-def simd_level(compiler: tuple[str, ...]) -> str:
-    """The at::vec capability (AVX512, AVX2 or DEFAULT) that this compiler emits for this CPU."""
-    macros = set(_output(*compiler, *_machine_flags(), "-dM", "-E", "-x", "c++", os.devnull).split())
-    if macros.issuperset(_AVX512_MACROS):
-        return "AVX512"
-    if macros.issuperset(_AVX2_MACROS):
-        return "AVX2"
-    return "DEFAULT"
-
-
-def _machine_flags() -> list[str]:
-    # Clang on Apple's ARM knows the machine by -mcpu.
-    return ["-mcpu=native"] if platform.machine() in ("arm64", "aarch64") else ["-march=native"]
+    return output(*compiler, "--version").splitlines()[0]
 
 
 def sanitizers() -> tuple[str, ...]:
@@ -129,15 +116,11 @@ def glue_flags() -> list[str]:
     return [] if sanitizers() else ["-O2"]
 
 
-def compile_flags(compiler: tuple[str, ...], cuda: bool) -> list[str]:
-    """Flags of every C++ file."""
-    level = simd_level(compiler)
-    capability = [f"-DCPU_CAPABILITY={level}"] + ([f"-DCPU_CAPABILITY_{level}"] if level != "DEFAULT" else [])
+def common_flags(cuda: bool) -> list[str]:
+    """Flags of every C++ file, whatever the processor."""
     return [
         *("-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-fopenmp", "-fvisibility=hidden"),
-        *_machine_flags(),
         *sanitize_flags(),
-        *capability,
         *(["-DLIGHTKIT_CUDA"] if cuda else []),
         f"-DLIGHTKIT_MODULE={MODULE_NAME}",
         # Each operation's header declares it alone, and no header of torch's brings all two thousand.
@@ -151,13 +134,16 @@ def include_flags(cuda: CudaToolchain | None) -> list[str]:
     python = sysconfig.get_paths()["include"]
     if not (Path(python) / "Python.h").is_file():
         raise ToolchainError(f"Python's headers are not in {python}; on Debian and Ubuntu: apt-get install python3-dev")
+    # Imported where it is needed: it takes longer than to load the library.
+    from torch.utils import cpp_extension
+
     paths = [*cpp_extension.include_paths("cpu"), python]
     paths += cuda.include_dirs if cuda else ()
     return [flag for path in paths for flag in ("-isystem", path)]
 
 
-def link_flags(cuda: CudaToolchain | None) -> list[str]:
-    """Libraries of the shared object.
+def linked(cuda: CudaToolchain | None) -> list[str]:
+    """Flags and libraries of the shared object, without where they lie.
 
     OpenMP's run-time is left out on purpose: its symbols come from the one that torch has loaded. A second
     one would bring a second pool of threads that fights the first for the cores. ``-z now`` makes a symbol
@@ -169,13 +155,18 @@ def link_flags(cuda: CudaToolchain | None) -> list[str]:
     libraries = ["c10", "torch_cpu", "torch", "torch_python"]
     if platform.system() == "Linux":
         libraries.insert(0, "stdc++")
-    paths = cpp_extension.library_paths("cpu")
     if cuda is not None:
         libraries += ["c10_cuda", "torch_cuda", "cudart_static", "rt", "dl", "pthread"]
-        paths += cuda.library_dirs
     undefined = ["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else ["-Wl,-z,now"]
-    found = [*(f"-L{path}" for path in paths), *(f"-l{name}" for name in libraries)]
-    return ["-shared", *undefined, *sanitize_flags(), *found]
+    return ["-shared", *undefined, *sanitize_flags(), *(f"-l{name}" for name in libraries)]
+
+
+def link_flags(cuda: CudaToolchain | None) -> list[str]:
+    """The same, and the directories of torch's and CUDA's libraries."""
+    from torch.utils import cpp_extension
+
+    paths = [*cpp_extension.library_paths("cpu"), *(cuda.library_dirs if cuda else ())]
+    return [*(f"-L{path}" for path in paths), *linked(cuda)]
 
 
 def find_cuda() -> tuple[CudaToolchain | None, str]:
@@ -187,10 +178,10 @@ def find_cuda() -> tuple[CudaToolchain | None, str]:
 
 def find_nvcc() -> tuple[CudaToolchain | None, str]:
     """nvcc, whatever torch is installed, or None and the reason."""
-    nvcc = _nvcc_path()
+    nvcc = nvcc_path()
     if nvcc is None:
         return None, "nvcc was not found on the path or under CUDA_HOME"
-    version = next((line for line in _output(nvcc, "--version").splitlines() if "release" in line), "unknown")
+    version = next((line for line in output(nvcc, "--version").splitlines() if "release" in line), "unknown")
     number = version.partition("release ")[2].partition(",")[0]
     if torch.version.cuda and number.partition(".")[0] != torch.version.cuda.partition(".")[0]:
         return None, f"nvcc is of CUDA {number} but torch was built for CUDA {torch.version.cuda}"
@@ -199,17 +190,19 @@ def find_nvcc() -> tuple[CudaToolchain | None, str]:
     include_dirs = re.findall(r'(?:-I|"-isystem" ")([^"\s]+)"', dry_run)
     library_dirs = re.findall(r'"-L([^"\s]+)"', dry_run)
     unique = tuple(dict.fromkeys(include_dirs)), tuple(dict.fromkeys(library_dirs))
-    return CudaToolchain(nvcc, number, _cuda_architectures(), *unique), ""
+    return CudaToolchain(nvcc, number, cuda_architectures(), *unique), ""
 
 
-def _nvcc_path() -> str | None:
-    home = os.environ.get("CUDA_HOME") or cpp_extension.CUDA_HOME
-    if home is not None and (inside := Path(home) / "bin" / "nvcc").exists():
-        return str(inside)
-    return shutil.which("nvcc")
+def nvcc_path() -> str | None:
+    """The path of nvcc: in ``CUDA_HOME``, on the path, or where CUDA installs itself; None without one."""
+    inside = [Path(home) / "bin" / "nvcc" for name in ("CUDA_HOME", "CUDA_PATH") if (home := os.environ.get(name))]
+    named = next((str(path) for path in inside if path.exists()), None)
+    usual = Path("/usr/local/cuda/bin/nvcc")
+    return named or shutil.which("nvcc") or (str(usual) if usual.exists() and not inside else None)
 
 
-def _cuda_architectures() -> tuple[str, ...]:
+def cuda_architectures() -> tuple[str, ...]:
+    """What CUDA kernels are compiled for: what ``TORCH_CUDA_ARCH_LIST`` names, else the GPUs that are there."""
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST")
     if listed:
         return tuple(dict.fromkeys(a.replace(".", "").removesuffix("+PTX") for a in listed.replace(";", " ").split()))
@@ -222,7 +215,7 @@ def _cuda_architectures() -> tuple[str, ...]:
 def cuda_compile_flags(toolchain: CudaToolchain) -> list[str]:
     """Flags of every .cu file."""
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in toolchain.architectures]
-    return ["-std=c++17", "-O3", "-lineinfo", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC", *targets]
+    return [*CUDA_FLAGS, *targets]
 
 
 def sources(cuda: bool) -> list[Path]:
@@ -265,47 +258,3 @@ def units(files: list[Path]) -> list[Unit]:
 def is_cuda_source(path: Path) -> bool:
     """Whether a source is compiled only where there is CUDA."""
     return path.suffix == ".cu" or path.stem.endswith("_cuda")
-
-
-def _cpu_features() -> str:
-    """What -march=native depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    return next((" ".join(sorted(line.split())) for line in lines if line.startswith(("flags", "Features"))), "")
-
-
-def _digest(*parts: str | bytes) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        data = part.encode() if isinstance(part, str) else part
-        digest.update(len(data).to_bytes(8, "little") + data)
-    return digest.hexdigest()[:16]
-
-
-@cache
-def target_key() -> str:
-    """What a build depends on besides the compiler: sources, torch, Python, CPU, CUDA, sanitizers."""
-    contents = []
-    for path in sorted(path for path in SOURCE_DIR.rglob("*") if path.is_file()):
-        contents += [str(path.relative_to(SOURCE_DIR)), path.read_bytes()]
-    recipe = Path(__file__).read_bytes() + Path(__file__).with_name("compile.py").read_bytes()
-    torch_build = f"{torch.__version__} {torch.version.git_version} {torch.version.cuda}"
-    architectures = " ".join(_cuda_architectures()) if torch.version.cuda else ""
-    built_for = (str(sysconfig.get_config_var("SOABI")), _cpu_features(), architectures, " ".join(sanitizers()))
-    return _digest(*contents, recipe, torch_build, *built_for)
-
-
-@cache
-def compiler_key() -> str | None:
-    """Identifies the compilers without running them; None where there is no C++ compiler."""
-    compiler = find_compiler()
-    if compiler is None:
-        return None
-    parts = []
-    for word in (*compiler, _nvcc_path() if torch.version.cuda else None):
-        tool = shutil.which(word) if word else None
-        stat = os.stat(tool) if tool else None
-        parts += [os.path.realpath(tool), f"{stat.st_size} {stat.st_mtime_ns}"] if stat else [str(word)]
-    return _digest(*parts)

@@ -15,7 +15,7 @@ import pytest
 from cuda_emulation import Emulator, build
 
 import lightkit
-from lightkit.native import compile, toolchain
+from lightkit.native import compile, target, toolchain
 
 TINY_SOURCE = """
 #include <Python.h>
@@ -90,8 +90,8 @@ def built_cache(tmp_path: Path) -> Path:
 
 
 def _forget() -> None:
-    toolchain.target_key.cache_clear()
-    toolchain.compiler_key.cache_clear()
+    target.base_key.cache_clear()
+    target.compiler_identity.cache_clear()
 
 
 @pytest.fixture

@@ -288,7 +288,7 @@ def test_compile_error_is_shown_and_leaves_nothing(
     error = capfd.readouterr().err
     assert re.search(r"broken\.cpp:2:\d+: error: .*no_such_name", error)
     assert "Traceback" not in error
-    assert [path.name for path in cache.native_root().iterdir()] == ["build.lock"]
+    assert not [path.name for path in cache.native_root().iterdir() if path.is_dir()]
 
 
 def test_compile_error_in_training_is_a_warning(broken_sources: Path, run_python, tmp_path: Path) -> None:
@@ -300,7 +300,7 @@ def test_compile_error_in_training_is_a_warning(broken_sources: Path, run_python
     assert said["right"] and not said["native"]
     (warning,) = said["warnings"]
     assert re.search(r"broken\.cpp:2:\d+: error: .*no_such_name", warning)
-    assert [path.name for path in (tmp_path / "cache" / "native").iterdir()] == ["build.lock"]
+    assert not [path.name for path in (tmp_path / "cache" / "native").iterdir() if path.is_dir()]
 
 
 def test_missing_sources_are_named(tiny_sources: Path, forget_keys: Callable[[], None]) -> None:

@@ -18,6 +18,11 @@ _CONTENT = bytes(range(256)) * 16
 _SOMEBODY_ELSE = 12345
 
 
+def _answers() -> set[str]:
+    """The files that keep what compilers said of the processor."""
+    return {path.name for path in cache.native_root().glob("target-*.json")}
+
+
 @pytest.fixture
 def build(tmp_path: Path) -> Path:
     """A finished build as `cache.publish` leaves it, with a library of 4 KiB that nobody could load."""
@@ -33,9 +38,13 @@ def good_manifest() -> cache.Manifest:
         library="library.so",
         size=len(_CONTENT),
         sha256=hashlib.sha256(_CONTENT).hexdigest(),
+        base_key="key",
         torch="2.10",
+        python="cpython-311",
         compiler="g++ 12",
         flags=["-O3"],
+        march="native",
+        instructions=["avx2"],
         simd="AVX2",
         cuda="none: the installed torch is a CPU build",
         seconds=1.0,
@@ -197,7 +206,7 @@ def test_damaged_build_is_built_again(tiny_sources: Path, damage: str, capfd: py
     assert compile.build() == library
     assert capfd.readouterr().err.count("lightkit: compiling") == 1
     assert cache.find() == library
-    assert {path.name for path in cache.native_root().iterdir()} == {library.parent.name, "build.lock"}
+    assert {path.name for path in cache.native_root().iterdir()} == {library.parent.name, "build.lock", *_answers()}
 
 
 def test_intact_build_is_not_built_again(tiny_sources: Path, capfd: pytest.CaptureFixture[str]) -> None:

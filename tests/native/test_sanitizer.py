@@ -204,7 +204,7 @@ def test_unknown_sanitizer_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """A typing error in LIGHTKIT_NATIVE_SANITIZE does not give an ordinary build."""
     monkeypatch.setenv("LIGHTKIT_NATIVE_SANITIZE", "address,adress")
     with pytest.raises(toolchain.ToolchainError, match="knows address, undefined, got 'adress'"):
-        toolchain.compile_flags(toolchain.require_compiler(), cuda=False)
+        toolchain.common_flags(cuda=False)
 
 
 def test_sanitized_build_is_not_taken_for_an_ordinary_one(

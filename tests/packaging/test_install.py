@@ -23,11 +23,11 @@ import json
 from importlib.resources import files
 from pathlib import Path
 import lightkit
-from lightkit.native import toolchain
+from lightkit.native import target, toolchain
 print(json.dumps({
     "package": str(Path(lightkit.__file__).parent),
     "sources": [str(path.relative_to(toolchain.SOURCE_DIR)) for path in toolchain.sources(False)],
-    "key": toolchain.target_key(),
+    "key": target.base_key(),
     "conf": str(files("lightkit.conf")),
     "train.yaml": files("lightkit.conf").joinpath("train.yaml").is_file(),
     "py.typed": files("lightkit").joinpath("py.typed").is_file(),

@@ -1,0 +1,121 @@
+"""Work with compilers that goes on while this process does other things, and ends with it."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .progress import Progress, ProgressLine
+
+# How often a line that waits is drawn anew, in seconds.
+_REDRAWN = 0.2
+
+
+class Stopped(RuntimeError):
+    """The work was stopped before its end."""
+
+
+class Control:
+    """What work and those who wait for it share: how far it is, and whether it is to stop."""
+
+    def __init__(self) -> None:
+        self.progress = Progress()
+        self._stopped = threading.Event()
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen | None = None
+
+    def check(self) -> None:
+        """Raises `Stopped` once the work is to stop."""
+        if self._stopped.is_set():
+            raise Stopped("the build was stopped")
+
+    def stop(self) -> None:
+        """Stops the work: ends the command that runs, and the next before it starts."""
+        with self._lock:
+            self._stopped.set()
+            if self._process is not None:
+                self._process.stdin.close()
+
+    def run(self, command: list[str], directory: Path, lock: int, environment: dict[str, str]) -> subprocess.Popen:
+        """Starts a command, its output in a pipe. It ends, and `directory` is removed, when this process does.
+
+        Until then the command keeps the file that `lock` is a descriptor of open, and so locked.
+        """
+        supervise = Path(__file__).with_name("supervise.py")
+        with self._lock:
+            self.check()
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", os.fspath(supervise), os.fspath(directory), *command],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                env=environment,
+                pass_fds=(lock,),
+                # Ctrl-C is for this process, which tells the command.
+                start_new_session=True,
+            )
+        return self._process
+
+
+class BackgroundWork:
+    """Runs ``work(control)`` in a thread."""
+
+    def __init__(self, work: Callable[[Control], Any], announcement: str) -> None:
+        self._work = work
+        self._announcement = announcement
+        self._control = Control()
+        self._done = threading.Event()
+        self._value: Any = None
+        self._error: BaseException | None = None
+        self._pid = os.getpid()
+        atexit.register(self.stop)
+        threading.Thread(target=self._run, name="lightkit-native", daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            self._value = self._work(self._control)
+        except BaseException as error:
+            self._error = error
+        finally:
+            atexit.unregister(self.stop)
+            self._done.set()
+
+    def result(self) -> Any:
+        """Waits for the work, showing how far it is; returns what it returns, or raises what it raises.
+
+        An exception meanwhile, such as that of Ctrl-C, stops the work.
+        """
+        if self._pid != os.getpid():
+            # This process was forked meanwhile, and the thread is its parent's.
+            return BackgroundWork(self._work, self._announcement).result()
+        progress, line = self._control.progress, None
+        try:
+            while not self._done.wait(_REDRAWN):
+                if progress.total:
+                    line = line or ProgressLine(self._announcement)
+                    line.draw(progress)
+        except BaseException:
+            self.stop()
+            raise
+        finally:
+            if progress.total:
+                (line or ProgressLine(self._announcement)).close()
+        if self._error is not None:
+            raise self._error
+        if progress.seconds is not None:
+            print(f"lightkit: compiled in {progress.seconds:.0f} s", file=sys.stderr, flush=True)
+        return self._value
+
+    def stop(self) -> None:
+        """Ends the work and its commands, and waits until what they made is removed."""
+        if self._pid == os.getpid():
+            self._control.stop()
+            self._done.wait()

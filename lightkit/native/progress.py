@@ -1,0 +1,56 @@
+"""How far a build is, told on standard error: a line that moves on a terminal, else one line at the start."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass, field
+
+_WIDTH = 24
+
+
+@dataclass
+class Progress:
+    """The units done of those to compile, since when."""
+
+    done: int = 0
+    total: int = 0
+    started: float = field(default_factory=time.monotonic)
+    # What it took, once it is done.
+    seconds: float | None = None
+
+    def __str__(self) -> str:
+        if self.total == 0:
+            return "starting"
+        filled = _WIDTH * self.done // self.total
+        bar = "#" * filled + "." * (_WIDTH - filled)
+        return f"[{bar}] {self.done}/{self.total}" + (f", about {left:.0f} s left" if (left := self.left) else "")
+
+    @property
+    def left(self) -> float | None:
+        """The seconds left, if units take as long as those before; None before the first is done."""
+        if not 0 < self.done < self.total:
+            return None
+        return (time.monotonic() - self.started) * (self.total - self.done) / self.done
+
+
+class ProgressLine:
+    """Draws a progress on a terminal, in one line that begins with `text`; elsewhere it prints the text alone."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._drawn = 0
+        self._on_terminal = sys.stderr.isatty()
+        print(text, file=sys.stderr, end="" if self._on_terminal else "\n", flush=True)
+
+    def draw(self, progress: Progress) -> None:
+        """Puts the line in place of the one before."""
+        if self._on_terminal:
+            line = f"{self._text} {progress}"
+            print(f"\r{line:<{self._drawn}}", file=sys.stderr, end="", flush=True)
+            self._drawn = len(line)
+
+    def close(self) -> None:
+        """Ends the line."""
+        if self._on_terminal:
+            print(file=sys.stderr, flush=True)

@@ -1,0 +1,182 @@
+"""What a build is for: the instructions that it uses, the torch and the Python that it is loaded by, its sources."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import sysconfig
+import tempfile
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from . import toolchain
+
+# What LIGHTKIT_MARCH may name: this machine's processor, or a level that many have.
+MARCHES = ("native", "x86-64-v3", "x86-64-v4")
+
+# The macros that a compiler defines for what the widest paths of at::vec need.
+_AVX512_MACROS = {"AVX512F", "AVX512BW", "AVX512DQ", "AVX512VL", "FMA"}
+_AVX2_MACROS = {"AVX2", "FMA", "F16C"}
+
+# Instructions that a compiler emits only where a program names them, as lightkit does not. Virtual machines hide some.
+_NEVER_EMITTED = set(
+    "CLDEMOTE CLFLUSHOPT CLWB CLZERO ENQCMD FSGSBASE FXSR HRESET INVPCID KL MOVDIRI MOVDIR64B MWAITX PCONFIG PKU "
+    "PREFETCHWT1 PREFETCHI PTWRITE RDPID RDRND RDSEED RTM SERIALIZE SGX SHSTK TSXLDTRK UINTR WAITPKG WBNOINVD WIDEKL "
+    "XSAVE XSAVEC XSAVEOPT XSAVES AES VAES SHA AMX_TILE AMX_INT8 AMX_BF16 AMX_FP16 PRFCHW ABM".split()
+)
+
+# Names in /proc/cpuinfo that are not the macro's in lower case.
+_CPUINFO_NAMES = {
+    **{"SSE3": "pni", "BMI": "bmi1", "LZCNT": "abm", "CRC32": "sse4_2", "LAHF_SAHF": "lahf_lm", "PCLMUL": "pclmulqdq"},
+    **{"AVX512VNNI": "avx512_vnni", "AVX512BF16": "avx512_bf16", "AVX512FP16": "avx512_fp16"},
+    **{"AVX512BITALG": "avx512_bitalg", "AVX512VPOPCNTDQ": "avx512_vpopcntdq", "AVX512VBMI2": "avx512_vbmi2"},
+    **{"AVXVNNI": "avx_vnni", "AVXIFMA": "avx_ifma", "AVXVNNIINT8": "avx_vnni_int8"},
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a compiler makes of ``LIGHTKIT_MARCH``: instructions as /proc/cpuinfo names them, and at::vec's level."""
+
+    march: str
+    instructions: tuple[str, ...]
+    simd: str
+
+    @property
+    def flags(self) -> list[str]:
+        """The compiler's flags for it."""
+        level = [f"-DCPU_CAPABILITY_{self.simd}"] if self.simd != "DEFAULT" else []
+        return [_march_flag(self.march), f"-DCPU_CAPABILITY={self.simd}", *level]
+
+
+def march() -> str:
+    """The value of ``LIGHTKIT_MARCH``; raises a `ToolchainError` for one that there is not."""
+    value = os.environ.get("LIGHTKIT_MARCH", "native")
+    if value not in MARCHES:
+        raise toolchain.ToolchainError(f"LIGHTKIT_MARCH must be one of {', '.join(MARCHES)}, got {value!r}")
+    if value != "native" and not _is_x86():
+        raise toolchain.ToolchainError(
+            f"LIGHTKIT_MARCH={value} is for x86-64, and this machine is {platform.machine()}"
+        )
+    return value
+
+
+def _is_x86() -> bool:
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
+def _march_flag(name: str) -> str:
+    # Clang on Apple's ARM knows the machine by -mcpu.
+    return f"-mcpu={name}" if platform.machine() in ("arm64", "aarch64") else f"-march={name}"
+
+
+@cache
+def processor() -> frozenset[str]:
+    """The instructions of this machine's processor, as /proc/cpuinfo names them."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            # The first processor's: the others' are the same, and a large machine has hundreds.
+            line = next((line for line in file if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        line = f":{platform.machine()} {platform.processor()}"
+    return frozenset(line.partition(":")[2].split())
+
+
+def missing_instructions(wanted: list[str] | tuple[str, ...]) -> list[str]:
+    """Those of the instructions that this machine's processor lacks."""
+    return sorted(set(wanted) - processor())
+
+
+def resolve(compiler: tuple[str, ...], directory: Path) -> Target:
+    """Asks the compiler what it makes of ``LIGHTKIT_MARCH`` here, or reads what it said from a file in ``directory``.
+
+    The key of a build holds this, not what the processor has besides: machines on which the compiler does the same
+    share a build.
+    """
+    chosen = march()
+    asked_of = (*compiler_identity(), chosen, *(sorted(processor()) if chosen == "native" else ()))
+    file = directory / f"target-{digest(*asked_of)}.json"
+    try:
+        known = json.loads(file.read_text())
+        return Target(known["march"], tuple(known["instructions"]), known["simd"])
+    except (OSError, ValueError, TypeError, KeyError):
+        found = _ask(compiler, chosen)
+    if directory.is_dir():
+        _remember(found, file)
+    return found
+
+
+def _ask(compiler: tuple[str, ...], chosen: str) -> Target:
+    def macros(flag: str) -> set[str]:
+        said = toolchain.output(*compiler, flag, "-dM", "-E", "-x", "c++", os.devnull)
+        return set(re.findall(r"^#define __([A-Z0-9_]+?)__ 1$", said, re.MULTILINE))
+
+    there = macros(_march_flag(chosen))
+    simd = "AVX512" if there >= _AVX512_MACROS else "AVX2" if there >= _AVX2_MACROS else "DEFAULT"
+    if not _is_x86():
+        return Target(chosen, tuple(sorted(processor())), simd)
+    used = there - macros("-march=x86-64") - _NEVER_EMITTED
+    return Target(chosen, tuple(sorted({_CPUINFO_NAMES.get(name, name.lower()) for name in used})), simd)
+
+
+def _remember(found: Target, file: Path) -> None:
+    try:
+        descriptor, name = tempfile.mkstemp(prefix="tmp-", dir=file.parent)
+        with open(descriptor, "w") as new:
+            json.dump(asdict(found), new)
+        os.replace(name, file)
+    except OSError:
+        # It is asked again next time.
+        pass
+
+
+def digest(*parts: str | bytes) -> str:
+    """16 hexadecimal digits that stand for the parts."""
+    hashed = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        hashed.update(len(data).to_bytes(8, "little") + data)
+    return hashed.hexdigest()[:16]
+
+
+def torch_build() -> str:
+    """What the installed torch says of itself."""
+    return f"{torch.__version__} {torch.version.git_version} {torch.version.cuda}"
+
+
+def python_abi() -> str:
+    """What extensions of this Python are named for."""
+    return str(sysconfig.get_config_var("SOABI"))
+
+
+@cache
+def base_key() -> str:
+    """What a build depends on besides processor and compiler: sources, flags, torch, Python, CUDA, sanitizers."""
+    contents: list[str | bytes] = []
+    for path in sorted(path for path in toolchain.SOURCE_DIR.rglob("*") if path.is_file()):
+        contents += [str(path.relative_to(toolchain.SOURCE_DIR)), path.read_bytes()]
+    architectures = toolchain.cuda_architectures() if torch.version.cuda else ()
+    flags = [*toolchain.common_flags(cuda=bool(architectures)), *toolchain.glue_flags(), *toolchain.linked(None)]
+    flags += toolchain.CUDA_FLAGS if architectures else ()
+    return digest(*contents, *flags, torch_build(), python_abi(), *architectures)
+
+
+@cache
+def compiler_identity() -> tuple[str, ...]:
+    """The compilers by their files, without running them; empty where there is no C++ compiler."""
+    compiler = toolchain.find_compiler()
+    if compiler is None:
+        return ()
+    parts = []
+    for word in (*compiler, toolchain.nvcc_path() if torch.version.cuda else None):
+        tool = shutil.which(word) if word else None
+        stat = os.stat(tool) if tool else None
+        parts += [os.path.realpath(tool), f"{stat.st_size} {stat.st_mtime_ns}"] if stat else [str(word)]
+    return tuple(parts)
