@@ -17,6 +17,7 @@ from typing import Any
 import hydra
 from hydra import initialize_config_module
 from hydra.core.config_loader import ConfigLoader
+from hydra.core.default_element import GroupDefault
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -285,8 +286,10 @@ def top_level(config_name: str) -> tuple[list[str], list[str], list[str]]:
 
 @functools.lru_cache(maxsize=1)
 def _top_level(loader: ConfigLoader, config_name: str) -> tuple[list[str], list[str], list[str]]:
-    # Kept: composing takes longer than anything else that comes before a job of a sweep.
-    known = [str(key) for key in _defaults(loader, config_name)]
+    # Read, not composed, which would take longer than anything else that comes before a job of a sweep.
+    primary = loader.repository.load_config(config_name)
+    defaults = [default.group for default in primary.defaults_list if isinstance(default, GroupDefault)]
+    known = [*map(str, primary.config), *(group for group in defaults if "/" not in group)]
     groups = loader.list_groups("")
     # Hydra's own is not handed on; a group that may be none may as well be away.
     return known, groups, ["hydra", *(group for group in groups if "none" in loader.get_group_options(group))]

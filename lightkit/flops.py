@@ -21,7 +21,7 @@ from torch.utils.flop_counter import conv_flop_count, flop_registry, sdpa_flop_c
 Shape = Sequence[int]
 
 # A product that takes this many seconds is large enough: calling it costs nothing against it.
-_LONG = 1e-2
+_LONG = 3e-3
 _SMALLEST, _LARGEST, _TIMES = 1024, 8192, 5
 
 

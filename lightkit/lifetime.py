@@ -25,6 +25,10 @@ _WRITERS = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)
 # The status with which Python ends when its standard output cannot be written.
 _UNWRITTEN = 120
 
+# Objects that come before the collector looks at them; Python's own default would have it look a hundred times while
+# the report imports what it draws with. What is large, tensors, is freed without the collector.
+_THRESHOLD = 20_000
+
 _collects_later = False
 
 
@@ -59,6 +63,7 @@ def begin_to_collect() -> None:
     if _collects_later:
         _collects_later = False
         gc.freeze()
+        gc.set_threshold(_THRESHOLD)
         gc.enable()
 
 

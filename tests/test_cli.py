@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 
 import pytest
+from hydra import initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 import lightkit
-from lightkit.cli import _keep_texts
+from lightkit.cli import _defaults, _keep_texts, top_level
 
 
 @pytest.mark.parametrize("typed", ["1.50", "007", "1e3", "true", "-1", "inf", "def main", "'1.50'"])
@@ -41,3 +43,11 @@ def test_version(call, tmp_path):
     """Says lightkit's, which a report of a fault needs, and not Hydra's alone."""
     result = call("train", "--version", cwd=tmp_path)
     assert result.returncode == 0 and result.stdout.startswith(f"lightkit {lightkit.__version__} ")
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "predict"])
+def test_top_level(name):
+    """The keys that are read off the file are those that composing it gives."""
+    with initialize_config_module("lightkit.conf", version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        assert set(top_level(name)[0]) == set(_defaults(loader, name))

@@ -37,7 +37,10 @@ _STYLE = {
 
 def save(figure: Figure, path: Path) -> Path:
     """Writes a figure as PNG; returns the path."""
-    # Without bbox_inches="tight", which would draw it once more to find borders that the layout keeps already.
+    # Laid out once, here: to save a figure that has a layout still to come takes two more, and bbox_inches="tight", which
+    # looks for borders that the layout keeps already, one.
+    figure.get_layout_engine().execute(figure)
+    figure.set_layout_engine("none")
     options = {"format": "png", "dpi": 144, "facecolor": "white"}
     write_atomically(path, lambda stream: figure.savefig(stream, **options))
     return path
