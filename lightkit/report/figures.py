@@ -37,8 +37,8 @@ _STYLE = {
 
 def save(figure: Figure, path: Path) -> Path:
     """Writes a figure as PNG; returns the path."""
-    # Laid out once, here: to save a figure that has a layout still to come takes two more, and bbox_inches="tight", which
-    # looks for borders that the layout keeps already, one.
+    # Laid out once, here: savefig lays out twice a figure that still has a layout engine, and a third time to look for
+    # borders (bbox_inches="tight"), which the layout keeps already.
     figure.get_layout_engine().execute(figure)
     figure.set_layout_engine("none")
     options = {"format": "png", "dpi": 144, "facecolor": "white"}
