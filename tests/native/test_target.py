@@ -114,7 +114,7 @@ def test_clang_is_refused_by_name(tiny_sources: Path, tmp_path: Path, monkeypatc
     clang.write_text("#!/bin/sh\necho 'Debian clang version 14.0.6'\n")
     clang.chmod(0o755)
     monkeypatch.setenv("CXX", str(clang))
-    with pytest.raises(toolchain.ToolchainError, match="some-compiler is clang, .* set CXX to a g"):
+    with pytest.raises(toolchain.ToolchainError, match=r"some-compiler is clang, .* set CXX to a g"):
         compile.build()
 
 
