@@ -239,15 +239,17 @@ class Unit:
 
 
 def units(files: list[Path]) -> list[Unit]:
-    """What is compiled at a time, the slowest first: a file, or the files of a folder under ``ops`` together.
+    """What is compiled at a time, the slowest first: the C++ files of a family's folder together, any other alone.
 
     Those are short and torch's headers are long: one file more takes some tenths of a second, one unit more two.
     """
     grouped: dict[str, list[Path]] = {}
     for path in files:
         place = path.relative_to(SOURCE_DIR)
-        if place.parts[0] == "ops":
-            place = place.parent / "cuda" if is_cuda_source(path) else place.parent
+        is_cuda = is_cuda_source(path)
+        # The folders of families are ops/FAMILY and kernels/cpu/FAMILY.
+        if place.parts[0] == "ops" or (not is_cuda and len(place.parts) == 4):
+            place = place.parent / "cuda" if is_cuda else place.parent
         grouped.setdefault(place.as_posix(), []).append(path)
     ranks = {name: rank for rank, name in enumerate(_SLOWEST_UNITS)}
     ordered = sorted(grouped, key=lambda name: ranks.get(name, len(ranks)))

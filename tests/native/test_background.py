@@ -62,6 +62,8 @@ def job(environment, tmp_path: Path, held_sources: Path) -> Iterator[Callable[..
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # A shell has what it starts in the background ignore Ctrl-C.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         processes.append(process)
         assert process.stdout.readline() == "started\n", process.communicate()[1]
@@ -115,7 +117,7 @@ def test_end_of_the_job_ends_the_compilers(
         process.stdin.flush()
     else:
         process.send_signal(end)
-    process.wait()
+    process.wait(60)
     wait_until(lambda: not is_running(compiler))
     wait_until(lambda: not list(cache.native_root().glob("tmp-*")))
     wait_until(lambda: is_free(cache.native_root()))

@@ -1,4 +1,4 @@
-#include "../sgd.h"
+#include "../../sgd.h"
 
 #include "step.h"
 

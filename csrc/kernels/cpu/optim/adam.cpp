@@ -1,4 +1,4 @@
-#include "../adam.h"
+#include "../../adam.h"
 
 #include "step.h"
 

@@ -1,10 +1,10 @@
 // How the steps of all optimizers walk over the tensors of a model on a CPU.
 #pragma once
 
-#include "../step.h"
+#include "../../step.h"
 
-#include "parallel.h"
-#include "simd.h"
+#include "../parallel.h"
+#include "../simd.h"
 
 #include <algorithm>
 #include <cstring>
