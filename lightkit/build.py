@@ -19,7 +19,7 @@ from lightkit.native import archive, cache, compile, toolchain
 
 
 def report(library) -> str:
-    """What is known of a build, a line a fact."""
+    """Lists what is known of a build, a line a fact."""
     manifest = cache.read_manifest(library.parent)
     rows = {
         "library": library,

@@ -40,7 +40,7 @@ class NativeUnavailableError(LightkitError, RuntimeError):
 
 
 def policy() -> str:
-    """The value of ``LIGHTKIT_NATIVE``.
+    """Returns the value of ``LIGHTKIT_NATIVE``.
 
     Raises:
         ConfigError: it is none that there is.
@@ -74,7 +74,7 @@ def start() -> None:
 
 
 def load() -> ModuleType | None:
-    """The native module, compiled first if need be; None where the references are to be used."""
+    """Returns the native module, compiled first if need be; None where the references are to be used."""
     global _warned
     module, cause = _load_once()
     if module is None and cause != _OFF and not _warned:
@@ -132,13 +132,13 @@ def _import(library: Path) -> ModuleType:
 
 
 def available(device_type: str = "cpu") -> bool:
-    """Whether there are native kernels for tensors on such a device."""
+    """Returns whether there are native kernels for tensors on such a device."""
     module = load()
     return module is not None and device_type in module.devices
 
 
 def missing(device_type: str = "cpu") -> str | None:
-    """Why there are no native kernels for tensors on such a device, or None where there are.
+    """Returns why there are no native kernels for tensors on such a device, or None where there are.
 
     For callers that tell the user themselves: unlike `load`, it does not warn.
     """

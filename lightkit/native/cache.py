@@ -109,7 +109,7 @@ def make_root() -> Path:
 
 
 def find() -> Path | None:
-    """The intact library to load here, or None.
+    """Returns the intact library to load here, or None.
 
     It is the one that the compiler here would make, else one that came out of an archive; without a compiler (an image
     that was built elsewhere) anyone's will do. Of several that the processor can run, that with the most instructions

@@ -25,7 +25,7 @@ def start() -> BackgroundWork:
 
 
 def build() -> Path:
-    """The library for this torch and this machine, compiled now unless an intact one is in the cache.
+    """Returns the library for this torch and this machine, compiled now unless an intact one is in the cache.
 
     Raises `ToolchainError` or `CacheError` where it cannot be built.
     """

@@ -57,7 +57,7 @@ class Target:
 
 
 def march() -> str:
-    """The value of ``LIGHTKIT_MARCH``; raises a `ToolchainError` for one that there is not."""
+    """Returns the value of ``LIGHTKIT_MARCH``; raises a `ToolchainError` for one that there is not."""
     value = os.environ.get("LIGHTKIT_MARCH", "native")
     if value not in MARCHES:
         raise toolchain.ToolchainError(f"LIGHTKIT_MARCH must be one of {', '.join(MARCHES)}, got {value!r}")
@@ -79,7 +79,7 @@ def _march_flag(name: str) -> str:
 
 @cache
 def processor() -> frozenset[str]:
-    """The instructions of this machine's processor, as /proc/cpuinfo names them."""
+    """Returns the instructions of this machine's processor, as /proc/cpuinfo names them."""
     try:
         with open("/proc/cpuinfo") as file:
             # The first processor's: the others' are the same, and a large machine has hundreds.
@@ -90,7 +90,7 @@ def processor() -> frozenset[str]:
 
 
 def missing_instructions(wanted: list[str] | tuple[str, ...]) -> list[str]:
-    """Those of the instructions that this machine's processor lacks."""
+    """Returns the instructions that this machine's processor lacks."""
     return sorted(set(wanted) - processor())
 
 
@@ -138,7 +138,7 @@ def _remember(found: Target, file: Path) -> None:
 
 
 def digest(*parts: str | bytes) -> str:
-    """16 hexadecimal digits that stand for the parts."""
+    """Returns 16 hexadecimal digits that stand for the parts."""
     hashed = hashlib.sha256()
     for part in parts:
         data = part.encode() if isinstance(part, str) else part
@@ -147,18 +147,18 @@ def digest(*parts: str | bytes) -> str:
 
 
 def torch_build() -> str:
-    """What the installed torch says of itself."""
+    """Returns what the installed torch says of itself."""
     return f"{torch.__version__} {torch.version.git_version} {torch.version.cuda}"
 
 
 def python_abi() -> str:
-    """What extensions of this Python are named for."""
+    """Returns what extensions of this Python are named for."""
     return str(sysconfig.get_config_var("SOABI"))
 
 
 @cache
 def base_key() -> str:
-    """What a build depends on besides processor and compiler: sources, flags, torch, Python, CUDA, sanitizers."""
+    """Digests what a build depends on besides processor and compiler: sources, flags, torch, Python, CUDA."""
     contents: list[str | bytes] = []
     for path in sorted(path for path in toolchain.SOURCE_DIR.rglob("*") if path.is_file()):
         contents += [str(path.relative_to(toolchain.SOURCE_DIR)), path.read_bytes()]
@@ -170,7 +170,7 @@ def base_key() -> str:
 
 @cache
 def compiler_identity() -> tuple[str, ...]:
-    """The compilers by their files, without running them; empty where there is no C++ compiler."""
+    """Identifies the compilers by their files, without running them; empty where there is no C++ compiler."""
     compiler = toolchain.find_compiler()
     if compiler is None:
         return ()

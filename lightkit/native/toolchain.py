@@ -50,7 +50,7 @@ class CudaToolchain:
 
 
 def find_compiler() -> tuple[str, ...] | None:
-    """The command of the C++ compiler: ``$CXX``, else the first of g++, c++, clang++ on the path."""
+    """Returns the command of the C++ compiler: ``$CXX``, else the first of g++, c++, clang++ on the path."""
     wanted = os.environ.get("CXX")
     candidates = [shlex.split(wanted)] if wanted else [["g++"], ["c++"], ["clang++"]]
     # More than one word where there is a wrapper, as in CXX="ccache g++".
@@ -73,7 +73,7 @@ def require_compiler() -> tuple[str, ...]:
 
 
 def output(*command: str) -> str:
-    """What a command prints; a `ToolchainError` where it fails or prints nothing."""
+    """Returns what a command prints; raises a `ToolchainError` where it fails or prints nothing."""
     result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if result.returncode != 0 or not result.stdout:
         said = result.stderr.strip() or result.stdout.strip() or "it said nothing"
@@ -88,7 +88,7 @@ def compiler_version(compiler: tuple[str, ...]) -> str:
 
 
 def sanitizers() -> tuple[str, ...]:
-    """The sanitizers that ``LIGHTKIT_NATIVE_SANITIZE`` names, separated by commas; none by default.
+    """Returns the sanitizers that ``LIGHTKIT_NATIVE_SANITIZE`` names, separated by commas; none by default.
 
     For tests of the kernels: what such a build does wrong ends the process with a report. It loads only where
     the run-time of the sanitizers was loaded before everything else, by ``LD_PRELOAD``.
@@ -142,7 +142,7 @@ def include_flags(cuda: CudaToolchain | None) -> list[str]:
 
 
 def linked(cuda: CudaToolchain | None) -> list[str]:
-    """Flags and libraries of the shared object, without where they lie.
+    """Returns flags and libraries of the shared object, without where they lie.
 
     OpenMP's run-time is left out on purpose: its symbols come from the one that torch has loaded. A second
     one would bring a second pool of threads that fights the first for the cores. ``-z now`` makes a symbol
@@ -239,7 +239,7 @@ class Unit:
 
 
 def units(files: list[Path]) -> list[Unit]:
-    """What is compiled at a time, the slowest first: the C++ files of a family's folder together, any other alone.
+    """Groups files by what is compiled at a time, the slowest first: a family's folder together, any other file alone.
 
     Those are short and torch's headers are long: one file more takes some tenths of a second, one unit more two.
     """
