@@ -243,8 +243,8 @@ def lightkit(turns: Turns, batch: int, epochs: int, *overrides: str) -> float:
     """``python -m lightkit.train +experiment=cnn data=fashion_mnist``, as it comes."""
     from hydra import compose, initialize_config_module
 
+    from lightkit.app.training import train
     from lightkit.config import allow_targets
-    from lightkit.training import train
 
     # The application builds its callbacks from the configuration: ours among them.
     module = sys.modules[__name__]

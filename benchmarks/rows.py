@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lightkit.results import environment
+from lightkit.app.run_files import environment
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -25,8 +25,8 @@ from omegaconf import DictConfig
 from rows import append
 from torch import Tensor, nn
 
+from lightkit.app.factory import build_data
 from lightkit.config import build
-from lightkit.job import build_data
 
 # By job: the metric, and the rate in what the data counts.
 JOBS = {

@@ -2,7 +2,7 @@
 
     python benchmarks/sweep_start.py [--rounds 5]
 
-A job has started when `lightkit.training.train` is entered, which start_clock/sitecustomize.py notes, and lets it
+A job has started when `lightkit.app.training.train` is entered, which start_clock/sitecustomize.py notes, and lets it
 return at once. The three take turns: a command with one job, and sweeps of four by either launcher. A forked job counts
 from the fork, a command from the start of its process, and a job in the process of the sweep from the end of the one
 before, so that the imports are in none of the latter.

@@ -7,8 +7,8 @@ from typing import NoReturn, TypedDict
 
 from omegaconf import DictConfig
 
-from lightkit.cli import entry_point
-from lightkit.lifetime import begin_to_collect, run_as_process
+from lightkit.app.cli import entry_point
+from lightkit.runtime.command_process import begin_to_collect, run_as_process
 
 
 class Keys(TypedDict):
@@ -25,15 +25,15 @@ class Keys(TypedDict):
 def main(config: DictConfig) -> None:
     """Measures a checkpoint and prints the figures."""
     # Only now, as in lightkit.train.
-    from lightkit import results
-    from lightkit.evaluation import evaluate
+    from lightkit.app import run_files
+    from lightkit.app.evaluation import evaluate
 
     begin_to_collect()
-    results.check_output(config.output)
+    run_files.check_output(config.output)
     metrics = evaluate(config)
-    results.print_table(f"{config.ckpt_path}", {name: f"{value:.6g}" for name, value in metrics.items()})
+    run_files.print_table(f"{config.ckpt_path}", {name: f"{value:.6g}" for name, value in metrics.items()})
     if config.output is not None:
-        results.write_json(Path(config.output), metrics)
+        run_files.write_json(Path(config.output), metrics)
 
 
 def command() -> NoReturn:

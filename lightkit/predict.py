@@ -7,8 +7,8 @@ from typing import Literal, NoReturn, TypedDict
 
 from omegaconf import DictConfig
 
-from lightkit.cli import entry_point
-from lightkit.lifetime import begin_to_collect, run_as_process
+from lightkit.app.cli import entry_point
+from lightkit.runtime.command_process import begin_to_collect, run_as_process
 
 
 class Keys(TypedDict):
@@ -32,11 +32,11 @@ class Keys(TypedDict):
 def main(config: DictConfig) -> None:
     """Prints what the model of a checkpoint makes of an input."""
     # Only now, as in lightkit.train.
-    from lightkit import prediction, results
-    from lightkit.restore import restore
+    from lightkit.app import prediction, run_files
+    from lightkit.app.restore import restore
 
     begin_to_collect()
-    results.check_output(config.output)
+    run_files.check_output(config.output)
     predicted = prediction.predict(config, restore(config.ckpt_path))
     predicted.show()
     if config.output is not None:

@@ -7,7 +7,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from lightkit import lazy_imports
+from lightkit._util import lazy_imports
 
 # What is written in C has no code that could be anybody else's.
 _BUILTINS = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)

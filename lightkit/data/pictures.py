@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightkit._util.printable import printable
+from lightkit._util.regular_files import open_regular, warn_of_skipped
 from lightkit.errors import DataError
-from lightkit.printable import printable
-from lightkit.regular_files import open_regular, warn_of_skipped
 
 # What Pillow reads by itself; for some other formats it starts programs.
 _FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF")

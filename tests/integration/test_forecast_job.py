@@ -12,10 +12,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from lightkit import prediction
+from lightkit.app import prediction
+from lightkit.app.restore import restore
 from lightkit.checkpoints import load_checkpoint
 from lightkit.errors import LightkitError
-from lightkit.restore import restore
 
 pytestmark = pytest.mark.slow
 

@@ -154,7 +154,7 @@ def test_restart_on_one_machine(tmp_path):
     run = only_run(tmp_path)
     assert result.stdout.count(f"continuing {run}/checkpoints/last.ckpt") == 1
     assert load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 3
-    from lightkit.report.figures import read_metrics
+    from lightkit.app.report.figures import read_metrics
 
     assert [step for step, _ in read_metrics(run / "metrics.csv")["val/loss"]] == [0, 1, 2]
 

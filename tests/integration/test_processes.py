@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from lightkit.checkpoints import load_checkpoint
 from lightkit.errors import ConfigError, LightkitError
-from lightkit.processes import _start_and_watch, count_processes, with_torchruns_processes
+from lightkit.runtime.processes import _start_and_watch, count_processes, with_torchruns_processes
 
 pytestmark = pytest.mark.slow
 

@@ -18,9 +18,9 @@ import torch
 from omegaconf import OmegaConf
 from torch.utils.cpp_extension import include_paths, library_paths
 
+from lightkit.app.factory import check_accelerator
 from lightkit.checkpoints import load_checkpoint
 from lightkit.errors import ConfigError
-from lightkit.job import check_accelerator
 from lightkit.strategies import TorchTPU, TorchTPUAccelerator, tpu
 
 pytestmark = pytest.mark.slow
