@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightkit._lightning.loops import loaders_of_training
 from lightkit.data.slices import fetch_slices
 from lightkit.loops import LeanRun, PassGraphs, graph_obstacle, obstacle
 
@@ -89,9 +90,8 @@ class LeanLoop(Callback):
         """Has the loaders slice, new ones among them."""
         if id(trainer) not in self._runs:
             return
-        combined = trainer.fit_loop._combined_loader
-        iterators = combined._iterator.iterators if combined._iterator is not None else []
-        for loader in combined.flattened:
+        loaders, iterators = loaders_of_training(trainer)
+        for loader in loaders:
             if (undo := fetch_slices(loader, iterators)) is not None:
                 self._undo.setdefault(id(trainer), ExitStack()).callback(undo)
 
