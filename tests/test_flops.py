@@ -189,7 +189,7 @@ def test_unknown():
         with FlopCounter() as counter:
             square_matrix @ square_matrix
             run()
-        assert counter.total is None and name in counter.obstacle, name
+        assert counter.total is None and name in counter.unsupported_reason, name
 
 
 def test_compiled_code():
@@ -205,7 +205,7 @@ def test_compiled_code():
         compiled = torch.compile(lambda x: x @ x, backend=backend)
         compiled(matrix)
     assert len(graphs) == 1
-    assert counter.total is None and "torch.compile" in counter.obstacle
+    assert counter.total is None and "torch.compile" in counter.unsupported_reason
     with FlopCounter() as counter:
         compiled(matrix)
         assert torch._C._len_torch_dispatch_stack() == 0

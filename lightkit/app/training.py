@@ -24,7 +24,7 @@ from lightkit.app.factory import (
     refusals_of_lightning,
 )
 from lightkit.callbacks import TestRecorder, Throughput
-from lightkit.callbacks.save_figures import EPOCH_KEY, FIGURES_KEY, SaveFigures
+from lightkit.callbacks.save_metrics import EPOCH_METRICS_KEY, METRICS_KEY, SaveMetrics
 from lightkit.callbacks.throughput import rate_name
 from lightkit.checkpoints import AtomicCheckpointIO, check_weights, load_checkpoint
 from lightkit.checkpoints.training_state import CheckTrainingState, check_training_state, checked_weights
@@ -67,7 +67,7 @@ def train(config: DictConfig) -> dict[str, Any]:
         config,
         callbacks=[
             *build(config.get("callbacks") or {}).values(),
-            *(SaveConfig(config), SaveFigures(), recorder),
+            *(SaveConfig(config), SaveMetrics(), recorder),
             *([CheckTrainingState(resume.path)] if resume is not None else []),
         ],
         logger=loggers,
@@ -131,7 +131,7 @@ class _Resumed:
 
     def figures(self) -> dict[str, Any]:
         """Returns what was logged last under each name before the test."""
-        logged = self.checkpoint.get(FIGURES_KEY)
+        logged = self.checkpoint.get(METRICS_KEY)
         numbers = (int, float)
         logged = {k: v for k, v in logged.items() if type(v) in numbers} if isinstance(logged, dict) else {}
         return (
@@ -149,7 +149,7 @@ def _checkpoint_to_resume(config: DictConfig, task: pl.LightningModule) -> _Resu
         print(f"continuing {path}")
     else:
         path = Path(config.ckpt_path)
-    checkpoint = load_checkpoint(path, is_strangers=True)
+    checkpoint = load_checkpoint(path, untrusted=True)
     check_weights(task, {"state_dict": checked_weights(checkpoint, path)}, path)
     try:
         done = checkpoint["epoch"] + 1
@@ -180,7 +180,7 @@ def _continue_logs(loggers: list[Any], run_dir: Path, resume: _Resumed) -> None:
             own = Path(logger.log_dir).absolute()
             # Its place in both runs is the same; outside of them they have one log.
             place = source / own.relative_to(run_dir.absolute()) if own.is_relative_to(run_dir.absolute()) else own
-            epoch = resume.checkpoint.get(EPOCH_KEY, {})
+            epoch = resume.checkpoint.get(EPOCH_METRICS_KEY, {})
             logger.continue_from(place / _LOG, resume.steps(), epoch and {"epoch": resume.checkpoint["epoch"], **epoch})
 
 

@@ -93,7 +93,7 @@ def test_operations(lean, options):
     job = trainer(throughput, *([lean_loop] if lean else []), **options)
     assert throughput.flops_per_second is None
     job.fit(module, batches(), batches())
-    assert lean_loop.obstacle is None
+    assert lean_loop.unsupported_reason is None
     assert module.watched == [1] + [0] * 9
     assert throughput.flops_per_sample == PLAIN_STEP
     assert throughput.flops_per_second == pytest.approx(PLAIN_STEP * throughput.total)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightkit.checkpoints import load_checkpoint
-from lightkit.checkpoints.archives import find_trick
+from lightkit.checkpoints.archives import find_unsafe_content
 from lightkit.errors import CheckpointError
 
 
@@ -56,7 +56,7 @@ LARGE = b"\x80\x02cbuiltins\nbytearray\n\x8a\x05" + (4 * 10**9).to_bytes(5, "lit
 def test_tricks_of_a_pickle(archive, pickle, message):
     """What would hang, end the process or take any memory is said in one line, and torch is not asked."""
     with pytest.raises(CheckpointError, match=f"damaged or not a checkpoint: .*{message}"):
-        load_checkpoint(archive(pickle), is_strangers=True)
+        load_checkpoint(archive(pickle), untrusted=True)
 
 
 def test_tricks_of_an_archive(tmp_path):
@@ -64,12 +64,12 @@ def test_tricks_of_an_archive(tmp_path):
     path = tmp_path / "plain.ckpt"
     torch.save({"state_dict": {"w": torch.zeros(1000)}}, path)
     plain = path.read_bytes()
-    assert load_checkpoint(path, is_strangers=True)["state_dict"]["w"].shape == (1000,)
+    assert load_checkpoint(path, untrusted=True)["state_dict"]["w"].shape == (1000,)
 
     def trick(content):
         path.write_bytes(content)
         with open(path, "rb") as file:
-            return find_trick(file)
+            return find_unsafe_content(file)
 
     directory = plain.index(b"PK\1\2")
     assert "more than one directory" in trick(plain[:-22] + plain[directory:-22] + plain[-22:])
@@ -102,9 +102,9 @@ def test_plain_data_of_all_kinds(tmp_path):
     }
     path = tmp_path / "plain.ckpt"
     torch.save(values, path)
-    assert load_checkpoint(path, is_strangers=True)["numbers"] == values["numbers"]
+    assert load_checkpoint(path, untrusted=True)["numbers"] == values["numbers"]
     optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(3))], lr=0.1)
     optimizer.param_groups[0]["params"][0].grad = torch.ones(3)
     optimizer.step()
     torch.save({"state_dict": {}, "optimizer_states": [optimizer.state_dict()]}, path)
-    assert load_checkpoint(path, is_strangers=True)["optimizer_states"]
+    assert load_checkpoint(path, untrusted=True)["optimizer_states"]

@@ -65,7 +65,7 @@ def saved(tmp_path_factory):
 def test_a_training_of_ones_own_goes_on(saved, name):
     """Nothing of an ordinary state is refused, whatever the shapes of the optimizer's states."""
     path = saved / f"{name}.ckpt"
-    check_training_state(load_checkpoint(path, is_strangers=True), path)
+    check_training_state(load_checkpoint(path, untrusted=True), path)
     assert fit(OPTIMIZERS[name], 2, path, [CheckTrainingState(path)]).global_step == 4
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightkit.data import TensorBatches
-from lightkit.data.batches import near_training
+from lightkit.data.batches import to_training_device
 from lightkit.errors import DataError
 
 
@@ -181,5 +181,5 @@ def test_data_go_to_a_gpu_with_room_for_them(device, free, moved, monkeypatch):
     trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=device))
     tensors = [SimpleNamespace(nbytes=size, to=lambda to, size=size: (size, to)) for size in (4, 6)]
     expected = ((4, device), (6, device)) if moved else tuple(tensors)
-    assert near_training(trainer, tensors) == expected
-    assert near_training(None, tensors) == tuple(tensors)
+    assert to_training_device(trainer, tensors) == expected
+    assert to_training_device(None, tensors) == tuple(tensors)

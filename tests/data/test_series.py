@@ -206,7 +206,7 @@ def test_series_of_statsmodels():
 
 def test_tables_beyond_all_use(table, monkeypatch):
     """Cells take many times their bytes: they are counted as they are read."""
-    monkeypatch.setattr("lightkit.data.columns._MOST_CELLS", 100)
+    monkeypatch.setattr("lightkit.data.columns._MAX_CELLS", 100)
     assert len(read_column(table("x\n" + "1\n" * 40))) == 40
     with pytest.raises(DataError, match="has more than 100 cells"):
         read_column(table("x\n" + "1\n" * 60))

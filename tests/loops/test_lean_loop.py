@@ -197,7 +197,7 @@ def run(lean, directory, make=Module, callbacks=(), ckpt_path=None, checkpoints=
         "files": sorted(os.listdir(directory)),
         "best": saving.best_model_score,
         "steps": trainer.global_step,
-    }, (steps, loop.obstacle)
+    }, (steps, loop.unsupported_reason)
 
 
 def assert_same(tmp_path, **options):

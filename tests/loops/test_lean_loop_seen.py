@@ -17,7 +17,7 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import _Result
 from test_lean_loop import MemoryLogger, Module, assert_equal, bare_trainer, loader
 
 from lightkit.callbacks import LeanLoop
-from lightkit.loops.deferred import DeferredMetric
+from lightkit.loops.lazy_metrics import LazyMetric
 from lightkit.loops.step import LeanStep
 
 pytestmark = pytest.mark.filterwarnings(
@@ -200,7 +200,7 @@ DIFFERENCES = {
     "attributes of the training loop": {"run", "__getstate__"},
     "attributes of the module": {"log", "__getstate__"},
     "attributes of the loader": {"_get_iterator", "__getstate__"},
-    "classes of running values": {DeferredMetric},
+    "classes of running values": {LazyMetric},
 }
 
 
@@ -227,7 +227,7 @@ def test_the_table_of_differences():
     stock, stock_after, lean, lean_after = seen
     assert {name: lean[name] - stock[name] for name in lean} == DIFFERENCES
     assert lean_after == stock_after
-    for name in ("run", "log", "_get_iterator", "DeferredMetric"):
+    for name in ("run", "log", "_get_iterator", "LazyMetric"):
         assert f"``{name}``" in LeanLoop.__doc__
 
 

@@ -175,10 +175,10 @@ def test_wrong_shape(make, shape):
 def test_more_than_the_context():
     """The transformer says how far it looks, whether the text comes at once or behind a state."""
     model = transformer()
-    with pytest.raises(ValueError, match="looks at 12 tokens at most, got 13"):
+    with pytest.raises(ValueError, match="reads 12 tokens at most, got 13"):
         model(tokens(13))
     _, state = model.hidden(tokens(10))
-    with pytest.raises(ValueError, match="looks at 12 tokens at most, got 13"):
+    with pytest.raises(ValueError, match="reads 12 tokens at most, got 13"):
         model.hidden(tokens(3), state)
 
 

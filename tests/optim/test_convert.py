@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lightkit.optim import SGD, FusedStep, convert
-from lightkit.optim.convert import REPLACEMENTS, is_converted, obstacle
+from lightkit.optim.convert import REPLACEMENTS, is_converted, unsupported_reason
 
 OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
 
@@ -159,7 +159,7 @@ def test_refused(made, cause):
     cls = type(optimizer)
     with pytest.raises(ValueError, match=f"{cls.__name__} cannot be converted: .*{cause}"):
         convert(optimizer)
-    assert cause in obstacle(optimizer) and type(optimizer) is cls
+    assert cause in unsupported_reason(optimizer) and type(optimizer) is cls
 
 
 def test_every_replacement_fits():
@@ -218,7 +218,7 @@ def test_methods_patched_on_the_class(monkeypatch, cls, name, before):
 
     if before:
         monkeypatch.setattr(owner, name, patched)
-        assert "has been replaced" in obstacle(optimizer)
+        assert "has been replaced" in unsupported_reason(optimizer)
         return
     revert = convert(optimizer)
     optimizer.step()

@@ -132,7 +132,7 @@ def test_lean_steps_change_nothing(noise):
         torch.manual_seed(0)
         module = task()
         trainer(max_epochs=2, callbacks=callbacks).fit(module, datamodule=data_of(noise))
-        assert not callbacks or callbacks[0].obstacle is None
+        assert not callbacks or callbacks[0].unsupported_reason is None
         weights.append(module.state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 

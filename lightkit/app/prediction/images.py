@@ -14,8 +14,8 @@ from torch import Tensor
 from lightkit._util.atomic_write import write_text_atomically
 from lightkit.app import run_files
 from lightkit.app.restore import Restored
+from lightkit.data.image_files import find_images, read_image
 from lightkit.data.images import ImageDataModule
-from lightkit.data.pictures import find_pictures, read_picture
 from lightkit.errors import CheckpointError, ConfigError
 
 # How many predictions the terminal shows; a file gets all.
@@ -67,11 +67,11 @@ def predict(config: DictConfig, restored: Restored) -> Images:
         raise ConfigError(f"invert must be auto, true or false, got {invert!r}")
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
-    paths = find_pictures(Path(config.input))
+    paths = find_images(Path(config.input))
     data = restored.build_data()
     if not isinstance(data, ImageDataModule):
         raise ConfigError(f"the checkpoint is of a model for {type(data).__name__}, which are not images")
-    pictures = torch.stack([read_picture(path, data.image_size, invert) for path in paths])
+    pictures = torch.stack([read_image(path, data.image_size, invert) for path in paths])
     probabilities = torch.cat([_probabilities(restored.task, data, part) for part in pictures.split(batch_size)])
     if probabilities.shape[1] != data.num_classes:
         raise CheckpointError(

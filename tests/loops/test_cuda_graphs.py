@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightkit.callbacks import LeanLoop
-from lightkit.loops import PassGraphs, graphs
-from lightkit.loops.watch import Recorder
+from lightkit.loops import PassGraphs, cuda_graphs
+from lightkit.loops.side_effects import LogRecorder
 
 
 class Module(pl.LightningModule):
@@ -83,7 +83,7 @@ class StandIn:
         module.load_state_dict(state)
 
     def _run(self):
-        log, recorder = self._module.log, Recorder()
+        log, recorder = self._module.log, LogRecorder()
         vars(self._module)["log"] = recorder
         for parameter in self._module.parameters():
             parameter.grad = None
@@ -121,7 +121,7 @@ class Graphed(LeanLoop):
 
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch):
-    monkeypatch.setattr(graphs, "CapturedPasses", StandIn)
+    monkeypatch.setattr(cuda_graphs, "CapturedPasses", StandIn)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(StandIn, "replays", 0)
 
@@ -171,7 +171,7 @@ def test_a_run_with_graphs_is_lightnings_to_the_bit(options):
     own = fit(module(), **options)
     lean = Graphed()
     assert_equal(fit(module(), lean, **options), own)
-    assert lean.graph_obstacle is None
+    assert lean.graph_unsupported_reason is None
     assert (StandIn.replays == 0) == ("accumulate_grad_batches" in options)
 
 
@@ -230,7 +230,7 @@ CAUSES = {
     "batch_idx logged": (lambda m, i, z: m.log("x", i), "uses batch_idx"),
     "the step": (lambda m, i, z: m.log("x", z.mean() * m.global_step), "reads trainer.global_step"),
     "the epoch": (lambda m, i, z: m.current_epoch, "reads trainer.current_epoch"),
-    "a metric": (lambda m, i, z: m.log("x", m.accuracy), "logs 'x', which is no tensor but a MulticlassAccuracy"),
+    "a metric": (lambda m, i, z: m.log("x", m.accuracy), "logs 'x', which is a MulticlassAccuracy and no tensor"),
     "a metric fed": (lambda m, i, z: m.accuracy.update(z, z.argmax(1)), "changes self.accuracy."),
     "Python's random": (lambda m, i, z: random.random(), "draws random numbers on the CPU"),
     "NumPy's random": (lambda m, i, z: np.random.rand(), "draws random numbers on the CPU"),
@@ -261,7 +261,7 @@ def test_what_a_graph_would_leave_out_is_noticed(step, cause):
     own = fit(equipped(step))
     lean = Graphed()
     assert_equal(fit(equipped(step), lean), own)
-    assert cause in lean.graph_obstacle
+    assert cause in lean.graph_unsupported_reason
     assert StandIn.replays == 0
 
 
@@ -275,7 +275,7 @@ def test_what_stays_the_same_may_be_read():
     lean = Graphed()
     with pytest.warns(UserWarning, match="mine"):
         fit(module(step), lean)
-    assert lean.graph_obstacle is None and StandIn.replays > 0
+    assert lean.graph_unsupported_reason is None and StandIn.replays > 0
 
 
 def test_a_batch_that_a_graph_cannot_hold():
@@ -288,7 +288,7 @@ def test_a_batch_that_a_graph_cannot_hold():
 
     lean = Graphed()
     fit(Named(), lean, train=DataLoader([{"data": b, "name": "one"} for b in batches], batch_size=None))
-    assert lean.graph_obstacle == "the batch has a str in it"
+    assert lean.graph_unsupported_reason == "the batch has a str in it"
 
 
 def test_a_history_that_is_kept_is_noticed():
@@ -304,7 +304,7 @@ def test_a_history_that_is_kept_is_noticed():
     own = fit(module(), Keeps())
     lean = Graphed()
     assert_equal(fit(module(), Keeps(), lean), own)
-    assert "must be detached" in lean.graph_obstacle
+    assert "must be detached" in lean.graph_unsupported_reason
 
 
 class Anneals(pl.Callback):
@@ -336,7 +336,7 @@ def test_an_attribute_that_a_callback_sets_now_and_then(every):
     torch.manual_seed(1)
     lean = Graphed()
     assert_equal(fit(Annealed(), Anneals(every), lean, max_epochs=1), own)
-    assert lean.graph_obstacle is None
+    assert lean.graph_unsupported_reason is None
     assert StandIn.replays > 0
 
 
@@ -347,7 +347,7 @@ def test_an_attribute_that_a_callback_sets_all_the_time():
     torch.manual_seed(1)
     lean = Graphed()
     assert_equal(fit(Annealed(), Anneals(1), lean), own)
-    assert lean.graph_obstacle == "something changes Annealed.factor between the steps, again and again"
+    assert lean.graph_unsupported_reason == "something changes Annealed.factor between the steps, again and again"
 
 
 def test_an_attribute_that_a_callback_sets_in_a_long_run():
@@ -357,7 +357,7 @@ def test_an_attribute_that_a_callback_sets_in_a_long_run():
     torch.manual_seed(1)
     lean = Graphed()
     assert_equal(fit(Annealed(), Anneals(20), lean, train=loader(600), max_epochs=1), own)
-    assert lean.graph_obstacle is None
+    assert lean.graph_unsupported_reason is None
     assert StandIn.replays > 100
 
 
@@ -428,7 +428,7 @@ def test_a_part_that_a_callback_changes_within_an_epoch(change, every):
     own = fit(make(), Changes())
     lean = Graphed()
     assert_equal(fit(make(), Changes(), lean), own)
-    assert (lean.graph_obstacle is None) == (every == 12)
+    assert (lean.graph_unsupported_reason is None) == (every == 12)
 
 
 def test_a_tensor_that_changes_after_it_was_logged():
@@ -442,7 +442,7 @@ def test_a_tensor_that_changes_after_it_was_logged():
     own = fit(module(step), log_every_n_steps=1)
     lean = Graphed()
     assert_equal(fit(module(step), lean, log_every_n_steps=1), own)
-    assert lean.graph_obstacle is None
+    assert lean.graph_unsupported_reason is None
 
 
 class Hidden(Module):
@@ -497,7 +497,7 @@ def test_modules_that_no_graph_goes_with(cls, cause):
         torch.manual_seed(1)
         runs.append(fit(cls(), *lean))
     assert_equal(*runs)
-    assert cause in lean[0].graph_obstacle
+    assert cause in lean[0].graph_unsupported_reason
 
 
 def test_sparse_batches():
@@ -510,7 +510,7 @@ def test_sparse_batches():
     batches = [(torch.randn(4, 4).to_sparse_csr(), torch.randint(3, (4,))) for _ in range(6)]
     lean = Graphed()
     fit(Sparse(), lean, train=DataLoader(batches, batch_size=None))
-    assert "sparse" in lean.graph_obstacle
+    assert "sparse" in lean.graph_unsupported_reason
 
 
 class AtEpochs(pl.Callback):
@@ -529,7 +529,7 @@ def test_parts_that_change_between_epochs():
     torch.manual_seed(1)
     lean = Graphed()
     assert_equal(fit(Annealed(), AtEpochs(), lean, max_epochs=3), own)
-    assert lean.graph_obstacle is None and StandIn.replays > 0
+    assert lean.graph_unsupported_reason is None and StandIn.replays > 0
 
 
 def test_a_capture_that_fails(monkeypatch):
@@ -538,11 +538,13 @@ def test_a_capture_that_fails(monkeypatch):
     def fail(*arguments):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    monkeypatch.setattr(graphs, "CapturedPasses", fail)
+    monkeypatch.setattr(cuda_graphs, "CapturedPasses", fail)
     own = fit(module())
     lean = Graphed()
     assert_equal(fit(module(), lean), own)
-    assert lean.graph_obstacle.endswith("cannot be captured: operation not permitted when stream is capturing")
+    assert lean.graph_unsupported_reason.endswith(
+        "cannot be captured: operation not permitted when stream is capturing"
+    )
 
 
 def test_an_error_in_a_watched_step_leaves_nothing_behind():
