@@ -86,7 +86,7 @@ class FlopCounter:
     def _stop(self, reason: str) -> None:
         self.unsupported_reason = self.unsupported_reason or reason
 
-    def count(self, func: Any, types: Sequence[type], args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+    def _count(self, func: Any, types: Sequence[type], args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
         """Adds the operations of one call of an operator."""
         if not isinstance(func, torch._ops.OpOverload):
             # A higher-order operator, such as torch.cond.
@@ -130,7 +130,7 @@ class _Counting(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        self._counter.count(func, types, args, kwargs, out)
+        self._counter._count(func, types, args, kwargs, out)
         return out
 
 

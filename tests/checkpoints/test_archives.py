@@ -1,4 +1,4 @@
-"""Files that are made to hang, end or fill the process that loads them: they are refused before torch reads them."""
+"""Files that would hang, end or fill the process that loads them are rejected before torch reads them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightkit.errors import CheckpointError
 
 @pytest.fixture
 def archive(tmp_path):
-    """Writes a checkpoint with a pickle of choice; returns its path."""
+    """Returns a function that writes a checkpoint with a given pickle and returns its path."""
 
     def write(pickle, **records):
         path = tmp_path / "crafted.ckpt"
@@ -54,13 +54,13 @@ LARGE = b"\x80\x02cbuiltins\nbytearray\n\x8a\x05" + (4 * 10**9).to_bytes(5, "lit
     ids=lambda value: value[:20] if isinstance(value, str) else "",
 )
 def test_tricks_of_a_pickle(archive, pickle, message):
-    """What would hang, end the process or take any memory is said in one line, and torch is not asked."""
+    """One line names what would hang or end the process or take any memory, and torch does not read the file."""
     with pytest.raises(CheckpointError, match=f"damaged or not a checkpoint: .*{message}"):
         load_checkpoint(archive(pickle), untrusted=True)
 
 
 def test_tricks_of_an_archive(tmp_path):
-    """Two directories, of which readers see different ones; names that differ by case alone; compressed records."""
+    """Two directories, names that differ in case only and compressed records are rejected."""
     path = tmp_path / "plain.ckpt"
     torch.save({"state_dict": {"w": torch.zeros(1000)}}, path)
     plain = path.read_bytes()
@@ -85,7 +85,7 @@ def test_tricks_of_an_archive(tmp_path):
 
 
 def test_plain_data_of_all_kinds(tmp_path):
-    """Whatever torch.save writes of plain data and tensors is let through: states, dtypes, sizes, tied weights."""
+    """Everything that torch.save writes for plain data and tensors is accepted: states, dtypes, tied weights."""
     tied = torch.zeros(3)
     values = {
         "state_dict": collections.OrderedDict(
