@@ -49,7 +49,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             write_atomically(path, lambda file: write_with_checksum(file, buffer.getbuffer()))
         except OSError as error:
             raise CheckpointError(
-                f"the checkpoint {path} could not be written: {error.strerror or error}; the previous one is intact"
+                f"the checkpoint {path} could not be written: {error.strerror or error}; the one before it is intact"
             ) from error
 
     def load_checkpoint(

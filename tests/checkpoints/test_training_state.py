@@ -134,7 +134,7 @@ def test_schedulers_keep_their_methods(saved, tmp_path):
             r"its loops\.fit_loop\.epoch_progress\.current\.completed is -1000000000000000000",
         ),
         (lambda c: c.update(state_dict=[]), "its state_dict is a list"),
-        (lambda c: c["state_dict"].update(x=torch.zeros(2).to_sparse()), "x is not a plain tensor of the CPU"),
+        (lambda c: c["state_dict"].update(x=torch.zeros(2).to_sparse()), "x must be a plain tensor on the CPU"),
     ],
 )
 def test_entries_of_other_kinds(saved, change, message):
