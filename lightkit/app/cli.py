@@ -10,6 +10,7 @@ import signal
 import sys
 import traceback
 import typing
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -26,7 +27,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lightkit import __version__
+import lightkit
+from lightkit._util.installation import find_conflict, how_to_install
 from lightkit._util.printable import printable
 from lightkit.app.hydra_patches import change_hydra
 from lightkit.app.log_filters import quiet, with_quiet_lightning
@@ -75,6 +77,8 @@ def entry_point(
         function = with_quiet_lightning(function)
 
         def checked(config: DictConfig) -> Any:
+            if conflict := find_conflict():
+                warnings.warn(conflict, stacklevel=1)
             # Not as the Exception it is: Hydra would print its own words on it first.
             try:
                 check_top_level(config, config_name)
@@ -94,7 +98,7 @@ def entry_point(
             # With it Hydra raises instead of printing, which leaves the printing to us.
             os.environ["HYDRA_FULL_ERROR"] = "1"
             if "--version" in sys.argv[1:]:
-                print(f"lightkit {__version__} (hydra {hydra.__version__})")
+                print(f"lightkit {lightkit.__version__} (hydra {hydra.__version__})")
                 return 0
             _flags_first()
             quiet()
@@ -252,7 +256,7 @@ def explain(error: BaseException, config_name: str) -> str:
 def _no_choice(group: str, name: str, choices: list[str]) -> str:
     """That a group has no such choice, and which it has."""
     if (group, name) == ("hydra/sweeper", "optuna"):
-        return "hydra/sweeper=optuna needs a package that is not installed: pip install 'lightkit[sweep]'"
+        return f"hydra/sweeper=optuna needs a package that is not installed: {how_to_install('sweep')}"
     hint = nearest(name, choices) or ("; did you mean none?" if name == "null" and "none" in choices else ".")
     return f"there is no {group}={name}{hint} Choices: {', '.join(choices)}"
 
