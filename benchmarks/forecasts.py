@@ -38,12 +38,14 @@ def job(data: str, seed: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Trains each series with each seed, and appends the rows."""
+    """Trains each series with each seed, and appends a row after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", default=["co2", "sunspots"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     options = parser.parse_args()
-    append("forecasts", [job(data, seed) for data in options.data for seed in options.seeds])
+    for data in options.data:
+        for seed in options.seeds:
+            append("forecasts", [job(data, seed)])
 
 
 if __name__ == "__main__":
