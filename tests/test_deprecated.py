@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+import lightkit.data
+from lightkit.loops.slicing import fetch_slices
 from lightkit.strategies import DataParallel, DiLoCo, LocalSGD, ParameterServer, TorchTPU
 
 
@@ -21,3 +23,8 @@ def test_evaluates_everything():
 def test_survives_lost_workers():
     with pytest.warns(DeprecationWarning, match=r"is now ParameterServer\.traits\.tolerates_worker_loss"):
         assert ParameterServer.survives_lost_workers is True
+
+
+def test_fetch_slices():
+    with pytest.warns(DeprecationWarning, match=r"lightkit\.data\.fetch_slices is now lightkit\.loops\.slicing"):
+        assert lightkit.data.fetch_slices is fetch_slices

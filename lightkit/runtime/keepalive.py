@@ -32,7 +32,7 @@ _GRACE = 1.0
 _CONNECT = 30.0
 
 
-class Lifeline:
+class Keepalive:
     """The connections of one process; ends the process when another one is gone.
 
     Args:
@@ -51,10 +51,10 @@ class Lifeline:
             family = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
             server = socket.create_server(("", 0), family=family)
             token = secrets.token_hex(16)
-            store.set("lifeline", json.dumps([server.getsockname()[1], token]))
+            store.set("keepalive", json.dumps([server.getsockname()[1], token]))
             target, arguments = self._watch_all, (server, token)
         else:
-            port, token = json.loads(store.get("lifeline"))
+            port, token = json.loads(store.get("keepalive"))
             connection = socket.create_connection((host, port), timeout=_CONNECT)
             connection.settimeout(None)
             _probe(connection)

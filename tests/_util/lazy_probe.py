@@ -113,9 +113,9 @@ def deterministic() -> bool:
 
 def trains() -> str | None:
     """The lean loop takes Lightning's functions for Lightning's own."""
-    from lightkit.loops.obstacle import ORIGINALS
+    from lightkit._lightning.step import STEP_FUNCTIONS
 
-    return None if ORIGINALS.are_in_place() else ORIGINALS.first_replaced()
+    return None if STEP_FUNCTIONS.are_in_place() else STEP_FUNCTIONS.first_replaced()
 
 
 WAYS = (compiled, disabled, constant, plot, scipy, profiler, submodule, deterministic)

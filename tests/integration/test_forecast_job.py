@@ -10,7 +10,6 @@ import sys
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 from lightkit.app import prediction
 from lightkit.app.restore import restore
@@ -102,13 +101,11 @@ def test_bad_predictions(run, tmp_path):
         ("whole.csv", {"horizon": 5}, "horizon must be from 1 to 4, got 5; to see further, train with data.horizon=5"),
     ]
     for name, keys, expected in cases:
-        config = OmegaConf.create({"input": str(tmp_path / name), "column": None, "horizon": None, **keys})
         with pytest.raises(LightkitError) as error:
-            prediction.predict(config, restored)
+            prediction.predict(restored, prediction.PredictionRequest(str(tmp_path / name), **keys))
         assert expected in str(error.value)
-    config.horizon = 0
     with pytest.raises(LightkitError, match=r"from 1 to 4, got 0$"):
-        prediction.predict(config, restored)
+        prediction.predict(restored, prediction.PredictionRequest(str(tmp_path / "whole.csv"), horizon=0))
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,10 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
+from lightkit.app.processes import count_processes, with_processes_of_torchrun
 from lightkit.checkpoints import load_checkpoint
 from lightkit.errors import ConfigError, LightkitError
-from lightkit.runtime.processes import _start_and_watch, count_processes, with_torchruns_processes
+from lightkit.runtime.supervisor import Supervisor
 
 pytestmark = pytest.mark.slow
 
@@ -214,9 +215,8 @@ def test_ended_by_sigterm(tmp_path):
 
 def test_no_result():
     """Processes that end well without having done anything are not waited for."""
-    config = OmegaConf.create({"strategy": {}})
     with pytest.raises(LightkitError, match="process 0 ended without a result"):
-        _start_and_watch(config, 2, [sys.executable, "-c", "pass"])
+        Supervisor([sys.executable, "-c", "pass"], 2).run({})
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
@@ -294,7 +294,7 @@ def test_devices_and_nodes_are_torchruns(monkeypatch, world, local, devices, exp
     config = OmegaConf.create({"trainer": {"devices": devices}})
     if isinstance(expected, str):
         with pytest.raises(ConfigError, match=expected):
-            with_torchruns_processes(config)
+            with_processes_of_torchrun(config)
     else:
-        trainer = with_torchruns_processes(config).trainer
+        trainer = with_processes_of_torchrun(config).trainer
         assert (trainer.devices, trainer.num_nodes) == expected

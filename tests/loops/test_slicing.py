@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Subset, TensorDataset, WeightedRandomSampler
 
-from lightkit.data import fetch_slices
+from lightkit.loops.slicing import fetch_slices
 
 
 def dataset():

@@ -12,9 +12,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from torch.distributed import HashStore
 
-from lightkit.app.resume import DIRECTORY, Restarts
+from lightkit.app.restarts import Restarts
 from lightkit.errors import CheckpointError, ConfigError
 from lightkit.runtime import keepalive
+from lightkit.runtime.restart_record import DIRECTORY
 
 
 @pytest.fixture
@@ -100,9 +101,9 @@ def test_done_runs_stay_done(torchrun, tmp_path, capsys):
     """After a restart the runs of a sweep that were done are not done again, and what they came to is known."""
     restarts, config = torchrun(), config_in(tmp_path / "0")
     restarts.begin(config)
-    restarts.end(config, 0.25)
+    restarts.end(0.25)
     again = torchrun(count=1)
-    assert not again.begin(config) and again.result(config) == 0.25
+    assert not again.begin(config) and again.result() == 0.25
     assert "done before the restart" in capsys.readouterr().out
     restarts.finish()
     assert torchrun(count=1).arguments() is None
@@ -112,7 +113,7 @@ def test_done_runs_stay_done(torchrun, tmp_path, capsys):
 @pytest.mark.parametrize("is_done", [False, True])
 def test_other_parameters_begin_anew(torchrun, tmp_path, monkeypatch, is_done):
     """A sampler without a seed proposes others for the same directory: neither result nor checkpoints are theirs."""
-    from lightkit.app import resume as module
+    from lightkit.app import restarts as module
 
     run = tmp_path / "0"
     monkeypatch.setattr(module, "_overrides", lambda: ["optim.lr=0.1"])
@@ -123,10 +124,10 @@ def test_other_parameters_begin_anew(torchrun, tmp_path, monkeypatch, is_done):
     newer = run / "checkpoints" / "best.ckpt"
     newer.touch()
     if is_done:
-        restarts.end(config, 0.25)
+        restarts.end(0.25)
     monkeypatch.setattr(module, "_overrides", lambda: ["optim.lr=0.2"])
     again = torchrun(count=1)
-    assert again.begin(config) and config.ckpt_path is None and again.result(config) is None
+    assert again.begin(config) and config.ckpt_path is None and again.result() is None
     # Whatever another job left there is not this one's to remove.
     assert older.exists() and not newer.exists()
     # Those parameters are the run's from now on.
@@ -173,11 +174,11 @@ def test_several_machines_need_an_id(torchrun):
 
 @pytest.fixture
 def lines(monkeypatch):
-    """Two lifelines, of ranks 0 and 1, and who was given up."""
+    """Two connections, of ranks 0 and 1, and who was given up."""
     given_up = []
     monkeypatch.setattr(keepalive, "_give_up", given_up.append)
     store = HashStore()
-    return keepalive.Lifeline(store, 0, "127.0.0.1"), keepalive.Lifeline(store, 1, "127.0.0.1"), given_up, store
+    return keepalive.Keepalive(store, 0, "127.0.0.1"), keepalive.Keepalive(store, 1, "127.0.0.1"), given_up, store
 
 
 def wait_for(condition):
@@ -211,7 +212,7 @@ def test_strangers_are_not_missed(lines):
     import json
 
     first, _, given_up, store = lines
-    port, _ = json.loads(store.get("lifeline"))
+    port, _ = json.loads(store.get("keepalive"))
     for said in (b"", b"GET / HTTP/1.0\r\n\r\n", b"\xff\xfe\n"):
         with socket.create_connection(("127.0.0.1", port)) as stranger:
             stranger.sendall(said)
