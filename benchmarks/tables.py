@@ -36,7 +36,9 @@ def rewrite(text: str) -> str:
     """
 
     def replace(match: re.Match[str]) -> str:
-        return match["begin"] + "\n".join(TABLES[match["name"]]()) + "\n" + match["end"]
+        # Blank lines separate the table from the comments, which Markdown takes for a block of HTML.
+        lines = ["", *TABLES[match["name"]](), "", match["end"]]
+        return match["begin"] + "\n".join(lines)
 
     return _MARKED.sub(replace, text)
 
