@@ -28,7 +28,7 @@ QUICK = ["+experiment=cnn", "+debug=quick", "trainer.accelerator=cpu", "test=fal
 TIMED = ("second", "(ms)", "fraction")
 
 needs_optuna = pytest.mark.skipif(
-    find_spec("hydra_plugins.hydra_optuna_sweeper") is None, reason="needs pip install 'lightkit[sweep]'"
+    find_spec("hydra_plugins.hydra_optuna_sweeper") is None, reason="needs the extra sweep"
 )
 
 

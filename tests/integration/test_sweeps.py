@@ -21,7 +21,7 @@ OPTUNA = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "+hydra.sweeper.sa
 GRID = ["hydra/sweeper=optuna", "hydra/sweeper/sampler=grid"]
 
 needs_optuna = pytest.mark.skipif(
-    find_spec("hydra_plugins.hydra_optuna_sweeper") is None, reason="needs pip install 'lightkit[sweep]'"
+    find_spec("hydra_plugins.hydra_optuna_sweeper") is None, reason="needs the extra sweep"
 )
 
 
@@ -140,6 +140,4 @@ def test_without_optuna(tmp_path):
     )
     assert result.returncode == 1
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert errors == [
-        "error: hydra/sweeper=optuna needs a package that is not installed: pip install 'lightkit[sweep]'"
-    ]
+    assert errors == ["error: hydra/sweeper=optuna needs a package that is not installed: pip install -e '.[sweep]'"]

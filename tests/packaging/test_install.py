@@ -204,7 +204,7 @@ def test_wheel_contents(distributions: dict[str, Path], kind: str) -> None:
             }
             packed = {name: wheel.read(name) for name in entries if name.startswith(f"lightkit/{folder}/")}
             assert packed == expected
-    assert {name.partition("/")[0].partition("-")[0] for name in entries} == {"lightkit"}
+    assert {name.partition("/")[0].partition("-")[0] for name in entries} == {"lightkit", "lightkit_train"}
     assert not [name for name in entries if name.endswith((".pyc", ".so", ".o")) or "__pycache__" in name]
     symlink = 0o120000
     assert not [name for name, entry in entries.items() if (entry.external_attr >> 16) & 0o170000 == symlink]
