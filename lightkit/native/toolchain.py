@@ -26,8 +26,8 @@ CUDA_FLAGS = ("-std=c++17", "-O3", "-lineinfo", "--expt-relaxed-constexpr", "-Xc
 
 # The units that take longer than others to compile, the slowest first: two cores then end at about the same time.
 _SLOWEST_UNITS = (
-    *("ops/common", "bindings.cpp", "kernels/cpu/linear_cross_entropy.cpp"),
-    *("ops/cross_entropy", "ops/layer_chain", "ops/linear_cross_entropy", "ops/optim"),
+    *("ops/common", "kernels/cpu/layer_chain", "bindings.cpp", "kernels/cpu/linear_cross_entropy"),
+    *("ops/cross_entropy", "ops/linear_cross_entropy", "ops/layer_chain", "ops/optim"),
 )
 
 # What LIGHTKIT_NATIVE_SANITIZE may name: the sanitizers that work in a library that Python loads.

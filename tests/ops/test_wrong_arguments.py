@@ -62,7 +62,7 @@ def linear_values() -> dict[str, Any]:
         "weight_wanted": True,
         "bias_wanted": False,
         "grad_loss": torch.ones(()),
-        "rows_known": torch.zeros(3, 4),
+        "row_statistics": torch.zeros(3, 4),
     }
 
 
@@ -160,8 +160,8 @@ def test_linear_cross_entropy(name, changes, error, message) -> None:
     [
         ({"grad_loss": torch.ones(4)}, "grad_loss must be floating point and have the shape of the loss"),
         ({"grad_loss": torch.ones((), dtype=torch.int64)}, "grad_loss must be floating point"),
-        ({"rows_known": torch.zeros(3, 5)}, "rows_known must be what the forward pass returned"),
-        ({"rows_known": torch.zeros(3, 4, dtype=torch.float64)}, "rows_known must be what the forward pass returned"),
+        ({"row_statistics": torch.zeros(3, 5)}, "row_statistics must be what the forward pass returned"),
+        ({"row_statistics": torch.zeros(3, 4, dtype=torch.float64)}, "row_statistics must be what the forward pass returned"),
         ({"bias_wanted": True}, "bias_wanted must be False"),
         ({"target": torch.zeros(5, dtype=torch.int64)}, "the target must have shape"),
     ],
@@ -180,7 +180,7 @@ def test_linear_cross_entropy_backward_without_rows(dtype, reduction) -> None:
     values = linear_values()
     changes = {"hidden": torch.randn(0, 3, dtype=dtype), "linear_weight": torch.randn(5, 3, dtype=dtype)}
     changes |= {"target": torch.zeros(0, dtype=torch.int64), "reduction": reduction}
-    changes["rows_known"] = torch.zeros(3, 0, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    changes["row_statistics"] = torch.zeros(3, 0, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     changes["grad_loss"] = torch.ones(0 if reduction == 0 else (), dtype=dtype)
     of_hidden, of_weight, _ = called("_linear_cross_entropy_backward", values, **changes)
     assert of_hidden.shape == (0, 3) and not of_weight.any()

@@ -44,7 +44,7 @@ Tensor full(at::IntArrayRef sizes, double value, const at::TensorOptions& option
 
 Tensor pooled_empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
   const size_t bytes = c10::multiply_integers(sizes) * options.dtype().itemsize();
-  if (bytes < kLeastPooledBytes) {
+  if (bytes < kMinPooledBytes) {
     return at::empty(sizes, options);
   }
   const PooledBuffer buffer = take_buffer(bytes);

@@ -1,12 +1,12 @@
 // The step plan of lightkit.optim.SGD.
 #pragma once
 
-#include "../../kernels/sgd.h"
+#include "../../kernels/optim/sgd.h"
 #include "step_plan.h"
 
 namespace lightkit {
 
-// Updates tensors that all lie on one GPU, on its current stream.
+// Updates parameters on one GPU, on its current stream.
 void sgd_cuda(const std::vector<SgdTensor>& tensors, c10::Device device);
 
 struct SgdAlgorithm {
