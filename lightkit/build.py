@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from lightkit.lifetime import run_as_process
-from lightkit.native import archive, cache, compile, toolchain
+from lightkit.native import archive, builder, cache, toolchain
 
 
 def report(library) -> str:
@@ -50,12 +50,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.check_cuda:
-            for name in compile.check_cuda():
+            for name in builder.check_cuda():
                 print(f"compiles: {name}")
         elif options.source is not None:
             print(report(archive.install(options.source)))
         else:
-            library = compile.build()
+            library = builder.build()
             print(report(library))
             if options.archive is not None:
                 archive.write(library, options.archive)

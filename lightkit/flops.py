@@ -101,7 +101,7 @@ class FlopCounter:
 class _Counting(TorchDispatchMode):
     """Shows a `FlopCounter` each operation that runs on a device, below autograd."""
 
-    # For code that does something else where it is watched: see `lightkit.ops.substitute`.
+    # For code that does something else where it is watched: see `lightkit.ops.patch`.
     only_watches = True
     supports_higher_order_operators = True
 

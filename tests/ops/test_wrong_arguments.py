@@ -69,7 +69,7 @@ def linear_values() -> dict[str, Any]:
 def chain_values() -> dict[str, Any]:
     input, weights, biases = torch.randn(2, 3, 6, 6), [torch.randn(4, 3, 3, 3), torch.randn(2, 16)], [None, None]
     settings = [0, 0, 1, 1, 0, 0, 0, 0]
-    output, activations, index = op("_layer_chain_forward")(input, weights, biases, settings, True)
+    output, activations, argmax = op("_layer_chain_forward")(input, weights, biases, settings, True)
     return {
         "input": input,
         "weights": weights,
@@ -161,7 +161,10 @@ def test_linear_cross_entropy(name, changes, error, message) -> None:
         ({"grad_loss": torch.ones(4)}, "grad_loss must be floating point and have the shape of the loss"),
         ({"grad_loss": torch.ones((), dtype=torch.int64)}, "grad_loss must be floating point"),
         ({"row_statistics": torch.zeros(3, 5)}, "row_statistics must be what the forward pass returned"),
-        ({"row_statistics": torch.zeros(3, 4, dtype=torch.float64)}, "row_statistics must be what the forward pass returned"),
+        (
+            {"row_statistics": torch.zeros(3, 4, dtype=torch.float64)},
+            "row_statistics must be what the forward pass returned",
+        ),
         ({"bias_wanted": True}, "bias_wanted must be False"),
         ({"target": torch.zeros(5, dtype=torch.int64)}, "the target must have shape"),
     ],
@@ -245,13 +248,13 @@ def test_layer_chain_backward_on_mixed_devices() -> None:
 
 @pytest.mark.parametrize("pool", [False, True])
 def test_layer_chain_backward_of_any_index(pool) -> None:
-    """Whatever bytes are in the index, gradients are read and written within their memory."""
+    """Whatever bytes are in the argmax, gradients are read and written within their memory."""
     generator = torch.Generator().manual_seed(0)
     for channels, out_channels in [(1, 3), (3, 16), (16, 33)]:
         input, weights = torch.randn(2, channels, 6, 6), [torch.randn(out_channels, channels, 3, 3)]
         settings = [1, 1, 1, int(pool)]
-        output, activations, index = op("_layer_chain_forward")(input, weights, [None], settings, True)
-        for wrong in (torch.full_like(index, 255), torch.randint(0, 256, index.shape, generator=generator).byte()):
+        output, activations, argmax = op("_layer_chain_forward")(input, weights, [None], settings, True)
+        for wrong in (torch.full_like(argmax, 255), torch.randint(0, 256, argmax.shape, generator=generator).byte()):
             arguments = (torch.ones_like(output), input, weights, activations, wrong, settings, [1, 1, 1])
             assert op("_layer_chain_backward")(*arguments)[0].shape == input.shape
 

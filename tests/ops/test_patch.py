@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightkit
 from lightkit.flops import FlopCounter
-from lightkit.ops import substitute, substitute_cross_entropy
+from lightkit.ops import patch, patch_cross_entropy
 
 KEPT = {"attribute": F.cross_entropy, "partial": functools.partial(F.cross_entropy, reduction="sum")}
 
@@ -36,7 +36,7 @@ def calls(monkeypatch):
         seen.append(arguments)
         return lightkit.ops.cross_entropy(*arguments)
 
-    monkeypatch.setattr(substitute, "cross_entropy", recorded)
+    monkeypatch.setattr(patch, "cross_entropy", recorded)
     return seen
 
 
@@ -56,8 +56,8 @@ def test_every_way_to_the_function(function, calls):
     logits, target = problem()
     expected = function(logits, target)
     (expected_gradient,) = torch.autograd.grad(expected, logits)
-    with substitute_cross_entropy():
-        with substitute_cross_entropy():
+    with patch_cross_entropy():
+        with patch_cross_entropy():
             loss = function(logits, target)
         assert len(calls) == 1
         (gradient,) = torch.autograd.grad(function(logits, target), logits)
@@ -86,7 +86,7 @@ def test_arguments_arrive(options, autocast, calls):
     options = options | ({} if weight is None else {"weight": weight.to(logits.dtype)})
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         expected = F.cross_entropy(logits, target, **options)
-        with substitute_cross_entropy():
+        with patch_cross_entropy():
             loss = F.cross_entropy(input=logits, target=target, **options)
     assert len(calls) == 1 and loss.dtype == expected.dtype
     torch.testing.assert_close(loss, expected)
@@ -136,7 +136,7 @@ def test_calls_that_stay_torchs(calls):
     ]
     for case in cases:
         expected = case()
-        with substitute_cross_entropy():
+        with patch_cross_entropy():
             torch.testing.assert_close(case(), expected)
     assert calls == []
 
@@ -144,7 +144,7 @@ def test_calls_that_stay_torchs(calls):
 def test_modes(calls):
     """A mode sees torch's function, the one object, and torch's operators; the kernel runs below the former."""
     logits, target = problem()
-    with substitute_cross_entropy():
+    with patch_cross_entropy():
         with SeesFunctions() as functions:
             F.cross_entropy(logits, target)
         assert functions.seen == [F.cross_entropy] and len(calls) == 1
@@ -158,7 +158,7 @@ def test_a_mode_that_only_watches(calls):
     logits, target = problem()
     # It does not watch where torch.compile is in use.
     torch._dynamo.reset()
-    with substitute_cross_entropy(), FlopCounter() as counter:
+    with patch_cross_entropy(), FlopCounter() as counter:
         F.cross_entropy(logits, target).backward()
         assert len(calls) == 1 and counter.total == 0
         with SeesOperators():
@@ -178,7 +178,7 @@ def test_compiled_before_and_within(calls):
     compiled = torch.compile(lambda x: F.cross_entropy(x * 2, target), backend=backend, fullgraph=True)
     for _ in range(3):
         compiled(logits)
-        with substitute_cross_entropy():
+        with patch_cross_entropy():
             compiled(logits)
     # torch.compile notices that the function's code is another, and keeps a graph of the same content for each.
     assert len(graphs) == 2
@@ -188,7 +188,7 @@ def test_compiled_before_and_within(calls):
 @pytest.mark.parametrize("name", KEPT)
 def test_pickles_by_its_name(name):
     """The function, and what holds it, is pickled within the context, and found outside as torch's."""
-    with substitute_cross_entropy():
+    with patch_cross_entropy():
         pickled = pickle.dumps(KEPT[name])
     assert b"lightkit" not in pickled
     found = pickle.loads(pickled)
@@ -212,7 +212,7 @@ def test_errors_are_of_torchs_types():
     for arguments in wrong:
         with pytest.raises(Exception) as expected:
             F.cross_entropy(*arguments)
-        with substitute_cross_entropy(), pytest.raises(Exception) as raised:
+        with patch_cross_entropy(), pytest.raises(Exception) as raised:
             F.cross_entropy(*arguments)
         assert isinstance(raised.value, expected.type) or raised.type in (ValueError, IndexError), arguments
 
@@ -220,7 +220,7 @@ def test_errors_are_of_torchs_types():
 def test_undone_by_an_exception():
     """An error within the context leaves torch's code behind."""
     code = F.cross_entropy.__code__
-    with pytest.raises(KeyError), substitute_cross_entropy():
+    with pytest.raises(KeyError), patch_cross_entropy():
         assert F.cross_entropy.__code__ is not code
         raise KeyError
     assert F.cross_entropy.__code__ is code
@@ -231,7 +231,7 @@ def test_somebody_elses_function_is_left_alone(monkeypatch):
     monkeypatch.setattr(F, "cross_entropy", nn.functional.nll_loss)
     with (
         pytest.raises(RuntimeError, match=r"it has been replaced by torch\.nn\.functional\.nll_loss"),
-        substitute_cross_entropy(),
+        patch_cross_entropy(),
     ):
         pass
 
@@ -265,7 +265,7 @@ def test_every_product_of_dtypes(input_dtype, autocast):
     with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
         for target, weight, chosen in itertools.product(targets, weights, options):
             expected = seen_of(logits, target, weight, **chosen)
-            with substitute_cross_entropy():
+            with patch_cross_entropy():
                 seen = seen_of(logits, target, weight, **chosen)
             assert seen == expected, (target.dtype, None if weight is None else weight.dtype, chosen)
 
@@ -294,7 +294,7 @@ def test_layouts_and_empty_inputs(layout):
     for target, reduction, smoothing in itertools.product(targets, ("none", "mean", "sum"), (0.0, 0.1)):
         options = {"reduction": reduction, "label_smoothing": smoothing}
         expected = seen_of(logits, target, None, **options)
-        with substitute_cross_entropy():
+        with patch_cross_entropy():
             assert seen_of(logits, target, None, **options) == expected, options
         if isinstance(expected, type):
             with pytest.raises(expected):

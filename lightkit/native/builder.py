@@ -1,4 +1,4 @@
-"""Compiles csrc/ with ninja."""
+"""Builds the native library from csrc/ with ninja."""
 
 from __future__ import annotations
 
@@ -20,21 +20,23 @@ _ANNOUNCEMENT = "lightkit: compiling the native kernels, once for this torch and
 
 
 def start() -> BackgroundWork:
-    """Begins to find or to compile the library for this torch and this machine; `result()` waits for its path."""
+    """Starts to find or to compile the library for this torch and this machine; `result()` waits for its path."""
     return BackgroundWork(_find_or_build, _ANNOUNCEMENT)
 
 
 def build() -> Path:
-    """Returns the library for this torch and this machine, compiled now unless an intact one is in the cache.
+    """Returns the library for this torch and this machine; compiles it unless an intact one is in the cache.
 
-    Raises `ToolchainError` or `CacheError` where it cannot be built.
+    Raises:
+        ToolchainError: a compiler, a header or ninja is missing, or the sources do not compile.
+        CacheError: the cache cannot be used.
     """
     return start().result()
 
 
 @contextmanager
 def _locked_cache(control: Control) -> Iterator[tuple[Path, int]]:
-    """The cache directory, while this process is the one that builds, and the descriptor of its lock."""
+    """Holds the builder's lock; yields the cache directory and the lock's descriptor."""
     directory = cache.make_root()
     try:
         with cache.builder_lock(directory, control.check) as lock:
@@ -51,22 +53,22 @@ def _find_or_build(control: Control) -> Path:
 
 def _build(directory: Path, lock: int, control: Control) -> Path:
     compiler = toolchain.require_compiler()
-    made_for = target.resolve(compiler, directory)
+    built_for = target.resolve(compiler, directory)
     cuda, reason = toolchain.find_cuda()
     with cache.work_directory(directory) as work:
         library = work / f"{toolchain.MODULE_NAME}.so"
         units = toolchain.units(toolchain.sources(cuda is not None))
-        run_ninja(work, lock, ninja_file(compiler, made_for, cuda, units, library.name), len(units) + 1, control)
+        run_ninja(work, lock, ninja_file(compiler, built_for, cuda, units, library.name), len(units) + 1, control)
         architectures = ", ".join(f"sm_{a}" for a in cuda.architectures) if cuda else ""
         manifest = {
             "base_key": target.base_key(),
             "torch": torch.__version__,
             "python": target.python_abi(),
             "compiler": toolchain.compiler_version(compiler),
-            "flags": [*toolchain.common_flags(cuda is not None), *made_for.flags],
-            "march": made_for.march,
-            "instructions": list(made_for.instructions),
-            "simd": made_for.simd,
+            "flags": [*toolchain.common_flags(cuda is not None), *built_for.flags],
+            "march": built_for.march,
+            "instructions": list(built_for.instructions),
+            "simd": built_for.simd,
             "cuda": f"nvcc {cuda.version} for {architectures}" if cuda else f"none: {reason}",
             "seconds": round(control.progress.seconds, 1),
         }
@@ -74,9 +76,10 @@ def _build(directory: Path, lock: int, control: Control) -> Path:
 
 
 def check_cuda(architectures: tuple[str, ...] = toolchain.DEFAULT_CUDA_ARCHITECTURES) -> list[str]:
-    """Compiles every CUDA kernel and its glue, without linking, on a machine that need not have a GPU.
+    """Compiles every CUDA source and does not link; the machine needs no GPU. Returns the names of the sources.
 
-    Returns the names of the compiled sources. Raises `ToolchainError` without nvcc or if one fails.
+    Raises:
+        ToolchainError: there is no nvcc, or a source does not compile.
     """
     cuda, reason = toolchain.find_nvcc()
     if cuda is None:
@@ -87,7 +90,7 @@ def check_cuda(architectures: tuple[str, ...] = toolchain.DEFAULT_CUDA_ARCHITECT
 
     def work(control: Control) -> None:
         with _locked_cache(control) as (directory, lock), cache.work_directory(directory) as place:
-            # A CPU build of torch has the CUDA headers but for one that its own build would have generated.
+            # A CPU build of torch has all CUDA headers except one, which torch's own build generates.
             extra = () if torch.version.cuda else ("-DC10_USING_CUSTOM_GENERATED_MACROS",)
             units = toolchain.units(cuda_sources)
             rules = ninja_file(compiler, target.resolve(compiler, directory), cuda, units, None, extra)
@@ -99,12 +102,12 @@ def check_cuda(architectures: tuple[str, ...] = toolchain.DEFAULT_CUDA_ARCHITECT
 
 
 def _escape(text: str | os.PathLike) -> str:
-    """A path or flag as ninja reads it."""
+    """Escapes a path or flag for ninja."""
     return re.sub(r"([$ :])", r"$\1", os.fspath(text))
 
 
 def _shell(*words: str) -> str:
-    """Words of a command as ninja hands them to the shell."""
+    """Quotes the words of a command for the shell, and escapes them for ninja."""
     return " ".join(
         "'" + word.replace("'", "'\\''") + "'" if re.search(r"[^\w@%+=:,./-]", word) else word for word in words
     ).replace("$", "$$")
@@ -112,15 +115,15 @@ def _shell(*words: str) -> str:
 
 def ninja_file(
     compiler: tuple[str, ...],
-    made_for: target.Target,
+    built_for: target.Target,
     cuda: toolchain.CudaToolchain | None,
     units: list[toolchain.Unit],
     library: str | None,
     extra_flags: tuple[str, ...] = (),
 ) -> str:
-    """The build: one object a unit, and ``library`` of them all if it is named."""
+    """Returns the rules of a build: one object for each unit, and ``library`` of all objects unless it is None."""
     includes = toolchain.include_flags(cuda)
-    flags = [*toolchain.common_flags(cuda is not None), *made_for.flags, *extra_flags]
+    flags = [*toolchain.common_flags(cuda is not None), *built_for.flags, *extra_flags]
     cxx = _shell(*compiler, *flags, *includes)
     lines = [
         "rule cxx",
@@ -158,27 +161,27 @@ def _ninja() -> str:
 
 
 def run_ninja(work: Path, lock: int, rules: str, steps: int, control: Control) -> None:
-    """Runs a build of so many steps in ``work``."""
+    """Runs a build of ``steps`` steps in ``work``."""
     (work / "build.ninja").write_text(rules)
     jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
     progress = control.progress
     progress.started = time.monotonic()
     progress.total = steps
     command = [_ninja(), "-C", os.fspath(work), *jobs]
-    said = []
+    output: list[str] = []
     with control.run(command, work, lock, {**os.environ, "NINJA_STATUS": "[%f/%t] "}) as process:
         for line in process.stdout:
-            said.append(line)
+            output.append(line)
             if done := re.match(r"\[(\d+)/\d+\]", line):
                 progress.done = int(done[1])
     control.check()
     if process.returncode != 0:
-        raise toolchain.ToolchainError("the native kernels do not compile:\n" + _errors("".join(said)))
+        raise toolchain.ToolchainError("the native kernels do not compile:\n" + _errors("".join(output)))
     progress.seconds = time.monotonic() - progress.started
 
 
 def _errors(output: str, limit: int = 20) -> str:
-    """The lines of a compiler's output that tell why it failed."""
+    """Returns the lines of a compiler's output that tell why it failed."""
     lines = output.splitlines()
     errors = [line for line in lines if re.search(r"\berror\b|undefined reference|No space left|Killed", line)]
     return "\n".join((errors or lines)[:limit])

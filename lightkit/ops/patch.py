@@ -1,4 +1,4 @@
-"""lightkit's cross-entropy behind the name of torch's, for code that knows nothing of lightkit."""
+"""A patch of :func:`torch.nn.functional.cross_entropy`, for code that does not call lightkit."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ _threads: Counter[int] = Counter()
 
 
 @contextmanager
-def substitute_cross_entropy() -> Iterator[None]:
-    """Within it, :func:`torch.nn.functional.cross_entropy` runs on lightkit's kernels in this thread.
+def patch_cross_entropy() -> Iterator[None]:
+    """Patches :func:`torch.nn.functional.cross_entropy` in this thread, so that it runs on lightkit's kernels.
 
-    However the function came to its caller: as an attribute of `torch.nn.functional`, imported by name, kept in
-    an attribute or a `functools.partial`, or through :class:`torch.nn.CrossEntropyLoss`. Calls that the kernels
-    do not cover, and those under torch.compile, torch.func, tracing or a dispatch mode, stay torch's. What
-    torch.compile has compiled before is compiled once more. `torch.jit.script` cannot compile the function
-    meanwhile. Contexts may be nested.
+    The patch reaches every reference to the function: an attribute of `torch.nn.functional`, an import by name, an
+    attribute or a `functools.partial` that keeps it, :class:`torch.nn.CrossEntropyLoss`. Calls that the kernels do not
+    take stay torch's, and so do calls under torch.compile, torch.func, tracing or a dispatch mode. torch.compile
+    compiles again what it compiled before. `torch.jit.script` cannot compile the patched function. Contexts may be
+    nested.
 
     Raises:
-        RuntimeError: there is an `obstacle`.
+        RuntimeError: the function cannot be patched: see `unsupported_reason`.
     """
-    # What changes is the code of the function, not the name in its module: an object that is not found under its
-    # own name can no longer be pickled, and checkpoints with `loss=F.cross_entropy` among the hyperparameters
-    # would fail. It also reaches every reference, wherever it is kept.
-    if (cause := obstacle()) is not None:
-        raise RuntimeError(f"torch.nn.functional.cross_entropy cannot be substituted: {cause}")
+    # The patch changes the code of the function, not the name in its module: pickle rejects an object that is not found
+    # under its own name, so that checkpoints with `loss=F.cross_entropy` among the hyperparameters would fail. A new
+    # code also reaches every reference.
+    if (reason := unsupported_reason()) is not None:
+        raise RuntimeError(f"torch.nn.functional.cross_entropy cannot be patched: {reason}")
     thread = threading.get_ident()
     with _lock:
         _threads[thread] += 1
@@ -58,8 +58,8 @@ def substitute_cross_entropy() -> Iterator[None]:
                 _function.__code__ = _torch_cross_entropy.__code__
 
 
-def obstacle() -> str | None:
-    """Why torch's function cannot be substituted, or None."""
+def unsupported_reason() -> str | None:
+    """Returns why torch's function cannot be patched, or None."""
     if F.cross_entropy is not _function:
         module, name = getattr(F.cross_entropy, "__module__", "?"), getattr(F.cross_entropy, "__qualname__", "?")
         return f"it has been replaced by {module}.{name}"
@@ -69,17 +69,17 @@ def obstacle() -> str | None:
 
 
 def _entrance(
-    input,
-    target,
-    weight=None,
-    size_average=None,
-    ignore_index=-100,
-    reduce=None,
-    reduction="mean",
-    label_smoothing=0.0,
-):
-    # Its code runs with the global names of torch.nn.functional, so that it must import what it needs.
-    from lightkit.ops.substitute import _choose
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    # The code runs with the global names of torch.nn.functional, so that it must import what it needs.
+    from lightkit.ops.patch import _choose
 
     return _choose(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
 
@@ -94,9 +94,9 @@ def _choose(
     reduction: str,
     label_smoothing: float,
 ) -> Tensor:
-    # No recursion through the reference, which calls torch's function: where there is a kernel, it is not taken.
+    # The reference calls torch's function. There is no recursion: a call with a kernel does not take the reference.
     if (
-        # What torch.compile sees stays torch's: a compiled graph outlives this context.
+        # torch.compile sees torch's function: a compiled graph outlives the context.
         not torch.compiler.is_compiling()
         and _in_scope()
         and size_average is None
@@ -104,7 +104,7 @@ def _choose(
         and type(input) in _PLAIN
         and type(target) in _PLAIN
         and (weight is None or type(weight) in _PLAIN)
-        # Modes that watch torch's functions or operators, such as tracers, are to see torch's.
+        # Modes that watch torch's functions or operators, such as tracers, see torch's function.
         and not has_torch_function_variadic(input, target)
         and not _is_dispatched_by_modes()
         and not torch.jit.is_tracing()
@@ -116,35 +116,35 @@ def _choose(
 
 
 def _has_dtypes_of_kernels(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
-    """Returns False for dtypes that torch refuses, and lightkit does not."""
+    """Returns False for dtypes that torch rejects and lightkit accepts."""
     if target.is_floating_point():
         return weight is None or weight.is_floating_point()
     if target.dtype != torch.int64:
         return False
     if weight is None or weight.dtype == input.dtype:
         return True
-    # Autocast makes all of them float32.
+    # Autocast casts all of them to float32.
     return torch.is_autocast_enabled(input.device.type) and {weight.dtype, input.dtype} <= _AUTOCAST
 
 
 def _is_dispatched_by_modes() -> bool:
-    """Whether a mode decides on what operators do; one that only watches, as `lightkit.flops`, sees those that run."""
+    """Returns True if a mode may change operators; one that only watches, as in `lightkit.flops`, may not."""
     if torch._C._len_torch_dispatch_stack() == 0:
         return False
     return not all(getattr(mode, "only_watches", False) for mode in _get_current_dispatch_mode_stack())
 
 
 def _in_scope() -> bool:
-    """Whether this thread is within a context, or may work for one that is."""
+    """Returns True if this thread is within a context, or may work for a thread that is."""
     if threading.get_ident() in _threads:
         return True
-    # Autograd's threads, which Python has not started, recompute what was checkpointed in the forward pass: both
-    # must come from the same kernel. Every other thread is somebody else's.
+    # Autograd's threads, which Python did not start, recompute checkpointed parts of the forward pass: both must run on
+    # the same kernel. Any other thread is not patched.
     return isinstance(threading.current_thread(), threading._DummyThread)
 
 
-def _copy_of_torchs() -> types.FunctionType | None:
-    """A function with the code of torch's, or None if that is not what `_entrance` can take the place of."""
+def _copy_of_torch_function() -> types.FunctionType | None:
+    """Returns a function with torch's code, or None if `_entrance` cannot replace that code."""
     if not isinstance(_function, types.FunctionType):
         return None
     code, own = _function.__code__, _entrance.__code__
@@ -158,4 +158,4 @@ def _parameters(code: types.CodeType) -> tuple[Any, ...]:
 
 
 _function = F.cross_entropy
-_torch_cross_entropy = _copy_of_torchs()
+_torch_cross_entropy = _copy_of_torch_function()
