@@ -78,7 +78,7 @@ def chain_values() -> dict[str, Any]:
         "keep": True,
         "grad_output": torch.ones_like(output),
         "activations": activations,
-        "index": index,
+        "argmax": argmax,
         "wanted": [1] * 5,
     }
 
@@ -222,8 +222,8 @@ def test_layer_chain(name, changes, error, message) -> None:
         ({"grad_output": torch.ones(2, 3)}, "the gradient must have the shape of the output"),
         ({"grad_output": torch.ones(2, 2, dtype=torch.float64)}, "the gradient must be of the dtype"),
         ({"activations": torch.ones(3)}, "be what forward returned, 32 values of Float .* got .*, .3. of Float and"),
-        ({"index": torch.ones(3, dtype=torch.uint8)}, "and 36 of Byte, got .* .3. of Byte"),
-        ({"index": torch.ones(36)}, "and 36 of Byte, got .* .36. of Float"),
+        ({"argmax": torch.ones(3, dtype=torch.uint8)}, "and 36 of Byte, got .* .3. of Byte"),
+        ({"argmax": torch.ones(36)}, "and 36 of Byte, got .* .36. of Float"),
         ({"wanted": [1, 1]}, "`wanted` must have a flag for the input and two for each layer, got 2"),
         ({"wanted": [1, 1, 1, 1, -5]}, "`wanted` must be 0 or 1"),
     ],
