@@ -156,9 +156,11 @@ TORCH_LIBRARY_FRAGMENT(lightkit, m) {
         "int memory_limit) -> (Tensor loss, Tensor lse)");
   m.def("_linear_cross_entropy_forward(" LIGHTKIT_LINEAR_SCHEMA LIGHTKIT_OPTION_SCHEMA
         "int memory_limit, " LIGHTKIT_WANTED_SCHEMA
-        ") -> (Tensor loss, Tensor row_statistics, Tensor hidden_gradient, Tensor weight_gradient, Tensor bias_gradient)");
-  m.def("_linear_cross_entropy_backward(Tensor grad_loss, Tensor row_statistics, " LIGHTKIT_LINEAR_SCHEMA
-        LIGHTKIT_OPTION_SCHEMA "int memory_limit, " LIGHTKIT_WANTED_SCHEMA
+        ") -> (Tensor loss, Tensor row_statistics, "
+        "Tensor hidden_gradient, Tensor weight_gradient, Tensor bias_gradient)");
+  m.def("_linear_cross_entropy_backward(Tensor grad_loss, "
+        "Tensor row_statistics, " LIGHTKIT_LINEAR_SCHEMA LIGHTKIT_OPTION_SCHEMA
+        "int memory_limit, " LIGHTKIT_WANTED_SCHEMA
         ") -> (Tensor hidden_gradient, Tensor weight_gradient, Tensor bias_gradient)");
 
   m.def("layer_chain(Tensor input, Tensor[] weights, Tensor?[] biases, int[] settings) -> Tensor");

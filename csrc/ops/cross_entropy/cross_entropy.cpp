@@ -54,8 +54,8 @@ std::tuple<Tensor, Tensor> cross_entropy_inplace_negative(
     bool with_lse) {
   TORCH_CHECK_VALUE(
       !logits.is_neg(),
-      "cross_entropy: the logits in whose memory the gradient is written must be a tensor without negative bit, got one "
-      "whose is_neg() is True");
+      "cross_entropy: the logits in whose memory the gradient is written must be a tensor without negative bit, "
+      "got one whose is_neg() is True");
   const auto positive_weight = is_there(weight) ? std::optional(weight->resolve_neg()) : std::nullopt;
   return call_cross_entropy_inplace(logits, target.resolve_neg(), positive_weight, LIGHTKIT_OPTION_ARGUMENTS, with_lse);
 }

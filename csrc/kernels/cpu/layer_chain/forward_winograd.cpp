@@ -13,8 +13,9 @@ void ForwardKernel<T>::run_winograd(int64_t images, const T* input, T* output, u
   const int64_t total = images * shape_.positions();
   // The products of a point are a 1x1 convolution over the tiles.
   const Shape product{1, 1, in_channels, shape_.out_channels, 1, 1, false, false};
-  AlignedBuffer<T> inputs(winograd::kPoints * kWinogradTiles * in_channels);         // [kPoints, kWinogradTiles, in_channels]
-  AlignedBuffer<T> products(winograd::kPoints * kWinogradTiles * kVectors * width);  // [kPoints, kWinogradTiles, vectors, width]
+  // [kPoints, kWinogradTiles, in_channels] and [kPoints, kWinogradTiles, vectors, width].
+  AlignedBuffer<T> inputs(winograd::kPoints * kWinogradTiles * in_channels);
+  AlignedBuffer<T> products(winograd::kPoints * kWinogradTiles * kVectors * width);
   alignas(64) const T no_bias[kVectors * width] = {};
   alignas(64) T positions[4 * width];
   OutputCursor cursor(shape_);

@@ -222,11 +222,8 @@ class SparseGradWeight final : public GradWeightKernel<T> {
   }
 
  private:
-  // Computes the gradients of up to kListChannels output channels.
-  void sum_channels(
-      int64_t channel,
-      ChannelLists<T>& lists,
-      T* sums) {  // [kListChannels, kernel_height, padded run]
+  // Computes the gradients of up to kListChannels output channels, in `sums` [kListChannels, kernel_height, padded run].
+  void sum_channels(int64_t channel, ChannelLists<T>& lists, T* sums) {
     const Shape& shape = problem_.shape;
     const int64_t channels = std::min<int64_t>(kListChannels, shape.out_channels - channel);
     const int64_t patch = shape.kernel_height * run_;
