@@ -5,9 +5,9 @@
 
 namespace lightkit {
 
-// The options of torch.optim.Adam. The t-th step updates a parameter p with gradient g (Kingma and Ba, Adam: a method for
-// stochastic optimization, ICLR 2015; decoupled: Loshchilov and Hutter, Decoupled weight decay regularization, ICLR 2019;
-// amsgrad: Reddi et al., On the convergence of Adam and beyond, ICLR 2018):
+// The options of torch.optim.Adam. The t-th step updates a parameter p with gradient g (Kingma and Ba, Adam: a method
+// for stochastic optimization, ICLR 2015; decoupled: Loshchilov and Hutter, Decoupled weight decay regularization, ICLR
+// 2019; amsgrad: Reddi et al., On the convergence of Adam and beyond, ICLR 2018):
 //
 //   g = gradient_factor (maximize ? -g : g)
 //   decoupled ? p = p - lr weight_decay p : g = g + weight_decay p

@@ -30,7 +30,7 @@ struct StepTensor {
   const void* gradient;                        // [numel]
   std::array<void*, Options::kStates> states;  // [numel] each; null for states that the options do not use
   float* master;                               // [numel]: the parameter before it is rounded to half precision; or null
-  void* average;                               // [numel] of the accumulation type (double for double, else float); or null
+  void* average;  // [numel] of the accumulation type (double for double, else float); or null
   int64_t numel;
   ElementType type;        // of parameter and gradient
   int64_t count;           // of the parameter's steps up to this one, if the algorithm counts them on the host
@@ -51,8 +51,8 @@ struct Gradient {
 
 namespace cpu::optim {
 
-// Returns the sum of the squares of all values, in double: NaN or infinite if one of them is. The result does not depend on
-// the number of threads.
+// Returns the sum of the squares of all values, in double: NaN or infinite if one of them is. The result does not
+// depend on the number of threads.
 double square_sum(const std::vector<Gradient>& gradients);
 
 }  // namespace cpu::optim

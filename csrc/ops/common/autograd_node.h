@@ -1,5 +1,5 @@
-// Nodes of the autograd graph for ops that compute their own gradients. torch's headers are left to the .cpp file: a file
-// takes 4 s more to compile with them.
+// Nodes of the autograd graph for ops that compute their own gradients. torch's headers are left to the .cpp file: a
+// file takes 4 s more to compile with them.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -18,8 +18,8 @@ class Backward {
   virtual ~Backward() = default;
   // The name that Python shows.
   virtual const char* name() const = 0;
-  // Returns the gradients of the inputs that `record` was given, undefined for an input without one. `grad_output` may be
-  // undefined. One call runs at a time.
+  // Returns the gradients of the inputs that `record` was given, undefined for an input without one. `grad_output` may
+  // be undefined. One call runs at a time.
   virtual std::vector<at::Tensor> apply(const at::Tensor& grad_output) = 0;
   // Frees the tensors that this object holds, when the graph is freed. The node frees the saved tensors.
   virtual void release() {}
@@ -35,17 +35,16 @@ class Backward {
   GraphNode* node_ = nullptr;
 };
 
-// Records `output` as the result of an op on `inputs`, with `saved` tensors for backward. Raises a NotImplementedError for
-// inputs with forward-mode tangents.
-void record(
-    const at::Tensor& output, std::unique_ptr<Backward> backward, at::TensorList inputs, at::TensorList saved);
+// Records `output` as the result of an op on `inputs`, with `saved` tensors for backward. Raises a NotImplementedError
+// for inputs with forward-mode tangents.
+void record(const at::Tensor& output, std::unique_ptr<Backward> backward, at::TensorList inputs, at::TensorList saved);
 
 // Returns the gradients of `output` with respect to `inputs`, as torch.autograd.grad does.
 std::vector<at::Tensor> differentiate(
     const at::Tensor& output, at::TensorList inputs, const at::Tensor& grad_output, bool create_graph);
 
-// Returns a gradient that forward computed, times the upstream gradient. The result takes the memory of `gradient`, which is
-// then undefined, unless this backward keeps the graph or has a batch of upstream gradients.
+// Returns a gradient that forward computed, times the upstream gradient. The result takes the memory of `gradient`,
+// which is then undefined, unless this backward keeps the graph or has a batch of upstream gradients.
 at::Tensor take_gradient(at::Tensor& gradient, const at::Tensor& upstream);
 
 // Returns true if ops on `tensor` run now on its memory, and are not recorded by a tracer.
@@ -56,8 +55,7 @@ inline bool is_concrete(const at::Tensor& tensor) {
 
 // Returns true if `tensor` is a batch of tensors, of torch.func.vmap or of a backward with is_grads_batched=True.
 inline bool is_batched(const at::Tensor& tensor) {
-  return tensor.key_set().has_any(
-      c10::DispatchKeySet({c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Batched}));
+  return tensor.key_set().has_any(c10::DispatchKeySet({c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Batched}));
 }
 
 }  // namespace lightkit

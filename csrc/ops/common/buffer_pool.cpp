@@ -13,8 +13,8 @@
 namespace lightkit {
 namespace {
 
-// The most bytes and buffers that the pool keeps. Chosen: a step has two large gradients, such as those of logits and of a
-// head.
+// The most bytes and buffers that the pool keeps. Chosen: a step has two large gradients, such as those of logits and
+// of a head.
 constexpr size_t kMaxKept = size_t(1) << 30;
 constexpr size_t kMaxBuffers = 2;
 

@@ -5,9 +5,9 @@
 
 namespace lightkit {
 
-// The first touch of fresh memory takes several times as long as a kernel (benchmarks/results/freed_memory.csv): the system
-// clears every page. So a buffer that is given back serves the next request of about its size. The pool keeps at most two
-// buffers and 1 GiB.
+// The first touch of fresh memory takes several times as long as a kernel (benchmarks/results/freed_memory.csv): the
+// system clears every page. So a buffer that is given back serves the next request of about its size. The pool keeps at
+// most two buffers and 1 GiB.
 struct PooledBuffer {
   void* data;  // [bytes], aligned to a huge page
   size_t bytes;

@@ -55,8 +55,8 @@ inline void check_memory(const char* op, const char* name, const std::optional<a
   }
 }
 
-// Returns the product of some of a tensor's sizes. Raises a ValueError for a product of 2^63 or more, which is possible if
-// another size is 0.
+// Returns the product of some of a tensor's sizes. Raises a ValueError for a product of 2^63 or more, which is possible
+// if another size is 0.
 inline int64_t checked_product(const char* op, at::IntArrayRef sizes) {
   int64_t product = 1;
   bool overflows = false;

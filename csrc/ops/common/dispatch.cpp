@@ -1,5 +1,5 @@
-// The ops at torch's dispatcher: schemas, the functions of each dispatch key, and calls through the dispatcher. Only this
-// file includes the dispatcher's headers, which take 4 s to compile.
+// The ops at torch's dispatcher: schemas, the functions of each dispatch key, and calls through the dispatcher. Only
+// this file includes the dispatcher's headers, which take 4 s to compile.
 
 #include "../cross_entropy/cross_entropy.h"
 #include "../layer_chain/layer_chain.h"
@@ -152,16 +152,19 @@ TORCH_LIBRARY_FRAGMENT(lightkit, m) {
       "bool with_lse) -> (Tensor loss, Tensor lse)");
   m.def("_apply_upstream_(Tensor(a!) gradient, Tensor upstream) -> Tensor(a!)");
 
-  m.def("linear_cross_entropy(" LIGHTKIT_LINEAR_SCHEMA LIGHTKIT_OPTION_SCHEMA
-        "int memory_limit) -> (Tensor loss, Tensor lse)");
-  m.def("_linear_cross_entropy_forward(" LIGHTKIT_LINEAR_SCHEMA LIGHTKIT_OPTION_SCHEMA
-        "int memory_limit, " LIGHTKIT_WANTED_SCHEMA
-        ") -> (Tensor loss, Tensor row_statistics, "
-        "Tensor hidden_gradient, Tensor weight_gradient, Tensor bias_gradient)");
-  m.def("_linear_cross_entropy_backward(Tensor grad_loss, "
-        "Tensor row_statistics, " LIGHTKIT_LINEAR_SCHEMA LIGHTKIT_OPTION_SCHEMA
-        "int memory_limit, " LIGHTKIT_WANTED_SCHEMA
-        ") -> (Tensor hidden_gradient, Tensor weight_gradient, Tensor bias_gradient)");
+  m.def(
+      "linear_cross_entropy(" LIGHTKIT_LINEAR_SCHEMA LIGHTKIT_OPTION_SCHEMA
+      "int memory_limit) -> (Tensor loss, Tensor lse)");
+  m.def(
+      "_linear_cross_entropy_forward(" LIGHTKIT_LINEAR_SCHEMA LIGHTKIT_OPTION_SCHEMA
+      "int memory_limit, " LIGHTKIT_WANTED_SCHEMA
+      ") -> (Tensor loss, Tensor row_statistics, "
+      "Tensor hidden_gradient, Tensor weight_gradient, Tensor bias_gradient)");
+  m.def(
+      "_linear_cross_entropy_backward(Tensor grad_loss, "
+      "Tensor row_statistics, " LIGHTKIT_LINEAR_SCHEMA LIGHTKIT_OPTION_SCHEMA
+      "int memory_limit, " LIGHTKIT_WANTED_SCHEMA
+      ") -> (Tensor hidden_gradient, Tensor weight_gradient, Tensor bias_gradient)");
 
   m.def("layer_chain(Tensor input, Tensor[] weights, Tensor?[] biases, int[] settings) -> Tensor");
   m.def(

@@ -1,4 +1,5 @@
-// Owners of Python objects and of the GIL. pybind11 has them, too, except that a file takes 4 s more to compile with it.
+// Owners of Python objects and of the GIL. pybind11 has them, too, except that a file takes 4 s more to compile with
+// it.
 #pragma once
 
 #include <Python.h>

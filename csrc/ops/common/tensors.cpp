@@ -55,8 +55,7 @@ Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Ten
   return at::linear(input, weight, bias);
 }
 
-Tensor conv2d(
-    const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, at::IntArrayRef padding) {
+Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, at::IntArrayRef padding) {
   return at::conv2d(input, weight, bias, 1, padding);
 }
 

@@ -1,5 +1,5 @@
-// Functions that make tensors and compute with them. A file takes 1.5 s more to compile with torch's own headers for them,
-// and 6 s more with ATen/ATen.h.
+// Functions that make tensors and compute with them. A file takes 1.5 s more to compile with torch's own headers for
+// them, and 6 s more with ATen/ATen.h.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -10,9 +10,7 @@ namespace lightkit {
 
 at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options);
 at::Tensor empty_symint(
-    at::SymIntArrayRef sizes,
-    const at::TensorOptions& options,
-    std::optional<at::MemoryFormat> format = std::nullopt);
+    at::SymIntArrayRef sizes, const at::TensorOptions& options, std::optional<at::MemoryFormat> format = std::nullopt);
 at::Tensor empty_like(
     const at::Tensor& like,
     const at::TensorOptions& options = {},

@@ -1,12 +1,12 @@
 // lightkit::cross_entropy: the Meta kernel and autograd.
 //
-// Training calls lightkit::_cross_entropy_forward with `with_gradient`, which reads the logits once, and writes loss and
-// gradient. backward applies the upstream gradient, and does nothing if that is 1.
+// Training calls lightkit::_cross_entropy_forward with `with_gradient`, which reads the logits once, and writes loss
+// and gradient. backward applies the upstream gradient, and does nothing if that is 1.
 
 #include "../common/autograd_node.h"
 #include "../common/checks.h"
-#include "cross_entropy_checks.h"
 #include "../common/tensors.h"
+#include "cross_entropy_checks.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
@@ -31,8 +31,8 @@ Results cross_entropy_forward_meta(
   const auto sizes = without_classes(logits, logits.sym_sizes());
   const auto loss_options = logits.options().dtype(dtype.value_or(logits.scalar_type()));
   const auto lse_options = logits.options().dtype(accumulation_type(logits.scalar_type()));
-  Tensor loss = options.reduction == Reduction::None ? empty_symint(sizes, loss_options)
-                                                     : empty_symint({}, loss_options);
+  Tensor loss =
+      options.reduction == Reduction::None ? empty_symint(sizes, loss_options) : empty_symint({}, loss_options);
   Tensor lse = with_lse ? empty_symint(sizes, lse_options) : empty_symint({0}, lse_options);
   if (!with_gradient) {
     return {loss, lse, empty_symint({0}, logits.options())};
@@ -84,7 +84,8 @@ Tensor differentiable_gradient(
   const Tensor p = u.softmax(dim);
   std::vector<int64_t> along_classes(logits.dim(), 1);
   along_classes[dim] = -1;
-  const Tensor class_weight = (weight.defined() ? weight.to(type) : full({logits.size(dim)}, 1, z.options())).view(along_classes);
+  const Tensor class_weight =
+      (weight.defined() ? weight.to(type) : full({logits.size(dim)}, 1, z.options())).view(along_classes);
   const Tensor smooth = class_weight * (options.label_smoothing / std::max<double>(1, logits.size(dim)));
 
   Tensor targets;  // hard [c = t] + soft_c
@@ -132,7 +133,9 @@ void check_inplace(const Tensor& logits) {
     reason = "something else holds the memory, such as their detach() or a function that keeps its result for backward";
   }
   TORCH_CHECK_VALUE(
-      reason == nullptr, "cross_entropy: inplace=True cannot give the memory of these logits to their gradient: ", reason);
+      reason == nullptr,
+      "cross_entropy: inplace=True cannot give the memory of these logits to their gradient: ",
+      reason);
 }
 
 class CrossEntropyBackward : public Backward {
@@ -188,8 +191,8 @@ std::tuple<Tensor, Tensor> cross_entropy_with_gradient(
       // Tells functions that saved the logits for their backward that the values are lost.
       logits.unsafeGetTensorImpl()->bump_version();
     } else {
-      std::tie(loss, lse, backward->gradient) =
-          call_cross_entropy_forward(logits, target, weight, LIGHTKIT_OPTION_ARGUMENTS, /*with_gradient=*/true, with_lse);
+      std::tie(loss, lse, backward->gradient) = call_cross_entropy_forward(
+          logits, target, weight, LIGHTKIT_OPTION_ARGUMENTS, /*with_gradient=*/true, with_lse);
     }
   }
   if (inplace) {
@@ -210,8 +213,8 @@ std::tuple<Tensor, Tensor> cross_entropy_below_autograd(
     LIGHTKIT_OPTION_PARAMETERS,
     bool return_lse,
     bool inplace) {
-  auto [loss, lse, gradient] =
-      call_cross_entropy_forward(logits, target, weight, LIGHTKIT_OPTION_ARGUMENTS, /*with_gradient=*/false, return_lse);
+  auto [loss, lse, gradient] = call_cross_entropy_forward(
+      logits, target, weight, LIGHTKIT_OPTION_ARGUMENTS, /*with_gradient=*/false, return_lse);
   return {loss, lse};
 }
 

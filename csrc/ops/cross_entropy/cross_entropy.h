@@ -14,7 +14,7 @@ namespace lightkit {
 enum class Reduction : int64_t { None = 0, Mean = 1, Sum = 2 };
 
 // The options of the loss, in the order of the schemas.
-#define LIGHTKIT_OPTION_PARAMETERS                                                               \
+#define LIGHTKIT_OPTION_PARAMETERS                                                                \
   int64_t reduction, int64_t ignore_index, double label_smoothing, double z_loss, double softcap, \
       std::optional<at::ScalarType> dtype
 #define LIGHTKIT_OPTION_ARGUMENTS reduction, ignore_index, label_smoothing, z_loss, softcap, dtype
@@ -24,7 +24,7 @@ struct CrossEntropyOptions {
   int64_t ignore_index;
   double label_smoothing;
   double z_loss;
-  double softcap;                     // 0 for none
+  double softcap;                       // 0 for none
   std::optional<at::ScalarType> dtype;  // of the loss; by default that of the logits
 };
 
@@ -41,7 +41,7 @@ struct CrossEntropyProblem {
   at::Tensor smooth;         // [classes]: label_smoothing / classes * weight, on a CPU; or undefined
   int64_t rows;
   int64_t classes;
-  int64_t inner;             // 1 if the classes are the last dimension in memory
+  int64_t inner;  // 1 if the classes are the last dimension in memory
 };
 
 // Returns double for double, else float.
@@ -70,8 +70,8 @@ struct CrossEntropyDevice {
   int64_t max_strided_classes;  // of logits whose classes are not the last dimension
 };
 
-// The ops. Each has a signature, a function for every dispatch key that dispatch.cpp registers, and a function call_... that
-// calls it through torch's dispatcher.
+// The ops. Each has a signature, a function for every dispatch key that dispatch.cpp registers, and a function call_...
+// that calls it through torch's dispatcher.
 
 // lightkit::cross_entropy returns loss and lse.
 using CrossEntropyOp = std::tuple<at::Tensor, at::Tensor>(

@@ -1,9 +1,9 @@
 // lightkit::cross_entropy on a CPU: checks of the targets, memory, and the kernel.
 
 #include "../../kernels/cpu/cross_entropy/cross_entropy.h"
-#include "cross_entropy.h"
 #include "../common/checks.h"
 #include "../common/tensors.h"
+#include "cross_entropy.h"
 
 #include <c10/util/SmallBuffer.h>
 
@@ -127,7 +127,10 @@ std::tuple<Tensor, Tensor> run(
   if (!reduced) {
     return {row_losses.view(loss_sizes(logits)).to(loss_type), lse};
   }
-  return {scalar(ordered_sum(summands.data(), summands.size()) / (mean ? denominator : 1), logits.options().dtype(loss_type)), lse};
+  return {
+      scalar(
+          ordered_sum(summands.data(), summands.size()) / (mean ? denominator : 1), logits.options().dtype(loss_type)),
+      lse};
 }
 
 std::tuple<Tensor, Tensor> dispatch(
@@ -159,8 +162,7 @@ Results cross_entropy_forward_cpu(
     LIGHTKIT_OPTION_PARAMETERS,
     bool with_gradient,
     bool with_lse) {
-  return run_forward(
-      kDevice, logits, target, weight, make_options(LIGHTKIT_OPTION_ARGUMENTS), with_gradient, with_lse);
+  return run_forward(kDevice, logits, target, weight, make_options(LIGHTKIT_OPTION_ARGUMENTS), with_gradient, with_lse);
 }
 
 std::tuple<Tensor, Tensor> cross_entropy_inplace_cpu(

@@ -2,8 +2,8 @@
 
 #include "../common/checks.h"
 #include "../common/element_type.h"
-#include "cross_entropy.h"
 #include "../common/tensors.h"
+#include "cross_entropy.h"
 
 #include "../../kernels/cuda/cross_entropy/cross_entropy.h"
 
@@ -84,8 +84,7 @@ Results cross_entropy_forward_cuda(
     bool with_gradient,
     bool with_lse) {
   const c10::cuda::CUDAGuard guard(logits.device());
-  return run_forward(
-      kDevice, logits, target, weight, make_options(LIGHTKIT_OPTION_ARGUMENTS), with_gradient, with_lse);
+  return run_forward(kDevice, logits, target, weight, make_options(LIGHTKIT_OPTION_ARGUMENTS), with_gradient, with_lse);
 }
 
 std::tuple<Tensor, Tensor> cross_entropy_inplace_cuda(
@@ -114,14 +113,15 @@ Tensor& apply_upstream_cuda(Tensor& gradient, const Tensor& upstream) {
   const c10::cuda::CUDAGuard guard(gradient.device());
   const auto acc_type = accumulation_type(gradient.scalar_type());
   const Tensor factor = upstream.to(acc_type).contiguous();
-  C10_CUDA_CHECK(cuda::cross_entropy::scale_rows(
-      gradient.mutable_data_ptr(),
-      element_type(gradient.scalar_type()).value(),
-      rows,
-      gradient.numel() / std::max<int64_t>(rows, 1),
-      factor.const_data_ptr(),
-      /*per_row=*/factor.numel() != 1,
-      c10::cuda::getCurrentCUDAStream()));
+  C10_CUDA_CHECK(
+      cuda::cross_entropy::scale_rows(
+          gradient.mutable_data_ptr(),
+          element_type(gradient.scalar_type()).value(),
+          rows,
+          gradient.numel() / std::max<int64_t>(rows, 1),
+          factor.const_data_ptr(),
+          /*per_row=*/factor.numel() != 1,
+          c10::cuda::getCurrentCUDAStream()));
   return gradient;
 }
 

@@ -1,8 +1,8 @@
 // Checks, layout and shapes of cross-entropy around the kernel of a device.
 
 #include "../common/checks.h"
-#include "cross_entropy_checks.h"
 #include "../common/tensors.h"
+#include "cross_entropy_checks.h"
 
 namespace lightkit {
 
@@ -25,7 +25,10 @@ void check_loss_dtype(const char* op, const CrossEntropyOptions& options) {
 }
 
 void check_arguments(
-    const Tensor& logits, const Tensor& target, const std::optional<Tensor>& weight, const CrossEntropyOptions& options) {
+    const Tensor& logits,
+    const Tensor& target,
+    const std::optional<Tensor>& weight,
+    const CrossEntropyOptions& options) {
   TORCH_CHECK_VALUE(logits.dim() >= 1, "cross_entropy: the logits must have at least one dimension, got a scalar");
   TORCH_CHECK(
       at::isFloatingType(logits.scalar_type()) && logits.element_size() > 1,
@@ -61,7 +64,9 @@ void check_arguments(
       logits.device());
   const auto reduction = static_cast<int64_t>(options.reduction);
   TORCH_CHECK_VALUE(
-      reduction >= 0 && reduction <= 2, "cross_entropy: reduction must be 0 (none), 1 (mean) or 2 (sum), got ", reduction);
+      reduction >= 0 && reduction <= 2,
+      "cross_entropy: reduction must be 0 (none), 1 (mean) or 2 (sum), got ",
+      reduction);
   TORCH_CHECK(
       options.label_smoothing >= 0.0 && options.label_smoothing <= 1.0,
       "cross_entropy: label_smoothing must be between 0.0 and 1.0, got ",
@@ -99,8 +104,8 @@ Tensor as_rows(const Tensor& tensor, int64_t rows, int64_t classes) {
   return tensor.movedim(class_dim(tensor), -1).reshape({rows, classes}).contiguous();
 }
 
-// Checks the arguments as torch.nn.functional.cross_entropy does, and lays them out. An input [N, C, d1, ...] is not copied
-// if it is contiguous and has at most `max_strided_classes` classes, or if its classes are last in memory.
+// Checks the arguments as torch.nn.functional.cross_entropy does, and lays them out. An input [N, C, d1, ...] is not
+// copied if it is contiguous and has at most `max_strided_classes` classes, or if its classes are last in memory.
 CrossEntropyProblem make_problem(
     const Tensor& logits,
     const Tensor& target,
@@ -170,8 +175,7 @@ Results run_forward(
   const auto problem = make_problem(logits, target, weight, options, device.max_strided_classes);
   const Tensor gradient = with_gradient ? device.empty_like(problem.logits) : Tensor();
   auto [loss, lse] = device.run(problem, logits, options, gradient, with_lse);
-  return {
-      loss, lse, with_gradient ? as_logits_shaped(gradient, problem, logits) : empty({0}, logits.options())};
+  return {loss, lse, with_gradient ? as_logits_shaped(gradient, problem, logits) : empty({0}, logits.options())};
 }
 
 std::tuple<Tensor, Tensor> run_forward_inplace(

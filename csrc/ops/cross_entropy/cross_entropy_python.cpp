@@ -1,12 +1,12 @@
-// A fast path from Python to lightkit::cross_entropy for plain tensors. torch.ops calls the same op, except that the checks
-// in Python and the match of eleven arguments with the schema take longer than a small loss.
+// A fast path from Python to lightkit::cross_entropy for plain tensors. torch.ops calls the same op, except that the
+// checks in Python and the match of eleven arguments with the schema take longer than a small loss.
 
 #include "cross_entropy_python.h"
 
-#include "cross_entropy.h"
 #include "../common/checks.h"
 #include "../common/element_type.h"
 #include "../common/python_tensor.h"
+#include "cross_entropy.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -15,7 +15,7 @@
 namespace at::autocast {
 // Repeats torch's declaration: its header takes 8 s to compile.
 TORCH_API bool is_autocast_enabled(at::DeviceType device_type);
-}
+}  // namespace at::autocast
 
 namespace lightkit {
 namespace {
@@ -57,7 +57,8 @@ bool has_other_derivatives(const Tensor& logits, const Tensor& target, const std
 // Returns the loss or (loss, lse), and NotImplemented outside of the common case, for mistakes, too.
 PyObject* call(PyObject* const* arguments, Py_ssize_t count) {
   TORCH_CHECK_TYPE(count == kArguments, "cross_entropy takes ", kArguments, " arguments, got ", count);
-  if (!is_exact_tensor(arguments[0]) || !is_exact_tensor(arguments[1]) || !(arguments[2] == Py_None || is_exact_tensor(arguments[2])) ||
+  if (!is_exact_tensor(arguments[0]) || !is_exact_tensor(arguments[1]) ||
+      !(arguments[2] == Py_None || is_exact_tensor(arguments[2])) ||
       !(arguments[8] == Py_None || THPDtype_Check(arguments[8])) || is_transformed()) {
     Py_RETURN_NOTIMPLEMENTED;
   }

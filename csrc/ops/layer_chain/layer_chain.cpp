@@ -1,7 +1,8 @@
 // lightkit::layer_chain, and lightkit::conv_relu_pool, a chain of one layer: the Meta kernels and autograd.
 //
-// A layer is a convolution or, with a weight of two dimensions, a linear layer, which is a convolution whose kernel is as
-// large as its input. The forward pass keeps a convolution's output after the pool, and the argmax of each value in a byte.
+// A layer is a convolution or, with a weight of two dimensions, a linear layer, which is a convolution whose kernel is
+// as large as its input. The forward pass keeps a convolution's output after the pool, and the argmax of each value in
+// a byte.
 
 #include "layer_chain.h"
 
@@ -51,8 +52,8 @@ Tensor reference(const Tensor& input, TensorList weights, TensorList biases, con
   return x;
 }
 
-// Returns the gradients of the reference: they are differentiable, for backward with create_graph=True, and take a batch of
-// upstream gradients. The argmax is constant almost everywhere.
+// Returns the gradients of the reference: they are differentiable, for backward with create_graph=True, and take a
+// batch of upstream gradients. The argmax is constant almost everywhere.
 std::vector<Tensor> reference_gradients(
     const Tensor& grad_output,
     const Tensor& input,

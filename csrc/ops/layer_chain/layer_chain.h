@@ -17,8 +17,8 @@ using OptionalTensors = at::ArrayRef<std::optional<at::Tensor>>;
 
 inline constexpr auto kChainLayout = at::MemoryFormat::ChannelsLast;
 
-// The settings of the layers, in four numbers a layer as in the schemas: the padding of rows, the padding of columns, relu
-// (0 or 1), pool (0 or 1).
+// The settings of the layers, in four numbers a layer as in the schemas: the padding of rows, the padding of columns,
+// relu (0 or 1), pool (0 or 1).
 struct Settings {
   at::IntArrayRef numbers;
 
@@ -52,8 +52,8 @@ struct LayerSizes {
   bool linear;
 };
 
-// These functions raise for arguments that do not fit; the messages name the op and the layer. They compare sizes that are
-// no symbols with the kernels' limits, on any device, so that no product of sizes overflows 64 bits.
+// These functions raise for arguments that do not fit; the messages name the op and the layer. They compare sizes that
+// are no symbols with the kernels' limits, on any device, so that no product of sizes overflows 64 bits.
 void check_input(const char* op, const at::Tensor& input);
 
 // `before` holds channels, height and width of the input; the call replaces them by those of the output.
@@ -67,10 +67,7 @@ LayerSizes check_layer(
     bool pool);
 
 std::vector<LayerSizes> check_chain(
-    const at::Tensor& input,
-    at::TensorList weights,
-    OptionalTensors biases,
-    const Settings& settings);
+    const at::Tensor& input, at::TensorList weights, OptionalTensors biases, const Settings& settings);
 
 // Checks the arguments of backward, too: the gradient, and the tensors that forward kept.
 std::vector<LayerSizes> check_backward(

@@ -28,7 +28,8 @@ void check_same_kind(const Where& where, const char* name, const Tensor& tensor,
       tensor.device());
 }
 
-// The most values of an image and of a weight, whose rows are filled up to vectors. Derived: offsets in them have 32 bits.
+// The most values of an image and of a weight, whose rows are filled up to vectors. Derived: offsets in them have 32
+// bits.
 constexpr int64_t kMaxImage = int64_t(1) << 30;
 constexpr int64_t kMaxWeight = int64_t(1) << 26;
 
@@ -85,7 +86,8 @@ LayerSizes check_layer(
       ": weights of less than 2^26 values are supported, got shape ",
       weight.sym_sizes());
   TORCH_CHECK_VALUE(
-      padding.size() == 2 && std::min(padding[0], padding[1]) >= 0 && std::max(padding[0], padding[1]) < int64_t(1) << 30,
+      padding.size() == 2 && std::min(padding[0], padding[1]) >= 0 &&
+          std::max(padding[0], padding[1]) < int64_t(1) << 30,
       where,
       ": padding must be two numbers from 0 up and less than 2^30, got ",
       padding);
@@ -175,10 +177,7 @@ std::array<SymInt, 3> image_sizes(const Tensor& input) {
 }
 
 std::vector<LayerSizes> check_chain(
-    const Tensor& input,
-    TensorList weights,
-    OptionalTensors biases,
-    const Settings& settings) {
+    const Tensor& input, TensorList weights, OptionalTensors biases, const Settings& settings) {
   constexpr auto op = "layer_chain";
   const size_t count = weights.size();
   TORCH_CHECK_VALUE(
@@ -200,14 +199,7 @@ std::vector<LayerSizes> check_chain(
         ": a convolution cannot follow a linear layer");
     const Where where{op, static_cast<int64_t>(l)};
     check_flags(where, "relu and pool", settings.numbers.slice(4 * l + 2, 2));
-    sizes.push_back(check_layer(
-        where,
-        input,
-        before,
-        weights[l],
-        biases[l],
-        settings.padding(l),
-        settings.pool(l)));
+    sizes.push_back(check_layer(where, input, before, weights[l], biases[l], settings.padding(l), settings.pool(l)));
   }
   double values = 0;
   for (size_t l = 0; l < count; ++l) {

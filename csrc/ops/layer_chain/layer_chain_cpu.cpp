@@ -9,8 +9,8 @@ namespace {
 using at::Tensor;
 using at::TensorList;
 
-// Returns a padded tensor, channels last, in the dtype of the computation: the kernels pad only between layers, and have no
-// half precision.
+// Returns a padded tensor, channels last, in the dtype of the computation: the kernels pad only between layers, and
+// have no half precision.
 Tensor laid_out(const Tensor& tensor, at::IntArrayRef padding) {
   Tensor result = tensor.to(compute_type(tensor.scalar_type()));
   if (tensor.dim() == 2) {
@@ -37,11 +37,7 @@ struct Prepared {
   std::vector<cpu::layer_chain::Layer<T>> layers;
   std::vector<Tensor> held;
 
-  Prepared(
-      const std::vector<LayerSizes>& sizes,
-      TensorList weights,
-      OptionalTensors biases,
-      const Settings& settings) {
+  Prepared(const std::vector<LayerSizes>& sizes, TensorList weights, OptionalTensors biases, const Settings& settings) {
     const auto hold = [&](const Tensor& tensor) {
       // Tensors of a list may have a pending negation.
       held.push_back(tensor.resolve_neg().to(c10::CppTypeToScalarType<T>::value).contiguous());
@@ -80,11 +76,7 @@ void with_type(const Tensor& tensor, const F& f) {
 }  // namespace
 
 ChainResults chain_forward_cpu(
-    const Tensor& input,
-    TensorList weights,
-    OptionalTensors biases,
-    at::IntArrayRef numbers,
-    bool keep) {
+    const Tensor& input, TensorList weights, OptionalTensors biases, at::IntArrayRef numbers, bool keep) {
   const Settings settings{numbers};
   const auto sizes = check_chain(input, weights, biases, settings);
   check_memory("layer_chain", "the input", input);
@@ -96,8 +88,7 @@ ChainResults chain_forward_cpu(
   }
   const Tensor x = laid_out(input, settings.padding(0));
   // Half-precision results are rounded once.
-  const Tensor output =
-      result.scalar_type() == x.scalar_type() ? result : empty_like(result, x.options());
+  const Tensor output = result.scalar_type() == x.scalar_type() ? result : empty_like(result, x.options());
   with_type(x, [&](auto zero) {
     using T = decltype(zero);
     const Prepared<T> prepared(sizes, weights, biases, settings);

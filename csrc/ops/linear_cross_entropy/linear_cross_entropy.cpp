@@ -1,8 +1,8 @@
 // lightkit::linear_cross_entropy: the Meta kernels and autograd.
 //
-// A reduced loss computes its gradients in forward, while it has the logits, and backward applies the upstream gradient.
-// backward computes the logits again for an unreduced loss, whose rows have an upstream gradient each, and in float16, whose
-// smallest number is 6e-8, so that the factor of a GradScaler must come before the rounding.
+// A reduced loss computes its gradients in forward, while it has the logits, and backward applies the upstream
+// gradient. backward computes the logits again for an unreduced loss, whose rows have an upstream gradient each, and in
+// float16, whose smallest number is 6e-8, so that the factor of a GradScaler must come before the rounding.
 
 #include "linear_cross_entropy.h"
 
@@ -69,7 +69,8 @@ namespace {
 // Returns loss and lse, computed through all logits in differentiable ops.
 std::tuple<Tensor, Tensor> through_logits(const LinearInputs& in, const CrossEntropyOptions& options, bool return_lse) {
   // The kernels take a bias of any dtype; at::linear does not.
-  const auto bias = is_there(in.linear_bias) ? std::optional(in.linear_bias->to(in.hidden.scalar_type())) : std::nullopt;
+  const auto bias =
+      is_there(in.linear_bias) ? std::optional(in.linear_bias->to(in.hidden.scalar_type())) : std::nullopt;
   return call_cross_entropy(
       linear(in.hidden, in.linear_weight, bias),
       in.target,

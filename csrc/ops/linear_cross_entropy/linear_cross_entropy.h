@@ -1,8 +1,8 @@
 // The ops of the fused linear cross-entropy, and the types that the CPU and CUDA files share.
 #pragma once
 
-#include "../cross_entropy/cross_entropy.h"
 #include "../common/tensors.h"
+#include "../cross_entropy/cross_entropy.h"
 
 #include <ATen/core/Tensor.h>
 
@@ -12,8 +12,8 @@
 namespace lightkit {
 
 // The tensors of a call, in the order of the schemas.
-#define LIGHTKIT_LINEAR_PARAMETERS                                                             \
-  const at::Tensor &hidden, const at::Tensor &linear_weight, const at::Tensor &target,         \
+#define LIGHTKIT_LINEAR_PARAMETERS                                                     \
+  const at::Tensor &hidden, const at::Tensor &linear_weight, const at::Tensor &target, \
       const std::optional<at::Tensor>&linear_bias, const std::optional<at::Tensor>&weight
 #define LIGHTKIT_LINEAR_ARGUMENTS hidden, linear_weight, target, linear_bias, weight
 
@@ -42,8 +42,8 @@ struct WantedGradients {
 // The gradients of hidden, linear_weight and linear_bias, [0] for those that are not wanted.
 using LinearGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
-// Loss, row statistics [3, N], and gradients. The statistics of a row are the largest logit, log sum exp(u - largest), and
-// the log-probability of the target; they are 0 for ignored rows.
+// Loss, row statistics [3, N], and gradients. The statistics of a row are the largest logit, log sum exp(u - largest),
+// and the log-probability of the target; they are 0 for ignored rows.
 using LinearResults = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 // Returns three empty gradients. Each is its own tensor: an op must not return the same tensor twice.
@@ -55,8 +55,8 @@ inline LinearGradients no_gradients(const at::TensorOptions& options) {
 // The ops, as in cross_entropy.h.
 
 // lightkit::linear_cross_entropy returns loss and lse.
-using LinearCrossEntropyOp = std::tuple<at::Tensor, at::Tensor>(
-    LIGHTKIT_LINEAR_PARAMETERS, LIGHTKIT_OPTION_PARAMETERS, int64_t memory_limit);
+using LinearCrossEntropyOp =
+    std::tuple<at::Tensor, at::Tensor>(LIGHTKIT_LINEAR_PARAMETERS, LIGHTKIT_OPTION_PARAMETERS, int64_t memory_limit);
 LinearCrossEntropyOp linear_cross_entropy_below_autograd, linear_cross_entropy_autograd;
 
 // lightkit::_linear_cross_entropy_forward.
@@ -79,7 +79,10 @@ void check_linear_arguments(const LinearInputs& inputs, const CrossEntropyOption
 
 // Raises, too, for sizes of 0, and for a wanted gradient of a bias that is not given.
 void check_kernel_arguments(
-    const LinearInputs& inputs, const CrossEntropyOptions& options, int64_t memory_limit, const WantedGradients& wanted);
+    const LinearInputs& inputs,
+    const CrossEntropyOptions& options,
+    int64_t memory_limit,
+    const WantedGradients& wanted);
 
 // Raises a ValueError for a tensor that reaches beyond its storage.
 void check_memory(const LinearInputs& inputs);

@@ -83,7 +83,10 @@ void check_linear_arguments(const LinearInputs& inputs, const CrossEntropyOption
 }
 
 void check_kernel_arguments(
-    const LinearInputs& inputs, const CrossEntropyOptions& options, int64_t memory_limit, const WantedGradients& wanted) {
+    const LinearInputs& inputs,
+    const CrossEntropyOptions& options,
+    int64_t memory_limit,
+    const WantedGradients& wanted) {
   check_linear_arguments(inputs, options, memory_limit);
   TORCH_CHECK_VALUE(
       inputs.linear_weight.sym_numel() > 0,
@@ -104,11 +107,16 @@ void check_memory(const LinearInputs& inputs) {
 }
 
 void check_backward_arguments(
-    const Tensor& grad_loss, const Tensor& row_statistics, const LinearInputs& inputs, const CrossEntropyOptions& options) {
+    const Tensor& grad_loss,
+    const Tensor& row_statistics,
+    const LinearInputs& inputs,
+    const CrossEntropyOptions& options) {
   const Tensor& hidden = inputs.hidden;
   TORCH_CHECK_VALUE(
-      row_statistics.dim() == 2 && row_statistics.sym_size(0) == 3 && row_statistics.sym_size(1) == hidden.sym_size(0) &&
-          row_statistics.scalar_type() == accumulation_type(hidden.scalar_type()) && row_statistics.device() == hidden.device(),
+      row_statistics.dim() == 2 && row_statistics.sym_size(0) == 3 &&
+          row_statistics.sym_size(1) == hidden.sym_size(0) &&
+          row_statistics.scalar_type() == accumulation_type(hidden.scalar_type()) &&
+          row_statistics.device() == hidden.device(),
       "linear_cross_entropy: row_statistics must be what the forward pass returned, got ",
       row_statistics.scalar_type(),
       " of shape ",

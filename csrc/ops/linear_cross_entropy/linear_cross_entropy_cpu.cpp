@@ -135,7 +135,10 @@ class Gradients {
 
  public:
   Gradients(
-      const Rows<scalar_t>& rows, const LinearInputs& inputs, const WantedGradients& wanted, const Tensor& scale,
+      const Rows<scalar_t>& rows,
+      const LinearInputs& inputs,
+      const WantedGradients& wanted,
+      const Tensor& scale,
       cpu::linear_cross_entropy::Problem<scalar_t>& args)
       : rows_(rows), inputs_(inputs) {
     // Without rows the kernel writes nothing.

@@ -68,8 +68,8 @@ class Slices {
     return (weight_.defined() ? target_weight() * counted_ : counted_.to(acc_type_)).sum(acc_type_);
   }
 
-  // The first pass: losses [rows] and row statistics [3, rows]. With `keep`, the logits of the first slices stay for the
-  // second pass.
+  // The first pass: losses [rows] and row statistics [3, rows]. With `keep`, the logits of the first slices stay for
+  // the second pass.
   std::tuple<Tensor, Tensor> losses(bool keep) {
     const auto make = [&] { return empty({rows_}, acc_options_); };
     const Tensor maximum = make(), sum = make(), soft = make(), target_logit = make();
@@ -101,7 +101,8 @@ class Slices {
   // The second pass: gradients of the losses times `scale`, [rows] or [].
   LinearGradients gradients(
       const LinearInputs& inputs, const Tensor& row_statistics, const Tensor& scale, const WantedGradients& wanted) {
-    const Tensor maximum = row_statistics.select(0, 0), log_sum = row_statistics.select(0, 1), log_p = row_statistics.select(0, 2);
+    const Tensor maximum = row_statistics.select(0, 0), log_sum = row_statistics.select(0, 1),
+                 log_p = row_statistics.select(0, 2);
     const Tensor lse = maximum + log_sum;
     const Tensor rest = soft_total() + 2 * options_.z_loss * lse;
     const auto per_row = [&](const Tensor& values) { return values.expand({rows_}).contiguous(); };

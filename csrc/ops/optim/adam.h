@@ -17,12 +17,16 @@ struct AdamAlgorithm {
   static constexpr bool kZeroed = true;
 
   static Options read(PyObject* group);
-  static bool uses(const Options& options, size_t state) { return state < 2 || options.amsgrad; }
+  static bool uses(const Options& options, size_t state) {
+    return state < 2 || options.amsgrad;
+  }
   // A half-precision second moment would not change: 0.999 times a value rounds to the value.
   static at::ScalarType state_type(at::ScalarType parameter, bool) {
     return parameter == at::kDouble ? at::kDouble : at::kFloat;
   }
-  static bool may_start_from_zeros(const Options&) { return true; }
+  static bool may_start_from_zeros(const Options&) {
+    return true;
+  }
   static void run(const std::vector<AdamTensor>& tensors, c10::Device device);
 };
 

@@ -12,8 +12,7 @@ namespace {
 
 // Returns a borrowed reference, or null if there is no such key.
 PyObject* find_item(PyObject* group, const char* key) {
-  TORCH_CHECK_TYPE(
-      PyDict_Check(group), "a parameter group must be a dict, got ", class_name(group));
+  TORCH_CHECK_TYPE(PyDict_Check(group), "a parameter group must be a dict, got ", class_name(group));
   return PyDict_GetItemString(group, key);
 }
 
@@ -67,8 +66,7 @@ Object group_parameters(PyObject* group) {
 }
 
 const Tensor& unpack_tensor(const Object& object) {
-  TORCH_CHECK_TYPE(
-      is_tensor(object.get()), "expected a tensor, got ", class_name(object.get()));
+  TORCH_CHECK_TYPE(is_tensor(object.get()), "expected a tensor, got ", class_name(object.get()));
   return tensor_of(object.get());
 }
 

@@ -1,7 +1,7 @@
 // Reads Python's side of an optimizer: parameter groups, and the tensors in them and in its state.
 //
-// The caller owns a reference to each object that it uses. Another thread may change groups and state whenever Python code
-// runs, such as the hash of a tensor.
+// The caller owns a reference to each object that it uses. Another thread may change groups and state whenever Python
+// code runs, such as the hash of a tensor.
 #pragma once
 
 #include "../common/python_object.h"
@@ -29,9 +29,9 @@ const at::Tensor& unpack_tensor(const Object& object);
 inline bool holds_tensor(const Object& object) {
   return object && !object.is_none();
 }
-// Returns true if the memory of a tensor holds its values: not for a subclass such as DTensor, whose storage is elsewhere,
-// not with a pending negation, and not for zeros without memory. Raises a ValueError for a tensor that reaches beyond its
-// storage.
+// Returns true if the memory of a tensor holds its values: not for a subclass such as DTensor, whose storage is
+// elsewhere, not with a pending negation, and not for zeros without memory. Raises a ValueError for a tensor that
+// reaches beyond its storage.
 bool is_plain(const at::Tensor& tensor);
 // Returns `tensor` as `type`, with the device and the strides of `like`, which is dense.
 at::Tensor laid_out_as(const at::Tensor& tensor, const at::Tensor& like, at::ScalarType type);

@@ -17,9 +17,15 @@ struct SgdAlgorithm {
   static constexpr bool kZeroed = false;
 
   static Options read(PyObject* group);
-  static bool uses(const Options& options, size_t) { return options.momentum != 0; }
-  static at::ScalarType state_type(at::ScalarType parameter, bool master) { return master ? at::kFloat : parameter; }
-  static bool may_start_from_zeros(const Options& options) { return options.momentum == 0 || options.dampening == 0; }
+  static bool uses(const Options& options, size_t) {
+    return options.momentum != 0;
+  }
+  static at::ScalarType state_type(at::ScalarType parameter, bool master) {
+    return master ? at::kFloat : parameter;
+  }
+  static bool may_start_from_zeros(const Options& options) {
+    return options.momentum == 0 || options.dampening == 0;
+  }
   static void run(const std::vector<SgdTensor>& tensors, c10::Device device);
 };
 

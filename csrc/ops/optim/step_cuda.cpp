@@ -3,9 +3,9 @@
 #include "../../kernels/cuda/optim/adam.h"
 #include "../../kernels/cuda/optim/sgd.h"
 #include "../../kernels/cuda/optim/step.h"
+#include "../common/tensors.h"
 #include "adam.h"
 #include "sgd.h"
-#include "../common/tensors.h"
 
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGraphsC10Utils.h>
@@ -36,8 +36,9 @@ at::Tensor gradient_norm_cuda(
   const int64_t count = cuda::optim::count_of_square_sums(gradients);
   const at::Tensor sums = empty({count}, options), norm = empty({}, options);
   C10_CUDA_CHECK(cuda::optim::square_sums(gradients, sums.mutable_data_ptr<double>(), stream));
-  C10_CUDA_CHECK(cuda::optim::norm_of_square_sums(
-      sums.const_data_ptr<double>(), count, factor, scale, norm.mutable_data_ptr<double>(), stream));
+  C10_CUDA_CHECK(
+      cuda::optim::norm_of_square_sums(
+          sums.const_data_ptr<double>(), count, factor, scale, norm.mutable_data_ptr<double>(), stream));
   return norm;
 }
 

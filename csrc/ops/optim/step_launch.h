@@ -1,5 +1,5 @@
-// The third part of a step: it describes the parameters to the kernels, measures the norm of the gradients, and runs the
-// kernels.
+// The third part of a step: it describes the parameters to the kernels, measures the norm of the gradients, and runs
+// the kernels.
 #pragma once
 
 #include "../common/element_type.h"
@@ -52,8 +52,8 @@ std::vector<typename StepPlan<Algorithm>::Batch> StepPlan<Algorithm>::make_batch
   return batches;
 }
 
-// Returns true if two parameters overlap in memory, so that their updates must run one after the other. Looks again only if
-// a parameter has moved, or other parameters have gradients.
+// Returns true if two parameters overlap in memory, so that their updates must run one after the other. Looks again
+// only if a parameter has moved, or other parameters have gradients.
 template <typename Algorithm>
 bool StepPlan<Algorithm>::shares_memory(Memory& memory, const std::vector<Update>& updates) {
   auto& addresses = memory.addresses;
@@ -83,10 +83,7 @@ bool StepPlan<Algorithm>::shares_memory(Memory& memory, const std::vector<Update
 // Measures the norm of all gradients, and applies it: to the factor of the gradients, and to the decision to skip.
 template <typename Algorithm>
 void StepPlan<Algorithm>::measure(
-    const StepRequest& request,
-    const std::vector<Batch>& batches,
-    std::vector<Group>& groups,
-    Outcome& outcome) {
+    const StepRequest& request, const std::vector<Batch>& batches, std::vector<Group>& groups, Outcome& outcome) {
   std::vector<Gradient> gradients;
   for (const auto& batch : batches) {
     for (const auto& tensor : batch.tensors) {

@@ -18,17 +18,14 @@ namespace lightkit {
 #ifdef LIGHTKIT_CUDA
 // Returns true if a CUDA graph captures the current stream.
 bool is_capturing();
-// Enqueues the norm of gradients on one GPU, times `factor`, divided by `scale[0]` unless `scale` is null. Returns it as a
-// float64 scalar on the GPU.
+// Enqueues the norm of gradients on one GPU, times `factor`, divided by `scale[0]` unless `scale` is null. Returns it
+// as a float64 scalar on the GPU.
 at::Tensor gradient_norm_cuda(
-    const std::vector<Gradient>& gradients,
-    c10::Device device,
-    double factor,
-    const float* scale);
+    const std::vector<Gradient>& gradients, c10::Device device, double factor, const float* scale);
 #endif
 
-// Lets one step of a plan run at a time. A thread waits for its turn without the GIL, which the running step needs. A step
-// that starts within another step of the same thread does not wait.
+// Lets one step of a plan run at a time. A thread waits for its turn without the GIL, which the running step needs. A
+// step that starts within another step of the same thread does not wait.
 class Turn {
  public:
   explicit Turn(std::recursive_mutex& mutex) : lock_(mutex, std::try_to_lock) {
@@ -59,26 +56,27 @@ struct StepRequest {
 
 // Remembers the parameters of an optimizer and the objects in its state, so that a step is one call.
 //
-// A step reads memory, gradients and dtypes anew: a parameter may be moved, re-pointed, frozen or given another gradient at
-// any time. It reads the remembered objects again only if the groups list other parameters or the state holds other
-// objects.
+// A step reads memory, gradients and dtypes anew: a parameter may be moved, re-pointed, frozen or given another
+// gradient at any time. It reads the remembered objects again only if the groups list other parameters or the state
+// holds other objects.
 //
-// Threads may share a plan. A step takes the memory out of the plan while it runs, and owns every tensor that it works on,
-// whatever others do to the groups and the state.
+// Threads may share a plan. A step takes the memory out of the plan while it runs, and owns every tensor that it works
+// on, whatever others do to the groups and the state.
 //
-// A step reads the groups (step_read.h), validates each parameter (step_validate.h), launches the kernels (step_launch.h),
-// and commits new buffers to the state (step_commit.h).
+// A step reads the groups (step_read.h), validates each parameter (step_validate.h), launches the kernels
+// (step_launch.h), and commits new buffers to the state (step_commit.h).
 //
-// An Algorithm has: Options (with kStates, see ../../kernels/optim/step.h), kName, kStateNames, kCounts (the state has a
-// "step"), kZeroed (new buffers are zeros), read(group) -> Options, uses(options, state), state_type(parameter's type,
-// has a master weight), may_start_from_zeros(options) (states of zeros are as good as none), run(tensors, device).
+// An Algorithm has: Options (with kStates, see ../../kernels/optim/step.h), kName, kStateNames, kCounts (the state has
+// a "step"), kZeroed (new buffers are zeros), read(group) -> Options, uses(options, state), state_type(parameter's
+// type, has a master weight), may_start_from_zeros(options) (states of zeros are as good as none), run(tensors,
+// device).
 template <typename Algorithm>
 class StepPlan {
  public:
   // Takes one step. Returns (norm of the gradients, or None if it was not measured; whether the step was skipped).
   //
-  // Returns None, and changes nothing, if a parameter is not for this kernel: sparse gradients, another device or dtype, a
-  // tensor subclass with a dispatch of its own, memory with gaps.
+  // Returns None, and changes nothing, if a parameter is not for this kernel: sparse gradients, another device or
+  // dtype, a tensor subclass with a dispatch of its own, memory with gaps.
   //
   // The norm of gradients on a GPU is a tensor there. Only `skip_nonfinite` waits for it.
   Object step(const StepRequest& request);
@@ -148,8 +146,8 @@ class StepPlan {
   };
 
   struct Outcome {
-    double norm = 0;             // of all gradients on the CPU
-    at::Tensor norm_on_device;   // of all gradients on one GPU
+    double norm = 0;            // of all gradients on the CPU
+    at::Tensor norm_on_device;  // of all gradients on one GPU
     bool skipped = false;
   };
 
@@ -162,16 +160,10 @@ class StepPlan {
 
   // Validate. The functions that return false found a parameter that is not for this kernel.
   static bool gather(
-      Memory& memory,
-      const StepRequest& request,
-      std::vector<Group>& groups,
-      std::vector<Update>& updates);
+      Memory& memory, const StepRequest& request, std::vector<Group>& groups, std::vector<Update>& updates);
   static bool gather(Entry& entry, const Group& group, std::vector<Update>& updates);
   static bool is_supported(
-      const Entry& entry,
-      const Group& group,
-      const at::Tensor& parameter,
-      const at::Tensor& gradient);
+      const Entry& entry, const Group& group, const at::Tensor& parameter, const at::Tensor& gradient);
   static bool find_counter(Update& update, const Group& group);
   static bool find_buffers(Update& update, const Group& group);
   static void find_buffer(Update& update, size_t slot, at::ScalarType type);
@@ -183,10 +175,7 @@ class StepPlan {
   static std::vector<Batch> make_batches(const std::vector<Update>& updates);
   static bool shares_memory(Memory& memory, const std::vector<Update>& updates);
   static void measure(
-      const StepRequest& request,
-      const std::vector<Batch>& batches,
-      std::vector<Group>& groups,
-      Outcome& outcome);
+      const StepRequest& request, const std::vector<Batch>& batches, std::vector<Group>& groups, Outcome& outcome);
   static void run(const Batch& batch, bool one_by_one);
 
   // Commit.

@@ -13,10 +13,7 @@ namespace lightkit {
 
 template <typename Algorithm>
 bool StepPlan<Algorithm>::gather(
-    Memory& memory,
-    const StepRequest& request,
-    std::vector<Group>& groups,
-    std::vector<Update>& updates) {
+    Memory& memory, const StepRequest& request, std::vector<Group>& groups, std::vector<Update>& updates) {
   groups.reserve(memory.groups.size());
   const auto count = [](size_t sum, const auto& entries) { return sum + entries.size(); };
   updates.reserve(std::accumulate(memory.groups.begin(), memory.groups.end(), size_t{0}, count));
@@ -66,10 +63,7 @@ bool StepPlan<Algorithm>::gather(Entry& entry, const Group& group, std::vector<U
 
 template <typename Algorithm>
 bool StepPlan<Algorithm>::is_supported(
-    const Entry& entry,
-    const Group& group,
-    const at::Tensor& parameter,
-    const at::Tensor& gradient) {
+    const Entry& entry, const Group& group, const at::Tensor& parameter, const at::Tensor& gradient) {
   const c10::Device device = parameter.device();
   if (!is_plain(parameter) || !is_plain(gradient) || !has_kernels(device) || gradient.device() != device ||
       group.device.value_or(device) != device || !element_type(parameter.scalar_type()) ||
@@ -165,8 +159,8 @@ void StepPlan<Algorithm>::find_buffer(Update& update, size_t slot, at::ScalarTyp
   const Object& held = update.entry->buffers[slot];
   update.first[slot] = !holds_tensor(held);
   if (update.first[slot]) {
-    update.buffers[slot] = Algorithm::kZeroed && slot < kStates ? zeros_like(update.parameter, type)
-                                                                : empty_like(update.parameter, type);
+    update.buffers[slot] =
+        Algorithm::kZeroed && slot < kStates ? zeros_like(update.parameter, type) : empty_like(update.parameter, type);
     return;
   }
   const at::Tensor& buffer = unpack_tensor(held);
@@ -182,8 +176,8 @@ void StepPlan<Algorithm>::find_buffer(Update& update, size_t slot, at::ScalarTyp
   update.buffers[slot] = laid_out_as(buffer, update.parameter, type);
 }
 
-// Raises for a captured step that a CUDA graph cannot repeat: the graph repeats its launches, with the decisions that the
-// host made for the captured step.
+// Raises for a captured step that a CUDA graph cannot repeat: the graph repeats its launches, with the decisions that
+// the host made for the captured step.
 template <typename Algorithm>
 void StepPlan<Algorithm>::check_capture(const std::vector<Update>& updates) {
 #ifdef LIGHTKIT_CUDA

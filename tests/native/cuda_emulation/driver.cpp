@@ -7,9 +7,9 @@
 //   clear                      forgets buffers, options and errors
 //
 // What kernels print goes to standard error.
-#include "../../../csrc/kernels/cuda/optim/adam.h"
 #include "../../../csrc/kernels/cuda/cross_entropy/cross_entropy.h"
 #include "../../../csrc/kernels/cuda/linear_cross_entropy/linear_cross_entropy.h"
+#include "../../../csrc/kernels/cuda/optim/adam.h"
 #include "../../../csrc/kernels/cuda/optim/sgd.h"
 #include "../../../csrc/kernels/cuda/optim/step.h"
 #include "faults.h"
@@ -39,8 +39,12 @@ class Buffer {
     operator delete[](memory_, kAligned);
   }
   Buffer(const Buffer&) = delete;
-  char* data() { return memory_ + offset_; }
-  size_t bytes() const { return bytes_; }
+  char* data() {
+    return memory_ + offset_;
+  }
+  size_t bytes() const {
+    return bytes_;
+  }
 
  private:
   static constexpr std::align_val_t kAligned{16};

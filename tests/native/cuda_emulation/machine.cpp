@@ -227,7 +227,8 @@ bool run(const Launch& launch) {
   const uint64_t per_block = uint64_t{threads.x} * threads.y * threads.z;
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
   const Permission& allowed = permission(launch.kernel);
-  const int largest = allowed.large_cluster ? device.largest_cluster : std::min(device.largest_cluster, device.portable_cluster);
+  const int largest =
+      allowed.large_cluster ? device.largest_cluster : std::min(device.largest_cluster, device.portable_cluster);
   const bool fits = per_block >= 1 && per_block <= kMaxThreads && threads.z <= 64 && blocks >= 1 &&
       grid.x <= 0x7fffffffu && grid.y <= 65535 && grid.z <= 65535 && launch.dynamic_shared <= allowed.dynamic_shared &&
       (launch.cluster == 1 || (static_cast<int>(launch.cluster) <= largest && grid.x % launch.cluster == 0));

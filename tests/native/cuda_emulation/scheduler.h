@@ -30,9 +30,9 @@ struct Fiber {
   Block* block;
   unsigned linear;
   State state;
-  Site site;                  // where it waits
+  Site site;  // where it waits
   bool arrived_at_cluster;
-  uint64_t cluster_phase;     // of its last arrival
+  uint64_t cluster_phase;  // of its last arrival
 };
 
 // A collective of a warp. Values are kept twice: a lane may bring the next one before another has read the last.
@@ -57,7 +57,9 @@ struct Storage {
     memory = static_cast<char*>(operator new(bytes, std::align_val_t(alignment)));
     std::memset(memory, kGarbage, bytes);
   }
-  ~Storage() { operator delete(memory, std::align_val_t(alignment)); }
+  ~Storage() {
+    operator delete(memory, std::align_val_t(alignment));
+  }
   Storage(const Storage&) = delete;
 };
 
@@ -66,7 +68,7 @@ struct Block {
   unsigned rank;
   std::vector<Fiber*> fibers;
   std::vector<Warp> warps;
-  unsigned waiting = 0;   // at `barrier`
+  unsigned waiting = 0;  // at `barrier`
   Site barrier;
   unsigned done = 0;
   std::map<const void*, std::unique_ptr<Storage>> shared;
@@ -95,8 +97,12 @@ struct Machine {
 };
 extern Machine machine;
 
-inline Block& block() { return *machine.current->block; }
-inline Warp& warp() { return block().warps[machine.current->linear / kLanes]; }
+inline Block& block() {
+  return *machine.current->block;
+}
+inline Warp& warp() {
+  return block().warps[machine.current->linear / kLanes];
+}
 
 inline std::string name(Site site) {
   const std::string file = site.file_name();

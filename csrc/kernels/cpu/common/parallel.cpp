@@ -18,15 +18,15 @@ using Clock = std::chrono::steady_clock;
 constexpr auto kInterval = std::chrono::milliseconds(100);
 constexpr int kCalm = 10;
 
-// Shares of its time that a thread waits for a core: above kMuch the machine is shared, below kLittle it is calm. Measured:
-// alone on the machine a thread waits less than 0.01 of its time, beside one spinning process on two cores 0.3 to 0.5.
-// benchmarks/results/crowded.csv has the speeds that these limits give.
+// Shares of its time that a thread waits for a core: above kMuch the machine is shared, below kLittle it is calm.
+// Measured: alone on the machine a thread waits less than 0.01 of its time, beside one spinning process on two cores
+// 0.3 to 0.5. benchmarks/results/crowded.csv has the speeds that these limits give.
 constexpr double kMuch = 0.15;
 constexpr double kLittle = 0.03;
 
-// Above kHeavy, one thread on two cores gets more done than two; that is beside three and more processes. One thread waits
-// less than two do: it waits kHeavyAlone of its time when two threads would be as fast. Chosen on two cores; crowded.csv has
-// the speeds that these limits give beside 1 to 8 processes.
+// Above kHeavy, one thread on two cores gets more done than two; that is beside three and more processes. One thread
+// waits less than two do: it waits kHeavyAlone of its time when two threads would be as fast. Chosen on two cores;
+// crowded.csv has the speeds that these limits give beside 1 to 8 processes.
 constexpr double kHeavy = 0.55;
 constexpr double kHeavyAlone = 0.45;
 
@@ -52,8 +52,8 @@ bool read_times(Times& times) {
 
 // Lets OpenMP's threads sleep while they wait for work or for each other.
 //
-// GNU's run-time spins for about 10 ms, except that it spins for a few microseconds if it has more threads than there are
-// cores (manual of libgomp, GOMP_SPINCOUNT). So a thread keeps an idle team of that size.
+// GNU's run-time spins for about 10 ms, except that it spins for a few microseconds if it has more threads than there
+// are cores (manual of libgomp, GOMP_SPINCOUNT). So a thread keeps an idle team of that size.
 class Sleepers {
  public:
   void set(bool wanted) {

@@ -114,9 +114,9 @@ inline const accumulator_t<scalar_t>* as_accumulators(
 // Returns exp(x) for x <= 88, with a relative error below 2e-7; exactly 0 from -88 down; NaN for NaN.
 //
 // With x = n ln 2 + r and |r| <= ln(2) / 2, the result is a degree-5 minimax polynomial in r, times 2^n. Adding
-// 1.5 * 2^23 + 127 rounds x / ln 2 to an integer and leaves n + 127 in the low bits of the sum; shifted by 23 they are the
-// bits of 2^n, and 0 for the n of the clamp at -88, so that an underflow is 0 at no cost. ln 2 needs one part: its error
-// counts only where n is large, and there the result is nearly 0.
+// 1.5 * 2^23 + 127 rounds x / ln 2 to an integer and leaves n + 127 in the low bits of the sum; shifted by 23 they are
+// the bits of 2^n, and 0 for the n of the clamp at -88, so that an underflow is 0 at no cost. ln 2 needs one part: its
+// error counts only where n is large, and there the result is nearly 0.
 inline at::vec::Vectorized<float> exp_bounded(at::vec::Vectorized<float> x) {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
   using Vec = at::vec::Vectorized<float>;

@@ -1,9 +1,9 @@
 #include "cross_entropy.h"
 
+#include "../common/parallel.h"
 #include "interleaved_rows.h"
 #include "tuning.h"
 #include "wide_rows.h"
-#include "../common/parallel.h"
 
 #include <algorithm>
 

@@ -21,26 +21,26 @@ template <typename scalar_t>
 struct Rows {
   using acc_t = accumulator_t<scalar_t>;
 
-  const scalar_t* logits;         // [rows / inner, classes, inner]
+  const scalar_t* logits;  // [rows / inner, classes, inner]
   int64_t rows;
   int64_t classes;
   int64_t inner;                  // 1 if the classes are the last dimension
   const int64_t* target;          // [rows], or null for probabilities
   const scalar_t* probabilities;  // as `logits`, or null for indices
   int64_t ignore_index;
-  const acc_t* weight;            // [classes], or null for ones
-  const acc_t* smooth;            // [classes]: s/C w_c, or null if s = 0
-  acc_t confidence;               // 1 - s
+  const acc_t* weight;  // [classes], or null for ones
+  const acc_t* smooth;  // [classes]: s/C w_c, or null if s = 0
+  acc_t confidence;     // 1 - s
   acc_t z_loss;
-  acc_t softcap;                  // 0 for none
-  acc_t gradient_scale;           // a factor of all gradients, such as 1/N for a mean
-  acc_t* losses;                  // [rows]
-  acc_t* lse;                     // [rows], or null
-  scalar_t* gradient;             // as `logits`, or null for the loss alone
+  acc_t softcap;         // 0 for none
+  acc_t gradient_scale;  // a factor of all gradients, such as 1/N for a mean
+  acc_t* losses;         // [rows]
+  acc_t* lse;            // [rows], or null
+  scalar_t* gradient;    // as `logits`, or null for the loss alone
 };
 
-// Computes `losses`, `lse` and `gradient` on the threads of at::parallel_for. The results do not depend on their number.
-// With inner > 1 it takes at most kMaxStridedClasses classes.
+// Computes `losses`, `lse` and `gradient` on the threads of at::parallel_for. The results do not depend on their
+// number. With inner > 1 it takes at most kMaxStridedClasses classes.
 template <typename scalar_t>
 void run(const Rows<scalar_t>& args);
 

@@ -2,8 +2,8 @@
 #pragma once
 
 #include "../../common/ceil_div.h"
-#include "cross_entropy.h"
 #include "../common/softcap.h"
+#include "cross_entropy.h"
 
 #include <algorithm>
 
@@ -35,8 +35,7 @@ class InterleavedRows {
     const int64_t position = tile % tiles_ * kLanes;
     const int rows = static_cast<int>(std::min(kLanes, positions_ - position));
     const int64_t first_row = outer * positions_ + position;
-    const int64_t offset =
-        args_.inner == 1 ? position * args_.classes : outer * args_.classes * args_.inner + position;
+    const int64_t offset = args_.inner == 1 ? position * args_.classes : outer * args_.classes * args_.inner + position;
 
     read(args_.logits + offset, rows, logits_);
     if (args_.softcap != 0) {
@@ -67,7 +66,7 @@ class InterleavedRows {
   void read(
       const scalar_t* source,  // [rows, classes], or [classes, inner]
       int rows,
-      acc_t* tile) {           // [classes, lanes]
+      acc_t* tile) {  // [classes, lanes]
     const int64_t classes = args_.classes;
     if (args_.inner == 1) {
       const acc_t* values = as_accumulators(source, rows * classes, results_);
@@ -207,7 +206,7 @@ class InterleavedRows {
 
   const Rows<scalar_t>& args_;
   const int64_t positions_;
-  const int64_t tiles_;  // per outer index
+  const int64_t tiles_;                                     // per outer index
   alignas(64) acc_t logits_[kMaxStridedClasses * kLanes];   // [classes, lanes]
   alignas(64) acc_t soft_[kMaxStridedClasses * kLanes];     // [classes, lanes]
   alignas(64) acc_t results_[kMaxStridedClasses * kLanes];  // [classes, lanes]

@@ -9,12 +9,12 @@
 
 namespace lightkit::cpu::cross_entropy {
 
-// Up to this many classes, rows are worked on side by side. Derived: with AVX-512 a row of 64 floats is 4 vectors, too few
-// for the two chains of WideRows.
+// Up to this many classes, rows are worked on side by side. Derived: with AVX-512 a row of 64 floats is 4 vectors, too
+// few for the two chains of WideRows.
 inline constexpr int64_t kNarrowClasses = 64;
 
-// The most classes of a call whose classes are not the last dimension. Derived: three buffers of 128 classes by 16 lanes
-// take 24 KiB in float32, within L1.
+// The most classes of a call whose classes are not the last dimension. Derived: three buffers of 128 classes by 16
+// lanes take 24 KiB in float32, within L1.
 inline constexpr int64_t kMaxStridedClasses = 128;
 static_assert(kNarrowClasses <= kMaxStridedClasses);
 

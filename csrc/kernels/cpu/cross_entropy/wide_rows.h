@@ -1,14 +1,15 @@
 // Cross-entropy of wide rows: one row at a time, in blocks.
 //
-// The first pass reads the logits, and writes exp(u - shift) of each block to a buffer that stays in the caches; the shift
-// of a block is the largest logit so far. The second pass multiplies each block by the factor that turns its exponentials
-// into gradients (online softmax: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018).
+// The first pass reads the logits, and writes exp(u - shift) of each block to a buffer that stays in the caches; the
+// shift of a block is the largest logit so far. The second pass multiplies each block by the factor that turns its
+// exponentials into gradients (online softmax: Milakov and Gimelshein, "Online normalizer calculation for softmax",
+// 2018).
 #pragma once
 
 #include "../../common/ceil_div.h"
+#include "../common/softcap.h"
 #include "cross_entropy.h"
 #include "tuning.h"
-#include "../common/softcap.h"
 
 #include <algorithm>
 #include <array>
@@ -42,7 +43,8 @@ class WideRows {
             args.gradient != args.logits &&
             args.rows * args.classes * static_cast<int64_t>(sizeof(scalar_t)) >= kStreamedBytes),
         // The last pack of a row is stored as a whole.
-        exponentials_(((args.gradient == nullptr ? std::min(kBlockClasses, args.classes) : args.classes) + Values::size)),
+        exponentials_(
+            ((args.gradient == nullptr ? std::min(kBlockClasses, args.classes) : args.classes) + Values::size)),
         shifts_(ceil_div(args.classes, kBlockClasses)) {
     if (args.smooth != nullptr) {
       smooth_sum_ = static_cast<acc_t>(pairwise_sum(args.smooth, args.classes));
@@ -200,7 +202,7 @@ class WideRows {
       const scalar_t* logits,  // [count]
       int64_t count,
       acc_t shift,
-      acc_t* out) const {      // [count, rounded up to a pack]
+      acc_t* out) const {  // [count, rounded up to a pack]
     // Not in a Sums: `out` might point to it, so that the compiler would keep it in memory.
     std::array<Vec, 2> sum{Vec(acc_t(0)), Vec(acc_t(0))};
     std::array<Vec, 2> maxima{Vec(shift), Vec(shift)};

@@ -1,6 +1,6 @@
 // The forward pass: it chooses an algorithm and packs the weights for it. The direct convolution, which takes every
-// shape, is here: tiles of it fill a buffer in the first-level cache, from which ReLU and pool write the output, so that
-// nothing is stored before it is pooled.
+// shape, is here: tiles of it fill a buffer in the first-level cache, from which ReLU and pool write the output, so
+// that nothing is stored before it is pooled.
 
 #include "forward_tile.h"
 #include "winograd.h"
@@ -43,11 +43,11 @@ void run_block(
     const Shape& shape,
     const T* const (&inputs)[kBlockPositions],  // each [kernel_height, run], rows `row_size` apart
     int64_t outputs,
-    const T* weight,                            // [kernel_height, run, vectors, width]
-    const T* bias,                              // [vectors, width]
+    const T* weight,  // [kernel_height, run, vectors, width]
+    const T* bias,    // [vectors, width]
     int64_t channels,
-    T* output,                                  // [outputs, channels], outputs `out_channels` apart
-    uint8_t* argmax) {                          // as `output`, or null
+    T* output,          // [outputs, channels], outputs `out_channels` apart
+    uint8_t* argmax) {  // as `output`, or null
   constexpr int width = kWidth<T>;
   alignas(64) T sums[kBlockPositions * vectors * width];
   for (int64_t p = 0; p < outputs * window; p += kPositions) {
@@ -80,8 +80,9 @@ ForwardKernel<T>::ForwardKernel(const Shape& shape, const T* weight, const T* bi
       packed_(vectors_ * kWidth<T> * (winograd_ ? winograd::kPoints * shape.in_channels : shape.taps())),
       packed_bias_(vectors_ * kWidth<T>) {}
 
-// The packed weight holds blocks of kVectors vectors of output channels, [blocks, kernel_height, run, vectors, width] for
-// `convolve` and [blocks, kPoints, in_channels, vectors, width] for Winograd's algorithm. Lanes without a channel are 0.
+// The packed weight holds blocks of kVectors vectors of output channels, [blocks, kernel_height, run, vectors, width]
+// for `convolve` and [blocks, kPoints, in_channels, vectors, width] for Winograd's algorithm. Lanes without a channel
+// are 0.
 template <typename T>
 void ForwardKernel<T>::prepare(int64_t begin, int64_t end) {
   const int64_t taps = shape_.taps();

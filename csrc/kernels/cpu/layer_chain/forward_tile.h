@@ -24,31 +24,39 @@ static void convolve(
   const T* x[kPositions];
   std::copy_n(inputs, kPositions, x);
   Vec<T> sum[kPositions][vectors];
-  LIGHTKIT_UNROLL for (int p = 0; p < kPositions; ++p) {
-    LIGHTKIT_UNROLL for (int v = 0; v < vectors; ++v) {
+  LIGHTKIT_UNROLL
+  for (int p = 0; p < kPositions; ++p) {
+    LIGHTKIT_UNROLL
+    for (int v = 0; v < vectors; ++v) {
       sum[p][v] = Vec<T>::loadu(bias + v * width);
     }
   }
   for (int64_t row = 0; row < shape.kernel_height; ++row) {
     for (int64_t i = 0; i < run; ++i) {
       Vec<T> w[vectors];
-      LIGHTKIT_UNROLL for (int v = 0; v < vectors; ++v) {
+      LIGHTKIT_UNROLL
+      for (int v = 0; v < vectors; ++v) {
         w[v] = Vec<T>::loadu(weight + v * width);
       }
       weight += vectors * width;
-      LIGHTKIT_UNROLL for (int p = 0; p < kPositions; ++p) {
+      LIGHTKIT_UNROLL
+      for (int p = 0; p < kPositions; ++p) {
         const Vec<T> value(x[p][i]);
-        LIGHTKIT_UNROLL for (int v = 0; v < vectors; ++v) {
+        LIGHTKIT_UNROLL
+        for (int v = 0; v < vectors; ++v) {
           sum[p][v] = at::vec::fmadd(value, w[v], sum[p][v]);
         }
       }
     }
-    LIGHTKIT_UNROLL for (int p = 0; p < kPositions; ++p) {
+    LIGHTKIT_UNROLL
+    for (int p = 0; p < kPositions; ++p) {
       x[p] += row_size;
     }
   }
-  LIGHTKIT_UNROLL for (int p = 0; p < kPositions; ++p) {
-    LIGHTKIT_UNROLL for (int v = 0; v < vectors; ++v) {
+  LIGHTKIT_UNROLL
+  for (int p = 0; p < kPositions; ++p) {
+    LIGHTKIT_UNROLL
+    for (int v = 0; v < vectors; ++v) {
       sum[p][v].store(sums + (p * vectors + v) * width);
     }
   }
@@ -57,7 +65,7 @@ static void convolve(
 // Writes the ReLU (if `relu`) and the pool of the first `count` channels of one output.
 template <typename T, int window>
 void finish(
-    const T* sums,    // [window, width], positions `stride` apart
+    const T* sums,  // [window, width], positions `stride` apart
     int64_t stride,
     bool relu,
     T* output,        // [count]
@@ -67,7 +75,8 @@ void finish(
   using Numbers = LaneNumbers<T>;
   Values best = load_lanes<Values>(sums);
   Numbers winner{};
-  LIGHTKIT_UNROLL for (int q = 1; q < window; ++q) {
+  LIGHTKIT_UNROLL
+  for (int q = 1; q < window; ++q) {
     const Values value = load_lanes<Values>(sums + q * stride);
     // The second comparison lets NaN win.
     const auto wins = (value > best) | (value != value);

@@ -1,8 +1,8 @@
 // The gradient of the input, summed over the live outputs.
 //
-// A live output adds its gradient times the weights of its channel to a patch of the input's gradient. For one vector of
-// input channels, the patch of a whole window stays in registers while the live channels are added up; they come from
-// lists by argmax.
+// A live output adds its gradient times the weights of its channel to a patch of the input's gradient. For one vector
+// of input channels, the patch of a whole window stays in registers while the live channels are added up; they come
+// from lists by argmax.
 
 #include "kernels.h"
 #include "live_lists.h"
@@ -29,26 +29,33 @@ void add_patch(
   constexpr int width = kWidth<T>;
   constexpr int more = window == 4 ? 1 : 0;
   Vec<T> sums[rows + more][columns + more];
-  LIGHTKIT_UNROLL for (int r = 0; r < rows + more; ++r) {
-    LIGHTKIT_UNROLL for (int c = 0; c < columns + more; ++c) {
+  LIGHTKIT_UNROLL
+  for (int r = 0; r < rows + more; ++r) {
+    LIGHTKIT_UNROLL
+    for (int c = 0; c < columns + more; ++c) {
       sums[r][c] = Vec<T>(T(0));
     }
   }
-  LIGHTKIT_UNROLL for (int q = 0; q < window; ++q) {
+  LIGHTKIT_UNROLL
+  for (int q = 0; q < window; ++q) {
     const LiveList<T> list = lists[q];
     for (int64_t i = 0; i < list.size; ++i) {
       const Vec<T> coefficient(list.coefficients[i]);
       const T* from = weight + list.offsets[i];
-      LIGHTKIT_UNROLL for (int r = 0; r < rows; ++r) {
-        LIGHTKIT_UNROLL for (int c = 0; c < columns; ++c) {
+      LIGHTKIT_UNROLL
+      for (int r = 0; r < rows; ++r) {
+        LIGHTKIT_UNROLL
+        for (int c = 0; c < columns; ++c) {
           auto& sum = sums[r + q / 2][c + q % 2];
           sum = at::vec::fmadd(coefficient, Vec<T>::loadu(from + (r * columns + c) * width), sum);
         }
       }
     }
   }
-  LIGHTKIT_UNROLL for (int r = 0; r < rows + more; ++r) {
-    LIGHTKIT_UNROLL for (int c = 0; c < columns + more; ++c) {
+  LIGHTKIT_UNROLL
+  for (int r = 0; r < rows + more; ++r) {
+    LIGHTKIT_UNROLL
+    for (int c = 0; c < columns + more; ++c) {
       T* const to = patch.first + r * patch.row_size + c * patch.column_size;
       if (patch.channels == width) {
         (Vec<T>::loadu(to) + sums[r][c]).store(to);
@@ -171,8 +178,7 @@ void GradInputKernel<T>::prepare(int64_t begin, int64_t end) {
 }
 
 template <typename T>
-void GradInputKernel<T>::run(
-    int64_t images, const T* grad_output, const uint8_t* argmax, T* grad_input) const {
+void GradInputKernel<T>::run(int64_t images, const T* grad_output, const uint8_t* argmax, T* grad_input) const {
   const int64_t listed = std::min(kListedChannels, shape_.out_channels);
   const int64_t window = shape_.window();
   const int64_t positions = shape_.positions();

@@ -1,8 +1,8 @@
 // The gradient of the weight, summed over the live outputs.
 //
-// A live output adds its gradient times a patch of the input to the weights of its channel. With the channels last, a row
-// of a patch is one run of memory. So the gradient of a channel is a sum over a list of coefficients and patch offsets,
-// and stays in registers.
+// A live output adds its gradient times a patch of the input to the weights of its channel. With the channels last, a
+// row of a patch is one run of memory. So the gradient of a channel is a sum over a list of coefficients and patch
+// offsets, and stays in registers.
 
 #include "grad_weight_few_channels.h"
 #include "kernels.h"
@@ -18,9 +18,9 @@ namespace {
 template <typename T>
 struct SegmentSum {
   const LiveList<T>& list;
-  const T* from;     // the segment of the first patch, [rows, vectors, width], rows `from_row` apart
+  const T* from;  // the segment of the first patch, [rows, vectors, width], rows `from_row` apart
   int64_t from_row;
-  T* to;             // [rows, vectors, width], rows `to_row` apart
+  T* to;  // [rows, vectors, width], rows `to_row` apart
   int64_t to_row;
 };
 
@@ -28,25 +28,31 @@ struct SegmentSum {
 template <typename T, int rows, int vectors>
 void accumulate(const SegmentSum<T>& part) {
   constexpr int width = kWidth<T>;
-  // A multiply-add takes four cycles and two start in each cycle. With fewer than 8 sums, the terms alternate between two
-  // sets of sums. More sets do not pay, because the lists are short.
+  // A multiply-add takes four cycles and two start in each cycle. With fewer than 8 sums, the terms alternate between
+  // two sets of sums. More sets do not pay, because the lists are short.
   constexpr int sets = rows * vectors >= 8 ? 1 : 2;
   const LiveList<T> list = part.list;
   Vec<T> sums[sets][rows][vectors];
-  LIGHTKIT_UNROLL for (int s = 0; s < sets; ++s) {
-    LIGHTKIT_UNROLL for (int r = 0; r < rows; ++r) {
-      LIGHTKIT_UNROLL for (int v = 0; v < vectors; ++v) {
+  LIGHTKIT_UNROLL
+  for (int s = 0; s < sets; ++s) {
+    LIGHTKIT_UNROLL
+    for (int r = 0; r < rows; ++r) {
+      LIGHTKIT_UNROLL
+      for (int v = 0; v < vectors; ++v) {
         sums[s][r][v] = Vec<T>(T(0));
       }
     }
   }
   int64_t i = 0;
   for (; i + sets <= list.size; i += sets) {
-    LIGHTKIT_UNROLL for (int s = 0; s < sets; ++s) {
+    LIGHTKIT_UNROLL
+    for (int s = 0; s < sets; ++s) {
       const Vec<T> coefficient(list.coefficients[i + s]);
       const T* from = part.from + list.offsets[i + s];
-      LIGHTKIT_UNROLL for (int r = 0; r < rows; ++r, from += part.from_row) {
-        LIGHTKIT_UNROLL for (int v = 0; v < vectors; ++v) {
+      LIGHTKIT_UNROLL
+      for (int r = 0; r < rows; ++r, from += part.from_row) {
+        LIGHTKIT_UNROLL
+        for (int v = 0; v < vectors; ++v) {
           sums[s][r][v] = at::vec::fmadd(coefficient, Vec<T>::loadu(from + v * width), sums[s][r][v]);
         }
       }
@@ -55,16 +61,21 @@ void accumulate(const SegmentSum<T>& part) {
   for (; i < list.size; ++i) {
     const Vec<T> coefficient(list.coefficients[i]);
     const T* from = part.from + list.offsets[i];
-    LIGHTKIT_UNROLL for (int r = 0; r < rows; ++r, from += part.from_row) {
-      LIGHTKIT_UNROLL for (int v = 0; v < vectors; ++v) {
+    LIGHTKIT_UNROLL
+    for (int r = 0; r < rows; ++r, from += part.from_row) {
+      LIGHTKIT_UNROLL
+      for (int v = 0; v < vectors; ++v) {
         sums[0][r][v] = at::vec::fmadd(coefficient, Vec<T>::loadu(from + v * width), sums[0][r][v]);
       }
     }
   }
-  LIGHTKIT_UNROLL for (int r = 0; r < rows; ++r) {
-    LIGHTKIT_UNROLL for (int v = 0; v < vectors; ++v) {
+  LIGHTKIT_UNROLL
+  for (int r = 0; r < rows; ++r) {
+    LIGHTKIT_UNROLL
+    for (int v = 0; v < vectors; ++v) {
       Vec<T> sum = sums[0][r][v];
-      LIGHTKIT_UNROLL for (int s = 1; s < sets; ++s) {
+      LIGHTKIT_UNROLL
+      for (int s = 1; s < sets; ++s) {
         sum = sum + sums[s][r][v];
       }
       T* to = part.to + r * part.to_row + v * width;
@@ -149,8 +160,7 @@ T sum(const T* values, int64_t count) {
 template <typename T>
 class ChannelLists {
  public:
-  explicit ChannelLists(const Shape& shape)
-      : lists_(kListChannels, kMaxListOutputs), stride_(shape.out_channels) {
+  explicit ChannelLists(const Shape& shape) : lists_(kListChannels, kMaxListOutputs), stride_(shape.out_channels) {
     std::copy_n(shape.window_offsets().begin(), shape.window(), window_offsets_.begin());
   }
 
@@ -187,7 +197,7 @@ int64_t listed_outputs(const Shape& shape) {
   const int64_t cached = kCachedInputBytes / static_cast<int64_t>(sizeof(T)) / shape.image_size();
   const int64_t positions = shape.positions();
   return positions > kMaxListOutputs ? kMaxListOutputs
-                                  : positions * std::clamp<int64_t>(cached, 1, kMaxListOutputs / positions);
+                                     : positions * std::clamp<int64_t>(cached, 1, kMaxListOutputs / positions);
 }
 
 // Sums lists of live outputs. A work item is kListChannels output channels.
@@ -222,7 +232,8 @@ class SparseGradWeight final : public GradWeightKernel<T> {
   }
 
  private:
-  // Computes the gradients of up to kListChannels output channels, in `sums` [kListChannels, kernel_height, padded run].
+  // Computes the gradients of up to kListChannels output channels in `sums`, [kListChannels, kernel_height, padded
+  // run].
   void sum_channels(int64_t channel, ChannelLists<T>& lists, T* sums) {
     const Shape& shape = problem_.shape;
     const int64_t channels = std::min<int64_t>(kListChannels, shape.out_channels - channel);

@@ -22,39 +22,42 @@ struct ChannelVector {
   const T* gradients;     // [positions, channels], positions `stride` apart
   const uint8_t* argmax;  // as `gradients`
   int64_t stride;
-  int64_t channels;       // at most a vector
+  int64_t channels;  // at most a vector
 
-  // Writes the gradient of one output at each position of its window: 0 except where the argmax is. Returns the gradient,
-  // 0 for a dead output.
+  // Writes the gradient of one output at each position of its window: 0 except where the argmax is. Returns the
+  // gradient, 0 for a dead output.
   template <int window>
   Vec<T> load(int64_t output, Vec<T> (&spread)[window]) const {
     const T* grad = gradients + output * stride;
     const auto gradient = load_lanes<Lanes<T>>(grad, channels);
     const auto bytes = load_lanes<LaneBytes<T>>(argmax + output * stride, channels);
     const auto winner = __builtin_convertvector(bytes, LaneNumbers<T>);
-    LIGHTKIT_UNROLL for (int q = 0; q < window; ++q) {
+    LIGHTKIT_UNROLL
+    for (int q = 0; q < window; ++q) {
       spread[q] = vectorized<T>(winner == q ? gradient : Lanes<T>{});
     }
     return vectorized<T>(winner != kDead ? gradient : Lanes<T>{});
   }
 };
 
-// Adds the products of one image's gradients and inputs to the sums of some rows and taps of the kernel, and its gradients
-// to the sum of the bias.
+// Adds the products of one image's gradients and inputs to the sums of some rows and taps of the kernel, and its
+// gradients to the sum of the bias.
 template <typename T, int window, int rows, int taps>
 void add_image(
     const Shape& shape,
     const ChannelVector<T>& outputs,
-    const T* image,      // [height, width, in_channels], from the first row and tap on
-    T* sums,             // [rows, taps, width], rows `row_stride` and taps `tap_stride` apart
+    const T* image,  // [height, width, in_channels], from the first row and tap on
+    T* sums,         // [rows, taps, width], rows `row_stride` and taps `tap_stride` apart
     int64_t row_stride,
     int64_t tap_stride,
-    T* bias_sum) {       // [width], or null
+    T* bias_sum) {  // [width], or null
   constexpr int step = window == 4 ? 2 : 1;
   constexpr int rows_read = rows + step - 1;
   Vec<T> sum[rows][taps];
-  LIGHTKIT_UNROLL for (int r = 0; r < rows; ++r) {
-    LIGHTKIT_UNROLL for (int t = 0; t < taps; ++t) {
+  LIGHTKIT_UNROLL
+  for (int r = 0; r < rows; ++r) {
+    LIGHTKIT_UNROLL
+    for (int t = 0; t < taps; ++t) {
       sum[r][t] = Vec<T>(T(0));
     }
   }
@@ -63,26 +66,33 @@ void add_image(
   int64_t output = 0;
   for (int64_t row = 0; row < shape.rows(); ++row) {
     const T* x[rows_read];
-    LIGHTKIT_UNROLL for (int r = 0; r < rows_read; ++r) {
+    LIGHTKIT_UNROLL
+    for (int r = 0; r < rows_read; ++r) {
       x[r] = image + (row * step + r) * shape.row_size();
     }
     for (int64_t column = 0; column < shape.columns(); ++column, ++output) {
       Vec<T> spread[window];
       total = total + outputs.load(output, spread);
-      LIGHTKIT_UNROLL for (int q = 0; q < window; ++q) {
-        LIGHTKIT_UNROLL for (int r = 0; r < rows; ++r) {
-          LIGHTKIT_UNROLL for (int t = 0; t < taps; ++t) {
+      LIGHTKIT_UNROLL
+      for (int q = 0; q < window; ++q) {
+        LIGHTKIT_UNROLL
+        for (int r = 0; r < rows; ++r) {
+          LIGHTKIT_UNROLL
+          for (int t = 0; t < taps; ++t) {
             sum[r][t] = at::vec::fmadd(spread[q], Vec<T>(x[r + q / 2][q % 2 * channels + t]), sum[r][t]);
           }
         }
       }
-      LIGHTKIT_UNROLL for (int r = 0; r < rows_read; ++r) {
+      LIGHTKIT_UNROLL
+      for (int r = 0; r < rows_read; ++r) {
         x[r] += step * channels;
       }
     }
   }
-  LIGHTKIT_UNROLL for (int r = 0; r < rows; ++r) {
-    LIGHTKIT_UNROLL for (int t = 0; t < taps; ++t) {
+  LIGHTKIT_UNROLL
+  for (int r = 0; r < rows; ++r) {
+    LIGHTKIT_UNROLL
+    for (int t = 0; t < taps; ++t) {
       T* to = sums + r * row_stride + t * tap_stride;
       (Vec<T>::loadu(to) + sum[r][t]).store(to);
     }
@@ -103,17 +113,19 @@ void add_small_image(
     float* sums,         // [rows, taps, width], rows `row_stride` and taps `tap_stride` apart
     int64_t row_stride,
     int64_t tap_stride,
-    float* bias_sum) {   // [width]
+    float* bias_sum) {  // [width]
   const int patch_row = static_cast<int>(shape.run() + shape.in_channels);
   const int patch_rows = static_cast<int>(shape.kernel_height + 1);
   const int channels = static_cast<int>(shape.in_channels);
   // The offsets in the patch of a position's first input, and of a tap from there.
-  const __m512i first = _mm512_setr_epi32(
-      0, channels, patch_row, patch_row + channels, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+  const __m512i first =
+      _mm512_setr_epi32(0, channels, patch_row, patch_row + channels, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
   __m512i tap_offsets[rows][taps];
   __m512 sum[rows][taps];
-  LIGHTKIT_UNROLL for (int r = 0; r < rows; ++r) {
-    LIGHTKIT_UNROLL for (int t = 0; t < taps; ++t) {
+  LIGHTKIT_UNROLL
+  for (int r = 0; r < rows; ++r) {
+    LIGHTKIT_UNROLL
+    for (int t = 0; t < taps; ++t) {
       tap_offsets[r][t] = _mm512_set1_epi32(r * patch_row + t);
       sum[r][t] = _mm512_setzero_ps();
     }
@@ -134,8 +146,10 @@ void add_small_image(
       const __mmask16 live = _mm512_mask_cmpneq_epi32_mask(lanes, winner, _mm512_set1_epi32(kDead));
       const __m512 gradient = _mm512_maskz_loadu_ps(live, outputs.gradients + at);
       const __m512i place = _mm512_permutexvar_epi32(winner, first);
-      LIGHTKIT_UNROLL for (int r = 0; r < rows; ++r) {
-        LIGHTKIT_UNROLL for (int t = 0; t < taps; ++t) {
+      LIGHTKIT_UNROLL
+      for (int r = 0; r < rows; ++r) {
+        LIGHTKIT_UNROLL
+        for (int t = 0; t < taps; ++t) {
           const __m512 value = _mm512_permutexvar_ps(_mm512_add_epi32(place, tap_offsets[r][t]), patch);
           sum[r][t] = _mm512_fmadd_ps(gradient, value, sum[r][t]);
         }
@@ -143,8 +157,10 @@ void add_small_image(
       total = _mm512_add_ps(total, gradient);
     }
   }
-  LIGHTKIT_UNROLL for (int r = 0; r < rows; ++r) {
-    LIGHTKIT_UNROLL for (int t = 0; t < taps; ++t) {
+  LIGHTKIT_UNROLL
+  for (int r = 0; r < rows; ++r) {
+    LIGHTKIT_UNROLL
+    for (int t = 0; t < taps; ++t) {
       float* const to = sums + r * row_stride + t * tap_stride;
       _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), sum[r][t]));
     }
@@ -162,7 +178,7 @@ bool fits_vector(const Shape& shape) {
 // Calls f(n), with n from 1 to 3 as a compile-time constant.
 template <typename F>
 void with_constant(int64_t n, const F& f) {
-  n == 1 ? f(std::integral_constant<int, 1>{})
+  n == 1       ? f(std::integral_constant<int, 1>{})
       : n == 2 ? f(std::integral_constant<int, 2>{})
                : f(std::integral_constant<int, 3>{});
 }
@@ -281,9 +297,7 @@ std::unique_ptr<GradWeightKernel<T>> make_few_channels_grad_weight(const GradWei
   return std::make_unique<FewChannelsGradWeight<T>>(problem);
 }
 
-template std::unique_ptr<GradWeightKernel<float>> make_few_channels_grad_weight(
-    const GradWeightProblem<float>&);
-template std::unique_ptr<GradWeightKernel<double>> make_few_channels_grad_weight(
-    const GradWeightProblem<double>&);
+template std::unique_ptr<GradWeightKernel<float>> make_few_channels_grad_weight(const GradWeightProblem<float>&);
+template std::unique_ptr<GradWeightKernel<double>> make_few_channels_grad_weight(const GradWeightProblem<double>&);
 
 }  // namespace lightkit::cpu::layer_chain

@@ -9,8 +9,9 @@
 namespace lightkit::cpu::layer_chain {
 namespace {
 
-// Calls run(begin, end) for pieces of [0, count), which cost `macs` multiply-adds in all. Each thread starts with pieces of
-// its own, and then takes over the pieces of other threads, whose cores may be slowed down by other processes.
+// Calls run(begin, end) for pieces of [0, count), which cost `macs` multiply-adds in all. Each thread starts with
+// pieces of its own, and then takes over the pieces of other threads, whose cores may be slowed down by other
+// processes.
 template <typename F>
 void in_pieces(int64_t count, int64_t piece, int64_t macs, const F& run) {
   struct alignas(64) Queue {
@@ -37,8 +38,8 @@ void in_pieces(int64_t count, int64_t piece, int64_t macs, const F& run) {
   });
 }
 
-// Calls run(kernel, begin, end) until each kernel has run all its work items, which cost `macs` multiply-adds in all. The
-// items of one kernel cost more than those of another, so each share has the same part of every kernel's items.
+// Calls run(kernel, begin, end) until each kernel has run all its work items, which cost `macs` multiply-adds in all.
+// The items of one kernel cost more than those of another, so each share has the same part of every kernel's items.
 template <typename F>
 void in_shares(const std::vector<int64_t>& work_items, int64_t macs, const F& run) {
   int64_t shares = 0;
@@ -90,9 +91,8 @@ int64_t output_size(const Layer<T>& layer) {
 // The input of the first layer is not among the activations.
 template <typename T>
 std::vector<int64_t> activation_starts(const std::vector<Layer<T>>& layers, int64_t images) {
-  return starts(layers, images, [&](const Layer<T>& layer) {
-    return &layer == layers.data() ? 0 : layer.shape.image_size();
-  });
+  return starts(
+      layers, images, [&](const Layer<T>& layer) { return &layer == layers.data() ? 0 : layer.shape.image_size(); });
 }
 
 // Calls run(begin, end) for slices of the images that fit a thread's cache.
@@ -150,15 +150,9 @@ void crop(
 
 template <typename T>
 void forward(
-    const std::vector<Layer<T>>& layers,
-    int64_t images,
-    const T* input,
-    T* output,
-    T* activations,
-    uint8_t* argmax) {
-  const auto packed = pack<ForwardKernel<T>>(layers, 0, [](const Layer<T>& layer) {
-    return ForwardKernel<T>(layer.shape, layer.weight, layer.bias);
-  });
+    const std::vector<Layer<T>>& layers, int64_t images, const T* input, T* output, T* activations, uint8_t* argmax) {
+  const auto packed = pack<ForwardKernel<T>>(
+      layers, 0, [](const Layer<T>& layer) { return ForwardKernel<T>(layer.shape, layer.weight, layer.bias); });
   const auto activation_start = activation_starts(layers, images);
   const auto argmax_start = starts(layers, images, output_size<T>);
   in_slices(layers, images, [&](int64_t begin, int64_t end) {
@@ -215,9 +209,8 @@ void backward(
   const auto grad_of = [&](size_t l) { return l == last ? grad_output : grads.data() + argmax_start[l]; };
 
   const size_t lowest = grad_input == nullptr ? first + 1 : 0;
-  const auto packed = pack<GradInputKernel<T>>(layers, lowest, [](const Layer<T>& layer) {
-    return GradInputKernel<T>(layer.shape, layer.weight);
-  });
+  const auto packed = pack<GradInputKernel<T>>(
+      layers, lowest, [](const Layer<T>& layer) { return GradInputKernel<T>(layer.shape, layer.weight); });
   if (!packed.empty()) {
     in_slices(layers, images, [&](int64_t begin, int64_t end) {
       const int64_t count = end - begin;
@@ -244,15 +237,16 @@ void backward(
   int64_t macs = 0;
   for (size_t l = first; l <= last; ++l) {
     if (gradients[l].weight != nullptr) {
-      weights.push_back(make_grad_weight<T>({
-          .shape = layers[l].shape,
-          .images = images,
-          .grad_output = grad_of(l),
-          .argmax = argmax + argmax_start[l],
-          .input = l == 0 ? input : activations + activation_start[l],
-          .grad_weight = gradients[l].weight,
-          .grad_bias = gradients[l].bias,
-      }));
+      weights.push_back(
+          make_grad_weight<T>({
+              .shape = layers[l].shape,
+              .images = images,
+              .grad_output = grad_of(l),
+              .argmax = argmax + argmax_start[l],
+              .input = l == 0 ? input : activations + activation_start[l],
+              .grad_weight = gradients[l].weight,
+              .grad_bias = gradients[l].bias,
+          }));
       work_items.push_back(weights.back()->work_items());
       macs += images * layers[l].shape.macs();
     }
@@ -263,10 +257,8 @@ void backward(
   }
 }
 
-template void forward(
-    const std::vector<Layer<float>>&, int64_t, const float*, float*, float*, uint8_t*);
-template void forward(
-    const std::vector<Layer<double>>&, int64_t, const double*, double*, double*, uint8_t*);
+template void forward(const std::vector<Layer<float>>&, int64_t, const float*, float*, float*, uint8_t*);
+template void forward(const std::vector<Layer<double>>&, int64_t, const double*, double*, double*, uint8_t*);
 template void backward(
     const std::vector<Layer<float>>&,
     int64_t,

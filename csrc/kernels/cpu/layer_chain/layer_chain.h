@@ -1,5 +1,5 @@
-// Consecutive layers on a CPU, forward and backward. A thread takes its images through all layers, so that the output of
-// a layer is still in the thread's cache when the next layer reads it.
+// Consecutive layers on a CPU, forward and backward. A thread takes its images through all layers, so that the output
+// of a layer is still in the thread's cache when the next layer reads it.
 #pragma once
 
 #include "shape.h"
@@ -30,10 +30,10 @@ template <typename T>
 void forward(
     const std::vector<Layer<T>>& layers,
     int64_t images,
-    const T* input,     // [images, height, width, in_channels] of the first layer, padded
-    T* output,          // [images, rows, columns, out_channels] of the last layer
-    T* activations,     // the padded inputs of all layers but the first, [images, ...] each; or null
-    uint8_t* argmax);   // of the outputs of all layers, [images, ...] each; or null
+    const T* input,    // [images, height, width, in_channels] of the first layer, padded
+    T* output,         // [images, rows, columns, out_channels] of the last layer
+    T* activations,    // the padded inputs of all layers but the first, [images, ...] each; or null
+    uint8_t* argmax);  // of the outputs of all layers, [images, ...] each; or null
 
 // The gradients of a layer: both null if they are not wanted, else neither.
 template <typename T>

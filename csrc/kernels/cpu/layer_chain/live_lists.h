@@ -7,8 +7,8 @@
 
 #include <c10/util/Unroll.h>
 
-#include <bit>
 #include <array>
+#include <bit>
 #include <type_traits>
 #include <vector>
 
@@ -44,7 +44,8 @@ struct LiveList {
 
 #if defined(CPU_CAPABILITY_AVX512)
   // Writes the live ones of sixteen terms.
-  void append(__m512i offset, __m512 coefficient, __mmask16 live) requires std::is_same_v<T, float> {
+  void append(__m512i offset, __m512 coefficient, __mmask16 live) requires std::is_same_v<T, float>
+  {
     _mm512_storeu_si512(offsets + size, _mm512_maskz_compress_epi32(live, offset));
     _mm512_storeu_ps(coefficients + size, _mm512_maskz_compress_ps(live, coefficient));
     size += std::popcount(static_cast<unsigned>(live));
@@ -103,9 +104,9 @@ void list_channels(
         _mm512_set1_epi32(static_cast<int>(stride)));
     for (; c + 16 <= channels; c += 16, offset = _mm512_add_epi32(offset, step)) {
       const __m512 gradient = _mm512_loadu_ps(gradients + c);
-      const __m512i winner =
-          _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(argmax + c)));
-      LIGHTKIT_UNROLL for (int q = 0; q < window; ++q) {
+      const __m512i winner = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(argmax + c)));
+      LIGHTKIT_UNROLL
+      for (int q = 0; q < window; ++q) {
         lists[q].append(offset, gradient, _mm512_cmpeq_epi32_mask(winner, _mm512_set1_epi32(q)));
       }
     }
@@ -119,8 +120,8 @@ void list_channels(
 // The offset of each position of a window from the first, indexed by the argmax; padded for the dead and for no output.
 using WindowOffsets = std::array<int32_t, 8>;
 
-// Lists `count` outputs by channel: list c gets the outputs whose channel c is live, each with its place plus the offset
-// of the position that won.
+// Lists `count` outputs by channel: list c gets the outputs whose channel c is live, each with its place plus the
+// offset of the position that won.
 template <typename T, int channels>
 void list_outputs(
     LiveList<T>* lists,     // [channels]
@@ -133,18 +134,20 @@ void list_outputs(
   int64_t o = 0;
 #if defined(CPU_CAPABILITY_AVX512)
   if constexpr (std::is_same_v<T, float> && channels % 4 == 0) {
-    const __m512i table = _mm512_setr_epi32(window_offsets[0], window_offsets[1], window_offsets[2], window_offsets[3], 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+    const __m512i table = _mm512_setr_epi32(
+        window_offsets[0], window_offsets[1], window_offsets[2], window_offsets[3], 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
     const __m512i rows = _mm512_mullo_epi32(
         _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
         _mm512_set1_epi32(static_cast<int>(stride)));
     for (; o < count; o += 16) {
       const __mmask16 there = count - o >= 16 ? 0xffff : static_cast<__mmask16>((1u << (count - o)) - 1);
       const __m512i place = _mm512_maskz_loadu_epi32(there, places + o);
-      LIGHTKIT_UNROLL for (int c = 0; c < channels; c += 4) {
+      LIGHTKIT_UNROLL
+      for (int c = 0; c < channels; c += 4) {
         // The argmax of four channels at once.
-        __m512i winner = _mm512_mask_i32gather_epi32(
-            _mm512_set1_epi32(-1), there, rows, argmax + o * stride + c, 1);
-        LIGHTKIT_UNROLL for (int i = 0; i < 4; ++i, winner = _mm512_srli_epi32(winner, 8)) {
+        __m512i winner = _mm512_mask_i32gather_epi32(_mm512_set1_epi32(-1), there, rows, argmax + o * stride + c, 1);
+        LIGHTKIT_UNROLL
+        for (int i = 0; i < 4; ++i, winner = _mm512_srli_epi32(winner, 8)) {
           const __m512 gradient =
               _mm512_mask_i32gather_ps(_mm512_setzero_ps(), there, rows, gradients + o * stride + c + i, 4);
           const __m512i move = _mm512_permutexvar_epi32(winner, table);
@@ -156,7 +159,8 @@ void list_outputs(
   }
 #endif
   for (; o < count; ++o) {
-    LIGHTKIT_UNROLL for (int c = 0; c < channels; ++c) {
+    LIGHTKIT_UNROLL
+    for (int c = 0; c < channels; ++c) {
       const uint8_t winner = argmax[o * stride + c];
       lists[c].append(places[o] + window_offsets[winner & 7], gradients[o * stride + c], winner != kDead);
     }

@@ -26,25 +26,31 @@ void transform_input_line(Vec<T>& d0, Vec<T>& d1, Vec<T>& d2, Vec<T>& d3) {
 // Writes B^T d B of one vector of channels.
 template <typename T>
 void transform_input(
-    const T* tile,        // [4, 4, width], rows `row_size` and columns `column_size` apart
+    const T* tile,  // [4, 4, width], rows `row_size` and columns `column_size` apart
     int64_t row_size,
     int64_t column_size,
-    T* points,            // [kPoints, width], points `stride` apart
+    T* points,  // [kPoints, width], points `stride` apart
     int64_t stride) {
   Vec<T> d[4][4];
-  LIGHTKIT_UNROLL for (int r = 0; r < 4; ++r) {
-    LIGHTKIT_UNROLL for (int c = 0; c < 4; ++c) {
+  LIGHTKIT_UNROLL
+  for (int r = 0; r < 4; ++r) {
+    LIGHTKIT_UNROLL
+    for (int c = 0; c < 4; ++c) {
       d[r][c] = Vec<T>::loadu(tile + r * row_size + c * column_size);
     }
   }
-  LIGHTKIT_UNROLL for (int r = 0; r < 4; ++r) {
+  LIGHTKIT_UNROLL
+  for (int r = 0; r < 4; ++r) {
     transform_input_line<T>(d[r][0], d[r][1], d[r][2], d[r][3]);
   }
-  LIGHTKIT_UNROLL for (int c = 0; c < 4; ++c) {
+  LIGHTKIT_UNROLL
+  for (int c = 0; c < 4; ++c) {
     transform_input_line<T>(d[0][c], d[1][c], d[2][c], d[3][c]);
   }
-  LIGHTKIT_UNROLL for (int r = 0; r < 4; ++r) {
-    LIGHTKIT_UNROLL for (int c = 0; c < 4; ++c) {
+  LIGHTKIT_UNROLL
+  for (int r = 0; r < 4; ++r) {
+    LIGHTKIT_UNROLL
+    for (int c = 0; c < 4; ++c) {
       d[r][c].store(points + (r * 4 + c) * stride);
     }
   }
@@ -66,13 +72,16 @@ void transform_weight(
     int64_t stride) {
   constexpr int width = kWidth<T>;
   std::array<Vec<T>, 4> rows[3];
-  LIGHTKIT_UNROLL for (int r = 0; r < 3; ++r) {
+  LIGHTKIT_UNROLL
+  for (int r = 0; r < 3; ++r) {
     const T* row = weight + r * 3 * width;
     rows[r] = transform_weight_line<T>(Vec<T>::loadu(row), Vec<T>::loadu(row + width), Vec<T>::loadu(row + 2 * width));
   }
-  LIGHTKIT_UNROLL for (int c = 0; c < 4; ++c) {
+  LIGHTKIT_UNROLL
+  for (int c = 0; c < 4; ++c) {
     const auto column = transform_weight_line<T>(rows[0][c], rows[1][c], rows[2][c]);
-    LIGHTKIT_UNROLL for (int r = 0; r < 4; ++r) {
+    LIGHTKIT_UNROLL
+    for (int r = 0; r < 4; ++r) {
       column[r].store(points + (r * 4 + c) * stride);
     }
   }
@@ -84,11 +93,12 @@ void transform_output(
     const T* points,  // [kPoints, width], points `stride` apart
     int64_t stride,
     const Vec<T>& bias,
-    T* positions) {   // [window, width]
+    T* positions) {  // [window, width]
   constexpr int width = kWidth<T>;
   Vec<T> upper[4];
   Vec<T> lower[4];
-  LIGHTKIT_UNROLL for (int c = 0; c < 4; ++c) {
+  LIGHTKIT_UNROLL
+  for (int c = 0; c < 4; ++c) {
     const auto point = [&](int r) { return Vec<T>::loadu(points + (r * 4 + c) * stride); };
     const Vec<T> m1 = point(1);
     const Vec<T> m2 = point(2);
@@ -105,8 +115,7 @@ void transform_output(
 // weights fit `kMaxWinogradWeightBytes`.
 template <typename T>
 bool applies(const Shape& shape) {
-  return shape.pool && shape.kernel_height == 3 && shape.kernel_width == 3 &&
-      shape.in_channels % kWidth<T> == 0 &&
+  return shape.pool && shape.kernel_height == 3 && shape.kernel_width == 3 && shape.in_channels % kWidth<T> == 0 &&
       shape.in_channels * shape.out_channels * kPoints * static_cast<int64_t>(sizeof(T)) <= kMaxWinogradWeightBytes;
 }
 

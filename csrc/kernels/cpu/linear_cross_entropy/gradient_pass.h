@@ -87,7 +87,8 @@ class GradientPass {
     }
   }
 
-  // Halves `most` while threads would be idle: each part of `total` is combined with `others` parts of another dimension.
+  // Halves `most` while threads would be idle: each part of `total` is combined with `others` parts of another
+  // dimension.
   int64_t part_size(int64_t total, int64_t most, int64_t least, int64_t others) const {
     int64_t size = most;
     while (size > least && ceil_div(total, size) * others < kPartsPerThread * state_.threads) {
@@ -178,8 +179,7 @@ class GradientPass {
           }
         }
         const auto right = Operand::right(state_.weights(c, d), terms, width, scratch.right.data());
-        tile_gemm(
-            rows, width, even, left.data, left.stride, right.data, right.stride, to.data, to.stride, accumulate);
+        tile_gemm(rows, width, even, left.data, left.stride, right.data, right.stride, to.data, to.stride, accumulate);
       };
       state_.add_terms(rows, width, end - begin, kGemmTerms, out, begin > 0, scratch, multiply);
     });

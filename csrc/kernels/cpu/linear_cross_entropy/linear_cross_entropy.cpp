@@ -56,7 +56,7 @@ void run(const Problem<scalar_t>& args) {
   });
 }
 
-#define LIGHTKIT_INSTANTIATE(scalar_t)                                                  \
+#define LIGHTKIT_INSTANTIATE(scalar_t)                        \
   template int64_t workspace_bytes(const Problem<scalar_t>&); \
   template void run(const Problem<scalar_t>&);
 LIGHTKIT_INSTANTIATE(float)

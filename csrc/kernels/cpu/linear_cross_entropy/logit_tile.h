@@ -57,8 +57,7 @@ class LogitTile {
   using Vec = at::vec::Vectorized<acc_t>;
 
   // `logits` [classes, rows] are of the classes from `first` on; `rows` is a multiple of kRowMultiple.
-  LogitTile(
-      const Problem<scalar_t>& args, Matrix<acc_t> logits, int64_t first, int64_t classes, int64_t rows)
+  LogitTile(const Problem<scalar_t>& args, Matrix<acc_t> logits, int64_t first, int64_t classes, int64_t rows)
       : args_(args), logits_(logits), first_(first), classes_(classes), rows_(rows) {}
 
   // Adds the bias to products, and applies the softcap.

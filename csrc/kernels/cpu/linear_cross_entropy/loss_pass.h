@@ -1,5 +1,5 @@
-// The first pass of the fused linear cross-entropy over a chunk of rows: the losses, and what the gradients need of each
-// row.
+// The first pass of the fused linear cross-entropy over a chunk of rows: the losses, and what the gradients need of
+// each row.
 #pragma once
 
 #include "state.h"

@@ -1,4 +1,5 @@
-// The memory plan of the fused linear cross-entropy: which classes keep their exponentials, and which are computed twice.
+// The memory plan of the fused linear cross-entropy: which classes keep their exponentials, and which are computed
+// twice.
 #pragma once
 
 #include "../../common/ceil_div.h"
@@ -12,10 +13,10 @@
 namespace lightkit::cpu::linear_cross_entropy {
 
 struct MemoryPlan {
-  int64_t chunk;     // rows of a chunk
-  int64_t stride;    // elements from class to class in memory: the rows of a chunk, rounded up to kRowMultiple
-  int64_t kept;      // the first classes, whose exponentials stay in memory
-  int64_t slice;     // the most other classes whose gradients are in memory at a time
+  int64_t chunk;   // rows of a chunk
+  int64_t stride;  // elements from class to class in memory: the rows of a chunk, rounded up to kRowMultiple
+  int64_t kept;    // the first classes, whose exponentials stay in memory
+  int64_t slice;   // the most other classes whose gradients are in memory at a time
   int64_t kept_bytes;
   int64_t slice_bytes;
   int64_t sum_bytes;  // of the sums of a half-precision hidden gradient

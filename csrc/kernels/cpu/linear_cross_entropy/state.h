@@ -154,8 +154,8 @@ class State {
         hidden(block.begin), block.count, args.features, block.padded, scratch.panel.data());
   }
 
-  // Computes `out` [m, n] = or += a product of `total` terms. multiply(term, terms, to, accumulate) does `terms` of them,
-  // at most `step`.
+  // Computes `out` [m, n] = or += a product of `total` terms. multiply(term, terms, to, accumulate) does `terms` of
+  // them, at most `step`.
   template <typename Multiply>
   void add_terms(
       int64_t m,
@@ -196,16 +196,7 @@ class State {
       // A pair of features is one row of the panel, twice as long.
       const operand_t* right = panel.data + d * panel.stride;
       tile_gemm(
-          classes,
-          block.padded,
-          terms,
-          left.data,
-          left.stride,
-          right,
-          panel.stride,
-          to.data,
-          to.stride,
-          accumulate);
+          classes, block.padded, terms, left.data, left.stride, right, panel.stride, to.data, to.stride, accumulate);
     };
     add_terms(classes, block.padded, args.features, kChainTerms<operand_t>, out, false, scratch, multiply);
     const LogitTile<scalar_t> tile(args, out, c, classes, block.padded);

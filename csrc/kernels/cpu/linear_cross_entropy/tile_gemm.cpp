@@ -12,8 +12,8 @@ namespace {
 
 namespace blas = at::native::cpublas;
 
-// Returns true if oneDNN's micro-kernels take this type here. It computes a product whose result is known; the odd number
-// of columns and a k beyond a vector reveal an unexpected layout.
+// Returns true if oneDNN's micro-kernels take this type here. It computes a product whose result is known; the odd
+// number of columns and a k beyond a vector reveal an unexpected layout.
 template <typename T>
 bool micro_kernel_works() {
   constexpr int64_t m = 3, n = 5, k = 34;
@@ -135,7 +135,15 @@ bool has_bfloat16_gemm() {
 }
 
 void tile_gemm(
-    int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
+    int64_t m,
+    int64_t n,
+    int64_t k,
+    const float* a,
+    int64_t lda,
+    const float* b,
+    int64_t ldb,
+    float* c,
+    int64_t ldc,
     bool accumulate) {
 #ifdef CPUBLAS_BRGEMM_F32F32F32
   if (has_float_gemm()) {
@@ -147,14 +155,30 @@ void tile_gemm(
 }
 
 void tile_gemm(
-    int64_t m, int64_t n, int64_t k, const double* a, int64_t lda, const double* b, int64_t ldb, double* c, int64_t ldc,
+    int64_t m,
+    int64_t n,
+    int64_t k,
+    const double* a,
+    int64_t lda,
+    const double* b,
+    int64_t ldb,
+    double* c,
+    int64_t ldc,
     bool accumulate) {
   VectorGemm<double>{m, n, k, a, lda, b, ldb, c, ldc, accumulate}.run();
 }
 
 void tile_gemm(
-    int64_t m, int64_t n, int64_t k, const at::BFloat16* a, int64_t lda, const at::BFloat16* b, int64_t ldb, float* c,
-    int64_t ldc, bool accumulate) {
+    int64_t m,
+    int64_t n,
+    int64_t k,
+    const at::BFloat16* a,
+    int64_t lda,
+    const at::BFloat16* b,
+    int64_t ldb,
+    float* c,
+    int64_t ldc,
+    bool accumulate) {
 #ifdef CPUBLAS_BRGEMM_BF16BF16F32
   blas::brgemm(m, n, k, lda, ldb, ldc, accumulate, a, b, c, /*is_vnni=*/true);
 #else

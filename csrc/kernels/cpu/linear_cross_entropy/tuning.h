@@ -1,7 +1,7 @@
 // The tuned constants of the fused linear cross-entropy on a CPU, each with what it was derived or measured from.
 //
-// "Chosen" means: set while the kernel was written, on a two-core machine with AVX-512, and not compared with other values
-// in benchmarks/results. linear_cross_entropy.csv there compares the kernel, with these constants, to torch.
+// "Chosen" means: set while the kernel was written, on a two-core machine with AVX-512, and not compared with other
+// values in benchmarks/results. linear_cross_entropy.csv there compares the kernel, with these constants, to torch.
 #pragma once
 
 #include "../common/simd.h"
@@ -14,12 +14,12 @@ namespace lightkit::cpu::linear_cross_entropy {
 inline constexpr int64_t kTileClasses = 64;
 inline constexpr int64_t kTileRows = 128;
 
-// The number of rows in memory is rounded up to this. Derived: whole vectors of every type, 32 elements of bfloat16 with
-// AVX-512.
+// The number of rows in memory is rounded up to this. Derived: whole vectors of every type, 32 elements of bfloat16
+// with AVX-512.
 inline constexpr int64_t kRowMultiple = 32;
 
-// Sums of exponentials that a row of a tile has at a time. Derived: an addition takes four cycles, and small terms would
-// get lost in one long chain with a large one.
+// Sums of exponentials that a row of a tile has at a time. Derived: an addition takes four cycles, and small terms
+// would get lost in one long chain with a large one.
 inline constexpr int kSumChains = 4;
 
 // Classes whose sum of exponentials is one term of a row's sum: the order of additions then does not depend on who
@@ -31,15 +31,15 @@ inline constexpr int64_t kSumClasses = 1024;
 inline constexpr int64_t kMinChunk = 64;
 
 // If the limit cannot keep the exponentials of all classes, a slice of the others gets one part in kSliceShare of the
-// limit. Chosen: each slice takes a trip through all hidden states, and each class that is kept instead saves one of four
-// products. linear_cross_entropy.csv was measured with a share of 8 and a limit of 64 MiB.
+// limit. Chosen: each slice takes a trip through all hidden states, and each class that is kept instead saves one of
+// four products. linear_cross_entropy.csv was measured with a share of 8 and a limit of 64 MiB.
 inline constexpr int64_t kSliceShare = 8;
 
 // The fewest classes of a slice. Chosen: four tiles.
 inline constexpr int64_t kMinSlice = 256;
 
-// Bytes of the limit that are left for the scratch of threads, at most an eighth of the limit. Derived: two threads of up
-// to 2 MiB. The plan, and with it the order of sums, must not depend on the number of threads.
+// Bytes of the limit that are left for the scratch of threads, at most an eighth of the limit. Derived: two threads of
+// up to 2 MiB. The plan, and with it the order of sums, must not depend on the number of threads.
 inline constexpr int64_t kScratchBytes = int64_t(4) << 20;
 inline constexpr int64_t kScratchShare = 8;
 
@@ -47,16 +47,17 @@ inline constexpr int64_t kScratchShare = 8;
 // are 384 KiB in float32, within an L2 of 1 MiB.
 inline constexpr int64_t kGemmTerms = 128;
 
-// Terms that are summed before the sum is added to the earlier ones: one long chain of additions would lose digits. Half
-// precision has fewer digits to lose. Chosen.
+// Terms that are summed before the sum is added to the earlier ones: one long chain of additions would lose digits.
+// Half precision has fewer digits to lose. Chosen.
 template <typename operand_t>
 inline constexpr int64_t kChainTerms = is_half<operand_t> ? 1024 : 256;
 
-// Rows of the gradient of the hidden states that a thread computes at a time; fewer where threads would be idle. Chosen.
+// Rows of the gradient of the hidden states that a thread computes at a time; fewer where threads would be idle.
+// Chosen.
 inline constexpr int64_t kMaxHiddenRows = 256;
 
-// Classes and columns of the gradient of the weight that a thread computes at a time; fewer where threads would be idle.
-// Derived: a block of 256 x 512 floats is 512 KiB, within an L2 of 1 MiB.
+// Classes and columns of the gradient of the weight that a thread computes at a time; fewer where threads would be
+// idle. Derived: a block of 256 x 512 floats is 512 KiB, within an L2 of 1 MiB.
 inline constexpr int64_t kMaxWeightClasses = 256;
 inline constexpr int64_t kMaxColumns = 512;
 inline constexpr int64_t kMinColumns = 64;

@@ -66,8 +66,8 @@ void update(const SgdTensor& tensor, int64_t begin, int64_t end) {
   }
 }
 
-// The full update of kernels/optim/sgd.h, with master weights, averages and stochastic rounding; terms are chosen at run
-// time, block by block.
+// The full update of kernels/optim/sgd.h, with master weights, averages and stochastic rounding; terms are chosen at
+// run time, block by block.
 template <typename scalar_t>
 void update_with_extras(const SgdTensor& tensor, int64_t begin, int64_t end) {
   using acc_t = accumulator_t<scalar_t>;
@@ -105,8 +105,7 @@ void update_with_extras(const SgdTensor& tensor, int64_t begin, int64_t end) {
         direction = at::vec::fmadd(Vec(static_cast<acc_t>(options.weight_decay)), value, direction);
       }
       if (buffer != nullptr) {
-        const Vec moved =
-            tensor.first ? direction : at::vec::fmadd(momentum, Vec::loadu(m + i, n), intake * direction);
+        const Vec moved = tensor.first ? direction : at::vec::fmadd(momentum, Vec::loadu(m + i, n), intake * direction);
         moved.store(m + i, n);
         direction = options.nesterov ? at::vec::fmadd(momentum, moved, direction) : moved;
       }

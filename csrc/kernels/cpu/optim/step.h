@@ -29,14 +29,18 @@ inline size_t tensor_of(const std::vector<int64_t>& starts, int64_t run) {
   return std::upper_bound(starts.begin(), starts.end(), run) - starts.begin() - 1;
 }
 
-// Flushes subnormal numbers of this thread to 0 while it lives, in float and double. The running means of a parameter that
-// gets no gradient, such as one of a dead unit, shrink until they are subnormal, and a processor is some ten times slower
-// with such numbers.
+// Flushes subnormal numbers of this thread to 0 while it lives, in float and double. The running means of a parameter
+// that gets no gradient, such as one of a dead unit, shrink until they are subnormal, and a processor is some ten times
+// slower with such numbers.
 class FlushDenormals {
  public:
 #if defined(__SSE2__)
-  FlushDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | kFlushResults | kFlushOperands); }
-  ~FlushDenormals() { _mm_setcsr(before_); }
+  FlushDenormals() : before_(_mm_getcsr()) {
+    _mm_setcsr(before_ | kFlushResults | kFlushOperands);
+  }
+  ~FlushDenormals() {
+    _mm_setcsr(before_);
+  }
 
  private:
   static constexpr unsigned kFlushResults = 0x8000;
@@ -85,9 +89,9 @@ acc_t signed_factor(const StepOptions& options) {
   return static_cast<acc_t>(options.maximize ? -options.gradient_factor : options.gradient_factor);
 }
 
-// Rounds to BFloat16 up or down with the probabilities that make the expected result exact: it adds 16 random bits below
-// the last bit that stays. The bits are a hash of the key and the element's index, so that they depend on neither threads
-// nor blocks.
+// Rounds to BFloat16 up or down with the probabilities that make the expected result exact: it adds 16 random bits
+// below the last bit that stays. The bits are a hash of the key and the element's index, so that they depend on neither
+// threads nor blocks.
 void round_stochastically(
     const float* values,  // [count]
     at::BFloat16* out,    // [count]
@@ -95,8 +99,8 @@ void round_stochastically(
     uint64_t key,
     int64_t first_index);
 
-// Copies the elements of a parameter that are no longer the rounding of their master weight into the master weight: others
-// have written to them since the last step.
+// Copies the elements of a parameter that are no longer the rounding of their master weight into the master weight:
+// others have written to them since the last step.
 template <typename scalar_t, typename Options>
 void refresh_master(const StepTensor<Options>& tensor, int64_t start, int64_t count) {
   scalar_t rounded[kMasterBlock];
@@ -115,8 +119,8 @@ void refresh_master(const StepTensor<Options>& tensor, int64_t start, int64_t co
   }
 }
 
-// Writes `count` new elements from `start` on to a parameter, rounded, to its master weight, and to its average. `values`
-// may be the parameter itself if that has the accumulation type.
+// Writes `count` new elements from `start` on to a parameter, rounded, to its master weight, and to its average.
+// `values` may be the parameter itself if that has the accumulation type.
 template <typename scalar_t, typename Options>
 void store(
     const StepTensor<Options>& tensor,

@@ -24,7 +24,8 @@ __device__ __forceinline__ acc_t widen(scalar_t value) {
   return static_cast<acc_t>(value);
 }
 
-// Widens with a shift. With the conversion of sm_90 the compiler would keep the converted values, in twice the registers.
+// Widens with a shift. With the conversion of sm_90 the compiler would keep the converted values, in twice the
+// registers.
 template <>
 __device__ __forceinline__ float widen<float, __nv_bfloat16>(__nv_bfloat16 value) {
   return __uint_as_float(static_cast<unsigned>(__bfloat16_as_ushort(value)) << 16);

@@ -1,5 +1,5 @@
-// Cross-entropy of rows too wide for one block: a cluster of blocks keeps a row in the registers of all its threads. Its
-// warps exchange their sums once, through the shared memory of every block. Requires sm_90.
+// Cross-entropy of rows too wide for one block: a cluster of blocks keeps a row in the registers of all its threads.
+// Its warps exchange their sums once, through the shared memory of every block. Requires sm_90.
 #pragma once
 
 #include "wide.cuh"
@@ -13,7 +13,7 @@ namespace lightkit::cuda::cross_entropy {
 
 template <typename scalar_t, bool plain>
 __global__ void __launch_bounds__(kWideThreads, kResident<scalar_t, plain>)
-cluster_kernel(const __grid_constant__ Rows args) {
+    cluster_kernel(const __grid_constant__ Rows args) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   using acc_t = accumulator_t<scalar_t>;
   __shared__ Normalizer<acc_t> entries[kMaxWarps];

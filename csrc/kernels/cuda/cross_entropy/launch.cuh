@@ -2,11 +2,11 @@
 // them in parallel.
 #pragma once
 
-#include "cross_entropy.h"
 #include "cluster.cuh"
+#include "cross_entropy.h"
+#include "reduce.cuh"
 #include "small.cuh"
 #include "wide.cuh"
-#include "reduce.cuh"
 
 namespace lightkit::cuda::cross_entropy {
 

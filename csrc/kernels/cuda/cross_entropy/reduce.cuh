@@ -1,13 +1,13 @@
-// Sums over all rows of a cross-entropy: the denominator of a mean, and the loss. One block sums each part of the rows; the
-// order of additions is fixed, without atomics on the sums.
+// Sums over all rows of a cross-entropy: the denominator of a mean, and the loss. One block sums each part of the rows;
+// the order of additions is fixed, without atomics on the sums.
 #pragma once
 
 #include "../../common/ceil_div.h"
-#include "tuning.h"
-#include "cross_entropy.h"
 #include "../common/dtype.cuh"
 #include "../common/refuse_target.cuh"
 #include "../common/sum.cuh"
+#include "cross_entropy.h"
+#include "tuning.h"
 
 #include <algorithm>
 

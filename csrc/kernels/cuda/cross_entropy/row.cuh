@@ -1,8 +1,8 @@
 // The arithmetic of one row of a cross-entropy. ../../cpu/cross_entropy/cross_entropy.h has the formulas.
 #pragma once
 
-#include "cross_entropy.h"
 #include "../common/dtype.cuh"
+#include "cross_entropy.h"
 
 #include <cmath>
 
@@ -41,7 +41,9 @@ struct Normalizer {
   acc_t soft_sum;  // of the soft targets
   acc_t offset;    // of soft * (pivot - u)
 
-  static __device__ __forceinline__ Normalizer none() { return {lowest<acc_t>(), acc_t(0), acc_t(0), acc_t(0)}; }
+  static __device__ __forceinline__ Normalizer none() {
+    return {lowest<acc_t>(), acc_t(0), acc_t(0), acc_t(0)};
+  }
 
   __device__ __forceinline__ void merge(const Normalizer& other) {
     const bool below = maximum < other.maximum;
@@ -61,14 +63,14 @@ struct Row {
 
   const Rows& args;
   const int64_t index;
-  bool counts;                // the row exists and is not ignored
-  int64_t target = -1;        // -1 for none
+  bool counts;          // the row exists and is not ignored
+  int64_t target = -1;  // -1 for none
   acc_t u_target = 0;
   acc_t pivot = 0;
-  acc_t scale = 1;            // of the gradient
+  acc_t scale = 1;  // of the gradient
   acc_t maximum = 0;
-  acc_t factor = 0;           // of exp(u - maximum) in the gradient
-  acc_t at_target = 0;        // the gradient at the target
+  acc_t factor = 0;     // of exp(u - maximum) in the gradient
+  acc_t at_target = 0;  // the gradient at the target
 
   // `logits` [classes] of the row are read only if the row counts.
   __device__ __forceinline__ Row(const Rows& args, int64_t index, const scalar_t* logits)
@@ -83,10 +85,18 @@ struct Row {
     }
   }
 
-  __device__ __forceinline__ bool by_index() const { return plain || args.target != nullptr; }
-  __device__ __forceinline__ bool has_soft() const { return !plain && (!by_index() || args.smoothing > 0); }
-  __device__ __forceinline__ acc_t confidence() const { return static_cast<acc_t>(1 - args.smoothing); }
-  __device__ __forceinline__ acc_t softcap() const { return plain ? acc_t(0) : static_cast<acc_t>(args.softcap); }
+  __device__ __forceinline__ bool by_index() const {
+    return plain || args.target != nullptr;
+  }
+  __device__ __forceinline__ bool has_soft() const {
+    return !plain && (!by_index() || args.smoothing > 0);
+  }
+  __device__ __forceinline__ acc_t confidence() const {
+    return static_cast<acc_t>(1 - args.smoothing);
+  }
+  __device__ __forceinline__ acc_t softcap() const {
+    return plain ? acc_t(0) : static_cast<acc_t>(args.softcap);
+  }
 
   __device__ __forceinline__ acc_t weight(int64_t c) const {
     return args.weight == nullptr ? acc_t(1) : static_cast<const acc_t*>(args.weight)[c];

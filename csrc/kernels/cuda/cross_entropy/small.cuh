@@ -1,14 +1,14 @@
-// Cross-entropy of short rows: a block copies a tile of rows, which is contiguous for any number of classes, through shared
-// memory, where each thread works on one row.
+// Cross-entropy of short rows: a block copies a tile of rows, which is contiguous for any number of classes, through
+// shared memory, where each thread works on one row.
 //
-// It serves rows whose packs are not on 16-byte boundaries, and problems so small that one block does everything, with the
-// sums over all rows, in one launch.
+// It serves rows whose packs are not on 16-byte boundaries, and problems so small that one block does everything, with
+// the sums over all rows, in one launch.
 #pragma once
 
 #include "../../common/ceil_div.h"
-#include "tuning.h"
-#include "row.cuh"
 #include "reduce.cuh"
+#include "row.cuh"
+#include "tuning.h"
 
 namespace lightkit::cuda::cross_entropy {
 
@@ -33,8 +33,7 @@ __device__ void copy_tile(
 
 // Works on one row with one thread. The gradient replaces the logits in `values` [classes].
 template <typename scalar_t, bool plain>
-__device__ void work_on_row(
-    const Rows& args, int64_t index, scalar_t* values, accumulator_t<scalar_t> scale) {
+__device__ void work_on_row(const Rows& args, int64_t index, scalar_t* values, accumulator_t<scalar_t> scale) {
   using acc_t = accumulator_t<scalar_t>;
   const int classes = static_cast<int>(args.classes);
   Row<scalar_t, plain> row(args, index, values);

@@ -9,8 +9,8 @@
 
 namespace lightkit::cuda::cross_entropy {
 
-// Rows of a tile in shared memory, one a thread, and the widest row. Derived: 128 rows of 256 bytes are 32 KiB, within the
-// 48 KiB that a block gets without asking.
+// Rows of a tile in shared memory, one a thread, and the widest row. Derived: 128 rows of 256 bytes are 32 KiB, within
+// the 48 KiB that a block gets without asking.
 constexpr int kTileRows = 128;
 constexpr int64_t kTileRowBytes = 256;
 
@@ -21,12 +21,13 @@ constexpr int64_t kAloneRows = 4 * kTileRows;
 constexpr int kBlockThreads = 256;
 constexpr int kWideThreads = 512;
 
-// The most blocks of a cluster. Derived: 16 is the largest cluster that a device of compute capability 9.0 can be asked for.
+// The most blocks of a cluster. Derived: 16 is the largest cluster that a device of compute capability 9.0 can be asked
+// for.
 constexpr int kMaxCluster = 16;
 constexpr int kMaxWarps = kWideThreads / 32 * kMaxCluster;
 
-// Packs of 16 bytes that a thread holds of a row: of a narrow row, of a wide row, and of a row that is read twice. Derived:
-// 8 packs of float are 32 of the 64 registers that two resident blocks of 512 threads leave to a thread.
+// Packs of 16 bytes that a thread holds of a row: of a narrow row, of a wide row, and of a row that is read twice.
+// Derived: 8 packs of float are 32 of the 64 registers that two resident blocks of 512 threads leave to a thread.
 constexpr int kNarrowPacks = 2;
 constexpr int kWidePacks = 8;
 constexpr int kStreamedPacks = 4;
@@ -35,8 +36,8 @@ constexpr int kStreamedPacks = 4;
 constexpr int kSumThreads = 256;
 constexpr int64_t kRowsPerPart = 2048;
 
-// Threads of a block that scales gradients, and the most blocks. Derived: 2048 blocks of 256 threads fill any device; with a
-// factor of 1 no other block is paid for.
+// Threads of a block that scales gradients, and the most blocks. Derived: 2048 blocks of 256 threads fill any device;
+// with a factor of 1 no other block is paid for.
 constexpr int kScaleThreads = 256;
 constexpr int64_t kMaxScaleBlocks = 2048;
 

@@ -1,14 +1,14 @@
 // Cross-entropy of rows that a team of threads shares: each thread works on every n-th pack of 16 bytes.
 //
-// A row that fits the registers of its team is read once, and kept until its gradient is written. A row of up to 64 packs
-// has a part of a warp, with two packs a lane; a wider row has one to sixteen warps, with eight packs a lane; a still wider
-// row has a cluster of blocks (cluster.cuh). A row that fits no team is read twice.
+// A row that fits the registers of its team is read once, and kept until its gradient is written. A row of up to 64
+// packs has a part of a warp, with two packs a lane; a wider row has one to sixteen warps, with eight packs a lane; a
+// still wider row has a cluster of blocks (cluster.cuh). A row that fits no team is read twice.
 #pragma once
 
 #include "../../common/ceil_div.h"
-#include "tuning.h"
-#include "row.cuh"
 #include "reduce.cuh"
+#include "row.cuh"
+#include "tuning.h"
 
 #include <cstring>
 #include <type_traits>
@@ -25,11 +25,11 @@ struct Team {
   int threads;
 };
 
-// The classes of a row as packs on 16-byte boundaries, with less than a pack left over at each end. The first threads take
-// one of the left-over classes each.
+// The classes of a row as packs on 16-byte boundaries, with less than a pack left over at each end. The first threads
+// take one of the left-over classes each.
 template <typename scalar_t, int width, typename index_t>
 struct Span {
-  index_t head;     // left-over classes before the packs
+  index_t head;  // left-over classes before the packs
   index_t packs;
   index_t singles;  // left-over classes at both ends
 
@@ -39,7 +39,9 @@ struct Span {
     packs = (classes - head) / width;
     singles = classes - packs * width;
   }
-  __device__ __forceinline__ index_t first_of(index_t pack) const { return head + pack * width; }
+  __device__ __forceinline__ index_t first_of(index_t pack) const {
+    return head + pack * width;
+  }
   // The left-over class of a thread, or -1.
   __device__ __forceinline__ index_t single(int thread) const {
     return thread >= singles ? -1 : thread < head ? thread : packs * width + thread;
@@ -70,8 +72,8 @@ __device__ __forceinline__ Normalizer<acc_t> merge_lanes(Normalizer<acc_t> value
   return value;
 }
 
-// Merges `count` (a power of 2) entries of a team's warps in shared memory. Each warp merges all entries, and gets the same
-// bits.
+// Merges `count` (a power of 2) entries of a team's warps in shared memory. Each warp merges all entries, and gets the
+// same bits.
 template <typename acc_t>
 __device__ __forceinline__ Normalizer<acc_t> merge_entries(const Normalizer<acc_t>* entries, int count, bool has_soft) {
   const int lane = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x) % 32;
@@ -83,8 +85,8 @@ __device__ __forceinline__ Normalizer<acc_t> merge_entries(const Normalizer<acc_
   return merge_lanes(value, lanes, has_soft);
 }
 
-// Hides from the compiler that a half-precision pack has not changed. Otherwise the compiler would keep the widened values
-// from one use to the next, in twice the registers.
+// Hides from the compiler that a half-precision pack has not changed. Otherwise the compiler would keep the widened
+// values from one use to the next, in twice the registers.
 template <typename scalar_t, int size>
 __device__ __forceinline__ void keep_narrow(Pack<scalar_t, size>& pack) {
 #ifdef __CUDA_ARCH__
@@ -120,8 +122,8 @@ __device__ __forceinline__ Normalizer<acc_t> merge_team(
 }
 
 // One thread's share of a row. merge(normalizer, has_soft) makes the normalizer of the row from those of the team's
-// threads. `width` is the size of a pack, or 1 if logits and gradient are not aligned alike. All threads of a warp call it,
-// also for a row that does not exist.
+// threads. `width` is the size of a pack, or 1 if logits and gradient are not aligned alike. All threads of a warp call
+// it, also for a row that does not exist.
 template <typename scalar_t, bool plain, int width, int packs, bool held, typename Merge>
 __device__ __forceinline__ void share_row(const Rows& args, int64_t index, Team team, const Merge& merge) {
   using acc_t = accumulator_t<scalar_t>;
@@ -229,7 +231,7 @@ __device__ __forceinline__ void share_row(const Rows& args, int64_t index, Team 
 // blockDim = (threads a row, rows a block).
 template <typename scalar_t, bool plain, int width, int packs, bool held>
 __global__ void __launch_bounds__(kWideThreads, kResident<scalar_t, plain>)
-rows_kernel(const __grid_constant__ Rows args) {
+    rows_kernel(const __grid_constant__ Rows args) {
   using acc_t = accumulator_t<scalar_t>;
   __shared__ Normalizer<acc_t> entries[kWideThreads / 32];
   const int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;

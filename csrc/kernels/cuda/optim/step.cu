@@ -61,7 +61,8 @@ __device__ double square_sum(const void* data, int64_t begin, int64_t end) {
 }
 
 // One block a run.
-__global__ void __launch_bounds__(kNormThreads) square_sum_kernel(const __grid_constant__ GradientBatch batch, int gradients) {
+__global__ void __launch_bounds__(kNormThreads)
+    square_sum_kernel(const __grid_constant__ GradientBatch batch, int gradients) {
   const int run = static_cast<int>(blockIdx.x);
   int low = 0, high = gradients;
   while (high - low > 1) {
@@ -94,7 +95,7 @@ __global__ void __launch_bounds__(kNormThreads) square_sum_kernel(const __grid_c
 
 // One block adds up all sums.
 __global__ void __launch_bounds__(kNormThreads)
-norm_kernel(const double* sums, int64_t count, double factor, const float* scale, double* norm) {
+    norm_kernel(const double* sums, int64_t count, double factor, const float* scale, double* norm) {
   double sum = 0;
   for (int64_t i = threadIdx.x; i < count; i += kNormThreads) {
     sum += sums[i];

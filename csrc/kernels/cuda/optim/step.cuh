@@ -155,7 +155,7 @@ __device__ __forceinline__ double gradient_factor(const StepOptions& options) {
 
 template <typename Rule, typename scalar_t, typename state_t, bool extras>
 __global__ void __launch_bounds__(kStepThreads)
-step_kernel(const __grid_constant__ StepBatch<typename Rule::Options> batch) {
+    step_kernel(const __grid_constant__ StepBatch<typename Rule::Options> batch) {
   constexpr int width = Pack<scalar_t>::size;
   const auto& options = batch.options;
   if (options.skip_on_device != nullptr && *options.skip_on_device != 0) {

@@ -22,8 +22,8 @@ constexpr size_t kMaxArgumentBytes = 32764;
 constexpr int kGradientsPerLaunch = 160;
 constexpr int kCountsPerLaunch = 500;
 
-// A block works on one chunk of one parameter. Chunks are so small that there are kWantedBlocks blocks, if the sizes allow
-// it: one large parameter alone then fills the device. Chosen.
+// A block works on one chunk of one parameter. Chunks are so small that there are kWantedBlocks blocks, if the sizes
+// allow it: one large parameter alone then fills the device. Chosen.
 constexpr int64_t kWantedBlocks = 1024;
 constexpr int64_t kSmallestChunk = 2048;
 constexpr int64_t kLargestChunk = 65536;
