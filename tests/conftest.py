@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from lightkit.native import compile
+from lightkit.native import builder
 
 # The kernels themselves are under test: falling back to the references would test those against themselves.
 os.environ.setdefault("LIGHTKIT_NATIVE", "require")
@@ -28,7 +28,7 @@ settings.load_profile("lightkit")
 @pytest.fixture(scope="session", autouse=True)
 def kernels() -> None:
     """Compiled before the first test, not in the time that some test gives to a process that it starts."""
-    compile.build()
+    builder.build()
 
 
 @pytest.fixture

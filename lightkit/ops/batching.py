@@ -1,4 +1,4 @@
-"""Batching rules: what the ops do within torch.func.vmap, and with ``is_grads_batched=True`` in backward."""
+"""Batching rules of the ops, for torch.func.vmap and for backward with ``is_grads_batched=True``."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-# Those that return what they compute; within torch.func the functions of `lightkit.ops` take torch's operations, so
-# that these are reached by backward, and by whoever calls an op itself.
+# The ops that do not write to their arguments. Within torch.func the functions of `lightkit.ops` take torch's
+# operations; backward, and callers of an op itself, reach these rules.
 _OPS = (
     "cross_entropy",
     "_cross_entropy_forward",
@@ -24,19 +24,19 @@ _OPS = (
 
 
 def register() -> None:
-    """Registers a rule for every op that the native library has defined."""
+    """Registers a rule for every op that the native library defines."""
     for name in filter(functools.partial(hasattr, torch.ops.lightkit), _OPS):
         torch.library.register_vmap(f"lightkit::{name}", _one_by_one(name), lib=_library)
 
 
 def _one_by_one(name: str) -> Callable[..., Any]:
-    """Returns a rule that calls an op for each element of the batch."""
+    """Returns a rule that calls an op once for each element of the batch."""
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         op = getattr(torch.ops.lightkit, name).default
         leaves, spec = pytree.tree_flatten(args)
         dims = pytree.tree_leaves(in_dims)
-        # Of no elements one of zeros tells the shapes.
+        # For an empty batch, an element of zeros gives the shapes.
         if info.batch_size == 0:
             leaves = [
                 leaf if dim is None else leaf.new_zeros((1, *leaf.movedim(dim, 0).shape[1:])).movedim(0, dim)
@@ -54,5 +54,5 @@ def _one_by_one(name: str) -> Callable[..., Any]:
     return rule
 
 
-# Rules are registered as long as it lives.
+# The rules are registered while this object lives.
 _library = torch.library.Library("lightkit", "FRAGMENT")

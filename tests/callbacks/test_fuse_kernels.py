@@ -29,7 +29,7 @@ from lightkit import native
 from lightkit.callbacks import FuseKernels
 from lightkit.nn import CrossEntropyLoss
 from lightkit.nn.fused_sequential import is_fused
-from lightkit.ops import substitute
+from lightkit.ops import patch
 from lightkit.optim import SGD
 from lightkit.optim.convert import is_converted
 
@@ -42,7 +42,7 @@ CODE = F.cross_entropy.__code__
 def nothing_stays():
     """Every test leaves torch as it was."""
     yield
-    assert F.cross_entropy.__code__ is CODE and not substitute._threads
+    assert F.cross_entropy.__code__ is CODE and not patch._threads
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def calls(monkeypatch):
         seen.append(threading.get_ident())
         return lightkit.ops.cross_entropy(*arguments)
 
-    monkeypatch.setattr(substitute, "cross_entropy", counted)
+    monkeypatch.setattr(patch, "cross_entropy", counted)
     return seen
 
 

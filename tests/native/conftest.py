@@ -15,7 +15,7 @@ import pytest
 from cuda_emulation import Emulator, build
 
 import lightkit
-from lightkit.native import compile, target, toolchain
+from lightkit.native import builder, target, toolchain
 
 TINY_SOURCE = """
 #include <Python.h>
@@ -84,7 +84,7 @@ def compiler() -> str:
 @pytest.fixture
 def built_cache(tmp_path: Path) -> Path:
     """A cache with a copy of the real build."""
-    library = compile.build()
+    library = builder.build()
     shutil.copytree(library.parent, tmp_path / "built" / "native" / library.parent.name)
     return tmp_path / "built"
 

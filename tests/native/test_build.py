@@ -18,7 +18,7 @@ import pytest
 
 from lightkit import build as build_command
 from lightkit import native
-from lightkit.native import cache, compile, toolchain
+from lightkit.native import builder, cache, toolchain
 
 # Uses an op twice and the optimizer once, and prints what was warned of and whether the numbers are right.
 _USE = """
@@ -215,7 +215,7 @@ def test_unusable_cache_is_a_warning(run_python, compiler: str, problem: str) ->
         closed, mode = (cache_dir / "native", 0o555) if problem == "read-only" else (cache_dir, 0o000)
         closed.chmod(mode)
         become_somebody = (
-            "import os\nfrom lightkit.native import cache, compile, toolchain\nimport lightkit.ops\n"
+            "import os\nfrom lightkit.native import cache, builder, toolchain\nimport lightkit.ops\n"
             "if os.geteuid() == 0: os.setuid(12345)\n"
         )
         try:
@@ -308,7 +308,7 @@ def test_missing_sources_are_named(tiny_sources: Path, forget_keys: Callable[[],
     shutil.rmtree(tiny_sources)
     forget_keys()
     with pytest.raises(toolchain.ToolchainError, match=f"{re.escape(str(tiny_sources))} does not exist"):
-        compile.build()
+        builder.build()
 
 
 def test_missing_symbol_fails_when_it_is_loaded(tiny_sources: Path, run_python) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import lightkit
-from lightkit.native import cache, compile, toolchain
+from lightkit.native import builder, cache, toolchain
 
 pytestmark = pytest.mark.slow
 
@@ -150,7 +150,7 @@ def faulty_library(tiny_sources: Path, forget_keys: Callable[[], None], monkeypa
         monkeypatch.setenv(name, value)
     (tiny_sources / "module.cpp").write_text(_FAULTY_SOURCE)
     forget_keys()
-    return compile.build()
+    return builder.build()
 
 
 def test_faults_are_reported(sanitized_pytest, faulty_library: Path, tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_kernels_under_the_sanitizers(sanitized_pytest, compiler: str) -> None:
     # Processes that do little but import torch are left out: that takes them long here.
     processes = ("bit_identical", "command_line", "a_crash_is_told")
     # These reach the same kernels by another way through Python.
-    others = ("tests/ops/test_batching.py", "tests/ops/test_substitute.py")
+    others = ("tests/ops/test_batching.py", "tests/ops/test_patch.py")
     result = sanitized_pytest(
         *("tests/ops", "tests/optim", "tests/fuzz"),
         *(f"--ignore={path}" for path in others),
@@ -211,7 +211,7 @@ def test_sanitized_build_is_not_taken_for_an_ordinary_one(
     tiny_sources: Path, forget_keys: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The two have cache entries of their own: a training never loads what was built for a test."""
-    compile.build()
+    builder.build()
     ordinary = cache.find()
     monkeypatch.setenv("LIGHTKIT_NATIVE_SANITIZE", "address,undefined")
     forget_keys()

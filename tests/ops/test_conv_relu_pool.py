@@ -31,11 +31,11 @@ def native(input, weight, bias=None, padding=0, pool=True):
 
 
 def forward(input, weight, bias=None, padding=0, pool=True):
-    """Output and index of the inner op, the index as (images, channels, rows, columns)."""
+    """Output and argmax of the inner op, the argmax as (images, channels, rows, columns)."""
     padding = (padding, padding) if isinstance(padding, int) else padding
     op = torch.ops.lightkit._layer_chain_forward
-    output, _, index = op(input, [weight], [bias], [*padding, True, pool], True)
-    return output, index.view(output.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
+    output, _, argmax = op(input, [weight], [bias], [*padding, True, pool], True)
+    return output, argmax.view(output.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
 
 
 def problem(images=2, channels=3, out_channels=4, height=9, width=8, kernel=(3, 3), bias=True, dtype=torch.float32):
@@ -69,17 +69,17 @@ def as_winners(input, weight, bias, padding, pool):
     Where two values of a pool differ by less than their rounding, or one is that near to 0, either choice is right,
     and the gradients of the two are not near each other at all.
     """
-    _, index = forward(input, weight, bias, padding, pool)
+    _, argmax = forward(input, weight, bias, padding, pool)
 
     def function(input, weight, bias, padding, pool):
         convolved = F.conv2d(input, weight, bias, padding=padding)
         if not pool:
-            return convolved * (index == 0)
+            return convolved * (argmax == 0)
         rows, columns = (size // 2 for size in convolved.shape[2:])
         windows = convolved[..., : rows * 2, : columns * 2].unflatten(2, (rows, 2)).unflatten(4, (columns, 2))
         windows = windows.transpose(3, 4).flatten(4)
-        chosen = windows.gather(4, (index.long() & 3).unsqueeze(4)).squeeze(4)
-        return chosen * (index != 4)
+        chosen = windows.gather(4, (argmax.long() & 3).unsqueeze(4)).squeeze(4)
+        return chosen * (argmax != 4)
 
     return function
 

@@ -205,11 +205,11 @@ def test_only_wanted_gradients_are_made():
     input, layers = make(*PLANS["cnn"], images=4)
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
     settings = [number for layer in layers for number in (*layer.padding, layer.relu, layer.pool)]
-    output, activations, index = torch.ops.lightkit._layer_chain_forward(input, weights, biases, settings, True)
+    output, activations, argmax = torch.ops.lightkit._layer_chain_forward(input, weights, biases, settings, True)
     wanted = [0] * 11
     wanted[5] = 1
     gradients = torch.ops.lightkit._layer_chain_backward(
-        torch.ones_like(output), input, weights, activations, index, settings, wanted
+        torch.ones_like(output), input, weights, activations, argmax, settings, wanted
     )
     assert [gradient.numel() for gradient in gradients] == [0] * 5 + [640] + [0] * 5
 
@@ -315,10 +315,10 @@ def test_opcheck():
         forward = torch.ops.lightkit._layer_chain_forward.default
         for keep in (True, False):
             torch.library.opcheck(forward, (*detached, keep), test_utils=inner)
-        output, activations, index = forward(*detached, True)
+        output, activations, argmax = forward(*detached, True)
         backward = torch.ops.lightkit._layer_chain_backward.default
         for wanted in ([1] * (1 + 2 * len(layers)), [0, 1] * len(layers) + [0]):
-            arguments = (output, detached[0], detached[1], activations, index, settings, wanted)
+            arguments = (output, detached[0], detached[1], activations, argmax, settings, wanted)
             torch.library.opcheck(backward, arguments, test_utils=inner)
 
 
@@ -379,7 +379,7 @@ def test_wrong_arguments(input, layers, error, message):
 
 
 def test_op_called_directly_is_safe():
-    """The inner ops check what they are given: nothing reads beyond a tensor, whatever an index says."""
+    """The inner ops check what they are given: nothing reads beyond a tensor, whatever an argmax says."""
     input, layers = make(*PLANS["cnn"], images=2)
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
     settings = [number for layer in layers for number in (*layer.padding, layer.relu, layer.pool)]
@@ -387,23 +387,23 @@ def test_op_called_directly_is_safe():
         torch.ops.lightkit.layer_chain(input, weights, biases, settings[:-1])
     with pytest.raises(ValueError, match="four numbers of settings"):
         torch.ops.lightkit.layer_chain(input, weights, biases[:-1], settings)
-    output, activations, index = torch.ops.lightkit._layer_chain_forward(input, weights, biases, settings, True)
+    output, activations, argmax = torch.ops.lightkit._layer_chain_forward(input, weights, biases, settings, True)
     backward = torch.ops.lightkit._layer_chain_backward
     wanted = [1] * 11
     for arguments in (
-        (output[:1], input, weights, activations, index),
-        (output, input, weights, activations[:-1], index),
-        (output, input, weights, activations, index[:-1]),
-        (output, input, weights, activations.double(), index),
-        (output, input, weights, activations, index.int()),
+        (output[:1], input, weights, activations, argmax),
+        (output, input, weights, activations[:-1], argmax),
+        (output, input, weights, activations, argmax[:-1]),
+        (output, input, weights, activations.double(), argmax),
+        (output, input, weights, activations, argmax.int()),
     ):
         with pytest.raises(ValueError, match="must have the shape of the output"):
             backward(*arguments, settings, wanted)
     with pytest.raises(ValueError, match="a flag for the input and two for each layer"):
-        backward(output, input, weights, activations, index, settings, wanted[1:])
+        backward(output, input, weights, activations, argmax, settings, wanted[1:])
     for byte in (1, 2, 3, 5, 7, 255):
-        backward(output, input, weights, activations, torch.full_like(index, byte), settings, wanted)
-    assert all(g.numel() == 0 for g in backward(output, input, weights, activations, index, settings, [0] * 11))
+        backward(output, input, weights, activations, torch.full_like(argmax, byte), settings, wanted)
+    assert all(g.numel() == 0 for g in backward(output, input, weights, activations, argmax, settings, [0] * 11))
 
 
 def test_sizes_beyond_any_number():
