@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from support.commands import run
 from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, TensorDataset
@@ -255,11 +256,10 @@ def test_fused_kernels_train_as_torchs():
     ],
     ids=" ".join,
 )
-def test_command(command, tmp_path, arguments):
+def test_command(tmp_path, arguments):
     """The commands train, test and predict on the GPU that is there."""
-    result = command("train", *arguments, "name=job", cwd=tmp_path)
-    assert result.returncode == 0, result.stdout + result.stderr
-    (run,) = Path(tmp_path, "runs", "job").iterdir()
-    metrics = json.loads((run / "metrics.json").read_text())
+    run("train", *arguments, "name=job", cwd=tmp_path, status=0)
+    (run_dir,) = Path(tmp_path, "runs", "job").iterdir()
+    metrics = json.loads((run_dir / "metrics.json").read_text())
     assert metrics["test/accuracy"] > 0.8
-    assert json.loads((run / "environment.json").read_text())["gpus"]
+    assert json.loads((run_dir / "environment.json").read_text())["gpus"]

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
+import scenarios
 import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, LearningRateFinder, StochasticWeightAveraging
 from lightning.pytorch.strategies import StrategyRegistry
+from scenarios import Module, dealt
+from support.commands import run_python
+from support.processes import servers_of
 
 from lightkit.errors import ConfigError
 from lightkit.optim import SGD
 from lightkit.strategies import ParameterServer
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
-import scenarios
-from faulty import servers_of
-from scenarios import Module, dealt
 
 pytestmark = pytest.mark.usefixtures("leaves_no_process_group")
 
@@ -44,15 +40,7 @@ def ranks(directory):
     trainer = one_device()
     trainer.fit(Module(), dealt())
     trainer.save_checkpoint(directory / "one.ckpt")
-    result = subprocess.run(
-        [sys.executable, str(SCRIPT), str(directory)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ,
-        cwd=directory,
-    )
-    assert result.returncode == 0, result.stderr
+    run_python(SCRIPT, directory, cwd=directory, status=0)
     return [torch.load(directory / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 

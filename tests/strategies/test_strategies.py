@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from unittest.mock import Mock
 
 import lightning.pytorch as pl
 import pytest
+import scenarios
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.strategies import StrategyRegistry
+from scenarios import BATCH, SAMPLES, Module, dealt, network, samples
+from support.commands import run_python
 
 from lightkit.errors import ConfigError
 from lightkit.strategies import DataParallel, DiLoCo, LocalSGD
-
-sys.path.insert(0, str(Path(__file__).parent))
-import scenarios
-from scenarios import BATCH, SAMPLES, Module, dealt, network, samples
 
 pytestmark = pytest.mark.slow
 
@@ -42,10 +38,7 @@ def ranks(directory):
     trainer = single_trainer()
     trainer.fit(Module(), dealt())
     trainer.save_checkpoint(directory / "one.ckpt")
-    result = subprocess.run(
-        [sys.executable, str(SCENARIOS), str(directory)], capture_output=True, text=True, timeout=180, env=os.environ
-    )
-    assert result.returncode == 0, result.stderr
+    run_python(SCENARIOS, directory, status=0)
     return [torch.load(directory / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 

@@ -1,0 +1,79 @@
+"""Runs the commands of lightkit as a user does, and waits for what comes of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from support.warm_process import WarmProcess
+
+_TESTS = Path(__file__).parents[1]
+
+_warm = WarmProcess()
+
+
+def with_modules(*names: str) -> dict[str, str]:
+    """Returns variables with which a configuration may name classes of these modules of tests/integration."""
+    path = os.pathsep.join(filter(None, [str(_TESTS / "integration"), str(_TESTS), os.environ.get("PYTHONPATH")]))
+    return {"LIGHTKIT_TARGETS": ",".join(names), "PYTHONPATH": path}
+
+
+def run(
+    name: str,
+    *arguments: str,
+    cwd: Path,
+    environment: dict[str, str] | None = None,
+    status: int | None = None,
+    timeout: float = 150,
+) -> subprocess.CompletedProcess:
+    """Runs ``python -m lightkit.NAME`` to its end, in a fork of a process that has imported what it needs.
+
+    Args:
+        name: of the command's module, below ``lightkit``.
+        arguments: on its command line.
+        cwd: its working directory.
+        environment: variables beside those of this process.
+        status: the exit status it must have; None allows any.
+        timeout: seconds after which it is killed.
+    """
+    variables = {**os.environ, **(environment or {})}
+    result = _warm.run(f"lightkit.{name}", *arguments, cwd=cwd, environment=variables, timeout=timeout)
+    assert status is None or result.returncode == status, result.stderr
+    return result
+
+
+def run_python(
+    *arguments: str | Path,
+    cwd: Path | None = None,
+    environment: dict[str, str] | None = None,
+    status: int | None = None,
+    timeout: float = 300,
+) -> subprocess.CompletedProcess:
+    """Runs this Python in a process of its own, to its end. The arguments are as for `run`."""
+    result = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, **(environment or {})},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=timeout,
+    )
+    assert status is None or result.returncode == status, result.stderr
+    return result
+
+
+def close() -> None:
+    """Ends the process from which `run` forks."""
+    _warm.close()
+
+
+def the_error(result: subprocess.CompletedProcess) -> str:
+    """Returns the one line of error with which a command has failed, without a traceback."""
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr, result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, result.stderr
+    return errors[0]
