@@ -13,12 +13,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest.mock import patch
 
-import pytest
-import torch
-from hypothesis import settings
-from support import commands
+# Threads of OpenMP sleep where they wait for each other. By default they spin, and where other tests want their cores,
+# each small operation of torch takes a turn of the scheduler: a test of a second takes half a minute. OpenMP reads this
+# once, when torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
-from lightkit.native import compile
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+from support import commands  # noqa: E402
+
+from lightkit.native import compile  # noqa: E402
 
 # The kernels themselves are under test: falling back to the references would test those against themselves.
 os.environ.setdefault("LIGHTKIT_NATIVE", "require")

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from linear_problems import OPTIONS, Problem, assert_as_exact_as_torch, evaluate, make
+from support.threads import assert_same_with_any_threads
 from torch.func import functional_call, vmap
 
 from lightkit.nn import LinearCrossEntropyLoss
@@ -70,19 +71,10 @@ def test_memory_limits(limit, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("limit", [64 << 20, 200_000])
 def test_result_does_not_depend_on_threads(dtype, limit):
-    """Bit for bit the same with one thread, two and five, and again."""
+    """Bit for bit the same with any number of threads, and again."""
     problem = make(200, 130, 1700, dtype, bias=True)
     options = {"label_smoothing": 0.1, "memory_limit": limit}
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 5, 2):
-            torch.set_num_threads(threads)
-            results.append(evaluate(problem, linear_cross_entropy, options))
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert_same_with_any_threads(lambda: evaluate(problem, linear_cross_entropy, options))
 
 
 def test_half_precision_gradients_are_rounded_once():

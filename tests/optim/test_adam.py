@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from steps import make_parameters, set_gradients
+from support.threads import assert_same_with_any_threads
 from torch import nn
 
 from lightkit.optim import Adam, AdamW, convert
@@ -326,17 +327,13 @@ def test_betas_from_a_configuration():
 
 def test_bit_identical_across_threads():
     """The number of threads changes no bit."""
-    results = []
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            parameters = make_parameters([100_003, 5, 70_000])
-            run(Adam(parameters, lr=0.1, max_grad_norm=0.1), 3)
-            results.append(torch.cat([p.detach() for p in parameters]))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+    def compute():
+        parameters = make_parameters([100_003, 5, 70_000])
+        run(Adam(parameters, lr=0.1, max_grad_norm=0.1), 3)
+        return [p.detach() for p in parameters]
+
+    assert_same_with_any_threads(compute)
 
 
 def test_means_that_fade_away_become_zero():
