@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 from omegaconf import DictConfig
 
 from lightkit import native
+from lightkit._util.strategy_traits import TrafficCounter, traits_of
 from lightkit.app import report, run_files, run_records
 from lightkit.app.factory import (
     SaveConfig,
@@ -96,13 +97,14 @@ def train(config: DictConfig) -> dict[str, Any]:
             metrics["train/fraction_of_matmul_rate"] = throughput.fraction_of_matmul_rate
         if throughput.step is not None:
             metrics |= {f"step/{part} (ms)": value for part, value in throughput.step.items()}
-    metrics |= getattr(trainer.strategy, "communication", {})
+    if isinstance(trainer.strategy, TrafficCounter):
+        metrics |= trainer.strategy.communication
     if resume is not None and not trainer.callback_metrics:
         # No epoch was left, as after a kill in the test: the figures are those of the process that trained.
         metrics |= resume.figures()
     if trainer.is_global_zero:
         run_files.write_json(run_dir / _METRICS, metrics)
-    if config.test and (trainer.is_global_zero or not getattr(trainer.strategy, "evaluates_everything", False)):
+    if config.test and (trainer.is_global_zero or not traits_of(trainer.strategy).replicates_evaluation):
         with refusals_of_lightning():
             trainer.test(task, datamodule=data, ckpt_path=_best(trainer), verbose=False)
         metrics |= _scalars(trainer)

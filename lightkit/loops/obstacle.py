@@ -19,12 +19,13 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import _Result
 from torch.nn.parallel import DistributedDataParallel
 
 from lightkit._util.originals import Originals
+from lightkit._util.strategy_traits import traits_of
 from lightkit.loops.hooks import is_implemented
 
 # The releases whose loop `LeanRun` was written after, and tested to equal: it is no public interface.
 _LIGHTNING = ("2.6.",)
 
-# Lightning's strategies whose part in a step is known; those of lightkit say so by ``takes_lean_steps``. By type: one
+# Lightning's strategies whose part in a step is known; others declare it by `StrategyTraits`. By type: one
 # derived from them may do anything.
 _STRATEGIES = (SingleDeviceStrategy, DDPStrategy)
 
@@ -140,7 +141,7 @@ def graph_obstacle(trainer: pl.Trainer) -> str | None:
 
 
 def _strategy_obstacle(strategy: Strategy, module: pl.LightningModule) -> str | None:
-    if type(strategy) not in _STRATEGIES and not vars(type(strategy)).get("takes_lean_steps"):
+    if type(strategy) not in _STRATEGIES and not traits_of(strategy).supports_lean_loop:
         known = ", ".join(cls.__name__ for cls in _STRATEGIES)
         return (
             f"the strategy is {type(strategy).__name__}; what one does in a step is known of {known} "

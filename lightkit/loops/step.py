@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import ParallelStrategy, Strategy
 from torch import Tensor
 
 from lightkit._util.originals import Originals
+from lightkit._util.strategy_traits import StepObserver
 from lightkit.loops.graphs import CapturedPasses, PassGraphs
 from lightkit.loops.hooks import Hooks, is_implemented
 from lightkit.loops.log import ShownMetrics, StepLogger
@@ -78,7 +79,7 @@ class LeanStep:
         self._takes_step = strategy if self._is_wrapped else module
         starts = is_implemented("on_train_batch_start", strategy, Strategy)
         self._strategy_start = strategy.on_train_batch_start if starts else None
-        self._after_step = getattr(strategy, "after_step", None)
+        self._after_step = strategy.after_step if isinstance(strategy, StepObserver) else None
         self._unsynchronized = strategy.block_backward_sync if isinstance(strategy, ParallelStrategy) else nullcontext
         # Lightning asks whether process 0 was sent one, the strategies here look for themselves.
         met = not self._is_alone and dist.is_available() and dist.is_initialized()

@@ -28,6 +28,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from lightkit._util.strategy_traits import traits_of
 from lightkit.app.log_filters import quiet_lightning
 from lightkit.app.resume import Restarts
 from lightkit.config import find_class
@@ -385,7 +386,7 @@ def _start(command: list[str], rank: int, count: int, port: int) -> subprocess.P
 def _survives_lost_workers(config: DictConfig) -> bool:
     """Whether the strategy goes on without a process that was killed, if it is not the first."""
     target = config.strategy.get("_target_")
-    return target is not None and getattr(find_class(target), "survives_lost_workers", False)
+    return target is not None and traits_of(find_class(target)).tolerates_worker_loss
 
 
 def _watch(processes: list[subprocess.Popen], store: Any, survives: bool) -> None:

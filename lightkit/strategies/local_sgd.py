@@ -15,6 +15,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
+from lightkit._util.deprecated import RenamedAttribute
+from lightkit._util.strategy_traits import StrategyTraits
 from lightkit.errors import ConfigError
 from lightkit.strategies.flat import flat_buffers
 from lightkit.strategies.parallel import Parallel
@@ -50,7 +52,8 @@ class LocalSGD(Parallel):
         .. [1] Stich, Local SGD converges fast and communicates little, ICLR 2019.
     """
 
-    takes_lean_steps = True
+    traits = StrategyTraits(supports_lean_loop=True)
+    takes_lean_steps = RenamedAttribute("traits.supports_lean_loop")
 
     def __init__(self, period: int = 16, **options: Any) -> None:
         if not isinstance(period, int) or isinstance(period, bool) or period < 1:
