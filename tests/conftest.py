@@ -18,12 +18,12 @@ from unittest.mock import patch
 # once, when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from hypothesis import settings  # noqa: E402
-from support import commands  # noqa: E402
+import pytest
+import torch
+from hypothesis import settings
+from support import commands
 
-from lightkit.native import compile  # noqa: E402
+from lightkit.native import compile
 
 # The kernels themselves are under test: falling back to the references would test those against themselves.
 os.environ.setdefault("LIGHTKIT_NATIVE", "require")
