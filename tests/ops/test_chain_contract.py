@@ -22,6 +22,7 @@ SUBJECTS = {**BLOCKS, **CHAINS}
 every_subject = pytest.mark.parametrize("name", SUBJECTS)
 
 
+@pytest.mark.sanitized
 @every_subject
 def test_gradients_of_some(name):
     """Each gradient is there if and only if it is wanted, and is the same whatever else is."""
@@ -57,6 +58,7 @@ def test_no_grad_gives_the_same(name):
     assert torch.equal(results(subject.native, *given)[0], inferred)
 
 
+@pytest.mark.sanitized
 @every_subject
 def test_empty_batch(name):
     """No image: an empty output of the right shape, and gradients that are 0."""
@@ -74,6 +76,7 @@ def layouts(tensor):
         yield tensor.contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.sanitized
 @every_subject
 def test_memory_formats(name):
     """Contiguous, channels-last, strided and expanded tensors are read right; images come out as channels-last."""

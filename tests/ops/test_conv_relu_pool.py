@@ -113,6 +113,7 @@ PAIRS = sorted(
 )
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("pool", [True, False])
 @pytest.mark.parametrize(("channels", "out_channels"), PAIRS)
 def test_error_against_float64_over_channels(channels, out_channels, pool):
@@ -123,12 +124,14 @@ def test_error_against_float64_over_channels(channels, out_channels, pool):
 RUNS = sorted({(channels, 3) for channels in CHANNELS} | {(c, width) for c in (1, 3, 8, 17) for width in (1, 2, 4, 5)})
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize(("channels", "kernel_width"), RUNS)
 def test_error_against_float64_over_runs(channels, kernel_width):
     """Every length of what is read in a row: less than half a vector, a part of one, whole ones, many."""
     assert_as_accurate_as_torch(*problem(3, channels, 5, kernel=(2, kernel_width)))
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("channels", [160, 230])
 def test_error_against_float64_with_many_channels(channels):
     """A row of the kernel that registers cannot hold at once, summed in parts that do not divide it."""
@@ -142,6 +145,7 @@ KERNELS = [
 ]
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("pool", [True, False])
 @pytest.mark.parametrize(("kernel", "padding", "dtype"), KERNELS, ids=str)
 def test_error_against_float64_over_kernels(kernel, padding, pool, dtype):
@@ -157,6 +161,7 @@ SIZES = [
 ]
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize(("size", "images"), SIZES, ids=str)
 @pytest.mark.parametrize("channels", [1, 5, 16])
 def test_error_against_float64_over_sizes(size, images, channels):
@@ -188,6 +193,7 @@ def test_any_shape_is_as_accurate_as_torch(images, channels, out_channels, size,
         assert_as_accurate_as_torch(*arguments, padding, pool)
 
 
+@pytest.mark.sanitized
 def test_upstream_gradient_in_any_layout():
     """The gradient may arrive contiguous, expanded or channels-last."""
     input, weight, bias = problem(2, 3, 8)
@@ -200,6 +206,7 @@ def test_upstream_gradient_in_any_layout():
     assert torch.equal(torch.autograd.grad(output.sum(), weight)[0], ones[0])
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("channels", [1, 6])
 def test_ties_go_to_the_first_and_dead_units_get_nothing(channels):
     """Equal values in a pool: the gradient goes where torch sends it. A unit at exactly 0 is dead, as in torch."""
@@ -335,6 +342,7 @@ def test_tensors_on_several_devices():
         conv_relu_pool(input, weight, bias.to("meta"))
 
 
+@pytest.mark.sanitized
 def test_op_called_directly_is_safe():
     """The op checks what it is given: nothing reads beyond a tensor."""
     input, weight, _ = problem()

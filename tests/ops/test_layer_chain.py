@@ -12,6 +12,7 @@ from lightkit.ops import ChainLayer, conv_relu_pool, layer_chain, layer_chain_re
 from lightkit.ops.layer_chain import is_faster
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("images", [1, 2, 3, 33, 200])
 @pytest.mark.parametrize("name", PLANS)
 def test_float64(name, images):
@@ -73,6 +74,7 @@ def test_float32_is_the_layers_one_by_one(name):
         assert torch.equal(chained, alone)
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize(
     ("features", "out", "image"), [(1, 1, None), (15, 16, None), (17, 33, None), (36, 70, (6, 6)), (320, 64, (2, 5))]
 )
@@ -89,6 +91,7 @@ def test_linear_layer_against_float64(features, out, image, relu):
         assert (own - exact).abs().max() <= (other - exact).abs().max() + 16 * eps * (exact.abs().max() + 1)
 
 
+@pytest.mark.sanitized
 def test_only_wanted_gradients_are_made():
     """The others have no elements."""
     input, layers = make(*PLANS["cnn"], images=4)
@@ -103,6 +106,7 @@ def test_only_wanted_gradients_are_made():
     assert [gradient.numel() for gradient in gradients] == [0] * 5 + [640] + [0] * 5
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision(dtype):
     """Rounded once: nearer to float64 than torch's layers, each of which rounds."""
@@ -180,6 +184,7 @@ def test_wrong_arguments(input, layers, error, message):
         layer_chain(input, layers)
 
 
+@pytest.mark.sanitized
 def test_op_called_directly_is_safe():
     """The inner ops check what they are given: nothing reads beyond a tensor, whatever an index says."""
     input, layers = make(*PLANS["cnn"], images=2)
@@ -208,6 +213,7 @@ def test_op_called_directly_is_safe():
     assert all(g.numel() == 0 for g in backward(output, input, weights, activations, index, settings, [0] * 11))
 
 
+@pytest.mark.sanitized
 def test_sizes_beyond_any_number():
     """Paddings and sizes whose products wrap around are refused: nothing is written beyond a tensor."""
     image = torch.ones(1, 1, 8, 8)
@@ -221,6 +227,7 @@ def test_sizes_beyond_any_number():
     assert not is_faster(4096 * 4096, torch.ones(64, 64, 3, 3), torch.float32, True)
 
 
+@pytest.mark.sanitized
 def test_negative_views():
     """A tensor whose sign is a bit is read with it, wherever it stands."""
     input, layers = make(*PLANS["padded"])

@@ -47,6 +47,7 @@ def assert_same(ours, theirs, dtype=torch.float32):
         torch.testing.assert_close(own, other, **tolerance)
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize(("own_class", "torch_class"), PAIRS)
@@ -63,6 +64,7 @@ def test_same_steps_as_torch(own_class, torch_class, options, dtype):
         assert_same(mine.values(), torchs.values(), dtype)
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_half_precision_is_more_exact_than_torch(options, dtype):
@@ -121,6 +123,7 @@ def test_any_options_as_torch(sizes, lr, betas, eps, weight_decay, amsgrad, pair
         torch.testing.assert_close(own, other, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF], ids=str)
 @pytest.mark.parametrize(
     "extras",
@@ -174,6 +177,7 @@ def test_skipped_steps_do_not_count():
     assert_same(ours, theirs)
 
 
+@pytest.mark.sanitized
 def test_each_parameter_counts_its_own_steps():
     """One unfrozen late is corrected as at its first step."""
     results = []

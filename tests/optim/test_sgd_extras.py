@@ -66,6 +66,7 @@ def assert_close(own, exact, dtype, factor=8.0):
         torch.testing.assert_close(a.detach().double(), b.detach().double(), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("max_grad_norm", [0.5, 1e6])
 def test_clipping_is_that_of_torch(dtype, max_grad_norm):
@@ -103,6 +104,7 @@ def test_norm_does_not_depend_on_threads():
     assert_same_with_any_threads(compute)
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("place", [(0, 0), (3, 16384), (3, 16400)])
@@ -123,6 +125,7 @@ def test_steps_with_nonfinite_gradients_are_skipped_and_counted(bad, dtype, plac
     assert all(p.isfinite().all() for p in parameters)
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_averages_follow_the_formula(dtype):
     """average = decay * average + (1 - decay) * parameter, from the first step's result on, in float32 or better."""
@@ -146,6 +149,7 @@ def test_averaged_parameters_come_and_go():
     assert all(torch.equal(a, b) for a, b in zip(parameters, own, strict=True))
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("dtype", HALF)
 def test_master_weights_train_as_in_float32(dtype):
     """Updates far below the rounding of a half-precision parameter add up; the parameter is the copy's rounding."""
@@ -189,6 +193,7 @@ def test_stochastic_rounding_is_unbiased():
         assert abs(both - share**2) < 6 * math.sqrt(share**2 / n), distance
 
 
+@pytest.mark.sanitized
 def test_stochastic_rounding_is_seeded():
     """The same seed gives the same bits on any number of threads and after a resume; steps and parameters differ."""
 
@@ -229,6 +234,7 @@ def test_stochastic_rounding_keeps_infinity_and_nan():
     assert torch.equal(parameter.nan_to_num(7.0), expected.nan_to_num(7.0))
 
 
+@pytest.mark.sanitized
 @given(
     dtype=st.sampled_from(DTYPES),
     sizes=st.lists(st.integers(0, 700), min_size=1, max_size=4),
@@ -313,6 +319,7 @@ def _saved(thing):
     return file
 
 
+@pytest.mark.sanitized
 def test_groups_have_their_own_extras():
     """Averages for one group and not for the other, also for one that is added later."""
     first, second, third = make_parameters([4, 5, 6])
