@@ -11,7 +11,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from scenarios import Module, Two, dealt, fit, loader
+from support.two_processes import Module, Two, dealt, fit, loader
 
 from lightkit.optim import SGD
 from lightkit.strategies import ParameterServer

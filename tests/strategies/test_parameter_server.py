@@ -7,13 +7,12 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
-import scenarios
 import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, LearningRateFinder, StochasticWeightAveraging
 from lightning.pytorch.strategies import StrategyRegistry
-from scenarios import Module, dealt
-from support.commands import run_python
+from support.commands import python_path, run_python
 from support.processes import servers_of
+from support.two_processes import Module, dealt
 
 from lightkit.errors import ConfigError
 from lightkit.optim import SGD
@@ -21,7 +20,7 @@ from lightkit.strategies import ParameterServer
 
 pytestmark = pytest.mark.usefixtures("leaves_no_process_group")
 
-SCRIPT = Path(scenarios.__file__).with_name("parameter_server_scenarios.py")
+SCRIPT = Path(__file__).with_name("parameter_server_scenarios.py")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +39,7 @@ def ranks(directory):
     trainer = one_device()
     trainer.fit(Module(), dealt())
     trainer.save_checkpoint(directory / "one.ckpt")
-    run_python(SCRIPT, directory, cwd=directory, status=0)
+    run_python(SCRIPT, directory, cwd=directory, environment=python_path(), status=0)
     return [torch.load(directory / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 

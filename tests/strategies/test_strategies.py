@@ -7,19 +7,18 @@ from unittest.mock import Mock
 
 import lightning.pytorch as pl
 import pytest
-import scenarios
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.strategies import StrategyRegistry
-from scenarios import BATCH, SAMPLES, Module, dealt, network, samples
-from support.commands import run_python
+from support.commands import python_path, run_python
+from support.two_processes import BATCH, SAMPLES, Module, dealt, network, samples
 
 from lightkit.errors import ConfigError
 from lightkit.strategies import DataParallel, DiLoCo, LocalSGD
 
 pytestmark = pytest.mark.slow
 
-SCENARIOS = Path(scenarios.__file__)
+SCENARIOS = Path(__file__).with_name("scenarios.py")
 
 
 def single_trainer(**options):
@@ -38,7 +37,7 @@ def ranks(directory):
     trainer = single_trainer()
     trainer.fit(Module(), dealt())
     trainer.save_checkpoint(directory / "one.ckpt")
-    run_python(SCENARIOS, directory, status=0)
+    run_python(SCENARIOS, directory, environment=python_path(), status=0)
     return [torch.load(directory / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 

@@ -14,10 +14,15 @@ _TESTS = Path(__file__).parents[1]
 _warm = WarmProcess()
 
 
+def python_path(*directories: str | Path) -> dict[str, str]:
+    """Returns the variable with which a process finds modules of directories below tests/, and ``support``."""
+    places = [str(_TESTS / directory) for directory in directories]
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [*places, str(_TESTS), os.environ.get("PYTHONPATH")]))}
+
+
 def with_modules(*names: str) -> dict[str, str]:
     """Returns variables with which a configuration may name classes of these modules of tests/integration."""
-    path = os.pathsep.join(filter(None, [str(_TESTS / "integration"), str(_TESTS), os.environ.get("PYTHONPATH")]))
-    return {"LIGHTKIT_TARGETS": ",".join(names), "PYTHONPATH": path}
+    return {"LIGHTKIT_TARGETS": ",".join(names), **python_path("integration")}
 
 
 def run(
