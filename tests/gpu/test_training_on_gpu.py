@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.commands import run
+from support.trainers import bare_trainer
 from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, TensorDataset
@@ -38,8 +39,7 @@ def fit(callbacks, data, optimizer=Adam, **options):
     """Weights and what was logged, after two epochs."""
     pl.seed_everything(3, verbose=False)
     task = ClassificationTask(model(), optimizer)
-    nothing = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    trainer = pl.Trainer(accelerator="gpu", devices=1, max_epochs=2, callbacks=callbacks, **nothing, **options)
+    trainer = bare_trainer(*callbacks, accelerator="gpu", devices=1, max_epochs=2, **options)
     with torch.device("cpu"):
         trainer.fit(task, data())
     weights = {name: value.cpu() for name, value in task.state_dict().items()}
@@ -85,9 +85,8 @@ def train(module, *callbacks, data=None, **options):
     """Weights, running values and outputs."""
     pl.seed_everything(3, verbose=False)
     outputs = Outputs()
-    nothing = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    options = {"accelerator": "gpu", "devices": 1, "max_epochs": 3, **nothing, **options}
-    trainer = pl.Trainer(callbacks=[outputs, *callbacks], **options)
+    options = {"accelerator": "gpu", "devices": 1, "max_epochs": 3, **options}
+    trainer = bare_trainer(outputs, *callbacks, **options)
     with torch.device("cpu"):
         trainer.fit(module, (data or loader)())
     return module.state_dict(), dict(trainer.callback_metrics), {"outputs": outputs.seen}

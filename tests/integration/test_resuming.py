@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from hydra._internal.hydra import Hydra
 from support.series import write_wave
 
 import lightkit.app.cli
@@ -21,6 +22,8 @@ import lightkit.app.training
 from lightkit.callbacks import Checkpoint
 from lightkit.checkpoints import load_checkpoint
 from lightkit.train import main
+
+pytestmark = pytest.mark.slow
 
 JOB = [
     *("+experiment=cnn", "logger=csv", "data.batch_size=100", "trainer.max_epochs=2", "trainer.limit_train_batches=3"),
@@ -38,8 +41,12 @@ class Killed(BaseException):
 def train(tmp_path, monkeypatch, capsys):
     """Runs `lightkit.train` in a directory of its own; returns status, standard output, standard error."""
     monkeypatch.chdir(tmp_path)
-    # Both take longer than these jobs to train: drawing the figures, and composing a configuration to know its keys.
+    # The command sets it for its process.
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    # Each takes longer than these jobs to train: drawing the figures, and composing a configuration to know its keys or
+    # its `hydra.mode`, which nobody sets here.
     monkeypatch.setattr(lightkit.app.training.report, "write", lambda *arguments: None)
+    monkeypatch.setattr(Hydra, "get_mode", lambda *arguments, **options: None)
     monkeypatch.setattr(lightkit.app.cli, "check_top_level", lambda *arguments: None)
 
     def run(*arguments, directory=None, killed=False, job=JOB):

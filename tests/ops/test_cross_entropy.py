@@ -347,10 +347,10 @@ def test_opcheck(classes, reduction):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [(6, 10), (2, 5, 3, 3)])
-def test_compile_fullgraph(shape):
-    """torch.compile takes the loss in without a graph break, forward and backward."""
-    target = torch.randint(0, shape[1], (shape[0], *shape[2:]))
+def test_compile_fullgraph():
+    """torch.compile's own back end takes the loss in without a graph break, forward and backward."""
+    shape = (2, 5, 3, 3)
+    target = torch.randint(0, 5, (2, 3, 3))
 
     def function(z, t, weight):
         return cross_entropy(z * 2, t, weight, label_smoothing=0.1) * 3

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightkit.data import TensorBatches
+from support.trainers import bare_trainer
 
 SAMPLES, BATCH = 56, 4
 
@@ -107,15 +108,8 @@ def fit(
     callbacks = [*callbacks, recorder]
     if directory is not None:
         callbacks.append(ModelCheckpoint(directory, save_top_k=-1, every_n_train_steps=every, filename="{step}"))
-    nothing = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=2,
-        strategy=strategy,
-        callbacks=callbacks,
-        enable_checkpointing=directory is not None,
-        **{"max_epochs": 2, **nothing, **options},
-    )
+    options = {"max_epochs": 2, "enable_checkpointing": directory is not None, **options}
+    trainer = bare_trainer(*callbacks, devices=2, strategy=strategy, **options)
     val = loader() if validate else None
     try:
         trainer.fit(module, train(trainer.global_rank, trainer.world_size), val, ckpt_path=ckpt_path)
