@@ -44,9 +44,16 @@ def run(
         timeout: seconds after which it is killed.
     """
     variables = {**os.environ, **(environment or {})}
-    result = _warm.run(f"lightkit.{name}", *arguments, cwd=cwd, environment=variables, timeout=timeout)
+    result = _warm.run("-m", f"lightkit.{name}", *arguments, cwd=cwd, environment=variables, timeout=timeout)
     assert status is None or result.returncode == status, result.stderr
     return result
+
+
+def run_code(
+    code: str, *arguments: str, environment: dict[str, str], timeout: float = 300
+) -> subprocess.CompletedProcess:
+    """Runs ``python -c code`` to its end, as `run` does, with ``environment`` for all of its variables."""
+    return _warm.run("-c", code, *arguments, cwd=Path.cwd(), environment=environment, timeout=300)
 
 
 def run_python(

@@ -1,7 +1,7 @@
 """Runs commands in forks of a process that has imported torch, Lightning and the application.
 
 A command imports for seconds before it does anything. The warm process imports once. For each command it forks a
-child, which has the command's arguments, directory, environment and output, and runs the module as ``python -m`` does.
+child, which has the command's arguments, directory, environment and output, and runs it as ``python -m`` does.
 What a process does while it imports is not seen here: such a test starts a process of its own.
 
 The parent writes a request, one line of JSON, and reads two lines: the child's process id, then its exit status.
@@ -38,9 +38,17 @@ class WarmProcess:
         self._process: subprocess.Popen | None = None
 
     def run(
-        self, module: str, *arguments: str, cwd: Path, environment: dict[str, str], timeout: float
+        self, option: str, program: str, *arguments: str, cwd: Path, environment: dict[str, str], timeout: float
     ) -> subprocess.CompletedProcess:
-        """Runs ``python -m module`` with ``arguments`` to its end.
+        """Runs ``python -m program`` or ``python -c program`` with ``arguments`` to its end.
+
+        Args:
+            option: ``-m`` for a module, ``-c`` for source text.
+            program: the module's name or the text.
+            arguments: on the command line.
+            cwd: its working directory.
+            environment: all of its variables.
+            timeout: seconds.
 
         Raises:
             subprocess.TimeoutExpired: It has not ended after ``timeout`` seconds. The child is killed.
@@ -52,7 +60,8 @@ class WarmProcess:
         with tempfile.TemporaryDirectory() as place:
             files = [Path(place) / name for name in ("stdout", "stderr")]
             request = {
-                "module": module,
+                "option": option,
+                "program": program,
                 "arguments": arguments,
                 "cwd": str(cwd),
                 "environment": environment,
@@ -67,8 +76,8 @@ class WarmProcess:
             status = int(self._process.stdout.readline())
             output, errors = (file.read_text() for file in files)
         if not ready:
-            raise subprocess.TimeoutExpired([module, *arguments], timeout, output, errors)
-        return subprocess.CompletedProcess([module, *arguments], status, output, errors)
+            raise subprocess.TimeoutExpired([program, *arguments], timeout, output, errors)
+        return subprocess.CompletedProcess([program, *arguments], status, output, errors)
 
     def close(self) -> None:
         """Ends the process."""
@@ -94,8 +103,12 @@ def _run(request: dict) -> NoReturn:
     paths = request["environment"].get("PYTHONPATH", "")
     # As `python -m` has it: the directory of the process, PYTHONPATH, the rest.
     sys.path[:0] = [request["cwd"], *filter(None, paths.split(os.pathsep))]
-    sys.argv = [request["module"], *request["arguments"]]
-    runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+    option, program = request["option"], request["program"]
+    sys.argv = [program if option == "-m" else option, *request["arguments"]]
+    if option == "-m":
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
+    else:
+        exec(compile(program, "<string>", "exec"), {"__name__": "__main__"})
     raise SystemExit
 
 
