@@ -46,14 +46,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Orders the tests: fast ones first, then slow ones, then those that run alone.
 
     With several workers of pytest-xdist the fast tests of a file stay together, and so do its slow ones, which share
-    fixtures. One worker runs all tests that run alone.
+    fixtures. Files that share more name a group themselves. One worker runs all tests that run alone.
     """
     items.sort(key=lambda item: (is_alone(item), is_slow(item)))
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            kind = "slow" if is_slow(item) else "fast"
-            group = "alone" if is_alone(item) else f"{item.nodeid.partition('::')[0]} {kind}"
-            item.add_marker(pytest.mark.xdist_group(group))
+    for item in items:
+        kind = "alone" if is_alone(item) else "slow" if is_slow(item) else "fast"
+        named = item.get_closest_marker("xdist_group")
+        name = "" if is_alone(item) else named.args[0] if named else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(f"{kind} {name}"))
 
 
 @pytest.hookimpl(wrapper=True)
