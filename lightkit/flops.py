@@ -255,7 +255,7 @@ def _linear_cross_entropy_forward(hidden: Shape, weight: Shape, *rest: Any, out_
 
 
 def _linear_cross_entropy_backward(
-    grad_loss: Shape, rows_known: Shape, hidden: Shape, weight: Shape, *rest: Any, out_shape: Any
+    grad_loss: Shape, row_statistics: Shape, hidden: Shape, weight: Shape, *rest: Any, out_shape: Any
 ) -> int:
     *_, hidden_wanted, weight_wanted, _ = rest
     return (hidden_wanted + weight_wanted) * _linear_cross_entropy(hidden, weight, out_shape=None)

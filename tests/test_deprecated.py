@@ -1,4 +1,6 @@
-"""Names of the previous release still work, and warn with the new name."""
+"""Names of the previous release: each works, and its warning says the new name."""
+
+from __future__ import annotations
 
 import pytest
 import torch
@@ -9,6 +11,23 @@ from lightkit.callbacks import LeanLoop
 from lightkit.checkpoints import load_checkpoint, to_cpu
 from lightkit.flops import FlopCounter
 from lightkit.loops.slicing import fetch_slices
+from lightkit.strategies import DataParallel, DiLoCo, LocalSGD, ParameterServer, TorchTPU
+
+
+@pytest.mark.parametrize("cls", [DataParallel, DiLoCo, LocalSGD, ParameterServer, TorchTPU])
+def test_takes_lean_steps(cls):
+    with pytest.warns(DeprecationWarning, match=r"takes_lean_steps is now \w+\.traits\.supports_lean_loop"):
+        assert cls.takes_lean_steps is True
+
+
+def test_evaluates_everything():
+    with pytest.warns(DeprecationWarning, match=r"is now ParameterServer\.traits\.replicates_evaluation"):
+        assert ParameterServer().evaluates_everything is True
+
+
+def test_survives_lost_workers():
+    with pytest.warns(DeprecationWarning, match=r"is now ParameterServer\.traits\.tolerates_worker_loss"):
+        assert ParameterServer.survives_lost_workers is True
 
 
 def test_fetch_slices():

@@ -20,7 +20,7 @@ from lightkit._lightning.module import is_compiled as is_lightning_compiled
 from lightkit._util.imported import is_instance
 from lightkit.nn import CrossEntropyLoss, can_fuse
 from lightkit.nn.fused_sequential import FusedCall, is_fused
-from lightkit.ops import substitute, substitute_cross_entropy
+from lightkit.ops import patch, patch_cross_entropy
 from lightkit.optim.convert import REPLACEMENTS, convert
 from lightkit.optim.convert import unsupported_reason as optimizer_unsupported_reason
 
@@ -60,7 +60,7 @@ class FuseKernels(Callback):
       `lightkit.optim.convert`;
     - ``torch.nn.functional.cross_entropy`` in the thread of the trainer, however it is called, and thereby
       ``torch.nn.CrossEntropyLoss``, during fit, validate, test and predict: see
-      `lightkit.ops.substitute_cross_entropy`. Torch runs calls that the kernels do not cover and code under
+      `lightkit.ops.patch_cross_entropy`. Torch runs calls that the kernels do not cover and code under
       torch.compile;
     - on a CPU, each ``torch.nn.Sequential`` with layers that form one operation, such as a convolution and a ReLU,
       during fit, validate, test and predict: see `lightkit.nn.FusedSequential`.
@@ -103,8 +103,8 @@ class FuseKernels(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Replaces cross-entropy before the module is set up."""
         self._restore(trainer)
-        if _unsupported_reason(trainer) is None and substitute.obstacle() is None:
-            self._undo_of(trainer).enter_context(substitute_cross_entropy())
+        if _unsupported_reason(trainer) is None and patch.unsupported_reason() is None:
+            self._undo_of(trainer).enter_context(patch_cross_entropy())
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Converts the optimizers before their state is restored from a checkpoint."""
@@ -148,7 +148,7 @@ class FuseKernels(Callback):
             self._report += [self._convert(trainer, i, reason) for i in range(len(trainer.optimizers))]
         compiled = _CompiledModules(pl_module)
         self._report += self._fuse(trainer, pl_module, reason, compiled)
-        function_reason = reason or substitute.obstacle()
+        function_reason = reason or patch.unsupported_reason()
         self._report += _losses(pl_module, function_reason, compiled)
         replacement = None if function_reason else _REPLACEMENT
         self._report.append(Replacement(_FUNCTION, _FUNCTION, replacement, function_reason))

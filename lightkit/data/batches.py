@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from lightkit._util.strategy_traits import traits_of
 from lightkit.errors import DataError
 
 
@@ -32,9 +33,9 @@ class BatchesState(TypedDict, total=False):
 def shard_kwargs(trainer: pl.Trainer | None, training: bool) -> Shard:
     """Returns the ``rank`` and ``world_size`` with which `TensorBatches` serves this process of a trainer.
 
-    In evaluation a strategy may want all samples in each process: see `lightkit.strategies.ParameterServer`.
+    In evaluation, a strategy that replicates evaluation gives every process all samples.
     """
-    if trainer is None or (not training and getattr(trainer.strategy, "evaluates_everything", False)):
+    if trainer is None or (not training and traits_of(trainer.strategy).replicates_evaluation):
         return {"rank": 0, "world_size": 1}
     return {"rank": trainer.global_rank, "world_size": trainer.world_size}
 

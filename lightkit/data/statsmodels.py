@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from lightkit._util.installation import how_to_install
 from lightkit.data.columns import Column, read_column
 from lightkit.data.series import SeriesDataModule
 from lightkit.errors import DataError
@@ -48,7 +49,7 @@ def _source(name: str) -> Path:
     # An import of statsmodels would load pandas, which takes longer than an epoch.
     spec = find_spec("statsmodels")
     if spec is None:
-        raise DataError(f"data={name} reads a file of the package statsmodels: pip install 'lightkit[app]'")
+        raise DataError(f"data={name} reads a file of the package statsmodels: {how_to_install('app')}")
     source = Path(str(spec.origin)).parent / "datasets" / name / f"{name}.csv"
     if not source.is_file():
         raise DataError(f"statsmodels is installed but {source} is missing: reinstall statsmodels")

@@ -30,6 +30,7 @@ from lightkit._lightning.metrics import FIRST_ITERATION
 from lightkit._lightning.module import CURRENT_HOOK, batch_transfer_of
 from lightkit._lightning.step import STEP_FUNCTIONS
 from lightkit._util.originals import Originals
+from lightkit._util.strategy_traits import StepObserver
 from lightkit.loops.cuda_graphs import CapturedPasses, PassGraphs
 from lightkit.loops.hooks import Hooks, is_overridden
 from lightkit.loops.side_effects import SideEffectRecorder
@@ -99,7 +100,7 @@ class LeanStep:
         self._owner_of_step: Strategy | pl.LightningModule = strategy if self._is_wrapped else module
         starts = is_overridden("on_train_batch_start", strategy, Strategy)
         self._strategy_on_batch_start = strategy.on_train_batch_start if starts else None
-        self._after_step = getattr(strategy, "after_step", None)
+        self._after_step = strategy.after_step if isinstance(strategy, StepObserver) else None
         self._no_sync: Callable[[], AbstractContextManager[Any]] = (
             strategy.block_backward_sync if isinstance(strategy, ParallelStrategy) else nullcontext
         )

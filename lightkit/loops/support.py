@@ -21,10 +21,11 @@ from lightkit._lightning.loops import (
 )
 from lightkit._lightning.module import is_compiled
 from lightkit._lightning.step import RELEASES, STEP_FUNCTIONS
+from lightkit._util.strategy_traits import traits_of
 from lightkit.loops.hooks import is_overridden
 
-# Lightning's strategies whose part in a step is known; those of lightkit say so by ``takes_lean_steps``. Subclasses of
-# them may change any part, so that types are compared, not instances.
+# Lightning's strategies whose part in a step is known; others declare it by `StrategyTraits`. Subclasses may change any
+# part, so that types are compared, not instances.
 _STRATEGIES = (SingleDeviceStrategy, DDPStrategy)
 
 # The methods by which a module replaces a part of the step instead of observing it.
@@ -95,7 +96,7 @@ def _instance_method(part: object) -> str | None:
 
 
 def _strategy_reason(strategy: Strategy, module: pl.LightningModule) -> str | None:
-    if type(strategy) not in _STRATEGIES and not vars(type(strategy)).get("takes_lean_steps"):
+    if type(strategy) not in _STRATEGIES and not traits_of(strategy).supports_lean_loop:
         known = ", ".join(cls.__name__ for cls in _STRATEGIES)
         return (
             f"the strategy is {type(strategy).__name__}; lean steps know {known} and the strategies of "

@@ -13,6 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightkit._lightning.strategies import register_ddp_comm_hook
+from lightkit._util.deprecated import RenamedAttribute
+from lightkit._util.strategy_traits import StrategyTraits
 from lightkit.config import nearest
 from lightkit.errors import ConfigError
 from lightkit.strategies.parallel import Parallel
@@ -46,7 +48,8 @@ class DataParallel(Parallel):
            NeurIPS 2019.
     """
 
-    takes_lean_steps = True
+    traits = StrategyTraits(supports_lean_loop=True)
+    takes_lean_steps = RenamedAttribute("traits.supports_lean_loop")
 
     def __init__(self, compression: str = "none", find_unused_parameters: bool = False, **options: Any) -> None:
         if compression not in _COMPRESSIONS:

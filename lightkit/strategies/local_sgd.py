@@ -16,6 +16,8 @@ from torch.utils._pytree import tree_map
 
 from lightkit._lightning.loops import is_training_done
 from lightkit._lightning.strategies import sync_module_states
+from lightkit._util.deprecated import RenamedAttribute
+from lightkit._util.strategy_traits import StrategyTraits
 from lightkit.errors import ConfigError
 from lightkit.strategies.flat import flat_buffers
 from lightkit.strategies.parallel import Parallel
@@ -51,7 +53,8 @@ class LocalSGD(Parallel):
         .. [1] Stich, Local SGD converges fast and communicates little, ICLR 2019.
     """
 
-    takes_lean_steps = True
+    traits = StrategyTraits(supports_lean_loop=True)
+    takes_lean_steps = RenamedAttribute("traits.supports_lean_loop")
 
     def __init__(self, period: int = 16, **options: Any) -> None:
         if not isinstance(period, int) or isinstance(period, bool) or period < 1:

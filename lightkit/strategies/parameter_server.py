@@ -28,6 +28,8 @@ from torch.distributed import PrefixStore, Store, TCPStore
 from torch.optim import LBFGS, Optimizer
 
 from lightkit._lightning.strategies import SubprocessScriptLauncher
+from lightkit._util.deprecated import RenamedAttribute
+from lightkit._util.strategy_traits import StrategyTraits
 from lightkit.errors import ConfigError
 from lightkit.parameter_server import Client, Job, Table
 from lightkit.parameter_server.client import Clipping, Exchange
@@ -88,13 +90,10 @@ class ParameterServer(ParallelStrategy):
         .. [1] Li et al., Scaling distributed machine learning with the parameter server, OSDI 2014.
     """
 
-    # Where the processes are watched, one that is lost need not end the others, if it is not the first.
-    survives_lost_workers = True
-
-    # Each worker measures on all of the data.
-    evaluates_everything = True
-
-    takes_lean_steps = True
+    traits = StrategyTraits(replicates_evaluation=True, tolerates_worker_loss=True, supports_lean_loop=True)
+    evaluates_everything = RenamedAttribute("traits.replicates_evaluation")
+    survives_lost_workers = RenamedAttribute("traits.tolerates_worker_loss")
+    takes_lean_steps = RenamedAttribute("traits.supports_lean_loop")
 
     def __init__(
         self,
