@@ -6,7 +6,6 @@ import re
 import statistics
 import sys
 import time
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -18,6 +17,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import conv_flop_count, flop_registry, sdpa_flop_count, shape_wrapper
+
+from lightkit._util.deprecated import RenamedAttribute
 
 Shape = Sequence[int]
 
@@ -44,6 +45,8 @@ class FlopCounter:
     # The formulas are those of torch's FlopCounterMode. FlopCounterMode itself puts hooks on all modules, and
     # `lightkit.nn.FusedSequential` does not fuse layers with hooks: other kernels would run.
 
+    obstacle = RenamedAttribute("unsupported_reason")
+
     def __init__(self) -> None:
         self.unsupported_reason: str | None = None
         self._by_dtype: Counter[torch.dtype] = Counter()
@@ -58,13 +61,6 @@ class FlopCounter:
     def dtype(self) -> torch.dtype | None:
         """The dtype of the operands of most operations, or None before the first."""
         return max(self._by_dtype, key=self._by_dtype.__getitem__, default=None)
-
-    @property
-    def obstacle(self) -> str | None:
-        """Deprecated name of ``unsupported_reason``."""
-        message = "FlopCounter.obstacle is now FlopCounter.unsupported_reason"
-        warnings.warn(message, DeprecationWarning, stacklevel=2)
-        return self.unsupported_reason
 
     def __enter__(self) -> FlopCounter:
         self._check_for_compiled_code()
@@ -206,7 +202,7 @@ def _addbmm(added: Shape, left: Shape, right: Shape, *, out_shape: Any, **_: Any
 def _convolution_backward(grad_output: Shape, input: Shape, weight: Shape, *rest: Any, out_shape: Any, **_: Any) -> int:
     _, _, _, _, transposed, _, _, wanted = rest
     # torch's own formula counts the gradient of the weight once per group.
-    return sum(wanted[:2]) * conv_flop_count(input, weight, grad_output, transposed)
+    return sum(wanted[:2]) * conv_flop_count(list(input), list(weight), list(grad_output), transposed)
 
 
 def _conv_relu_pool(input: Shape, weight: Shape, bias: Any, padding: Shape, pool: bool, *, out_shape: Any) -> int:
@@ -240,7 +236,7 @@ def _layer_flops(input: Shape, weights: Sequence[Shape], settings: Sequence[int]
             flops.append(2 * input[0] * prod(weight))
         else:
             size = [i + 2 * p - w + 1 for i, w, p in zip(size, weight[2:], padding, strict=True)]
-            flops.append(conv_flop_count([input[0], weight[1]], weight, (input[0], weight[0], *size)))
+            flops.append(conv_flop_count([input[0], weight[1]], list(weight), [input[0], weight[0], *size]))
             size = [s // 2 for s in size] if pool else size
     return flops
 

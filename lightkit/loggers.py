@@ -54,10 +54,11 @@ class CSVLogger(loggers.CSVLogger):
     @rank_zero_experiment
     def experiment(self) -> _Writer:
         """The writer of the file, which is made on the first access."""
-        if self._experiment is None:
+        writer = self._experiment
+        if not isinstance(writer, _Writer):
             os.makedirs(self.log_dir, exist_ok=True)
-            self._experiment = _Writer(self.log_dir, self._rows)
-        return self._experiment
+            writer = self._experiment = _Writer(self.log_dir, self._rows)
+        return writer
 
 
 def read_rows(path: Path) -> Rows:

@@ -38,6 +38,7 @@ class Checkpoint(ModelCheckpoint):
         super().on_fit_start(trainer, pl_module)
         source = Path(str(trainer.ckpt_path)) if trainer.ckpt_path is not None else None
         if self.save_last and trainer.is_global_zero and source is not None and source.is_file():
+            assert self.dirpath is not None
             target = Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
             if source.resolve() != target.resolve():
                 _copy(source, target)
@@ -105,6 +106,7 @@ class Checkpoint(ModelCheckpoint):
         run that wrote it may have continued after the checkpoint that this training resumes from.
         """
         models = state.get("best_k_models") or {}
+        assert self.dirpath is not None
         here = {path: str(Path(self.dirpath) / Path(path).name) for path in models}
         if self.monitor is None or not all(self._has_score(path, score) for path, score in models.items()):
             return state

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from contextlib import ExitStack
 from typing import Any
 
@@ -11,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightkit._lightning.loops import loaders_of_training
+from lightkit._util.deprecated import RenamedAttribute
 from lightkit.loops import LeanRun, PassGraphs, graph_unsupported_reason, unsupported_reason
 from lightkit.loops.slicing import fetch_slices
 
@@ -62,6 +62,9 @@ class LeanLoop(Callback):
         unsupported_reason: why the last run had Lightning's loop, or None.
     """
 
+    obstacle = RenamedAttribute("unsupported_reason")
+    graph_obstacle = RenamedAttribute("graph_unsupported_reason")
+
     def __init__(self, cuda_graphs: bool = False) -> None:
         self.cuda_graphs = cuda_graphs
         self.unsupported_reason: str | None = None
@@ -78,19 +81,6 @@ class LeanLoop(Callback):
     def graph_unsupported_reason(self) -> str | None:
         """Why the last run on a GPU had no CUDA graphs, or None."""
         return None if self._graphs is None else self._graphs.unsupported_reason
-
-    @property
-    def obstacle(self) -> str | None:
-        """Deprecated name of ``unsupported_reason``."""
-        warnings.warn("LeanLoop.obstacle is now LeanLoop.unsupported_reason", DeprecationWarning, stacklevel=2)
-        return self.unsupported_reason
-
-    @property
-    def graph_obstacle(self) -> str | None:
-        """Deprecated name of ``graph_unsupported_reason``."""
-        message = "LeanLoop.graph_obstacle is now LeanLoop.graph_unsupported_reason"
-        warnings.warn(message, DeprecationWarning, stacklevel=2)
-        return self.graph_unsupported_reason
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Replaces the loop's ``run`` when everything is set up."""

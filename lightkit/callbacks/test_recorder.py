@@ -52,7 +52,7 @@ class TestRecorder(Callback):
             return
         gathered: list[Any] | None = [None] * trainer.world_size if trainer.is_global_zero else None
         dist.gather_object(self.result(), gathered)
-        loaders = trainer.test_dataloaders
+        loaders: Any = trainer.test_dataloaders
         self._parts.clear()
         if gathered is not None and gathered[0] and not isinstance(loaders, (list, dict)):
             # A sampler repeats the first samples so that all processes have equally many.

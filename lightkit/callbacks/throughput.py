@@ -46,7 +46,7 @@ class Throughput(Callback):
         self._counting = ExitStack()
         self._backwards = 0
         self._dtype: torch.dtype | None = None
-        self._parts = dict.fromkeys(_PARTS, 0.0)
+        self._parts: dict[str, float] = dict.fromkeys(_PARTS, 0.0)
         self._steps = 0
         self._mark = 0.0
         self._samples = 0
@@ -63,8 +63,8 @@ class Throughput(Callback):
     @property
     def flops_per_second(self) -> float | None:
         """Floating-point operations a second over all epochs, or None if they are unknown."""
-        known = self.flops_per_sample is not None and self.total is not None
-        return self.flops_per_sample * self.total if known else None
+        operations, samples = self.flops_per_sample, self.total
+        return None if operations is None or samples is None else operations * samples
 
     @property
     def step(self) -> dict[str, float] | None:
@@ -116,7 +116,7 @@ class Throughput(Callback):
         self._end_of("optimizer")
         if pl_module.device.type == "cpu":
             self._steps += 1
-        samples = getattr(trainer.datamodule, "count", _batch_length)(batch)
+        samples = getattr(_datamodule(trainer), "count", _batch_length)(batch)
         self._epoch_samples += samples
         if self._counter is not None:
             self._end_counting(samples)
@@ -141,13 +141,13 @@ class Throughput(Callback):
         self._seconds += self._epoch_seconds
         if self._epoch_seconds > 0:
             rate = self._epoch_samples / self._epoch_seconds
-            pl_module.log(rate_name(trainer.datamodule), rate)
+            pl_module.log(rate_name(_datamodule(trainer)), rate)
             if self.flops_per_sample is not None:
                 pl_module.log("train/gigaflops_per_second", self.flops_per_sample * rate / 1e9)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measures the rate of a large matrix product."""
-        if (reached := self.flops_per_second) is not None:
+        if (reached := self.flops_per_second) is not None and self._dtype is not None:
             # The training was successful even if there is no memory left for the matrices.
             with suppress(torch.OutOfMemoryError):
                 self.fraction_of_matmul_rate = reached / matmul_rate(pl_module.device, self._dtype)
@@ -158,6 +158,7 @@ class Throughput(Callback):
 
     def _end_counting(self, samples: int) -> None:
         counter = self._counter
+        assert counter is not None
         self._abandon_counting()
         # After a step without backward, in which training_step returned None, the next step is counted. Steps with
         # several backwards, as those of LBFGS, may differ in their number.
@@ -184,6 +185,10 @@ class Throughput(Callback):
     def _stop_clock(self, pl_module: pl.LightningModule) -> None:
         wait_for(pl_module.device)
         self._epoch_seconds += time.perf_counter() - self._since
+
+
+def _datamodule(trainer: pl.Trainer) -> pl.LightningDataModule | None:
+    return getattr(trainer, "datamodule", None)
 
 
 def rate_name(data: pl.LightningDataModule | None) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -12,7 +11,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO, XLACheckpointIO
 from torch.utils._pytree import tree_map_only
 
 from lightkit._util.atomic_write import write_atomically
-from lightkit._util.deprecated import renamed
+from lightkit._util.deprecated import renamed, renamed_parameters
 from lightkit._util.printable import printable
 from lightkit._util.regular_files import open_regular
 from lightkit.checkpoints.archives import find_unsafe_content
@@ -78,9 +77,8 @@ def to_cpu(checkpoint: _Tree) -> _Tree:
     return tree_map_only(torch.Tensor, lambda tensor: tensor.cpu(), checkpoint)
 
 
-def load_checkpoint(
-    path: str | Path, map_location: Any = "cpu", untrusted: bool = False, is_strangers: bool | None = None
-) -> dict[str, Any]:
+@renamed_parameters(is_strangers="untrusted")
+def load_checkpoint(path: str | Path, map_location: Any = "cpu", untrusted: bool = False) -> dict[str, Any]:
     """Reads a checkpoint with ``weights_only=True``.
 
     Args:
@@ -88,14 +86,10 @@ def load_checkpoint(
         map_location: the device of its tensors, as in `torch.load`.
         untrusted: reject content that `torch.save` does not write for plain data and tensors: see
             `lightkit.checkpoints.archives`.
-        is_strangers: deprecated name of ``untrusted``.
 
     Raises:
         CheckpointError: there is no such file, it is damaged, or it is not a Lightning checkpoint.
     """
-    if is_strangers is not None:
-        warnings.warn("load_checkpoint's is_strangers is now untrusted", DeprecationWarning, stacklevel=2)
-        untrusted = is_strangers
     with _open_intact(path, untrusted) as file:
         try:
             checkpoint = torch.load(file, map_location=map_location, weights_only=True)

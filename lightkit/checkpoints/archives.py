@@ -11,7 +11,8 @@ import os
 import pickletools
 import struct
 import zipfile
-from typing import BinaryIO
+from collections.abc import Iterable
+from typing import Any, BinaryIO, cast
 
 import torch
 
@@ -122,7 +123,9 @@ def _find_in_pickle(pickle: bytes) -> str | None:
         del stack[place:]
         return taken
 
-    for opcode, argument, _ in pickletools.genops(pickle):
+    # An argument is a str, an int or bytes, as its opcode says.
+    operations = cast("Iterable[tuple[pickletools.OpcodeInfo, Any, int | None]]", pickletools.genops(pickle))
+    for opcode, argument, _ in operations:
         name = opcode.name
         if name in ("PROTO", "FRAME", "STOP"):
             pass

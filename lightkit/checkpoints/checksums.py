@@ -8,11 +8,12 @@ a CRC-32, which torch does not compare and `find_damage` does.
 
 from __future__ import annotations
 
+import io
 import re
 import zipfile
 import zlib
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 _COMMENT = b"crc32 of all before: "
 _DIGITS = 8
@@ -75,8 +76,10 @@ def _number(digits: bytes) -> int | None:
 
 
 def _crc32(file: BinaryIO, size: int) -> int:
+    # The files are io.BufferedReader, whose readinto the type BinaryIO lacks.
+    readinto = cast(io.BufferedReader, file).readinto
     checksum, buffer = 0, memoryview(bytearray(min(_CHUNK, max(size, 1))))
-    while size > 0 and (count := file.readinto(buffer[: min(size, len(buffer))])):
+    while size > 0 and (count := readinto(buffer[: min(size, len(buffer))])):
         checksum = zlib.crc32(buffer[:count], checksum)
         size -= count
     return checksum

@@ -108,7 +108,8 @@ def _wrong(path: str | Path, name: str, value: Any) -> CheckpointError:
 
 def _is_plain(value: object) -> TypeGuard[Tensor]:
     return (
-        type(value) in (Tensor, nn.Parameter)
+        isinstance(value, Tensor)
+        and type(value) in (Tensor, nn.Parameter)
         and value.layout == torch.strided
         and value.device.type == "cpu"
         and value.dtype in _DTYPES

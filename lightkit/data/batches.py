@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from typing import TypedDict
+from typing import TypedDict, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from lightkit._util.strategy_traits import traits_of
 from lightkit.errors import DataError
+
+_Part = TypeVar("_Part")
 
 
 class Shard(TypedDict):
@@ -21,12 +23,15 @@ class Shard(TypedDict):
     world_size: int
 
 
-class BatchesState(TypedDict, total=False):
-    """The position of `TensorBatches` in a checkpoint."""
-
+class _Position(TypedDict):
     epoch: int
     batch: int
     batch_size: int
+
+
+class BatchesState(_Position, total=False):
+    """The position of `TensorBatches` in a checkpoint; old checkpoints have no ``world_size``."""
+
     world_size: int
 
 
@@ -49,6 +54,17 @@ def to_training_device(trainer: pl.Trainer | None, tensors: Sequence[Tensor]) ->
     if device.type == "cuda" and 4 * sum(t.nbytes for t in tensors) <= torch.cuda.mem_get_info(device)[0]:
         return tuple(t.to(device) for t in tensors)
     return tuple(tensors)
+
+
+def after_setup(part: _Part | None) -> _Part:
+    """Returns a part of the data of a data module.
+
+    Raises:
+        RuntimeError: the part is None, since `setup` has not been called.
+    """
+    if part is None:
+        raise RuntimeError("the data module has no data yet: call its setup() first")
+    return part
 
 
 class TensorBatches:

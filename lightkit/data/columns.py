@@ -151,7 +151,7 @@ def _index_of(name: str, header: Sequence[str], path: Path) -> int:
 
 def _only_numeric(header: Sequence[str], rows: Sequence[Sequence[str]], time_column: str | None, path: Path) -> int:
     """Returns the index of the only numeric column; the first cell that is not empty decides whether one is numeric."""
-    found = []
+    found: list[int] = []
     for index, name in enumerate(header):
         first = next((row[index] for row in rows if row[index]), "")
         if name != time_column and _is_number(first):
@@ -186,7 +186,9 @@ def _read_times(cells: Sequence[str], lines: Sequence[int], where: str) -> tuple
     parse = next((parse for parse in parsers if _parses(parse, cells[0])), None)
     if parse is None:
         raise DataError(f"{where}, line {lines[0]}: {cells[0]!r} is neither a date (YYYY-MM-DD, YYYYMMDD) nor a number")
-    times, shown, previous = set(), [], None
+    times: set[Any] = set()
+    shown: list[str] = []
+    previous: Any = None
     for cell, line in zip(cells, lines, strict=True):
         try:
             time, text = parse(cell)

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightkit.data.batches import TensorBatches, shard_kwargs, to_training_device
+from lightkit.data.batches import TensorBatches, after_setup, shard_kwargs, to_training_device
 from lightkit.errors import DataError
 
 
@@ -173,15 +173,16 @@ class ImageDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> TensorBatches:
         """Returns shuffled batches of the training set."""
-        return self._batches(self.train, self.batch_size, shuffle=True)
+        return self._batches(after_setup(self.train), self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> TensorBatches | list[Tensor]:
         """Returns batches of the validation set in order; an empty list if there is no validation set."""
-        return self._batches(self.validation, self.eval_batch_size) if len(self.validation) else []
+        validation = after_setup(self.validation)
+        return self._batches(validation, self.eval_batch_size) if len(validation) else []
 
     def test_dataloader(self) -> TensorBatches:
         """Returns batches of the test set in order."""
-        return self._batches(self.test, self.eval_batch_size)
+        return self._batches(after_setup(self.test), self.eval_batch_size)
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
         """Converts the pixels of a batch to inputs on its device."""

@@ -74,10 +74,10 @@ class MNIST(ImageDataModule):
         return self._read_set(directory, "train"), self._read_set(directory, "test")
 
     def _read_set(self, directory: Path, part: str) -> ImageSet:
-        labels = read_idx(_find_file(directory, _FILES[f"{part}_labels"]), _MAX_LABELS)
+        labels = read_idx(_existing_file(directory, _FILES[f"{part}_labels"]), _MAX_LABELS)
         # One image more than there are labels may be read: `ImageSet.check` then reports both numbers.
         max_bytes = _MAX_HEADER + (len(labels) + 1) * self.image_size**2
-        return ImageSet(read_idx(_find_file(directory, _FILES[f"{part}_images"]), max_bytes), labels.long())
+        return ImageSet(read_idx(_existing_file(directory, _FILES[f"{part}_images"]), max_bytes), labels.long())
 
     def _find_directory(self) -> Path | None:
         """Returns the first directory with all four files, or None; ``data_dir`` must have them."""
@@ -161,6 +161,12 @@ class FashionMNIST(MNIST):
 
 def _find_file(directory: Path, name: str) -> Path | None:
     return next((path for path in (directory / name, directory / f"{name}.gz") if path.is_file()), None)
+
+
+def _existing_file(directory: Path, name: str) -> Path:
+    if (path := _find_file(directory, name)) is None:
+        raise DataError(f"{directory} lacks {name} (as it is, or with .gz)")
+    return path
 
 
 def _fetch(url: str, path: Path, md5: str) -> str | None:

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightkit.data.batches import TensorBatches, shard_kwargs, to_training_device
+from lightkit.data.batches import TensorBatches, after_setup, shard_kwargs, to_training_device
 from lightkit.data.columns import Column, read_column
 from lightkit.errors import DataError
 
@@ -155,16 +155,18 @@ class SeriesDataModule(pl.LightningDataModule):
         Raises:
             DataError: the training part is constant.
         """
+        name = after_setup(self.series).name
         values = self._training_values
         center, scale = values.mean(), values.std(correction=0)
         if relative:
-            last = self.train.history[:, -1, 0]
+            train = after_setup(self.train)
+            last = train.history[:, -1, 0]
             # One step of the horizon at a time: all differences at once take many times the memory of the series.
-            squares = torch.stack([(step - last).square().mean() for step in self.train.target.unbind(dim=1)])
+            squares = torch.stack([(step - last).square().mean() for step in train.target.unbind(dim=1)])
             center, scale = torch.zeros_like(center), squares.mean().sqrt()
         # A tolerance: rounding may give equal numbers a mean that differs from them.
         if scale <= 1e-12 * values.abs().max():
-            raise DataError(f"{type(self).__name__}: column {self.series.name} does not vary in the training part")
+            raise DataError(f"{type(self).__name__}: column {name} does not vary in the training part")
         return center, scale
 
     def baselines(self) -> dict[str, float]:
@@ -172,9 +174,10 @@ class SeriesDataModule(pl.LightningDataModule):
 
         ``naive`` repeats the last value; ``seasonal_naive``, if there is a season, repeats the last season.
         """
-        errors = {"naive": self.naive(self.test) - self.test.target}
+        test = after_setup(self.test)
+        errors = {"naive": self.naive(test) - test.target}
         if self.season is not None:
-            errors["seasonal_naive"] = self.seasonal_naive(self.test) - self.test.target
+            errors["seasonal_naive"] = self.seasonal_naive(test) - test.target
         found = {f"{name}_mae": error.abs().mean().item() for name, error in errors.items()}
         return found | {f"{name}_rmse": error.square().mean().sqrt().item() for name, error in errors.items()}
 
@@ -183,9 +186,16 @@ class SeriesDataModule(pl.LightningDataModule):
         return windows.history[:, -1].expand(-1, self.horizon)
 
     def seasonal_naive(self, windows: Windows) -> Tensor:
-        """Returns the last season of each history, repeated over the horizon: ``(N, horizon)``. Needs a ``season``."""
-        steps = torch.arange(self.horizon) % self.season
-        return windows.history[:, self.history - self.season + steps, 0]
+        """Returns the last season of each history, repeated over the horizon: ``(N, horizon)``.
+
+        Raises:
+            ValueError: there is no ``season``.
+        """
+        season = self.season
+        if season is None:
+            raise ValueError("the series has no season")
+        steps = torch.arange(self.horizon) % season
+        return windows.history[:, self.history - season + steps, 0]
 
     def _batches(self, windows: Windows, batch_size: int, shuffle: bool = False) -> TensorBatches:
         return TensorBatches(
@@ -198,15 +208,15 @@ class SeriesDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> TensorBatches:
         """Returns shuffled batches of the training part."""
-        return self._batches(self.train, self.batch_size, shuffle=True)
+        return self._batches(after_setup(self.train), self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> TensorBatches:
         """Returns batches of the validation part in order."""
-        return self._batches(self.validation, self.eval_batch_size)
+        return self._batches(after_setup(self.validation), self.eval_batch_size)
 
     def test_dataloader(self) -> TensorBatches:
         """Returns batches of the test part in order."""
-        return self._batches(self.test, self.eval_batch_size)
+        return self._batches(after_setup(self.test), self.eval_batch_size)
 
 
 class Series(SeriesDataModule):

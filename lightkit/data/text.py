@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lightkit._util.regular_files import open_regular, warn_of_skipped
-from lightkit.data.batches import TensorBatches, shard_kwargs
+from lightkit.data.batches import TensorBatches, after_setup, shard_kwargs
 from lightkit.data.bigram import bits_per_byte
 from lightkit.data.cache import cache_path, is_trusted, store, warn_of_rebuild
 from lightkit.errors import DataError
@@ -156,15 +156,16 @@ class Text(pl.LightningDataModule):
 
     def train_dataloader(self) -> TensorBatches:
         """Returns shuffled batches of the windows of training."""
-        return self._batches(self.train, self.batch_size, shuffle=True)
+        return self._batches(after_setup(self.train), self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> TensorBatches | list[Tensor]:
         """Returns batches of the windows of validation in order; an empty list if there is no validation."""
-        return self._batches(self.validation, self.eval_batch_size) if len(self.validation) else []
+        validation = after_setup(self.validation)
+        return self._batches(validation, self.eval_batch_size) if len(validation) else []
 
     def test_dataloader(self) -> TensorBatches:
         """Returns batches of the windows of the test in order."""
-        return self._batches(self.test, self.eval_batch_size)
+        return self._batches(after_setup(self.test), self.eval_batch_size)
 
     def on_after_batch_transfer(self, batch: tuple[Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
         """Cuts inputs and targets from the windows of a batch on its device."""
@@ -186,7 +187,8 @@ class Text(pl.LightningDataModule):
 
     def baselines(self) -> dict[str, float]:
         """Returns the bits per byte of the test under unigram and bigram counts of the training text."""
-        return {f"{name}_bits_per_byte": bits for name, bits in bits_per_byte(self.train, self.test).items()}
+        bits = bits_per_byte(after_setup(self.train), after_setup(self.test))
+        return {f"{name}_bits_per_byte": value for name, value in bits.items()}
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import (
 )
 
 from lightkit._lightning.callbacks import checkpoint_is_due, logging_is_due, timer_is_due
+from lightkit._lightning.loops import connected
 from lightkit._lightning.module import CURRENT_HOOK
 
 # Seconds between two updates of a progress bar: ten a second look continuous.
@@ -38,7 +39,9 @@ class Hooks:
         self._module = trainer.lightning_module
         self._attributes = vars(self._module)
         self._name = name
-        self._callbacks = [(c, _condition(c, name)) for c in trainer.callbacks if is_overridden(name, c, Callback)]
+        self._callbacks = [
+            (c, _condition(c, name)) for c in connected(trainer).callbacks if is_overridden(name, c, Callback)
+        ]
         self._module_overrides = is_overridden(name, self._module, pl.LightningModule)
 
     def __bool__(self) -> bool:

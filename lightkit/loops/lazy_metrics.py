@@ -42,9 +42,6 @@ class LazyMetric(ResultMetric):
     Lightning's metric and one list more. `make_lazy` and `make_eager` change the class of an existing metric.
     """
 
-    value = _flushed("value")
-    cumulated_batch_size = _flushed("cumulated_batch_size")
-
     @staticmethod
     def supports(metric: ResultMetric) -> bool:
         """Returns True for a mean or a last value of float32 numbers on the CPU that no other process shares."""
@@ -54,8 +51,9 @@ class LazyMetric(ResultMetric):
             and metric.is_tensor
             and (meta.is_mean_reduction or not meta.on_epoch)
             and not meta.sync.should
-            and metric.value.device.type == "cpu"
-            and metric.value.dtype == torch.float32
+            and isinstance(value := metric.value, Tensor)
+            and value.device.type == "cpu"
+            and value.dtype == torch.float32
         )
 
     def can_append(self, value: Tensor, batch_size: object) -> bool:
@@ -101,10 +99,12 @@ class LazyMetric(ResultMetric):
         # A copy or pickle is Lightning's metric. pickle's oldest protocol does it so: newer ones need the own class.
         self.flush()
         state = {name: value for name, value in self.__getstate__().items() if name != _PENDING}
-        return copyreg._reconstructor, (ResultMetric, object, None), state
+        reconstruct = copyreg._reconstructor  # pyright: ignore[reportAttributeAccessIssue]
+        return reconstruct, (ResultMetric, object, None), state
 
 
-setattr(LazyMetric, FORWARD_VALUE, _flushed(FORWARD_VALUE))
+for _name in ("value", "cumulated_batch_size", FORWARD_VALUE):
+    setattr(LazyMetric, _name, _flushed(_name))
 
 
 def _tensor(value: np.float32) -> Tensor:
@@ -121,4 +121,4 @@ def make_eager(metric: LazyMetric) -> None:
     """Flushes a `LazyMetric` and turns it into Lightning's metric, in place."""
     metric.flush()
     del vars(metric)[_PENDING]
-    metric.__class__ = ResultMetric
+    metric.__class__ = ResultMetric  # pyright: ignore[reportAttributeAccessIssue]

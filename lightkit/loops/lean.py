@@ -8,6 +8,7 @@ from lightkit._lightning.loops import (
     DataFetcher,
     TrainingEpochLoop,
     batch_has_started,
+    connected,
     results_of,
     skips_backward,
     validates_in_epoch,
@@ -86,7 +87,7 @@ class LeanRun:
 
     def _count_lean_steps(self, data_fetcher: DataFetcher) -> int:
         """Returns the number of batches before the next one that Lightning must run."""
-        loop, trainer = self._loop, self._loop.trainer
+        loop, trainer = self._loop, connected(self._loop.trainer)
         done = loop.batch_progress.current.ready
         # Lightning resets running values at the first batch, which may also be the first after a restart.
         if loop.restarting or done == 0 or not batch_has_started(trainer):
@@ -100,8 +101,8 @@ class LeanRun:
         if data_fetcher.length is None:
             return 0
         count = min(trainer.num_training_batches - done, data_fetcher.length - data_fetcher.fetched) - 1
-        if validates_in_epoch(loop) and trainer.val_check_batch != float("inf"):
-            every = trainer.val_check_batch
+        every = trainer.val_check_batch
+        if validates_in_epoch(loop) and every is not None and every != float("inf"):
             passed = loop.batch_progress.total.ready if trainer.check_val_every_n_epoch is None else done
             count = min(count, every - 1 - passed % every)
         if loop.max_steps != -1:

@@ -48,7 +48,12 @@ def has_recorded_history(parameter: nn.Parameter) -> bool:
 
     A capture must not start then: autograd would reuse the parameter's node, which belongs to the stream of that step.
     """
-    return _MARK in get_gradient_edge(parameter).node.metadata
+    return _MARK in _node_metadata(parameter)
+
+
+def _node_metadata(parameter: nn.Parameter) -> dict[Any, Any]:
+    metadata: Any = get_gradient_edge(parameter).node.metadata
+    return metadata
 
 
 class LogCall(NamedTuple):
@@ -113,7 +118,7 @@ class SideEffectRecorder:
         self._check_state()
         for parameter in self._module.parameters():
             if parameter.requires_grad:
-                get_gradient_edge(parameter).node.metadata[_MARK] = True
+                _node_metadata(parameter)[_MARK] = True
         if self.index.is_used:
             self.record("uses batch_idx")
         if (effect := self._log_recorder.side_effect()) is not None:
@@ -321,5 +326,6 @@ def _is_equal(before: Any, after: Any) -> bool:
 
 def _random_states() -> tuple[Any, ...]:
     """Returns the states of the global generators of Python, torch and NumPy on the CPU."""
-    name, keys, position, *_ = np.random.get_state()
+    state: Any = np.random.get_state()
+    name, keys, position, *_ = state
     return random.getstate(), torch.get_rng_state(), name, keys.tobytes(), position

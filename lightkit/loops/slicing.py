@@ -43,7 +43,7 @@ def fetch_slices(loader: Any, iterators: Iterable[Any] = ()) -> Callable[[], Non
         if type(iterator) is _SingleProcessDataLoaderIter and iterator._dataset is loader.dataset:
             # Another loader may share the data set, except for the sampler and the collation.
             if iterator._index_sampler is loader.batch_sampler and iterator._collate_fn is default_collate:
-                iterator._dataset_fetcher = _SliceFetcher(loader.dataset)
+                vars(iterator)["_dataset_fetcher"] = _SliceFetcher(loader.dataset)
     # A copy of the loader does not slice.
     return StandIn(loader, "_get_iterator", partial(_slicing_iterator, loader)).undo
 

@@ -18,7 +18,9 @@ from lightkit._lightning.loops import (
     BATCHES_THAT_STEPPED,
     CLIPPING_METHODS,
     DataFetcher,
+    batch_counters,
     clip_gradients_of,
+    connected,
     logger_connector,
     owner_of_data_hook,
     results_of,
@@ -53,7 +55,7 @@ class LeanStep:
     """
 
     def __init__(self, trainer: pl.Trainer, logger: StepLogger, graphs: PassGraphs | None = None) -> None:
-        self._trainer = trainer
+        self._trainer = connected(trainer)
         self._logger = logger
         self._module = module = trainer.lightning_module
         # A write past nn.Module's __setattr__ does not look whether the value is a parameter.
@@ -69,7 +71,7 @@ class LeanStep:
             "zero_grad", self._optimizer, torch.optim.Optimizer
         )
         # `is_current` compares the number of their attributes: a new attribute may override a method.
-        self._callbacks = list(trainer.callbacks)
+        self._callbacks = list(self._trainer.callbacks)
         self._participants = [
             *(module, self._optimizer, loop, loop.automatic_optimization, trainer.strategy),
             *self._callbacks,
@@ -77,6 +79,7 @@ class LeanStep:
         self._attribute_counts: list[int] = []
         self._step_metrics = StepMetrics(self._results)
         self._progress = loop.batch_progress
+        self._counters = batch_counters(loop)
         self._step_progress = loop.automatic_optimization.optim_progress.optimizer.step
         self._zero_grad_progress = loop.automatic_optimization.optim_progress.optimizer.zero_grad
         self._takes_index = training_step_takes_index(loop)
@@ -125,7 +128,7 @@ class LeanStep:
         if self._check_sigterm is not None:
             self._check_sigterm()
         batch, _, _ = next(data_fetcher)
-        total, current = self._progress.total, self._progress.current
+        total, current = self._counters
         self._batch_idx = current.ready
         self._progress.is_last_batch = data_fetcher.done
         self._batch = batch = self._transfer(batch)
@@ -219,7 +222,7 @@ class LeanStep:
         self._step_progress.increment_ready()
         # As in Lightning, the optimizer calls the closure; some optimizers call it more than once.
         before = self._set_hook("optimizer_step")
-        self._optimizer.step(closure=self._closure)
+        self._optimizer.step(closure=self._closure)  # pyright: ignore[reportArgumentType, reportCallIssue]
         self._attributes[CURRENT_HOOK] = before
         if self._after_step is not None:
             self._after_step(self._optimizer)

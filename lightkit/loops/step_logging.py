@@ -12,7 +12,7 @@ import torch
 from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from torch import Tensor
 
-from lightkit._lightning.loops import BATCHES_THAT_STEPPED, logger_connector, should_accumulate
+from lightkit._lightning.loops import BATCHES_THAT_STEPPED, connected, logger_connector, should_accumulate
 from lightkit._lightning.metrics import (
     COMPUTED,
     CONNECTOR_HOOK,
@@ -187,7 +187,7 @@ class StepLogger:
     """
 
     def __init__(self, trainer: pl.Trainer) -> None:
-        self._trainer = trainer
+        self._trainer = connected(trainer)
         self._connector = logger_connector(trainer)
         self._loop = vars(trainer.fit_loop.epoch_loop)
         self._should_accumulate = should_accumulate(trainer)

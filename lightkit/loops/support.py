@@ -15,6 +15,7 @@ from lightkit._lightning.loops import (
     AutomaticOptimization,
     TrainingEpochLoop,
     averages_model,
+    connected,
     logger_connector,
     training_step_takes_iterator,
     validates_by_time,
@@ -44,8 +45,9 @@ def unsupported_reason(trainer: pl.Trainer) -> str | None:
         return "the module optimizes manually (automatic_optimization is False)"
     if (reason := _strategy_reason(trainer.strategy, module)) is not None:
         return reason
-    if not isinstance(trainer.profiler, PassThroughProfiler):
-        return f"{type(trainer.profiler).__name__} measures every part of Lightning's own step"
+    profiler = connected(trainer).profiler
+    if not isinstance(profiler, PassThroughProfiler):
+        return f"{type(profiler).__name__} measures every part of Lightning's own step"
     for name in _REPLACING_METHODS:
         if is_overridden(name, module, pl.LightningModule):
             return f"{type(module).__name__}.{name} takes over a part of the step"

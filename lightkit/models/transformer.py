@@ -65,13 +65,15 @@ class Transformer(LanguageModel):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=deviation)
-        for layer in body.layers:
-            for onto_residual in (layer.attention.out, layer.feed_forward.out):
-                nn.init.normal_(onto_residual.weight, std=deviation / (2 * num_layers) ** 0.5)
+        for module in body.modules():
+            if isinstance(module, (_Attention, _SwiGLU)):
+                nn.init.normal_(module.out.weight, std=deviation / (2 * num_layers) ** 0.5)
 
 
 class _Decoder(nn.Module):
     """Layers, and a norm after the last."""
+
+    rotation: Tensor
 
     def __init__(
         self, dim: int, num_layers: int, num_heads: int, context: int, feed_forward_size: int, dropout: float

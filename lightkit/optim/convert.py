@@ -188,9 +188,9 @@ def _has_step_of(optimizer: Optimizer, function: Callable[..., Any]) -> bool:
     step = vars(optimizer).get("step")
     if isinstance(step, _WeakMethod):
         return step.__func__ is function
-    return (step is None and function is type(optimizer).step) or (
-        _is_wrapped_for_schedulers(step) and step.__wrapped__ is function
-    )
+    if step is None:
+        return function is type(optimizer).step
+    return _is_wrapped_for_schedulers(step) and step.__wrapped__ is function
 
 
 def _is_wrapped_for_schedulers(step: Any) -> bool:
@@ -207,8 +207,9 @@ def _wrapped_for_schedulers(optimizer: Optimizer, step: Callable[..., Any]) -> C
     @functools.wraps(step)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         owner = reference()
-        owner._opt_called = True
+        assert owner is not None
+        vars(owner)["_opt_called"] = True
         return step.__get__(owner, type(owner))(*args, **kwargs)
 
-    wrapper._wrapped_by_lr_sched = True
+    vars(wrapper)["_wrapped_by_lr_sched"] = True
     return wrapper

@@ -162,7 +162,9 @@ class FusedStep(torch.optim.Optimizer):
                 entry = state_dict["state"].get(index, {})
                 # None if another thread has loaded another state meanwhile; state[parameter] would make an empty entry.
                 state = optimizer.state.get(parameter)
-                for name in cls._unrounded(entry) if state is not None else ():
+                if state is None:
+                    continue
+                for name in cls._unrounded(entry):
                     state[name] = entry[name].detach().to(parameter.device, copy=True)
 
     @classmethod
@@ -224,14 +226,14 @@ class FusedStep(torch.optim.Optimizer):
             if found_inf is not None and found_inf.item() != 0:
                 self.skipped_steps += 1
                 return loss
-            options += (1.0 if grad_scale is None else 1.0 / float(grad_scale),)
+            inverse_scale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
             if plan is not None:
-                outcome = plan.step(*options, None, None)
+                outcome = plan.step(*options, inverse_scale, None, None)
         if outcome is None:
             if found_inf is None and grad_scale is None and self._is_plain(optimizer):
                 self._take_torch_step(optimizer)
                 return loss
-            outcome = step_reference(type(self)._rule, *options)
+            outcome = step_reference(type(self)._rule, *options, inverse_scale)
         norm, skipped = outcome
         if norm is not None:
             self._grad_norm = norm

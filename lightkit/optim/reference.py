@@ -113,7 +113,8 @@ def _norm(gradients: list[Tensor]) -> float | Tensor:
 def _update(
     rule: Rule, parameter: Tensor, entry: dict[str, Any], group: dict[str, Any], factor: float | Tensor
 ) -> None:
-    """Takes the step of one parameter."""
+    """Takes the step of one parameter with a gradient."""
+    assert parameter.grad is not None
     dtype = torch.promote_types(parameter.dtype, torch.float32)
     mastered = bool(group.get("master_weights")) and dtype != parameter.dtype
     if mastered:

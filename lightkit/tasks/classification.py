@@ -29,6 +29,8 @@ class ClassificationTask(Task):
         metrics: torchmetrics metrics by name, updated with ``(logits, labels)``.
     """
 
+    loss: nn.Module
+
     def __init__(
         self,
         model: nn.Module,

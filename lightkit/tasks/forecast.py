@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,11 @@ class ForecastTask(Task):
            Journal of the American Statistical Association 113, 2018.
     """
 
+    loss: nn.Module
+    center: Tensor
+    scale: Tensor
+    half_width: Tensor
+
     def __init__(
         self,
         model: nn.Module,
@@ -79,8 +85,9 @@ class ForecastTask(Task):
         """Copies center and scale from the data module, if it has them; a checkpoint replaces them later."""
         if self.trainer.precision in ("16-true", "bf16-true"):
             raise ConfigError("a series cannot be represented in half precision: use trainer.precision=bf16-mixed")
-        if stage == "fit" and hasattr(self.trainer.datamodule, "scale"):
-            center, scale = self.trainer.datamodule.scale(self.relative)
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if stage == "fit" and hasattr(data, "scale"):
+            center, scale = data.scale(self.relative)
             self.center.copy_(center)
             self.scale.copy_(scale)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import MetricCollection
 from torchmetrics.aggregation import MeanMetric
 
 from lightkit._util.compiler import never_compile
@@ -89,7 +90,7 @@ class LanguageModelTask(Task):
         self._recorded += losses.numel()
         return {"losses": losses}
 
-    def _evaluate(self, batch: tuple[Tensor, Tensor], metrics: nn.Module) -> Tensor:
+    def _evaluate(self, batch: tuple[Tensor, Tensor], metrics: MetricCollection) -> Tensor:
         losses = self._loss(batch, "none").float()
         count = (batch[1] != _IGNORED).sum()
         # A batch is weighted by its targets, so that the mean is that over all targets.
@@ -97,7 +98,9 @@ class LanguageModelTask(Task):
         self.log_dict(metrics, prog_bar=True, batch_size=len(batch[0]))
         return losses.view_as(batch[1])
 
-    def _loss(self, batch: tuple[Tensor, Tensor], reduction: str, **options: float) -> Tensor:
+    def _loss(
+        self, batch: tuple[Tensor, Tensor], reduction: str, label_smoothing: float = 0.0, z_loss: float = 0.0
+    ) -> Tensor:
         inputs, targets = batch
         hidden, _ = self.model.hidden(inputs)
         head = self.model.head
@@ -108,7 +111,8 @@ class LanguageModelTask(Task):
             linear_bias=head.bias,
             ignore_index=_IGNORED,
             reduction=reduction,
-            **options,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
         )
 
     @torch.inference_mode()

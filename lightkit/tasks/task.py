@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRScheduler
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -52,7 +51,7 @@ class Task(pl.LightningModule):
         if self._make_scheduler is None:
             return optimizer
         scheduler = self._make_scheduler(optimizer)
-        entry: dict[str, Any] = {"scheduler": scheduler, "interval": "epoch"}
+        entry: LRSchedulerConfigType = {"scheduler": scheduler, "interval": "epoch"}
         if isinstance(scheduler, ReduceLROnPlateau):
             entry["monitor"] = "val/loss"
         return {"optimizer": optimizer, "lr_scheduler": entry}
