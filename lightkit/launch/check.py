@@ -142,8 +142,8 @@ def _meet(rendezvous: CheckRendezvous, end: float) -> Store:
     else:
         if (reason := addresses.wait_for(rendezvous.host, rendezvous.port, end)) is not None:
             raise CheckError(
-                f"node {rendezvous.rank} does not reach node 0 at {rendezvous.endpoint} within {rendezvous.timeout:g} s: "
-                f"{reason}; the check must run on node 0 too"
+                f"node {rendezvous.rank} does not reach node 0 at {rendezvous.endpoint} within {rendezvous.timeout:g} "
+                f"s: {reason}; the check must run on node 0 too"
             )
     cannot_meet = f"node {rendezvous.rank} cannot meet the others at {rendezvous.endpoint}"
     no_check = f"{cannot_meet}: what answers there is no check"
