@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+import lightkit.data
 import lightkit.parameter_server
+from lightkit.loops.slicing import fetch_slices
 from lightkit.parameter_server import Client, OptimizerSpec, TrainingSpec
 from lightkit.strategies import DataParallel, DiLoCo, LocalSGD, ParameterServer, TorchTPU
 
@@ -72,3 +74,8 @@ def test_client():
     with pytest.warns(DeprecationWarning, match=r"Client\.pull: table is now optimizer_index"):
         with pytest.raises(RuntimeError, match="after shutdown"):
             client.pull(table=0)
+
+
+def test_fetch_slices():
+    with pytest.warns(DeprecationWarning, match=r"lightkit\.data\.fetch_slices is now lightkit\.loops\.slicing"):
+        assert lightkit.data.fetch_slices is fetch_slices

@@ -1,41 +1,46 @@
-"""The test metrics of a checkpoint: what `lightkit.evaluate` prints."""
+"""Computes the test metrics of a checkpoint: what `lightkit.evaluate` prints."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from omegaconf import DictConfig
 
 from lightkit._util.printable import printable
-from lightkit.app.factory import refusals_of_lightning
-from lightkit.app.restore import Restored, refusals_of_a_model, restore
+from lightkit.app.checks import errors_of_lightning
+from lightkit.app.restore import Restored, errors_of_a_model, restore
 from lightkit.config import build
 from lightkit.data import MNIST, Text
 from lightkit.errors import CheckpointError, ConfigError
 from lightkit.strategies import tpu
 
-# Arguments of data modules that say where the data are.
+# The arguments of data modules that name the place of the data.
 _PLACES = ("data_dir", "path")
 
-# Of Lightning's, those that need no package of their own.
+# The precisions of Lightning's that need no further package.
 _PRECISIONS = ("16-true", "16-mixed", "bf16-true", "bf16-mixed", "32-true", "64-true", "16", "bf16", "32", "64")
 
 
-def evaluate(config: DictConfig) -> dict[str, Any]:
+def evaluate(
+    ckpt_path: str | Path, *, data_dir: str | None = None, download: bool = True, accelerator: str = "auto"
+) -> dict[str, Any]:
     """Computes the test metrics of a checkpoint, as lightkit.train computes them.
 
     Args:
-        config: the keys of ``conf/evaluate.yaml``.
+        ckpt_path: a checkpoint of lightkit.train, which may be a stranger's.
+        data_dir: the file or directory of the data; by default the one that the checkpoint names.
+        download: fetch a data set that is not there, if its data module can.
+        accelerator: of Lightning's, or ``"tpu"``.
 
     Raises:
-        LightkitError: the checkpoint, its data or a key of the configuration cannot be used.
+        LightkitError: the checkpoint, its data or an argument cannot be used.
     """
-    restored = restore(config.ckpt_path, evaluates=True)
-    data = _build_data(config, restored)
+    restored = restore(ckpt_path, evaluates=True)
+    data = _build_data(restored, data_dir, download)
     trainer = build(
         {"_target_": "lightning.pytorch.Trainer"},
-        **(tpu.choose() if config.accelerator == "tpu" else {"accelerator": config.accelerator}),
+        **(tpu.choose() if accelerator == "tpu" else {"accelerator": accelerator}),
         devices=1,
         precision=_precision(restored),
         logger=False,
@@ -43,25 +48,25 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    with refusals_of_a_model(), refusals_of_lightning():
+    with errors_of_a_model(), errors_of_lightning():
         (metrics,) = trainer.test(restored.task, datamodule=data, verbose=False)
     return metrics
 
 
-def _build_data(config: DictConfig, restored: Restored) -> pl.LightningDataModule:
-    """Builds the data module; what the checkpoint says of a place is shown before anything there is read."""
+def _build_data(restored: Restored, data_dir: str | None, download: bool) -> pl.LightningDataModule:
+    """Builds the data module; prints the place that the checkpoint names before anything there is read."""
     data = restored.build_data()
     place = next((name for name in _PLACES if hasattr(data, name)), None)
-    if config.data_dir is not None:
+    if data_dir is not None:
         if place is None:
             raise ConfigError(f"data_dir: {type(data).__name__} does not read from a directory")
-        setattr(data, place, config.data_dir)
+        setattr(data, place, data_dir)
     elif place is not None and getattr(data, place) is not None:
         print(f"reading {printable(str(getattr(data, place)))}, which the checkpoint names", flush=True)
     if isinstance(data, Text):
-        data.is_own = config.data_dir is not None
+        data.is_own = data_dir is not None
     if isinstance(data, MNIST):
-        data.download = config.download
+        data.download = download
     return data
 
 

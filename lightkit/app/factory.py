@@ -1,30 +1,53 @@
-"""The objects of a job, built from its configuration."""
+"""Builds the objects of a training from its configuration, which nobody else reads except the record of the run."""
 
 from __future__ import annotations
 
-import traceback
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from lightkit.app.checks import check_accelerator, check_outputs
+from lightkit.app.resume import ResumePoint, find_resume_point
+from lightkit.callbacks import TestRecorder
+from lightkit.callbacks.save_figures import SaveFigures
 from lightkit.checkpoints import CONFIG_KEY, AtomicCheckpointIO, AtomicXLACheckpointIO
-from lightkit.config import build
-from lightkit.data import SeriesDataModule, Text
-from lightkit.errors import ConfigError
+from lightkit.checkpoints.training_state import CheckTrainingState
+from lightkit.config import build as build_object
 from lightkit.strategies import tpu
 
-# By what their data serve, those whose model is no classifier.
-_EXPERIMENTS = {"tokens": ("language_model", "char_rnn"), "windows": ("forecast",)}
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """The objects of a training.
+
+    Args:
+        name: of the runs of the same kind.
+        run_dir: the directory of the run.
+        data: the data module.
+        task: the task with its model, optimizer and scheduler.
+        trainer: with its strategy, loggers and callbacks.
+        recorder: the callback of ``trainer`` that keeps the predictions of the test.
+        resume: the checkpoint to go on from; None for a training that begins.
+        tests: measure on the test set after the training.
+    """
+
+    name: str
+    run_dir: Path
+    data: pl.LightningDataModule
+    task: pl.LightningModule
+    trainer: pl.Trainer
+    recorder: TestRecorder
+    resume: ResumePoint | None
+    tests: bool
 
 
 class SaveConfig(Callback):
-    """Puts the configuration into every checkpoint, which makes it complete: see `lightkit.app.restore`."""
+    """Puts the configuration into every checkpoint, so that `lightkit.app.restore` needs nothing else."""
 
     def __init__(self, config: DictConfig) -> None:
         self._config = OmegaConf.to_container(config, resolve=True)
@@ -36,44 +59,60 @@ class SaveConfig(Callback):
         checkpoint[CONFIG_KEY] = self._config
 
 
+def build(config: DictConfig) -> TrainingJob:
+    """Builds all objects of a training, which `lightkit.app.checks` has seen; seeds all random numbers first.
+
+    Raises:
+        LightkitError: something in the configuration, the data or the checkpoint cannot be used.
+    """
+    pl.seed_everything(config.seed, workers=True, verbose=False)
+    data = build_data(config)
+    task = build_task(config)
+    if config.compile:
+        # In place, and the model alone: parameters keep their names, and what a LightningModule logs stays outside.
+        task.model.compile()
+    resume = find_resume_point(config, task)
+    recorder = TestRecorder()
+    trainer = build_trainer(
+        config,
+        callbacks=[
+            *build_object(config.get("callbacks") or {}).values(),
+            *(SaveConfig(config), SaveFigures(), recorder),
+            *([CheckTrainingState(resume.path)] if resume is not None else []),
+        ],
+        logger=list(build_object(config.get("logger") or {}).values()),
+        plugins=[AtomicCheckpointIO()],
+        enable_model_summary=False,
+    )
+    return TrainingJob(config.name, Path(config.run_dir), data, task, trainer, recorder, resume, config.test)
+
+
 def build_task(config: DictConfig) -> pl.LightningModule:
-    """The task with its model, optimizer and scheduler."""
+    """Builds the task with its model, optimizer and scheduler."""
     # ~scheduler on the command line says the same as scheduler=none.
-    scheduler = build(config.get("scheduler"))
-    return build(config.task, model=build(config.model), optimizer=build(config.optim), scheduler=scheduler)
+    scheduler = build_object(config.get("scheduler"))
+    model, optimizer = build_object(config.model), build_object(config.optim)
+    return build_object(config.task, model=model, optimizer=optimizer, scheduler=scheduler)
 
 
 def build_data(config: DictConfig) -> pl.LightningDataModule:
-    """The data module, checked to have as many classes as the model where both say."""
-    data = build(config.data)
+    """Builds the data module, checked to have as many classes as the model where both say."""
+    data = build_object(config.data)
     check_outputs(data, config.model)
     return data
 
 
-def check_outputs(data: pl.LightningDataModule, model: Mapping[str, Any]) -> None:
-    """Refuses a model whose configuration has other classes than the data, or classes where the data have none.
-
-    Raises:
-        ConfigError: says both.
-    """
-    classes = getattr(data, "num_classes", None)
-    for key in ("num_classes", "num_outputs"):
-        outputs = model.get(key)
-        if classes is not None and outputs is not None and classes != outputs:
-            raise ConfigError(f"the data has {classes} classes but model.{key} is {outputs}")
-    if classes is None and isinstance(data, (SeriesDataModule, Text)) and "num_classes" in model:
-        raise ConfigError(
-            f"{type(data).__name__} serves {data.unit}, in which there are no classes for the model to tell apart; "
-            f"experiments for it: {', '.join(_EXPERIMENTS[data.unit])}"
-        )
-
-
 def build_trainer(config: DictConfig, **options: Any) -> pl.Trainer:
-    """The trainer with its strategy, and with what the configuration has no word for."""
+    """Builds the trainer with its strategy.
+
+    Args:
+        config: of the job.
+        **options: further arguments of the trainer, for which the configuration has no keys.
+    """
     if config.trainer.get("accelerator") == "tpu":
         check_accelerator(config)
         return _build_tpu_trainer(config, **options)
-    return build(config.trainer, strategy=build(config.strategy) or "auto", **options)
+    return build_object(config.trainer, strategy=build_object(config.strategy) or "auto", **options)
 
 
 def _build_tpu_trainer(config: DictConfig, plugins: Iterable[Any] = (), **options: Any) -> pl.Trainer:
@@ -83,60 +122,4 @@ def _build_tpu_trainer(config: DictConfig, plugins: Iterable[Any] = (), **option
         # Lightning's own strategy takes no other plug-in for checkpoints than one made for it.
         plugins = [AtomicXLACheckpointIO() if type(p) is AtomicCheckpointIO else p for p in plugins]
     strategy = trainer.pop("strategy")
-    return build(trainer, strategy=strategy, plugins=list(plugins), **options)
-
-
-def check_accelerator(config: DictConfig) -> None:
-    """Refuses a TPU that cannot be had, before anything is compiled or read.
-
-    Raises:
-        ConfigError: nothing is installed that knows TPUs, there is none, or several are asked for.
-    """
-    if config.trainer.get("accelerator") != "tpu":
-        return
-    tpu.choose()
-    if config.trainer.devices not in (1, "1"):
-        raise ConfigError(
-            f"trainer.devices={config.trainer.devices}: the command line trains on one TPU; several are what "
-            "Lightning's Trainer(strategy='xla') is for, in a script of your own"
-        )
-    if config.strategy.get("_target_") is not None:
-        raise ConfigError(f"one TPU has nobody to go with for {config.strategy._target_}: use strategy=auto")
-
-
-def check_scheduler(config: DictConfig) -> None:
-    """Refuses a scheduler that fails at its first step, which would otherwise come after an epoch of training.
-
-    Raises:
-        ConfigError: says what it was built of, and what goes wrong.
-    """
-    make = build(config.get("scheduler"))
-    # One of somebody else may need an optimizer that has more than this one.
-    if make is None or not config.scheduler._target_.startswith("torch.") or config.trainer.get("max_epochs") == 0:
-        return
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1, momentum=0.9)
-    scheduler = make(optimizer)
-    optimizer.step()
-    try:
-        scheduler.step(*([0.0] if isinstance(scheduler, ReduceLROnPlateau) else []))
-    except (ArithmeticError, ValueError) as error:
-        options = ", ".join(f"{key}={value}" for key, value in config.scheduler.items() if key[0] != "_")
-        raise ConfigError(f"{config.scheduler._target_}({options}) fails at its first step: {error}") from error
-
-
-@contextmanager
-def refusals_of_lightning() -> Iterator[None]:
-    """Makes what Lightning does not take of a configuration, and says while it runs, an error of the configuration.
-
-    It says so by a ValueError or a RuntimeError out of its own code; out of other code they are faults of the program.
-
-    Raises:
-        ConfigError: in Lightning's words.
-    """
-    try:
-        yield
-    except (ValueError, RuntimeError) as error:
-        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        if not frame.f_globals["__name__"].startswith("lightning."):
-            raise
-        raise ConfigError(" ".join(str(error).split())) from error
+    return build_object(trainer, strategy=strategy, plugins=list(plugins), **options)

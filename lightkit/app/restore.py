@@ -16,7 +16,7 @@ from torchmetrics import Metric
 
 from lightkit._util.printable import printable
 from lightkit.app import untrusted
-from lightkit.app.factory import check_outputs
+from lightkit.app.checks import check_outputs
 from lightkit.checkpoints import CONFIG_KEY, check_weights, load_checkpoint, load_weights
 from lightkit.checkpoints.training_state import checked_weights
 from lightkit.errors import CheckpointError, LightkitError
@@ -106,7 +106,7 @@ def restore(path: str | Path, evaluates: bool = False) -> Restored:
 
 
 @contextmanager
-def refusals_of_a_model() -> Iterator[None]:
+def errors_of_a_model() -> Iterator[None]:
     """Makes what goes wrong in the model of a checkpoint, while it runs, an error of the checkpoint.
 
     Its parts may be right one by one and not go together.

@@ -1,35 +1,35 @@
-"""What a run leaves in its directory besides checkpoints and logs."""
+"""Writes the files that a run leaves in its directory besides checkpoints and logs."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from lightkit import __version__, native
 from lightkit._util.atomic_write import write_text_atomically
-from lightkit._util.printable import printable
 from lightkit.errors import ConfigError
+
+# The names of the files in the directory of a run.
+CONFIG, ENVIRONMENT, METRICS, LOG = "config.yaml", "environment.json", "metrics.json", "metrics.csv"
 
 _PACKAGES = ("torch", "lightning", "hydra-core", "torchmetrics", "numpy")
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a dict as indented JSON."""
     write_text_atomically(path, json.dumps(content, indent=2) + "\n")
 
 
 def read_if_newer(path: Path, than: Path) -> dict[str, Any]:
-    """What `write_json` wrote, if that was after another file; else nothing."""
+    """Returns the content of a file of `write_json`; an empty dict if ``than`` is newer, or the file is damaged."""
     try:
         is_newer = path.stat().st_mtime_ns >= than.stat().st_mtime_ns
         return json.loads(path.read_text()) if is_newer else {}
@@ -38,7 +38,11 @@ def read_if_newer(path: Path, than: Path) -> dict[str, Any]:
 
 
 def check_output(path: str | None) -> None:
-    """Refuses a file that cannot be written before the work is done that it is to hold."""
+    """Rejects an output file that cannot be written, before the work is done whose result it is to hold.
+
+    Raises:
+        ConfigError: its directory does not exist, or the path is a directory.
+    """
     if path is None:
         return
     file = Path(path).absolute()
@@ -48,13 +52,13 @@ def check_output(path: str | None) -> None:
         raise ConfigError(f"output={path} is a directory, and must be a file")
 
 
-def write_config(run_dir: Path, config: DictConfig) -> None:
-    """``config.yaml``: the configuration with everything resolved."""
-    write_text_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+def write_config(directory: Path, config: DictConfig) -> None:
+    """Writes ``config.yaml``: the configuration with everything resolved."""
+    write_text_atomically(directory / CONFIG, OmegaConf.to_yaml(config, resolve=True))
 
 
 def environment() -> dict[str, Any]:
-    """Versions and machine."""
+    """Returns the versions of the packages, and facts about the machine."""
     facts: dict[str, Any] = {"lightkit": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -76,15 +80,3 @@ def _cpu_name() -> str:
     except OSError:
         return platform.processor()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def print_table(title: str, rows: dict[str, str]) -> None:
-    """Prints a short table of names and values, which may be somebody else's, on standard output."""
-    # As texts: in plain strings rich looks for its markup.
-    table = Table(title=Text(printable(title), style="table.title"), show_header=False, title_justify="left")
-    table.add_column(style="bold", no_wrap=True)
-    # Paths must come out whole, to be copied.
-    table.add_column(overflow="fold")
-    for name, value in rows.items():
-        table.add_row(Text(printable(name)), Text(printable(value)))
-    Console().print(table)

@@ -6,9 +6,11 @@ records.
 
 from __future__ import annotations
 
+import math
 import random
 import sqlite3
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,14 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from lightkit._util.atomic_write import hold, release, remove_leftovers
-from lightkit.app.resume import quoted
+from lightkit.app.restarts import quoted, restarted_directory
 from lightkit.app.run_records import has_runs, shown
 from lightkit.app.sweep_record import Sweep, find, find_all, read
 from lightkit.errors import CarriedError, CheckpointError, ConfigError, LightkitError
-from lightkit.runtime import processes
 
 _STUDY = "study.db"
 
@@ -62,11 +64,35 @@ class RecordSweep(Callback):
             release(self._sweep.directory)
 
 
+def figure_for_sweeper(config: Mapping[str, Any], figure: float | None) -> float | None:
+    """Returns the figure of a job as a sweeper takes it that chooses the next jobs by it.
+
+    Args:
+        config: of the job.
+        figure: the one that ``objective`` names; None if the job has logged no such figure.
+
+    Raises:
+        ConfigError: the sweeper needs a figure, and there is none. Hydra's own sweeper runs all jobs without one.
+    """
+    job = HydraConfig.get()
+    sweeper = job.runtime.choices["hydra/sweeper"]
+    if job.mode != RunMode.MULTIRUN or sweeper == "basic":
+        return figure
+    if figure is None:
+        raise ConfigError(
+            f"objective={config['objective']}: the job has logged no such figure, and hydra/sweeper={sweeper} needs "
+            f"one; {config['run_dir']}/metrics.json has those that it has logged"
+        )
+    # A training that diverged is a bad one, not the end of the sweep, which Optuna's sweeper makes of NaN.
+    worst = -math.inf if "maximize" in str(job.sweeper.get("direction")) else math.inf
+    return worst if math.isnan(figure) else figure
+
+
 def _begin(config: DictConfig) -> Sweep:
     task = [word for word in config.hydra.overrides.task if _key(word) != "ckpt_path" or _is_sweep(word)]
     others = [word for word in config.hydra.overrides.hydra if _key(word) not in _PLACES]
     new = Sweep(Path(config.hydra.sweep.dir).absolute(), [*task, *others], _swept(config, task), config.ckpt_path)
-    restarted = processes.restarted_directory()
+    restarted = restarted_directory()
     old = _to_continue(new, config.name, restarted) if restarted or config.ckpt_path == "last" else None
     sweep = new if old is None else old
     sweep.directory.mkdir(parents=True, exist_ok=True)

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.overrides.distributed import _register_ddp_comm_hook
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from lightkit._lightning.strategies import register_ddp_comm_hook
 from lightkit._util.deprecated import RenamedAttribute
 from lightkit._util.strategy_traits import StrategyTraits
 from lightkit.config import nearest
@@ -96,7 +96,7 @@ class DataParallel(Parallel):
             )
             self._ddp_comm_state = self._powersgd_state
         assert isinstance(self.model, DistributedDataParallel)
-        _register_ddp_comm_hook(self.model, self._ddp_comm_state, self._ddp_comm_hook, self._ddp_comm_wrapper)
+        register_ddp_comm_hook(self.model, self._ddp_comm_state, self._ddp_comm_hook, self._ddp_comm_wrapper)
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Counts the step and the bytes of its gradients, which the backward pass has averaged."""

@@ -15,12 +15,12 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_z
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import ParallelStrategy
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightkit._lightning.strategies import SubprocessScriptLauncher
 from lightkit._util.deprecated import RenamedAttribute
 from lightkit._util.strategy_traits import StrategyTraits
 from lightkit.errors import ConfigError
@@ -178,7 +178,7 @@ class ParameterServer(ParallelStrategy):
     def _configure_launcher(self) -> None:
         if self._worker is None:
             assert self.cluster_environment is not None
-            self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+            self._launcher = SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
         elif self.num_processes * self.num_nodes != 1:
             raise ConfigError(f"worker={self._worker} is one process: set the Trainer's devices and num_nodes to 1")
 

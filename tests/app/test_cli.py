@@ -11,14 +11,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 import lightkit
-from lightkit.app.cli import _defaults, _keep_texts, top_level
+from lightkit.app.schema import default_config, quote_texts, top_level
 
 
 @pytest.mark.parametrize("typed", ["1.50", "007", "1e3", "true", "-1", "inf", "def main", "'1.50'"])
 def test_texts_are_taken_as_they_were_typed(monkeypatch, typed):
     """A text that looks like a number, or like a truth value, keeps its letters; other keys have Hydra's values."""
     monkeypatch.setattr(sys, "argv", ["program", "-m", f"text={typed}", f"+text={typed}", f"other={typed}"])
-    _keep_texts(["text"])
+    quote_texts(["text"])
     assert sys.argv[1] == "-m" and sys.argv[4] == f"other={typed}"
     for word in sys.argv[2:4]:
         assert OverridesParser.create().parse_override(word).value() == typed.strip("'")
@@ -28,7 +28,7 @@ def test_no_text_and_several_texts(monkeypatch):
     """Null stays what it is, and so do the values of a sweep."""
     words = ["text=null", "text=1,2"]
     monkeypatch.setattr(sys, "argv", ["program", *words])
-    _keep_texts(["text"])
+    quote_texts(["text"])
     assert sys.argv[1:] == words
 
 
@@ -50,4 +50,4 @@ def test_top_level(name):
     """The keys that are read off the file are those that composing it gives."""
     with initialize_config_module("lightkit.conf", version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
-        assert set(top_level(name)[0]) == set(_defaults(loader, name))
+        assert set(top_level(name)[0]) == set(default_config(loader, name))

@@ -7,12 +7,12 @@ import zipfile
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
 from side_effects import variables_read, watched
 
 from lightkit import native
-from lightkit.app import prediction, run_files, untrusted
+from lightkit.app import prediction, untrusted
+from lightkit.app.console import print_table
 from lightkit.app.evaluation import evaluate
 from lightkit.app.restore import restore
 from lightkit.checkpoints import CONFIG_KEY
@@ -74,14 +74,11 @@ def picture(tmp_path):
 
 
 def predict(path, **given):
-    keys = ("input", "text", "length", "temperature", "top_k", "seed", "invert", "batch_size", "column", "horizon")
-    return prediction.predict(OmegaConf.create({**dict.fromkeys(keys), **given}), restore(path))
+    return prediction.predict(restore(path), prediction.PredictionRequest(**given))
 
 
-def evaluating(path, **given):
-    return OmegaConf.create(
-        {"ckpt_path": str(path), "data_dir": None, "download": False, "accelerator": "cpu", **given}
-    )
+def measure(path):
+    return evaluate(path, download=False, accelerator="cpu")
 
 
 PRIVATE = "lightning.fabric.plugins.precision.utils._ClassReplacementContextManager"
@@ -241,13 +238,13 @@ def test_parts_that_do_not_go_together(save, picture, tmp_path):
         small = {**CNN, "model": {"_target_": "lightkit.models.CNN", "image_size": 20}}
         predict(save(small), input=str(picture))
     with pytest.raises(CheckpointError, match=r"trainer\.precision of the checkpoint is 'transformer-engine'"):
-        evaluate(evaluating(save(CNN, trainer__precision="transformer-engine")))
+        measure(save(CNN, trainer__precision="transformer-engine"))
 
 
 def test_names_of_a_stranger_are_escaped(save, capsys):
     """Control sequences, markup and lines of their own do not reach the terminal, in tables and in errors."""
     evil = "\x1b]0;owned\x07[bold]x[/bold]\n\u202eerror: fine"
-    run_files.print_table(evil, {evil: evil})
+    print_table(evil, {evil: evil})
     shown = capsys.readouterr().out
     assert "\x1b" not in shown and "\u202e" not in shown and "[bold]" in shown and r"\x1b" in shown
     with pytest.raises(CheckpointError) as error:
@@ -264,16 +261,16 @@ def test_an_evaluation_says_what_it_reads_and_fetches_nothing(save, tmp_path, ca
     (tmp_path / "values.csv").write_text("a,b\n")
     text = {**TRANSFORMER, "data": {"_target_": "lightkit.data.Text", "context": 8, "path": "/dev/zero"}}
     with pytest.raises(DataError, match="is a device, and must be a regular file"):
-        evaluate(evaluating(save(text)))
+        measure(save(text))
     assert "reading /dev/zero, which the checkpoint names" in capsys.readouterr().out
     mnist = {"_target_": "lightkit.data.MNIST", "download": True}
     with watched() as acts, pytest.raises(DataError, match="download=true has not been given"):
-        evaluate(evaluating(save(CNN, data=mnist)))
+        measure(save(CNN, data=mnist))
     assert not [act for act in acts if act.startswith(("socket", "urllib"))]
     folder = tmp_path / "folder"
     folder.mkdir()
     for number in range(40):
         (folder / f"{number}.txt").write_text("some text that is longer than a window " * 10)
-    metrics = evaluate(evaluating(save(text, data__path=str(folder), data__context=8)))
+    metrics = measure(save(text, data__path=str(folder), data__context=8))
     assert metrics["test/bits_per_byte"] > 0
     assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").rglob("text-*"))

@@ -18,9 +18,9 @@ import torch
 from hydra.core.utils import JobReturn, JobStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lightkit.app.cli import explain, user_errors
-from lightkit.errors import CarriedError, LightkitError
-from lightkit.runtime import processes
+from lightkit.app.messages import explain, user_errors
+from lightkit.errors import CarriedError, LightkitError, Terminated
+from lightkit.runtime.worker import end_by_signal, leave_process_group
 
 # Of Linux's prctl.h.
 _PR_SET_PDEATHSIG = 1
@@ -172,7 +172,7 @@ def _run(
         os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     pickle.dump(_outcome_of(run), file)
     file.flush()
-    processes.finish()
+    leave_process_group()
 
 
 def _outcome_of(run: Callable[[], JobReturn]) -> _Outcome:
@@ -180,10 +180,10 @@ def _outcome_of(run: Callable[[], JobReturn]) -> _Outcome:
         job_return = run()
     except (CarriedError, *user_errors()) as error:
         return _Outcome(refusal=explain(error, "train"), trace=traceback.format_exc())
-    except SIGTERMException:
-        processes.end_by(signal.SIGTERM)
+    except (SIGTERMException, Terminated):
+        end_by_signal(signal.SIGTERM)
     except KeyboardInterrupt:
-        processes.end_by(signal.SIGINT)
+        end_by_signal(signal.SIGINT)
     except SystemExit as error:
         return _Outcome(status=error.code)
     except Exception as error:

@@ -16,12 +16,11 @@ from typing import NoReturn
 from hydra.core.utils import JobReturn, configure_log, filter_overrides, run_job, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, open_dict
 
 from lightkit.app.fork_launcher.job_process import JobError, JobProcess
 from lightkit.app.fork_launcher.preload import check_platform, check_threads, preload
-from lightkit.errors import CarriedError, ConfigError
+from lightkit.errors import CarriedError, ConfigError, Terminated
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +65,7 @@ class ForkLauncher(Launcher):
             CarriedError: an error in the input of a job.
             JobError: a fault of Hydra's, before or after the job itself.
             KeyboardInterrupt: Ctrl-C, which was passed on to the jobs that were running.
-            SIGTERMException: SIGTERM, likewise.
+            Terminated: SIGTERM, likewise.
         """
         setup_globals()
         configure_log(self._config.hydra.hydra_logging, self._config.hydra.verbose)
@@ -164,4 +163,4 @@ def _end_in_order(jobs: list[JobProcess], received: signal.Signals, held: set[si
         pass
     if received == signal.SIGINT:
         raise KeyboardInterrupt
-    raise SIGTERMException
+    raise Terminated

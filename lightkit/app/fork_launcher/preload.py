@@ -14,11 +14,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lightkit.app.cli import top_level
 from lightkit.app.log_filters import quiet_lightning
+from lightkit.app.schema import top_level
 from lightkit.config import find_class
 from lightkit.errors import ConfigError, LightkitError
-from lightkit.runtime import processes
+from lightkit.runtime.environment import is_under_torchrun
 
 # What jobs import, some of it only at the part that needs it.
 _MODULES = (
@@ -57,7 +57,7 @@ def check_platform() -> None:
     """
     if not sys.platform.startswith("linux"):
         raise ConfigError(f"hydra/launcher=fork works on Linux alone, and this is {sys.platform}: {_ADVICE}")
-    if processes.is_under_torchrun():
+    if is_under_torchrun():
         raise ConfigError(f"hydra/launcher=fork cannot run under torchrun, whose processes would not fork: {_ADVICE}")
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():

@@ -1,18 +1,17 @@
-"""What `lightkit.predict` does for each kind of task."""
+"""Predicts with the model of a checkpoint, whatever kind of task it is: what `lightkit.predict` does."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Protocol
 
-from omegaconf import DictConfig
-
-from lightkit.app.restore import Restored, refusals_of_a_model
+from lightkit.app.prediction.request import PredictionRequest
+from lightkit.app.restore import Restored, errors_of_a_model
 from lightkit.errors import ConfigError
 from lightkit.tasks import ClassificationTask, ForecastTask, LanguageModelTask
 
-# Keys of conf/predict.yaml that say something to one kind of task alone; null where they are not given.
-_KEYS_OF = {
+# The fields of a request that concern one kind of task alone.
+_FIELDS_OF = {
     "images": ("invert", "batch_size"),
     "series": ("column", "horizon"),
     "text": ("text", "length", "temperature", "top_k", "seed"),
@@ -20,7 +19,7 @@ _KEYS_OF = {
 
 
 class Prediction(Protocol):
-    """What a model makes of an input."""
+    """The output of a model for one request."""
 
     def show(self) -> None:
         """Prints it for a person."""
@@ -29,23 +28,23 @@ class Prediction(Protocol):
         """Writes all of it to a file."""
 
 
-def predict(config: DictConfig, restored: Restored) -> Prediction:
-    """Lets the model of a checkpoint predict what ``config`` asks for.
+def predict(restored: Restored, request: PredictionRequest) -> Prediction:
+    """Predicts with the model of a checkpoint.
 
     Raises:
-        LightkitError: the input cannot be used, or a key is of another kind of task.
+        LightkitError: the input cannot be used, or a field of the request is for another kind of task.
     """
     kind = _kind(restored)
-    for other, keys in _KEYS_OF.items():
-        given = [key for key in keys if config.get(key) is not None]
+    for other, keys in _FIELDS_OF.items():
+        given = [key for key in keys if getattr(request, key) is not None]
         if other != kind and given:
             raise ConfigError(f"{', '.join(given)}: the checkpoint is of a model for {kind}, these are for {other}")
-    if kind != "text" and config.input is None:
+    if kind != "text" and request.input is None:
         raise ConfigError(f"input=PATH must say which {kind} the prediction is for")
     from lightkit.app.prediction import images, series, text
 
-    with refusals_of_a_model():
-        return {"images": images.predict, "series": series.predict, "text": text.predict}[kind](config, restored)
+    with errors_of_a_model():
+        return {"images": images.predict, "series": series.predict, "text": text.predict}[kind](restored, request)
 
 
 def _kind(restored: Restored) -> str:

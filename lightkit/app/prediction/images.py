@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor
 
 from lightkit._util.atomic_write import write_text_atomically
-from lightkit.app import run_files
+from lightkit.app.console import print_table
+from lightkit.app.prediction.request import PredictionRequest
 from lightkit.app.restore import Restored
 from lightkit.data.images import ImageDataModule
 from lightkit.data.pictures import find_pictures, read_picture
@@ -47,7 +47,7 @@ class Images:
         }
         if len(self.images) > _SHOWN:
             rows["..."] = f"and {len(self.images) - _SHOWN} more; output=FILE.csv has them all"
-        run_files.print_table("predictions", rows)
+        print_table("predictions", rows)
 
     def write(self, path: Path) -> None:
         """Writes CSV."""
@@ -58,16 +58,16 @@ class Images:
             write_text_atomically(path, file.getvalue())
 
 
-def predict(config: DictConfig, restored: Restored) -> Images:
+def predict(restored: Restored, request: PredictionRequest) -> Images:
     """Classifies one image, or every image of a folder in the order of their names."""
-    invert = "auto" if config.invert is None else config.invert
-    batch_size = _BATCH_SIZE if config.batch_size is None else config.batch_size
+    invert = "auto" if request.invert is None else request.invert
+    batch_size = _BATCH_SIZE if request.batch_size is None else request.batch_size
     # By type: 1 equals true, and would then not be taken for it.
     if invert != "auto" and type(invert) is not bool:
         raise ConfigError(f"invert must be auto, true or false, got {invert!r}")
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
-    paths = find_pictures(Path(config.input))
+    paths = find_pictures(Path(str(request.input)))
     data = restored.build_data()
     if not isinstance(data, ImageDataModule):
         raise ConfigError(f"the checkpoint is of a model for {type(data).__name__}, which are not images")

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig
 
 from lightkit._util.atomic_write import write_text_atomically
-from lightkit.app import run_files
+from lightkit.app.console import print_table
+from lightkit.app.prediction.request import PredictionRequest
 from lightkit.app.restore import Restored
 from lightkit.data.columns import read_column
 from lightkit.data.series import SeriesDataModule
@@ -42,7 +42,7 @@ class Forecast:
     def show(self) -> None:
         """Prints all of them."""
         rows = {f"+{s.step}": f"{s.forecast:.6g}  ({s.lower:.6g} to {s.upper:.6g})" for s in self.steps}
-        run_files.print_table(f"{self.name}: forecast ({self.level:.0%} interval)", rows)
+        print_table(f"{self.name}: forecast ({self.level:.0%} interval)", rows)
 
     def write(self, path: Path) -> None:
         """Writes CSV."""
@@ -53,7 +53,7 @@ class Forecast:
             write_text_atomically(path, file.getvalue())
 
 
-def predict(config: DictConfig, restored: Restored) -> Forecast:
+def predict(restored: Restored, request: PredictionRequest) -> Forecast:
     """Forecasts the values after the last row of a CSV file.
 
     No further than the model was trained for: its own forecasts fed back to it would have intervals of no known
@@ -62,17 +62,17 @@ def predict(config: DictConfig, restored: Restored) -> Forecast:
     task, data = restored.task, restored.build_data()
     if not isinstance(data, SeriesDataModule):
         raise ConfigError(f"the checkpoint is of a model for {type(data).__name__}, which is not a series")
-    horizon = task.horizon if config.horizon is None else config.horizon
+    horizon = task.horizon if request.horizon is None else request.horizon
     if not 1 <= horizon <= task.horizon:
         advice = f"; to see further, train with data.horizon={horizon}" if horizon > task.horizon else ""
         raise ConfigError(f"horizon must be from 1 to {task.horizon}, got {horizon}{advice}")
     # What training was told about its file holds for this one, too.
     told = {name: getattr(data, name, default) for name, default in _TOLD.items()}
-    if config.column is not None:
-        told["column"] = config.column
-    series = read_column(config.input, **told)
+    if request.column is not None:
+        told["column"] = request.column
+    series = read_column(request.input, **told)
     if len(series) < data.history:
-        raise DataError(f"{config.input} has {len(series)} rows, but the model forecasts from {data.history}")
+        raise DataError(f"{request.input} has {len(series)} rows, but the model forecasts from {data.history}")
     with torch.inference_mode():
         found = task.predict_step(series.values[-data.history :].reshape(1, -1, 1), 0)
     columns = [found[name][0, :horizon].tolist() for name in ("forecast", "lower", "upper")]

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig
 
 from lightkit._util.atomic_write import write_atomically
 from lightkit._util.printable import printable
 from lightkit._util.regular_files import open_regular
+from lightkit.app.prediction.request import PredictionRequest
 from lightkit.app.restore import Restored
 from lightkit.data.text import SEPARATOR, Text
 from lightkit.errors import ConfigError
@@ -43,38 +43,38 @@ class Continuation:
         write_atomically(path, lambda stream: stream.write(self.prompt + self.added))
 
 
-def predict(config: DictConfig, restored: Restored) -> Continuation:
+def predict(restored: Restored, request: PredictionRequest) -> Continuation:
     """Continues the text of a file or of the command line; an empty one as a file begins."""
     data = restored.build_data()
     if not isinstance(data, Text):
         raise ConfigError(f"the checkpoint is of a model for {type(data).__name__}, which is not text")
-    length = _LENGTH if config.length is None else config.length
-    temperature = _TEMPERATURE if config.temperature is None else config.temperature
+    length = _LENGTH if request.length is None else request.length
+    temperature = _TEMPERATURE if request.temperature is None else request.temperature
     if length < 1:
         raise ConfigError(f"length must be at least 1, got {length}")
     if temperature < 0:
         raise ConfigError(f"temperature must be at least 0, got {temperature}")
-    if config.top_k is not None and config.top_k < 1:
-        raise ConfigError(f"top_k must be at least 1, got {config.top_k}")
-    if config.seed is not None and not 0 <= config.seed < _SEEDS:
-        raise ConfigError(f"seed must be from 0 to {_SEEDS - 1}, got {config.seed}")
-    prompt = _prompt(config)
+    if request.top_k is not None and request.top_k < 1:
+        raise ConfigError(f"top_k must be at least 1, got {request.top_k}")
+    if request.seed is not None and not 0 <= request.seed < _SEEDS:
+        raise ConfigError(f"seed must be from 0 to {_SEEDS - 1}, got {request.seed}")
+    prompt = _prompt(request)
     generator = torch.Generator()
-    if config.seed is None:
+    if request.seed is None:
         generator.seed()
     else:
-        generator.manual_seed(config.seed)
+        generator.manual_seed(request.seed)
     added = restored.task.generate(
-        data.encode(prompt or SEPARATOR), length, temperature, config.top_k, generator=generator
+        data.encode(prompt or SEPARATOR), length, temperature, request.top_k, generator=generator
     )
     return Continuation(prompt, data.decode(added))
 
 
-def _prompt(config: DictConfig) -> bytes:
-    given = [key for key in ("input", "text") if config.get(key) is not None]
+def _prompt(request: PredictionRequest) -> bytes:
+    given = [key for key in ("input", "text") if getattr(request, key) is not None]
     if len(given) != 1:
         raise ConfigError(f"input=FILE or text=TEXT says what is to be continued: give one of them, not {len(given)}")
-    if config.text is None:
-        with open_regular(config.input, _MOST_BYTES, name=f"input={config.input}") as file:
+    if request.text is None:
+        with open_regular(request.input, _MOST_BYTES, name=f"input={request.input}") as file:
             return file.read(_MOST_BYTES)
-    return config.text.encode(errors="surrogateescape")
+    return request.text.encode(errors="surrogateescape")

@@ -12,8 +12,6 @@ from lightkit.app.factory import build_task
 from lightkit.app.restore import Restored
 from lightkit.errors import ConfigError, DataError
 
-KEYS = ("text", "length", "temperature", "top_k", "seed", "invert", "batch_size")
-
 
 @pytest.fixture
 def restored():
@@ -32,8 +30,7 @@ def restored():
 
 def predict(restored, **given):
     """What a command line with these keys predicts."""
-    config = OmegaConf.create({"input": None, **dict.fromkeys(KEYS), **given})
-    return prediction.predict(config, restored)
+    return prediction.predict(restored, prediction.PredictionRequest(**given))
 
 
 def test_prompt_of_a_file_or_of_the_command_line(restored, tmp_path, capsys):
