@@ -18,7 +18,7 @@ from lightkit.errors import ConfigError
 
 # Public packages. A target is one of the classes that a package exports, by whatever public path it is named; what a
 # package has for its own use stays out, since its constructors may open files, sockets and processes.
-_PACKAGES = (
+_PUBLIC_PACKAGES = (
     "lightkit.callbacks",
     "lightkit.data",
     "lightkit.loggers",
@@ -51,9 +51,9 @@ _PACKAGES = (
 )
 
 # Metrics for texts, pictures and sound: some of them download a model when they are built. `torchmetrics` exports them.
-_DOWNLOADING = ("torchmetrics.audio", "torchmetrics.image", "torchmetrics.multimodal", "torchmetrics.text")
+_DOWNLOADING_PACKAGES = ("torchmetrics.audio", "torchmetrics.image", "torchmetrics.multimodal", "torchmetrics.text")
 
-_users: list[str] = []
+_user_packages: list[str] = []
 
 
 def allow_targets(*packages: str) -> None:
@@ -62,12 +62,17 @@ def allow_targets(*packages: str) -> None:
     The environment variable ``LIGHTKIT_TARGETS`` does the same for the command line: names of packages,
     separated by commas.
     """
-    _users.extend(packages)
+    _user_packages.extend(packages)
 
 
 def user_packages() -> list[str]:
     """Returns the packages that `allow_targets` and ``LIGHTKIT_TARGETS`` name."""
-    return _users + [name.strip() for name in os.environ.get("LIGHTKIT_TARGETS", "").split(",") if name.strip()]
+    return _user_packages + [name.strip() for name in os.environ.get("LIGHTKIT_TARGETS", "").split(",") if name.strip()]
+
+
+def is_in_user_package(target: str) -> bool:
+    """Returns True if ``target`` lies in one of `user_packages`."""
+    return any(target.startswith(f"{package}.") for package in user_packages())
 
 
 def find_class(target: str) -> type:
@@ -82,13 +87,13 @@ def find_class(target: str) -> type:
     """
     own = user_packages()
     if package := _package_of(target, own):
-        return _find_in_users_package(target, package)
-    package = _package_of(target, _PACKAGES)
+        return _find_user_class(target, package)
+    package = _package_of(target, _PUBLIC_PACKAGES)
     if package is None:
-        public = ", ".join(p for p in _PACKAGES if not _package_of(p, _PACKAGES))
+        public = ", ".join(p for p in _PUBLIC_PACKAGES if not _package_of(p, _PUBLIC_PACKAGES))
         raise ConfigError(
             f"_target_: {target!r} is not in a package that a configuration may use ({', '.join([public, *own])})"
-            f"{_nearest_target(target)}; add your own with LIGHTKIT_TARGETS=PACKAGE or lightkit.config.allow_targets"
+            f"{_suggest_target(target)}; add your own with LIGHTKIT_TARGETS=PACKAGE or lightkit.config.allow_targets"
         )
     if _is_private(target):
         raise ConfigError(f"_target_: {target!r} is private, and a configuration may use public classes alone")
@@ -117,10 +122,10 @@ def _is_buildable(cls: type, top: str) -> bool:
     if not _is_within(cls.__module__, [top]):
         # lightkit.nn exports losses of torch's as they are.
         return top == "lightkit" and _is_within(cls.__module__, ["torch.nn"])
-    return not _is_within(cls.__module__, _DOWNLOADING)
+    return not _is_within(cls.__module__, _DOWNLOADING_PACKAGES)
 
 
-def _find_in_users_package(target: str, package: str) -> type:
+def _find_user_class(target: str, package: str) -> type:
     module_name, _, name = target.rpartition(".")
     if _is_private(target[len(package) :]):
         raise ConfigError(f"_target_: {target!r} is private, and a configuration may use public classes alone")
@@ -140,7 +145,7 @@ def _import(module_name: str, target: str) -> types.ModuleType:
     except ImportError as error:
         if error.name is not None and not module_name.startswith(error.name):
             raise ConfigError(f"_target_: {target} needs the package {error.name}, which is not installed") from error
-        raise ConfigError(f"_target_: there is no module {module_name}{_nearest_target(target)}") from error
+        raise ConfigError(f"_target_: there is no module {module_name}{_suggest_target(target)}") from error
 
 
 def _package_of(target: str, packages: Iterable[str]) -> str | None:
@@ -156,10 +161,10 @@ def _is_within(name: str, packages: Iterable[str]) -> bool:
     return any(name == package or name.startswith(f"{package}.") for package in packages)
 
 
-def _nearest_target(target: str) -> str:
+def _suggest_target(target: str) -> str:
     """Suggests the nearest class of lightkit or torch, where a package was misspelt."""
     name = target.rpartition(".")[2]
-    packages = [p for p in _PACKAGES if p.startswith("lightkit.")] + ["torch.optim", "torch.nn"]
+    packages = [p for p in _PUBLIC_PACKAGES if p.startswith("lightkit.")] + ["torch.optim", "torch.nn"]
     known = [f"{package}.{cls}" for package in packages for cls in exported_classes(package)]
     return nearest(target, known) or nearest(name, known)
 
@@ -178,22 +183,22 @@ def _type_hints(cls: type) -> dict[str, Any]:
         return {}
 
 
-def _options(hint: Any) -> set[Any]:
+def _union_members(hint: Any) -> set[Any]:
     """Returns the members of a union, or the one hint."""
     return set(typing.get_args(hint)) if typing.get_origin(hint) in (typing.Union, types.UnionType) else {hint}
 
 
-_PLAIN = (int, float, bool, str, type(None))
+_PLAIN_TYPES = (int, float, bool, str, type(None))
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def _is_accepted(value: Any, hint: Any) -> bool:
     """Returns True if a value may go with the hint; only hints made of plain types can refuse.
 
     Mappings and lists are told by their methods: those of OmegaConf are no dicts and lists.
     """
-    options = _options(hint)
+    options = _union_members(hint)
     is_container = isinstance(value, (list, dict)) or type(value).__module__.startswith("omegaconf.")
-    if not options <= set(_PLAIN) or not (isinstance(value, _PLAIN) or is_container):
+    if not options <= set(_PLAIN_TYPES) or not (isinstance(value, _PLAIN_TYPES) or is_container):
         return True
     return type(value) in options or (type(value) is int and float in options)
 
@@ -210,8 +215,8 @@ def check_types(values: Mapping[str, Any], hints: Mapping[str, Any], owner: str 
         ConfigError: names the first one, and the types that it may have.
     """
     for name, value in values.items():
-        if not _fits(value, hints.get(name)):
-            expected = " or ".join(sorted(t.__name__.replace("NoneType", "null") for t in _options(hints[name])))
+        if not _is_accepted(value, hints.get(name)):
+            expected = " or ".join(sorted(t.__name__.replace("NoneType", "null") for t in _union_members(hints[name])))
             got = "null" if value is None else repr(value)
             raise ConfigError(f"{owner}{name} must be {expected}, got {got}")
 

@@ -121,7 +121,7 @@ def test_no_such_objective(tmp_path, processes):
     result = run(tmp_path, *several(processes), *OPTUNA, "objective=val/los", "-m", "seed=1,2", check=False)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     (error,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert "objective=val/los: the job has logged no such figure" in error
+    assert "objective=val/los: the job has logged no such metric" in error
     assert len(trials(tmp_path, processes)) == 1
 
 

@@ -18,7 +18,7 @@ import torch
 from hydra.core.utils import JobReturn, JobStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lightkit.app.messages import explain, user_errors
+from lightkit.app.messages import explain, user_error_types
 from lightkit.errors import CarriedError, LightkitError, Terminated
 from lightkit.runtime.worker import end_by_signal, leave_process_group
 
@@ -43,15 +43,15 @@ class _Outcome:
 
     Args:
         job_return: Hydra's account of a job whose function came to its end, or failed by a fault of the program.
-        refusal: the message of an error in the input.
-        fault: the name and the message of a fault of the program.
+        input_error: the message of an error in the input.
+        program_error: the name and the message of a fault of the program.
         status: the argument of a `SystemExit`.
         trace: the traceback of whatever went wrong.
     """
 
     job_return: JobReturn | None = None
-    refusal: str | None = None
-    fault: str | None = None
+    input_error: str | None = None
+    program_error: str | None = None
     status: Any = None
     trace: str = ""
 
@@ -122,13 +122,13 @@ class JobProcess:
             content = file.read()
         if status != 0 or not content:
             job_return = JobReturn(self._overrides, status=JobStatus.FAILED)
-            job_return.return_value = LightkitError(self._ending(status))
+            job_return.return_value = LightkitError(self._describe_exit(status))
             return job_return
         outcome: _Outcome = pickle.loads(content)
-        if outcome.refusal is not None:
-            raise _caused(CarriedError(LightkitError(outcome.refusal)), outcome.trace)
-        if outcome.fault is not None:
-            error = _caused(JobError(f"{self._name}: {outcome.fault}"), outcome.trace)
+        if outcome.input_error is not None:
+            raise _with_cause(CarriedError(LightkitError(outcome.input_error)), outcome.trace)
+        if outcome.program_error is not None:
+            error = _with_cause(JobError(f"{self._name}: {outcome.program_error}"), outcome.trace)
             if outcome.job_return is None:
                 raise error
             outcome.job_return.return_value = error
@@ -136,7 +136,7 @@ class JobProcess:
             raise SystemExit(outcome.status)
         return outcome.job_return
 
-    def _ending(self, status: int) -> str:
+    def _describe_exit(self, status: int) -> str:
         if status >= 0:
             return f"{self._name} ended with status {status} and no result"
         hint = "; the machine may be out of memory" if status == -signal.SIGKILL else ""
@@ -146,7 +146,7 @@ class JobProcess:
         )
 
 
-def _caused(error: BaseException, trace: str) -> BaseException:
+def _with_cause(error: BaseException, trace: str) -> BaseException:
     error.__cause__ = _JobTraceback(trace)
     return error
 
@@ -178,8 +178,8 @@ def _run(
 def _outcome_of(run: Callable[[], JobReturn]) -> _Outcome:
     try:
         job_return = run()
-    except (CarriedError, *user_errors()) as error:
-        return _Outcome(refusal=explain(error, "train"), trace=traceback.format_exc())
+    except (CarriedError, *user_error_types()) as error:
+        return _Outcome(input_error=explain(error, "train"), trace=traceback.format_exc())
     except (SIGTERMException, Terminated):
         end_by_signal(signal.SIGTERM)
     except KeyboardInterrupt:
@@ -187,14 +187,14 @@ def _outcome_of(run: Callable[[], JobReturn]) -> _Outcome:
     except SystemExit as error:
         return _Outcome(status=error.code)
     except Exception as error:
-        return _Outcome(fault=_described(error), trace=traceback.format_exc())
+        return _Outcome(program_error=_describe(error), trace=traceback.format_exc())
     if job_return.status != JobStatus.FAILED:
         return _Outcome(job_return)
     # The error itself may be one that cannot be sent.
     error, job_return.return_value = job_return._return_value, None
     trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    return _Outcome(job_return, fault=_described(error), trace=trace)
+    return _Outcome(job_return, program_error=_describe(error), trace=trace)
 
 
-def _described(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"

@@ -25,10 +25,10 @@ from lightkit.errors import CarriedError, ConfigError, Terminated
 log = logging.getLogger(__name__)
 
 # Seconds that jobs have for putting things in order: a little longer than each gives the processes that it started.
-_PATIENCE = {signal.SIGINT: 9.0, signal.SIGTERM: 26.0}
+_GRACE_PERIODS = {signal.SIGINT: 9.0, signal.SIGTERM: 26.0}
 
 # Seconds between two looks at the jobs, should a signal be missed.
-_LOOK = 1.0
+_POLL_INTERVAL = 1.0
 
 
 class ForkLauncher(Launcher):
@@ -73,13 +73,13 @@ class ForkLauncher(Launcher):
         preload(self._config)
         at_once = f", {self._jobs} at the same time" if self._jobs > 1 else ""
         log.info(f"Launching {len(job_overrides)} jobs, forked from this process{at_once}")
-        with _hold_signals() as (held, mask):
-            return self._launch(list(enumerate(job_overrides, initial_job_idx)), held, mask)
+        with _block_signals() as (blocked, mask):
+            return self._launch(list(enumerate(job_overrides, initial_job_idx)), blocked, mask)
 
     def _launch(
-        self, waiting: list[tuple[int, Sequence[str]]], held: set[signal.Signals], mask: set[signal.Signals]
+        self, waiting: list[tuple[int, Sequence[str]]], blocked: set[signal.Signals], mask: set[signal.Signals]
     ) -> list[JobReturn]:
-        """Runs the jobs while the signals ``held`` are blocked, which it waits for."""
+        """Runs the jobs while the signals ``blocked`` are blocked, which it waits for."""
         running: dict[int, JobProcess] = {}
         returns: dict[int, JobReturn] = {}
         error: BaseException | None = None
@@ -91,8 +91,8 @@ class ForkLauncher(Launcher):
                         running[number] = self._start(number, overrides, mask)
                 except Exception as raised:
                     error = raised
-                if running and (received := _wait(held)) is not None:
-                    _end_in_order(list(running.values()), received, held)
+                if running and (received := _wait_for_signal(blocked)) is not None:
+                    _shut_down(list(running.values()), received, blocked)
                 for number in [number for number, job in running.items() if job.has_ended()]:
                     try:
                         returns[number] = running.pop(number).result()
@@ -130,36 +130,36 @@ class ForkLauncher(Launcher):
 
 
 @contextmanager
-def _hold_signals() -> Iterator[tuple[set[signal.Signals], set[signal.Signals]]]:
+def _block_signals() -> Iterator[tuple[set[signal.Signals], set[signal.Signals]]]:
     """Blocks the signals that say that a job has ended, or should; yields these, and those blocked before.
 
     Nothing is interrupted between the start of a process and the note of it. What a shell has this process ignore
     stays ignored.
     """
     ends = (signal.SIGINT, signal.SIGTERM)
-    held = {signal.SIGCHLD, *(number for number in ends if signal.getsignal(number) != signal.SIG_IGN)}
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, held)
+    blocked = {signal.SIGCHLD, *(number for number in ends if signal.getsignal(number) != signal.SIG_IGN)}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
     try:
-        yield held, mask
+        yield blocked, mask
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _wait(held: set[signal.Signals]) -> signal.Signals | None:
+def _wait_for_signal(blocked: set[signal.Signals]) -> signal.Signals | None:
     """Waits until a job may have ended; returns the signal that asks for the end of all, if one has come."""
-    received = signal.sigtimedwait(held, _LOOK)
+    received = signal.sigtimedwait(blocked, _POLL_INTERVAL)
     return None if received is None or received.si_signo == signal.SIGCHLD else signal.Signals(received.si_signo)
 
 
-def _end_in_order(jobs: list[JobProcess], received: signal.Signals, held: set[signal.Signals]) -> NoReturn:
+def _shut_down(jobs: list[JobProcess], received: signal.Signals, blocked: set[signal.Signals]) -> NoReturn:
     """Passes a signal on, waits until the jobs have put things in order, and ends the sweep as the signal would."""
     for job in jobs:
         job.send(received)
-    end = time.monotonic() + _PATIENCE[received]
+    end = time.monotonic() + _GRACE_PERIODS[received]
     while not all(job.has_ended() for job in jobs) and time.monotonic() < end:
-        _wait(held)
+        _wait_for_signal(blocked)
     # Some send it twice; the second one must not end this process in the middle.
-    while signal.sigtimedwait(held, 0) is not None:
+    while signal.sigtimedwait(blocked, 0) is not None:
         pass
     if received == signal.SIGINT:
         raise KeyboardInterrupt

@@ -14,14 +14,14 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lightkit.app.log_filters import quiet_lightning
+from lightkit.app.log_filters import import_lightning_silently
 from lightkit.app.schema import top_level
 from lightkit.config import find_class
 from lightkit.errors import ConfigError, LightkitError
 from lightkit.runtime.environment import is_under_torchrun
 
 # What jobs import, some of it only at the part that needs it.
-_MODULES = (
+_JOB_MODULES = (
     "lightkit.app.training",
     "lightkit.memory",
     "lightkit.app.report.classification",
@@ -41,10 +41,10 @@ _MODULES = (
     "torchmetrics.regression",
 )
 
-_TASKS = Path("/proc/self/task")
+_THREADS_DIRECTORY = Path("/proc/self/task")
 
 # Seconds in which a thread that has been waited for leaves the kernel's list.
-_LEAVING = 1.0
+_THREAD_EXIT_TIMEOUT = 1.0
 
 _ADVICE = "leave hydra/launcher=fork out to run the jobs in this process, one after the other"
 
@@ -84,8 +84,8 @@ def preload(config: DictConfig) -> None:
 
 
 def _import_all(config: DictConfig) -> None:
-    quiet_lightning()
-    for name in _MODULES:
+    import_lightning_silently()
+    for name in _JOB_MODULES:
         try:
             importlib.import_module(name)
         except ImportError:
@@ -95,7 +95,7 @@ def _import_all(config: DictConfig) -> None:
 
     native.load()
     top_level("train")
-    for target in _targets(OmegaConf.to_container(config, resolve=False)):
+    for target in _target_names(OmegaConf.to_container(config, resolve=False)):
         try:
             find_class(target)
         except (LightkitError, ImportError):
@@ -112,13 +112,13 @@ def check_threads() -> None:
     Raises:
         ConfigError: there are others; names them.
     """
-    if len(os.listdir(_TASKS)) > 1:
+    if len(os.listdir(_THREADS_DIRECTORY)) > 1:
         process = os.fork()
         if process == 0:
             os._exit(0)
         os.waitpid(process, 0)
-    end = time.monotonic() + _LEAVING
-    while (is_threaded := len(os.listdir(_TASKS)) > 1) and time.monotonic() < end:
+    end = time.monotonic() + _THREAD_EXIT_TIMEOUT
+    while (is_threaded := len(os.listdir(_THREADS_DIRECTORY)) > 1) and time.monotonic() < end:
         time.sleep(0.001)
     if is_threaded:
         raise ConfigError(
@@ -130,18 +130,18 @@ def check_threads() -> None:
 def _other_threads() -> Iterator[str]:
     """Yields the names of all threads except the main one: Python's, or else the kernel's."""
     names = {str(thread.native_id): thread.name for thread in threading.enumerate()}
-    for task in _TASKS.iterdir():
+    for task in _THREADS_DIRECTORY.iterdir():
         if task.name != str(os.getpid()):
             yield names.get(task.name) or (task / "comm").read_text().strip()
 
 
-def _targets(node: Any) -> Iterator[str]:
+def _target_names(node: Any) -> Iterator[str]:
     """Yields the names of the classes in a configuration."""
     if isinstance(node, dict):
         if isinstance(node.get("_target_"), str):
             yield node["_target_"]
         for value in node.values():
-            yield from _targets(value)
+            yield from _target_names(value)
     elif isinstance(node, list):
         for value in node:
-            yield from _targets(value)
+            yield from _target_names(value)

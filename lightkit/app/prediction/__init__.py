@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Protocol
 
 from lightkit.app.prediction.request import PredictionRequest
-from lightkit.app.restore import Restored, errors_of_a_model
+from lightkit.app.restore import RestoredTask, model_errors_as_checkpoint_errors
 from lightkit.errors import ConfigError
 from lightkit.tasks import ClassificationTask, ForecastTask, LanguageModelTask
 
 # The fields of a request that concern one kind of task alone.
-_FIELDS_OF = {
+_FIELDS_BY_KIND = {
     "images": ("invert", "batch_size"),
     "series": ("column", "horizon"),
     "text": ("text", "length", "temperature", "top_k", "seed"),
@@ -28,14 +28,14 @@ class Prediction(Protocol):
         """Writes all of it to a file."""
 
 
-def predict(restored: Restored, request: PredictionRequest) -> Prediction:
+def predict(restored: RestoredTask, request: PredictionRequest) -> Prediction:
     """Predicts with the model of a checkpoint.
 
     Raises:
         LightkitError: the input cannot be used, or a field of the request is for another kind of task.
     """
     kind = _kind(restored)
-    for other, keys in _FIELDS_OF.items():
+    for other, keys in _FIELDS_BY_KIND.items():
         given = [key for key in keys if getattr(request, key) is not None]
         if other != kind and given:
             raise ConfigError(f"{', '.join(given)}: the checkpoint is of a model for {kind}, these are for {other}")
@@ -43,11 +43,11 @@ def predict(restored: Restored, request: PredictionRequest) -> Prediction:
         raise ConfigError(f"input=PATH must say which {kind} the prediction is for")
     from lightkit.app.prediction import images, series, text
 
-    with errors_of_a_model():
+    with model_errors_as_checkpoint_errors():
         return {"images": images.predict, "series": series.predict, "text": text.predict}[kind](restored, request)
 
 
-def _kind(restored: Restored) -> str:
+def _kind(restored: RestoredTask) -> str:
     if isinstance(restored.task, ClassificationTask):
         return "images"
     if isinstance(restored.task, ForecastTask):

@@ -13,15 +13,15 @@ from torch import Tensor
 from lightkit._util.atomic_write import write_text_atomically
 from lightkit.app.console import print_table
 from lightkit.app.prediction.request import PredictionRequest
-from lightkit.app.restore import Restored
+from lightkit.app.restore import RestoredTask
 from lightkit.data.images import ImageDataModule
 from lightkit.data.pictures import find_pictures, read_picture
 from lightkit.errors import CheckpointError, ConfigError
 
 # How many predictions the terminal shows; a file gets all.
-_SHOWN = 20
+_MAX_ROWS = 20
 
-_BATCH_SIZE = 256
+_DEFAULT_BATCH_SIZE = 256
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Image:
     second: str | None
 
 
-class Images:
+class ImagePredictions:
     """The classes of some images."""
 
     def __init__(self, images: list[Image]) -> None:
@@ -43,10 +43,10 @@ class Images:
     def show(self) -> None:
         """Prints the first ones."""
         rows = {
-            str(p.path): f"{p.label}  ({p.probability:.1%}; else {p.second or 'nothing'})" for p in self.images[:_SHOWN]
+            str(p.path): f"{p.label}  ({p.probability:.1%}; else {p.second or 'nothing'})" for p in self.images[:_MAX_ROWS]
         }
-        if len(self.images) > _SHOWN:
-            rows["..."] = f"and {len(self.images) - _SHOWN} more; output=FILE.csv has them all"
+        if len(self.images) > _MAX_ROWS:
+            rows["..."] = f"and {len(self.images) - _MAX_ROWS} more; output=FILE.csv has them all"
         print_table("predictions", rows)
 
     def write(self, path: Path) -> None:
@@ -58,10 +58,10 @@ class Images:
             write_text_atomically(path, file.getvalue())
 
 
-def predict(restored: Restored, request: PredictionRequest) -> Images:
+def predict(restored: RestoredTask, request: PredictionRequest) -> ImagePredictions:
     """Classifies one image, or every image of a folder in the order of their names."""
     invert = "auto" if request.invert is None else request.invert
-    batch_size = _BATCH_SIZE if request.batch_size is None else request.batch_size
+    batch_size = _DEFAULT_BATCH_SIZE if request.batch_size is None else request.batch_size
     # By type: 1 equals true, and would then not be taken for it.
     if invert != "auto" and type(invert) is not bool:
         raise ConfigError(f"invert must be auto, true or false, got {invert!r}")
@@ -80,7 +80,7 @@ def predict(restored: Restored, request: PredictionRequest) -> Images:
         )
     values, indices = probabilities.topk(min(2, probabilities.shape[1]))
     names = [[data.classes[i] for i in row] for row in indices.tolist()]
-    return Images(
+    return ImagePredictions(
         [
             Image(path, best, float(value[0]), second[0] if second else None)
             for path, value, (best, *second) in zip(paths, values, names, strict=True)

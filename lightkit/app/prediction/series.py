@@ -12,17 +12,17 @@ import torch
 from lightkit._util.atomic_write import write_text_atomically
 from lightkit.app.console import print_table
 from lightkit.app.prediction.request import PredictionRequest
-from lightkit.app.restore import Restored
+from lightkit.app.restore import RestoredTask
 from lightkit.data.columns import read_column
 from lightkit.data.series import SeriesDataModule
 from lightkit.errors import ConfigError, DataError
 
-# What a data module may have been told about its file, and what holds where it was not.
-_TOLD = {"column": None, "time_column": None, "missing": "error"}
+# What a data module may have been column_options about its file, and what holds where it was not.
+_COLUMN_DEFAULTS = {"column": None, "time_column": None, "missing": "error"}
 
 
 @dataclass(frozen=True)
-class Step:
+class ForecastStep:
     """The forecast so many steps after the end, and the interval around it."""
 
     step: int
@@ -34,7 +34,7 @@ class Step:
 class Forecast:
     """The next values of a series."""
 
-    def __init__(self, name: str, level: float, steps: list[Step]) -> None:
+    def __init__(self, name: str, level: float, steps: list[ForecastStep]) -> None:
         self.name = name
         self.level = level
         self.steps = steps
@@ -53,7 +53,7 @@ class Forecast:
             write_text_atomically(path, file.getvalue())
 
 
-def predict(restored: Restored, request: PredictionRequest) -> Forecast:
+def predict(restored: RestoredTask, request: PredictionRequest) -> Forecast:
     """Forecasts the values after the last row of a CSV file.
 
     No further than the model was trained for: its own forecasts fed back to it would have intervals of no known
@@ -66,15 +66,15 @@ def predict(restored: Restored, request: PredictionRequest) -> Forecast:
     if not 1 <= horizon <= task.horizon:
         advice = f"; to see further, train with data.horizon={horizon}" if horizon > task.horizon else ""
         raise ConfigError(f"horizon must be from 1 to {task.horizon}, got {horizon}{advice}")
-    # What training was told about its file holds for this one, too.
-    told = {name: getattr(data, name, default) for name, default in _TOLD.items()}
+    # What training was column_options about its file holds for this one, too.
+    column_options = {name: getattr(data, name, default) for name, default in _COLUMN_DEFAULTS.items()}
     if request.column is not None:
-        told["column"] = request.column
-    series = read_column(request.input, **told)
+        column_options["column"] = request.column
+    series = read_column(request.input, **column_options)
     if len(series) < data.history:
         raise DataError(f"{request.input} has {len(series)} rows, but the model forecasts from {data.history}")
     with torch.inference_mode():
         found = task.predict_step(series.values[-data.history :].reshape(1, -1, 1), 0)
     columns = [found[name][0, :horizon].tolist() for name in ("forecast", "lower", "upper")]
-    steps = [Step(number, *values) for number, values in enumerate(zip(*columns, strict=True), start=1)]
+    steps = [ForecastStep(number, *values) for number, values in enumerate(zip(*columns, strict=True), start=1)]
     return Forecast(series.name, task.level, steps)

@@ -12,18 +12,18 @@ from lightkit._util.atomic_write import write_atomically
 from lightkit._util.printable import printable
 from lightkit._util.regular_files import open_regular
 from lightkit.app.prediction.request import PredictionRequest
-from lightkit.app.restore import Restored
+from lightkit.app.restore import RestoredTask
 from lightkit.data.text import SEPARATOR, Text
 from lightkit.errors import ConfigError
 
-_LENGTH = 400
-_TEMPERATURE = 0.8
+_DEFAULT_LENGTH = 400
+_DEFAULT_TEMPERATURE = 0.8
 
 # Bytes of a file to go on from.
-_MOST_BYTES = 16 << 20
+_MAX_PROMPT_BYTES = 16 << 20
 
 # Seeds that torch takes.
-_SEEDS = 2**64
+_SEED_LIMIT = 2**64
 
 
 @dataclass(frozen=True)
@@ -43,22 +43,22 @@ class Continuation:
         write_atomically(path, lambda stream: stream.write(self.prompt + self.added))
 
 
-def predict(restored: Restored, request: PredictionRequest) -> Continuation:
+def predict(restored: RestoredTask, request: PredictionRequest) -> Continuation:
     """Continues the text of a file or of the command line; an empty one as a file begins."""
     data = restored.build_data()
     if not isinstance(data, Text):
         raise ConfigError(f"the checkpoint is of a model for {type(data).__name__}, which is not text")
-    length = _LENGTH if request.length is None else request.length
-    temperature = _TEMPERATURE if request.temperature is None else request.temperature
+    length = _DEFAULT_LENGTH if request.length is None else request.length
+    temperature = _DEFAULT_TEMPERATURE if request.temperature is None else request.temperature
     if length < 1:
         raise ConfigError(f"length must be at least 1, got {length}")
     if temperature < 0:
         raise ConfigError(f"temperature must be at least 0, got {temperature}")
     if request.top_k is not None and request.top_k < 1:
         raise ConfigError(f"top_k must be at least 1, got {request.top_k}")
-    if request.seed is not None and not 0 <= request.seed < _SEEDS:
-        raise ConfigError(f"seed must be from 0 to {_SEEDS - 1}, got {request.seed}")
-    prompt = _prompt(request)
+    if request.seed is not None and not 0 <= request.seed < _SEED_LIMIT:
+        raise ConfigError(f"seed must be from 0 to {_SEED_LIMIT - 1}, got {request.seed}")
+    prompt = _read_prompt(request)
     generator = torch.Generator()
     if request.seed is None:
         generator.seed()
@@ -70,11 +70,11 @@ def predict(restored: Restored, request: PredictionRequest) -> Continuation:
     return Continuation(prompt, data.decode(added))
 
 
-def _prompt(request: PredictionRequest) -> bytes:
+def _read_prompt(request: PredictionRequest) -> bytes:
     given = [key for key in ("input", "text") if getattr(request, key) is not None]
     if len(given) != 1:
         raise ConfigError(f"input=FILE or text=TEXT says what is to be continued: give one of them, not {len(given)}")
     if request.text is None:
-        with open_regular(request.input, _MOST_BYTES, name=f"input={request.input}") as file:
-            return file.read(_MOST_BYTES)
+        with open_regular(request.input, _MAX_PROMPT_BYTES, name=f"input={request.input}") as file:
+            return file.read(_MAX_PROMPT_BYTES)
     return request.text.encode(errors="surrogateescape")

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lightkit._util.printable import printable
-from lightkit.app.report.figures import GREEN, LONGEST_NAME, grid, plain, save, styled
+from lightkit.app.report.figures import GREEN, MAX_NAME_LENGTH, grid, escape_name, save, styled
 from lightkit.app.report.section import Section
 
 
@@ -53,7 +53,7 @@ def confusion_matrix(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> 
                 # It stands inside, where there is nothing to lay out.
                 text.set_in_layout(False)
     axis.set(xlabel="predicted", ylabel="true")
-    names = [plain(name) for name in classes]
+    names = [escape_name(name) for name in classes]
     axis.set_xticks(range(count), names, rotation=45 if max(map(len, classes)) > 2 else 0, ha="center")
     axis.set_yticks(range(count), names)
     return figure
@@ -72,7 +72,7 @@ def worst_mistakes(
     wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)][: rows * columns]
     columns = min(columns, len(wrong))
     rows = -(-len(wrong) // columns)
-    longest = min(LONGEST_NAME, max(len(classes[label]) for label in (*predicted[wrong], *labels[wrong])))
+    longest = min(MAX_NAME_LENGTH, max(len(classes[label]) for label in (*predicted[wrong], *labels[wrong])))
     # One pair of axes for all: laying out 24 of them takes ten times as long as drawing the pictures.
     side = max(1.45, 0.085 * (longest + len("true: ")))
     figure, axes = grid(side * columns, 1.34 * side * rows, nrows=1, ncols=1)
@@ -84,7 +84,7 @@ def worst_mistakes(
         middle, top = column + 0.5, 1.34 * row + 0.38
         place_in_axes = (middle - width / 2, middle + width / 2, top + height, top)
         axis.imshow(images[index].numpy(), cmap="gray_r", extent=place_in_axes)
-        guess, truth = plain(classes[predicted[index]]), plain(classes[labels[index]])
+        guess, truth = escape_name(classes[predicted[index]]), escape_name(classes[labels[index]])
         title = f"{guess} ({confidence[index]:.0%})\ntrue: {truth}"
         axis.text(middle, top - 0.04, title, ha="center", va="bottom", fontsize=9)
     # Each picture has set the limits to itself.

@@ -19,7 +19,7 @@ from lightkit.loggers import read_rows
 BLUE, ORANGE, GREEN, GREY = "#2563eb", "#ea580c", "#15803d", "#94a3b8"
 
 # Characters of a name in a figure.
-LONGEST_NAME = 24
+MAX_NAME_LENGTH = 24
 
 _STYLE = {
     "font.size": 10,
@@ -64,13 +64,13 @@ def grid(width: float, height: float, **layout: int) -> tuple[Figure, np.ndarray
     return figure, figure.subplots(squeeze=False, **layout)
 
 
-def plain(name: str) -> str:
+def escape_name(name: str) -> str:
     """Returns a name as matplotlib draws it as it is: between dollars it would read a formula.
 
     Of one that is too long to stand beside an axis, the beginning.
     """
     shown = printable(name)
-    shown = shown if len(shown) <= LONGEST_NAME else f"{shown[: LONGEST_NAME - 1]}…"
+    shown = shown if len(shown) <= MAX_NAME_LENGTH else f"{shown[: MAX_NAME_LENGTH - 1]}…"
     return shown.replace("$", r"\$")
 
 

@@ -11,16 +11,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lightkit.app.report.figures import BLUE, GREY, ORANGE, grid, plain, save, styled
+from lightkit.app.report.figures import BLUE, GREY, ORANGE, grid, escape_name, save, styled
 from lightkit.app.report.section import Section
 from lightkit.data import SeriesDataModule
 from lightkit.tasks import ForecastTask
 
 # How many forecasts, one after the other, a row of the figure has room for.
-_SHOWN = 6
+_MAX_FORECASTS = 6
 
 # How many steps of the horizon the table has lines for.
-_LINES = 13
+_MAX_TABLE_ROWS = 13
 
 
 def sections(
@@ -44,7 +44,7 @@ def forecasts(data: SeriesDataModule, recorded: dict[str, Tensor], level: float)
     # From the last one back, each ends where the next begins; a gap may have taken the exact one out.
     chosen: list[int] = []
     for index in reversed(range(len(origins))):
-        if len(chosen) < _SHOWN and (not chosen or origins[index] + data.horizon <= origins[chosen[-1]]):
+        if len(chosen) < _MAX_FORECASTS and (not chosen or origins[index] + data.horizon <= origins[chosen[-1]]):
             chosen.append(index)
     begin = max(0, origins[chosen[-1]] - data.history)
     end = origins[chosen[0]] + data.horizon
@@ -60,7 +60,7 @@ def forecasts(data: SeriesDataModule, recorded: dict[str, Tensor], level: float)
             axis.fill_between(steps, lower, upper, color=BLUE, alpha=0.18, linewidth=0, label=label)
         axis.plot(steps, recorded["forecast"][index].numpy(), color=BLUE, label="forecast" if first else None)
         axis.axvline(steps[0] - 0.5, color=GREY, linewidth=0.8, linestyle=":", label="origins" if first else None)
-    axis.set(ylabel=plain(data.series.name), xlim=(begin, end - 1))
+    axis.set(ylabel=escape_name(data.series.name), xlim=(begin, end - 1))
     _label_times(axis, data, begin, end)
     axis.legend(loc="upper left", ncols=4)
     axis.margins(y=0.18)
@@ -95,20 +95,20 @@ def step_table(recorded: dict[str, Tensor], level: float) -> str:
     half_width = (recorded["upper"] - forecast).mean(dim=0)
     horizon = error.shape[1]
     rows = []
-    for step in sorted({round(x) for x in torch.linspace(1, horizon, min(horizon, _LINES)).tolist()}):
+    for step in sorted({round(x) for x in torch.linspace(1, horizon, min(horizon, _MAX_TABLE_ROWS)).tolist()}):
         of_step = error[:, step - 1]
         cells = (f"{of_step.abs().mean():.4g}", f"{of_step.mean():+.4g}", f"± {half_width[step - 1]:.4g}")
-        rows.append(_row(str(step), *cells, f"{inside[step - 1]:.1%}"))
+        rows.append(_table_row(str(step), *cells, f"{inside[step - 1]:.1%}"))
     mean_width = half_width.mean()
     rows.append(
-        _row("all", f"{error.abs().mean():.4g}", f"{error.mean():+.4g}", f"± {mean_width:.4g}", f"{inside.mean():.1%}")
+        _table_row("all", f"{error.abs().mean():.4g}", f"{error.mean():+.4g}", f"± {mean_width:.4g}", f"{inside.mean():.1%}")
     )
     names = ("steps ahead", "mean absolute error", "bias", f"{level:.0%} interval", "values in it")
     head = "".join(f"<th>{name}</th>" for name in names)
     return f'<table class="classes"><tr>{head}</tr>{"".join(rows)}</table>'
 
 
-def _row(*cells: str) -> str:
+def _table_row(*cells: str) -> str:
     return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
 
@@ -119,4 +119,4 @@ def _label_times(axis: Axes, data: SeriesDataModule, begin: int, end: int) -> No
         axis.set_xlabel("row")
         return
     positions = np.linspace(begin, end - 1, num=7).round().astype(int)
-    axis.set_xticks(positions, [plain(times[position]) for position in positions])
+    axis.set_xticks(positions, [escape_name(times[position]) for position in positions])

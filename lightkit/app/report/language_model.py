@@ -21,15 +21,15 @@ from lightkit.data.text import Text
 from lightkit.tasks import LanguageModelTask
 
 # Bytes shown: of a held-out text to go on from, of what the model makes of it, and of the coloured passage.
-_PROMPT, _ADDED, _PASSAGE = 80, 240, 1600
-_SAMPLES = 3
+_PROMPT_BYTES, _CONTINUATION_BYTES, _PASSAGE_BYTES = 80, 240, 1600
+_SAMPLE_COUNT = 3
 _TEMPERATURE = 0.8
 
 # Of what was given: lighter than what was made, and dark enough to be read.
-_GIVEN = "#64748b"
+_PROMPT_COLOR = "#64748b"
 
 # Bits at which a character has the strongest colour: those of a byte of which nothing is known.
-_STRONGEST = 8
+_MAX_COLOR_BITS = 8
 _PRE = '<pre style="white-space: pre-wrap; overflow-wrap: anywhere">'
 
 
@@ -90,26 +90,26 @@ def samples(task: LanguageModelTask, data: Text, windows: Tensor) -> str:
     """Continuations of passages of the test, each behind what it goes on from."""
     generator = torch.Generator(task.device).manual_seed(0)
     parts = []
-    for place in range(_SAMPLES):
-        window = windows[(2 * place + 1) * len(windows) // (2 * _SAMPLES)]
-        prompt = window[:_PROMPT].long()
-        added = task.generate(prompt, _ADDED, temperature=_TEMPERATURE, generator=generator)
+    for place in range(_SAMPLE_COUNT):
+        window = windows[(2 * place + 1) * len(windows) // (2 * _SAMPLE_COUNT)]
+        prompt = window[:_PROMPT_BYTES].long()
+        added = task.generate(prompt, _CONTINUATION_BYTES, temperature=_TEMPERATURE, generator=generator)
         given, made = (_escape(data.decode(part).decode(errors="replace")) for part in (prompt, added))
-        parts.append(f'{_PRE}<span style="color: {_GIVEN}">{given}</span>{made}</pre>')
+        parts.append(f'{_PRE}<span style="color: {_PROMPT_COLOR}">{given}</span>{made}</pre>')
     note = f"<p>Grey is from the test set, black is what the model adds, at temperature {_TEMPERATURE}.</p>"
     return note + "".join(parts)
 
 
 def passage(windows: Tensor, bits: Tensor) -> str:
     """A passage of the test, each character in the strength of its surprise."""
-    count = min(len(windows), max(1, _PASSAGE // bits.shape[1]))
+    count = min(len(windows), max(1, _PASSAGE_BYTES // bits.shape[1]))
     start = (len(windows) - count) // 2
     chosen = slice(start, start + count)
     tokens = windows[chosen, 1:].flatten().tolist()
     spans: list[str] = []
-    for text, cost in _characters(tokens, bits[chosen].flatten().tolist()):
+    for text, cost in _decode_characters(tokens, bits[chosen].flatten().tolist()):
         # Few strengths: neighbours of the same one share a span, and the page stays small.
-        strength = round(min(cost / _STRONGEST, 1.0) * 8) / 8
+        strength = round(min(cost / _MAX_COLOR_BITS, 1.0) * 8) / 8
         style = f'<span style="background: rgba(234, 88, 12, {strength * 0.8:.2g})">'
         if spans and spans[-1].startswith(style):
             spans[-1] += _escape(text)
@@ -117,7 +117,7 @@ def passage(windows: Tensor, bits: Tensor) -> str:
             spans.append(style + _escape(text))
     note = (
         f"<p>Windows {start + 1} to {start + count} of the test set. The stronger the colour, the more bits a "
-        f"character takes: none at 0, the full one at {_STRONGEST} or more. Each window of {bits.shape[1]} bytes "
+        f"character takes: none at 0, the full one at {_MAX_COLOR_BITS} or more. Each window of {bits.shape[1]} bytes "
         "starts without memory.</p>"
     )
     return f"{note}{_PRE}{'</span>'.join(spans)}</span></pre>"
@@ -144,7 +144,7 @@ def _escape(text: str) -> str:
     return html.escape(printable(text, keep="\n\t"))
 
 
-def _characters(tokens: list[int], bits: list[float]) -> Iterator[tuple[str, float]]:
+def _decode_characters(tokens: list[int], bits: list[float]) -> Iterator[tuple[str, float]]:
     """The characters that bytes of UTF-8 encode, each with the bits of its bytes together."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     cost = 0.0
