@@ -63,7 +63,9 @@ def _fit(job: TrainingJob) -> dict[str, Any]:
     with lightning_errors_as_config_errors():
         trainer.fit(job.task, datamodule=job.data, ckpt_path=resume.path if resume is not None else None)
     metrics = _logged_metrics(job) | {"epochs": trainer.current_epoch, "steps": trainer.global_step}
-    for throughput in job.callbacks_of(Throughput):
+    # Lightning sets Trainer.callbacks in a connector, where a type checker does not see it.
+    callbacks = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+    for throughput in (callback for callback in callbacks if isinstance(callback, Throughput)):
         metrics |= _throughput_metrics(throughput, rate_name(job.data))
     if isinstance(trainer.strategy, TrafficCounter):
         metrics |= trainer.strategy.communication

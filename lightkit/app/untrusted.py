@@ -1,9 +1,10 @@
-"""The configuration inside a checkpoint, which may be a stranger's: what it may build, and how that is built.
+"""Construction of objects from the configuration in an untrusted checkpoint.
 
-Each role of it admits the exact public classes listed here, which do nothing when they are built but compute, and
-plain values as their arguments: no class within a class, no interpolation, no other module. A capability that brings a
-class adds it to its role. Packages that the user names with ``LIGHTKIT_TARGETS`` or `lightkit.config.allow_targets`
-are admitted in every role, and within each other.
+For each role (``model``, ``task``, ``loss``, ``metric``, ``data``) the module lists the exact public classes that a
+checkpoint may name. The constructors of these classes only compute. Their arguments must be plain values: the module
+rejects a class within a class and resolves no interpolation. A new capability adds its classes to their roles. Packages
+that the user names with ``LIGHTKIT_TARGETS`` or `lightkit.config.allow_targets` are allowed in every role and within
+each other.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 from lightkit._util.printable import printable
 from lightkit.config import construct
 from lightkit.errors import CheckpointError, ConfigError
-from lightkit.targets import check_arguments, find_class, nearest, user_packages
+from lightkit.targets import check_arguments, find_class, is_in_user_package, nearest
 
 ALLOWED_CLASSES: dict[str, tuple[str, ...]] = {
     "model": (
@@ -75,24 +76,24 @@ ALLOWED_CLASSES: dict[str, tuple[str, ...]] = {
 
 _TARGET = "_target_"
 
-# Bounds of what a configuration holds; those of lightkit have some 150 values, nested four deep.
+# Limits of a configuration; lightkit's own have some 150 values in four levels.
 _MAX_VALUES, _MAX_DEPTH, _MAX_CHARACTERS, _INTEGER_LIMIT = 10_000, 12, 4096, 2**63
 
-
-# Bounds of metrics: how many, the letters of a name, and a number of classes or thresholds.
+# Limits of metrics: their number, the characters of a name, and a numeric argument such as a number of classes.
 _MAX_METRICS, _MAX_NAME_LENGTH, _MAX_METRIC_ARGUMENT = 50, 100, 1000
 
 
 def check_plain(config: Any) -> None:
-    """Refuses anything in the configuration of a checkpoint that is not a bounded tree of plain values.
+    """Rejects a checkpoint's configuration that is not a bounded tree of plain values.
 
     Raises:
-        CheckpointError: an object, a key that is neither text nor number, or a text, number or nesting beyond all use.
+        CheckpointError: the configuration holds an object or a key of a type that is not plain, or it exceeds a limit
+            of values, levels, characters or bits.
     """
     count = 0
-    waiting = [(config, 0)]
-    while waiting:
-        value, depth = waiting.pop()
+    pending = [(config, 0)]
+    while pending:
+        value, depth = pending.pop()
         count += 1
         if depth > _MAX_DEPTH or count > _MAX_VALUES:
             raise CheckpointError(
@@ -100,11 +101,11 @@ def check_plain(config: Any) -> None:
                 f"{_MAX_DEPTH} levels and {_MAX_VALUES} values are read"
             )
         if type(value) is dict:
-            waiting += [(part, depth + 1) for pair in value.items() for part in pair]
+            pending += [(part, depth + 1) for pair in value.items() for part in pair]
             if not all(type(key) in (str, int) for key in value):
                 raise CheckpointError("the configuration in the checkpoint has a key that is no text and no number")
         elif type(value) is list:
-            waiting += [(part, depth + 1) for part in value]
+            pending += [(part, depth + 1) for part in value]
         elif type(value) is str:
             if len(value) > _MAX_CHARACTERS:
                 raise CheckpointError(f"the configuration in the checkpoint has a text of {len(value):,} characters")
@@ -116,23 +117,23 @@ def check_plain(config: Any) -> None:
 
 
 def build(role: str, node: Any, **extra: Any) -> Any:
-    """Builds what a checkpoint names in a role.
+    """Builds the object that a checkpoint describes for a role.
 
     Args:
         role: a key of `ALLOWED_CLASSES`.
-        node: the configuration there: ``_target_`` and plain arguments.
-        **extra: further arguments, which are the caller's and win over the checkpoint's.
+        node: the configuration of the object: ``_target_`` and plain arguments.
+        **extra: the caller's arguments, which replace the checkpoint's.
 
     Raises:
-        CheckpointError: the role does not admit the class, or the class refuses the arguments.
+        CheckpointError: the role does not allow the class, or the class rejects the arguments.
     """
     if type(node) is not dict or type(node.get(_TARGET)) is not str:
         raise CheckpointError(f"the configuration in the checkpoint names no class in {role}._target_")
     target = node[_TARGET]
     arguments = {name: value for name, value in node.items() if name not in (_TARGET, "_partial_", *extra)}
     cls, is_user_class = _find_allowed_class(role, target)
-    if strange := [name for name in arguments if type(name) is not str]:
-        raise CheckpointError(f"{role} of the checkpoint: {target} takes no argument {strange[0]!r}")
+    if not_strings := [name for name in arguments if type(name) is not str]:
+        raise CheckpointError(f"{role} of the checkpoint: {target} takes no argument {not_strings[0]!r}")
     if is_user_class:
         arguments = {name: _build_nested(value) for name, value in arguments.items()}
     else:
@@ -145,19 +146,24 @@ def build(role: str, node: Any, **extra: Any) -> Any:
 
 
 def build_metrics(node: Any) -> dict[str, Any]:
-    """Builds the metrics that a checkpoint names.
+    """Builds the metrics that a checkpoint describes.
 
-    Their tables may be larger than their numbers by a power, and are made as they are fed: numbers are bounded here.
+    A metric may allocate tables at its first update whose sizes are powers of its arguments, so that the function
+    limits the arguments.
+
+    Args:
+        node: the configurations of the metrics by name; None for no metrics.
 
     Raises:
-        CheckpointError: there are too many, or one has a number or a name beyond all use, or cannot be built.
+        CheckpointError: the metrics are too many, a name or an argument exceeds its limit, or a metric cannot be built.
     """
     metrics = {} if node is None else node
     if type(metrics) is not dict or len(metrics) > _MAX_METRICS:
         raise CheckpointError(f"the metrics of the checkpoint must be a mapping of {_MAX_METRICS} at most")
     for name, metric in metrics.items():
         if type(name) is not str or len(name) > _MAX_NAME_LENGTH or not name.isprintable():
-            raise CheckpointError(f"a metric of the checkpoint has the name {printable(str(name)[:_MAX_NAME_LENGTH])!r}")
+            shown = printable(str(name)[:_MAX_NAME_LENGTH])
+            raise CheckpointError(f"a metric of the checkpoint has the name {shown!r}")
         arguments = metric if type(metric) is dict else {}
         if "validate_args" in arguments or not all(map(_is_bounded, arguments.values())):
             raise CheckpointError(
@@ -173,8 +179,8 @@ def _is_bounded(value: Any) -> bool:
 
 
 def _find_allowed_class(role: str, target: str) -> tuple[type, bool]:
-    """Returns the class, and True if it is one of the user's packages."""
-    is_user_class = any(target.startswith(f"{package}.") for package in user_packages())
+    """Returns the class ``target``, and True if the class is in one of the user's packages."""
+    is_user_class = is_in_user_package(target)
     if not is_user_class and target not in ALLOWED_CLASSES[role]:
         raise CheckpointError(
             f"{role} of the checkpoint: '{printable(target)}' is not among the classes that a checkpoint may name "
@@ -188,7 +194,7 @@ def _find_allowed_class(role: str, target: str) -> tuple[type, bool]:
 
 
 def _build_nested(value: Any) -> Any:
-    """Builds an argument of a class of the user's, which may hold further such classes, and those that compute."""
+    """Builds an argument of a user's class; it may hold classes of the user's packages, models, losses and metrics."""
     if type(value) is list:
         return [_build_nested(part) for part in value]
     if type(value) is not dict:
@@ -200,12 +206,12 @@ def _build_nested(value: Any) -> Any:
 
 
 def _reject_nested_classes(role: str, arguments: Mapping[str, Any]) -> None:
-    waiting = list(arguments.values())
-    while waiting:
-        value = waiting.pop()
+    pending = list(arguments.values())
+    while pending:
+        value = pending.pop()
         if type(value) is dict and _TARGET in value:
             raise CheckpointError(
                 f"{role} of the checkpoint: '{printable(str(value[_TARGET]))}' stands within another class, and a "
                 "checkpoint may name no class there"
             )
-        waiting += value.values() if type(value) is dict else value if type(value) is list else []
+        pending += value.values() if type(value) is dict else value if type(value) is list else []
