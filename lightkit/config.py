@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from lightkit._util.imported import is_instance
+from lightkit._util.installation import how_to_install
 from lightkit.errors import ConfigError
 from lightkit.targets import allow_targets, check_arguments, check_types, find_class, nearest
 
@@ -75,6 +76,6 @@ def construct(cls: type, target: str, /, *positional: Any, **arguments: Any) -> 
         return cls(*positional, **arguments)
     except ImportError as error:
         # Mostly one of the packages that the extra brings; said in the words of whoever missed it.
-        raise ConfigError(f"{target} could not be built: {error}; pip install 'lightkit[app]'") from error
+        raise ConfigError(f"{target} could not be built: {error}; {how_to_install('app')}") from error
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{target} could not be built: {error}") from error

@@ -7,6 +7,7 @@ import signal
 import sys
 import traceback
 import typing
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,8 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from lightkit import __version__
+import lightkit
+from lightkit._util.installation import find_conflict
 from lightkit.app import processes, restarts
 from lightkit.app.hydra_patches import patch_hydra
 from lightkit.app.log_filters import filter_warnings, with_silent_lightning
@@ -83,6 +85,8 @@ class Command:
 
     def _run_job(self, config: DictConfig) -> Any:
         """Checks a composed configuration and runs the function; Hydra calls this method once for each job."""
+        if conflict := find_conflict():
+            warnings.warn(conflict, stacklevel=1)
         try:
             check_top_level(config, self._config_name)
             check_types({name: config[name] for name in self._hints}, self._hints)
@@ -101,7 +105,7 @@ class Command:
         # The variable makes Hydra raise an error instead of printing it.
         os.environ["HYDRA_FULL_ERROR"] = "1"
         if "--version" in sys.argv[1:]:
-            print(f"lightkit {__version__} (hydra {hydra.__version__})")
+            print(f"lightkit {lightkit.__version__} (hydra {hydra.__version__})")
             return 0
         try:
             self._run()

@@ -8,6 +8,7 @@ import sys
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from omegaconf.errors import OmegaConfBaseException
 
+from lightkit._util.installation import how_to_install
 from lightkit._util.printable import printable
 from lightkit.app.schema import config_loader, override_names
 from lightkit.errors import CarriedError, LightkitError
@@ -82,6 +83,6 @@ def explain_null() -> str | None:
 def _explain_choice(group: str, name: str, choices: list[str]) -> str:
     """Returns the message that ``group`` has no choice ``name``, with its choices."""
     if (group, name) == ("hydra/sweeper", "optuna"):
-        return "hydra/sweeper=optuna needs a package that is not installed: pip install 'lightkit[sweep]'"
+        return f"hydra/sweeper=optuna needs a package that is not installed: {how_to_install('sweep')}"
     hint = nearest(name, choices) or ("; did you mean none?" if name == "null" and "none" in choices else ".")
     return f"there is no {group}={name}{hint} Choices: {', '.join(choices)}"

@@ -37,7 +37,8 @@ class LeanLoop(Callback):
     hooks patched on classes of others   are seen at the next epoch or after the next validation
     ==================================== ===================================================================
 
-    A ``DataLoader`` over a ``TensorDataset`` gives the same batches by slicing: see `lightkit.loops.slicing.fetch_slices`.
+    A ``DataLoader`` over a ``TensorDataset`` gives the same batches by slicing: see
+    `lightkit.loops.slicing.fetch_slices`.
 
     Works on one device, with Lightning's ``DDPStrategy`` and with the strategies of `lightkit.strategies`. Where
     Lightning's step is another one than this loop knows (manual optimization, FSDP, a GradScaler, a profiler, an

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 from torch import Tensor
 
 from lightkit._util.atomic_write import write_text_atomically
+from lightkit._util.installation import how_to_install
 from lightkit.tasks import ClassificationTask, ForecastTask, LanguageModelTask
 
 
@@ -35,7 +36,7 @@ def write(
     try:
         from lightkit.app.report import figures
     except ImportError as error:
-        warnings.warn(f"no report: {error.name} is not installed; pip install 'lightkit[app]'", stacklevel=2)
+        warnings.warn(f"no report: {error.name} is not installed; {how_to_install('app')}", stacklevel=2)
         return None
     from lightkit.app.report import classification, forecast, language_model, page
     from lightkit.app.report.section import Section
