@@ -91,7 +91,6 @@ def _to_job(config: DictConfig) -> dict[str, Any]:
     return {"config": to_plain(config), "logging": OmegaConf.to_container(setup, resolve=True) if setup else None}
 
 
-
 def _tolerates_worker_loss(config: DictConfig) -> bool:
     target = config.strategy.get("_target_")
     return target is not None and traits_of(find_class(target)).tolerates_worker_loss

@@ -1,7 +1,7 @@
 """Records of runs, and the search for the run that ``ckpt_path=last`` means.
 
-A run writes its record to ``.hydra/run.json``, beside Hydra's files, before the training and again at the end. The first
-edition of lightkit wrote no record; for its runs the module reads Hydra's files instead.
+A run writes its record to ``.hydra/run.json``, beside Hydra's files, before the training and again at the end. The
+first edition of lightkit wrote no record; for its runs the module reads Hydra's files instead.
 """
 
 from __future__ import annotations

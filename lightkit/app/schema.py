@@ -63,6 +63,7 @@ def top_level(config_name: str) -> tuple[list[str], list[str], list[str]]:
 def _top_level(loader: ConfigLoader, config_name: str) -> tuple[list[str], list[str], list[str]]:
     # The function reads the file and does not compose it, because composing is the slowest step before a sweep's job.
     primary = _repository(loader).load_config(config_name)
+    assert primary is not None, config_name
     defaults = [default.group for default in primary.defaults_list or [] if isinstance(default, GroupDefault)]
     known = [*map(str, primary.config), *(group for group in defaults if group is not None and "/" not in group)]
     groups = loader.list_groups("")

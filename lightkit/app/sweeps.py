@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from lightkit._util.atomic_write import hold, release, remove_leftovers
 from lightkit.app.restarts import quote_override_value, restarted_directory
-from lightkit.app.run_records import has_runs, display_path
+from lightkit.app.run_records import display_path, has_runs
 from lightkit.app.sweep_record import Sweep, find, find_all, read
 from lightkit.errors import CarriedError, CheckpointError, ConfigError, LightkitError
 
@@ -161,7 +161,6 @@ def _similarity(one: Sweep, other: Sweep) -> int:
     return len(set(one.overrides) & set(other.overrides)) - len(set(one.overrides) ^ set(other.overrides))
 
 
-
 def _swept_keys(config: DictConfig, task: list[str]) -> list[str]:
     """Returns the keys with several values, on the command line ``task`` and in the sweeper's configuration."""
     given = [_override_key(word) for word in task if _is_sweep_override(word)]
@@ -187,8 +186,8 @@ def _configure_optuna(sweeper: DictConfig, sweep: Sweep, is_continued: bool) -> 
         if is_continued:
             raise ConfigError(
                 f"hydra.sweeper.storage={sweeper.storage}: ckpt_path=last cannot go on with a sweep whose study lies "
-                "elsewhere, because Optuna would repeat its trials there; without that key the study lies in the sweep's "
-                "directory"
+                "elsewhere, because Optuna would repeat its trials there; without that key the study lies in the "
+                "sweep's directory"
             )
     elif (url := _create_study(sweep.directory / _STUDY_FILE)) is not None:
         sweeper.storage = url

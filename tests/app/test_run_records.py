@@ -136,7 +136,9 @@ def test_a_group_that_is_swept():
     """Its choice counts, not what else was set in it."""
     one, other = mine(choices={"optim": "sgd"}), mine(choices={"optim": "sgd"}, config={"optim": {"lr": 7}})
     assert config_differences(one, other, ["optim"]) == []
-    assert config_differences(one, replace(other, choices={"optim": "adam"}), ["optim"]) == [("optim", '"sgd"', '"adam"')]
+    assert config_differences(one, replace(other, choices={"optim": "adam"}), ["optim"]) == [
+        ("optim", '"sgd"', '"adam"')
+    ]
 
 
 def test_unfinished(make):

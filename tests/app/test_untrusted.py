@@ -37,7 +37,9 @@ def arguments_of(target):
     return given
 
 
-@pytest.mark.parametrize(("role", "target"), [(role, target) for role in ALLOWED_CLASSES for target in ALLOWED_CLASSES[role]])
+@pytest.mark.parametrize(
+    ("role", "target"), [(role, target) for role in ALLOWED_CLASSES for target in ALLOWED_CLASSES[role]]
+)
 def test_building_an_admitted_class_does_nothing_but_compute(role, target):
     """No file is opened, not even for reading, no socket, no process, and no module beyond the known packages."""
     cls, extra = find_class(target), {}

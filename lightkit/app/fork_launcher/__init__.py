@@ -11,8 +11,8 @@ _TARGET = "hydra_plugins.lightkit.ForkLauncher"
 def register() -> None:
     """Registers the launcher with Hydra in this process.
 
-    Hydra accepts launchers from the package ``hydra_plugins`` alone, and every program with Hydra imports all modules of
-    that package at its start. The function enters the class under such a name in Hydra's table, without a file.
+    Hydra accepts launchers from the package ``hydra_plugins`` alone, and every program with Hydra imports all modules
+    of that package at its start. The function enters the class under such a name in Hydra's table, without a file.
     """
     from lightkit.app.fork_launcher.launcher import ForkLauncher
 

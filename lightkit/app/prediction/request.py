@@ -16,7 +16,7 @@ class PredictionRequest:
 
     Args:
         input: the file or folder of images, the CSV file of a series, or the file of a text.
-        invert: images: invert the brightness; ``"auto"`` inverts an image with a bright border.
+        invert: images: invert the brightness; ``"auto"`` inverts an image of another size with a bright border.
         batch_size: images: the number of images in a batch.
         column: series: the column of the CSV file.
         horizon: series: the number of steps to forecast.
