@@ -1,4 +1,4 @@
-// The Python module of the native library: what is not an op. Importing it registers the ops.
+// The Python module of the native library: objects and functions that are not ops. Its import registers the ops.
 
 #include "ops/common/python_tensor.h"
 #include "ops/common/tensors.h"
@@ -28,7 +28,7 @@ void check_tensor_layout() {
 
 namespace {
 
-// Returns what `function` returns as pybind11 has objects, with errors as torch translates them.
+// Returns the result of `function` as a pybind11 object, and raises its errors as torch translates them.
 template <typename Function>
 py::object called(const Function& function) {
   PyObject* result = with_python_errors([&] { return function().release(); });
@@ -50,8 +50,15 @@ void bind_plan(py::module_& module, const char* name) {
                        const py::object& found_inf) {
     const auto limit = max_grad_norm.is_none() ? std::nullopt : std::make_optional(max_grad_norm.cast<double>());
     return called([&] {
-      return plan.step(
-          param_groups.ptr(), state.ptr(), limit, skip_nonfinite, inverse_scale, grad_scale.ptr(), found_inf.ptr());
+      return plan.step({
+          .param_groups = param_groups.ptr(),
+          .state = state.ptr(),
+          .max_grad_norm = limit,
+          .skip_nonfinite = skip_nonfinite,
+          .inverse_scale = inverse_scale,
+          .grad_scale = grad_scale.ptr(),
+          .found_inf = found_inf.ptr(),
+      });
     });
   };
   py::class_<Plan>(module, name)
@@ -81,7 +88,7 @@ PYBIND11_MODULE(LIGHTKIT_MODULE, module) {
   bind_plan<SgdPlan>(module, "SgdPlan");
   bind_plan<AdamPlan>(module, "AdamPlan");
   module.attr("cross_entropy") = called(cross_entropy_function);
-  // The kinds of device that the registered ops have kernels for.
+  // The types of the devices that the ops have kernels for.
 #ifdef LIGHTKIT_CUDA
   module.attr("devices") = py::make_tuple("cpu", "cuda");
 #else

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from lightkit.native import archive, cache, compile, toolchain
+from lightkit.native import archive, builder, cache, toolchain
 from lightkit.runtime.command_process import run_as_process
 
 
@@ -50,12 +50,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.check_cuda:
-            for name in compile.check_cuda():
+            for name in builder.check_cuda():
                 print(f"compiles: {name}")
         elif options.source is not None:
             print(report(archive.install(options.source)))
         else:
-            library = compile.build()
+            library = builder.build()
             print(report(library))
             if options.archive is not None:
                 archive.write(library, options.archive)

@@ -101,7 +101,7 @@ class FlopCounter:
 class _Counting(TorchDispatchMode):
     """Shows a `FlopCounter` each operation that runs on a device, below autograd."""
 
-    # For code that does something else where it is watched: see `lightkit.ops.substitute`.
+    # For code that does something else where it is watched: see `lightkit.ops.patch`.
     only_watches = True
     supports_higher_order_operators = True
 
@@ -241,7 +241,7 @@ def _linear_cross_entropy_forward(hidden: Shape, weight: Shape, *rest: Any, out_
 
 
 def _linear_cross_entropy_backward(
-    grad_loss: Shape, rows_known: Shape, hidden: Shape, weight: Shape, *rest: Any, out_shape: Any
+    grad_loss: Shape, row_statistics: Shape, hidden: Shape, weight: Shape, *rest: Any, out_shape: Any
 ) -> int:
     *_, hidden_wanted, weight_wanted, _ = rest
     return (hidden_wanted + weight_wanted) * _linear_cross_entropy(hidden, weight, out_shape=None)

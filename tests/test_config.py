@@ -48,7 +48,7 @@ def test_builds_from_the_inside_out():
         # Ways through a trusted package to what it imports.
         "lightning.pytorch.trainer.trainer.os.system",
         "lightkit.native.background.subprocess.Popen",
-        "lightkit.native.compile.os.system",
+        "lightkit.native.builder.os.system",
         "torch.nn.modules.module.functools.partial",
         "lightkit._util.atomic_write.tempfile.NamedTemporaryFile",
         # Trusted, but not classes.

@@ -1,4 +1,4 @@
-"""Files of which a reader sees the old content or the new, never a part; directories that have one writer."""
+"""Writes files of which a reader sees the old content or the new, never a part; gives a directory one writer."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-# What `write_atomically` calls the files that it has not finished, for the kinds of files that a run consists of.
+# The names of the temporary files of `write_atomically`, for the kinds of files in the directory of a run.
 _LEFTOVER = re.compile(r"\..+\.(ckpt|csv|html|json|png|yaml)\.[a-z0-9_]{8}")
 
 
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], object], mode: int = 0o666) -> None:
-    """Replaces a file with what ``write`` puts into the stream it is given.
+    """Replaces the content of a file by what ``write`` writes.
 
-    The new content goes to a temporary file in the same directory, reaches the disk, and takes the name in one
-    rename. If anything fails, a full disk included, the file that was there is untouched. A device or a pipe cannot be
-    replaced: the content goes into it.
+    The new content goes to a temporary file in the same directory, reaches the disk, and gets the name of the file by
+    one rename. If anything fails, a full disk included, the old file is untouched. A device or a pipe cannot be
+    replaced: the content is written to it.
 
     Args:
         path: the file; its directory is made if it is not there.
-        write: gets a binary stream.
-        mode: permissions of the file, less those that the umask takes away.
+        write: gets a binary stream, and writes the new content.
+        mode: permissions of the file; the umask is subtracted.
 
     Raises:
         OSError: the directory cannot be written, the disk is full.
@@ -50,15 +50,15 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object], mode
 
 
 def write_text_atomically(path: str | Path, text: str) -> None:
-    """Replaces a file with a text in UTF-8: see `write_atomically`."""
+    """Replaces the content of a file by a text in UTF-8: see `write_atomically`."""
     write_atomically(path, lambda stream: stream.write(text.encode("utf-8", "surrogateescape")))
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Removes what `write_atomically` left of the files of a run in its directory when it was killed.
+    """Removes the temporary files that `write_atomically` left in the directory of a run when its process was killed.
 
-    Nobody must be writing one of them: the directories of other runs below it, which have a ``.hydra`` of their own,
-    are left alone.
+    Nobody may be writing to the run. The directories of other runs below it, which have a ``.hydra`` of their own, are
+    left alone.
     """
     for folder, folders, names in os.walk(directory):
         folders[:] = [name for name in folders if not os.path.isdir(os.path.join(folder, name, ".hydra"))]
@@ -66,15 +66,15 @@ def remove_leftovers(directory: Path) -> None:
             Path(folder, name).unlink(missing_ok=True)
 
 
-# The directories that this process holds, and the descriptors that do it.
+# The descriptors by which this process holds directories.
 _held: dict[Path, int] = {}
 
 
 def hold(directory: Path) -> bool:
-    """Makes this process the one that writes to a directory, until `release` or its end, however it ends.
+    """Makes this process the only writer of a directory, until `release` or until the process ends in any way.
 
     Returns:
-        False if another process is that already. True also where the file system cannot tell.
+        False if another process holds the directory; True also where the file system has no locks.
     """
     directory = directory.resolve()
     if directory in _held:
@@ -93,13 +93,13 @@ def hold(directory: Path) -> bool:
 
 
 def release(directory: Path) -> None:
-    """Ends what `hold` began."""
+    """Lets other processes hold a directory again."""
     if (descriptor := _held.pop(directory.resolve(), None)) is not None:
         os.close(descriptor)
 
 
 def is_held_by_another(directory: Path) -> bool:
-    """Returns whether another process holds a directory."""
+    """Returns True if another process holds a directory."""
     if directory.resolve() in _held:
         return False
     if not hold(directory):
@@ -109,7 +109,7 @@ def is_held_by_another(directory: Path) -> bool:
 
 
 def _is_no_file(path: Path) -> bool:
-    """Returns whether something other than a regular file or a directory has that name, links followed."""
+    """Returns True if the path is a device, a pipe or a socket, or a link to one."""
     try:
         mode = os.stat(path).st_mode
     except OSError:
@@ -118,7 +118,7 @@ def _is_no_file(path: Path) -> bool:
 
 
 def _umask() -> int:
-    # The only way to read it is to set it; the mode of a temporary file is stricter than the user asked for.
+    # The umask is read by setting it. A temporary file has a stricter mode than the user asked for.
     mask = os.umask(0o022)
     os.umask(mask)
     return mask

@@ -1,4 +1,4 @@
-"""Where lightkit keeps what it makes once and uses often."""
+"""The directory of the files that lightkit makes once and uses often."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def cache_root() -> Path:
-    """The cache directory: ``$LIGHTKIT_CACHE_DIR``, else ``lightkit`` in the user's cache directory."""
+    """Returns ``$LIGHTKIT_CACHE_DIR``, or else ``lightkit`` in the user's cache directory."""
     if chosen := os.environ.get("LIGHTKIT_CACHE_DIR"):
         return Path(chosen).expanduser().absolute()
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

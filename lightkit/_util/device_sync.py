@@ -1,4 +1,4 @@
-"""Waiting for devices, whose operations run on after Python has moved on."""
+"""Waits for devices, which compute while Python goes on."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import torch
 
 
 def wait_for(device: torch.device) -> None:
-    """Returns when everything that was asked of a device has been done."""
+    """Waits until a device has done all that it was asked to do."""
     if device.type == "xla":
-        import torch_xla
+        import torch_xla  # pyright: ignore[reportMissingImports] (installed on machines with a TPU alone)
 
-        # What has been recorded is run first.
+        # Runs the recorded operations first.
         torch_xla.sync(wait=True)
     elif device.type != "cpu" and (current := torch.accelerator.current_accelerator()) is not None:
         if device.type == current.type:

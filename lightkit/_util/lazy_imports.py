@@ -2,16 +2,17 @@
 
 Lightning imports the compiler of torch for one class, torchmetrics imports SciPy for one function and matplotlib for
 the types of two arguments. In a process of one of lightkit's commands a stand-in takes the place of each of these
-modules. It knows what those imports ask for. Anything else that is asked of it imports the module itself, which then
-takes its place again. ``LIGHTKIT_LAZY=0`` leaves all imports as they are.
+modules. The stand-in knows the names that those imports need. Any other name imports the module itself, which then
+replaces the stand-in. ``LIGHTKIT_LAZY=0`` leaves all imports as they are.
 
-Programs that import lightkit are not concerned: `defer` is called by the commands alone.
+The commands alone call `defer`: programs that import lightkit keep their imports.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import importlib.abc
 import importlib.machinery
 import importlib.util
 import os
@@ -55,7 +56,7 @@ class _StandIn(ModuleType):
         self.__dict__.update(known)
 
     def __getattr__(self, name: str) -> Any:
-        # The import system asks while it makes the module.
+        # The import system reads attributes while it makes the module.
         if self.__name__ not in sys.modules or (name in _ASKED_OF_ALL and sys.modules[self.__name__] is self):
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         return getattr(_import(self), name)
@@ -71,9 +72,9 @@ class _StandIn(ModuleType):
 
 
 def _import(stand_in: _StandIn) -> ModuleType:
-    """Imports the module that a stand-in answers for, unless that has happened, and puts it in its place.
+    """Imports the module of a stand-in, unless it has been imported, and puts the module in the stand-in's place.
 
-    The other stand-ins for modules of the same library go with it: its modules know each other.
+    The modules of the same library replace their stand-ins too: the modules of a library know each other.
     """
     name = stand_in.__name__
     library = name.partition(".")[0] + "."
@@ -93,7 +94,7 @@ def _import(stand_in: _StandIn) -> ModuleType:
 
 
 def _give(stand_in: _StandIn, module: ModuleType) -> None:
-    """Sets on a module what others have set on its stand-in, and what others would have added to it."""
+    """Sets on a module the attributes that other code has set on its stand-in."""
     known = _STAND_INS[stand_in.__name__]()
     for name, value in vars(stand_in).items():
         is_own = name in _OF_THE_IMPORT_SYSTEM or name in vars(_NO_MODULE) or isinstance(value, ModuleType)
@@ -101,8 +102,8 @@ def _give(stand_in: _StandIn, module: ModuleType) -> None:
             setattr(module, name, value)
 
 
-class _Finder:
-    """Finds stand-ins in place of modules, each of them once."""
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds the stand-in for a module, once for each module."""
 
     def __init__(self) -> None:
         self._names = set(_STAND_INS)
@@ -120,7 +121,7 @@ class _Finder:
         if name not in self._names:
             return None
         self._names.remove(name)
-        # Asked of the others; it is not found where it is not installed.
+        # The next finder says whether the module is installed.
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         if spec is None:
             return None
@@ -132,7 +133,7 @@ class _Finder:
         return result
 
 
-class _Loader:
+class _Loader(importlib.abc.Loader):
     """Makes a stand-in."""
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
@@ -142,8 +143,8 @@ class _Loader:
         pass
 
 
-class _Existing:
-    """Hands out a module that has come while it was looked for."""
+class _Existing(importlib.abc.Loader):
+    """Returns a module that was imported while its spec was looked for."""
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
         module = sys.modules[spec.name]
@@ -155,12 +156,12 @@ class _Existing:
 
 
 def _is_imported(name: str) -> bool:
-    """Returns whether a module, and no stand-in for it, has been imported."""
+    """Returns True if a module itself has been imported, not only its stand-in."""
     return name in sys.modules and not isinstance(sys.modules[name], _StandIn)
 
 
 def _later(name: str, attribute: str) -> Callable[..., Any]:
-    """Returns a function that imports the one of that name when it is called."""
+    """Returns a function that imports the module when it is called, and calls the module's function."""
 
     def call(*arguments: Any, **options: Any) -> Any:
         module = sys.modules.get(name)
@@ -173,7 +174,10 @@ def _later(name: str, attribute: str) -> Callable[..., Any]:
 
 
 class _ClassOf(type):
-    """A class that is asked about in `isinstance` only: until its module is imported, nothing is an instance of it."""
+    """The type of a stand-in for a class that serves `isinstance` alone.
+
+    Until the module of the class is imported, no object is an instance of it.
+    """
 
     def __new__(cls, name: str, module: str) -> type:
         return super().__new__(cls, name, (), {"__module__": module})
@@ -192,55 +196,56 @@ class _ClassOf(type):
 
 
 def _disable(function: Callable[..., Any] | None = None, *arguments: Any, **options: Any) -> Callable[..., Any]:
-    """Does what `torch._dynamo.disable` does, from the moment that there is a compiler which could be disabled."""
+    """Does what `torch._dynamo.disable` does, as soon as the compiler has been imported."""
     if function is None or arguments[:1] == (False,) or options.get("recursive") is False:
         return _later("torch._dynamo", "disable")(function, *arguments, **options)
+    wrapped = function
     disabled: Callable[..., Any] | None = None
 
-    @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal disabled
         if disabled is None:
             if not _is_imported("torch._dynamo"):
-                return function(*args, **kwargs)
-            disabled = sys.modules["torch._dynamo"].disable(function, *arguments, **options)
+                return wrapped(*args, **kwargs)
+            disabled = sys.modules["torch._dynamo"].disable(wrapped, *arguments, **options)
+            assert disabled is not None
         return disabled(*args, **kwargs)
 
+    functools.update_wrapper(call, wrapped)
     # The compiler looks for these before it follows a call.
-    call._torchdynamo_disable = True
-    call._torchdynamo_disable_msg = options.get("reason")
+    vars(call).update(_torchdynamo_disable=True, _torchdynamo_disable_msg=options.get("reason"))
     return call
 
 
 def _dynamo() -> dict[str, Any]:
-    """Lightning asks for the class, torch's optimizers for the functions, torch's process groups for the cache."""
+    """Returns the names that Lightning, torch's optimizers and torch's process groups import of the compiler."""
     return {
         "OptimizedModule": _ClassOf("OptimizedModule", "torch._dynamo"),
         "disable": _disable,
-        # Says something to the compiler while it compiles, and nothing to anybody else.
+        # It speaks to the compiler while it compiles; otherwise it does nothing.
         "graph_break": lambda msg="": None,
         "trace_rules": SimpleNamespace(clear_lru_cache=lambda: None),
     }
 
 
 def _nothing() -> dict[str, Any]:
-    """`torch.use_deterministic_algorithms` sets an option of the compiler, and asks nothing."""
+    """Returns no names: `torch.use_deterministic_algorithms` sets an option of the compiler, and reads none."""
     return {}
 
 
 def _scipy_signal() -> dict[str, Any]:
-    """Torchmetrics gives SciPy a name back that it once had, unless it is there."""
+    """Returns the name that torchmetrics sets on SciPy where a release of SciPy lacks it."""
     return {"hamming": _later("scipy.signal.windows", "hamming")}
 
 
 def _plot() -> dict[str, Any]:
-    """Every metric of torchmetrics has types of this module in its signatures, and calls it to draw."""
+    """Returns the types in the signatures of torchmetrics' metrics, and the functions by which they draw."""
     functions = ("plot_confusion_matrix", "plot_curve", "plot_single_or_multi_val")
     types = {"_AX_TYPE": object, "_PLOT_OUT_TYPE": tuple[object, object], "_CMAP_TYPE": object}
     return types | {name: _later("torchmetrics.utilities.plot", name) for name in functions}
 
 
-# What each stand-in knows.
+# The names that each stand-in knows without its module.
 _STAND_INS: dict[str, Callable[[], dict[str, Any]]] = {
     "torch._dynamo": _dynamo,
     "torch._inductor": _nothing,

@@ -1,4 +1,4 @@
-"""Files and directories that nobody but this user could have written."""
+"""Checks that only this user could have written a file or a directory."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 
 def find_stranger(path: Path, follow_links: bool = True) -> str | None:
-    """Returns what lets others write to a file or a directory, or None: a clause whose subject is the path.
+    """Returns a clause about the path that says how other users could write to it, or None if they could not.
 
     Raises:
-        OSError: it cannot be looked at.
+        OSError: the path does not exist, or cannot be read.
     """
     info = os.stat(path, follow_symlinks=follow_links)
     # Root can do anything to this process anyway, and owns what an image was built with.

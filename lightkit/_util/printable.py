@@ -1,14 +1,14 @@
-"""Names that come from somebody else, made safe to print."""
+"""Makes names safe to print that come from somebody else."""
 
 from __future__ import annotations
 
 import unicodedata
 
-# Control characters, which a terminal obeys; those that turn the direction of writing or begin a line, which deceive a
-# reader; halves of characters, which cannot be encoded.
+# A terminal obeys control characters; characters that turn the direction of writing or begin a line deceive a reader;
+# surrogates cannot be encoded.
 _ESCAPED = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
-# Joiners, which Persian, Hindi and pictures of several characters are written with.
+# Persian, Hindi and emoji of several characters need the joiners.
 _JOINERS = "\u200c\u200d"
 
 
@@ -16,7 +16,7 @@ def printable(text: str, keep: str = "") -> str:
     r"""Returns a text with every character escaped that is not for reading, such as ``\x1b`` for ESC.
 
     Args:
-        text: what somebody else wrote: a key, a file name, a column.
+        text: by somebody else: a key, the name of a file or of a column.
         keep: characters that stay as they are, such as ``"\n"``.
     """
     if text.isascii() and text.isprintable():

@@ -1,4 +1,4 @@
-"""Opening regular files and nothing else: a pipe or a device may have no end, or keep its reader waiting for ever."""
+"""Opens regular files and nothing else: a pipe or a device may have no end, or let its reader wait for ever."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ _KINDS = (
 def open_regular(path: str | Path, most: int | None = None, name: str | None = None) -> BinaryIO:
     """Opens a file for reading, if it is a regular one and not too large.
 
-    It ends where it ended when it was opened, also if it grows meanwhile, or is one of the system's that says that it
-    is empty and goes on for ever.
+    The stream ends at the size that the file had when it was opened: the file may grow meanwhile, and some files of the
+    system have size 0 and no end.
 
     Args:
         path: the file; links are followed.
-        most: bytes that it may have.
-        name: what messages call it, by default its path.
+        most: the largest allowed size, in bytes.
+        name: of the file in messages; by default its path.
 
     Raises:
-        DataError: there is no such file, it cannot be opened, is of another kind, or is too large.
+        DataError: the file does not exist, cannot be opened, is not regular, or is too large.
     """
     name = str(path) if name is None else name
     try:
-        # Looked at before it is opened, since opening a device may do something; and after, if it was exchanged.
+        # Checked before it is opened, since opening a device may have effects; and again below, if it was exchanged.
         _check_kind(os.stat(path).st_mode, name)
         raw = _Bounded(path, "rb", opener=_open_without_waiting)
     except OSError as error:
@@ -60,7 +60,7 @@ def open_regular(path: str | Path, most: int | None = None, name: str | None = N
 
 
 class _Bounded(io.FileIO):
-    """A file that has no byte from ``end`` on."""
+    """A file whose content ends at the byte ``end``."""
 
     end = 0
 
@@ -81,7 +81,7 @@ def _open_without_waiting(path: str, flags: int) -> int:
 
 
 def warn_of_skipped(paths: Sequence[Path]) -> None:
-    """Warns, in one line, of entries of a folder that are skipped: links that lead nowhere, pipes, devices."""
+    """Warns in one line about skipped entries of a folder: broken links, pipes, devices."""
     if paths:
         shown = ", ".join(printable(str(path)) for path in paths[:_SHOWN])
         more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""

@@ -20,7 +20,7 @@ from lightkit._lightning.module import is_compiled as is_lightning_compiled
 from lightkit._util.imported import is_instance
 from lightkit.nn import CrossEntropyLoss, can_fuse
 from lightkit.nn.fused_sequential import FusedCall, is_fused
-from lightkit.ops import substitute, substitute_cross_entropy
+from lightkit.ops import patch, patch_cross_entropy
 from lightkit.optim.convert import REPLACEMENTS, convert
 from lightkit.optim.convert import obstacle as optimizer_obstacle
 
@@ -59,7 +59,7 @@ class FuseKernels(Callback):
     - optimizers that are a ``torch.optim.SGD``, ``Adam`` or ``AdamW``: see `lightkit.optim.convert`. For a
       fit;
     - ``torch.nn.functional.cross_entropy``, however it is called, in the thread of the trainer, and with it
-      ``torch.nn.CrossEntropyLoss``: see `lightkit.ops.substitute_cross_entropy`. For fit, validate, test and
+      ``torch.nn.CrossEntropyLoss``: see `lightkit.ops.patch_cross_entropy`. For fit, validate, test and
       predict. Calls that the kernels do not cover, and code under torch.compile, stay torch's;
     - on a CPU, each ``torch.nn.Sequential`` with layers that go together as one operation, such as convolutions that
       a ReLU follows, as `lightkit.nn.FusedSequential` does. For fit, validate, test and predict.
@@ -103,8 +103,8 @@ class FuseKernels(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Replaces the function, before the module is set up."""
         self._restore(trainer)
-        if _obstacle(trainer) is None and substitute.obstacle() is None:
-            self._undo_of(trainer).enter_context(substitute_cross_entropy())
+        if _obstacle(trainer) is None and patch.unsupported_reason() is None:
+            self._undo_of(trainer).enter_context(patch_cross_entropy())
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Converts the optimizers, before their state is restored from a checkpoint."""
@@ -148,7 +148,7 @@ class FuseKernels(Callback):
             self._report += [self._optimizer(trainer, i, cause) for i in range(len(trainer.optimizers))]
         compiled = _Compiled(pl_module)
         self._report += self._sequentials(trainer, pl_module, cause, compiled)
-        function_cause = cause or substitute.obstacle()
+        function_cause = cause or patch.unsupported_reason()
         self._report += _losses(pl_module, function_cause, compiled)
         self._report.append(Found(_FUNCTION, _FUNCTION, None if function_cause else _REPLACEMENT, function_cause))
         if cause is not None:

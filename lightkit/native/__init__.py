@@ -1,12 +1,12 @@
-"""The native library: found in the cache or compiled at first use, and loaded once a process.
+"""The native library: the cache or a compiler provides it at first use, and each process loads it once.
 
-`load` waits for a library that must be compiled; `start` lets the compilers run while the process does other things.
+`load` waits for a library that must be compiled; `start` compiles in the background.
 
-``LIGHTKIT_NATIVE`` decides what happens where that fails:
+``LIGHTKIT_NATIVE`` decides what happens if the library cannot be loaded:
 
-- ``auto`` (the default): one warning that says why, and the pure-PyTorch references do the work;
-- ``require``: `NativeUnavailableError`;
-- ``off``: the references do the work, and nothing is compiled.
+- ``auto`` (the default): one warning says why, and the pure-PyTorch references run;
+- ``require``: `load` raises `NativeUnavailableError`;
+- ``off``: the references run, and nothing is compiled.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _build: BackgroundWork | None = None
 
 
 class NativeUnavailableError(LightkitError, RuntimeError):
-    """The native library is required and cannot be had."""
+    """The native library is required, and cannot be loaded."""
 
 
 def policy() -> str:
     """Returns the value of ``LIGHTKIT_NATIVE``.
 
     Raises:
-        ConfigError: it is none that there is.
+        ConfigError: the value is not one of auto, require, off.
     """
     value = os.environ.get("LIGHTKIT_NATIVE", "auto")
     if value not in _POLICIES:
@@ -52,10 +52,10 @@ def policy() -> str:
 
 
 def start() -> None:
-    """Begins to compile the library in the background if it must be compiled; `load` waits for it.
+    """Starts to compile the library in the background if it must be compiled; `load` waits for it.
 
-    Nothing runs on torch's own operations meanwhile: what needs the library calls `load`. If this process ends before
-    the compilers, they end, too, and leave nothing behind.
+    The references do not run meanwhile: a caller that needs the library calls `load`. If this process ends first, the
+    compilers end, too, and leave no files.
     """
     global _build
     with _lock:
@@ -65,16 +65,16 @@ def start() -> None:
 
         try:
             if cache.find() is None:
-                from . import compile
+                from . import builder
 
-                _build = compile.start()
+                _build = builder.start()
         except (toolchain.ToolchainError, cache.CacheError):
-            # `load` comes to the same error, and tells it.
+            # `load` meets the same error, and reports it.
             return
 
 
 def load() -> ModuleType | None:
-    """Returns the native module, compiled first if need be; None where the references are to be used."""
+    """Returns the native module, and compiles it first if it must; None if the references run instead."""
     global _warned
     module, cause = _load_once()
     if module is None and cause != _OFF and not _warned:
@@ -98,7 +98,7 @@ def _load_once() -> tuple[ModuleType | None, str]:
 
 
 def _load() -> tuple[ModuleType | None, str]:
-    """The module, or None and the cause."""
+    """Returns the module and "", or None and the reason."""
     chosen = policy()
     if chosen == "off":
         return None, _OFF
@@ -107,9 +107,9 @@ def _load() -> tuple[ModuleType | None, str]:
     try:
         library = _build.result() if _build is not None else cache.find()
         if library is None:
-            from . import compile
+            from . import builder
 
-            library = compile.build()
+            library = builder.build()
         cache.check_processor(cache.read_manifest(library.parent))
         return _import(library), ""
     except (toolchain.ToolchainError, cache.CacheError, ImportError) as error:
@@ -124,23 +124,23 @@ def _import(library: Path) -> ModuleType:
     spec = spec_from_file_location(MODULE_NAME, library, loader=ExtensionFileLoader(MODULE_NAME, str(library)))
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
-    # The ops are there from now on.
-    from lightkit.ops.batching import register
+    # The import has registered the ops.
+    from .batching import register
 
     register()
     return module
 
 
 def available(device_type: str = "cpu") -> bool:
-    """Returns whether there are native kernels for tensors on such a device."""
+    """Returns True if there are native kernels for tensors on a type of device."""
     module = load()
     return module is not None and device_type in module.devices
 
 
 def missing(device_type: str = "cpu") -> str | None:
-    """Returns why there are no native kernels for tensors on such a device, or None where there are.
+    """Returns why there are no native kernels for tensors on a type of device, or None if there are.
 
-    For callers that tell the user themselves: unlike `load`, it does not warn.
+    Unlike `load` it does not warn: its callers tell the user.
     """
     module, cause = _load_once()
     if module is None:

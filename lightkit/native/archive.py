@@ -1,8 +1,8 @@
-"""A build in one file, for machines without a compiler: written by one machine, checked and installed by others.
+"""A build in one file, for machines without a compiler: one machine writes it, others check and install it.
 
-It has a line that says what it is, the length of the manifest in four bytes, the manifest, and the library, compressed.
-Nothing in it names a place: what is read goes to the cache under names of this machine's choice, and is never more than
-the manifest states. An archive runs code, as a wheel does.
+The file has a magic line, the length of the manifest in four bytes, the manifest, and the compressed library. It
+contains no paths: the installing machine chooses the names in its cache, and reads no more bytes than the manifest
+states. An archive runs code, as a wheel does.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _CHUNK = 1 << 20
 
 
 class ArchiveError(LightkitError, ValueError):
-    """A file that is no archive of a build, is damaged, or is for something else than this machine has."""
+    """A file is no archive of a build, is damaged, or is for another machine."""
 
 
 def write(library: Path, file: Path) -> None:
-    """Writes the build that `library` is of to `file`, all at once.
+    """Writes the build of `library` to `file` atomically.
 
     Raises:
         ArchiveError: the file cannot be written.
@@ -55,10 +55,10 @@ def write(library: Path, file: Path) -> None:
 
 
 def install(file: Path) -> Path:
-    """Checks an archive and puts its build into the cache; returns the library.
+    """Checks an archive, and installs its build in the cache; returns the library.
 
     Raises:
-        ArchiveError: it is none, is damaged, or is for another torch, Python, lightkit or processor.
+        ArchiveError: the file is no archive, is damaged, or is for another torch, Python, lightkit or processor.
         CacheError: the cache cannot be used.
     """
     try:
@@ -105,7 +105,7 @@ def _check_fits(manifest: cache.Manifest, file: Path) -> None:
 
 
 def _unpack(archive: BinaryIO, library: Path, manifest: cache.Manifest, file: Path) -> None:
-    """Writes the library; stops at the first byte beyond its size."""
+    """Writes the library; stops at the first byte beyond the size that the manifest states."""
     unpacked, left = zlib.decompressobj(), manifest.size
     try:
         with open(library, "wb") as out:

@@ -1,4 +1,4 @@
-"""Work with compilers that goes on while this process does other things, and ends with it."""
+"""Runs compilers in the background; they end with this process."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import Any
 
 from .progress import Progress, ProgressLine
 
-# How often a line that waits is drawn anew, in seconds.
+# The interval at which the progress line is drawn, in seconds.
 _REDRAWN = 0.2
 
 
 class Stopped(RuntimeError):
-    """The work was stopped before its end."""
+    """The work was stopped before it finished."""
 
 
 class Control:
-    """What work and those who wait for it share: how far it is, and whether it is to stop."""
+    """The state that work shares with the threads that wait for it: its progress, and a request to stop."""
 
     def __init__(self) -> None:
         self.progress = Progress()
@@ -31,21 +31,22 @@ class Control:
         self._process: subprocess.Popen | None = None
 
     def check(self) -> None:
-        """Raises `Stopped` once the work is to stop."""
+        """Raises `Stopped` after `stop` was called."""
         if self._stopped.is_set():
             raise Stopped("the build was stopped")
 
     def stop(self) -> None:
-        """Stops the work: ends the command that runs, and the next before it starts."""
+        """Stops the work: ends the running command, and starts no other."""
         with self._lock:
             self._stopped.set()
             if self._process is not None:
                 self._process.stdin.close()
 
     def run(self, command: list[str], directory: Path, lock: int, environment: dict[str, str]) -> subprocess.Popen:
-        """Starts a command, its output in a pipe. It ends, and `directory` is removed, when this process does.
+        """Starts a command with its output in a pipe.
 
-        Until then the command keeps the file that `lock` is a descriptor of open, and so locked.
+        If this process ends, the command ends, and `directory` is removed. The command inherits the descriptor `lock`,
+        so that the file stays locked until the command ends.
         """
         supervise = Path(__file__).with_name("supervise.py")
         with self._lock:
@@ -59,7 +60,7 @@ class Control:
                 errors="replace",
                 env=environment,
                 pass_fds=(lock,),
-                # Ctrl-C is for this process, which tells the command.
+                # Ctrl-C reaches this process, which stops the command.
                 start_new_session=True,
             )
         return self._process
@@ -89,12 +90,12 @@ class BackgroundWork:
             self._done.set()
 
     def result(self) -> Any:
-        """Waits for the work, showing how far it is; returns what it returns, or raises what it raises.
+        """Waits for the work and shows its progress; returns its result, or raises its exception.
 
-        An exception meanwhile, such as that of Ctrl-C, stops the work.
+        An exception in the wait, such as KeyboardInterrupt, stops the work.
         """
         if self._pid != os.getpid():
-            # This process was forked meanwhile, and the thread is its parent's.
+            # This process was forked from the one that owns the thread.
             return BackgroundWork(self._work, self._announcement).result()
         progress, line = self._control.progress, None
         try:
@@ -115,7 +116,7 @@ class BackgroundWork:
         return self._value
 
     def stop(self) -> None:
-        """Ends the work and its commands, and waits until what they made is removed."""
+        """Ends the work and its commands, and waits until their files are removed."""
         if self._pid == os.getpid():
             self._control.stop()
             self._done.wait()

@@ -1,9 +1,9 @@
-"""Where compiled libraries are kept: private to the user, complete or absent, one builder at a time.
+"""The cache of compiled libraries: private to the user, each build complete or absent, one builder at a time.
 
-A build is a directory that holds the library and ``manifest.json``. Its name begins with the key of what it was made
-of and for, apart from the processor; then follows a key of compiler and instructions or, of one that came out of an
-archive, of the library itself. It comes into being by one rename, and is loaded only if the library still has the size
-and hash that the manifest states, so neither a killed builder nor a full disk can leave something that loads.
+A build is a directory with the library and ``manifest.json``. Its name has two keys: one of sources, flags, torch,
+Python and CUDA, and one of compiler and instructions or, for a build from an archive, of the library itself. One rename
+publishes a build, and it is loaded only if the library has the size and hash that the manifest states: neither a killed
+builder nor a full disk leaves a build that loads.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from . import target, toolchain
 
 MANIFEST = "manifest.json"
 
-# How often a lock that another process holds is looked at again, in seconds.
-_LOOKED_AGAIN = 0.1
+# The interval at which a lock that another process holds is tried, in seconds.
+_RETRY_INTERVAL = 0.1
 
 
 class CacheError(RuntimeError):
@@ -40,7 +40,7 @@ class CacheError(RuntimeError):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is known of a finished build."""
+    """The facts of a finished build."""
 
     library: str
     size: int
@@ -55,11 +55,11 @@ class Manifest:
     simd: str
     cuda: str
     seconds: float
-    # Whether it came out of an archive, so that it is used whatever compiler is here.
+    # From an archive: any machine that can run it uses it, whatever its compiler.
     is_shipped: bool = False
 
     def __post_init__(self) -> None:
-        """Raises a TypeError for what is of another type than it is here."""
+        """Raises a TypeError for a field of another type."""
         for name in ("library", "sha256", "base_key", "torch", "python", "compiler", "march", "simd", "cuda"):
             _check_type(name, getattr(self, name), str)
         for name in ("flags", "instructions"):
@@ -77,7 +77,7 @@ def _check_type(name: str, value: Any, wanted: type | tuple[type, ...]) -> Any:
 
 
 def native_root() -> Path:
-    """Where the builds lie."""
+    """Returns the directory of the builds; it may not exist."""
     try:
         return cache_root() / "native"
     except RuntimeError as error:
@@ -85,18 +85,18 @@ def native_root() -> Path:
 
 
 def check_private(directory: Path) -> None:
-    """Refuses a directory that someone else could have put a library into."""
+    """Raises a `CacheError` for a directory that another user could write to."""
     info = os.lstat(directory)
     if not stat.S_ISDIR(info.st_mode):
         raise CacheError(f"{directory} is not a directory")
     if (reason := find_stranger(directory, follow_links=False)) is not None:
-        # Who owns it alone can change it.
+        # Only its owner can change the mode of a directory.
         advice = "" if "belongs" in reason else "chmod go-w it, or "
         raise CacheError(f"{directory} {reason}; {advice}set LIGHTKIT_CACHE_DIR{'' if advice else ' to one of yours'}")
 
 
 def make_root() -> Path:
-    """The directory of the builds, made if need be and checked."""
+    """Makes and checks the directory of the builds; returns it."""
     directory = native_root()
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -111,9 +111,9 @@ def make_root() -> Path:
 def find() -> Path | None:
     """Returns the intact library to load here, or None.
 
-    It is the one that the compiler here would make, else one that came out of an archive; without a compiler (an image
-    that was built elsewhere) anyone's will do. Of several that the processor can run, that with the most instructions
-    is chosen.
+    It is the build of this machine's compiler, else one from an archive. Without a compiler, such as in an image that
+    was built elsewhere, it may be any build. Of several that the processor can run, it is the one with the most
+    instructions.
     """
     directory = native_root()
     compiler = toolchain.find_compiler()
@@ -141,21 +141,21 @@ def find() -> Path | None:
 
 
 def check_processor(manifest: Manifest) -> None:
-    """Raises a `CacheError` for instructions that this processor lacks: the first would end the process."""
+    """Raises a `CacheError` for a build whose instructions this processor lacks: the first would end the process."""
     if missing := target.missing_instructions(manifest.instructions):
         raise CacheError(f"the library is for {manifest.march}, and this processor lacks {', '.join(missing)}")
 
 
 def build_directory(compiler: tuple[str, ...]) -> Path:
-    """Where the library that this compiler makes belongs."""
+    """Returns the directory of the build that a compiler makes."""
     root = native_root()
-    made = target.resolve(compiler, root)
-    key = target.digest(*target.compiler_identity(), made.march, made.simd, *made.instructions)
+    built_for = target.resolve(compiler, root)
+    key = target.digest(*target.compiler_identity(), built_for.march, built_for.simd, *built_for.instructions)
     return root / f"{target.base_key()}-{key}"
 
 
 def read_manifest(build: Path) -> Manifest | None:
-    """The manifest of a build, or None if there is none that can be read."""
+    """Returns the manifest of a build, or None if it cannot be read."""
     try:
         return Manifest(**json.loads((build / MANIFEST).read_text()))
     except (OSError, ValueError, TypeError, RecursionError):
@@ -163,7 +163,11 @@ def read_manifest(build: Path) -> Manifest | None:
 
 
 def intact_library(build: Path) -> Path | None:
-    """The library of a build, if it is what its manifest says and nobody else could have put it there."""
+    """Returns the library of a build, or None unless it is the one of the manifest.
+
+    Raises:
+        CacheError: another user could write to the build.
+    """
     manifest = read_manifest(build)
     if manifest is None:
         return None
@@ -172,7 +176,7 @@ def intact_library(build: Path) -> Path | None:
         library = build / Path(manifest.library).name
         data = library.read_bytes()
     except (OSError, TypeError, ValueError):
-        # The manifest is JSON of the right keys, but what it names is no file.
+        # The manifest is valid, except that its library is no file.
         return None
     if len(data) != manifest.size or hashlib.sha256(data).hexdigest() != manifest.sha256:
         return None
@@ -180,7 +184,7 @@ def intact_library(build: Path) -> Path | None:
 
 
 def sha256_of(file: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal digits."""
+    """Returns the SHA-256 of a file in hexadecimal digits."""
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
@@ -190,14 +194,14 @@ def _wait_for(lock: TextIO, check: Callable[[], None]) -> None:
             return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             check()
-            time.sleep(_LOOKED_AGAIN)
+            time.sleep(_RETRY_INTERVAL)
 
 
 @contextmanager
 def builder_lock(directory: Path, check: Callable[[], None] = lambda: None) -> Iterator[int]:
-    """Held by the one process that builds; gives its descriptor. It goes with the last process that has that open.
+    """Holds the lock of the builder; yields its descriptor, which keeps the lock in every process that has it open.
 
-    `check` is called again and again while another process holds it, and may raise.
+    `check` is called repeatedly while another process holds the lock, and may raise.
     """
     with open(directory / "build.lock", "a") as lock:
         try:
@@ -208,13 +212,13 @@ def builder_lock(directory: Path, check: Callable[[], None] = lambda: None) -> I
         try:
             yield lock.fileno()
         finally:
-            # Not left to the closing of the file, which a process forked meanwhile has, too.
+            # Not left to the close of the file, which a forked process has open, too.
             fcntl.flock(lock, fcntl.LOCK_UN)
 
 
 @contextmanager
 def work_directory(directory: Path) -> Iterator[Path]:
-    """A directory to build in. Call with the lock held: what dead builders left is swept out first."""
+    """Yields a directory to build in, and removes the files of dead builders first. The caller holds the lock."""
     for leftover in directory.glob("tmp-*"):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
@@ -228,7 +232,7 @@ def work_directory(directory: Path) -> Iterator[Path]:
 
 
 def publish(work: Path, library: Path, manifest: dict, place: Path) -> Path:
-    """Makes what was built in ``work`` the build at ``place``, all at once; returns its library."""
+    """Publishes the files in ``work`` as the build at ``place``, atomically; returns its library."""
     complete = Manifest(library=library.name, size=library.stat().st_size, sha256=sha256_of(library), **manifest)
     final = work / "publish"
     final.mkdir(mode=0o700)
@@ -238,7 +242,7 @@ def publish(work: Path, library: Path, manifest: dict, place: Path) -> Path:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
     if place.exists():
-        # Damaged, or it would have been used. Another process may be reading it: away by rename, too.
+        # A damaged build, else it would have been used. Another process may read it, so it is moved away by a rename.
         place.rename(work / f"damaged-{time.time_ns()}")
     final.rename(place)
     return place / library.name

@@ -1,4 +1,4 @@
-"""How far a build is, told on standard error: a line that moves on a terminal, else one line at the start."""
+"""The progress of a build on standard error: a line that moves on a terminal, else one line at the start."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _WIDTH = 24
 
 @dataclass
 class Progress:
-    """The units done of those to compile, since when."""
+    """The compiled units of a build."""
 
     done: int = 0
     total: int = 0
     started: float = field(default_factory=time.monotonic)
-    # What it took, once it is done.
+    # The duration, after the build has finished.
     seconds: float | None = None
 
     def __str__(self) -> str:
@@ -28,14 +28,14 @@ class Progress:
 
     @property
     def left(self) -> float | None:
-        """The seconds left, if units take as long as those before; None before the first is done."""
+        """The estimated seconds left, from the mean time of the finished units; None before the first."""
         if not 0 < self.done < self.total:
             return None
         return (time.monotonic() - self.started) * (self.total - self.done) / self.done
 
 
 class ProgressLine:
-    """Draws a progress on a terminal, in one line that begins with `text`; elsewhere it prints the text alone."""
+    """Draws progress on a terminal, in one line that begins with `text`; elsewhere it prints `text` once."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -44,7 +44,7 @@ class ProgressLine:
         print(text, file=sys.stderr, end="" if self._on_terminal else "\n", flush=True)
 
     def draw(self, progress: Progress) -> None:
-        """Puts the line in place of the one before."""
+        """Redraws the line."""
         if self._on_terminal:
             line = f"{self._text} {progress}"
             print(f"\r{line:<{self._drawn}}", file=sys.stderr, end="", flush=True)

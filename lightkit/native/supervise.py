@@ -1,8 +1,8 @@
-"""Runs a command until it ends or whoever started this process does.
+"""Runs a command until the command or the parent process ends.
 
-Called as ``supervise.py DIRECTORY COMMAND...``. Its standard input is a pipe of the process that it works for. The pipe
-closes when that process ends, however it does; then the command is terminated, and DIRECTORY, which it works in, is
-removed. It imports little, to start soon.
+Usage: ``supervise.py DIRECTORY COMMAND...``. Its standard input is a pipe from the parent process. The pipe closes when
+the parent ends for any reason; then this process terminates the command, and removes DIRECTORY, in which the command
+works. It imports little, to start fast.
 """
 
 import os
@@ -14,14 +14,14 @@ import sys
 
 
 def main() -> int:
-    """Returns the command's exit status."""
+    """Runs the command; returns its exit status."""
     directory, *command = sys.argv[1:]
-    # Its own death is noticed without asking again and again: the kernel writes into a pipe at SIGCHLD.
+    # Notices the end of the command without polling: at SIGCHLD the interpreter writes into a pipe.
     ended, wakeup = os.pipe()
     os.set_blocking(wakeup, False)
     signal.set_wakeup_fd(wakeup)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    # Terminated, not killed: ninja then ends its compilers, too.
+    # A terminated ninja ends its compilers, too; a killed one does not.
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: process.terminate())

@@ -1,4 +1,4 @@
-"""What a build is for: the instructions that it uses, the torch and the Python that it is loaded by, its sources."""
+"""The target of a build: its instructions, its torch and Python, and its sources."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ import torch
 
 from . import toolchain
 
-# What LIGHTKIT_MARCH may name: this machine's processor, or a level that many have.
+# The values of LIGHTKIT_MARCH: this machine's processor, or a level of x86-64.
 MARCHES = ("native", "x86-64-v3", "x86-64-v4")
 
-# The macros that a compiler defines for what the widest paths of at::vec need.
+# The compiler's macros of the instructions that the widest paths of at::vec need.
 _AVX512_MACROS = {"AVX512F", "AVX512BW", "AVX512DQ", "AVX512VL", "FMA"}
 _AVX2_MACROS = {"AVX2", "FMA", "F16C"}
 
-# Instructions that a compiler emits only where a program names them, as lightkit does not. Virtual machines hide some.
+# Instructions that a compiler emits only if a program names them, as lightkit does not. Virtual machines hide some.
 _NEVER_EMITTED = set(
     "CLDEMOTE CLFLUSHOPT CLWB CLZERO ENQCMD FSGSBASE FXSR HRESET INVPCID KL MOVDIRI MOVDIR64B MWAITX PCONFIG PKU "
     "PREFETCHWT1 PREFETCHI PTWRITE RDPID RDRND RDSEED RTM SERIALIZE SGX SHSTK TSXLDTRK UINTR WAITPKG WBNOINVD WIDEKL "
     "XSAVE XSAVEC XSAVEOPT XSAVES AES VAES SHA AMX_TILE AMX_INT8 AMX_BF16 AMX_FP16 PRFCHW ABM".split()
 )
 
-# Names in /proc/cpuinfo that are not the macro's in lower case.
+# Names in /proc/cpuinfo that differ from the macro in lower case.
 _CPUINFO_NAMES = {
     **{"SSE3": "pni", "BMI": "bmi1", "LZCNT": "abm", "CRC32": "sse4_2", "LAHF_SAHF": "lahf_lm", "PCLMUL": "pclmulqdq"},
     **{"AVX512VNNI": "avx512_vnni", "AVX512BF16": "avx512_bf16", "AVX512FP16": "avx512_fp16"},
@@ -43,7 +43,7 @@ _CPUINFO_NAMES = {
 
 @dataclass(frozen=True)
 class Target:
-    """What a compiler makes of ``LIGHTKIT_MARCH``: instructions as /proc/cpuinfo names them, and at::vec's level."""
+    """A compiler's reading of ``LIGHTKIT_MARCH``: instructions, named as in /proc/cpuinfo, and at::vec's level."""
 
     march: str
     instructions: tuple[str, ...]
@@ -51,13 +51,17 @@ class Target:
 
     @property
     def flags(self) -> list[str]:
-        """The compiler's flags for it."""
+        """The compiler's flags for this target."""
         level = [f"-DCPU_CAPABILITY_{self.simd}"] if self.simd != "DEFAULT" else []
         return [_march_flag(self.march), f"-DCPU_CAPABILITY={self.simd}", *level]
 
 
 def march() -> str:
-    """Returns the value of ``LIGHTKIT_MARCH``; raises a `ToolchainError` for one that there is not."""
+    """Returns the value of ``LIGHTKIT_MARCH``.
+
+    Raises:
+        ToolchainError: the value is unknown, or is not for this machine.
+    """
     value = os.environ.get("LIGHTKIT_MARCH", "native")
     if value not in MARCHES:
         raise toolchain.ToolchainError(f"LIGHTKIT_MARCH must be one of {', '.join(MARCHES)}, got {value!r}")
@@ -73,7 +77,7 @@ def _is_x86() -> bool:
 
 
 def _march_flag(name: str) -> str:
-    # Clang on Apple's ARM knows the machine by -mcpu.
+    # Clang on Apple's ARM takes -mcpu.
     return f"-mcpu={name}" if platform.machine() in ("arm64", "aarch64") else f"-march={name}"
 
 
@@ -82,7 +86,7 @@ def processor() -> frozenset[str]:
     """Returns the instructions of this machine's processor, as /proc/cpuinfo names them."""
     try:
         with open("/proc/cpuinfo") as file:
-            # The first processor's: the others' are the same, and a large machine has hundreds.
+            # The first processor's line: all are the same, and a large machine has hundreds.
             line = next((line for line in file if line.startswith(("flags", "Features"))), "")
     except OSError:
         line = f":{platform.machine()} {platform.processor()}"
@@ -95,14 +99,14 @@ def missing_instructions(wanted: list[str] | tuple[str, ...]) -> list[str]:
 
 
 def resolve(compiler: tuple[str, ...], directory: Path) -> Target:
-    """Asks the compiler what it makes of ``LIGHTKIT_MARCH`` here, or reads what it said from a file in ``directory``.
+    """Asks the compiler for its target of ``LIGHTKIT_MARCH``, or reads its earlier answer from a file in ``directory``.
 
-    The key of a build holds this, not what the processor has besides: machines on which the compiler does the same
-    share a build.
+    The key of a build holds the target, not all instructions of the processor: machines with the same target share a
+    build.
     """
     chosen = march()
-    asked_of = (*compiler_identity(), chosen, *(sorted(processor()) if chosen == "native" else ()))
-    file = directory / f"target-{digest(*asked_of)}.json"
+    question = (*compiler_identity(), chosen, *(sorted(processor()) if chosen == "native" else ()))
+    file = directory / f"target-{digest(*question)}.json"
     try:
         known = json.loads(file.read_text())
         return Target(known["march"], tuple(known["instructions"]), known["simd"])
@@ -133,12 +137,12 @@ def _remember(found: Target, file: Path) -> None:
             json.dump(asdict(found), new)
         os.replace(name, file)
     except OSError:
-        # It is asked again next time.
+        # The compiler is asked again next time.
         pass
 
 
 def digest(*parts: str | bytes) -> str:
-    """Returns 16 hexadecimal digits that stand for the parts."""
+    """Returns 16 hexadecimal digits of a hash of the parts."""
     hashed = hashlib.sha256()
     for part in parts:
         data = part.encode() if isinstance(part, str) else part
@@ -147,20 +151,21 @@ def digest(*parts: str | bytes) -> str:
 
 
 def torch_build() -> str:
-    """Returns what the installed torch says of itself."""
+    """Returns version, commit and CUDA version of the installed torch."""
     return f"{torch.__version__} {torch.version.git_version} {torch.version.cuda}"
 
 
 def python_abi() -> str:
-    """Returns what extensions of this Python are named for."""
+    """Returns the ABI tag of this Python's extensions."""
     return str(sysconfig.get_config_var("SOABI"))
 
 
 @cache
 def base_key() -> str:
-    """Digests what a build depends on besides processor and compiler: sources, flags, torch, Python, CUDA."""
+    """Returns a digest of sources, flags, torch, Python and CUDA: all that a build depends on, except its target."""
     contents: list[str | bytes] = []
-    for path in sorted(path for path in toolchain.SOURCE_DIR.rglob("*") if path.is_file()):
+    sources = (path for path in toolchain.SOURCE_DIR.rglob("*") if path.is_file() and path.suffix != ".md")
+    for path in sorted(sources):
         contents += [str(path.relative_to(toolchain.SOURCE_DIR)), path.read_bytes()]
     architectures = toolchain.cuda_architectures() if torch.version.cuda else ()
     flags = [*toolchain.common_flags(cuda=bool(architectures)), *toolchain.glue_flags(), *toolchain.linked(None)]
@@ -170,7 +175,7 @@ def base_key() -> str:
 
 @cache
 def compiler_identity() -> tuple[str, ...]:
-    """Identifies the compilers by their files, without running them; empty where there is no C++ compiler."""
+    """Identifies the compilers by their files, and does not run them; empty without a C++ compiler."""
     compiler = toolchain.find_compiler()
     if compiler is None:
         return ()

@@ -1,4 +1,4 @@
-"""Which compilers this machine has, and the flags that fit the installed torch."""
+"""The compilers of this machine, and the flags that fit the installed torch."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ import torch
 SOURCE_DIR = Path(__file__).resolve().parent.parent / "csrc"
 MODULE_NAME = "_lightkit_native"
 
-# What kernels are compiled for where no GPU can be asked: Ampere and Hopper.
+# The architectures of CUDA kernels if no GPU can be asked: Ampere and Hopper.
 DEFAULT_CUDA_ARCHITECTURES = ("80", "90")
 
-# Of every .cu file, besides the architectures.
+# The flags of every .cu file, without the architectures.
 CUDA_FLAGS = ("-std=c++17", "-O3", "-lineinfo", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC")
 
-# The units that take longer than others to compile, the slowest first: two cores then end at about the same time.
+# The units that take longest to compile, the slowest first, so that two cores finish at about the same time.
 _SLOWEST_UNITS = (
-    *("ops/common", "bindings.cpp", "kernels/cpu/linear_cross_entropy.cpp"),
-    *("ops/cross_entropy", "ops/layer_chain", "ops/linear_cross_entropy", "ops/optim"),
+    *("ops/common", "kernels/cpu/layer_chain", "bindings.cpp", "kernels/cpu/linear_cross_entropy"),
+    *("ops/cross_entropy", "ops/linear_cross_entropy", "ops/layer_chain", "ops/optim"),
 )
 
-# What LIGHTKIT_NATIVE_SANITIZE may name: the sanitizers that work in a library that Python loads.
+# The values of LIGHTKIT_NATIVE_SANITIZE: the sanitizers that work in a library that Python loads.
 _SANITIZERS = ("address", "undefined")
 
 
 class ToolchainError(RuntimeError):
-    """The native library cannot be built here; the message says what is missing."""
+    """The native library cannot be built; the message says what is missing."""
 
 
 @dataclass(frozen=True)
 class CudaToolchain:
-    """nvcc and what it compiles for."""
+    """nvcc, its architectures, and its directories."""
 
     nvcc: str
     version: str
@@ -53,19 +53,23 @@ def find_compiler() -> tuple[str, ...] | None:
     """Returns the command of the C++ compiler: ``$CXX``, else the first of g++, c++, clang++ on the path."""
     wanted = os.environ.get("CXX")
     candidates = [shlex.split(wanted)] if wanted else [["g++"], ["c++"], ["clang++"]]
-    # More than one word where there is a wrapper, as in CXX="ccache g++".
+    # A wrapper makes a command of several words, such as CXX="ccache g++".
     return next(((found, *rest) for name, *rest in candidates if (found := shutil.which(name))), None)
 
 
 def require_compiler() -> tuple[str, ...]:
-    """The command of the C++ compiler, or a `ToolchainError` that says how to get one that will do."""
+    """Returns the command of the C++ compiler.
+
+    Raises:
+        ToolchainError: there is none, or it does not work with torch; the message says how to get one.
+    """
     compiler = find_compiler()
     if compiler is None:
         wanted = os.environ.get("CXX")
         what = f"the compiler named by CXX ({wanted!r})" if wanted else "a C++ compiler (g++, c++ or clang++)"
         raise ToolchainError(f"{what} was not found on the path; on Debian and Ubuntu: apt-get install g++")
     if platform.system() == "Linux" and "clang" in compiler_version(compiler):
-        # Its OpenMP is that of libomp; torch has loaded g++'s, and two of them fight for the cores.
+        # clang's OpenMP is libomp; torch has loaded g++'s, and the two compete for the cores.
         raise ToolchainError(
             f"{' '.join(compiler)} is clang, whose OpenMP does not work with torch's on Linux; set CXX to a g++"
         )
@@ -73,7 +77,11 @@ def require_compiler() -> tuple[str, ...]:
 
 
 def output(*command: str) -> str:
-    """Returns what a command prints; raises a `ToolchainError` where it fails or prints nothing."""
+    """Returns the output of a command.
+
+    Raises:
+        ToolchainError: the command fails or prints nothing.
+    """
     result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if result.returncode != 0 or not result.stdout:
         said = result.stderr.strip() or result.stdout.strip() or "it said nothing"
@@ -83,15 +91,15 @@ def output(*command: str) -> str:
 
 @cache
 def compiler_version(compiler: tuple[str, ...]) -> str:
-    """The first line the compiler says of itself."""
+    """Returns the first line of a compiler's --version."""
     return output(*compiler, "--version").splitlines()[0]
 
 
 def sanitizers() -> tuple[str, ...]:
     """Returns the sanitizers that ``LIGHTKIT_NATIVE_SANITIZE`` names, separated by commas; none by default.
 
-    For tests of the kernels: what such a build does wrong ends the process with a report. It loads only where
-    the run-time of the sanitizers was loaded before everything else, by ``LD_PRELOAD``.
+    They serve tests of the kernels: an error in such a build ends the process with a report. The library loads only if
+    ``LD_PRELOAD`` has loaded the run-time of the sanitizers.
     """
     named = tuple(name for name in os.environ.get("LIGHTKIT_NATIVE_SANITIZE", "").split(",") if name)
     if unknown := [name for name in named if name not in _SANITIZERS]:
@@ -100,40 +108,40 @@ def sanitizers() -> tuple[str, ...]:
 
 
 def sanitize_flags() -> list[str]:
-    """Flags of every C++ file, and of the link, for the sanitizers that are wanted."""
+    """Returns the sanitizers' flags of every C++ file and of the link."""
     names = sanitizers()
     if not names:
         return []
-    # Without vptr: that check wants the run-time types of torch's classes, which torch keeps to itself.
+    # Without vptr: that check needs the run-time types of torch's classes, which torch does not export.
     flags = [f"-fsanitize={','.join(names)}", "-fno-sanitize-recover=all", "-fno-sanitize=vptr"]
-    # Optimized less than a release, for the time it takes; lines and whole stacks for the report.
+    # -O1 compiles faster; -g1 and frame pointers give lines and whole stacks in a report.
     return [*flags, "-O1", "-g1", "-fno-omit-frame-pointer", "-D_GLIBCXX_ASSERTIONS"]
 
 
 def glue_flags() -> list[str]:
-    """Flags, after those of every C++ file, of units that only call kernels: -O3 would take longer for nothing."""
+    """Returns the additional flags of units that only call kernels: -O3 would compile longer and not run faster."""
     return [] if sanitizers() else ["-O2"]
 
 
 def common_flags(cuda: bool) -> list[str]:
-    """Flags of every C++ file, whatever the processor."""
+    """Returns the flags of every C++ file, for any processor."""
     return [
         *("-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-fopenmp", "-fvisibility=hidden"),
         *sanitize_flags(),
         *(["-DLIGHTKIT_CUDA"] if cuda else []),
         f"-DLIGHTKIT_MODULE={MODULE_NAME}",
-        # Each operation's header declares it alone, and no header of torch's brings all two thousand.
+        # Each op has a header of its own; without this flag torch's headers include all two thousand.
         "-DAT_PER_OPERATOR_HEADERS",
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
     ]
 
 
 def include_flags(cuda: CudaToolchain | None) -> list[str]:
-    """Header directories of torch, Python and, with a toolchain for it, CUDA."""
+    """Returns the flags of the header directories of torch, Python and, with a toolchain, CUDA."""
     python = sysconfig.get_paths()["include"]
     if not (Path(python) / "Python.h").is_file():
         raise ToolchainError(f"Python's headers are not in {python}; on Debian and Ubuntu: apt-get install python3-dev")
-    # Imported where it is needed: it takes longer than to load the library.
+    # Imported late: the import takes longer than to load the library.
     from torch.utils import cpp_extension
 
     paths = [*cpp_extension.include_paths("cpu"), python]
@@ -142,14 +150,13 @@ def include_flags(cuda: CudaToolchain | None) -> list[str]:
 
 
 def linked(cuda: CudaToolchain | None) -> list[str]:
-    """Returns flags and libraries of the shared object, without where they lie.
+    """Returns flags and libraries of the shared object, without their directories.
 
-    OpenMP's run-time is left out on purpose: its symbols come from the one that torch has loaded. A second
-    one would bring a second pool of threads that fights the first for the cores. ``-z now`` makes a symbol
-    that nobody has an error at load time instead of a crash in the first call. C++'s library is named, and first: a
-    compiler that is set up to link it statically would bring a second one, whose streams torch's functions, such as
-    those that print a shape into an error, do not understand and crash on. CUDA's run-time is static: it shares the
-    context that torch's uses.
+    OpenMP's run-time is not linked: its symbols come from the one that torch has loaded. A second one would have a
+    second pool of threads, which competes with the first for the cores. ``-z now`` makes an undefined symbol an error
+    at load time instead of a crash in the first call. C++'s library comes first: a compiler that links it statically
+    would add a second one, and torch's functions, such as those that print a shape into an error, crash on its streams.
+    CUDA's run-time is static; it shares the context of torch's.
     """
     libraries = ["c10", "torch_cpu", "torch", "torch_python"]
     if platform.system() == "Linux":
@@ -161,7 +168,7 @@ def linked(cuda: CudaToolchain | None) -> list[str]:
 
 
 def link_flags(cuda: CudaToolchain | None) -> list[str]:
-    """The same, and the directories of torch's and CUDA's libraries."""
+    """Returns `linked` with the directories of torch's and CUDA's libraries."""
     from torch.utils import cpp_extension
 
     paths = [*cpp_extension.library_paths("cpu"), *(cuda.library_dirs if cuda else ())]
@@ -169,14 +176,14 @@ def link_flags(cuda: CudaToolchain | None) -> list[str]:
 
 
 def find_cuda() -> tuple[CudaToolchain | None, str]:
-    """The CUDA toolchain that fits the installed torch, or None and the reason."""
+    """Returns the CUDA toolchain that fits the installed torch and "", or None and the reason."""
     if torch.version.cuda is None:
         return None, "the installed torch is a CPU build"
     return find_nvcc()
 
 
 def find_nvcc() -> tuple[CudaToolchain | None, str]:
-    """nvcc, whatever torch is installed, or None and the reason."""
+    """Returns nvcc's toolchain and "", also for a CPU build of torch, or None and the reason."""
     nvcc = nvcc_path()
     if nvcc is None:
         return None, "nvcc was not found on the path or under CUDA_HOME"
@@ -184,7 +191,7 @@ def find_nvcc() -> tuple[CudaToolchain | None, str]:
     number = version.partition("release ")[2].partition(",")[0]
     if torch.version.cuda and number.partition(".")[0] != torch.version.cuda.partition(".")[0]:
         return None, f"nvcc is of CUDA {number} but torch was built for CUDA {torch.version.cuda}"
-    # Asked of nvcc itself, which may be a wrapper, or a package without the layout of a toolkit.
+    # nvcc itself tells its directories: it may be a wrapper, or a package without the layout of a toolkit.
     dry_run = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
     include_dirs = re.findall(r'(?:-I|"-isystem" ")([^"\s]+)"', dry_run)
     library_dirs = re.findall(r'"-L([^"\s]+)"', dry_run)
@@ -193,7 +200,7 @@ def find_nvcc() -> tuple[CudaToolchain | None, str]:
 
 
 def nvcc_path() -> str | None:
-    """The path of nvcc: in ``CUDA_HOME``, on the path, or where CUDA installs itself; None without one."""
+    """Returns the path of nvcc: in ``CUDA_HOME``, on the path, or in /usr/local/cuda; None without one."""
     inside = [Path(home) / "bin" / "nvcc" for name in ("CUDA_HOME", "CUDA_PATH") if (home := os.environ.get(name))]
     named = next((str(path) for path in inside if path.exists()), None)
     usual = Path("/usr/local/cuda/bin/nvcc")
@@ -201,7 +208,7 @@ def nvcc_path() -> str | None:
 
 
 def cuda_architectures() -> tuple[str, ...]:
-    """What CUDA kernels are compiled for: what ``TORCH_CUDA_ARCH_LIST`` names, else the GPUs that are there."""
+    """Returns the architectures of CUDA kernels: those of ``TORCH_CUDA_ARCH_LIST``, else of this machine's GPUs."""
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST")
     if listed:
         return tuple(dict.fromkeys(a.replace(".", "").removesuffix("+PTX") for a in listed.replace(";", " ").split()))
@@ -212,13 +219,13 @@ def cuda_architectures() -> tuple[str, ...]:
 
 
 def cuda_compile_flags(toolchain: CudaToolchain) -> list[str]:
-    """Flags of every .cu file."""
+    """Returns the flags of every .cu file."""
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in toolchain.architectures]
     return [*CUDA_FLAGS, *targets]
 
 
 def sources(cuda: bool) -> list[Path]:
-    """The files to compile, in a fixed order; without CUDA those under ``cuda`` and ``*_cuda.cpp`` stay out."""
+    """Returns the files to compile, in a fixed order; without CUDA it leaves out ``*.cu`` and ``*_cuda.cpp``."""
     if not SOURCE_DIR.is_dir():
         raise ToolchainError(f"the kernel sources are not where they belong: {SOURCE_DIR} does not exist")
     found = sorted(path for path in SOURCE_DIR.rglob("*") if path.suffix in (".cpp", ".cu"))
@@ -227,27 +234,27 @@ def sources(cuda: bool) -> list[Path]:
 
 @dataclass(frozen=True)
 class Unit:
-    """What one run of a compiler makes an object of."""
+    """The files that one run of a compiler makes an object of."""
 
     name: str
     files: tuple[Path, ...]
 
     @property
     def is_glue(self) -> bool:
-        """Whether it calls kernels and has no arithmetic of its own."""
+        """True if the unit calls kernels and has no arithmetic of its own."""
         return not self.name.startswith("kernels/")
 
 
 def units(files: list[Path]) -> list[Unit]:
-    """Groups files by what is compiled at a time, the slowest first: a family's folder together, any other file alone.
+    """Groups files into units, the slowest first: a family's folder of C++ files is one unit, any other file is alone.
 
-    Those are short and torch's headers are long: one file more takes some tenths of a second, one unit more two.
+    The files are short and torch's headers are long: one more file takes some tenths of a second, one more unit two.
     """
     grouped: dict[str, list[Path]] = {}
     for path in files:
         place = path.relative_to(SOURCE_DIR)
         is_cuda = is_cuda_source(path)
-        # The folders of families are ops/FAMILY and kernels/cpu/FAMILY.
+        # Families have the folders ops/FAMILY and kernels/cpu/FAMILY.
         if place.parts[0] == "ops" or (not is_cuda and len(place.parts) == 4):
             place = place.parent / "cuda" if is_cuda else place.parent
         grouped.setdefault(place.as_posix(), []).append(path)
@@ -257,5 +264,5 @@ def units(files: list[Path]) -> list[Unit]:
 
 
 def is_cuda_source(path: Path) -> bool:
-    """Whether a source is compiled only where there is CUDA."""
+    """Returns True if a source is compiled only with CUDA."""
     return path.suffix == ".cu" or path.stem.endswith("_cuda")

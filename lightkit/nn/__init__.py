@@ -1,4 +1,4 @@
-"""Modules with the signatures of torch.nn, on lightkit's kernels; losses that torch suffices for are torch's own."""
+"""Modules on lightkit's kernels, with the signatures of torch.nn. Losses that need no kernel are torch's own."""
 
 from torch.nn import BCEWithLogitsLoss, MSELoss
 

@@ -11,18 +11,18 @@ from lightkit.ops import cross_entropy
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """A drop-in for :class:`torch.nn.CrossEntropyLoss` on native kernels: see `lightkit.ops.cross_entropy`.
 
-    Takes the arguments of torch's module, has the same state dict, and is an instance of it.
+    It takes the arguments of torch's module, has the same state dict, and is an instance of it.
 
     Args:
         weight: ``(C)``, a factor for each class.
         size_average: deprecated in torch; see ``reduction``.
-        ignore_index: targets that count for nothing.
+        ignore_index: rows with this target have loss 0, and do not count in the mean.
         reduce: deprecated in torch; see ``reduction``.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
         label_smoothing: between 0 and 1.
         z_loss: coefficient of the squared log-partition function.
         softcap: bound of the logits; 0 for none.
-        inplace: let the gradient take the memory of the logits.
+        inplace: the gradient takes the memory of the logits.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         self.inplace = inplace
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """The loss of logits ``input`` and class indices or probabilities ``target``."""
+        """Returns the loss of logits ``input`` and class indices or probabilities ``target``."""
         return cross_entropy(
             input,
             target,

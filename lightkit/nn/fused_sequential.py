@@ -1,4 +1,4 @@
-"""A Sequential that runs layers that follow each other as one operation: convolution, ReLU, max-pool, linear."""
+"""A Sequential that runs consecutive convolutions, ReLUs, max-pools and linear layers as one operation."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from lightkit._util.originals import Originals
-from lightkit.ops.layer_chain import ChainLayer, is_autocast, is_faster, layer_chain
+from lightkit.ops._dispatch import is_autocast
+from lightkit.ops.layer_chain import ChainLayer, is_faster, layer_chain
 
 _LAYERS = ("Sequential", "Conv2d", "ReLU", "MaxPool2d", "Flatten", "Linear")
 
-# What torch's layers call and the operation leaves out.
+# The functions of torch that the layers call and the operation does not.
 _ORIGINALS = Originals(
     (torch,),
     nn,
@@ -29,26 +30,26 @@ _ORIGINALS = Originals(
 class FusedSequential(nn.Sequential):
     """A drop-in for :class:`torch.nn.Sequential`, of the same layers and with the same state dict.
 
-    Convolutions that a ReLU follows, with or without a max-pool after that, and the linear layers behind them are run
-    as one operation, `lightkit.ops.layer_chain`, which gives the same but for rounding. That is not so, and the layers
-    run one by one, where one of them has a hook, which would not be called, is a subclass or parametrized, has settings
-    that the operation does not know (stride, dilation, groups, another pool than 2x2), or is faster in torch. What a
-    Sequential within this one has is run as if it stood here, unless that has a hook. torch.jit.trace and devices other
-    than a CPU see torch's layers; torch.jit.script cannot compile it. Where somebody patches ``forward`` of torch's
-    classes, or a function that they call, such as ``torch.nn.functional.conv2d``, the layers run one by one, and so
-    they do for an input that the operation refuses: errors are those of torch's layers.
+    `lightkit.ops.layer_chain` runs convolutions with a ReLU, with or without a max-pool behind it, and the linear
+    layers behind them, as one operation, with the same result except for rounding. The layers run one by one if one of
+    them has a hook, which would not be called, is a subclass or parametrized, has settings that the operation does not
+    support (stride, dilation, groups, a pool other than 2x2), or is faster in torch. The layers of a nested Sequential
+    run as if they were layers of this one, unless the nested one has a hook. torch.jit.trace and devices other than a
+    CPU see torch's layers; torch.jit.script cannot compile the module. The layers run one by one, too, if ``forward``
+    of torch's classes or a function that they call, such as ``torch.nn.functional.conv2d``, is patched, and for an
+    input that the operation rejects: errors are those of torch's layers.
 
-    The result has the memory format of the input, as do the inputs of layers to which it may matter: code that takes a
-    ``view`` works as before, and dropout draws as before.
+    The result has the memory format of the input, and so have the inputs of layers that may depend on it: code that
+    calls ``view`` works as with torch's layers, and dropout draws the same numbers.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """What the layers make of the input, one after the other."""
+        """Returns the output of the layers."""
         return run_fused(self._modules.values(), input)
 
 
 def run_fused(layers: Iterable[nn.Module], input: Tensor) -> Tensor:
-    """What layers make of the input, one after the other, as `FusedSequential` runs them."""
+    """Runs layers as `FusedSequential` does; returns their output."""
     if _are_all_hooked() or not (torch.compiler.is_compiling() or _ORIGINALS.are_in_place()) or _is_traced():
         for layer in layers:
             input = layer(input)
@@ -62,10 +63,10 @@ def run_fused(layers: Iterable[nn.Module], input: Tensor) -> Tensor:
                 x, reordered, index = layer_chain(x, chain), chain[-1].weight.dim() == 4, end
                 continue
             except ValueError:
-                # For shapes that do not fit torch has errors of other classes.
+                # torch's layers raise other errors for shapes that do not fit.
                 pass
         for layer in runs[index]:
-            if reordered and _minds_order(layer):
+            if reordered and _depends_on_memory_format(layer):
                 x, reordered = _ordered_as(x, input), False
             x = layer(x)
         index += 1
@@ -73,10 +74,10 @@ def run_fused(layers: Iterable[nn.Module], input: Tensor) -> Tensor:
 
 
 class FusedCall:
-    """Stands for the call of a Sequential, and runs its layers as `FusedSequential` does.
+    """Replaces the call of a Sequential, and runs its layers as `FusedSequential` does.
 
-    It lies where torch keeps what a compiled module calls. Of all places this one is seen least: class and ``forward``
-    stay torch's, copies and pickles do not have it, and neither torch.compile, torch.export nor torch.jit look there.
+    It takes the attribute in which torch keeps the compiled call of a module. That leaves class and ``forward``
+    torch's, copies and pickles do not contain it, and torch.compile, torch.export and torch.jit do not look there.
 
     Args:
         module: one that `can_fuse`, and is not compiled.
@@ -87,7 +88,7 @@ class FusedCall:
         module._compiled_call_impl = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns what calling the module returns."""
+        """Calls the module; returns its output."""
         module = self._module()
         is_plain = len(args) == 1 and not kwargs and _is_plain(module) and _ORIGINALS.are_in_place()
         if not is_plain or _is_traced():
@@ -95,14 +96,14 @@ class FusedCall:
         return run_fused(module._modules.values(), args[0])
 
     def undo(self) -> None:
-        """Makes the call torch's again, unless the module was compiled meanwhile."""
+        """Restores torch's call, unless the module was compiled since."""
         module = self._module()
         if module is not None and vars(module).get("_compiled_call_impl") is self:
             del module._compiled_call_impl
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Returns True if a `FusedCall` stands for the call of a module."""
+    """Returns True if a `FusedCall` replaces the call of a module."""
     return isinstance(vars(module).get("_compiled_call_impl"), FusedCall)
 
 
@@ -112,17 +113,17 @@ def can_fuse(layers: nn.Sequential) -> bool:
 
 
 def _chain(runs: list[list[nn.Module]], begin: int, x: Tensor) -> tuple[list[ChainLayer], int]:
-    """What is run as one operation from a run on, and the run after it.
+    """Returns the layers of one operation from run ``begin`` on, and the index of the run after them.
 
-    It begins with a convolution: linear layers on their own are faster in torch.
+    A chain begins with a convolution: linear layers alone are faster in torch.
     """
     chain: list[ChainLayer] = []
-    # Layers may hand on anything, such as tuples.
+    # Layers may return any object, such as a tuple.
     if not isinstance(x, Tensor) or not x.is_cpu or x.dim() != 4:
         return chain, begin
     end = begin
     dtype = torch.get_autocast_dtype(x.device.type) if is_autocast(x) else x.dtype
-    # Height and width of the next layer's input, or () of a linear layer.
+    # Height and width of the next layer's input; () for a linear layer.
     size: tuple[int, ...] = tuple(x.shape[2:])
     for index in range(begin, len(runs)):
         run = runs[index]
@@ -151,12 +152,12 @@ def _chain(runs: list[list[nn.Module]], begin: int, x: Tensor) -> tuple[list[Cha
 
 
 def _parameters(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
-    # Not by the names, which a module looks up in several dicts.
+    # Not as attributes, which a module looks up in several dicts.
     return layer._parameters["weight"], layer._parameters["bias"]
 
 
 def _unnested(layers: Iterable[nn.Module]) -> Iterator[nn.Module]:
-    """The layers, and in place of a Sequential its own."""
+    """Yields the layers, and in place of a Sequential its layers."""
     for layer in layers:
         if type(layer) in (nn.Sequential, FusedSequential) and _is_plain(layer):
             yield from _unnested(layer._modules.values())
@@ -165,7 +166,7 @@ def _unnested(layers: Iterable[nn.Module]) -> Iterator[nn.Module]:
 
 
 def _ordered_as(x: Tensor, input: Tensor) -> Tensor:
-    """In the memory format of the input: the fused operation's results, and what torch makes of them, have another."""
+    """Returns ``x`` in the memory format of ``input``: the output of the fused operation is channels-last."""
     if not isinstance(x, Tensor):
         return x
     channels_last = (
@@ -177,10 +178,10 @@ def _ordered_as(x: Tensor, input: Tensor) -> Tensor:
 
 
 def _runs(layers: Iterable[nn.Module]) -> Iterator[list[nn.Module]]:
-    """The layers in order, those together that are one layer of a chain."""
+    """Yields the layers in order, in lists of those that make one layer of a chain."""
     run: list[nn.Module] = []
     for layer in layers:
-        # What a ReLU or a pool belongs to is the run before.
+        # A ReLU or a pool belongs to the run before it.
         if len(run) == 1 and _is_relu(layer) and (_is_convolution(run[0]) or _is_linear(run[0])):
             run.append(layer)
         elif len(run) == 2 and type(run[0]) is nn.Conv2d and _is_pool(layer):
@@ -219,22 +220,22 @@ def _is_plain(layer: nn.Module) -> bool:
 
 
 def _has_parameters(layer: nn.Module) -> bool:
-    """Whether weight and bias are parameters, and not buffers, or what pruning computes."""
+    """Returns True if weight and bias are parameters, not buffers or tensors that pruning computes."""
     parameters = layer._parameters
     return parameters.get("weight") is not None and "bias" in parameters
 
 
-def _minds_order(layer: nn.Module) -> bool:
-    """Whether the order of its input in memory may change what a layer does, or whom it calls."""
-    # Random numbers are drawn in the order in memory.
+def _depends_on_memory_format(layer: nn.Module) -> bool:
+    """Returns True if a layer may depend on the memory format of its input."""
+    # Random numbers are drawn in the order of the memory.
     draws = isinstance(layer, (nn.modules.dropout._DropoutNd, nn.RReLU))
-    # Of a tuple nobody knows what to reorder afterwards.
+    # `_ordered_as` does not reorder the tensors of a tuple.
     gives_tuple = getattr(layer, "return_indices", False)
     is_torchs = type(layer).__module__.startswith("torch.nn.") and not layer._modules and _is_plain(layer)
     return draws or gives_tuple or not is_torchs
 
 
-# Not isinstance: a subclass may do anything.
+# These compare types, not isinstance: a subclass may do anything.
 
 
 def _is_convolution(layer: nn.Module) -> bool:

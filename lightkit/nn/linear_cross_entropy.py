@@ -1,4 +1,4 @@
-"""The cross-entropy loss of a linear layer, as a module that holds the layer."""
+"""A module of a linear layer and its cross-entropy loss."""
 
 from __future__ import annotations
 
@@ -10,32 +10,33 @@ from torch import Tensor, nn
 
 from lightkit.errors import ArgumentError
 from lightkit.ops import linear_cross_entropy
-from lightkit.ops.linear_cross_entropy import MEMORY_LIMIT
+from lightkit.ops._thresholds import MEMORY_LIMIT
 
 
 class LinearCrossEntropyLoss(nn.Module):
     """A linear layer and its cross-entropy loss without the logits: see `lightkit.ops.linear_cross_entropy`.
 
-    Takes the arguments of ``torch.nn.LinearCrossEntropyLoss`` (torch 2.13 and later), and has the same state dict: the
-    layer is ``linear``. A model that has the layer for itself, or shares its weight with an embedding, calls the
-    function instead.
+    It takes the arguments of ``torch.nn.LinearCrossEntropyLoss`` (torch 2.13 and later), and has the same state dict:
+    the layer is ``linear``. A model that owns the layer, or shares its weight with an embedding, calls the function
+    instead.
 
     Args:
         in_features: size of a hidden state.
         num_classes: number of classes.
-        out_features: sizes of a loss for each hidden state, for each of which there is one; ``()`` for a single one.
-            The logits of several exist as a whole.
-        bias: whether the layer has a bias.
+        out_features: the shape of the losses of one hidden state; ``()`` for a single loss. With several, all logits
+            are in memory.
+        bias: the layer has a bias.
         device: of the parameters.
         dtype: of the parameters.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
         weight: ``(num_classes)``, a factor for each class.
-        ignore_index: targets that count for nothing. Default: -100. Not with class probabilities.
+        ignore_index: rows with this target have loss 0, and do not count in the mean. Default: -100. Not with class
+            probabilities.
         label_smoothing: between 0 and 1.
-        options: accepted as torch's, whose choice of chunks it is: here there is ``memory_limit``.
+        options: ignored; it is torch's choice of chunks, whose counterpart here is ``memory_limit``.
         z_loss: coefficient of the squared log-partition function.
         softcap: bound of the logits; 0 for none.
-        memory_limit: bytes for logits and what becomes of them.
+        memory_limit: bytes beyond inputs and results.
 
     Shape:
         input ``(..., in_features)`` and target ``(...)`` -> ``()``, or ``(...)`` with ``reduction="none"``. With
@@ -103,5 +104,5 @@ class LinearCrossEntropyLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """Returns what the children do not say."""
+        """Returns the settings that the children do not show."""
         return f"reduction={self.reduction}, ignore_index={self.ignore_index}, label_smoothing={self.label_smoothing}"

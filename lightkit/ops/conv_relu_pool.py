@@ -1,4 +1,4 @@
-"""Convolution, bias, ReLU and max-pool as one operation that stores only what the pool lets through."""
+"""Convolution, bias, ReLU and max-pool as one operation, which stores nothing before the pool."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightkit.errors import ArgumentError
-from lightkit.ops.layer_chain import has_kernel, is_autocast, is_faster
+from lightkit.ops._dispatch import is_autocast
+from lightkit.ops.layer_chain import has_kernel, is_faster
 
 
 def conv_relu_pool(
@@ -19,22 +20,22 @@ def conv_relu_pool(
     padding: int | tuple[int, int] = 0,
     pool: bool = True,
 ) -> Tensor:
-    """``max_pool2d(relu(conv2d(input, weight, bias, padding=padding)), 2)`` on a native CPU kernel.
+    """Computes ``max_pool2d(relu(conv2d(input, weight, bias, padding=padding)), 2)`` on a native CPU kernel.
 
-    It is a chain of one layer: see `lightkit.ops.layer_chain`. `conv_relu_pool_reference` does the work where the
-    kernel does not apply, and where torch is the faster one: without a pool for 1x1 kernels and all but small images
-    and weights, and in bfloat16, on a processor that multiplies it, for all but small layers.
+    It is a chain of one layer: see `lightkit.ops.layer_chain`. `conv_relu_pool_reference` takes calls that the kernel
+    does not, and layers that are faster in torch: without a pool, 1x1 kernels and all except small images and weights;
+    in bfloat16, on a processor that multiplies it, all except small layers.
 
     Args:
-        input: ``(N, C, H, W)``, floating point. Read without a copy where it is ``torch.channels_last``.
+        input: ``(N, C, H, W)``, floating point. It is read without a copy if it is ``torch.channels_last``.
         weight: ``(C_out, C, KH, KW)``, of the dtype of ``input``.
         bias: ``(C_out)`` of that dtype, or None.
-        padding: zeros on each side, for rows and columns or both.
-        pool: whether the pool follows.
+        padding: zeros on each side: of rows and columns, or one number for both.
+        pool: the pool follows.
 
     Returns:
-        ``(N, C_out, H', W')`` with ``H' = H + 2 padding - KH + 1``, halved (rounded down) by the pool. Its memory
-        format is ``torch.channels_last``, whatever that of ``input``, where the kernel did the work.
+        ``(N, C_out, H', W')`` with ``H' = H + 2 padding - KH + 1``, halved (rounded down) by the pool. The kernel
+        returns it as ``torch.channels_last``, for any memory format of ``input``.
 
     Raises:
         ArgumentError: shapes that do not fit, a negative padding, or an input too small for kernel and pool.
@@ -49,7 +50,7 @@ def conv_relu_pool(
     tensors = (input, weight) if bias is None else (input, weight, bias)
     if has_kernel(*tensors) and is_faster(math.prod(input.shape[2:]), weight, input.dtype, pool):
         try:
-            # It checks its arguments as `_check` does.
+            # The op checks its arguments as `_check` does.
             return torch.ops.lightkit.conv_relu_pool.default(input, weight, bias, padding, pool)
         except ValueError as error:
             raise ArgumentError(str(error)) from None
@@ -64,7 +65,7 @@ def conv_relu_pool_reference(
     padding: int | tuple[int, int] = 0,
     pool: bool = True,
 ) -> Tensor:
-    """The same function in terms of torch's own, for what the kernel does not cover: see `conv_relu_pool`."""
+    """Computes `conv_relu_pool` in torch's operations, for calls that the kernel does not take."""
     output = F.relu(F.conv2d(input, weight, bias, padding=padding))
     return F.max_pool2d(output, 2) if pool else output
 

@@ -2,21 +2,62 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.nn import Parameter
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightkit import native
-from lightkit._util.compiler import assume_constant_result
 from lightkit.errors import ArgumentError
-
-_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from lightkit.ops._dispatch import REDUCTIONS, check_reduction, is_autocast_device, kernels_apply
 
 
+@overload
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = ...,
+    ignore_index: int = ...,
+    reduction: str = ...,
+    label_smoothing: float = ...,
+    *,
+    z_loss: float = ...,
+    softcap: float = ...,
+    dtype: torch.dtype | None = ...,
+    return_lse: Literal[False] = ...,
+    inplace: bool = ...,
+) -> Tensor: ...
+@overload
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = ...,
+    ignore_index: int = ...,
+    reduction: str = ...,
+    label_smoothing: float = ...,
+    *,
+    z_loss: float = ...,
+    softcap: float = ...,
+    dtype: torch.dtype | None = ...,
+    return_lse: Literal[True],
+    inplace: bool = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = ...,
+    ignore_index: int = ...,
+    reduction: str = ...,
+    label_smoothing: float = ...,
+    *,
+    z_loss: float = ...,
+    softcap: float = ...,
+    dtype: torch.dtype | None = ...,
+    return_lse: bool,
+    inplace: bool = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -31,7 +72,7 @@ def cross_entropy(
     return_lse: bool = False,
     inplace: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""A drop-in for :func:`torch.nn.functional.cross_entropy` on native kernels, with more.
+    r"""Computes cross-entropy on native kernels; a drop-in for :func:`torch.nn.functional.cross_entropy`.
 
     For logits :math:`z`, let :math:`u = c \tanh(z / c)` with a softcap :math:`c`, else :math:`u = z`, and
     :math:`\text{lse} = \log \sum_c e^{u_c}`. With class weights :math:`w`, label smoothing :math:`s` and class
@@ -43,32 +84,32 @@ def cross_entropy(
     and with class probabilities :math:`q` the first two terms are
     :math:`\sum_c w_c ((1 - s) q_c + s / C) (\text{lse} - u_c)`.
 
-    Where a gradient is needed, the forward pass computes it too: the logits are read once and the gradient is
-    written once. Half-precision logits are accumulated in float32. The result does not depend on the number
-    of threads. The loss can be differentiated any number of times.
+    If a gradient is needed, the forward pass computes it, too: it reads the logits once and writes the gradient once.
+    Half-precision logits are accumulated in float32. The result does not depend on the number of threads. The loss
+    can be differentiated any number of times.
 
     Args:
         input: logits of shape ``(C)``, ``(N, C)`` or ``(N, C, d1, ...)``; float32, float64, bfloat16, float16.
         target: class indices of shape ``()``, ``(N)`` or ``(N, d1, ...)``, of any integer type. Or class
             probabilities of the shape of ``input``, floating point.
         weight: ``(C)``, a factor for each class.
-        ignore_index: rows with this target count for nothing and get gradient 0. Negative with probabilities,
-            which name no class.
+        ignore_index: rows with this target have loss 0 and gradient 0, and do not count in the mean. Negative with
+            probabilities, which name no class.
         reduction: ``"none"``, ``"mean"`` (over the weights of the targets; over the rows for probabilities) or
             ``"sum"``.
         label_smoothing: between 0 and 1, see [1]_.
-        z_loss: coefficient of the square of the log-partition function in the loss of each row that is not
-            ignored, see [2]_.
+        z_loss: coefficient of the squared log-partition function in the loss of each row that is not ignored,
+            see [2]_.
         softcap: bound of the logits, see [3]_; 0 for none.
-        dtype: of the loss. Default: that of ``input``, or float32 under autocast, as torch does. With class
-            probabilities it is what the dtypes of ``input``, ``target`` and ``weight`` are promoted to, as in torch,
-            and the loss is computed in it.
-        return_lse: return ``lse`` of each row too, 0 for ignored ones, in float32 (float64 for float64), of the
+        dtype: the dtype of the loss. Default: that of ``input``, or float32 under autocast, as in torch. With class
+            probabilities the default is the promotion of the dtypes of ``input``, ``target`` and ``weight``, as in
+            torch, and the loss is computed in it.
+        return_lse: also returns ``lse`` of each row, 0 for ignored rows, in float32 (float64 for float64), of the
             shape of the unreduced loss. It is not differentiable.
-        inplace: let the gradient take the memory of ``input``, whose values are then lost. Refused while
-            something else holds that memory, such as ``input.detach()`` or the result that ``tanh`` keeps for
-            its backward. Autograd raises an error if the backward of something else needed ``input``. No effect
-            where no gradient is wanted or under torch.compile.
+        inplace: the gradient takes the memory of ``input``, whose values are then lost. It is an error while another
+            tensor holds that memory, such as ``input.detach()`` or the result that ``tanh`` keeps for its backward.
+            Autograd raises an error if another backward needs ``input``. It has no effect without a gradient or
+            under torch.compile.
 
     Returns:
         The loss, or ``(loss, lse)`` with ``return_lse``.
@@ -89,14 +130,13 @@ def cross_entropy(
     if not torch.compiler.is_compiling() and input.numel() > 0 and (module := native.load()) is not None:
         options = (ignore_index, label_smoothing, z_loss, softcap, dtype, return_lse, inplace)
         try:
-            result = module.cross_entropy(input, target, weight, _REDUCTIONS.get(reduction, -1), *options)
+            result = module.cross_entropy(input, target, weight, REDUCTIONS.get(reduction, -1), *options)
         except ValueError as error:
             raise ArgumentError(str(error)) from None
         if result is not NotImplemented:
             return result
-    # From here on, what is not plain tensors and class indices: traced, transformed, wrapped, or wrong.
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(map(repr, _REDUCTIONS))}, got {reduction!r}")
+    # The general path: probabilities, traced, transformed or wrapped tensors, and mistakes.
+    check_reduction(reduction)
     if not input.is_floating_point():
         raise RuntimeError(f"cross_entropy: the logits must be floating point, got {input.dtype}")
     if target.dtype == torch.bool:
@@ -111,7 +151,7 @@ def cross_entropy(
         raise ValueError(f"cross_entropy: softcap must not be negative, got {softcap}")
     if target.is_floating_point():
         input, target, weight = _promoted(input, target, weight)
-    if dtype is None and input.dtype != torch.float64 and _autocast(input.device.type):
+    if dtype is None and input.dtype != torch.float64 and is_autocast_device(input.device.type):
         dtype = torch.float32
     if not has_kernel(input, target, weight):
         return cross_entropy_reference(
@@ -129,12 +169,57 @@ def cross_entropy(
         )
     options = (ignore_index, label_smoothing, z_loss, softcap, dtype, return_lse, inplace)
     try:
-        loss, lse = torch.ops.lightkit.cross_entropy.default(input, target, weight, _REDUCTIONS[reduction], *options)
+        loss, lse = torch.ops.lightkit.cross_entropy.default(input, target, weight, REDUCTIONS[reduction], *options)
     except ValueError as error:
         raise ArgumentError(str(error)) from None
     return (loss, lse) if return_lse else loss
 
 
+@overload
+def cross_entropy_reference(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = ...,
+    ignore_index: int = ...,
+    reduction: str = ...,
+    label_smoothing: float = ...,
+    *,
+    z_loss: float = ...,
+    softcap: float = ...,
+    dtype: torch.dtype | None = ...,
+    return_lse: Literal[False] = ...,
+    inplace: bool = ...,
+) -> Tensor: ...
+@overload
+def cross_entropy_reference(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = ...,
+    ignore_index: int = ...,
+    reduction: str = ...,
+    label_smoothing: float = ...,
+    *,
+    z_loss: float = ...,
+    softcap: float = ...,
+    dtype: torch.dtype | None = ...,
+    return_lse: Literal[True],
+    inplace: bool = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def cross_entropy_reference(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = ...,
+    ignore_index: int = ...,
+    reduction: str = ...,
+    label_smoothing: float = ...,
+    *,
+    z_loss: float = ...,
+    softcap: float = ...,
+    dtype: torch.dtype | None = ...,
+    return_lse: bool,
+    inplace: bool = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def cross_entropy_reference(
     input: Tensor,
     target: Tensor,
@@ -149,9 +234,9 @@ def cross_entropy_reference(
     return_lse: bool = False,
     inplace: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The same function in terms of torch's own, for what the kernels do not cover: see `cross_entropy`.
+    """Computes `cross_entropy` in torch's operations, for calls that the kernels do not take.
 
-    ``inplace`` saves memory and changes no value: it has no effect here.
+    ``inplace`` has no effect here: it saves memory and changes no value.
     """
     if dtype is None and target.is_floating_point():
         input, target, weight = _promoted(input, target, weight)
@@ -185,7 +270,7 @@ def cross_entropy_reference(
 
 
 def _promoted(input: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Returns all three in the dtype that torch's products of them have."""
+    """Returns the three tensors in the dtype that torch promotes them to."""
     common = torch.promote_types(input.dtype, target.dtype)
     if weight is not None:
         common = torch.promote_types(common, weight.dtype)
@@ -193,7 +278,7 @@ def _promoted(input: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Ten
 
 
 def _denominator(lse: Tensor, target: Tensor | None, weight: Tensor | None, ignore_index: int) -> Tensor | int:
-    """What a mean divides by."""
+    """Returns the denominator of a mean."""
     if target is None:
         return lse.numel()
     counted = target != ignore_index
@@ -202,28 +287,13 @@ def _denominator(lse: Tensor, target: Tensor | None, weight: Tensor | None, igno
     return (weight[target.masked_fill(~counted, 0)] * counted).sum()
 
 
-def _autocast(device_type: str) -> bool:
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)
-
-
 def has_kernel(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
-    """Whether the kernels cover this call; if not, `cross_entropy` takes the reference."""
+    """Returns True if the kernels take this call; otherwise `cross_entropy` takes the reference."""
     return (
-        input.dtype in _DTYPES
-        and _native_available(input.device.type)
-        # What a mean, or smoothing, over nothing is, torch decides.
+        kernels_apply(input)
+        # torch decides what a mean, or label smoothing, of nothing is.
         and input.numel() > 0
-        # The kernels know the gradient with respect to the logits alone.
+        # The kernels have the gradient with respect to the logits alone.
         and not target.requires_grad
         and not (weight is not None and weight.requires_grad)
-        # Forward-mode AD and the transforms of torch.func cannot see through an autograd function in C++.
-        and forward_ad._current_level < 0
-        and not torch._C._are_functorch_transforms_active()
-        # DTensor and its like bring a dispatch of their own, which does not know the op.
-        and (type(input) in (Tensor, Parameter) or not is_traceable_wrapper_subclass(input))
     )
-
-
-@assume_constant_result
-def _native_available(device_type: str) -> bool:
-    return native.available(device_type)

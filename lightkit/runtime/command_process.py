@@ -1,8 +1,8 @@
-"""Begins and ends the process of a command: what takes time there and computes nothing is left out.
+"""Begins and ends the process of a command without work that computes nothing.
 
-While modules are imported, Python's cyclic garbage collector walks everything that has been imported so far, again and
-again, and finds nothing to free. At the end the interpreter takes all of it apart, object by object. Together that is
-longer than the training of a small model.
+While modules are imported, Python's cyclic garbage collector walks all objects so far, again and again, and finds
+nothing to free. At the end the interpreter destroys all of them, one by one. Together that takes longer than the
+training of a small model.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from typing import NoReturn
 from lightkit._util import lazy_imports
 from lightkit.errors import ConfigError
 
-# What `open` makes of a file that is written to.
+# The types that `open` returns for a file that is written.
 _WRITERS = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)
 
 # The status with which Python ends when its standard output cannot be written.
 _UNWRITTEN = 120
 
-# Objects that come before the collector looks at them; Python's own default would have it look a hundred times while
-# the report imports what it draws with. What is large, tensors, is freed without the collector.
+# New objects between two collections; with Python's own default the collector would run a hundred times while the
+# report imports its libraries. Tensors, which are large, are freed without the collector.
 _THRESHOLD = 20_000
 
 _collects_later = False
 
 
 def run_as_process(main: Callable[[], int | None]) -> NoReturn:
-    """Runs the entry point of a command in a process that is there for it alone, and ends the process.
+    """Runs the entry point of a command as the only task of this process, and ends the process.
 
     Args:
         main: returns the exit status, or raises SystemExit as `sys.exit` does.
@@ -55,9 +55,9 @@ def run_as_process(main: Callable[[], int | None]) -> NoReturn:
 
 
 def begin_to_collect() -> None:
-    """Ends the time of imports in the process of a command: the collector works from now on, on what comes from now on.
+    """Starts the garbage collector for new objects, after the imports of a command.
 
-    Elsewhere, in a program that imports lightkit, it does nothing.
+    In a program that imports lightkit the function does nothing.
     """
     global _collects_later
     if _collects_later:
@@ -68,9 +68,9 @@ def begin_to_collect() -> None:
 
 
 def _end(status: int) -> NoReturn:
-    """Ends the process as Python does, except that memory is left to the operating system."""
-    # In Python's own order: threads that are waited for, what was registered for the end, what is still to be written.
-    threading._shutdown()
+    """Ends the process as Python does, except that the operating system frees the memory."""
+    # In Python's own order: wait for threads, call the functions registered by `atexit`, write buffered output.
+    threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue] (private; Python calls it at its end)
     atexit._run_exitfuncs()
     gc.unfreeze()
     for file in [found for found in gc.get_objects() if type(found) in _WRITERS]:

@@ -1,9 +1,9 @@
-"""Connections by which the processes of a job notice that one of them is gone, also behind a network that was cut.
+"""Connections by which each process of a job notices that another one is gone, even after a cut of the network.
 
-In a collective a process waits for the others, for half an hour by default. A process that was killed closes its
-connections, which the others notice; from a machine that is cut off nothing comes at all, and torchrun restarts those
-only whose process ends. So each process keeps a connection to that of rank 0 that carries nothing, and which the
-kernels on both ends probe: they answer also while a process computes.
+In a collective a process waits for the others, for half an hour by default. The connections of a killed process close,
+which the others notice. A machine that is cut off sends nothing at all, and torchrun restarts only the machines whose
+processes end. So each process keeps an idle connection to the process of rank 0, which the kernels on both ends probe:
+a kernel answers also while its process computes.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ import threading
 import time
 from typing import Any
 
-# Seconds of silence before the first probe, between probes, and how many go unanswered before a connection is given up.
-# Together 13 seconds: a little less than torchrun takes to give up a node.
+# Seconds of silence before the first probe, seconds between probes, and the number of unanswered probes after which the
+# kernel closes a connection. Together 13 seconds: torchrun gives up a node a little later.
 _IDLE, _INTERVAL, _PROBES = 5, 2, 4
 
-# What a process sends when it has ended as it should.
+# A process that ends as it should sends this byte.
 _DONE = b"."
 
-# Seconds in which a process that is gone, or this one for its sake, may say what went wrong.
+# Seconds for error messages of the lost process, and of this one because of it.
 _GRACE = 1.0
 
-# Seconds for a connection to the process of rank 0, which has said that it waits for it.
+# Seconds for the connection to the process of rank 0, which already listens.
 _CONNECT = 30.0
 
 
 class Keepalive:
-    """The connections of one process; ends the process when another one is gone.
+    """The connections of this process; ends the process when another one is gone.
 
     Args:
-        store: where all processes of the job meet.
+        store: connects all processes of the job.
         rank: of this process.
         host: the address of the process of rank 0.
 
@@ -47,7 +47,7 @@ class Keepalive:
     def __init__(self, store: Any, rank: int, host: str) -> None:
         self._connections: list[socket.socket] = []
         if rank == 0:
-            # Of the family of addresses that the others know it by.
+            # The others connect to `host`: the server needs an address of the same family.
             family = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
             server = socket.create_server(("", 0), family=family)
             token = secrets.token_hex(16)
@@ -69,7 +69,7 @@ class Keepalive:
             try:
                 connection.sendall(_DONE)
             except OSError:
-                # It has ended before this one.
+                # The other process has ended before this one.
                 continue
 
     def _watch_first(self, connection: socket.socket) -> None:
@@ -83,20 +83,20 @@ class Keepalive:
             for key, _ in selector.select():
                 if key.fileobj is server:
                     connection, _ = server.accept()
-                    if (rank := _greeted(connection, token)) is None:
+                    if (rank := _read_rank(connection, token)) is None:
                         connection.close()
                         continue
                     _probe(connection)
                     self._connections.append(connection)
                     selector.register(connection, selectors.EVENT_READ, rank)
-                else:
+                elif isinstance(key.fileobj, socket.socket):
                     selector.unregister(key.fileobj)
                     if not _ended_well(key.fileobj):
                         _give_up(key.data)
 
 
-def _greeted(connection: socket.socket, token: str) -> int | None:
-    """The rank of a process of this job that has connected; None for anything else that found the port."""
+def _read_rank(connection: socket.socket, token: str) -> int | None:
+    """Returns the rank of the process that has connected, or None if it does not belong to this job."""
     connection.settimeout(5.0)
     try:
         with connection.makefile("r") as lines:
@@ -108,16 +108,16 @@ def _greeted(connection: socket.socket, token: str) -> int | None:
 
 
 def _probe(connection: socket.socket) -> None:
-    """Has the kernel find out whether the other end can still be reached."""
+    """Lets the kernel probe whether the other end can be reached."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    # Linux's names; elsewhere the connection notices what is closed, and a network that was cut as late as is usual.
+    # The options exist on Linux. Elsewhere a cut of the network is noticed after the system's own time.
     for name, value in (("TCP_KEEPIDLE", _IDLE), ("TCP_KEEPINTVL", _INTERVAL), ("TCP_KEEPCNT", _PROBES)):
         if hasattr(socket, name):
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _ended_well(connection: socket.socket) -> bool:
-    """Waits for the end of a connection; whether the other process announced it."""
+    """Waits for the end of a connection; returns True if the other process has announced it."""
     try:
         return connection.recv(1) == _DONE
     except OSError:
@@ -131,5 +131,5 @@ def _give_up(rank: int) -> None:
         file=sys.stderr,
         flush=True,
     )
-    # At once: the main thread may be in a collective that nothing wakes it from.
+    # At once: the main thread may wait in a collective for ever.
     os._exit(1)

@@ -1,9 +1,10 @@
-"""Does in a process of its own what deferred imports could break; prints what came of it as JSON.
+"""Does in a process of its own what deferred imports could break; prints what came of it, one line of JSON a way in.
 
-The argument says which of the ways in is taken first: each is another first use of a stand-in.
+The arguments say which ways in are taken first, each in a fork of its own: each is another first use of a stand-in.
 """
 
 import json
+import os
 import sys
 
 from lightkit._util.lazy_imports import defer
@@ -120,9 +121,19 @@ def trains() -> str | None:
 
 WAYS = (compiled, disabled, constant, plot, scipy, profiler, submodule, deterministic)
 
-if __name__ == "__main__":
+
+def probe(first: int) -> dict:
     results = {"imported": imported(), "lightning": pl.__version__, "trains": trains(), "optimizer": optimizer()}
-    first = int(sys.argv[1])
     for way in WAYS[first:] + WAYS[:first]:
         results[way.__name__] = way()
-    print(json.dumps(results))
+    return results
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        if (pid := os.fork()) == 0:
+            print(json.dumps(probe(int(argument))), flush=True)
+            os._exit(0)
+        _, status = os.waitpid(pid, 0)
+        if status != 0:
+            sys.exit(f"the way {argument} has failed")

@@ -7,6 +7,7 @@ import copy
 import lightning.pytorch as pl
 import pytest
 import torch
+from support.trainers import bare_trainer
 from torch.utils.data import DataLoader
 
 from lightkit.checkpoints import AtomicCheckpointIO, load_checkpoint
@@ -31,16 +32,7 @@ class Net(pl.LightningModule):
 
 
 def fit(optimizer, epochs, path=None, checks=()):
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_epochs=epochs,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        callbacks=list(checks),
-        plugins=[AtomicCheckpointIO()],
-    )
+    trainer = bare_trainer(*checks, max_epochs=epochs, plugins=[AtomicCheckpointIO()])
     trainer.fit(Net(optimizer), DataLoader(torch.ones(4, 2), batch_size=2), ckpt_path=path)
     return trainer
 

@@ -14,12 +14,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from hydra._internal.hydra import Hydra
+from support.series import write_wave
 
 import lightkit.app.cli
 import lightkit.app.training
 from lightkit.callbacks import Checkpoint
 from lightkit.checkpoints import load_checkpoint
 from lightkit.train import main
+
+pytestmark = pytest.mark.slow
 
 JOB = [
     *("+experiment=cnn", "logger=csv", "data.batch_size=100", "trainer.max_epochs=2", "trainer.limit_train_batches=3"),
@@ -37,13 +41,17 @@ class Killed(BaseException):
 def train(tmp_path, monkeypatch, capsys):
     """Runs `lightkit.train` in a directory of its own; returns status, standard output, standard error."""
     monkeypatch.chdir(tmp_path)
-    # Both take longer than these jobs to train: drawing the figures, and composing a configuration to know its keys.
+    # The command sets it for its process.
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    # Each takes longer than these jobs to train: drawing the figures, and composing a configuration to know its keys or
+    # its `hydra.mode`, which nobody sets here.
     monkeypatch.setattr(lightkit.app.training.report, "write", lambda *arguments: None)
+    monkeypatch.setattr(Hydra, "get_mode", lambda *arguments, **options: None)
     monkeypatch.setattr(lightkit.app.cli, "check_top_level", lambda *arguments: None)
 
-    def run(*arguments, directory=None, killed=False):
+    def run(*arguments, directory=None, killed=False, job=JOB):
         places = [] if directory is None else [f"hydra.run.dir={directory}"]
-        monkeypatch.setattr(sys, "argv", ["train", *JOB, *places, *arguments])
+        monkeypatch.setattr(sys, "argv", ["train", *job, *places, *arguments])
         capsys.readouterr()
         if killed:
             with pytest.raises(Killed):
@@ -109,6 +117,48 @@ def assert_same(one, other):
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     assert rows(one) == rows(other)
     assert figures(one) == figures(other)
+
+
+QUIET = ["logger=csv", "test=false", "~callbacks.throughput", "trainer.accelerator=cpu", "trainer.max_epochs=2"]
+LANGUAGE_MODEL = [
+    *("+experiment=language_model", "data.path=text.txt", "data.test_share=0.2", "data.validation_share=0.2"),
+    *("model.dim=32", "model.num_layers=1", "data.context=32", "data.batch_size=8", "data.eval_batch_size=64"),
+]
+FORECAST = [
+    *("+experiment=forecast", "data=series", "data.path=wave.csv", "data.column=price", "data.history=12"),
+    *("data.horizon=4", "data.season=12", "model.hidden_size=8"),
+]
+
+
+# An epoch of them has 18, 37 and 4 steps.
+@pytest.mark.parametrize(
+    ("experiment", "stops", "every"),
+    [
+        (["+experiment=cnn", "data.batch_size=200", "scheduler=cosine"], [18, 25], 5),
+        ([*LANGUAGE_MODEL, "trainer.limit_val_batches=2"], [55], 10),
+        (FORECAST, [4], 2),
+    ],
+    ids=["cnn", "language_model", "forecast"],
+)
+def test_resume_is_bit_identical(train, experiment, stops, every):
+    """Stopped after an epoch, or in the middle of one, and resumed: the weights of an uninterrupted run."""
+    Path("text.txt").write_text("the quick brown fox jumps over the lazy dog <&>\n" * 400)
+    write_wave(Path("wave.csv"))
+    job = [*experiment, *QUIET]
+    checkpoints = ["callbacks.checkpoint.monitor=null", f"+callbacks.checkpoint.every_n_train_steps={every}"]
+    assert train(directory="whole", job=job)[0] == 0
+    whole = weights("whole")
+    for stop in stops:
+        # A checkpoint of the end of an epoch needs no setting.
+        settings = [] if stop == 18 else checkpoints
+        assert train(f"trainer.max_steps={stop}", *settings, directory=f"{stop}", job=job)[0] == 0
+        stopped = weights(f"{stop}")
+        resume = f"ckpt_path={stop}/checkpoints/last.ckpt"
+        assert train(resume, directory=f"from_{stop}", job=job)[0] == 0
+        resumed = weights(f"from_{stop}")
+        assert whole.keys() == resumed.keys()
+        assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+        assert not all(torch.equal(whole[key], stopped[key]) for key in whole)
 
 
 def test_last_has_the_same_seed(train):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lightkit import build as build_command
-from lightkit.native import archive, cache, compile, target
+from lightkit.native import archive, builder, cache, target
 
 _LENGTH = struct.Struct("<I")
 
@@ -22,7 +22,7 @@ _LENGTH = struct.Struct("<I")
 def shipped(tiny_sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An archive of a small build, with an empty cache to install it into."""
     file = tmp_path / "lightkit.native"
-    archive.write(compile.build(), file)
+    archive.write(builder.build(), file)
     monkeypatch.setenv("LIGHTKIT_CACHE_DIR", str(tmp_path / "elsewhere"))
     return file
 
@@ -50,7 +50,7 @@ def test_installed_build_is_used(shipped: Path, monkeypatch: pytest.MonkeyPatch,
     library = archive.install(shipped)
     assert library.is_relative_to(cache.native_root())
     assert cache.find() == library
-    assert compile.build() == library
+    assert builder.build() == library
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     forget_keys()
@@ -148,7 +148,7 @@ def test_missing_file_is_an_error_of_one_line(tmp_path: Path) -> None:
     with pytest.raises(archive.ArchiveError, match="cannot be installed: No such file"):
         archive.install(tmp_path / "absent")
     with pytest.raises(archive.ArchiveError, match="cannot be written: No such file"):
-        archive.write(compile.build(), tmp_path / "absent" / "file")
+        archive.write(builder.build(), tmp_path / "absent" / "file")
 
 
 def test_name_in_the_manifest_is_not_used(shipped: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from lightkit import native
-from lightkit.native import background, cache, compile
+from lightkit.native import background, builder, cache
 from lightkit.native.progress import Progress, ProgressLine
 
 # Starts the build of another source tree, which is the first argument, and waits for a line.
@@ -135,8 +135,8 @@ def test_load_waits_for_what_start_began(fresh, tiny_sources: Path, monkeypatch:
     loaded = []
     monkeypatch.setattr(native, "_import", lambda library: loaded.append(library) or native)
     begun = []
-    begin = compile.start
-    monkeypatch.setattr(compile, "start", lambda: begun.append(1) or begin())
+    begin = builder.start
+    monkeypatch.setattr(builder, "start", lambda: begun.append(1) or begin())
     native.start()
     native.start()
     assert native.load() is native
@@ -150,10 +150,10 @@ def test_start_starts_nothing_without_need(
 ) -> None:
     """With LIGHTKIT_NATIVE=off, or with a library in the cache, no thread and no process is started."""
     if reason == "there":
-        compile.build()
+        builder.build()
     else:
         monkeypatch.setenv("LIGHTKIT_NATIVE", "off")
-    monkeypatch.setattr(compile, "start", lambda: pytest.fail("a build was started"))
+    monkeypatch.setattr(builder, "start", lambda: pytest.fail("a build was started"))
     native.start()
 
 

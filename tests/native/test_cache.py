@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lightkit.native import cache, compile, toolchain
+from lightkit.native import builder, cache, toolchain
 
 _CONTENT = bytes(range(256)) * 16
 _SOMEBODY_ELSE = 12345
@@ -193,7 +193,7 @@ def test_new_cache_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("damage", ["truncated", "changed", "no-manifest"])
 def test_damaged_build_is_built_again(tiny_sources: Path, damage: str, capfd: pytest.CaptureFixture[str]) -> None:
     """Damage in the cache costs one more build, after which the library is whole and the debris gone."""
-    library = compile.build()
+    library = builder.build()
     whole = library.read_bytes()
     if damage == "truncated":
         os.truncate(library, len(whole) // 2)
@@ -203,7 +203,7 @@ def test_damaged_build_is_built_again(tiny_sources: Path, damage: str, capfd: py
         (library.parent / cache.MANIFEST).unlink()
     assert cache.find() is None
     capfd.readouterr()
-    assert compile.build() == library
+    assert builder.build() == library
     assert capfd.readouterr().err.count("lightkit: compiling") == 1
     assert cache.find() == library
     assert {path.name for path in cache.native_root().iterdir()} == {library.parent.name, "build.lock", *_answers()}
@@ -211,15 +211,15 @@ def test_damaged_build_is_built_again(tiny_sources: Path, damage: str, capfd: py
 
 def test_intact_build_is_not_built_again(tiny_sources: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """The second request is answered from the cache."""
-    library = compile.build()
+    library = builder.build()
     capfd.readouterr()
-    assert compile.build() == library
+    assert builder.build() == library
     assert "compiling" not in capfd.readouterr().err
 
 
 def test_changed_source_is_another_build(tiny_sources: Path, forget_keys: Callable[[], None]) -> None:
     """A library is never used for sources that it was not made of, headers included."""
-    library = compile.build()
+    library = builder.build()
     (tiny_sources / "new.h").write_text("// new\n")
     forget_keys()
     assert cache.find() is None
@@ -232,7 +232,7 @@ def test_another_compiler_is_another_build(
     tiny_sources: Path, compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forget_keys: Callable[[], None]
 ) -> None:
     """The library of one compiler does not answer for another."""
-    compile.build()
+    builder.build()
     other = tmp_path / "other-compiler"
     other.write_text(f'#!/bin/sh\nexec "{compiler}" "$@"\n')
     other.chmod(0o755)
@@ -256,4 +256,4 @@ def test_awkward_paths_build(
     monkeypatch.setenv("LIGHTKIT_CACHE_DIR", str(awkward_directory / "cache"))
     monkeypatch.setattr(toolchain, "SOURCE_DIR", Path(shutil.copytree(tiny_sources, awkward_directory / "csrc")))
     forget_keys()
-    assert compile.build().is_relative_to(awkward_directory)
+    assert builder.build().is_relative_to(awkward_directory)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lightkit.native import cache, compile, target, toolchain
+from lightkit.native import builder, cache, target, toolchain
 
 
 def processor_of(monkeypatch: pytest.MonkeyPatch, words: set[str]) -> None:
@@ -18,7 +18,7 @@ def processor_of(monkeypatch: pytest.MonkeyPatch, words: set[str]) -> None:
 
 def test_another_kernel_of_the_system_changes_no_key(tiny_sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A flag in /proc/cpuinfo that the compiler makes nothing of leaves the build that it is."""
-    library = compile.build()
+    library = builder.build()
     processor_of(monkeypatch, target.processor() | {"some_mitigation"})
     assert cache.find() == library
 
@@ -57,7 +57,7 @@ def test_unknown_level_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_library_beyond_the_processor_is_refused(tiny_sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A library whose instructions this processor lacks is an error, not a process that an unknown one ends."""
-    manifest = cache.read_manifest(compile.build().parent)
+    manifest = cache.read_manifest(builder.build().parent)
     processor_of(monkeypatch, set(manifest.instructions) | {"fpu"})
     cache.check_processor(manifest)
     processor_of(monkeypatch, {"fpu"})
@@ -70,7 +70,7 @@ def test_without_a_compiler_only_what_the_processor_runs_is_found(
     tiny_sources: Path, monkeypatch: pytest.MonkeyPatch, forget_keys: Callable[[], None]
 ) -> None:
     """One cache serves machines with different processors: each takes what it can run, or nothing."""
-    library = compile.build()
+    library = builder.build()
     instructions = set(cache.read_manifest(library.parent).instructions)
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
@@ -98,7 +98,7 @@ def test_a_comment_of_the_recipe_changes_no_key_but_a_flag_does(
 
 def test_what_a_compiler_said_is_asked_once(tiny_sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that finds its library runs no compiler."""
-    library = compile.build()
+    library = builder.build()
     monkeypatch.setattr(toolchain, "output", lambda *command: pytest.fail(f"{command} was run"))
     assert cache.find() == library
     (answer,) = cache.native_root().glob("target-*.json")
@@ -115,14 +115,14 @@ def test_clang_is_refused_by_name(tiny_sources: Path, tmp_path: Path, monkeypatc
     clang.chmod(0o755)
     monkeypatch.setenv("CXX", str(clang))
     with pytest.raises(toolchain.ToolchainError, match=r"some-compiler is clang, .* set CXX to a g"):
-        compile.build()
+        builder.build()
 
 
 def test_warm_start_imports_no_build_tools(run_python, built_cache: Path) -> None:
     """Loading a library that is there imports neither torch's extension builder nor what compiles."""
     code = (
         "import sys\nfrom lightkit import native\nassert native.load() is not None\n"
-        "print([name for name in ('torch.utils.cpp_extension', 'lightkit.native.compile') if name in sys.modules])"
+        "print([name for name in ('torch.utils.cpp_extension', 'lightkit.native.builder') if name in sys.modules])"
     )
     result = run_python("-c", code, cache_dir=built_cache, LIGHTKIT_NATIVE="require")
     assert result.stdout.strip() == "[]", result.stderr

@@ -9,6 +9,8 @@ import torch
 
 from lightkit import native
 
+pytestmark = pytest.mark.sanitized
+
 HUGE = 1 << 40
 
 
@@ -62,14 +64,14 @@ def linear_values() -> dict[str, Any]:
         "weight_wanted": True,
         "bias_wanted": False,
         "grad_loss": torch.ones(()),
-        "rows_known": torch.zeros(3, 4),
+        "row_statistics": torch.zeros(3, 4),
     }
 
 
 def chain_values() -> dict[str, Any]:
     input, weights, biases = torch.randn(2, 3, 6, 6), [torch.randn(4, 3, 3, 3), torch.randn(2, 16)], [None, None]
     settings = [0, 0, 1, 1, 0, 0, 0, 0]
-    output, activations, index = op("_layer_chain_forward")(input, weights, biases, settings, True)
+    output, activations, argmax = op("_layer_chain_forward")(input, weights, biases, settings, True)
     return {
         "input": input,
         "weights": weights,
@@ -78,7 +80,7 @@ def chain_values() -> dict[str, Any]:
         "keep": True,
         "grad_output": torch.ones_like(output),
         "activations": activations,
-        "index": index,
+        "argmax": argmax,
         "wanted": [1] * 5,
     }
 
@@ -160,8 +162,11 @@ def test_linear_cross_entropy(name, changes, error, message) -> None:
     [
         ({"grad_loss": torch.ones(4)}, "grad_loss must be floating point and have the shape of the loss"),
         ({"grad_loss": torch.ones((), dtype=torch.int64)}, "grad_loss must be floating point"),
-        ({"rows_known": torch.zeros(3, 5)}, "rows_known must be what the forward pass returned"),
-        ({"rows_known": torch.zeros(3, 4, dtype=torch.float64)}, "rows_known must be what the forward pass returned"),
+        ({"row_statistics": torch.zeros(3, 5)}, "row_statistics must be what the forward pass returned"),
+        (
+            {"row_statistics": torch.zeros(3, 4, dtype=torch.float64)},
+            "row_statistics must be what the forward pass returned",
+        ),
         ({"bias_wanted": True}, "bias_wanted must be False"),
         ({"target": torch.zeros(5, dtype=torch.int64)}, "the target must have shape"),
     ],
@@ -180,7 +185,7 @@ def test_linear_cross_entropy_backward_without_rows(dtype, reduction) -> None:
     values = linear_values()
     changes = {"hidden": torch.randn(0, 3, dtype=dtype), "linear_weight": torch.randn(5, 3, dtype=dtype)}
     changes |= {"target": torch.zeros(0, dtype=torch.int64), "reduction": reduction}
-    changes["rows_known"] = torch.zeros(3, 0, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    changes["row_statistics"] = torch.zeros(3, 0, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     changes["grad_loss"] = torch.ones(0 if reduction == 0 else (), dtype=dtype)
     of_hidden, of_weight, _ = called("_linear_cross_entropy_backward", values, **changes)
     assert of_hidden.shape == (0, 3) and not of_weight.any()
@@ -219,8 +224,8 @@ def test_layer_chain(name, changes, error, message) -> None:
         ({"grad_output": torch.ones(2, 3)}, "the gradient must have the shape of the output"),
         ({"grad_output": torch.ones(2, 2, dtype=torch.float64)}, "the gradient must be of the dtype"),
         ({"activations": torch.ones(3)}, "be what forward returned, 32 values of Float .* got .*, .3. of Float and"),
-        ({"index": torch.ones(3, dtype=torch.uint8)}, "and 36 of Byte, got .* .3. of Byte"),
-        ({"index": torch.ones(36)}, "and 36 of Byte, got .* .36. of Float"),
+        ({"argmax": torch.ones(3, dtype=torch.uint8)}, "and 36 of Byte, got .* .3. of Byte"),
+        ({"argmax": torch.ones(36)}, "and 36 of Byte, got .* .36. of Float"),
         ({"wanted": [1, 1]}, "`wanted` must have a flag for the input and two for each layer, got 2"),
         ({"wanted": [1, 1, 1, 1, -5]}, "`wanted` must be 0 or 1"),
     ],
@@ -245,13 +250,13 @@ def test_layer_chain_backward_on_mixed_devices() -> None:
 
 @pytest.mark.parametrize("pool", [False, True])
 def test_layer_chain_backward_of_any_index(pool) -> None:
-    """Whatever bytes are in the index, gradients are read and written within their memory."""
+    """Whatever bytes are in the argmax, gradients are read and written within their memory."""
     generator = torch.Generator().manual_seed(0)
     for channels, out_channels in [(1, 3), (3, 16), (16, 33)]:
         input, weights = torch.randn(2, channels, 6, 6), [torch.randn(out_channels, channels, 3, 3)]
         settings = [1, 1, 1, int(pool)]
-        output, activations, index = op("_layer_chain_forward")(input, weights, [None], settings, True)
-        for wrong in (torch.full_like(index, 255), torch.randint(0, 256, index.shape, generator=generator).byte()):
+        output, activations, argmax = op("_layer_chain_forward")(input, weights, [None], settings, True)
+        for wrong in (torch.full_like(argmax, 255), torch.randint(0, 256, argmax.shape, generator=generator).byte()):
             arguments = (torch.ones_like(output), input, weights, activations, wrong, settings, [1, 1, 1])
             assert op("_layer_chain_backward")(*arguments)[0].shape == input.shape
 

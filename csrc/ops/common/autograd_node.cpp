@@ -19,7 +19,7 @@ using at::Tensor;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-// It is written out, not made by torch::autograd::Function, whose bookkeeping takes longer than a small loss.
+// Not a torch::autograd::Function, whose bookkeeping takes longer than a small loss.
 class GraphNode : public torch::autograd::Node {
  public:
   void set(std::unique_ptr<Backward> backward, at::TensorList inputs, at::TensorList saved) {
@@ -36,8 +36,8 @@ class GraphNode : public torch::autograd::Node {
     }
   }
 
-  Tensor saved(size_t place) const {
-    return saved_[place].unpack();
+  Tensor saved(size_t index) const {
+    return saved_[index].unpack();
   }
 
   variable_list apply(variable_list&& grad_outputs) override {
@@ -64,7 +64,7 @@ class GraphNode : public torch::autograd::Node {
 
 namespace {
 
-// torch counts the references of a node in itself from 2.13 on, and with std::shared_ptr before.
+// From torch 2.13 on a node counts its own references; before, std::shared_ptr counts them.
 template <typename T>
 auto make_node() {
   if constexpr (std::is_base_of_v<c10::intrusive_ptr_target, T>) {
@@ -76,8 +76,8 @@ auto make_node() {
 
 }  // namespace
 
-Tensor Backward::saved(size_t place) const {
-  return node_->saved(place);
+Tensor Backward::saved(size_t index) const {
+  return node_->saved(index);
 }
 
 bool Backward::is_wanted(size_t input) const {

@@ -1,5 +1,5 @@
-// Places in the backward graph for ops that compute their gradients themselves, apart from torch's headers for it, which
-// take every file that includes them 4 s to compile.
+// Nodes of the autograd graph for ops that compute their own gradients. torch's headers are left to the .cpp file: a
+// file takes 4 s more to compile with them.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,22 +12,22 @@ namespace lightkit {
 
 class GraphNode;
 
-// What an op does in backward: made in forward and given to `record`, it lives as long as its node of the graph.
+// The backward of an op. forward makes it and gives it to `record`; it lives as long as its node of the graph.
 class Backward {
  public:
   virtual ~Backward() = default;
-  // As Python shows the node.
+  // The name that Python shows.
   virtual const char* name() const = 0;
-  // Returns the gradient of each input that `record` was given, undefined for those that have none. `grad_output` may be
-  // undefined. One call runs at a time.
+  // Returns the gradients of the inputs that `record` was given, undefined for an input without one. `grad_output` may
+  // be undefined. One call runs at a time.
   virtual std::vector<at::Tensor> apply(const at::Tensor& grad_output) = 0;
-  // Lets go of tensors that it holds itself, when the graph is freed. The saved ones are the node's.
+  // Frees the tensors that this object holds, when the graph is freed. The node frees the saved tensors.
   virtual void release() {}
 
  protected:
-  // One of the saved tensors, by its place. Raises where the graph has been freed, or the tensor changed in place.
-  at::Tensor saved(size_t place) const;
-  // Whether this backward needs the gradient of an input, by its place.
+  // Returns the saved tensor at an index. Raises if the graph was freed, or the tensor was changed in place.
+  at::Tensor saved(size_t index) const;
+  // Returns true if this backward needs the gradient of the input at an index.
   bool is_wanted(size_t input) const;
 
  private:
@@ -35,29 +35,27 @@ class Backward {
   GraphNode* node_ = nullptr;
 };
 
-// Makes `output` the result of an operation on `inputs`. `saved` are kept for backward as torch keeps them. Raises a
-// NotImplementedError for inputs with forward-mode tangents.
-void record(
-    const at::Tensor& output, std::unique_ptr<Backward> backward, at::TensorList inputs, at::TensorList saved);
+// Records `output` as the result of an op on `inputs`, with `saved` tensors for backward. Raises a NotImplementedError
+// for inputs with forward-mode tangents.
+void record(const at::Tensor& output, std::unique_ptr<Backward> backward, at::TensorList inputs, at::TensorList saved);
 
-// The gradients of `output` with respect to `inputs`, as torch.autograd.grad returns them.
+// Returns the gradients of `output` with respect to `inputs`, as torch.autograd.grad does.
 std::vector<at::Tensor> differentiate(
     const at::Tensor& output, at::TensorList inputs, const at::Tensor& grad_output, bool create_graph);
 
-// `gradient`, computed in forward, times what backward brings. Its memory goes to the result and `gradient` is
-// undefined afterwards, unless this backward keeps the graph for another one, or brings several to multiply it with.
+// Returns a gradient that forward computed, times the upstream gradient. The result takes the memory of `gradient`,
+// which is then undefined, unless this backward keeps the graph or has a batch of upstream gradients.
 at::Tensor take_gradient(at::Tensor& gradient, const at::Tensor& upstream);
 
-// Whether operations on `tensor` run now on its memory, rather than being recorded by a tracer.
+// Returns true if ops on `tensor` run now on its memory, and are not recorded by a tracer.
 inline bool is_concrete(const at::Tensor& tensor) {
   return !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
       !tensor.key_set().has_any(c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::Functionalize}));
 }
 
-// Whether `tensor` stands for several: within torch.func.vmap, or in a backward with is_grads_batched=True.
+// Returns true if `tensor` is a batch of tensors, of torch.func.vmap or of a backward with is_grads_batched=True.
 inline bool is_batched(const at::Tensor& tensor) {
-  return tensor.key_set().has_any(
-      c10::DispatchKeySet({c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Batched}));
+  return tensor.key_set().has_any(c10::DispatchKeySet({c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Batched}));
 }
 
 }  // namespace lightkit

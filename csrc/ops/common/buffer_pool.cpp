@@ -1,5 +1,7 @@
 #include "buffer_pool.h"
 
+#include "../../kernels/common/ceil_div.h"
+
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -11,10 +13,12 @@
 namespace lightkit {
 namespace {
 
-constexpr size_t kMostKept = size_t(1) << 30;
-constexpr size_t kMostBuffers = 2;
+// The most bytes and buffers that the pool keeps. Chosen: a step has two large gradients, such as those of logits and
+// of a head.
+constexpr size_t kMaxKept = size_t(1) << 30;
+constexpr size_t kMaxBuffers = 2;
 
-// The size of a huge page, and so the alignment that lets the system use them.
+// The size of a huge page: with this alignment the system can use huge pages.
 constexpr size_t kAlignment = size_t(1) << 21;
 
 class Pool {
@@ -22,7 +26,7 @@ class Pool {
   PooledBuffer take(size_t bytes) {
     {
       const std::lock_guard lock(mutex_);
-      // A buffer twice as large would keep memory away from those who need it.
+      // A buffer of more than twice the size would waste memory.
       const auto fits = [&](const PooledBuffer& b) { return b.bytes >= bytes && b.bytes / 2 <= bytes; };
       if (const auto found = std::find_if(kept_.begin(), kept_.end(), fits); found != kept_.end()) {
         const PooledBuffer buffer = *found;
@@ -30,13 +34,13 @@ class Pool {
         return buffer;
       }
     }
-    const size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    const size_t rounded = round_up(bytes, kAlignment);
     void* data = std::aligned_alloc(kAlignment, rounded);
     if (data == nullptr) {
       throw std::bad_alloc();
     }
 #ifdef MADV_HUGEPAGE
-    // A hint: where it is not taken, everything works as well, more slowly.
+    // A hint: without huge pages the first touch is slower.
     madvise(data, rounded, MADV_HUGEPAGE);
 #endif
     return {data, rounded};
@@ -52,7 +56,7 @@ class Pool {
       }
       return sum;
     };
-    while (kept_.size() > kMostBuffers || total() > kMostKept) {
+    while (kept_.size() > kMaxBuffers || total() > kMaxKept) {
       std::free(kept_.front().data);
       kept_.pop_front();
     }
@@ -64,7 +68,7 @@ class Pool {
 };
 
 Pool& pool() {
-  // Never destroyed: tensors may outlive every static object.
+  // It is never destroyed: tensors may outlive static objects.
   static Pool* const instance = new Pool();
   return *instance;
 }

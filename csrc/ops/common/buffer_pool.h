@@ -1,19 +1,20 @@
-// Memory of large gradients, kept from one step to the next.
+// A pool that keeps the memory of large gradients from one step to the next.
 #pragma once
 
 #include <cstddef>
 
 namespace lightkit {
 
-// The first touch of fresh memory costs several times what a kernel does with it: the system clears every page. So a
-// large buffer that is given back goes to the next one of about that size. At most two buffers and 1 GiB are kept.
+// The first touch of fresh memory takes several times as long as a kernel (benchmarks/results/freed_memory.csv): the
+// system clears every page. So a buffer that is given back serves the next request of about its size. The pool keeps at
+// most two buffers and 1 GiB.
 struct PooledBuffer {
-  void* data;  // aligned to a huge page
+  void* data;  // [bytes], aligned to a huge page
   size_t bytes;
 };
 
-// Smaller memory is torch's to allocate.
-inline constexpr size_t kLeastPooledBytes = size_t(1) << 20;
+// The smallest buffer of the pool; torch allocates smaller memory. Chosen.
+inline constexpr size_t kMinPooledBytes = size_t(1) << 20;
 
 // Raises std::bad_alloc.
 PooledBuffer take_buffer(size_t bytes);

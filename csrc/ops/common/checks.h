@@ -1,4 +1,4 @@
-// Checks of single arguments that all ops make.
+// Checks of single arguments, and access to them, for all ops.
 #pragma once
 
 #include <ATen/EmptyTensor.h>
@@ -9,11 +9,21 @@
 
 namespace lightkit {
 
+// Returns true if the library has kernels for a device.
+inline bool has_kernels(c10::Device device) {
+#ifdef LIGHTKIT_CUDA
+  return device.is_cpu() || device.is_cuda();
+#else
+  return device.is_cpu();
+#endif
+}
+
+// Returns true if an optional tensor is given.
 inline bool is_there(const std::optional<at::Tensor>& tensor) {
   return tensor.has_value() && tensor->defined();
 }
 
-// Returns whether the elements of a strided tensor lie within its storage, which may have been resized since.
+// Returns true if the elements of a strided tensor lie within its storage, which may have been resized.
 inline bool lies_in_storage(const at::Tensor& tensor) {
   if (tensor.numel() == 0) {
     return true;
@@ -25,7 +35,7 @@ inline bool lies_in_storage(const at::Tensor& tensor) {
   return end <= tensor.storage().nbytes();
 }
 
-// Raises a ValueError for a tensor whose storage ends before its elements do. torch's functions do not check this.
+// Raises a ValueError for a tensor whose storage ends before its elements do. torch's functions do not check it.
 inline void check_memory(const char* op, const char* name, const at::Tensor& tensor) {
   TORCH_CHECK_VALUE(
       lies_in_storage(tensor),
@@ -45,8 +55,8 @@ inline void check_memory(const char* op, const char* name, const std::optional<a
   }
 }
 
-// Returns the product of some of a tensor's sizes. Raises a ValueError where that is beyond any number, as it may be if
-// another size is 0.
+// Returns the product of some of a tensor's sizes. Raises a ValueError for a product of 2^63 or more, which is possible
+// if another size is 0.
 inline int64_t checked_product(const char* op, at::IntArrayRef sizes) {
   int64_t product = 1;
   bool overflows = false;
@@ -55,6 +65,12 @@ inline int64_t checked_product(const char* op, at::IntArrayRef sizes) {
   }
   TORCH_CHECK_VALUE(!overflows, op, ": sizes of fewer than 2^63 elements are supported, got ", sizes);
   return product;
+}
+
+// Returns the elements of a tensor, or null for an undefined one.
+template <typename T>
+const T* data_or_null(const at::Tensor& tensor) {
+  return tensor.defined() ? tensor.const_data_ptr<T>() : nullptr;
 }
 
 }  // namespace lightkit

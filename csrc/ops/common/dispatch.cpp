@@ -1,5 +1,5 @@
-// The ops at torch's dispatcher: their schemas, what is registered for each dispatch key, and calls through it. What
-// must see the dispatcher's headers is here, and nothing else is: they take 4 s to compile.
+// The ops at torch's dispatcher: schemas, the functions of each dispatch key, and calls through the dispatcher. Only
+// this file includes the dispatcher's headers, which take 4 s to compile.
 
 #include "../cross_entropy/cross_entropy.h"
 #include "../layer_chain/layer_chain.h"
@@ -15,7 +15,7 @@ c10::TypedOperatorHandle<Op> find_op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Op>();
 }
 
-// The dispatcher looks for tensors in a list of optional ones only if that is a List.
+// The dispatcher finds tensors in a list of optional tensors only if that is a c10::List.
 using OptionalTensorList = c10::List<std::optional<at::Tensor>>;
 
 OptionalTensorList as_list(OptionalTensors tensors) {
@@ -94,7 +94,7 @@ LinearResults call_linear_forward(
 
 LinearGradients call_linear_backward(
     const at::Tensor& grad_loss,
-    const at::Tensor& rows_known,
+    const at::Tensor& row_statistics,
     LIGHTKIT_LINEAR_PARAMETERS,
     LIGHTKIT_OPTION_PARAMETERS,
     int64_t memory_limit,
@@ -102,7 +102,7 @@ LinearGradients call_linear_backward(
   static const auto op = find_op<LinearBackwardOp>("lightkit::_linear_cross_entropy_backward");
   return op.call(
       grad_loss,
-      rows_known,
+      row_statistics,
       LIGHTKIT_LINEAR_ARGUMENTS,
       LIGHTKIT_OPTION_ARGUMENTS,
       memory_limit,
@@ -126,11 +126,11 @@ std::vector<at::Tensor> call_chain_backward(
     const at::Tensor& input,
     at::TensorList weights,
     const at::Tensor& activations,
-    const at::Tensor& index,
+    const at::Tensor& argmax,
     at::IntArrayRef settings,
     at::IntArrayRef wanted) {
   static const auto op = find_op<ChainBackwardOp>("lightkit::_layer_chain_backward");
-  return op.call(grad_output, input, weights, activations, index, settings, wanted);
+  return op.call(grad_output, input, weights, activations, argmax, settings, wanted);
 }
 
 #define LIGHTKIT_OPTION_SCHEMA \
@@ -152,21 +152,26 @@ TORCH_LIBRARY_FRAGMENT(lightkit, m) {
       "bool with_lse) -> (Tensor loss, Tensor lse)");
   m.def("_apply_upstream_(Tensor(a!) gradient, Tensor upstream) -> Tensor(a!)");
 
-  m.def("linear_cross_entropy(" LIGHTKIT_LINEAR_SCHEMA LIGHTKIT_OPTION_SCHEMA
-        "int memory_limit) -> (Tensor loss, Tensor lse)");
-  m.def("_linear_cross_entropy_forward(" LIGHTKIT_LINEAR_SCHEMA LIGHTKIT_OPTION_SCHEMA
-        "int memory_limit, " LIGHTKIT_WANTED_SCHEMA
-        ") -> (Tensor loss, Tensor rows_known, Tensor hidden_gradient, Tensor weight_gradient, Tensor bias_gradient)");
-  m.def("_linear_cross_entropy_backward(Tensor grad_loss, Tensor rows_known, " LIGHTKIT_LINEAR_SCHEMA
-        LIGHTKIT_OPTION_SCHEMA "int memory_limit, " LIGHTKIT_WANTED_SCHEMA
-        ") -> (Tensor hidden_gradient, Tensor weight_gradient, Tensor bias_gradient)");
+  m.def(
+      "linear_cross_entropy(" LIGHTKIT_LINEAR_SCHEMA LIGHTKIT_OPTION_SCHEMA
+      "int memory_limit) -> (Tensor loss, Tensor lse)");
+  m.def(
+      "_linear_cross_entropy_forward(" LIGHTKIT_LINEAR_SCHEMA LIGHTKIT_OPTION_SCHEMA
+      "int memory_limit, " LIGHTKIT_WANTED_SCHEMA
+      ") -> (Tensor loss, Tensor row_statistics, "
+      "Tensor hidden_gradient, Tensor weight_gradient, Tensor bias_gradient)");
+  m.def(
+      "_linear_cross_entropy_backward(Tensor grad_loss, "
+      "Tensor row_statistics, " LIGHTKIT_LINEAR_SCHEMA LIGHTKIT_OPTION_SCHEMA
+      "int memory_limit, " LIGHTKIT_WANTED_SCHEMA
+      ") -> (Tensor hidden_gradient, Tensor weight_gradient, Tensor bias_gradient)");
 
   m.def("layer_chain(Tensor input, Tensor[] weights, Tensor?[] biases, int[] settings) -> Tensor");
   m.def(
       "_layer_chain_forward(Tensor input, Tensor[] weights, Tensor?[] biases, int[] settings, bool keep) "
-      "-> (Tensor output, Tensor activations, Tensor index)");
+      "-> (Tensor output, Tensor activations, Tensor argmax)");
   m.def(
-      "_layer_chain_backward(Tensor grad_output, Tensor input, Tensor[] weights, Tensor activations, Tensor index, "
+      "_layer_chain_backward(Tensor grad_output, Tensor input, Tensor[] weights, Tensor activations, Tensor argmax, "
       "int[] settings, int[] wanted) -> Tensor[]");
   m.def("conv_relu_pool(Tensor input, Tensor weight, Tensor? bias, int[2] padding, bool pool) -> Tensor");
 }

@@ -1,7 +1,7 @@
-// Tensors as Python holds them, and errors as Python raises them.
+// Python's tensor objects, and the translation of errors.
 //
-// torch's functions for this are declared here anew: its header, python_variable.h, takes every file that includes it
-// 10 s to compile. The linker checks the functions, and `check_tensor_layout` the class.
+// The declarations of torch's functions are repeated here: a file takes 10 s more to compile with torch's header,
+// python_variable.h. The linker checks the functions, and `check_tensor_layout` checks the class.
 #pragma once
 
 #include "python_object.h"
@@ -21,13 +21,13 @@ TORCH_PYTHON_API void translate_exception_to_python(const std::exception_ptr& ex
 
 namespace lightkit {
 
-// How an object of Python's torch.Tensor begins.
+// The beginning of an object of Python's torch.Tensor.
 struct TensorObject {
   PyObject_HEAD
   at::Tensor tensor;
 };
 
-// Whether it is a tensor or a parameter, and not of a subclass with ways of its own.
+// Returns true for a torch.Tensor or torch.nn.Parameter, and false for any other subclass.
 inline bool is_exact_tensor(PyObject* object) {
   const auto* type = reinterpret_cast<const PyObject*>(Py_TYPE(object));
   return type == THPVariableClass || type == ParameterClass;
@@ -44,7 +44,7 @@ inline bool is_tensor(PyObject* object) {
   return result == 1;
 }
 
-// Of an object that is a tensor.
+// Returns the tensor of an object for which `is_tensor` is true.
 inline const at::Tensor& tensor_of(PyObject* object) {
   return reinterpret_cast<const TensorObject*>(object)->tensor;
 }
@@ -53,7 +53,7 @@ inline Object wrapped(const at::Tensor& tensor) {
   return Object::checked(THPVariable_Wrap(tensor));
 }
 
-// Returns what `function` returns, or null where it raises: with its exception as one of Python's.
+// Returns what `function` returns. If it throws, sets Python's exception and returns null.
 template <typename Function>
 PyObject* with_python_errors(const Function& function) {
   try {
@@ -65,7 +65,7 @@ PyObject* with_python_errors(const Function& function) {
   return nullptr;
 }
 
-// Raises an ImportError where this torch lays out the objects of its tensors in another way than `TensorObject` has it.
+// Raises an ImportError if this torch's tensor objects are not laid out as `TensorObject` is.
 void check_tensor_layout();
 
 }  // namespace lightkit

@@ -44,7 +44,7 @@ Tensor full(at::IntArrayRef sizes, double value, const at::TensorOptions& option
 
 Tensor pooled_empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
   const size_t bytes = c10::multiply_integers(sizes) * options.dtype().itemsize();
-  if (bytes < kLeastPooledBytes) {
+  if (bytes < kMinPooledBytes) {
     return at::empty(sizes, options);
   }
   const PooledBuffer buffer = take_buffer(bytes);
@@ -55,8 +55,7 @@ Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Ten
   return at::linear(input, weight, bias);
 }
 
-Tensor conv2d(
-    const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, at::IntArrayRef padding) {
+Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, at::IntArrayRef padding) {
   return at::conv2d(input, weight, bias, 1, padding);
 }
 

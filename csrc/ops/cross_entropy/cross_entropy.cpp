@@ -1,12 +1,12 @@
-// lightkit::cross_entropy: shapes for tracing, and autograd.
+// lightkit::cross_entropy: the Meta kernel and autograd.
 //
-// Training goes through lightkit::_cross_entropy_forward with `with_gradient`: it reads the logits once and
-// writes loss and gradient; backward then only applies the upstream gradient, and nothing where that is 1.
+// Training calls lightkit::_cross_entropy_forward with `with_gradient`, which reads the logits once, and writes loss
+// and gradient. backward applies the upstream gradient, and does nothing if that is 1.
 
 #include "../common/autograd_node.h"
 #include "../common/checks.h"
-#include "cross_entropy_checks.h"
 #include "../common/tensors.h"
+#include "cross_entropy_checks.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
@@ -31,8 +31,8 @@ Results cross_entropy_forward_meta(
   const auto sizes = without_classes(logits, logits.sym_sizes());
   const auto loss_options = logits.options().dtype(dtype.value_or(logits.scalar_type()));
   const auto lse_options = logits.options().dtype(accumulation_type(logits.scalar_type()));
-  Tensor loss = options.reduction == Reduction::None ? empty_symint(sizes, loss_options)
-                                                     : empty_symint({}, loss_options);
+  Tensor loss =
+      options.reduction == Reduction::None ? empty_symint(sizes, loss_options) : empty_symint({}, loss_options);
   Tensor lse = with_lse ? empty_symint(sizes, lse_options) : empty_symint({0}, lse_options);
   if (!with_gradient) {
     return {loss, lse, empty_symint({0}, logits.options())};
@@ -45,8 +45,7 @@ Results cross_entropy_forward_meta(
   return {loss, lse, empty_symint(row_sizes, logits.options()).movedim(-1, class_dim(logits))};
 }
 
-// Where some tensor's sign is still to be changed. torch's own way with that wants of an op that writes into a
-// tensor to return it.
+// Resolves pending negations. torch's fallback for them requires that an op returns the tensor that it writes to.
 std::tuple<Tensor, Tensor> cross_entropy_inplace_negative(
     Tensor& logits,
     const Tensor& target,
@@ -55,8 +54,8 @@ std::tuple<Tensor, Tensor> cross_entropy_inplace_negative(
     bool with_lse) {
   TORCH_CHECK_VALUE(
       !logits.is_neg(),
-      "cross_entropy: the logits in whose memory the gradient is written must be a tensor without negative bit, got one "
-      "whose is_neg() is True");
+      "cross_entropy: the logits in whose memory the gradient is written must be a tensor without negative bit, "
+      "got one whose is_neg() is True");
   const auto positive_weight = is_there(weight) ? std::optional(weight->resolve_neg()) : std::nullopt;
   return call_cross_entropy_inplace(logits, target.resolve_neg(), positive_weight, LIGHTKIT_OPTION_ARGUMENTS, with_lse);
 }
@@ -70,8 +69,8 @@ Tensor& apply_upstream_cpu(Tensor& gradient, const Tensor& upstream) {
 
 namespace {
 
-// The gradient written with differentiable operations, for backward with create_graph=True: see
-// kernels/cpu/cross_entropy.h for the formula.
+// Returns the gradient in differentiable ops, for backward with create_graph=True.
+// kernels/cpu/cross_entropy/cross_entropy.h has the formula.
 Tensor differentiable_gradient(
     const Tensor& logits,
     const Tensor& target,
@@ -85,18 +84,19 @@ Tensor differentiable_gradient(
   const Tensor p = u.softmax(dim);
   std::vector<int64_t> along_classes(logits.dim(), 1);
   along_classes[dim] = -1;
-  const Tensor class_weight = (weight.defined() ? weight.to(type) : full({logits.size(dim)}, 1, z.options())).view(along_classes);
+  const Tensor class_weight =
+      (weight.defined() ? weight.to(type) : full({logits.size(dim)}, 1, z.options())).view(along_classes);
   const Tensor smooth = class_weight * (options.label_smoothing / std::max<double>(1, logits.size(dim)));
 
   Tensor targets;  // hard [c = t] + soft_c
-  Tensor counted;  // 1 for the rows that are not ignored
+  Tensor counted;  // 0 for ignored rows, else 1
   Tensor denominator;
   if (at::isFloatingType(target.scalar_type())) {
     targets = class_weight * (1 - options.label_smoothing) * target.to(type) + smooth;
     counted = full({}, 1, z.options());
     denominator = full({}, static_cast<double>(target.numel() / std::max<int64_t>(1, logits.size(dim))), z.options());
   } else {
-    // Not in the target's own type, in which ignore_index might be another number.
+    // In the target's own dtype, ignore_index might be another number.
     const Tensor indices = target.to(at::kLong).unsqueeze(dim);
     const Tensor valid = indices.ne(options.ignore_index);
     counted = valid.to(type);
@@ -119,7 +119,7 @@ Tensor differentiable_gradient(
   return (gradient * upstream).to(logits.scalar_type());
 }
 
-// Raises, with the reason, where the gradient cannot take the logits' memory.
+// Raises a ValueError with the reason if the gradient cannot take the memory of the logits.
 void check_inplace(const Tensor& logits) {
   const char* reason = nullptr;
   if (logits.is_leaf()) {
@@ -129,18 +129,20 @@ void check_inplace(const Tensor& logits) {
   } else if (!logits.is_contiguous()) {
     reason = "they are not contiguous";
   } else if (logits.storage().use_count() > 1) {
-    // A detach(), a NumPy array; or a saved result, which autograd would miss only in backward.
+    // A detach(), a NumPy array, or a saved result, whose loss autograd would notice only in backward.
     reason = "something else holds the memory, such as their detach() or a function that keeps its result for backward";
   }
   TORCH_CHECK_VALUE(
-      reason == nullptr, "cross_entropy: inplace=True cannot give the memory of these logits to their gradient: ", reason);
+      reason == nullptr,
+      "cross_entropy: inplace=True cannot give the memory of these logits to their gradient: ",
+      reason);
 }
 
 class CrossEntropyBackward : public Backward {
  public:
   CrossEntropyBackward(const CrossEntropyOptions& options, bool inplace) : options_(options), inplace_(inplace) {}
 
-  Tensor gradient;  // given away in the first backward, unless that keeps the graph
+  Tensor gradient;  // undefined after the first backward, unless that keeps the graph
 
   const char* name() const override {
     return "CrossEntropyBackward";
@@ -186,17 +188,17 @@ std::tuple<Tensor, Tensor> cross_entropy_with_gradient(
       backward->gradient = logits.detach();
       std::tie(loss, lse) =
           call_cross_entropy_inplace(backward->gradient, target, weight, LIGHTKIT_OPTION_ARGUMENTS, with_lse);
-      // Whoever saved the logits for a backward of their own must learn that they are gone.
+      // Tells functions that saved the logits for their backward that the values are lost.
       logits.unsafeGetTensorImpl()->bump_version();
     } else {
-      std::tie(loss, lse, backward->gradient) =
-          call_cross_entropy_forward(logits, target, weight, LIGHTKIT_OPTION_ARGUMENTS, /*with_gradient=*/true, with_lse);
+      std::tie(loss, lse, backward->gradient) = call_cross_entropy_forward(
+          logits, target, weight, LIGHTKIT_OPTION_ARGUMENTS, /*with_gradient=*/true, with_lse);
     }
   }
   if (inplace) {
     record(loss, std::move(backward), {logits}, {});
   } else {
-    // For a second derivative alone.
+    // The second derivative needs these tensors.
     record(loss, std::move(backward), {logits}, {logits, target, weight.value_or(Tensor())});
   }
   return {loss, lse};
@@ -211,8 +213,8 @@ std::tuple<Tensor, Tensor> cross_entropy_below_autograd(
     LIGHTKIT_OPTION_PARAMETERS,
     bool return_lse,
     bool inplace) {
-  auto [loss, lse, gradient] =
-      call_cross_entropy_forward(logits, target, weight, LIGHTKIT_OPTION_ARGUMENTS, /*with_gradient=*/false, return_lse);
+  auto [loss, lse, gradient] = call_cross_entropy_forward(
+      logits, target, weight, LIGHTKIT_OPTION_ARGUMENTS, /*with_gradient=*/false, return_lse);
   return {loss, lse};
 }
 
@@ -224,7 +226,7 @@ std::tuple<Tensor, Tensor> cross_entropy_autograd(
     bool return_lse,
     bool inplace) {
   if (at::GradMode::is_enabled() && logits.requires_grad()) {
-    // A compiler plans the memory itself.
+    // Under a tracer the compiler plans the memory.
     const bool take_memory = inplace && is_concrete(logits);
     if (take_memory) {
       check_inplace(logits);

@@ -1,4 +1,4 @@
-// Shapes and checks of cross-entropy that hold for symbolic sizes, too.
+// Shapes and checks of cross-entropy, also for symbolic sizes.
 #pragma once
 
 #include "cross_entropy.h"
@@ -7,11 +7,12 @@
 
 namespace lightkit {
 
+// Returns the dimension of the classes.
 inline int64_t class_dim(const at::Tensor& logits) {
   return logits.dim() == 1 ? 0 : 1;
 }
 
-// The sizes (int64_t or SymInt) of the logits without the classes.
+// Returns the sizes (int64_t or SymInt) of the logits without the classes.
 template <typename Sizes>
 auto without_classes(const at::Tensor& logits, const Sizes& sizes) {
   auto result = sizes.vec();
@@ -19,7 +20,7 @@ auto without_classes(const at::Tensor& logits, const Sizes& sizes) {
   return result;
 }
 
-// Raises what torch raises for arguments that do not fit, in words that name them.
+// Raises torch's errors for arguments that do not fit; the messages name the argument.
 void check_arguments(
     const at::Tensor& logits,
     const at::Tensor& target,

@@ -1,8 +1,9 @@
-// lightkit::cross_entropy on a CPU: checks of the labels, memory, and the kernel.
+// lightkit::cross_entropy on a CPU: checks of the targets, memory, and the kernel.
 
-#include "../../kernels/cpu/cross_entropy.h"
-#include "cross_entropy.h"
+#include "../../kernels/cpu/cross_entropy/cross_entropy.h"
+#include "../common/checks.h"
 #include "../common/tensors.h"
+#include "cross_entropy.h"
 
 #include <c10/util/SmallBuffer.h>
 
@@ -14,7 +15,7 @@ namespace {
 
 using at::Tensor;
 
-// Checks every target and returns what a mean divides by: the summed weight of the rows that count.
+// Checks every target, and returns the denominator of a mean: the summed weight of the rows that count.
 template <typename acc_t>
 double check_targets(const CrossEntropyProblem& problem, int64_t ignore_index) {
   if (!problem.target.defined()) {
@@ -49,7 +50,7 @@ double check_targets(const CrossEntropyProblem& problem, int64_t ignore_index) {
   return weight == nullptr ? static_cast<double>(counted) : weights;
 }
 
-// In an order that depends on the count alone, so that the loss is the same whatever the number of threads.
+// Sums in an order that depends on the count alone, so that the loss does not depend on the number of threads.
 template <typename acc_t>
 double ordered_sum(const acc_t* values, int64_t count) {
   constexpr int64_t lanes = 8;
@@ -66,7 +67,7 @@ double ordered_sum(const acc_t* values, int64_t count) {
   return std::accumulate(sums, sums + lanes, 0.0);
 }
 
-// at::scalar_tensor without its detour through fill_.
+// at::scalar_tensor, without fill_ for the common dtypes.
 Tensor scalar(double value, const at::TensorOptions& options) {
   Tensor tensor = empty({}, options);
   switch (tensor.scalar_type()) {
@@ -81,12 +82,7 @@ Tensor scalar(double value, const at::TensorOptions& options) {
   }
 }
 
-template <typename T>
-const T* data_or_null(const Tensor& tensor) {
-  return tensor.defined() ? tensor.const_data_ptr<T>() : nullptr;
-}
-
-// Loss and lse; the gradient goes to `gradient`, laid out as `problem.logits`, unless that is undefined.
+// Returns loss and lse. Writes the gradient to `gradient`, laid out as `problem.logits`, unless that is undefined.
 template <typename scalar_t>
 std::tuple<Tensor, Tensor> run(
     const CrossEntropyProblem& problem,
@@ -97,19 +93,18 @@ std::tuple<Tensor, Tensor> run(
   using acc_t = cpu::accumulator_t<scalar_t>;
   const double denominator = check_targets<acc_t>(problem, options.ignore_index);
   const auto acc_options = logits.options().dtype(accumulation_type(logits.scalar_type()));
-  // Without classes the kernel has nothing to do, and writes nothing.
+  // Without classes the kernel writes nothing.
   const auto make = [&](at::IntArrayRef sizes) {
     return problem.classes == 0 ? zeros(sizes, acc_options) : empty(sizes, acc_options);
   };
   const bool reduced = options.reduction != Reduction::None;
-  // Losses that are only summed need no tensor of their own. Without classes they are 0, and of a number of rows that
-  // no memory stands for.
+  // Losses that are only summed need no tensor. Without classes they are 0, and there may be more rows than memory.
   const Tensor row_losses = reduced ? Tensor() : make({problem.rows});
   c10::SmallBuffer<acc_t, 512> summands(reduced && problem.classes > 0 ? problem.rows : 0);
   const Tensor lse = with_lse ? make(loss_sizes(logits)) : empty({0}, acc_options);
   const bool mean = options.reduction == Reduction::Mean;
 
-  cpu::cross_entropy<scalar_t>({
+  cpu::cross_entropy::run<scalar_t>({
       .logits = problem.logits.const_data_ptr<scalar_t>(),
       .rows = problem.rows,
       .classes = problem.classes,
@@ -132,7 +127,10 @@ std::tuple<Tensor, Tensor> run(
   if (!reduced) {
     return {row_losses.view(loss_sizes(logits)).to(loss_type), lse};
   }
-  return {scalar(ordered_sum(summands.data(), summands.size()) / (mean ? denominator : 1), logits.options().dtype(loss_type)), lse};
+  return {
+      scalar(
+          ordered_sum(summands.data(), summands.size()) / (mean ? denominator : 1), logits.options().dtype(loss_type)),
+      lse};
 }
 
 std::tuple<Tensor, Tensor> dispatch(
@@ -153,7 +151,7 @@ std::tuple<Tensor, Tensor> dispatch(
   }
 }
 
-constexpr CrossEntropyDevice kDevice{dispatch, pooled_empty_like, cpu::kMaxStridedClasses};
+constexpr CrossEntropyDevice kDevice{dispatch, pooled_empty_like, cpu::cross_entropy::kMaxStridedClasses};
 
 }  // namespace
 
@@ -164,8 +162,7 @@ Results cross_entropy_forward_cpu(
     LIGHTKIT_OPTION_PARAMETERS,
     bool with_gradient,
     bool with_lse) {
-  return run_forward(
-      kDevice, logits, target, weight, make_options(LIGHTKIT_OPTION_ARGUMENTS), with_gradient, with_lse);
+  return run_forward(kDevice, logits, target, weight, make_options(LIGHTKIT_OPTION_ARGUMENTS), with_gradient, with_lse);
 }
 
 std::tuple<Tensor, Tensor> cross_entropy_inplace_cpu(

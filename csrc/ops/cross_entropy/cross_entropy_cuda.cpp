@@ -1,10 +1,11 @@
 // lightkit::cross_entropy on a GPU: memory, stream and launch.
 
 #include "../common/checks.h"
-#include "cross_entropy.h"
+#include "../common/element_type.h"
 #include "../common/tensors.h"
+#include "cross_entropy.h"
 
-#include "../../kernels/cuda/cross_entropy.h"
+#include "../../kernels/cuda/cross_entropy/cross_entropy.h"
 
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -17,28 +18,11 @@ namespace {
 
 using at::Tensor;
 
-cuda::LogitsType logits_type(at::ScalarType type) {
-  switch (type) {
-    case at::kFloat:
-      return cuda::LogitsType::Float;
-    case at::kDouble:
-      return cuda::LogitsType::Double;
-    case at::kBFloat16:
-      return cuda::LogitsType::BFloat16;
-    default:
-      return cuda::LogitsType::Half;
-  }
-}
-
-bool is_logits_type(at::ScalarType type) {
-  return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
-}
-
 const void* data_or_null(const Tensor& tensor) {
   return tensor.defined() ? tensor.const_data_ptr() : nullptr;
 }
 
-// Loss and lse; the gradient goes to `gradient` unless that is undefined.
+// Returns loss and lse. Writes the gradient to `gradient`, unless that is undefined.
 std::tuple<Tensor, Tensor> run(
     const CrossEntropyProblem& problem,
     const Tensor& logits,
@@ -46,7 +30,7 @@ std::tuple<Tensor, Tensor> run(
     const Tensor& gradient,
     bool with_lse) {
   const auto acc_options = logits.options().dtype(accumulation_type(logits.scalar_type()));
-  // Without classes the kernel has nothing to do, and writes nothing.
+  // Without classes the kernel writes nothing.
   const auto make = [&](at::IntArrayRef sizes) {
     return problem.classes == 0 ? zeros(sizes, acc_options) : empty(sizes, acc_options);
   };
@@ -54,14 +38,14 @@ std::tuple<Tensor, Tensor> run(
   const Tensor lse = with_lse ? make(loss_sizes(logits)) : empty({0}, acc_options);
   const bool unreduced = options.reduction == Reduction::None;
   const auto loss_type = options.dtype.value_or(logits.scalar_type());
-  // Written in its own type by the kernel where that knows it: a conversion would be one more launch.
-  const auto total_type = is_logits_type(loss_type) ? loss_type : at::kDouble;
+  // The kernel writes the loss in its dtype if it has that type: a conversion would be one more launch.
+  const auto total_type = element_type(loss_type) ? loss_type : at::kDouble;
   const Tensor total = unreduced ? Tensor() : empty({}, logits.options().dtype(total_type));
-  const auto scratch_bytes = static_cast<int64_t>(sizeof(cuda::CrossEntropyScratch));
+  const auto scratch_bytes = static_cast<int64_t>(sizeof(cuda::cross_entropy::Scratch));
   const Tensor scratch = empty({scratch_bytes}, logits.options().dtype(at::kByte));
 
-  cuda::CrossEntropyRows rows{};
-  rows.type = logits_type(logits.scalar_type());
+  cuda::cross_entropy::Rows rows{};
+  rows.type = element_type(logits.scalar_type()).value();
   rows.logits = problem.logits.const_data_ptr();
   rows.rows = problem.rows;
   rows.classes = problem.classes;
@@ -73,13 +57,13 @@ std::tuple<Tensor, Tensor> run(
   rows.z_loss = options.z_loss;
   rows.softcap = options.softcap;
   rows.mean = options.reduction == Reduction::Mean;
-  rows.scratch = static_cast<cuda::CrossEntropyScratch*>(scratch.mutable_data_ptr());
+  rows.scratch = static_cast<cuda::cross_entropy::Scratch*>(scratch.mutable_data_ptr());
   rows.losses = losses.mutable_data_ptr();
   rows.lse = with_lse ? lse.mutable_data_ptr() : nullptr;
   rows.gradient = gradient.defined() ? gradient.mutable_data_ptr() : nullptr;
   rows.total = unreduced ? nullptr : total.mutable_data_ptr();
-  rows.total_type = logits_type(total_type);
-  C10_CUDA_CHECK(cuda::cross_entropy(rows, c10::cuda::getCurrentCUDAStream()));
+  rows.total_type = element_type(total_type).value();
+  C10_CUDA_CHECK(cuda::cross_entropy::run(rows, c10::cuda::getCurrentCUDAStream()));
 
   return {unreduced ? losses.view(loss_sizes(logits)).to(loss_type) : total.to(loss_type), lse};
 }
@@ -100,8 +84,7 @@ Results cross_entropy_forward_cuda(
     bool with_gradient,
     bool with_lse) {
   const c10::cuda::CUDAGuard guard(logits.device());
-  return run_forward(
-      kDevice, logits, target, weight, make_options(LIGHTKIT_OPTION_ARGUMENTS), with_gradient, with_lse);
+  return run_forward(kDevice, logits, target, weight, make_options(LIGHTKIT_OPTION_ARGUMENTS), with_gradient, with_lse);
 }
 
 std::tuple<Tensor, Tensor> cross_entropy_inplace_cuda(
@@ -119,8 +102,8 @@ Tensor& apply_upstream_cuda(Tensor& gradient, const Tensor& upstream) {
   const bool is_scalar = upstream.numel() == 1 && upstream.dim() <= gradient.dim();
   const bool is_column =
       gradient.dim() == 2 && upstream.dim() == 2 && upstream.size(0) == rows && upstream.size(1) == 1;
-  // torch checks what else there may be.
-  if (gradient.dim() > 2 || !gradient.is_contiguous() || !is_logits_type(gradient.scalar_type()) ||
+  // torch checks all other arguments.
+  if (gradient.dim() > 2 || !gradient.is_contiguous() || !element_type(gradient.scalar_type()) ||
       !at::isFloatingType(upstream.scalar_type()) || upstream.device() != gradient.device() ||
       !(is_scalar || is_column)) {
     return gradient.mul_(upstream);
@@ -130,14 +113,15 @@ Tensor& apply_upstream_cuda(Tensor& gradient, const Tensor& upstream) {
   const c10::cuda::CUDAGuard guard(gradient.device());
   const auto acc_type = accumulation_type(gradient.scalar_type());
   const Tensor factor = upstream.to(acc_type).contiguous();
-  C10_CUDA_CHECK(cuda::scale_rows(
-      gradient.mutable_data_ptr(),
-      logits_type(gradient.scalar_type()),
-      rows,
-      gradient.numel() / std::max<int64_t>(rows, 1),
-      factor.const_data_ptr(),
-      /*per_row=*/factor.numel() != 1,
-      c10::cuda::getCurrentCUDAStream()));
+  C10_CUDA_CHECK(
+      cuda::cross_entropy::scale_rows(
+          gradient.mutable_data_ptr(),
+          element_type(gradient.scalar_type()).value(),
+          rows,
+          gradient.numel() / std::max<int64_t>(rows, 1),
+          factor.const_data_ptr(),
+          /*per_row=*/factor.numel() != 1,
+          c10::cuda::getCurrentCUDAStream()));
   return gradient;
 }
 

@@ -1,8 +1,8 @@
-// What cross-entropy does around the kernel of a device: checks, layout, shapes.
+// Checks, layout and shapes of cross-entropy around the kernel of a device.
 
 #include "../common/checks.h"
-#include "cross_entropy_checks.h"
 #include "../common/tensors.h"
+#include "cross_entropy_checks.h"
 
 namespace lightkit {
 
@@ -25,7 +25,10 @@ void check_loss_dtype(const char* op, const CrossEntropyOptions& options) {
 }
 
 void check_arguments(
-    const Tensor& logits, const Tensor& target, const std::optional<Tensor>& weight, const CrossEntropyOptions& options) {
+    const Tensor& logits,
+    const Tensor& target,
+    const std::optional<Tensor>& weight,
+    const CrossEntropyOptions& options) {
   TORCH_CHECK_VALUE(logits.dim() >= 1, "cross_entropy: the logits must have at least one dimension, got a scalar");
   TORCH_CHECK(
       at::isFloatingType(logits.scalar_type()) && logits.element_size() > 1,
@@ -61,7 +64,9 @@ void check_arguments(
       logits.device());
   const auto reduction = static_cast<int64_t>(options.reduction);
   TORCH_CHECK_VALUE(
-      reduction >= 0 && reduction <= 2, "cross_entropy: reduction must be 0 (none), 1 (mean) or 2 (sum), got ", reduction);
+      reduction >= 0 && reduction <= 2,
+      "cross_entropy: reduction must be 0 (none), 1 (mean) or 2 (sum), got ",
+      reduction);
   TORCH_CHECK(
       options.label_smoothing >= 0.0 && options.label_smoothing <= 1.0,
       "cross_entropy: label_smoothing must be between 0.0 and 1.0, got ",
@@ -90,18 +95,17 @@ void check_arguments(
 
 namespace {
 
-// As rows of classes; a copy unless the classes are last in memory.
+// Returns [rows, classes], a copy unless the classes are last in memory.
 Tensor as_rows(const Tensor& tensor, int64_t rows, int64_t classes) {
   if (tensor.dim() == 2 && tensor.is_contiguous()) {
     return tensor;
   }
-  // The number of rows is given: reshape(-1, 0) could not say it.
+  // With 0 classes, reshape could not infer the number of rows.
   return tensor.movedim(class_dim(tensor), -1).reshape({rows, classes}).contiguous();
 }
 
-// Checks the arguments as torch.nn.functional.cross_entropy does and lays them out. A (N, C, d1, ...) input is
-// taken as it lies where it is contiguous and has at most `max_strided_classes` classes, or where its classes
-// are last in memory; else it is copied.
+// Checks the arguments as torch.nn.functional.cross_entropy does, and lays them out. An input [N, C, d1, ...] is not
+// copied if it is contiguous and has at most `max_strided_classes` classes, or if its classes are last in memory.
 CrossEntropyProblem make_problem(
     const Tensor& logits,
     const Tensor& target,
@@ -136,7 +140,7 @@ CrossEntropyProblem make_problem(
   if (weighted) {
     problem.weight = weight->detach().to(type).contiguous();
   }
-  // The kernel on a GPU works it out as it goes, which costs less than a launch.
+  // The GPU's kernel computes it, which costs less than a launch.
   if (options.label_smoothing > 0 && problem.classes > 0 && logits.is_cpu()) {
     const double share = options.label_smoothing / static_cast<double>(problem.classes);
     problem.smooth = weighted ? problem.weight * share : full({problem.classes}, share, logits.options().dtype(type));
@@ -144,7 +148,7 @@ CrossEntropyProblem make_problem(
   return problem;
 }
 
-// A gradient in the layout of `problem.logits`, as one of the shape and strides that the op promises.
+// Returns a gradient laid out as `problem.logits` with the shape and strides that the op promises.
 Tensor as_logits_shaped(const Tensor& gradient, const CrossEntropyProblem& problem, const Tensor& logits) {
   if (gradient.sizes() == logits.sizes()) {
     return gradient;
@@ -171,8 +175,7 @@ Results run_forward(
   const auto problem = make_problem(logits, target, weight, options, device.max_strided_classes);
   const Tensor gradient = with_gradient ? device.empty_like(problem.logits) : Tensor();
   auto [loss, lse] = device.run(problem, logits, options, gradient, with_lse);
-  return {
-      loss, lse, with_gradient ? as_logits_shaped(gradient, problem, logits) : empty({0}, logits.options())};
+  return {loss, lse, with_gradient ? as_logits_shaped(gradient, problem, logits) : empty({0}, logits.options())};
 }
 
 std::tuple<Tensor, Tensor> run_forward_inplace(
@@ -185,7 +188,7 @@ std::tuple<Tensor, Tensor> run_forward_inplace(
   const auto problem = make_problem(logits, target, weight, options, device.max_strided_classes);
   auto results = device.run(problem, logits, options, problem.logits, with_lse);
   if (problem.logits.data_ptr() != logits.data_ptr()) {
-    // They had to be copied into rows.
+    // The logits were copied into rows.
     logits.copy_(as_logits_shaped(problem.logits, problem, logits));
   }
   return results;

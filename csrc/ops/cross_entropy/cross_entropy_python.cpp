@@ -1,19 +1,21 @@
-// The short way from Python to lightkit::cross_entropy, for plain tensors. torch.ops calls the same op, but asking
-// in Python whether it may be called, and matching eleven arguments to its schema, takes longer than a small loss.
+// A fast path from Python to lightkit::cross_entropy for plain tensors. torch.ops calls the same op, except that the
+// checks in Python and the match of eleven arguments with the schema take longer than a small loss.
 
 #include "cross_entropy_python.h"
 
-#include "cross_entropy.h"
+#include "../common/checks.h"
+#include "../common/element_type.h"
 #include "../common/python_tensor.h"
+#include "cross_entropy.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/Dtype.h>
 
 namespace at::autocast {
-// Declared here anew: its header takes 8 s to compile.
+// Repeats torch's declaration: its header takes 8 s to compile.
 TORCH_API bool is_autocast_enabled(at::DeviceType device_type);
-}
+}  // namespace at::autocast
 
 namespace lightkit {
 namespace {
@@ -21,12 +23,6 @@ namespace {
 using at::Tensor;
 
 constexpr Py_ssize_t kArguments = 11;
-
-void check_python(bool may_have_failed) {
-  if (may_have_failed && PyErr_Occurred() != nullptr) {
-    throw PythonError();
-  }
-}
 
 int64_t integer(PyObject* object) {
   const int64_t value = PyLong_AsLongLong(object);
@@ -46,39 +42,28 @@ bool flag(PyObject* object) {
   return value == 1;
 }
 
-bool is_type_of_kernels(at::ScalarType type) {
-  return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
-}
-
-bool is_device_of_kernels(c10::Device device) {
-#ifdef LIGHTKIT_CUDA
-  return device.is_cpu() || device.is_cuda();
-#else
-  return device.is_cpu();
-#endif
-}
-
-// Whether torch.func or a mode of torch.overrides is to see what is called.
+// Returns true if torch.func or a mode of torch.overrides must see the call.
 bool is_transformed() {
   return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
       at::impl::torch_function_mode_enabled();
 }
 
-// The kernels know the gradient with respect to the logits alone, and no tangents.
+// Returns true if the call needs a derivative that the kernels do not have: they have the gradient of the logits alone.
 bool has_other_derivatives(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& weight) {
   return target.requires_grad() || (weight.has_value() && weight->requires_grad()) ||
       logits._fw_grad(/*level=*/0).defined();
 }
 
-// The loss, or (loss, lse); NotImplemented for whatever is not the common case, mistakes included.
+// Returns the loss or (loss, lse), and NotImplemented outside of the common case, for mistakes, too.
 PyObject* call(PyObject* const* arguments, Py_ssize_t count) {
   TORCH_CHECK_TYPE(count == kArguments, "cross_entropy takes ", kArguments, " arguments, got ", count);
-  if (!is_exact_tensor(arguments[0]) || !is_exact_tensor(arguments[1]) || !(arguments[2] == Py_None || is_exact_tensor(arguments[2])) ||
+  if (!is_exact_tensor(arguments[0]) || !is_exact_tensor(arguments[1]) ||
+      !(arguments[2] == Py_None || is_exact_tensor(arguments[2])) ||
       !(arguments[8] == Py_None || THPDtype_Check(arguments[8])) || is_transformed()) {
     Py_RETURN_NOTIMPLEMENTED;
   }
   const Tensor& logits = tensor_of(arguments[0]);
-  if (!is_device_of_kernels(logits.device())) {
+  if (!has_kernels(logits.device())) {
     Py_RETURN_NOTIMPLEMENTED;
   }
   const Tensor& target = tensor_of(arguments[1]);
@@ -96,7 +81,7 @@ PyObject* call(PyObject* const* arguments, Py_ssize_t count) {
   }
   const bool return_lse = flag(arguments[9]);
   const bool inplace = flag(arguments[10]);
-  if (!is_type_of_kernels(logits.scalar_type()) || !at::isIntegralType(target.scalar_type(), /*includeBool=*/false) ||
+  if (!element_type(logits.scalar_type()) || !at::isIntegralType(target.scalar_type(), /*includeBool=*/false) ||
       has_other_derivatives(logits, target, weight) || reduction < 0 || !(softcap >= 0) ||
       (dtype.has_value() && !at::isFloatingType(*dtype))) {
     Py_RETURN_NOTIMPLEMENTED;

@@ -1,4 +1,4 @@
-// The Python function of cross-entropy.
+// The Python function that calls lightkit::cross_entropy.
 #pragma once
 
 #include "../common/python_object.h"

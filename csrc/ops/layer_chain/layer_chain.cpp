@@ -1,8 +1,8 @@
-// lightkit::layer_chain, and conv_relu_pool, which is a chain of one: shapes for tracing, and autograd.
+// lightkit::layer_chain, and lightkit::conv_relu_pool, a chain of one layer: the Meta kernels and autograd.
 //
-// A layer is a convolution or, with a weight of two dimensions, a linear layer: a convolution whose kernel is as large
-// as its input. The forward pass keeps of a convolution's output only what a pool lets through, and a byte for each
-// value that says where it came from.
+// A layer is a convolution or, with a weight of two dimensions, a linear layer, which is a convolution whose kernel is
+// as large as its input. The forward pass keeps a convolution's output after the pool, and the argmax of each value in
+// a byte.
 
 #include "layer_chain.h"
 
@@ -30,16 +30,16 @@ std::vector<Tensor> chain_backward_meta(
     const Tensor& input,
     TensorList weights,
     const Tensor& activations,
-    const Tensor& index,
+    const Tensor& argmax,
     at::IntArrayRef numbers,
     at::IntArrayRef wanted) {
-  check_backward(grad_output, input, weights, activations, index, {numbers}, wanted);
+  check_backward(grad_output, input, weights, activations, argmax, {numbers}, wanted);
   return allocate_gradients(input, weights, wanted);
 }
 
 namespace {
 
-// The same in differentiable operations.
+// Returns the output of the chain in differentiable ops.
 Tensor reference(const Tensor& input, TensorList weights, TensorList biases, const Settings& settings) {
   Tensor x = input;
   for (size_t l = 0; l < weights.size(); ++l) {
@@ -52,8 +52,8 @@ Tensor reference(const Tensor& input, TensorList weights, TensorList biases, con
   return x;
 }
 
-// The gradients of the reference: differentiable for backward with create_graph=True, and for several upstream
-// gradients at once. Which positions win does not change with the input, nearly everywhere.
+// Returns the gradients of the reference: they are differentiable, for backward with create_graph=True, and take a
+// batch of upstream gradients. The argmax is constant almost everywhere.
 std::vector<Tensor> reference_gradients(
     const Tensor& grad_output,
     const Tensor& input,
@@ -63,7 +63,7 @@ std::vector<Tensor> reference_gradients(
     at::IntArrayRef wanted) {
   const bool create_graph = at::GradMode::is_enabled();
   const at::AutoGradMode grad_mode(true);
-  // Aliases: if one of the tensors was made from another, that is none of this operation's.
+  // Aliases cut the graph between these tensors, if one was computed from another.
   const auto alias = [](const Tensor& tensor) { return tensor.defined() ? tensor.alias() : tensor; };
   std::vector<Tensor> all{alias(input)};
   for (const auto tensors : {weights, biases}) {
@@ -90,8 +90,8 @@ std::vector<Tensor> reference_gradients(
   return gradients;
 }
 
-// Its inputs, the first of what it saves, are the input, the weights and those biases that there are; activations and
-// index follow.
+// The node's inputs are the input, the weights, and the biases that are given. It saves them, and then activations and
+// argmax.
 class LayerChainBackward : public Backward {
  public:
   LayerChainBackward(OptionalTensors biases, at::IntArrayRef numbers) : numbers_(numbers.vec()) {
@@ -108,7 +108,7 @@ class LayerChainBackward : public Backward {
     const size_t count = has_bias_.size();
     const Tensor input = saved(0);
     std::vector<Tensor> weights, biases(count);
-    // Of each gradient as the operations have them, the input of this node that it is for.
+    // inputs[i] is the node's input that gradient i of the op belongs to.
     std::vector<size_t> inputs(1 + 2 * count, 0);
     std::vector<int64_t> wanted(1 + 2 * count, 0);
     size_t next = 0;
@@ -166,13 +166,13 @@ Tensor layer_chain_autograd(const Tensor& input, TensorList weights, OptionalTen
     at::AutoDispatchBelowADInplaceOrView guard;
     return layer_chain_below_autograd(input, weights, biases, numbers);
   }
-  Tensor output, activations, index;
+  Tensor output, activations, argmax;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    std::tie(output, activations, index) = call_chain_forward(input, weights, biases, numbers, /*keep=*/true);
+    std::tie(output, activations, argmax) = call_chain_forward(input, weights, biases, numbers, /*keep=*/true);
   }
   std::vector<Tensor> saved = inputs;
-  saved.insert(saved.end(), {activations, index});
+  saved.insert(saved.end(), {activations, argmax});
   record(output, std::make_unique<LayerChainBackward>(biases, numbers), inputs, saved);
   return output;
 }

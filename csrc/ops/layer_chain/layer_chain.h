@@ -1,4 +1,4 @@
-// The ops on chains of layers, and what their parts share.
+// The ops on chains of layers, and the types that their files share.
 #pragma once
 
 #include "../common/checks.h"
@@ -17,8 +17,8 @@ using OptionalTensors = at::ArrayRef<std::optional<at::Tensor>>;
 
 inline constexpr auto kChainLayout = at::MemoryFormat::ChannelsLast;
 
-// What the layers do, as the schemas have it, in four numbers a layer: the padding of rows and columns, whether a ReLU
-// and whether a pool follows.
+// The settings of the layers, in four numbers a layer as in the schemas: the padding of rows, the padding of columns,
+// relu (0 or 1), pool (0 or 1).
 struct Settings {
   at::IntArrayRef numbers;
 
@@ -33,7 +33,7 @@ struct Settings {
   }
 };
 
-// Whom an error is about.
+// Names the op and the layer in error messages.
 struct Where {
   const char* op;
   int64_t layer = -1;
@@ -44,19 +44,19 @@ inline std::ostream& operator<<(std::ostream& stream, const Where& where) {
   return where.layer < 0 ? stream : stream << ": layer " << where.layer;
 }
 
-// A layer's sizes, which may be symbols: of its input without padding, its kernel, and its output.
+// The sizes of a layer, which may be symbols.
 struct LayerSizes {
-  c10::SymInt channels, height, width;
+  c10::SymInt channels, height, width;  // of the unpadded input
   c10::SymInt out_channels, kernel_height, kernel_width;
-  c10::SymInt rows, columns;
+  c10::SymInt rows, columns;  // of the output
   bool linear;
 };
 
-// Raise for what does not fit, in words that name the op and the layer. Sizes that are no symbols are compared with what
-// the kernels take, on any device: no product of them is beyond 64 bits afterwards.
+// These functions raise for arguments that do not fit; the messages name the op and the layer. They compare sizes that
+// are no symbols with the kernels' limits, on any device, so that no product of sizes overflows 64 bits.
 void check_input(const char* op, const at::Tensor& input);
 
-// `before` holds channels, height and width of what comes in, and gets those of what goes out.
+// `before` holds channels, height and width of the input; the call replaces them by those of the output.
 LayerSizes check_layer(
     const Where& where,
     const at::Tensor& input,
@@ -67,36 +67,34 @@ LayerSizes check_layer(
     bool pool);
 
 std::vector<LayerSizes> check_chain(
-    const at::Tensor& input,
-    at::TensorList weights,
-    OptionalTensors biases,
-    const Settings& settings);
+    const at::Tensor& input, at::TensorList weights, OptionalTensors biases, const Settings& settings);
 
-// The same for backward, and that what forward has kept belongs to them.
+// Checks the arguments of backward, too: the gradient, and the tensors that forward kept.
 std::vector<LayerSizes> check_backward(
     const at::Tensor& grad_output,
     const at::Tensor& input,
     at::TensorList weights,
     const at::Tensor& activations,
-    const at::Tensor& index,
+    const at::Tensor& argmax,
     const Settings& settings,
     at::IntArrayRef wanted);
 
-// Channels, height and width of an image.
+// Returns channels, height and width of an image.
 std::array<c10::SymInt, 3> image_sizes(const at::Tensor& input);
 
+// Returns the sizes of the output.
 std::vector<c10::SymInt> output_sizes(const at::Tensor& input, const LayerSizes& last);
 
-// Of the padded inputs of all layers but the first, and of the outputs of all.
+// Returns the elements of the padded inputs of all layers but the first, and of the outputs of all layers.
 std::pair<c10::SymInt, c10::SymInt> kept_sizes(
     const at::Tensor& input, const std::vector<LayerSizes>& sizes, const Settings& settings);
 
-// What the kernels compute in.
+// Returns the dtype that the kernels compute in.
 inline at::ScalarType compute_type(at::ScalarType type) {
   return type == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-// The output, and for backward the activations and the index.
+// Output, activations and argmax.
 using ChainResults = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
 // The ops, as in cross_entropy.h.
@@ -117,12 +115,12 @@ using ChainBackwardOp = std::vector<at::Tensor>(
     const at::Tensor& input,
     at::TensorList weights,
     const at::Tensor& activations,
-    const at::Tensor& index,
+    const at::Tensor& argmax,
     at::IntArrayRef settings,
     at::IntArrayRef wanted);
 ChainBackwardOp chain_backward_meta, chain_backward_cpu, call_chain_backward;
 
-// lightkit::conv_relu_pool, which is a chain of one.
+// lightkit::conv_relu_pool, a chain of one layer.
 using ConvReluPoolOp = at::Tensor(
     const at::Tensor& input,
     const at::Tensor& weight,
@@ -131,11 +129,11 @@ using ConvReluPoolOp = at::Tensor(
     bool pool);
 ConvReluPoolOp conv_relu_pool;
 
-// Without values; the last two are (0) unless `keep`.
+// Allocates the results; activations and argmax are [0] unless `keep`.
 ChainResults allocate_results(
     const at::Tensor& input, const std::vector<LayerSizes>& sizes, const Settings& settings, bool keep);
 
-// Of the input, the weights and the biases, without values: those that `wanted` names, (0) for the others.
+// Allocates the gradients of the input, the weights and the biases that are `wanted`; the others are [0].
 std::vector<at::Tensor> allocate_gradients(const at::Tensor& input, at::TensorList weights, at::IntArrayRef wanted);
 
 }  // namespace lightkit

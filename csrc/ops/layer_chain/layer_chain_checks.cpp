@@ -1,4 +1,4 @@
-// What fits into a chain of layers, and how large its results are: sizes may be symbols.
+// Checks of the arguments of a chain, and sizes of its results, also for symbolic sizes.
 
 #include "layer_chain.h"
 
@@ -28,14 +28,15 @@ void check_same_kind(const Where& where, const char* name, const Tensor& tensor,
       tensor.device());
 }
 
-// Of an image or, with its rows filled up to vectors, of a weight: places in them are 32-bit numbers.
-constexpr int64_t kMostImage = int64_t(1) << 30;
-constexpr int64_t kMostWeight = int64_t(1) << 26;
+// The most values of an image and of a weight, whose rows are filled up to vectors. Derived: offsets in them have 32
+// bits.
+constexpr int64_t kMaxImage = int64_t(1) << 30;
+constexpr int64_t kMaxWeight = int64_t(1) << 26;
 
-// Of all images that a layer keeps: bytes of them are numbers of 64 bits.
-constexpr double kMostKept = 0x1p60;
+// The most values of all images that a chain keeps. Derived: their bytes are counted in 64 bits.
+constexpr double kMaxKept = 0x1p60;
 
-// Returns the product as floating point, since it may be beyond any integer; 0 if a size is a symbol.
+// Returns the product as a double, because it may overflow any integer; 0 if a size is a symbol.
 double product(std::initializer_list<SymInt> sizes) {
   double result = 1;
   for (const SymInt& size : sizes) {
@@ -46,7 +47,7 @@ double product(std::initializer_list<SymInt> sizes) {
 
 void check_image(const Where& where, const SymInt& channels, const SymInt& height, const SymInt& width) {
   TORCH_CHECK_VALUE(
-      product({channels, height, width}) < kMostImage,
+      product({channels, height, width}) < kMaxImage,
       where,
       ": images of less than 2^30 values are supported, got ",
       channels,
@@ -80,12 +81,13 @@ LayerSizes check_layer(
       weight.sym_sizes());
   TORCH_CHECK_VALUE(weight.sym_numel() > 0, where, ": the weight must not be empty, got shape ", weight.sym_sizes());
   TORCH_CHECK_VALUE(
-      weight.sym_numel().maybe_as_int().value_or(0) < kMostWeight,
+      weight.sym_numel().maybe_as_int().value_or(0) < kMaxWeight,
       where,
       ": weights of less than 2^26 values are supported, got shape ",
       weight.sym_sizes());
   TORCH_CHECK_VALUE(
-      padding.size() == 2 && std::min(padding[0], padding[1]) >= 0 && std::max(padding[0], padding[1]) < int64_t(1) << 30,
+      padding.size() == 2 && std::min(padding[0], padding[1]) >= 0 &&
+          std::max(padding[0], padding[1]) < int64_t(1) << 30,
       where,
       ": padding must be two numbers from 0 up and less than 2^30, got ",
       padding);
@@ -175,10 +177,7 @@ std::array<SymInt, 3> image_sizes(const Tensor& input) {
 }
 
 std::vector<LayerSizes> check_chain(
-    const Tensor& input,
-    TensorList weights,
-    OptionalTensors biases,
-    const Settings& settings) {
+    const Tensor& input, TensorList weights, OptionalTensors biases, const Settings& settings) {
   constexpr auto op = "layer_chain";
   const size_t count = weights.size();
   TORCH_CHECK_VALUE(
@@ -200,14 +199,7 @@ std::vector<LayerSizes> check_chain(
         ": a convolution cannot follow a linear layer");
     const Where where{op, static_cast<int64_t>(l)};
     check_flags(where, "relu and pool", settings.numbers.slice(4 * l + 2, 2));
-    sizes.push_back(check_layer(
-        where,
-        input,
-        before,
-        weights[l],
-        biases[l],
-        settings.padding(l),
-        settings.pool(l)));
+    sizes.push_back(check_layer(where, input, before, weights[l], biases[l], settings.padding(l), settings.pool(l)));
   }
   double values = 0;
   for (size_t l = 0; l < count; ++l) {
@@ -216,7 +208,7 @@ std::vector<LayerSizes> check_chain(
     values += product({s.out_channels, s.rows, s.columns});
   }
   TORCH_CHECK_VALUE(
-      values * product({input.sym_size(0)}) < kMostKept,
+      values * product({input.sym_size(0)}) < kMaxKept,
       op,
       ": batches whose layers have less than 2^60 values are supported, got an input of shape ",
       input.sym_sizes());
@@ -228,7 +220,7 @@ std::vector<LayerSizes> check_backward(
     const Tensor& input,
     TensorList weights,
     const Tensor& activations,
-    const Tensor& index,
+    const Tensor& argmax,
     const Settings& settings,
     at::IntArrayRef wanted) {
   constexpr auto op = "layer_chain";
@@ -242,11 +234,11 @@ std::vector<LayerSizes> check_backward(
   };
   TORCH_CHECK_VALUE(
       grad_output.sym_sizes() == output && is_kept(activations, kept, compute_type(input.scalar_type())) &&
-          is_kept(index, outputs, at::kByte),
+          is_kept(argmax, outputs, at::kByte),
       op,
       ": the gradient must have the shape of the output, ",
       at::SymIntArrayRef(output),
-      ", and activations and index be what forward returned, ",
+      ", and activations and argmax be what forward returned, ",
       kept,
       " values of ",
       compute_type(input.scalar_type()),
@@ -259,9 +251,9 @@ std::vector<LayerSizes> check_backward(
       " of ",
       activations.scalar_type(),
       " and ",
-      index.sym_sizes(),
+      argmax.sym_sizes(),
       " of ",
-      index.scalar_type());
+      argmax.scalar_type());
   TORCH_CHECK_VALUE(
       wanted.size() == 1 + 2 * weights.size(),
       op,

@@ -1,6 +1,6 @@
-// The calls of the CPU kernels.
+// lightkit::layer_chain on a CPU: layout, memory, and the kernels.
 
-#include "../../kernels/cpu/layer_chain.h"
+#include "../../kernels/cpu/layer_chain/layer_chain.h"
 #include "layer_chain.h"
 
 namespace lightkit {
@@ -9,7 +9,8 @@ namespace {
 using at::Tensor;
 using at::TensorList;
 
-// Padded, in the dtype of the computation, channels last: the kernels know no padding there and no half precision.
+// Returns a padded tensor, channels last, in the dtype of the computation: the kernels pad only between layers, and
+// have no half precision.
 Tensor laid_out(const Tensor& tensor, at::IntArrayRef padding) {
   Tensor result = tensor.to(compute_type(tensor.scalar_type()));
   if (tensor.dim() == 2) {
@@ -30,19 +31,15 @@ void check_memory_of_layers(TensorList weights, OptionalTensors biases) {
   }
 }
 
-// A chain as the kernels take it, and the tensors that its pointers are into.
+// The kernels' arguments of a chain, and the tensors that own their memory.
 template <typename T>
 struct Prepared {
-  std::vector<cpu::ChainLayer<T>> layers;
+  std::vector<cpu::layer_chain::Layer<T>> layers;
   std::vector<Tensor> held;
 
-  Prepared(
-      const std::vector<LayerSizes>& sizes,
-      TensorList weights,
-      OptionalTensors biases,
-      const Settings& settings) {
+  Prepared(const std::vector<LayerSizes>& sizes, TensorList weights, OptionalTensors biases, const Settings& settings) {
     const auto hold = [&](const Tensor& tensor) {
-      // The tensors of a list come with the bit that says their sign is the other.
+      // Tensors of a list may have a pending negation.
       held.push_back(tensor.resolve_neg().to(c10::CppTypeToScalarType<T>::value).contiguous());
       return held.back().template const_data_ptr<T>();
     };
@@ -50,7 +47,7 @@ struct Prepared {
       const auto number = [](const c10::SymInt& size) { return size.expect_int(); };
       const auto& s = sizes[l];
       const std::array<int64_t, 2> padding{settings.padding(l)[0], settings.padding(l)[1]};
-      const cpu::ConvReluPoolShape shape{
+      const cpu::layer_chain::Shape shape{
           .height = number(s.height) + 2 * padding[0],
           .width = number(s.width) + 2 * padding[1],
           .in_channels = number(s.channels),
@@ -66,7 +63,7 @@ struct Prepared {
   }
 };
 
-// Calls f with a value of the type that the kernels compute in.
+// Calls f(scalar_t()) with the type that the kernels compute in.
 template <typename F>
 void with_type(const Tensor& tensor, const F& f) {
   if (tensor.scalar_type() == at::kDouble) {
@@ -79,11 +76,7 @@ void with_type(const Tensor& tensor, const F& f) {
 }  // namespace
 
 ChainResults chain_forward_cpu(
-    const Tensor& input,
-    TensorList weights,
-    OptionalTensors biases,
-    at::IntArrayRef numbers,
-    bool keep) {
+    const Tensor& input, TensorList weights, OptionalTensors biases, at::IntArrayRef numbers, bool keep) {
   const Settings settings{numbers};
   const auto sizes = check_chain(input, weights, biases, settings);
   check_memory("layer_chain", "the input", input);
@@ -94,13 +87,12 @@ ChainResults chain_forward_cpu(
     return results;
   }
   const Tensor x = laid_out(input, settings.padding(0));
-  // Half precision is rounded once.
-  const Tensor output =
-      result.scalar_type() == x.scalar_type() ? result : empty_like(result, x.options());
+  // Half-precision results are rounded once.
+  const Tensor output = result.scalar_type() == x.scalar_type() ? result : empty_like(result, x.options());
   with_type(x, [&](auto zero) {
     using T = decltype(zero);
     const Prepared<T> prepared(sizes, weights, biases, settings);
-    cpu::layer_chain_forward<T>(
+    cpu::layer_chain::forward<T>(
         prepared.layers,
         x.size(0),
         x.const_data_ptr<T>(),
@@ -119,17 +111,17 @@ std::vector<Tensor> chain_backward_cpu(
     const Tensor& input,
     TensorList weights,
     const Tensor& activations,
-    const Tensor& index,
+    const Tensor& argmax,
     at::IntArrayRef numbers,
     at::IntArrayRef wanted) {
   const Settings settings{numbers};
   const size_t count = weights.size();
-  const auto sizes = check_backward(grad_output, input, weights, activations, index, settings, wanted);
+  const auto sizes = check_backward(grad_output, input, weights, activations, argmax, settings, wanted);
   check_memory("layer_chain", "the gradient", grad_output);
   check_memory("layer_chain", "the input", input);
   check_memory_of_layers(weights, {});
   check_memory("layer_chain", "activations", activations);
-  check_memory("layer_chain", "index", index);
+  check_memory("layer_chain", "argmax", argmax);
   auto gradients = allocate_gradients(input, weights, wanted);
   if (grad_output.numel() == 0) {
     for (auto& gradient : gradients) {
@@ -140,12 +132,12 @@ std::vector<Tensor> chain_backward_cpu(
   const Tensor x = laid_out(input, settings.padding(0));
   const Tensor g = laid_out(grad_output, {0, 0});
   const Tensor kept_activations = activations.contiguous();
-  const Tensor winners = index.contiguous();
+  const Tensor kept_argmax = argmax.contiguous();
   with_type(x, [&](auto zero) {
     using T = decltype(zero);
     const Prepared<T> prepared(sizes, weights, {}, settings);
-    // Where the kernels write: into the result, unless that is of another dtype, or not wanted. One pass makes the
-    // gradients of a weight and its bias: the second costs next to nothing.
+    // The kernels write to the result, or to a new tensor if the result has another dtype or is not wanted. One pass
+    // computes the gradients of a weight and its bias, so that the second is nearly free.
     std::vector<Tensor> made(gradients.size());
     const auto unlike = [&](size_t which) {
       if (which == 0) {
@@ -160,7 +152,7 @@ std::vector<Tensor> chain_backward_cpu(
       made[which] = direct ? gradients[which] : unlike(which);
       return made[which].template mutable_data_ptr<T>();
     };
-    std::vector<cpu::ChainGradients<T>> places(count, {nullptr, nullptr});
+    std::vector<cpu::layer_chain::LayerGradients<T>> places(count, {nullptr, nullptr});
     bool any = wanted[0];
     for (size_t l = 0; l < count; ++l) {
       if (wanted[1 + l] || wanted[1 + count + l]) {
@@ -171,13 +163,13 @@ std::vector<Tensor> chain_backward_cpu(
     if (!any) {
       return;
     }
-    cpu::layer_chain_backward<T>(
+    cpu::layer_chain::backward<T>(
         prepared.layers,
         x.size(0),
         g.const_data_ptr<T>(),
         x.const_data_ptr<T>(),
         kept_activations.const_data_ptr<T>(),
-        winners.const_data_ptr<uint8_t>(),
+        kept_argmax.const_data_ptr<uint8_t>(),
         wanted[0] ? place(0) : nullptr,
         places);
     for (size_t i = 0; i < gradients.size(); ++i) {

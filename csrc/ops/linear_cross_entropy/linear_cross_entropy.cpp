@@ -1,8 +1,8 @@
-// lightkit::linear_cross_entropy: shapes for tracing, and autograd.
+// lightkit::linear_cross_entropy: the Meta kernels and autograd.
 //
-// A loss that is reduced computes its gradients in forward, while it has the logits; backward applies the upstream
-// gradient to them. Where every row has its own upstream gradient, and in float16, whose range ends at 6e-8 and
-// wants the factor of a GradScaler before anything is rounded, backward computes the logits again.
+// A reduced loss computes its gradients in forward, while it has the logits, and backward applies the upstream
+// gradient. backward computes the logits again for an unreduced loss, whose rows have an upstream gradient each, and in
+// float16, whose smallest number is 6e-8, so that the factor of a GradScaler must come before the rounding.
 
 #include "linear_cross_entropy.h"
 
@@ -21,7 +21,7 @@ using at::Tensor;
 
 namespace {
 
-// Empty tensors for the gradients.
+// Returns uninitialised gradients.
 LinearGradients empty_gradients(const LinearInputs& inputs, const WantedGradients& wanted) {
   const auto make = [](const Tensor& like, bool is_wanted) {
     return is_wanted ? empty_symint(like.sym_sizes(), like.options()) : empty_symint({0}, like.options());
@@ -45,13 +45,13 @@ LinearResults linear_forward_meta(
   Tensor loss = options.reduction == Reduction::None ? empty_symint({hidden.sym_size(0)}, loss_options)
                                                      : empty_symint({}, loss_options);
   auto [hidden_gradient, weight_gradient, bias_gradient] = empty_gradients(inputs, wanted);
-  const Tensor rows_known = empty_symint({3, hidden.sym_size(0)}, acc_options);
-  return {loss, rows_known, hidden_gradient, weight_gradient, bias_gradient};
+  const Tensor row_statistics = empty_symint({3, hidden.sym_size(0)}, acc_options);
+  return {loss, row_statistics, hidden_gradient, weight_gradient, bias_gradient};
 }
 
 LinearGradients linear_backward_meta(
     const Tensor& grad_loss,
-    const Tensor& rows_known,
+    const Tensor& row_statistics,
     LIGHTKIT_LINEAR_PARAMETERS,
     LIGHTKIT_OPTION_PARAMETERS,
     int64_t memory_limit,
@@ -60,16 +60,17 @@ LinearGradients linear_backward_meta(
   const auto options = make_options(LIGHTKIT_OPTION_ARGUMENTS);
   const WantedGradients wanted{LIGHTKIT_WANTED_ARGUMENTS};
   check_kernel_arguments(inputs, options, memory_limit, wanted);
-  check_backward_arguments(grad_loss, rows_known, inputs, options);
+  check_backward_arguments(grad_loss, row_statistics, inputs, options);
   return empty_gradients(inputs, wanted);
 }
 
 namespace {
 
-// Loss and lse by way of the logits as a whole, in differentiable operations.
+// Returns loss and lse, computed through all logits in differentiable ops.
 std::tuple<Tensor, Tensor> through_logits(const LinearInputs& in, const CrossEntropyOptions& options, bool return_lse) {
-  // The kernels take a bias of any type; at::linear does not.
-  const auto bias = is_there(in.linear_bias) ? std::optional(in.linear_bias->to(in.hidden.scalar_type())) : std::nullopt;
+  // The kernels take a bias of any dtype; at::linear does not.
+  const auto bias =
+      is_there(in.linear_bias) ? std::optional(in.linear_bias->to(in.hidden.scalar_type())) : std::nullopt;
   return call_cross_entropy(
       linear(in.hidden, in.linear_weight, bias),
       in.target,
@@ -90,7 +91,7 @@ class LinearCrossEntropyBackward : public Backward {
       const CrossEntropyOptions& options, int64_t memory_limit, const WantedGradients& wanted, bool computed_in_forward)
       : options_(options), memory_limit_(memory_limit), wanted_(wanted), computed_in_forward_(computed_in_forward) {}
 
-  // Computed in forward, and given away in the first backward unless that keeps the graph; else undefined.
+  // Computed in forward, or undefined; undefined after the first backward, unless that keeps the graph.
   Tensor hidden_gradient, weight_gradient, bias_gradient;
 
   const char* name() const override {
@@ -162,8 +163,7 @@ class LinearCrossEntropyBackward : public Backward {
         wanted_.linear_bias ? of_bias : Tensor()};
   }
 
-  // For backward with create_graph=True: through the logits as a whole, whose cross-entropy knows its second
-  // derivative.
+  // For backward with create_graph=True: through all logits, whose cross-entropy has a second derivative.
   std::vector<Tensor> differentiable_gradients(const Tensor& grad_loss) const {
     const LinearInputs in = inputs();
     const auto [loss, unused] = through_logits(in, options_, /*return_lse=*/false);
@@ -191,16 +191,16 @@ class LinearCrossEntropyBackward : public Backward {
   const bool computed_in_forward_;
 };
 
-// Reduced losses of a type that keeps small gradients.
+// Returns true for reduced losses of a dtype that keeps small gradients.
 bool computes_in_forward(const Tensor& hidden, int64_t reduction) {
   return static_cast<Reduction>(reduction) != Reduction::None && hidden.scalar_type() != at::kHalf;
 }
 
-Tensor lse_of(const Tensor& rows_known) {
-  return rows_known.select(0, 0) + rows_known.select(0, 1);
+Tensor lse_of(const Tensor& row_statistics) {
+  return row_statistics.select(0, 0) + row_statistics.select(0, 1);
 }
 
-// Without classes or features the logits take no memory, or are the bias alone.
+// Without classes the logits take no memory; without features they are the bias.
 std::tuple<Tensor, Tensor> empty_linear_cross_entropy(
     LIGHTKIT_LINEAR_PARAMETERS, LIGHTKIT_OPTION_PARAMETERS, int64_t memory_limit) {
   const LinearInputs inputs{LIGHTKIT_LINEAR_ARGUMENTS};
@@ -216,9 +216,9 @@ std::tuple<Tensor, Tensor> linear_cross_entropy_below_autograd(
   if (linear_weight.sym_numel() == 0) {
     return empty_linear_cross_entropy(LIGHTKIT_LINEAR_ARGUMENTS, LIGHTKIT_OPTION_ARGUMENTS, memory_limit);
   }
-  auto [loss, rows_known, hidden_gradient, weight_gradient, bias_gradient] =
+  auto [loss, row_statistics, hidden_gradient, weight_gradient, bias_gradient] =
       call_linear_forward(LIGHTKIT_LINEAR_ARGUMENTS, LIGHTKIT_OPTION_ARGUMENTS, memory_limit, false, false, false);
-  return {loss, lse_of(rows_known)};
+  return {loss, lse_of(row_statistics)};
 }
 
 std::tuple<Tensor, Tensor> linear_cross_entropy_autograd(
@@ -239,10 +239,10 @@ std::tuple<Tensor, Tensor> linear_cross_entropy_autograd(
   const bool now = computes_in_forward(hidden, reduction);
   auto backward = std::make_unique<LinearCrossEntropyBackward>(
       make_options(LIGHTKIT_OPTION_ARGUMENTS), memory_limit, wanted, /*computed_in_forward=*/now);
-  Tensor loss, rows_known, lse;
+  Tensor loss, row_statistics, lse;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    std::tie(loss, rows_known, backward->hidden_gradient, backward->weight_gradient, backward->bias_gradient) =
+    std::tie(loss, row_statistics, backward->hidden_gradient, backward->weight_gradient, backward->bias_gradient) =
         call_linear_forward(
             LIGHTKIT_LINEAR_ARGUMENTS,
             LIGHTKIT_OPTION_ARGUMENTS,
@@ -250,14 +250,14 @@ std::tuple<Tensor, Tensor> linear_cross_entropy_autograd(
             now && wanted.hidden,
             now && wanted.linear_weight,
             now && wanted.linear_bias);
-    lse = lse_of(rows_known);
+    lse = lse_of(row_statistics);
   }
   const Tensor bias = linear_bias.value_or(Tensor());
   record(
       loss,
       std::move(backward),
       {hidden, linear_weight, bias},
-      {hidden, linear_weight, target, bias, weight.value_or(Tensor()), now ? Tensor() : rows_known});
+      {hidden, linear_weight, target, bias, weight.value_or(Tensor()), now ? Tensor() : row_statistics});
   return {loss, lse};
 }
 

@@ -1,4 +1,4 @@
-// What arguments of the fused linear cross-entropy are refused, for symbolic sizes, too.
+// Checks of the arguments of the fused linear cross-entropy, also for symbolic sizes.
 
 #include "../common/checks.h"
 #include "linear_cross_entropy.h"
@@ -83,7 +83,10 @@ void check_linear_arguments(const LinearInputs& inputs, const CrossEntropyOption
 }
 
 void check_kernel_arguments(
-    const LinearInputs& inputs, const CrossEntropyOptions& options, int64_t memory_limit, const WantedGradients& wanted) {
+    const LinearInputs& inputs,
+    const CrossEntropyOptions& options,
+    int64_t memory_limit,
+    const WantedGradients& wanted) {
   check_linear_arguments(inputs, options, memory_limit);
   TORCH_CHECK_VALUE(
       inputs.linear_weight.sym_numel() > 0,
@@ -104,15 +107,20 @@ void check_memory(const LinearInputs& inputs) {
 }
 
 void check_backward_arguments(
-    const Tensor& grad_loss, const Tensor& rows_known, const LinearInputs& inputs, const CrossEntropyOptions& options) {
+    const Tensor& grad_loss,
+    const Tensor& row_statistics,
+    const LinearInputs& inputs,
+    const CrossEntropyOptions& options) {
   const Tensor& hidden = inputs.hidden;
   TORCH_CHECK_VALUE(
-      rows_known.dim() == 2 && rows_known.sym_size(0) == 3 && rows_known.sym_size(1) == hidden.sym_size(0) &&
-          rows_known.scalar_type() == accumulation_type(hidden.scalar_type()) && rows_known.device() == hidden.device(),
-      "linear_cross_entropy: rows_known must be what the forward pass returned, got ",
-      rows_known.scalar_type(),
+      row_statistics.dim() == 2 && row_statistics.sym_size(0) == 3 &&
+          row_statistics.sym_size(1) == hidden.sym_size(0) &&
+          row_statistics.scalar_type() == accumulation_type(hidden.scalar_type()) &&
+          row_statistics.device() == hidden.device(),
+      "linear_cross_entropy: row_statistics must be what the forward pass returned, got ",
+      row_statistics.scalar_type(),
       " of shape ",
-      rows_known.sym_sizes());
+      row_statistics.sym_sizes());
   const bool each = options.reduction == Reduction::None;
   TORCH_CHECK_VALUE(
       grad_loss.dim() == (each ? 1 : 0) && (!each || grad_loss.sym_size(0) == hidden.sym_size(0)) &&

@@ -1,6 +1,6 @@
-// lightkit::linear_cross_entropy on a CPU: checks of the targets, rows that are left out, memory, and the kernel.
+// lightkit::linear_cross_entropy on a CPU: checks of the targets, removal of ignored rows, memory, and the kernel.
 
-#include "../../kernels/cpu/linear_cross_entropy.h"
+#include "../../kernels/cpu/linear_cross_entropy/linear_cross_entropy.h"
 #include "../common/checks.h"
 #include "linear_cross_entropy.h"
 
@@ -13,22 +13,17 @@ namespace {
 using at::Tensor;
 
 template <typename T>
-const T* data_or_null(const Tensor& tensor) {
-  return tensor.defined() ? tensor.const_data_ptr<T>() : nullptr;
-}
-
-template <typename T>
 T* mutable_data_or_null(const Tensor& tensor) {
   return tensor.defined() ? tensor.mutable_data_ptr<T>() : nullptr;
 }
 
-// Where it is given, in the accumulation type and contiguous.
+// Returns a given tensor in the accumulation type, contiguous; else an undefined tensor.
 template <typename acc_t>
 Tensor as_accumulators(const std::optional<Tensor>& tensor) {
   return is_there(tensor) ? tensor->to(c10::CppTypeToScalarType<acc_t>::value).contiguous() : Tensor();
 }
 
-// The rows that count, one after the other: those whose target is ignore_index are not computed at all.
+// The rows that count, one after the other. Rows whose target is ignore_index are not computed.
 template <typename scalar_t>
 struct Rows {
   using acc_t = cpu::accumulator_t<scalar_t>;
@@ -73,7 +68,7 @@ struct Rows {
     }
   }
 
-  // `values` of the rows that count, along `dim`, as those of all rows, the others 0.
+  // Spreads `values` of the rows that count to all rows along `dim`; the others are 0.
   Tensor spread(const Tensor& values, int64_t dim = 0) const {
     if (count == total) {
       return values;
@@ -83,25 +78,25 @@ struct Rows {
     return zeros(sizes, values.options()).index_copy_(dim, index, values);
   }
 
-  // The other way round.
+  // Picks the values of the rows that count along `dim`.
   Tensor pick(const Tensor& values, int64_t dim = 0) const {
     return (count < total ? values.index_select(dim, index) : values).contiguous();
   }
 
   int64_t total;
-  Tensor weight;  // (classes), or undefined
+  Tensor weight;  // [classes], or undefined
   int64_t count;
-  Tensor index;   // (count), undefined where every row counts
-  Tensor hidden;  // (count, features), contiguous
-  Tensor target;  // (count)
+  Tensor index;   // [count], undefined if every row counts
+  Tensor hidden;  // [count, features], contiguous
+  Tensor target;  // [count]
   double denominator = 0;
 };
 
 template <typename scalar_t>
-cpu::LinearCrossEntropy<scalar_t> make_arguments(
+cpu::linear_cross_entropy::Problem<scalar_t> make_arguments(
     const Rows<scalar_t>& rows, const Tensor& head, const Tensor& bias, const CrossEntropyOptions& options) {
   using acc_t = cpu::accumulator_t<scalar_t>;
-  cpu::LinearCrossEntropy<scalar_t> args{};
+  cpu::linear_cross_entropy::Problem<scalar_t> args{};
   args.hidden = rows.hidden.template const_data_ptr<scalar_t>();
   args.linear_weight = head.const_data_ptr<scalar_t>();
   args.linear_bias = data_or_null<acc_t>(bias);
@@ -116,34 +111,37 @@ cpu::LinearCrossEntropy<scalar_t> make_arguments(
   return args;
 }
 
-// (3, rows), contiguous, as the kernel has them.
+// Returns pointers into `known` [3, rows], contiguous.
 template <typename acc_t>
-cpu::RowStatistics<acc_t> as_statistics(const Tensor& known) {
+cpu::linear_cross_entropy::RowStatistics<acc_t> as_statistics(const Tensor& known) {
   acc_t* data = known.mutable_data_ptr<acc_t>();
   return {data, data + known.size(1), data + 2 * known.size(1)};
 }
 
-// Runs the kernel with its workspace.
+// Runs the kernel in a workspace.
 template <typename scalar_t>
-void run(cpu::LinearCrossEntropy<scalar_t>& args, int64_t memory_limit) {
+void run(cpu::linear_cross_entropy::Problem<scalar_t>& args, int64_t memory_limit) {
   args.memory_limit = memory_limit;
-  const int64_t bytes = cpu::linear_cross_entropy_workspace(args);
+  const int64_t bytes = cpu::linear_cross_entropy::workspace_bytes(args);
   const Tensor workspace = pooled_empty({bytes}, at::TensorOptions(at::kByte));
   args.workspace = reinterpret_cast<char*>(workspace.mutable_data_ptr());
-  cpu::linear_cross_entropy(args);
+  cpu::linear_cross_entropy::run(args);
 }
 
-// The gradients: written by the kernel through the pointers in its arguments.
+// The gradients, which the kernel writes through the pointers in its arguments.
 template <typename scalar_t>
 class Gradients {
   using acc_t = cpu::accumulator_t<scalar_t>;
 
  public:
   Gradients(
-      const Rows<scalar_t>& rows, const LinearInputs& inputs, const WantedGradients& wanted, const Tensor& scale,
-      cpu::LinearCrossEntropy<scalar_t>& args)
+      const Rows<scalar_t>& rows,
+      const LinearInputs& inputs,
+      const WantedGradients& wanted,
+      const Tensor& scale,
+      cpu::linear_cross_entropy::Problem<scalar_t>& args)
       : rows_(rows), inputs_(inputs) {
-    // Without rows the kernel has nothing to do, and writes nothing.
+    // Without rows the kernel writes nothing.
     const auto make = [&](at::IntArrayRef sizes, const at::TensorOptions& options) {
       return rows.count == 0 ? zeros(sizes, options) : pooled_empty(sizes, options);
     };
@@ -191,7 +189,7 @@ LinearResults forward(
   const auto acc_options = inputs.hidden.options().dtype(c10::CppTypeToScalarType<acc_t>::value);
   const Tensor losses = empty({rows.count}, acc_options), known = empty({3, rows.count}, acc_options);
   args.losses = losses.mutable_data_ptr<acc_t>();
-  args.rows_known = as_statistics<acc_t>(known);
+  args.row_statistics = as_statistics<acc_t>(known);
 
   const bool mean = options.reduction == Reduction::Mean;
   const double scale = mean && rows.count > 0 ? 1 / rows.denominator : 1;
@@ -210,7 +208,7 @@ LinearResults forward(
   if (options.reduction == Reduction::None) {
     loss = rows.spread(losses).to(loss_type);
   } else {
-    // In double, one after the other: the same whatever the number of threads.
+    // In double, one after the other: the loss does not depend on the number of threads.
     double sum = 0;
     for (int64_t row = 0; row < rows.count; ++row) {
       sum += args.losses[row];
@@ -224,7 +222,7 @@ LinearResults forward(
 template <typename scalar_t>
 LinearGradients backward(
     const Tensor& grad_loss,
-    const Tensor& rows_known,
+    const Tensor& row_statistics,
     const LinearInputs& inputs,
     const CrossEntropyOptions& options,
     int64_t memory_limit,
@@ -235,8 +233,8 @@ LinearGradients backward(
   const Tensor head = inputs.linear_weight.contiguous();
   const Tensor bias = as_accumulators<acc_t>(inputs.linear_bias);
   auto args = make_arguments(rows, head, bias, options);
-  const Tensor known = rows.pick(rows_known, /*dim=*/1);
-  args.rows_known = as_statistics<acc_t>(known);
+  const Tensor known = rows.pick(row_statistics, /*dim=*/1);
+  args.row_statistics = as_statistics<acc_t>(known);
   Tensor scales = grad_loss.to(acc_type);
   if (options.reduction == Reduction::None) {
     scales = rows.pick(scales);
@@ -249,7 +247,7 @@ LinearGradients backward(
   return written.result();
 }
 
-// Calls `function` with a value of the type of the elements.
+// Calls function(scalar_t()) with the element type.
 template <typename Function>
 auto with_type(at::ScalarType type, const Function& function) {
   switch (type) {
@@ -280,7 +278,7 @@ LinearResults linear_forward_cpu(
 
 LinearGradients linear_backward_cpu(
     const Tensor& grad_loss,
-    const Tensor& rows_known,
+    const Tensor& row_statistics,
     LIGHTKIT_LINEAR_PARAMETERS,
     LIGHTKIT_OPTION_PARAMETERS,
     int64_t memory_limit,
@@ -289,12 +287,12 @@ LinearGradients linear_backward_cpu(
   const auto options = make_options(LIGHTKIT_OPTION_ARGUMENTS);
   const WantedGradients wanted{LIGHTKIT_WANTED_ARGUMENTS};
   check_kernel_arguments(inputs, options, memory_limit, wanted);
-  check_backward_arguments(grad_loss, rows_known, inputs, options);
+  check_backward_arguments(grad_loss, row_statistics, inputs, options);
   check_memory(inputs);
   check_memory("linear_cross_entropy", "grad_loss", grad_loss);
-  check_memory("linear_cross_entropy", "rows_known", rows_known);
+  check_memory("linear_cross_entropy", "row_statistics", row_statistics);
   return with_type(hidden.scalar_type(), [&](auto value) {
-    return backward<decltype(value)>(grad_loss, rows_known, inputs, options, memory_limit, wanted);
+    return backward<decltype(value)>(grad_loss, row_statistics, inputs, options, memory_limit, wanted);
   });
 }
 

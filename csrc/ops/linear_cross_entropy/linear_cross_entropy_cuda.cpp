@@ -1,9 +1,10 @@
-// lightkit::linear_cross_entropy on a GPU: products by cuBLAS a slice of classes at a time, and the kernels on them.
+// lightkit::linear_cross_entropy on a GPU: cuBLAS's products of a slice of classes at a time, and the kernels on them.
 
 #include "../common/checks.h"
+#include "../common/element_type.h"
 #include "linear_cross_entropy.h"
 
-#include "../../kernels/cuda/linear_cross_entropy.h"
+#include "../../kernels/cuda/linear_cross_entropy/linear_cross_entropy.h"
 
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/mm.h>
@@ -21,27 +22,14 @@ namespace {
 
 using at::Tensor;
 
-// Classes to a slice, at least: products of fewer leave a device idle.
-constexpr int64_t kLeastClasses = 256;
-
-cuda::LogitsType logits_type(at::ScalarType type) {
-  switch (type) {
-    case at::kFloat:
-      return cuda::LogitsType::Float;
-    case at::kDouble:
-      return cuda::LogitsType::Double;
-    case at::kBFloat16:
-      return cuda::LogitsType::BFloat16;
-    default:
-      return cuda::LogitsType::Half;
-  }
-}
+// The fewest classes of a slice: products of fewer leave a device idle. Chosen on an H100, not measured elsewhere.
+constexpr int64_t kMinClasses = 256;
 
 void* data_or_null(const Tensor& tensor) {
   return tensor.defined() ? tensor.data_ptr() : nullptr;
 }
 
-// One call: the rows of all slices, and the way from one to the next.
+// The slices of one call.
 class Slices {
  public:
   Slices(const LinearInputs& inputs, const CrossEntropyOptions& options, int64_t memory_limit)
@@ -58,11 +46,11 @@ class Slices {
         rows_(hidden_.size(0)),
         classes_(head_.size(0)) {
     const auto acc_size = static_cast<int64_t>(at::elementSize(acc_type_));
-    // A slice of logits and, in another type, one of gradients.
+    // A slice of logits and, if the types differ, a slice of gradients.
     const int64_t class_bytes = std::max<int64_t>(1, rows_) * (acc_size + (in_place() ? 0 : 2));
     const int64_t fitting = memory_limit / class_bytes;
-    // Where not everything fits, half of the memory keeps logits for the second pass.
-    slice_ = fitting >= classes_ ? classes_ : std::min(classes_, std::max(kLeastClasses, fitting / 2));
+    // If not everything fits, half of the memory keeps logits for the second pass.
+    slice_ = fitting >= classes_ ? classes_ : std::min(classes_, std::max(kMinClasses, fitting / 2));
     const int64_t slice_bytes = std::max<int64_t>(1, slice_ * rows_ * acc_size);
     most_kept_ = slice_ == classes_ ? 1 : std::max<int64_t>(0, memory_limit - slice_ * class_bytes) / slice_bytes;
   }
@@ -75,12 +63,13 @@ class Slices {
     return acc_options_;
   }
 
-  // What a mean divides by.
+  // The denominator of a mean.
   Tensor denominator() const {
     return (weight_.defined() ? target_weight() * counted_ : counted_.to(acc_type_)).sum(acc_type_);
   }
 
-  // First pass: losses and what is known of the rows. With `keep`, logits of the first slices stay for the second.
+  // The first pass: losses [rows] and row statistics [3, rows]. With `keep`, the logits of the first slices stay for
+  // the second pass.
   std::tuple<Tensor, Tensor> losses(bool keep) {
     const auto make = [&] { return empty({rows_}, acc_options_); };
     const Tensor maximum = make(), sum = make(), soft = make(), target_logit = make();
@@ -91,13 +80,13 @@ class Slices {
       args.sum = sum.data_ptr();
       args.soft = soft.data_ptr();
       args.target_logit = target_logit.data_ptr();
-      C10_CUDA_CHECK(cuda::add_slice(args, c10::cuda::getCurrentCUDAStream()));
+      C10_CUDA_CHECK(cuda::linear_cross_entropy::add_slice(args, c10::cuda::getCurrentCUDAStream()));
       if (keep && static_cast<int64_t>(kept_.size()) < most_kept_) {
         kept_.push_back(logits);
       }
     }
     const Tensor log_sum = sum.log(), lse = log_sum + maximum;
-    // The large parts cancel exactly.
+    // log(sum) + (maximum - u): the large parts cancel exactly.
     const Tensor negative_log_p = log_sum + (maximum - target_logit);
     Tensor loss = hard() * negative_log_p;
     if (options_.label_smoothing > 0) {
@@ -109,15 +98,16 @@ class Slices {
     return {loss.masked_fill(counted_.logical_not(), 0), at::stack({maximum, log_sum, -negative_log_p})};
   }
 
-  // Second pass: gradients of the losses times `scale`, (rows) or a scalar.
+  // The second pass: gradients of the losses times `scale`, [rows] or [].
   LinearGradients gradients(
-      const LinearInputs& inputs, const Tensor& rows_known, const Tensor& scale, const WantedGradients& wanted) {
-    const Tensor maximum = rows_known.select(0, 0), log_sum = rows_known.select(0, 1), log_p = rows_known.select(0, 2);
+      const LinearInputs& inputs, const Tensor& row_statistics, const Tensor& scale, const WantedGradients& wanted) {
+    const Tensor maximum = row_statistics.select(0, 0), log_sum = row_statistics.select(0, 1),
+                 log_p = row_statistics.select(0, 2);
     const Tensor lse = maximum + log_sum;
     const Tensor rest = soft_total() + 2 * options_.z_loss * lse;
     const auto per_row = [&](const Tensor& values) { return values.expand({rows_}).contiguous(); };
     const Tensor factor = per_row(scale * (hard() + rest) * (-log_sum).exp()), soft_factor = per_row(scale * share());
-    // p - 1 as expm1(log p), so that a confident row keeps its relative accuracy.
+    // p - 1 is computed as expm1(log p), so that a confident row keeps its relative accuracy.
     Tensor target_gradient = per_row(scale * ((hard() + rest) * log_p.expm1() + (rest - share() * target_weight())));
     if (options_.softcap != 0) {
       target_gradient = target_gradient * (1 - ((log_p + lse) / options_.softcap).square());
@@ -143,7 +133,7 @@ class Slices {
       args.soft_factor = soft_factor.data_ptr();
       args.target_gradient = target_gradient.data_ptr();
       args.gradient = gradient.data_ptr();
-      C10_CUDA_CHECK(cuda::slice_gradient(args, c10::cuda::getCurrentCUDAStream()));
+      C10_CUDA_CHECK(cuda::linear_cross_entropy::slice_gradient(args, c10::cuda::getCurrentCUDAStream()));
       if (wanted.linear_weight) {
         Tensor place = of_weight.narrow(0, begin, logits.size(1));
         at::mm_out(place, gradient.t(), hidden_);
@@ -165,7 +155,7 @@ class Slices {
   }
 
  private:
-  // Gradients with respect to logits take their place where they are of the same type.
+  // Gradients with respect to logits replace the logits if the types agree.
   bool in_place() const {
     return acc_type_ == type_;
   }
@@ -187,7 +177,7 @@ class Slices {
     return share() * (weight_.defined() ? weight_.sum() : full({}, static_cast<double>(classes_), acc_options_));
   }
 
-  // Of each row; of ignored ones something.
+  // The class weight of each row's target, [rows]; any number for ignored rows.
   Tensor target_weight() const {
     return weight_.defined() ? weight_.index_select(0, target_.where(counted_, 0)) : full({rows_}, 1, acc_options_);
   }
@@ -196,9 +186,9 @@ class Slices {
     return (1 - options_.label_smoothing) * target_weight();
   }
 
-  cuda::LinearCrossEntropySlice arguments(const Tensor& logits, int64_t begin) const {
-    cuda::LinearCrossEntropySlice args{};
-    args.type = logits_type(type_);
+  cuda::linear_cross_entropy::Slice arguments(const Tensor& logits, int64_t begin) const {
+    cuda::linear_cross_entropy::Slice args{};
+    args.type = element_type(type_).value();
     args.logits = logits.data_ptr();
     args.rows = rows_;
     args.begin = begin;
@@ -233,24 +223,24 @@ LinearResults linear_forward_cuda(
   check_kernel_arguments(inputs, options, memory_limit, wanted);
   check_memory(inputs);
   Slices slices(inputs, options, memory_limit);
-  const auto [losses, rows_known] = slices.losses(/*keep=*/wanted.any());
+  const auto [losses, row_statistics] = slices.losses(/*keep=*/wanted.any());
   const bool mean = options.reduction == Reduction::Mean;
   const Tensor denominator = mean ? slices.denominator() : full({}, 1, slices.acc_options());
   const auto loss_type = options.dtype.value_or(hidden.scalar_type());
   const Tensor loss = options.reduction == Reduction::None ? losses : losses.sum() / denominator;
   LinearGradients gradients = no_gradients(hidden.options());
   if (wanted.any()) {
-    // Without a row that counts there is nothing to divide.
+    // Without a row that counts, the denominator is 0.
     const Tensor scale = denominator.reciprocal().masked_fill(denominator.eq(0), 0);
-    gradients = slices.gradients(inputs, rows_known, scale, wanted);
+    gradients = slices.gradients(inputs, row_statistics, scale, wanted);
   }
   auto& [of_hidden, of_weight, of_bias] = gradients;
-  return {loss.to(loss_type), rows_known, of_hidden, of_weight, of_bias};
+  return {loss.to(loss_type), row_statistics, of_hidden, of_weight, of_bias};
 }
 
 LinearGradients linear_backward_cuda(
     const Tensor& grad_loss,
-    const Tensor& rows_known,
+    const Tensor& row_statistics,
     LIGHTKIT_LINEAR_PARAMETERS,
     LIGHTKIT_OPTION_PARAMETERS,
     int64_t memory_limit,
@@ -260,16 +250,16 @@ LinearGradients linear_backward_cuda(
   const auto options = make_options(LIGHTKIT_OPTION_ARGUMENTS);
   const WantedGradients wanted{LIGHTKIT_WANTED_ARGUMENTS};
   check_kernel_arguments(inputs, options, memory_limit, wanted);
-  check_backward_arguments(grad_loss, rows_known, inputs, options);
+  check_backward_arguments(grad_loss, row_statistics, inputs, options);
   check_memory(inputs);
   check_memory("linear_cross_entropy", "grad_loss", grad_loss);
-  check_memory("linear_cross_entropy", "rows_known", rows_known);
+  check_memory("linear_cross_entropy", "row_statistics", row_statistics);
   Slices slices(inputs, options, memory_limit);
-  Tensor scale = grad_loss.to(rows_known.scalar_type());
+  Tensor scale = grad_loss.to(row_statistics.scalar_type());
   if (options.reduction == Reduction::Mean) {
     scale = scale / slices.denominator();
   }
-  return slices.gradients(inputs, rows_known.contiguous(), scale, wanted);
+  return slices.gradients(inputs, row_statistics.contiguous(), scale, wanted);
 }
 
 }  // namespace lightkit

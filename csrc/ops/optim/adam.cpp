@@ -1,6 +1,6 @@
 #include "adam.h"
 
-#include "step_plan_body.h"
+#include "step_plan_impl.h"
 
 namespace lightkit {
 
@@ -8,9 +8,7 @@ AdamOptions AdamAlgorithm::read(PyObject* group) {
   const Object betas = group_item(group, "betas");
   const auto beta = [&](Py_ssize_t index) {
     const double value = PyFloat_AsDouble(Object::checked(PySequence_GetItem(betas.get(), index)).get());
-    if (value == -1.0 && PyErr_Occurred() != nullptr) {
-      throw PythonError();
-    }
+    check_python(value == -1.0);
     return value;
   };
   AdamOptions options{};
@@ -33,7 +31,7 @@ void AdamAlgorithm::run(const std::vector<AdamTensor>& tensors, c10::Device devi
   }
 #endif
   TORCH_INTERNAL_ASSERT(device.is_cpu());
-  cpu::adam(tensors);
+  cpu::optim::adam(tensors);
 }
 
 template class StepPlan<AdamAlgorithm>;

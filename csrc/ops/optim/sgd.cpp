@@ -1,6 +1,6 @@
 #include "sgd.h"
 
-#include "step_plan_body.h"
+#include "step_plan_impl.h"
 
 namespace lightkit {
 
@@ -23,7 +23,7 @@ void SgdAlgorithm::run(const std::vector<SgdTensor>& tensors, c10::Device device
   }
 #endif
   TORCH_INTERNAL_ASSERT(device.is_cpu());
-  cpu::sgd(tensors);
+  cpu::optim::sgd(tensors);
 }
 
 template class StepPlan<SgdAlgorithm>;

@@ -1,12 +1,12 @@
 // The step plan of lightkit.optim.SGD.
 #pragma once
 
-#include "../../kernels/sgd.h"
+#include "../../kernels/optim/sgd.h"
 #include "step_plan.h"
 
 namespace lightkit {
 
-// Updates tensors that all lie on one GPU, on its current stream.
+// Updates parameters on one GPU, on its current stream.
 void sgd_cuda(const std::vector<SgdTensor>& tensors, c10::Device device);
 
 struct SgdAlgorithm {
@@ -17,9 +17,15 @@ struct SgdAlgorithm {
   static constexpr bool kZeroed = false;
 
   static Options read(PyObject* group);
-  static bool uses(const Options& options, size_t) { return options.momentum != 0; }
-  static at::ScalarType state_type(at::ScalarType parameter, bool master) { return master ? at::kFloat : parameter; }
-  static bool may_start_from_zeros(const Options& options) { return options.momentum == 0 || options.dampening == 0; }
+  static bool uses(const Options& options, size_t) {
+    return options.momentum != 0;
+  }
+  static at::ScalarType state_type(at::ScalarType parameter, bool master) {
+    return master ? at::kFloat : parameter;
+  }
+  static bool may_start_from_zeros(const Options& options) {
+    return options.momentum == 0 || options.dampening == 0;
+  }
   static void run(const std::vector<SgdTensor>& tensors, c10::Device device);
 };
 

@@ -1,11 +1,11 @@
-// The GPU side of the optimizers' steps: device, stream and memory.
+// The optimizers' kernels on a GPU: device, stream and memory.
 
-#include "../../kernels/cuda/adam.h"
-#include "../../kernels/cuda/sgd.h"
-#include "../../kernels/cuda/step.h"
+#include "../../kernels/cuda/optim/adam.h"
+#include "../../kernels/cuda/optim/sgd.h"
+#include "../../kernels/cuda/optim/step.h"
+#include "../common/tensors.h"
 #include "adam.h"
 #include "sgd.h"
-#include "../common/tensors.h"
 
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGraphsC10Utils.h>
@@ -20,12 +20,12 @@ bool is_capturing() {
 
 void sgd_cuda(const std::vector<SgdTensor>& tensors, c10::Device device) {
   const c10::cuda::CUDAGuard guard(device);
-  C10_CUDA_CHECK(cuda::sgd(tensors, c10::cuda::getCurrentCUDAStream()));
+  C10_CUDA_CHECK(cuda::optim::sgd(tensors, c10::cuda::getCurrentCUDAStream()));
 }
 
 void adam_cuda(const std::vector<AdamTensor>& tensors, c10::Device device) {
   const c10::cuda::CUDAGuard guard(device);
-  C10_CUDA_CHECK(cuda::adam(tensors, c10::cuda::getCurrentCUDAStream()));
+  C10_CUDA_CHECK(cuda::optim::adam(tensors, c10::cuda::getCurrentCUDAStream()));
 }
 
 at::Tensor gradient_norm_cuda(
@@ -33,11 +33,12 @@ at::Tensor gradient_norm_cuda(
   const c10::cuda::CUDAGuard guard(device);
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const auto options = at::TensorOptions(at::kDouble).device(device);
-  const int64_t count = cuda::count_of_square_sums(gradients);
+  const int64_t count = cuda::optim::count_of_square_sums(gradients);
   const at::Tensor sums = empty({count}, options), norm = empty({}, options);
-  C10_CUDA_CHECK(cuda::square_sums(gradients, sums.mutable_data_ptr<double>(), stream));
-  C10_CUDA_CHECK(cuda::norm_of_square_sums(
-      sums.const_data_ptr<double>(), count, factor, scale, norm.mutable_data_ptr<double>(), stream));
+  C10_CUDA_CHECK(cuda::optim::square_sums(gradients, sums.mutable_data_ptr<double>(), stream));
+  C10_CUDA_CHECK(
+      cuda::optim::norm_of_square_sums(
+          sums.const_data_ptr<double>(), count, factor, scale, norm.mutable_data_ptr<double>(), stream));
   return norm;
 }
 

@@ -72,13 +72,13 @@ def build(compiler: str, directory: Path) -> Path:
     here = directory / "tests" / "native" / HERE.name
     for root, target in ((KERNELS, tree), (HERE, here)):
         for path in root.rglob("*"):
-            if path.suffix in (".cu", ".cuh", ".h", ".cpp") and path.parent.name != "cpu":
+            if path.suffix in (".cu", ".cuh", ".h", ".cpp") and "cpu" not in path.relative_to(root).parts:
                 copy = target / path.relative_to(root)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 text = path.read_text()
                 is_kernel = path.suffix in (".cu", ".cuh")
                 copy.write_text(f'#line 1 "{path}"\n{translate(text)}' if is_kernel else text)
-    sources = [*(tree / "cuda").glob("*.cu"), *here.glob("*.cu"), *here.glob("*.cpp")]
+    sources = [*(tree / "cuda").rglob("*.cu"), *here.glob("*.cu"), *here.glob("*.cpp")]
 
     def compile_one(source: Path) -> Path:
         made = source.with_suffix(".o")

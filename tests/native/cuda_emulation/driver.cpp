@@ -7,11 +7,11 @@
 //   clear                      forgets buffers, options and errors
 //
 // What kernels print goes to standard error.
-#include "../../../csrc/kernels/cuda/adam.h"
-#include "../../../csrc/kernels/cuda/cross_entropy.h"
-#include "../../../csrc/kernels/cuda/linear_cross_entropy.h"
-#include "../../../csrc/kernels/cuda/sgd.h"
-#include "../../../csrc/kernels/cuda/step.h"
+#include "../../../csrc/kernels/cuda/cross_entropy/cross_entropy.h"
+#include "../../../csrc/kernels/cuda/linear_cross_entropy/linear_cross_entropy.h"
+#include "../../../csrc/kernels/cuda/optim/adam.h"
+#include "../../../csrc/kernels/cuda/optim/sgd.h"
+#include "../../../csrc/kernels/cuda/optim/step.h"
 #include "faults.h"
 
 #include <sanitizer/asan_interface.h>
@@ -39,8 +39,12 @@ class Buffer {
     operator delete[](memory_, kAligned);
   }
   Buffer(const Buffer&) = delete;
-  char* data() { return memory_ + offset_; }
-  size_t bytes() const { return bytes_; }
+  char* data() {
+    return memory_ + offset_;
+  }
+  size_t bytes() const {
+    return bytes_;
+  }
 
  private:
   static constexpr std::align_val_t kAligned{16};
@@ -68,8 +72,8 @@ T* buffer(const std::string& name) {
 }
 
 cudaError_t call_cross_entropy() {
-  cuda::CrossEntropyRows rows{};
-  rows.type = static_cast<cuda::LogitsType>(setting<int>("type"));
+  cuda::cross_entropy::Rows rows{};
+  rows.type = static_cast<ElementType>(setting<int>("type"));
   rows.logits = buffer("logits");
   rows.rows = setting<int64_t>("rows");
   rows.classes = setting<int64_t>("classes");
@@ -81,20 +85,20 @@ cudaError_t call_cross_entropy() {
   rows.z_loss = setting<double>("z_loss");
   rows.softcap = setting<double>("softcap");
   rows.mean = setting<int>("mean");
-  Buffer scratch(sizeof(cuda::CrossEntropyScratch), 0);
+  Buffer scratch(sizeof(cuda::cross_entropy::Scratch), 0);
   std::memset(scratch.data(), 0xff, scratch.bytes());
-  rows.scratch = reinterpret_cast<cuda::CrossEntropyScratch*>(scratch.data());
+  rows.scratch = reinterpret_cast<cuda::cross_entropy::Scratch*>(scratch.data());
   rows.losses = buffer("losses");
   rows.lse = buffer("lse");
   rows.gradient = buffer(setting<int>("inplace") ? "logits" : "gradient");
   rows.total = buffer("total");
-  rows.total_type = static_cast<cuda::LogitsType>(setting<int>("total_type"));
-  return cuda::cross_entropy(rows, nullptr);
+  rows.total_type = static_cast<ElementType>(setting<int>("total_type"));
+  return cuda::cross_entropy::run(rows, nullptr);
 }
 
-cuda::LinearCrossEntropySlice linear_slice() {
-  cuda::LinearCrossEntropySlice slice{};
-  slice.type = static_cast<cuda::LogitsType>(setting<int>("type"));
+cuda::linear_cross_entropy::Slice linear_slice() {
+  cuda::linear_cross_entropy::Slice slice{};
+  slice.type = static_cast<ElementType>(setting<int>("type"));
   slice.logits = buffer("logits");
   slice.rows = setting<int64_t>("rows");
   slice.begin = setting<int64_t>("begin");
@@ -118,9 +122,9 @@ cuda::LinearCrossEntropySlice linear_slice() {
 }
 
 cudaError_t call_scale_rows() {
-  return cuda::scale_rows(
+  return cuda::cross_entropy::scale_rows(
       buffer("gradient"),
-      static_cast<cuda::LogitsType>(setting<int>("type")),
+      static_cast<ElementType>(setting<int>("type")),
       setting<int64_t>("rows"),
       setting<int64_t>("classes"),
       buffer("factor"),
@@ -151,7 +155,7 @@ std::vector<StepTensor<Options>> step_tensors(
         .master = buffer<float>("master" + number),
         .average = buffer("average" + number),
         .numel = setting<int64_t>("numel" + number),
-        .type = static_cast<ParameterType>(setting<int>("type" + number)),
+        .type = static_cast<ElementType>(setting<int>("type" + number)),
         .count = setting<int64_t>("count" + number),
         .count_on_device = buffer<float>("count_on_device" + number),
         .first = setting<int>("first" + number) != 0,
@@ -176,7 +180,7 @@ cudaError_t call_sgd() {
   options.dampening = setting<double>("dampening");
   options.weight_decay = setting<double>("weight_decay");
   options.nesterov = setting<int>("nesterov") != 0;
-  return cuda::sgd(step_tensors(options, {"momentum"}), nullptr);
+  return cuda::optim::sgd(step_tensors(options, {"momentum"}), nullptr);
 }
 
 cudaError_t call_adam() {
@@ -189,7 +193,7 @@ cudaError_t call_adam() {
   options.weight_decay = setting<double>("weight_decay");
   options.decoupled = setting<int>("decoupled") != 0;
   options.amsgrad = setting<int>("amsgrad") != 0;
-  return cuda::adam(step_tensors(options, {"mean", "square", "largest"}), nullptr);
+  return cuda::optim::adam(step_tensors(options, {"mean", "square", "largest"}), nullptr);
 }
 
 // Of the buffers gradient0, gradient1, ..., into the buffer norm.
@@ -197,17 +201,17 @@ cudaError_t call_norm() {
   std::vector<Gradient> gradients;
   for (int i = 0; i < setting<int>("tensors"); ++i) {
     const auto number = std::to_string(i);
-    const auto type = static_cast<ParameterType>(setting<int>("type" + number));
+    const auto type = static_cast<ElementType>(setting<int>("type" + number));
     gradients.push_back({buffer("gradient" + number), setting<int64_t>("numel" + number), type});
   }
-  const int64_t count = cuda::count_of_square_sums(gradients);
+  const int64_t count = cuda::optim::count_of_square_sums(gradients);
   Buffer sums(count * sizeof(double), 0);
   auto* memory = reinterpret_cast<double*>(sums.data());
-  if (const auto error = cuda::square_sums(gradients, memory, nullptr); error != cudaSuccess) {
+  if (const auto error = cuda::optim::square_sums(gradients, memory, nullptr); error != cudaSuccess) {
     return error;
   }
   const double factor = setting<double>("factor", 1);
-  return cuda::norm_of_square_sums(
+  return cuda::optim::norm_of_square_sums(
       memory, count, factor, buffer<float>("scale_on_device"), buffer<double>("norm"), nullptr);
 }
 
@@ -220,10 +224,10 @@ cudaError_t call(const std::string& function) {
     return call_cross_entropy();
   }
   if (function == "add_slice") {
-    return cuda::add_slice(linear_slice(), nullptr);
+    return cuda::linear_cross_entropy::add_slice(linear_slice(), nullptr);
   }
   if (function == "slice_gradient") {
-    return cuda::slice_gradient(linear_slice(), nullptr);
+    return cuda::linear_cross_entropy::slice_gradient(linear_slice(), nullptr);
   }
   if (function == "scale_rows") {
     return call_scale_rows();

@@ -3,8 +3,8 @@
 // torch sees a device that is not the CPU and has no kernels of lightkit, as a TPU's is; what is read from it to the
 // host, and who waits for it, is counted.
 #include <ATen/EmptyTensor.h>
-#include <ATen/NativeFunctions.h>
 #include <ATen/Functions.h>
+#include <ATen/NativeFunctions.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <ATen/native/CPUFallback.h>
@@ -187,8 +187,9 @@ at::Tensor convolution(
   if (bias && bias->defined()) {
     host_bias = on_host(*bias);
   }
-  return on_device(at::convolution_symint(
-      on_host(input), on_host(weight), host_bias, stride, padding, dilation, transposed, output_padding, groups));
+  return on_device(
+      at::convolution_symint(
+          on_host(input), on_host(weight), host_bias, stride, padding, dilation, transposed, output_padding, groups));
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> convolution_backward(
@@ -231,12 +232,9 @@ TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, library) {
   library.fallback(torch::CppFunction::makeFallthrough());
 }
 
-TORCH_LIBRARY_IMPL(aten, AutocastPrivateUse1, m) {
-  KERNEL_PRIVATEUSEONE(conv2d, lower_precision_fp)
-  KERNEL_PRIVATEUSEONE(linear, lower_precision_fp)
-  KERNEL_PRIVATEUSEONE(matmul, lower_precision_fp)
-  KERNEL_PRIVATEUSEONE(cross_entropy_loss, fp32)
-}
+TORCH_LIBRARY_IMPL(aten, AutocastPrivateUse1, m){
+    KERNEL_PRIVATEUSEONE(conv2d, lower_precision_fp) KERNEL_PRIVATEUSEONE(linear, lower_precision_fp)
+        KERNEL_PRIVATEUSEONE(matmul, lower_precision_fp) KERNEL_PRIVATEUSEONE(cross_entropy_loss, fp32)}
 
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   library.impl("empty.memory_format", empty);

@@ -1,21 +1,22 @@
-#include "../../adam.h"
+#include "../../optim/adam.h"
 
 #include "step.h"
+#include "tuning.h"
 
 #include <cmath>
 
-namespace lightkit::cpu {
+namespace lightkit::cpu::optim {
 namespace {
 
 using at::vec::Vectorized;
 
-// The update of ../adam.h for elements of the accumulation type.
+// The update of kernels/optim/adam.h for elements of the accumulation type.
 template <typename acc_t>
-class Rule {
+class AdamRule {
  public:
   using Vec = Vectorized<acc_t>;
 
-  explicit Rule(const AdamTensor& tensor)
+  explicit AdamRule(const AdamTensor& tensor)
       : factor_(signed_factor<acc_t>(*tensor.options)),
         shrinks_(tensor.options->decoupled && tensor.options->weight_decay != 0),
         penalizes_(!tensor.options->decoupled && tensor.options->weight_decay != 0),
@@ -31,11 +32,18 @@ class Rule {
   }
 
   template <bool amsgrad>
-  void update(int64_t count, acc_t* parameter, const acc_t* gradient, acc_t* m, acc_t* v, acc_t* largest) const {
+  void update(
+      int64_t count,
+      acc_t* parameter,       // [count]
+      const acc_t* gradient,  // [count]
+      acc_t* m,               // [count]
+      acc_t* v,               // [count]
+      acc_t* largest          // [count], or null without amsgrad
+  ) const {
     const auto step = [&](int64_t i, int n) {
       Vec p = Vec::loadu(parameter + i, n);
       Vec g = Vec::loadu(gradient + i, n) * factor_;
-      // A term that is off is left out, not multiplied by 0 or 1: an infinite parameter would make NaN of it.
+      // A term that is off is left out, not multiplied by 0 or 1, which would make NaN of an infinite parameter.
       if (penalizes_) {
         g = at::vec::fmadd(penalty_, p, g);
       } else if (shrinks_) {
@@ -71,16 +79,15 @@ class Rule {
 };
 
 template <typename scalar_t>
-void update_range(const AdamTensor& tensor, int64_t begin, int64_t end) {
+void update_adam(const AdamTensor& tensor, int64_t begin, int64_t end) {
   using acc_t = accumulator_t<scalar_t>;
-  constexpr int64_t kBlock = 512;
   auto* parameter = static_cast<scalar_t*>(tensor.parameter);
   const auto* gradient = static_cast<const scalar_t*>(tensor.gradient);
   const auto [m, v, largest] = tensor.states;
-  const Rule<acc_t> rule(tensor);
-  alignas(64) acc_t values[kBlock], gradients[kBlock];
-  for (int64_t start = begin; start < end; start += kBlock) {
-    const int64_t count = std::min(kBlock, end - start);
+  const AdamRule<acc_t> rule(tensor);
+  alignas(64) acc_t values[kAdamBlock], gradients[kAdamBlock];
+  for (int64_t start = begin; start < end; start += kAdamBlock) {
+    const int64_t count = std::min(kAdamBlock, end - start);
     acc_t* p = values;
     if constexpr (!is_half<scalar_t>) {
       p = parameter + start;
@@ -106,8 +113,8 @@ void update_range(const AdamTensor& tensor, int64_t begin, int64_t end) {
 
 void adam(const std::vector<AdamTensor>& tensors) {
   for_each_range(tensors, [](const AdamTensor& tensor, int64_t begin, int64_t end) {
-    with_type(tensor.type, [&](auto scalar) { update_range<decltype(scalar)>(tensor, begin, end); });
+    with_type(tensor.type, [&](auto scalar) { update_adam<decltype(scalar)>(tensor, begin, end); });
   });
 }
 
-}  // namespace lightkit::cpu
+}  // namespace lightkit::cpu::optim

@@ -1,16 +1,17 @@
-#include "../../sgd.h"
+#include "../../optim/sgd.h"
 
 #include "step.h"
+#include "tuning.h"
 
-namespace lightkit::cpu {
+namespace lightkit::cpu::optim {
 namespace {
 
 using at::vec::Vectorized;
 
 enum class Momentum { None, First, Plain, Nesterov, FirstNesterov };
 
-// The update of one run of elements. Which terms exist is fixed at compile time: a term that is off must not
-// turn an infinite parameter or an unwritten momentum buffer into NaN through a product with 0.
+// The update of the elements [begin, end). The terms are fixed at compile time: a product with 0 would make NaN of an
+// infinite parameter or of an uninitialised momentum buffer.
 template <typename scalar_t, Momentum kind, bool decay>
 void update(const SgdTensor& tensor, int64_t begin, int64_t end) {
   using acc_t = accumulator_t<scalar_t>;
@@ -65,12 +66,12 @@ void update(const SgdTensor& tensor, int64_t begin, int64_t end) {
   }
 }
 
-// The update of ../sgd.h in full, for what is more than plain SGD: looked up at run time, block by block.
+// The full update of kernels/optim/sgd.h, with master weights, averages and stochastic rounding; terms are chosen at
+// run time, block by block.
 template <typename scalar_t>
 void update_with_extras(const SgdTensor& tensor, int64_t begin, int64_t end) {
   using acc_t = accumulator_t<scalar_t>;
   using Vec = Vectorized<acc_t>;
-  constexpr int64_t kBlock = 256;
   const SgdOptions& options = *tensor.options;
   auto* parameter = static_cast<scalar_t*>(tensor.parameter);
   const auto* gradient = static_cast<const scalar_t*>(tensor.gradient);
@@ -78,10 +79,10 @@ void update_with_extras(const SgdTensor& tensor, int64_t begin, int64_t end) {
   const bool wide_momentum = tensor.master != nullptr;
   const Vec momentum(static_cast<acc_t>(options.momentum));
   const Vec intake(static_cast<acc_t>(1 - options.dampening));
-  alignas(64) acc_t p[kBlock], g[kBlock], m[kBlock];
+  alignas(64) acc_t p[kSgdBlock], g[kSgdBlock], m[kSgdBlock];
 
-  for (int64_t start = begin; start < end; start += kBlock) {
-    const int64_t count = std::min(kBlock, end - start);
+  for (int64_t start = begin; start < end; start += kSgdBlock) {
+    const int64_t count = std::min(kSgdBlock, end - start);
     if (tensor.master == nullptr) {
       at::vec::convert(parameter + start, p, count);
     } else if constexpr (is_half<scalar_t>) {
@@ -104,8 +105,7 @@ void update_with_extras(const SgdTensor& tensor, int64_t begin, int64_t end) {
         direction = at::vec::fmadd(Vec(static_cast<acc_t>(options.weight_decay)), value, direction);
       }
       if (buffer != nullptr) {
-        const Vec moved =
-            tensor.first ? direction : at::vec::fmadd(momentum, Vec::loadu(m + i, n), intake * direction);
+        const Vec moved = tensor.first ? direction : at::vec::fmadd(momentum, Vec::loadu(m + i, n), intake * direction);
         moved.store(m + i, n);
         direction = options.nesterov ? at::vec::fmadd(momentum, moved, direction) : moved;
       }
@@ -154,4 +154,4 @@ void sgd(const std::vector<SgdTensor>& tensors) {
   });
 }
 
-}  // namespace lightkit::cpu
+}  // namespace lightkit::cpu::optim

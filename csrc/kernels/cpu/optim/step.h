@@ -1,43 +1,46 @@
-// How the steps of all optimizers walk over the tensors of a model on a CPU.
+// The walk of an optimizer's step over all parameters on a CPU, and the parts that all algorithms share.
 #pragma once
 
-#include "../../step.h"
+#include "../../common/ceil_div.h"
+#include "../../optim/step.h"
 
-#include "../parallel.h"
-#include "../simd.h"
+#include "../common/parallel.h"
+#include "../common/simd.h"
+#include "tuning.h"
 
 #include <algorithm>
 #include <cstring>
 #include <vector>
 
-namespace lightkit::cpu {
+namespace lightkit::cpu::optim {
 
-// A thread is woken for at least this many elements.
-inline constexpr int64_t kStepGrain = 32768;
-
-// Tensors laid end to end in runs of some elements; starts[i] is the first run of tensor i.
+// Numbers the runs of `run` elements of all tensors. starts[i] is the first run of tensor i.
 template <typename Tensor>
 std::vector<int64_t> starts_of_runs(const std::vector<Tensor>& tensors, int64_t run) {
   std::vector<int64_t> starts(tensors.size() + 1, 0);
   for (size_t i = 0; i < tensors.size(); ++i) {
-    starts[i + 1] = starts[i] + (tensors[i].numel + run - 1) / run;
+    starts[i + 1] = starts[i] + ceil_div(tensors[i].numel, run);
   }
   return starts;
 }
 
-// The tensor that a run is of.
+// Returns the tensor that has a run.
 inline size_t tensor_of(const std::vector<int64_t>& starts, int64_t run) {
   return std::upper_bound(starts.begin(), starts.end(), run) - starts.begin() - 1;
 }
 
-// While it lives, this thread counts numbers below the smallest normal one as 0, in float and double. The running means
-// of a parameter that gets no gradient, such as one of a dead unit, shrink until they are such numbers, with which a
-// processor is some ten times slower.
+// Flushes subnormal numbers of this thread to 0 while it lives, in float and double. The running means of a parameter
+// that gets no gradient, such as one of a dead unit, shrink until they are subnormal, and a processor is some ten times
+// slower with such numbers.
 class FlushDenormals {
  public:
 #if defined(__SSE2__)
-  FlushDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | kFlushResults | kFlushOperands); }
-  ~FlushDenormals() { _mm_setcsr(before_); }
+  FlushDenormals() : before_(_mm_getcsr()) {
+    _mm_setcsr(before_ | kFlushResults | kFlushOperands);
+  }
+  ~FlushDenormals() {
+    _mm_setcsr(before_);
+  }
 
  private:
   static constexpr unsigned kFlushResults = 0x8000;
@@ -50,17 +53,15 @@ class FlushDenormals {
   FlushDenormals& operator=(const FlushDenormals&) = delete;
 };
 
-// Calls update(tensor, begin, end) for ranges that together make up all tensors, shared out evenly over threads.
+// Calls update(tensor, begin, end) for ranges that make up all tensors, shared evenly over the threads.
 template <typename Tensor, typename Update>
 void for_each_range(const std::vector<Tensor>& tensors, const Update& update) {
-  // Threads meet only at multiples of this many elements of a tensor, so that no cache line has two writers.
-  constexpr int64_t kAlignment = 64;
-  const auto starts = starts_of_runs(tensors, kAlignment);
-  parallel_for(0, starts.back(), kStepGrain / kAlignment, [&](int64_t begin, int64_t end) {
+  const auto starts = starts_of_runs(tensors, kRangeMultiple);
+  parallel_for(0, starts.back(), kElementsPerThread / kRangeMultiple, [&](int64_t begin, int64_t end) {
     const FlushDenormals flush;
     for (size_t i = tensor_of(starts, begin); i < tensors.size() && starts[i] < end; ++i) {
-      const int64_t from = std::max<int64_t>(begin - starts[i], 0) * kAlignment;
-      const int64_t to = std::min((end - starts[i]) * kAlignment, tensors[i].numel);
+      const int64_t from = std::max<int64_t>(begin - starts[i], 0) * kRangeMultiple;
+      const int64_t to = std::min((end - starts[i]) * kRangeMultiple, tensors[i].numel);
       if (from < to) {
         update(tensors[i], from, to);
       }
@@ -68,15 +69,15 @@ void for_each_range(const std::vector<Tensor>& tensors, const Update& update) {
   });
 }
 
-// Calls function(scalar_t{}) with the type that a parameter has.
+// Calls function(scalar_t{}) with the element type of a parameter.
 template <typename Function>
-auto with_type(ParameterType type, const Function& function) {
+auto with_type(ElementType type, const Function& function) {
   switch (type) {
-    case ParameterType::Double:
+    case ElementType::Double:
       return function(double{});
-    case ParameterType::BFloat16:
+    case ElementType::BFloat16:
       return function(at::BFloat16{});
-    case ParameterType::Half:
+    case ElementType::Half:
       return function(at::Half{});
     default:
       return function(float{});
@@ -88,19 +89,23 @@ acc_t signed_factor(const StepOptions& options) {
   return static_cast<acc_t>(options.maximize ? -options.gradient_factor : options.gradient_factor);
 }
 
-// `values`, rounded to BFloat16 up or down with the probabilities that make the expected result exact: 16 random
-// bits are added below the last bit that stays. The bits are a hash of the key and the element's index, so that
-// neither threads nor blocks change them.
-void round_stochastically(const float* values, at::BFloat16* out, int64_t count, uint64_t key, int64_t first_index);
+// Rounds to BFloat16 up or down with the probabilities that make the expected result exact: it adds 16 random bits
+// below the last bit that stays. The bits are a hash of the key and the element's index, so that they depend on neither
+// threads nor blocks.
+void round_stochastically(
+    const float* values,  // [count]
+    at::BFloat16* out,    // [count]
+    int64_t count,
+    uint64_t key,
+    int64_t first_index);
 
-// Takes into a master weight what others have written into its parameter since the last step: where the parameter is
-// no longer its rounding.
+// Copies the elements of a parameter that are no longer the rounding of their master weight into the master weight:
+// others have written to them since the last step.
 template <typename scalar_t, typename Options>
 void refresh_master(const StepTensor<Options>& tensor, int64_t start, int64_t count) {
-  constexpr int64_t kBlock = 256;
-  scalar_t rounded[kBlock];
-  for (int64_t i = 0; i < count; i += kBlock) {
-    const int64_t n = std::min(kBlock, count - i);
+  scalar_t rounded[kMasterBlock];
+  for (int64_t i = 0; i < count; i += kMasterBlock) {
+    const int64_t n = std::min(kMasterBlock, count - i);
     const auto* parameter = static_cast<const scalar_t*>(tensor.parameter) + start + i;
     float* master = tensor.master + start + i;
     at::vec::convert(master, rounded, n);
@@ -114,10 +119,14 @@ void refresh_master(const StepTensor<Options>& tensor, int64_t start, int64_t co
   }
 }
 
-// Writes new values of `count` elements of a parameter from `start` on: rounded, into its master weight, and into
-// its average. `values` may be the parameter itself, where that has the accumulation type.
+// Writes `count` new elements from `start` on to a parameter, rounded, to its master weight, and to its average.
+// `values` may be the parameter itself if that has the accumulation type.
 template <typename scalar_t, typename Options>
-void store(const StepTensor<Options>& tensor, int64_t start, int64_t count, accumulator_t<scalar_t>* values) {
+void store(
+    const StepTensor<Options>& tensor,
+    int64_t start,
+    int64_t count,
+    accumulator_t<scalar_t>* values) {  // [count]
   using acc_t = accumulator_t<scalar_t>;
   using Vec = at::vec::Vectorized<acc_t>;
   auto* parameter = static_cast<scalar_t*>(tensor.parameter) + start;
@@ -137,7 +146,7 @@ void store(const StepTensor<Options>& tensor, int64_t start, int64_t count, accu
         std::copy_n(values, count, tensor.master + start);
       }
     } else if (tensor.average != nullptr) {
-      // What is averaged are the parameters as they are.
+      // The average is of the rounded parameters.
       at::vec::convert(parameter, values, count);
     }
   } else if (values != parameter) {
@@ -155,4 +164,4 @@ void store(const StepTensor<Options>& tensor, int64_t start, int64_t count, accu
   }
 }
 
-}  // namespace lightkit::cpu
+}  // namespace lightkit::cpu::optim

@@ -6,10 +6,18 @@
 namespace cooperative_groups {
 
 struct cluster_group {
-  static unsigned block_rank() { return emulation::cluster_rank(); }
-  static unsigned num_blocks() { return emulation::cluster_size(); }
-  static void barrier_arrive(emulation::Site site = emulation::Site::current()) { emulation::cluster_arrive(site); }
-  static void barrier_wait(emulation::Site site = emulation::Site::current()) { emulation::cluster_wait(site); }
+  static unsigned block_rank() {
+    return emulation::cluster_rank();
+  }
+  static unsigned num_blocks() {
+    return emulation::cluster_size();
+  }
+  static void barrier_arrive(emulation::Site site = emulation::Site::current()) {
+    emulation::cluster_arrive(site);
+  }
+  static void barrier_wait(emulation::Site site = emulation::Site::current()) {
+    emulation::cluster_wait(site);
+  }
   static void sync(emulation::Site site = emulation::Site::current()) {
     emulation::cluster_arrive(site);
     emulation::cluster_wait(site);

@@ -13,7 +13,9 @@ struct __nv_bfloat16 {
     const bool nan = (word & 0x7fffffffu) > 0x7f800000u;
     bits = nan ? 0x7fff : static_cast<uint16_t>((word + 0x7fffu + (word >> 16 & 1)) >> 16);
   }
-  operator float() const { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
+  operator float() const {
+    return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
+  }
 };
 
 inline uint16_t __bfloat16_as_ushort(__nv_bfloat16 value) {

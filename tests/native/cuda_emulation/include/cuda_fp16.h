@@ -6,5 +6,7 @@ struct __half {
 
   __half() = default;
   explicit __half(float wide) : value(static_cast<_Float16>(wide)) {}
-  operator float() const { return static_cast<float>(value); }
+  operator float() const {
+    return static_cast<float>(value);
+  }
 };

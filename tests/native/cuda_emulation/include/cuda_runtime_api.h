@@ -154,7 +154,8 @@ T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, emulation::S
 }
 
 template <typename T>
-T __shfl_down_sync(unsigned mask, T value, unsigned by, int width = 32, emulation::Site site = emulation::Site::current()) {
+T __shfl_down_sync(
+    unsigned mask, T value, unsigned by, int width = 32, emulation::Site site = emulation::Site::current()) {
   return emulation::from_lane(mask, value, emulated_source(emulation::lane() + static_cast<int>(by), width), site);
 }
 

@@ -1,8 +1,0 @@
-// The kernels of cross-entropy for logits of type __half.
-#include "cross_entropy_launch.cuh"
-
-namespace lightkit::cuda {
-
-template cudaError_t cross_entropy_of<__half>(const CrossEntropyRows& args, cudaStream_t stream);
-
-}  // namespace lightkit::cuda

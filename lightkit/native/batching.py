@@ -1,0 +1,58 @@
+"""Batching rules of the ops, for torch.func.vmap and for backward with ``is_grads_batched=True``."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+# The ops that do not write to their arguments. Within torch.func the functions of `lightkit.ops` take torch's
+# operations; backward, and callers of an op itself, reach these rules.
+_OPS = (
+    "cross_entropy",
+    "_cross_entropy_forward",
+    "linear_cross_entropy",
+    "_linear_cross_entropy_forward",
+    "_linear_cross_entropy_backward",
+    "layer_chain",
+    "_layer_chain_forward",
+    "_layer_chain_backward",
+)
+
+
+def register() -> None:
+    """Registers a rule for every op that the native library defines."""
+    for name in filter(functools.partial(hasattr, torch.ops.lightkit), _OPS):
+        torch.library.register_vmap(f"lightkit::{name}", _one_by_one(name), lib=_library)
+
+
+def _one_by_one(name: str) -> Callable[..., Any]:
+    """Returns a rule that calls an op once for each element of the batch."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        op = getattr(torch.ops.lightkit, name).default
+        leaves, spec = pytree.tree_flatten(args)
+        dims = pytree.tree_leaves(in_dims)
+        # For an empty batch, an element of zeros gives the shapes.
+        if info.batch_size == 0:
+            leaves = [
+                leaf if dim is None else leaf.new_zeros((1, *leaf.movedim(dim, 0).shape[1:])).movedim(0, dim)
+                for leaf, dim in zip(leaves, dims, strict=True)
+            ]
+        results = []
+        for index in range(max(1, info.batch_size)):
+            element = [leaf if dim is None else leaf.select(dim, index) for leaf, dim in zip(leaves, dims, strict=True)]
+            results.append(op(*pytree.tree_unflatten(element, spec)))
+        found, out_spec = pytree.tree_flatten(results[0])
+        columns = zip(*map(pytree.tree_leaves, results), strict=True)
+        stacked = [torch.stack(column)[: info.batch_size] for column in columns]
+        return pytree.tree_unflatten(stacked, out_spec), pytree.tree_unflatten([0] * len(found), out_spec)
+
+    return rule
+
+
+# The rules are registered while this object lives.
+_library = torch.library.Library("lightkit", "FRAGMENT")
