@@ -80,7 +80,7 @@ def restore(path: str | Path, evaluates: bool = False) -> Restored:
         CheckpointError: the checkpoint is missing, damaged, not made by lightkit.train, or names what it may not.
     """
     path = Path(path)
-    checkpoint = load_checkpoint(path, is_strangers=True)
+    checkpoint = load_checkpoint(path, untrusted=True)
     if CONFIG_KEY not in checkpoint:
         raise CheckpointError(f"{path} carries no configuration: it was not made by lightkit.train")
     config = checkpoint[CONFIG_KEY]

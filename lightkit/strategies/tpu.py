@@ -20,7 +20,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightkit._util.deprecated import RenamedAttribute
 from lightkit._util.strategy_traits import StrategyTraits
-from lightkit.checkpoints import on_cpu
+from lightkit.checkpoints import to_cpu
 from lightkit.errors import ConfigError
 
 _DEVICE = "tpu"
@@ -132,7 +132,7 @@ class TorchTPU(SingleDeviceStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Writes a checkpoint that needs no TPU to be read."""
-        super().save_checkpoint(on_cpu(checkpoint), filepath, storage_options)
+        super().save_checkpoint(to_cpu(checkpoint), filepath, storage_options)
 
 
 def choose() -> dict[str, Any]:

@@ -14,8 +14,8 @@ from lightkit._util.atomic_write import write_text_atomically
 from lightkit.app.console import print_table
 from lightkit.app.prediction.request import PredictionRequest
 from lightkit.app.restore import Restored
+from lightkit.data.image_files import find_images, read_image
 from lightkit.data.images import ImageDataModule
-from lightkit.data.pictures import find_pictures, read_picture
 from lightkit.errors import CheckpointError, ConfigError
 
 # How many predictions the terminal shows; a file gets all.
@@ -67,11 +67,11 @@ def predict(restored: Restored, request: PredictionRequest) -> Images:
         raise ConfigError(f"invert must be auto, true or false, got {invert!r}")
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
-    paths = find_pictures(Path(str(request.input)))
+    paths = find_images(Path(str(request.input)))
     data = restored.build_data()
     if not isinstance(data, ImageDataModule):
         raise ConfigError(f"the checkpoint is of a model for {type(data).__name__}, which are not images")
-    pictures = torch.stack([read_picture(path, data.image_size, invert) for path in paths])
+    pictures = torch.stack([read_image(path, data.image_size, invert) for path in paths])
     probabilities = torch.cat([_probabilities(restored.task, data, part) for part in pictures.split(batch_size)])
     if probabilities.shape[1] != data.num_classes:
         raise CheckpointError(
