@@ -110,7 +110,11 @@ class FusedStep(torch.optim.Optimizer):
         self._step_supports_amp_scaling = bool(fused)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a parameter group; the optimizer's defaults fill the options that it lacks."""
+        """Adds a parameter group; the optimizer's defaults fill the options that the group lacks.
+
+        Raises:
+            ValueError: an option of the group is out of its range, or two options exclude each other.
+        """
         undisguised(super().add_param_group)(param_group)
         group = self.param_groups[-1]
         # During __init__ torch fills in its own options only.
@@ -198,10 +202,10 @@ class FusedStep(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step_for(self, optimizer: torch.optim.Optimizer, closure: Callable[[], float] | None = None) -> float | None:
-        """Takes a step of this optimizer or of a converted one, without the hooks around a step.
+        """Takes a step of this optimizer, or of a converted one of torch's class, without the hooks around a step.
 
         Args:
-            optimizer: the optimizer with the groups and the state.
+            optimizer: the optimizer whose groups, state and parameters the step reads and updates.
             closure: reevaluates the model and returns the loss.
 
         Returns:
@@ -272,7 +276,7 @@ class FusedStep(torch.optim.Optimizer):
                     parameter.copy_(value)
 
     def _is_plain(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Returns True if no option is set that torch's optimizer lacks."""
+        """Returns True if this object and the groups of ``optimizer`` set no option that torch's class lacks."""
         extras = ("master_weights", "stochastic_rounding")
         return (
             self.max_grad_norm is None
@@ -281,7 +285,13 @@ class FusedStep(torch.optim.Optimizer):
         )
 
     def _take_torch_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Takes torch's own step without its hooks, which the caller's step runs."""
+        """Runs the ``step`` of torch's class on the groups and the state of ``optimizer``.
+
+        The hooks of ``optimizer`` do not run here: the ``step`` that called `step_for` runs them.
+
+        Args:
+            optimizer: this optimizer, or a converted one of torch's class.
+        """
         step = self._torch_class.step
         if getattr(step, "hooked", False):
             step = step.__wrapped__
