@@ -30,7 +30,7 @@ def is_trusted(path: Path) -> bool:
 
 def warn_of_rebuild(path: Path, reason: str) -> None:
     """Warns that a cached file is parsed again, and why."""
-    warnings.warn(f"{path} is not used, and made anew: {reason}", stacklevel=3)
+    warnings.warn(f"{path} is not used, and made again: {reason}", stacklevel=3)
 
 
 def store(path: Path, write: Callable[[BinaryIO], object]) -> None:
