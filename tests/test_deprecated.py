@@ -7,10 +7,12 @@ import torch
 
 import lightkit.checkpoints
 import lightkit.data
+import lightkit.parameter_server
 from lightkit.callbacks import LeanLoop
 from lightkit.checkpoints import load_checkpoint, to_cpu
 from lightkit.flops import FlopCounter
 from lightkit.loops.slicing import fetch_slices
+from lightkit.parameter_server import Client, OptimizerSpec, TrainingSpec
 from lightkit.strategies import DataParallel, DiLoCo, LocalSGD, ParameterServer, TorchTPU
 
 
@@ -28,6 +30,54 @@ def test_evaluates_everything():
 def test_survives_lost_workers():
     with pytest.warns(DeprecationWarning, match=r"is now ParameterServer\.traits\.tolerates_worker_loss"):
         assert ParameterServer.survives_lost_workers is True
+
+
+@pytest.mark.parametrize(("old", "new"), [("Job", TrainingSpec), ("Table", OptimizerSpec)])
+def test_classes_of_the_parameter_server(old, new):
+    with pytest.warns(DeprecationWarning, match=rf"parameter_server\.{old} is now .*\.{new.__name__}"):
+        assert getattr(lightkit.parameter_server, old) is new
+
+
+def specification() -> OptimizerSpec:
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    return OptimizerSpec.from_optimizer(torch.optim.SGD([parameter], lr=0.1), {parameter: "weight"})
+
+
+def test_optimizer_spec():
+    spec = specification()
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    with pytest.warns(DeprecationWarning, match=r"OptimizerSpec\.of is now OptimizerSpec\.from_optimizer"):
+        assert OptimizerSpec.of(torch.optim.SGD([parameter], lr=0.1), {parameter: "weight"}) == spec
+    with pytest.warns(DeprecationWarning, match=r"OptimizerSpec\.numbers is now OptimizerSpec\.hyperparameters"):
+        assert spec.numbers is spec.hyperparameters
+    with pytest.warns(DeprecationWarning, match="OptimizerSpec: numbers is now hyperparameters"):
+        assert OptimizerSpec(spec.optimizer, spec.parameters, numbers=spec.hyperparameters) == spec
+
+
+def test_training_spec():
+    with pytest.warns(DeprecationWarning, match="TrainingSpec: tables is now optimizers"):
+        spec = TrainingSpec(tables=[specification()], mode="async")
+    assert spec == TrainingSpec([specification()], mode="async")
+    with pytest.warns(DeprecationWarning, match=r"TrainingSpec\.tables is now TrainingSpec\.optimizers"):
+        assert spec.tables is spec.optimizers
+    with pytest.warns(DeprecationWarning, match=r"TrainingSpec\.parts is now TrainingSpec\.shards"):
+        assert spec.parts(2) == spec.shards(2)
+    with pytest.warns(DeprecationWarning, match=r"most_bytes is now TrainingSpec\.max_message_bytes"):
+        assert spec.most_bytes == spec.max_message_bytes
+
+
+def test_client():
+    with pytest.warns(DeprecationWarning, match="Client: job is now spec"):
+        client = Client(["127.0.0.1:1"], "secret", 0, job=TrainingSpec([specification()]))
+    with pytest.warns(DeprecationWarning, match=r"Client\.parameters: table is now optimizer_index"):
+        assert torch.equal(client.parameters(table=0)[0], torch.zeros(3))
+    with pytest.warns(DeprecationWarning, match=r"Client\.push: table is now optimizer_index"):
+        with pytest.raises(IndexError):
+            client.push(table=7, gradients=[], groups=[])
+    client.abandon()
+    with pytest.warns(DeprecationWarning, match=r"Client\.pull: table is now optimizer_index"):
+        with pytest.raises(RuntimeError, match="after shutdown"):
+            client.pull(table=0)
 
 
 def test_fetch_slices():
