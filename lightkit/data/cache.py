@@ -30,7 +30,7 @@ def is_trusted(path: Path) -> bool:
 
 def warn_of_rebuild(path: Path, reason: str) -> None:
     """Warns that the file ``path`` of the cache is not used but made again, for ``reason``."""
-    warnings.warn(f"{path} is not used, and made anew: {reason}", stacklevel=3)
+    warnings.warn(f"{path} is not used, and made again: {reason}", stacklevel=3)
 
 
 def store(path: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, TypeGuard
+from typing import Any, ClassVar, TypeGuard, overload
 
 import torch
 from torch import Tensor
@@ -176,6 +176,10 @@ class FusedStep(torch.optim.Optimizer):
         """Returns the names of a parameter's saved state that keep their own dtype."""
         return {"master_weight", "average"} & entry.keys()
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Updates the parameters that have a gradient.
 
@@ -189,7 +193,7 @@ class FusedStep(torch.optim.Optimizer):
 
     # torch wraps the step of every class without this mark, to run hooks and open a profiler range. With a small model
     # that takes as long as the step. `step` calls the wrapper only if there are hooks or a profiler.
-    step.hooked = True
+    vars(step)["hooked"] = True
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Sets the gradients to None, or to zero if ``set_to_none`` is False."""
@@ -200,6 +204,10 @@ class FusedStep(torch.optim.Optimizer):
             for parameter in group["params"]:
                 parameter.grad = None
 
+    @overload
+    def step_for(self, optimizer: torch.optim.Optimizer, closure: None = None) -> None: ...
+    @overload
+    def step_for(self, optimizer: torch.optim.Optimizer, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step_for(self, optimizer: torch.optim.Optimizer, closure: Callable[[], float] | None = None) -> float | None:
         """Takes a step of this optimizer, or of a converted one of torch's class, without the hooks around a step.
