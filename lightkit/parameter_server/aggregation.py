@@ -122,7 +122,7 @@ class Aggregator:
 
         Args:
             push: the push.
-            staleness: waits until the worker is at most so many pushes ahead of the slowest; None does not wait.
+            staleness: the most pushes that the worker may be ahead of the slowest after the return; None for no limit.
 
         Raises:
             TransportError: the worker is gone.
