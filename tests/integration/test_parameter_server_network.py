@@ -78,7 +78,7 @@ def test_a_worker_is_cut_off(tmp_path, mode):
         pushing.wait_for_pushes(0, 1)
         network.cut(1)
         end = time.monotonic() + 30
-        while "worker 1 gave no sign of life for 3 s: going on without it" not in pushing.said():
+        while "worker 1 sent no heartbeat for 3 s: continuing without it" not in pushing.said():
             assert time.monotonic() < end, pushing.said()
             time.sleep(0.1)
         pushing.wait_for_pushes(0)
@@ -104,6 +104,6 @@ def test_a_short_cut_is_waited_for(tmp_path):
         network.mend(1)
         pushing.wait_for_pushes(0, 1)
         count = pushing.stop()
-    assert "is gone" not in pushing.said() and "going on without" not in pushing.said()
+    assert "is gone" not in pushing.said() and "continuing without" not in pushing.said()
     # One may stop a push before the other.
     assert count == max(pushing.pushes(0), pushing.pushes(1)) <= min(pushing.pushes(0), pushing.pushes(1)) + 1
