@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from lightkit.app.checks import check_accelerator, check_outputs
 from lightkit.app.resume import ResumePoint, find_resume_point
 from lightkit.callbacks import TestRecorder
-from lightkit.callbacks.save_figures import SaveFigures
+from lightkit.callbacks.save_metrics import SaveMetrics
 from lightkit.checkpoints import CONFIG_KEY, AtomicCheckpointIO, AtomicXLACheckpointIO
 from lightkit.checkpoints.training_state import CheckTrainingState
 from lightkit.config import build as build_object
@@ -89,7 +89,7 @@ def build(config: DictConfig) -> TrainingJob:
         config,
         callbacks=[
             *build_object(config.get("callbacks") or {}).values(),
-            *(SaveConfig(config), SaveFigures(), recorder),
+            *(SaveConfig(config), SaveMetrics(), recorder),
             *([CheckTrainingState(resume.path)] if resume is not None else []),
         ],
         logger=list(build_object(config.get("logger") or {}).values()),

@@ -81,7 +81,7 @@ def restore(path: str | Path, for_evaluation: bool = False) -> RestoredTask:
             a checkpoint may not name.
     """
     path = Path(path)
-    checkpoint = load_checkpoint(path, is_strangers=True)
+    checkpoint = load_checkpoint(path, untrusted=True)
     if CONFIG_KEY not in checkpoint:
         raise CheckpointError(f"{path} has no configuration: it was not made by lightkit.train")
     config = checkpoint[CONFIG_KEY]

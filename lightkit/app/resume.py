@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
 from lightkit.app import run_files, run_records
-from lightkit.callbacks.save_figures import EPOCH_KEY, FIGURES_KEY
+from lightkit.callbacks.save_metrics import EPOCH_METRICS_KEY, METRICS_KEY
 from lightkit.checkpoints import check_weights, load_checkpoint
 from lightkit.checkpoints.training_state import check_training_state, checked_weights
 from lightkit.errors import CheckpointError
@@ -40,7 +40,7 @@ class ResumePoint:
 
     def metrics(self) -> dict[str, Any]:
         """Returns the metrics before the test: the last value that the resumed run logged under each name."""
-        logged = self.checkpoint.get(FIGURES_KEY)
+        logged = self.checkpoint.get(METRICS_KEY)
         numbers = (int, float)
         logged = {k: v for k, v in logged.items() if type(v) in numbers} if isinstance(logged, dict) else {}
         if self.run is None:
@@ -61,7 +61,7 @@ class ResumePoint:
                 # Both runs have the log at the same relative path; a log outside the run directory is shared.
                 is_inside = own.is_relative_to(run_dir.absolute())
                 directory = source / own.relative_to(run_dir.absolute()) if is_inside else own
-                epoch = self.checkpoint.get(EPOCH_KEY, {})
+                epoch = self.checkpoint.get(EPOCH_METRICS_KEY, {})
                 last = epoch and {"epoch": self.checkpoint["epoch"], **epoch}
                 logger.continue_from(directory / run_files.LOG, self.steps(), last)
 
@@ -87,7 +87,7 @@ def find_resume_point(config: DictConfig, task: pl.LightningModule) -> ResumePoi
         print(f"continuing {path}")
     else:
         path = Path(config.ckpt_path)
-    checkpoint = load_checkpoint(path, is_strangers=True)
+    checkpoint = load_checkpoint(path, untrusted=True)
     check_weights(task, {"state_dict": checked_weights(checkpoint, path)}, path)
     try:
         epochs_done = checkpoint["epoch"] + 1

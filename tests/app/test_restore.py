@@ -50,8 +50,8 @@ def weights_of(config):
 def save(tmp_path):
     """Returns a function that writes a checkpoint and returns its path.
 
-    The function takes a configuration, optional weights, and changes of the configuration by dotted key, with ``__`` for
-    a dot.
+    The function takes a configuration, optional weights, and changes of the configuration by dotted key, with ``__``
+    for a dot.
     """
 
     def write(config, weights=None, /, **changes):
@@ -188,7 +188,7 @@ def test_metrics_of_terabytes(save):
 
 
 def test_one_number_that_stands_for_terabytes(save):
-    """`restore` compares the model's memory with the file size: a weight of stride 0 takes almost no space in the file."""
+    """`restore` compares the model's memory with the file size; a weight of stride 0 takes little space in the file."""
     config = copy.deepcopy(TRANSFORMER)
     weights = weights_of(config)
     for name in ("model.embedding.weight", "model.head.weight"):

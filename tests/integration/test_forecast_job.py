@@ -73,7 +73,7 @@ def test_predict_another_file(job, tmp_path):
 
 
 def test_bad_predictions(job, tmp_path):
-    """Too few rows, a long horizon, a gap at the end, a wrong column and keys of other tasks each raise a clear error."""
+    """Too few rows, a long horizon, a gap at the end, a wrong column and keys of other tasks each raise an error."""
     restored = restore(job / "out" / "checkpoints" / "best.ckpt")
     write_wave(tmp_path / "short.csv", rows=5)
     write_wave(tmp_path / "whole.csv")

@@ -14,8 +14,8 @@ from torch import Tensor
 from lightkit._util.atomic_write import write_text_atomically
 from lightkit.app.console import print_table
 from lightkit.app.prediction.request import PredictionRequest
+from lightkit.data.image_files import find_images, read_image
 from lightkit.data.images import ImageDataModule
-from lightkit.data.pictures import find_pictures, read_picture
 from lightkit.errors import CheckpointError, ConfigError
 from lightkit.tasks import ClassificationTask
 
@@ -91,10 +91,10 @@ def predict(task: ClassificationTask, data: pl.LightningDataModule, request: Pre
         raise ConfigError(f"invert must be auto, true or false, got {invert!r}")
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
-    paths = find_pictures(Path(request.require_input("images")))
+    paths = find_images(Path(request.require_input("images")))
     if not isinstance(data, ImageDataModule):
         raise ConfigError(f"the checkpoint is of a model for {type(data).__name__}, which are not images")
-    pictures = torch.stack([read_picture(path, data.image_size, invert) for path in paths])
+    pictures = torch.stack([read_image(path, data.image_size, invert) for path in paths])
     probabilities = torch.cat([_probabilities(task, data, part) for part in pictures.split(batch_size)])
     if probabilities.shape[1] != data.num_classes:
         raise CheckpointError(
