@@ -53,6 +53,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (is_alone(item), is_slow(item)))
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_finish(session: pytest.Session) -> None:
     workers.publish_groups(session.config, {item.nodeid: group_of(item) for item in session.items})
 
