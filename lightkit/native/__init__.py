@@ -32,7 +32,7 @@ _OFF = "LIGHTKIT_NATIVE=off"
 _lock = threading.Lock()
 _loaded: tuple[ModuleType | None, str] | None = None
 _warned = False
-_build: BackgroundWork | None = None
+_build: BackgroundWork[Path] | None = None
 
 
 class NativeUnavailableError(LightkitError, RuntimeError):

@@ -19,7 +19,7 @@ from .background import BackgroundWork, Control
 _ANNOUNCEMENT = "lightkit: compiling the native kernels, once for this torch and this kind of processor"
 
 
-def start() -> BackgroundWork:
+def start() -> BackgroundWork[Path]:
     """Starts to find or to compile the library for this torch and this machine; `result()` waits for its path."""
     return BackgroundWork(_find_or_build, _ANNOUNCEMENT)
 

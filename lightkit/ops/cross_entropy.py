@@ -291,7 +291,7 @@ def has_kernel(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
     """Returns True if the kernels take this call; otherwise `cross_entropy` takes the reference."""
     return (
         kernels_apply(input)
-        # torch decides what a mean, or label smoothing, of nothing is.
+        # torch defines the mean, and label smoothing, of nothing.
         and input.numel() > 0
         # The kernels have the gradient with respect to the logits alone.
         and not target.requires_grad

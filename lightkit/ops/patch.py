@@ -7,7 +7,6 @@ import types
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -153,7 +152,7 @@ def _copy_of_torch_function() -> types.FunctionType | None:
     return types.FunctionType(code, _function.__globals__, _function.__name__, _function.__defaults__)
 
 
-def _parameters(code: types.CodeType) -> tuple[Any, ...]:
+def _parameters(code: types.CodeType) -> tuple[tuple[str, ...], int, int]:
     return code.co_varnames[: code.co_argcount + code.co_kwonlyargcount], code.co_argcount, code.co_flags & 0x0C
 
 
