@@ -1,9 +1,9 @@
-"""What accuracy does the documented job reach, next to the same model in a plain PyTorch loop?
+"""Measures the accuracy of the documented job beside that of the same model in a plain PyTorch loop.
 
     python benchmarks/cnn_accuracy.py [--data mnist_5k fashion_mnist] [--seeds 0 1 2]
 
-Both train on the same split with the same seeds, 5 epochs of batches of 32 with Adam, and are measured on the
-test set: lightkit with the checkpoint of the lowest validation loss, the loop after its last epoch.
+Both train on the same split with the same seeds, 5 epochs of batches of 32 with Adam. The test set measures lightkit's
+checkpoint of the lowest validation loss, and the loop after its last epoch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SETS = {
 
 
 def lightkit_job(data: str, seed: int) -> tuple[float, float]:
-    """Accuracy and images a second of the command line."""
+    """Returns accuracy and images a second of the command line."""
     with tempfile.TemporaryDirectory() as directory:
         arguments = ["+experiment=cnn", f"data={data}", f"seed={seed}", "hydra.run.dir=out"]
         subprocess.run([sys.executable, "-m", "lightkit.train", *arguments], cwd=directory, check=True)
@@ -40,7 +40,7 @@ def lightkit_job(data: str, seed: int) -> tuple[float, float]:
 
 
 def plain_loop(data: str, seed: int) -> tuple[float, float]:
-    """The same for a loop that anybody would write, with torch's layers, on images that are floats already."""
+    """Returns accuracy and images a second of a loop with torch's layers, on images that are floats already."""
     sets = SETS[data]()
     sets.setup()
     inputs, labels = to_input(sets.train.images), sets.train.labels

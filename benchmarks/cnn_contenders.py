@@ -1,9 +1,9 @@
-"""What runs the documented CNN, one contender a process: see cnn_job.py, which starts these and gives them turns.
+"""Trains the documented CNN with one contender; cnn_job.py starts a process for each and gives them turns.
 
     python benchmarks/cnn_contenders.py NAME --batch 32 --epochs 5
 
-Every contender trains the same CNN on the same 60,000 images with Adam and cross-entropy, waits for its turn
-before each epoch, and prints the seconds that each took and the test accuracy at the end.
+Every contender trains the same CNN on the same 60,000 images with Adam and cross-entropy. It waits for its turn before
+each epoch, prints the seconds of each epoch, and prints the test accuracy at the end.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ DEVICE = os.environ.get("CNN_JOB_DEVICE", "cpu")
 
 
 class Turns:
-    """Says when an epoch may begin, and how long it took: from its start to when the next one could."""
+    """Waits for the turn of each epoch, and prints its seconds: from its start until the next one could start."""
 
     def __init__(self) -> None:
         self._out = os.fdopen(os.dup(1), "w")
-        # Progress bars and tables go where nobody waits for words.
+        # Progress bars and tables must not mix with the words for cnn_job.py.
         sys.stdout.flush()
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         self._started: float | None = None
 
     def begin(self) -> None:
-        """Ends the epoch before, if there was one, and waits for the next turn."""
+        """Ends the previous epoch, if there was one, and waits for the next turn."""
         self.end()
         self._say({"ready": True})
         sys.stdin.readline()
         self._started = time.perf_counter()
 
     def end(self) -> None:
-        """Ends an epoch."""
+        """Ends the epoch, and prints its seconds."""
         if self._started is not None:
             self._say({"seconds": time.perf_counter() - self._started})
             self._started = None
 
     def finish(self, accuracy: float) -> None:
-        """After the last epoch."""
+        """Ends the last epoch, and prints the test accuracy."""
         self.end()
         self._say({"accuracy": accuracy})
 
@@ -56,7 +56,7 @@ class Turns:
 
 
 def images() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Fashion-MNIST: training images and labels, test images and labels; float32 in [0, 1] ``(N, 28, 28)``."""
+    """Returns Fashion-MNIST: images ``(N, 28, 28)``, float32 in [0, 1], and labels, of training and test."""
     from lightkit.data import FashionMNIST
 
     train, test = FashionMNIST().read()
@@ -69,7 +69,7 @@ def images() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
 
 
 def keras(turns: Turns, batch: int, epochs: int) -> float:
-    """The document's listing."""
+    """Trains the documented listing."""
     data = np.load(os.environ["CNN_JOB_DATA"])
     import keras
 
@@ -97,7 +97,7 @@ def keras(turns: Turns, batch: int, epochs: int) -> float:
 
 
 def torch_cnn():
-    """The CNN in torch's own layers, as anybody would write it."""
+    """Returns the CNN in torch's own layers."""
     from torch import nn
 
     return nn.Sequential(
@@ -133,7 +133,7 @@ def _accuracy(model, test_x, test_y) -> float:
 
 
 def loop(turns: Turns, batch: int, epochs: int, tuned: bool = False, compiled: bool = False) -> float:
-    """A plain PyTorch loop; tuned: with channels-last and the fused Adam; compiled: into CUDA graphs."""
+    """Trains a plain PyTorch loop; ``tuned`` adds channels-last and the fused Adam, ``compiled`` CUDA graphs."""
     import torch
     import torch.nn.functional as F
 
@@ -161,7 +161,7 @@ def loop(turns: Turns, batch: int, epochs: int, tuned: bool = False, compiled: b
 
 
 def _wait() -> None:
-    """An epoch on a GPU has ended when its kernels have."""
+    """Waits for the kernels of a GPU: the epoch ends with them."""
     import torch
 
     if DEVICE == "cuda":
@@ -169,17 +169,17 @@ def _wait() -> None:
 
 
 def compiled_loop(turns: Turns, batch: int, epochs: int) -> float:
-    """The tuned loop, with model and loss compiled into CUDA graphs."""
+    """Trains the tuned loop, with model and loss compiled into CUDA graphs."""
     return loop(turns, batch, epochs, tuned=True, compiled=True)
 
 
 def tuned_loop(turns: Turns, batch: int, epochs: int) -> float:
-    """The plain loop with channels-last and the fused Adam."""
+    """Trains the plain loop with channels-last and the fused Adam."""
     return loop(turns, batch, epochs, tuned=True)
 
 
 def _pause(turns: Turns):
-    """A callback that waits for its turn before each epoch; the clock runs on through the epoch's end."""
+    """Returns a callback that waits for its turn before each epoch; the clock includes the end of the epoch."""
     from lightning.pytorch.callbacks import Callback
 
     class Pause(Callback):
@@ -195,7 +195,7 @@ def _pause(turns: Turns):
 
 
 def lightning(turns: Turns, batch: int, epochs: int, callbacks: Callable[[], list] = list) -> float:
-    """Stock Lightning: DataLoader, self.log, a torchmetrics accuracy, its logger, progress bar and checkpoints."""
+    """Trains with stock Lightning: DataLoader, a logged accuracy, its logger, progress bar and checkpoints."""
     import lightning.pytorch as pl
     import torch
     import torch.nn.functional as F
@@ -233,18 +233,18 @@ def lightning(turns: Turns, batch: int, epochs: int, callbacks: Callable[[], lis
 
 
 def lightning_one_line(turns: Turns, batch: int, epochs: int) -> float:
-    """The same module and trainer with lightkit's callbacks."""
+    """Trains the module of `lightning` with lightkit's callbacks."""
     from lightkit.callbacks import FuseKernels, LeanLoop
 
     return lightning(turns, batch, epochs, lambda: [LeanLoop(), FuseKernels()])
 
 
 def lightkit(turns: Turns, batch: int, epochs: int, *overrides: str) -> float:
-    """``python -m lightkit.train +experiment=cnn data=fashion_mnist``, as it comes."""
+    """Trains ``python -m lightkit.train +experiment=cnn data=fashion_mnist`` as it comes."""
     from hydra import compose, initialize_config_module
 
+    from lightkit.app.training import train
     from lightkit.config import allow_targets
-    from lightkit.training import train
 
     # The application builds its callbacks from the configuration: ours among them.
     module = sys.modules[__name__]
@@ -271,17 +271,17 @@ def lightkit(turns: Turns, batch: int, epochs: int, *overrides: str) -> float:
 
 
 def lightkit_bfloat16(turns: Turns, batch: int, epochs: int) -> float:
-    """The same in bfloat16."""
+    """Trains `lightkit` in bfloat16."""
     return lightkit(turns, batch, epochs, "trainer.precision=bf16-mixed")
 
 
 def lightkit_without_graphs(turns: Turns, batch: int, epochs: int) -> float:
-    """The same with every kernel launched by Python."""
+    """Trains `lightkit` with every kernel launched by Python."""
     return lightkit(turns, batch, epochs, "callbacks.lean_loop.cuda_graphs=false")
 
 
 def lightkit_stock_loop(turns: Turns, batch: int, epochs: int) -> float:
-    """The same with Lightning's own loop."""
+    """Trains `lightkit` with Lightning's own loop."""
     return lightkit(turns, batch, epochs, "~callbacks.lean_loop")
 
 

@@ -1,12 +1,12 @@
-"""How long does the documented job take, and what does it reach, next to what a user would run instead?
+"""Measures time and accuracy of the documented job beside what a user would run instead.
 
     python benchmarks/cnn_job.py [--batch 32] [--epochs 5] [--keras-python PYTHON] [--only NAME ...]
 
 Each contender of cnn_contenders.py trains in a process of its own on the 60,000 images of Fashion-MNIST. They take
-turns, an epoch each, so that a drift of the machine meets all of them; the others wait without using the
-processor. An epoch counts from its first batch to when the next could begin, checkpoints included. Keras needs
-TensorFlow, which may live in another environment: --keras-python names its interpreter. Where there is a GPU they
-train on it, the plain loops from images that lie there.
+turns, an epoch each, so that a drift of the machine meets all of them; the others wait without using the processor. An
+epoch counts from its first batch until the next could begin, checkpoints included. Keras needs TensorFlow, which may be
+in another environment: --keras-python names its interpreter. On a machine with a GPU all contenders train there, and
+the plain loops keep their images there.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from timing import median
 
 HERE = Path(__file__).parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# What pays on one kind of device alone.
+# Contenders that make sense on the other kind of device alone.
 LEFT_OUT = {"cpu": ["compiled_loop", "lightkit_without_graphs"], "cuda": ["keras"]}
 
 
 class Worker:
-    """A contender's process."""
+    """The process of a contender."""
 
     def __init__(self, name: str, python: str, batch: int, epochs: int, data: Path) -> None:
         self.seconds: list[float] = []
@@ -48,17 +48,17 @@ class Worker:
         self.alive = True
 
     def begin(self) -> None:
-        """Waits until it could train."""
+        """Waits until the contender is ready to train."""
         self.alive = self._advance()
 
     def turn(self) -> None:
-        """Lets it train one epoch."""
+        """Lets the contender train one epoch."""
         self._process.stdin.write("go\n")
         self._process.stdin.flush()
         self.alive = self._advance()
 
     def _advance(self) -> bool:
-        """Reads until it is ready for another turn; False if it has come to its end."""
+        """Reads what the contender prints; returns True when it is ready for a turn, False when it has ended."""
         for line in self._process.stdout:
             words = json.loads(line)
             if "seconds" in words:

@@ -1,9 +1,9 @@
-"""Images a second on a machine that others use, too: the documented CNN beside processes that never rest.
+"""Measures images a second of the documented CNN on a crowded machine, beside processes that spin.
 
     python benchmarks/crowded.py --neighbours 0 1 2 4 8 --rounds 3
 
-Every contender trains in a process of its own for a few seconds, beside so many spinning processes; the contenders take
-turns. With k neighbours on c cores a process of c threads has its fair share when it is (k + c) / c times as slow.
+Every contender trains in a process of its own for a few seconds, beside the spinning neighbours; the contenders take
+turns. With k neighbours on c cores, a process of c threads has its fair share when it is (k + c) / c times as slow.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CONTENDERS = ("lightkit", "torch")
 
 
 class Batches:
-    """Epochs of batches; `is_over` once so many seconds of them are over, after one epoch to warm up."""
+    """Epochs of batches, one of them to warm up; `is_over` tells when they have taken the given seconds."""
 
     def __init__(self, seconds: float) -> None:
         import torch
@@ -44,7 +44,7 @@ class Batches:
             yield self._images[first : first + BATCH], self._labels[first : first + BATCH]
 
     def is_over(self) -> bool:
-        """Notes the end of an epoch, and says whether it was the last one."""
+        """Records the end of an epoch, and returns True if it was the last one."""
         now = time.perf_counter()
         if self._started is None:
             self._started = now
@@ -55,7 +55,7 @@ class Batches:
 
 
 def lightkit(batches: Batches) -> None:
-    """A Trainer with the callbacks of `lightkit.train`."""
+    """Trains with a Trainer and the callbacks of `lightkit.train`."""
     import lightning.pytorch as pl
 
     from benchmarks.cnn_contenders import torch_cnn
@@ -86,7 +86,7 @@ def lightkit(batches: Batches) -> None:
 
 
 def torch(batches: Batches) -> None:
-    """A plain loop of PyTorch."""
+    """Trains with a plain PyTorch loop."""
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -109,7 +109,7 @@ def contend(name: str, seconds: float) -> None:
 
 
 def measure(name: str, seconds: float, neighbours: int) -> float:
-    """Images a second of a contender in a process of its own beside spinning ones."""
+    """Returns images a second of a contender in a process of its own, beside spinning ones."""
     # They end by themselves, should this process be killed.
     spin = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: sum(range(10**6))"
     spinning = [subprocess.Popen([sys.executable, "-c", spin]) for _ in range(neighbours)]

@@ -1,16 +1,16 @@
-"""What is lost when a process or the network goes, and how long is it until the work goes on?
+"""Measures what is lost when a process or the network fails, and how long the work takes to go on.
 
     python benchmarks/faults.py [--times 3] [--only NAME ...] [--note TEXT]
 
-Workers of a parameter server push gradients of ones, along which SGD steps by one, so that the parameters say how many
-pushes have counted; kills come at random moments. ``lost`` is how many pushes that were answered do not count,
-``twice`` how many counts there are beyond those that were sent. Seconds are the longest without an answer from the
-fault on: of the worker in question, or of the others where it is gone for good.
+Workers of a parameter server push gradients of ones, along which SGD steps by one, so that the parameters count the
+pushes. Kills come at random moments. ``lost`` is the number of answered pushes that do not count, ``twice`` the number
+of counts beyond the pushes that were sent. The seconds are the longest time without an answer after the fault: for the
+worker that failed, or for the others where that worker does not return.
 
-Jobs are the documented CNN in two processes, under torchrun. ``lost`` are the steps since the last checkpoint, which is
-written after each epoch of them; seconds are those from the fault to the first batch after it.
+Jobs are the documented CNN in two processes, under torchrun. ``lost`` is the number of steps since the last checkpoint,
+which is written after each epoch; the seconds are those from the fault to the first batch after it.
 
-Two machines are network namespaces, which need the privilege to make them.
+Two machines are network namespaces; making them needs privileges.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = 120.0) ->
 
 
 class Pushing:
-    """Workers that push to servers until `stop`."""
+    """Processes of workers that push to servers until `stop`."""
 
     def __init__(self, directory: Path, addresses: list[str], workers: int, *settings: str, network: Any = None):
         self.directory = directory
@@ -90,12 +90,12 @@ class Pushing:
         wait_for(lambda: sum(t > after for t in self.answers(rank)) > 20, f"worker {rank} after the fault", seconds)
 
     def pause(self, rank: int, fault: float) -> float:
-        """The longest time without an answer that ended after the fault, counted from then at the earliest."""
+        """Returns the longest time without an answer after the fault, in seconds."""
         times = [fault, *(t for t in self.answers(rank) if t > fault)]
         return max(later - earlier for earlier, later in itertools.pairwise(times))
 
     def stop(self, *ranks: int) -> int:
-        """How many pushes have counted; those workers are alive."""
+        """Ends the workers, and returns the number of pushes that counted. The given workers must be alive."""
         (self.directory / "stop").touch()
         for rank in ranks:
             if (status := self.workers[rank].wait(120)) != 0:
@@ -114,7 +114,7 @@ def local_servers(directory: Path, count: int = 1) -> Iterator[LocalServers]:
 
 
 def server_killed(*settings: str) -> Callable[[Path], dict[str, float]]:
-    """One worker goes through the end of its server."""
+    """Returns a fault: the server of one worker is killed."""
 
     def fault(directory: Path) -> dict[str, float]:
         with local_servers(directory) as servers:
@@ -130,7 +130,7 @@ def server_killed(*settings: str) -> Callable[[Path], dict[str, float]]:
 
 
 def worker_gone(mode: str, how: signal.Signals) -> Callable[[Path], dict[str, float]]:
-    """One of two workers goes; the other goes on."""
+    """Returns a fault: one of two workers gets a signal, and the other goes on."""
 
     def fault(directory: Path) -> dict[str, float]:
         with local_servers(directory) as servers:
@@ -145,7 +145,7 @@ def worker_gone(mode: str, how: signal.Signals) -> Callable[[Path], dict[str, fl
             counted = pushing.stop(0)
             pushing.workers[1].kill()
         answered = pushing.pushes(0) if mode == "sync" else pushing.pushes(0) + pushing.pushes(1)
-        # The last push of the one that went may count without having been answered.
+        # The last push of the worker that failed may count without having been answered.
         return {
             "lost": max(answered - counted, 0),
             "twice": max(counted - answered - 1, 0),
@@ -156,7 +156,7 @@ def worker_gone(mode: str, how: signal.Signals) -> Callable[[Path], dict[str, fl
 
 
 def network_cut(seconds: float, mode: str, watched: int) -> Callable[[Path], dict[str, float]]:
-    """The second worker's machine is without network for a while."""
+    """Returns a fault: the machine of the second worker has no network for some seconds."""
 
     def fault(directory: Path) -> dict[str, float]:
         with Network() as network:
@@ -175,7 +175,7 @@ def network_cut(seconds: float, mode: str, watched: int) -> Callable[[Path], dic
         answered = pushing.pushes(0) if mode == "sync" else pushing.pushes(0) + pushing.pushes(1)
         return {
             "lost": max(answered - counted, 0),
-            # In sync the second may make one more when the first has stopped.
+            # In sync the second worker may push once more when the first has stopped.
             "twice": max(counted - answered - (mode == "sync"), 0),
             "s": pushing.pause(watched, at),
         }
@@ -197,7 +197,7 @@ VARIABLES = {"PYTHONPATH": str(TESTS), "LIGHTKIT_TARGETS": "faults", "OMP_NUM_TH
 
 
 def job_killed(**faults: Any) -> Callable[[Path], dict[str, float]]:
-    """A process of a job on one machine is killed."""
+    """Returns a fault: a process of a job on one machine is killed."""
 
     def fault(directory: Path) -> dict[str, float]:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -209,7 +209,7 @@ def job_killed(**faults: Any) -> Callable[[Path], dict[str, float]]:
 
 
 def job_on_two_machines(nodes: str, cut: bool, **faults: Any) -> Callable[[Path], dict[str, float]]:
-    """A process, or the network, of a job on two machines."""
+    """Returns a fault of a job on two machines: a process is killed, or the network is cut."""
 
     def fault(directory: Path) -> dict[str, float]:
         with Network() as network:

@@ -1,9 +1,9 @@
-"""What does it bring a training step in torch's own layers to keep freed memory?
+"""Measures a training step in torch's own layers with and without `lightkit.memory.keep_freed_memory`.
 
     python benchmarks/freed_memory.py [--rounds 3]
 
-The documented CNN in torch's layers, forward, cross-entropy, backward and the fused Adam, in processes of their own
-that take turns: with ``lightkit.memory.keep_freed_memory`` and without.
+A step is that of the documented CNN: forward pass, cross-entropy, backward pass and the fused Adam. Each way runs in
+processes of its own, and the two take turns.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STEPS = 60
 
 
 def measure() -> dict[str, float]:
-    """Microseconds an image, by batch and memory format."""
+    """Returns microseconds an image by batch size and memory format."""
     found = {}
     for batch in BATCHES:
         images, labels = torch.rand(STEPS * batch, 1, 28, 28), torch.randint(0, 10, (STEPS * batch,))

@@ -1,14 +1,14 @@
-"""How many pushes does a parameter server take, next to an all_reduce; and what would a thousand workers get?
+"""Measures the pushes a second of a parameter server beside an all_reduce, and simulates 1,000 workers.
 
     python benchmarks/parameter_server.py [--seconds 3] [--sizes 10000 1000000 25000000] [--note TEXT]
 
-Workers and servers are processes on this machine. A push is a gradient of so many float32 and the answer with as many
+Workers and servers are processes on this machine. A push is a gradient in float32 and the answer with as many
 parameters, after a step of SGD with momentum in ``async``, without snapshots; the workers do nothing else. The
 all_reduce is gloo's, of as many numbers among as many processes, in turns with the pushes of the same processes.
 
-The simulation: each worker computes for a while and pushes to all servers at once; a server takes pushes one after the
-other, each for the time that was measured with the most workers here; the network between is taken for free. It is
-first compared with what was measured at other numbers of workers, then run for up to 1,000.
+In the simulation each worker computes for a while and pushes to all servers at once. A server takes pushes one after
+the other, each for the time that was measured with the most workers here. The network takes no time. The script
+compares the simulation with the measurements at other numbers of workers, and then runs it for up to 1,000.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TENSORS = 8
 
 
 def work(rank: int, workers: int, addresses: list[str], secret: str, size: int, seconds: float, port: int, results):
-    """One worker: pushes for a while, then reduces for a while, three times."""
+    """Runs one worker, which pushes and then reduces for the given seconds, three times."""
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = dist.TCPStore("127.0.0.1", port, workers, is_master=rank == 0, timeout=timedelta(minutes=5))
@@ -57,7 +57,7 @@ def work(rank: int, workers: int, addresses: list[str], secret: str, size: int, 
         client.push(0, gradients, optimizer.param_groups).result()
 
     def rate(action) -> float:
-        """Of all workers together."""
+        """Returns calls of ``action`` a second, of all workers together."""
         action()
         dist.barrier()
         count, start = 0, time.perf_counter()
@@ -74,7 +74,7 @@ def work(rank: int, workers: int, addresses: list[str], secret: str, size: int, 
         start, count = time.perf_counter(), 0
         more = torch.ones(1)
         while more:
-            # As many as all of them make together before they look at one clock.
+            # All processes make as many calls before they look at one clock.
             for _ in range(3):
                 dist.all_reduce(flat)
             count += 3
@@ -91,7 +91,7 @@ def work(rank: int, workers: int, addresses: list[str], secret: str, size: int, 
 
 
 def measure(workers: int, servers: int, size: int, seconds: float) -> tuple[float, float]:
-    """Pushes, and all_reduces, in a second; all workers together."""
+    """Returns pushes and all_reduces a second, of all workers together."""
     secret = secrets.token_hex(8)
     local = LocalServers(servers, secret, None)
     with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -110,7 +110,7 @@ def measure(workers: int, servers: int, size: int, seconds: float) -> tuple[floa
 
 
 def simulate(workers: int, service: float, compute: float, steps: int = 50) -> float:
-    """Pushes in a second of workers that compute for so many seconds, plus or minus a tenth, and one queue."""
+    """Returns pushes a second at one queue, of workers that compute for ``compute`` seconds, give or take a tenth."""
     chance = random.Random(0)
 
     def think() -> float:

@@ -1,16 +1,14 @@
-"""Draws the figures of the README from the rows in results/.
+"""Draws the pictures of README.md and docs/ from the rows in results/.
 
     python benchmarks/plots.py
 
-Of each table the rows of the last day and device in it are drawn, for CPUs and for GPUs.
+Each picture shows the rows of the last day and device of its file, for CPUs or for GPUs.
 """
 
 from __future__ import annotations
 
-import csv
-
 from matplotlib.figure import Figure
-from rows import RESULTS
+from recorded import RESULTS, latest
 
 GREY, BLUE, ORANGE, GREEN = "#94a3b8", "#2563eb", "#ea580c", "#15803d"
 
@@ -24,14 +22,6 @@ CONTENDERS = {
 }
 
 
-def latest(name: str, on_gpu: bool = False) -> list[dict[str, str]]:
-    """The rows of a table that were measured together last."""
-    with open(RESULTS / f"{name}.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if ("NVIDIA" in row["device"]) == on_gpu]
-    last = rows[-1]
-    return [row for row in rows if all(row[key] == last[key] for key in ("date", "device", "threads"))]
-
-
 def save(figure: Figure, name: str) -> None:
     figure.savefig(RESULTS / f"{name}.png", dpi=120, facecolor="white")
 
@@ -41,11 +31,11 @@ def tidy(axis) -> None:
 
 
 def cnn_job() -> None:
-    """Microseconds an image of the documented job, a bar for each contender."""
+    """Draws microseconds an image of the documented job, a bar for each contender."""
     rows: dict[str, float] = {}
     for row in latest("cnn_job"):
         if row["batch"] == "32":
-            # The last of each.
+            # A later row of a contender replaces an earlier one.
             rows[row["what"]] = float(row["microseconds_per_image"])
     names = [name for name in CONTENDERS if name in rows]
     figure = Figure(figsize=(8, 0.42 * len(names) + 0.9), layout="constrained")
@@ -61,9 +51,9 @@ def cnn_job() -> None:
 
 
 def cross_entropy(on_gpu: bool) -> None:
-    """Fraction of the speed of a copy of the logits, against the size of the vocabulary."""
-    rows = [row for row in latest("cross_entropy", on_gpu) if row["pass"] == "forward and backward"]
-    # One number of rows for each number of classes: the largest that was measured.
+    """Draws the fraction of the speed of a copy of the logits against the number of classes."""
+    rows = [row for row in latest("cross_entropy", on_gpu=on_gpu) if row["pass"] == "forward and backward"]
+    # Each number of classes was measured with several numbers of rows: the largest is drawn.
     most = {row["classes"]: max(int(r["rows"]) for r in rows if r["classes"] == row["classes"]) for row in rows}
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     lines = {"eager": GREY, "compiled": GREEN, "Liger": GREEN, "lightkit": BLUE, "lightkit in place": ORANGE}

@@ -1,4 +1,4 @@
-"""Rows of measurements: appended to results/NAME.csv, each with its machine and versions."""
+"""Appends rows of measurements to results/NAME.csv, each with its machine and versions."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from recorded import RESULTS
 
-from lightkit.results import environment
-
-RESULTS = Path(__file__).parent / "results"
+from lightkit.app.run_files import environment
 
 
 def machine() -> dict[str, Any]:
-    """What a figure means nothing without."""
+    """Returns the day, the device, the number of threads and the versions of torch and Python."""
     facts = environment()
     device = ", ".join(facts["gpus"]) or facts["cpu"]
     return {
@@ -29,7 +28,7 @@ def machine() -> dict[str, Any]:
 
 
 def append(name: str, rows: list[dict[str, Any]]) -> Path:
-    """Adds rows to a table, whose columns are those of its first row."""
+    """Appends rows, whose columns are those of the first one and of `machine`, and returns the path of the file."""
     path = RESULTS / f"{name}.csv"
     path.parent.mkdir(exist_ok=True)
     facts = machine()

@@ -1,10 +1,10 @@
-"""What do the sequence experiments reach, and how fast, next to the same models in a plain PyTorch loop?
+"""Measures the sequence experiments beside the same models in a plain PyTorch loop.
 
     python benchmarks/sequence_jobs.py [--jobs rnn language_model char_rnn] [--seeds 0]
 
-Both sides see the same data, start from the same seed, take as many steps of the same size with the same rates, and
-are measured on the whole test set: lightkit with the checkpoint of the lowest validation loss, the loop after its last
-step. The loop is of torch's parts alone: cross-entropy of logits, torch's optimizer, its clipping.
+Both sides see the same data, start from the same seed, and take as many steps of the same size with the same rates. The
+whole test set measures lightkit's checkpoint of the lowest validation loss, and the loop after its last step. The loop
+uses torch's parts alone: cross-entropy of logits, torch's optimizer, its clipping.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from omegaconf import DictConfig
 from rows import append
 from torch import Tensor, nn
 
+from lightkit.app.factory import build_data
 from lightkit.config import build
-from lightkit.job import build_data
 
-# By job: the metric, and the rate in what the data counts.
+# For each job, the names of its metric and of its rate.
 JOBS = {
     "rnn": ("test/accuracy", "train/images_per_second"),
     "language_model": ("test/bits_per_byte", "train/tokens_per_second"),
@@ -37,7 +37,7 @@ JOBS = {
 
 
 def lightkit_job(job: str, seed: int) -> tuple[float, float]:
-    """The metric and the rate of the command line."""
+    """Returns the metric and the rate of the command line."""
     with tempfile.TemporaryDirectory() as directory:
         arguments = [f"+experiment={job}", f"seed={seed}", "hydra.run.dir=out"]
         subprocess.run([sys.executable, "-m", "lightkit.train", *arguments], cwd=directory, check=True)
@@ -47,7 +47,7 @@ def lightkit_job(job: str, seed: int) -> tuple[float, float]:
 
 
 def plain_loop(job: str, seed: int) -> tuple[float, float]:
-    """The same for a loop that anybody would write, with the settings of the experiment."""
+    """Returns the metric and the rate of a plain loop with the settings of the experiment."""
     with initialize_config_module("lightkit.conf", version_base="1.3"):
         config = compose("train", [f"+experiment={job}", f"seed={seed}", "run_dir=."])
     data = build_data(config)

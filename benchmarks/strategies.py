@@ -1,12 +1,12 @@
-"""What do several processes bring, what do they send, and what do they reach, by strategy?
+"""Measures the rate, the traffic and the accuracy of each strategy.
 
     python benchmarks/strategies.py [--data mnist_5k] [--seeds 0 1 2] [--epochs 5] [--only NAME ...] [--note TEXT]
 
-The documented CNN by the command line, a job after the other: one process with batches of 32, or two with batches of 16
-and one thread each on this machine. The jobs of a seed follow each other, so that a drift of the machine meets all of
-them. Lightning's own data parallel training is strategy=auto; it has no count of bytes, and sends what lightkit's does
-without compression. Images a second are those of training, all processes together; times_stock is the ratio to
-Lightning's own of the same seed. The bytes are those that a process sends a step, as a ring does it.
+The command line trains the documented CNN, one job after the other: in one process with batches of 32, or in two with
+batches of 16 and one thread each. The jobs of a seed follow each other, so that a drift of the machine meets all of
+them. strategy=auto is Lightning's own data parallel training; it does not count bytes, and sends as many as lightkit's
+without compression. Images a second are those of the training, all processes together; times_stock is the ratio to
+Lightning's own of the same seed. The bytes are those that a process sends in a step, in a ring.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ CONTENDERS = {
 
 
 def job(arguments: list[str]) -> dict[str, Any]:
-    """The figures of a run."""
-    # Left to Lightning, which shares the cores out among the processes of a machine.
+    """Runs a job, and returns its metrics."""
+    # Lightning sets the number of threads: it divides the cores among the processes of a machine.
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     with tempfile.TemporaryDirectory() as directory:
         command = [sys.executable, "-m", "lightkit.train", "+experiment=cnn", *arguments, "hydra.run.dir=out"]
@@ -67,7 +67,7 @@ def main() -> None:
             found[name].append(job([*base, f"seed={seed}", *CONTENDERS[name]]))
             figures = found[name][-1]
             if "parameter_server" in name:
-                # There each worker reports for itself; their parts are as large as each other.
+                # Each worker reports its own rate there, and has half of the data.
                 figures["train/images_per_second"] *= 2
             rate, accuracy = figures["train/images_per_second"], figures["test/accuracy"]
             print(f"{name}, seed {seed}: {rate:,.0f} images a second, accuracy {accuracy:.4f}", flush=True)

@@ -1,11 +1,11 @@
-"""How long does a job of a sweep take to start: forked, in the process of the sweep, and in a process of its own?
+"""Measures the start of a job: forked, in the process of a sweep, and in a process of its own.
 
     python benchmarks/sweep_start.py [--rounds 5]
 
-A job has started when `lightkit.training.train` is entered, which start_clock/sitecustomize.py notes, and lets it
-return at once. The three take turns: a command with one job, and sweeps of four by either launcher. A forked job counts
-from the fork, a command from the start of its process, and a job in the process of the sweep from the end of the one
-before, so that the imports are in none of the latter.
+A job has started when `lightkit.app.training.train` is entered; start_clock/sitecustomize.py records that time and
+returns from the function at once. The three ways take turns: a command with one job, and sweeps of four jobs by either
+launcher. A forked job counts from the fork, a command from the start of its process, and a job in the process of the
+sweep from the end of the previous job, so that it includes no imports.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ COMMANDS = {
 
 
 def starts(arguments: list[str]) -> list[dict[str, Any]]:
-    """Returns what the clock noted of each job of a command: seconds, seconds of processor time, MiB of its own."""
+    """Returns what the clock recorded of each job: seconds, seconds of processor time, MiB of its own."""
     with tempfile.TemporaryDirectory() as directory:
         clock = Path(directory) / "clock.jsonl"
         path = [str(ROOT / "benchmarks" / "start_clock"), str(ROOT), os.environ.get("PYTHONPATH", "")]
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     found: dict[str, list[dict[str, Any]]] = {what: [] for what in COMMANDS}
-    # A round before, in which files reach the memory of the system.
+    # The first round is not measured: it brings files into the memory of the system.
     for number in range(options.rounds + 1):
         for what, arguments in COMMANDS.items():
             jobs = starts(arguments)

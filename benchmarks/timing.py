@@ -1,4 +1,4 @@
-"""Timing of functions against each other: interleaved, so that a drift of the machine meets all of them."""
+"""Times functions against each other, interleaved, so that a drift of the machine meets all of them."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import torch
 
 
 def synchronize() -> None:
-    """Waits for the device where there is one."""
+    """Waits for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def interleaved(functions: dict[str, Callable[[], object]], seconds: float, least: int = 7) -> dict[str, list[float]]:
-    """Seconds of each call, the functions taking turns after two warm-up rounds.
+    """Returns the seconds of each call. The functions take turns, after two rounds to warm up.
 
-    On a GPU a turn is as many calls as take two milliseconds, one after the other, waited for together: what a call
-    takes in a training, where the host runs ahead of the device.
+    On a GPU a turn is as many calls as take two milliseconds, with one wait at the end: this is the time of a call in a
+    training, where the host runs ahead of the device.
 
     Args:
-        functions: by name.
-        seconds: about how long all of it may take.
-        least: rounds at any rate.
+        functions: the functions by name.
+        seconds: the approximate time of the whole measurement.
+        least: the smallest number of rounds.
     """
     for _ in range(2):
         for function in functions.values():
@@ -53,14 +53,14 @@ def _calls(function: Callable[[], object]) -> int:
 
 
 def median(times: list[float]) -> float:
-    """The middle value."""
+    """Returns the median."""
     return statistics.median(times)
 
 
 def peak_memory(function: Callable[[], object]) -> float | None:
-    """MiB that the first call of a function has in use at its peak beyond what there was, or None if unknown.
+    """Returns the MiB that a call needs at its peak beyond those in use before, or None if unknown.
 
-    Of this process on a CPU (Linux), of the device on a GPU.
+    The memory is that of this process on a CPU (Linux), and that of the device on a GPU.
     """
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -68,7 +68,7 @@ def peak_memory(function: Callable[[], object]) -> float | None:
         function()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     try:
-        # Sets the process's peak to what it has in use now.
+        # Writing 5 resets the peak of the process to its present memory.
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return None
@@ -78,6 +78,6 @@ def peak_memory(function: Callable[[], object]) -> float | None:
 
 
 def _status(key: str) -> int:
-    """KiB in a line of the kernel's account of this process."""
+    """Returns the KiB of one line of /proc/self/status."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith(f"{key}:")))

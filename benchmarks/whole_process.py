@@ -1,9 +1,9 @@
-"""Whole processes against each other, from Enter to the prompt: start, work and end, the programs taking turns.
+"""Measures whole processes from Enter to the prompt: start, work and end. The programs take turns.
 
     python benchmarks/whole_process.py 'lightkit=python -m lightkit.train +experiment=cnn' 'other=python script.py'
 
-Each argument names a program and gives its command; the others are compared with the first one. They run in a directory
-of their own, and their output is thrown away.
+Each argument names a program and gives its command. The first program is compared with each of the others. They run in
+one temporary directory, and their output is discarded.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rows import append
 
 
 def seconds(command: str, directory: str) -> float:
-    """Runs a command to its end."""
+    """Runs a command to its end, and returns its seconds."""
     started = time.perf_counter()
     subprocess.run(shlex.split(command), cwd=directory, check=True, capture_output=True)
     return time.perf_counter() - started

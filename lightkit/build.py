@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from lightkit.lifetime import run_as_process
 from lightkit.native import archive, builder, cache, toolchain
+from lightkit.runtime.command_process import run_as_process
 
 
 def report(library) -> str:

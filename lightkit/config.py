@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
-
+from lightkit._util.imported import is_instance
+from lightkit._util.installation import how_to_install
 from lightkit.errors import ConfigError
 from lightkit.targets import allow_targets, check_arguments, check_types, find_class, nearest
 
 __all__ = ["allow_targets", "build", "check_types", "construct", "find_class", "nearest"]
 
 _TARGET, _PARTIAL = "_target_", "_partial_"
+
+
+def to_plain(config: Any) -> Any:
+    """Returns OmegaConf's containers as dicts and lists, resolved; returns anything else as it is.
+
+    While nobody has imported OmegaConf, no container is OmegaConf's: a library does not need the package.
+    """
+    if not (is_instance(config, "omegaconf", "DictConfig") or is_instance(config, "omegaconf", "ListConfig")):
+        return config
+    return sys.modules["omegaconf"].OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
 
 
 def build(config: Any, **extra: Any) -> Any:
@@ -31,8 +42,7 @@ def build(config: Any, **extra: Any) -> Any:
         ConfigError: a target that is unknown or that a configuration may not use, see `lightkit.targets`, or
             arguments that it does not take; names the nearest.
     """
-    if isinstance(config, (DictConfig, ListConfig)):
-        config = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    config = to_plain(config)
     if isinstance(config, Mapping):
         values = {key: build(value) for key, value in config.items() if key not in (_TARGET, _PARTIAL)}
         if _TARGET not in config:
@@ -66,6 +76,6 @@ def construct(cls: type, target: str, /, *positional: Any, **arguments: Any) -> 
         return cls(*positional, **arguments)
     except ImportError as error:
         # Mostly one of the packages that the extra brings; said in the words of whoever missed it.
-        raise ConfigError(f"{target} could not be built: {error}; pip install 'lightkit[app]'") from error
+        raise ConfigError(f"{target} could not be built: {error}; {how_to_install('app')}") from error
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{target} could not be built: {error}") from error

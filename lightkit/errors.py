@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: entry points print them in one line, without a traceback."""
+"""Errors in what the user gave, which entry points print in one line without a traceback; and the ends of a process."""
 
 
 class LightkitError(Exception):
@@ -21,5 +21,9 @@ class CarriedError(BaseException):
     """Carries an error in the input, its only argument, past Hydra, which would print its own words on an Exception."""
 
 
+class Terminated(SystemExit):
+    """Ends a process that got SIGTERM, once what it does is in order."""
+
+
 class ArgumentError(ValueError, RuntimeError):
-    """An argument of an op does not fit. It is both, since torch raises now the one and now the other."""
+    """An argument of an op does not fit. It is a ValueError and a RuntimeError: torch raises either."""

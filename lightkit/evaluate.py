@@ -7,8 +7,8 @@ from typing import NoReturn, TypedDict
 
 from omegaconf import DictConfig
 
-from lightkit.cli import entry_point
-from lightkit.lifetime import begin_to_collect, run_as_process
+from lightkit.app.cli import entry_point
+from lightkit.runtime.command_process import begin_to_collect, run_as_process
 
 
 class Keys(TypedDict):
@@ -25,15 +25,18 @@ class Keys(TypedDict):
 def main(config: DictConfig) -> None:
     """Measures a checkpoint and prints the figures."""
     # Only now, as in lightkit.train.
-    from lightkit import results
-    from lightkit.evaluation import evaluate
+    from lightkit.app.console import print_table
+    from lightkit.app.evaluation import evaluate
+    from lightkit.app.run_files import check_output, write_json
 
     begin_to_collect()
-    results.check_output(config.output)
-    metrics = evaluate(config)
-    results.print_table(f"{config.ckpt_path}", {name: f"{value:.6g}" for name, value in metrics.items()})
+    check_output(config.output)
+    metrics = evaluate(
+        config.ckpt_path, data_dir=config.data_dir, download=config.download, accelerator=config.accelerator
+    )
+    print_table(f"{config.ckpt_path}", {name: f"{value:.6g}" for name, value in metrics.items()})
     if config.output is not None:
-        results.write_json(Path(config.output), metrics)
+        write_json(Path(config.output), metrics)
 
 
 def command() -> NoReturn:

@@ -13,7 +13,7 @@ from lightning.pytorch import loggers
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lightkit.files import write_atomically
+from lightkit._util.atomic_write import write_atomically
 
 Rows = list[dict[str, Any]]
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Literal, NoReturn, TypedDict
 
 from omegaconf import DictConfig
 
-from lightkit.cli import entry_point
-from lightkit.lifetime import begin_to_collect, run_as_process
+from lightkit.app.cli import entry_point
+from lightkit.runtime.command_process import begin_to_collect, run_as_process
 
 
 class Keys(TypedDict):
@@ -30,14 +31,16 @@ class Keys(TypedDict):
 
 @entry_point("predict", Keys)
 def main(config: DictConfig) -> None:
-    """Prints what the model of a checkpoint makes of an input."""
+    """Predicts with the model of a checkpoint, and prints the result."""
     # Only now, as in lightkit.train.
-    from lightkit import prediction, results
-    from lightkit.restore import restore
+    from lightkit.app.prediction import PredictionRequest, predict
+    from lightkit.app.restore import restore
+    from lightkit.app.run_files import check_output
 
     begin_to_collect()
-    results.check_output(config.output)
-    predicted = prediction.predict(config, restore(config.ckpt_path))
+    check_output(config.output)
+    request = PredictionRequest(**{field.name: config[field.name] for field in fields(PredictionRequest)})
+    predicted = predict(restore(config.ckpt_path), request)
     predicted.show()
     if config.output is not None:
         predicted.write(Path(config.output))

@@ -1,6 +1,6 @@
 """Classes that a configuration of the user's own may build, and the checks of their arguments.
 
-What the configuration inside a checkpoint may build is another, much shorter list: see `lightkit.untrusted`.
+What the configuration inside a checkpoint may build is another, much shorter list: see `lightkit.app.untrusted`.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ from typing import NoReturn, TypedDict
 
 from omegaconf import DictConfig
 
-from lightkit.cli import entry_point
-from lightkit.lifetime import begin_to_collect, run_as_process
+from lightkit.app.cli import entry_point
+from lightkit.runtime.command_process import begin_to_collect, run_as_process
 
 
 class Keys(TypedDict):
@@ -31,7 +31,7 @@ def main(config: DictConfig) -> float | None:
 
     # Before what takes seconds to import: compilers may run meanwhile.
     native.start()
-    from lightkit.training import train
+    from lightkit.app.training import train
 
     begin_to_collect()
     keep_freed_memory()

@@ -1,19 +1,27 @@
-"""What all tests share."""
+"""What all tests share: the kernels, the order of the tests, and commands to run."""
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import os
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest.mock import patch
 
+# Threads of OpenMP sleep where they wait for each other. By default they spin, and where other tests want their cores,
+# each small operation of torch takes a turn of the scheduler: a test of a second takes half a minute. OpenMP reads this
+# once, when torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
 import pytest
 import torch
 from hypothesis import settings
+from support import commands
 
 from lightkit.native import builder
 
@@ -25,10 +33,52 @@ settings.register_profile("lightkit", deadline=None, max_examples=60, derandomiz
 settings.load_profile("lightkit")
 
 
+def is_alone(item: pytest.Item) -> bool:
+    return item.get_closest_marker("alone") is not None
+
+
+def is_slow(item: pytest.Item) -> bool:
+    return item.get_closest_marker("slow") is not None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Orders the tests: fast ones first, then slow ones, then those that run alone.
+
+    With several workers of pytest-xdist the fast tests of a file stay together, and so do its slow ones, which share
+    fixtures. Files that share more name a group themselves. One worker runs all tests that run alone.
+    """
+    items.sort(key=lambda item: (is_alone(item), is_slow(item)))
+    for item in items:
+        kind = "alone" if is_alone(item) else "slow" if is_slow(item) else "fast"
+        named = item.get_closest_marker("xdist_group")
+        name = "" if is_alone(item) else named.args[0] if named else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(f"{kind} {name}"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Runs a test that is marked ``alone`` while no other worker runs a test."""
+    workers = getattr(item.config, "workerinput", None)
+    if workers is None:
+        return (yield)
+    lock = Path(tempfile.gettempdir()) / f"lightkit-tests-{workers['testrunuid']}"
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX if is_alone(item) else fcntl.LOCK_SH)
+        return (yield)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def kernels() -> None:
     """Compiled before the first test, not in the time that some test gives to a process that it starts."""
     builder.build()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_warm_process_is_left() -> Iterator[None]:
+    """Ends the process that `commands.run` forks from."""
+    yield
+    commands.close()
 
 
 @pytest.fixture
@@ -41,26 +91,8 @@ def leaves_no_process_group() -> Iterator[None]:
 
 
 @pytest.fixture
-def command() -> Callable[..., subprocess.CompletedProcess]:
-    """Runs `python -m lightkit.NAME ...` as a user would, in a directory of choice."""
-
-    def run(name: str, *arguments: str, cwd: Path, environment: dict[str, str] | None = None, **options):
-        return subprocess.run(
-            [sys.executable, "-m", f"lightkit.{name}", *arguments],
-            cwd=cwd,
-            env={**os.environ, **(environment or {})},
-            capture_output=True,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            **options,
-        )
-
-    return run
-
-
-@pytest.fixture
 def call(monkeypatch, capsys) -> Callable[..., subprocess.CompletedProcess]:
-    """Does what `command` does, in this process: for what a command says and returns, which takes no process to see."""
+    """Runs a command in this process: for what it says and returns, which takes no process to see."""
 
     def run(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
         monkeypatch.chdir(cwd)

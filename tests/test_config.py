@@ -12,9 +12,9 @@ import torch
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
+from lightkit.app.factory import build_data, build_task
 from lightkit.config import allow_targets, build
 from lightkit.errors import ConfigError
-from lightkit.job import build_data, build_task
 from lightkit.models import CNN
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -50,9 +50,9 @@ def test_builds_from_the_inside_out():
         "lightkit.native.background.subprocess.Popen",
         "lightkit.native.builder.os.system",
         "torch.nn.modules.module.functools.partial",
-        "lightkit.files.tempfile.NamedTemporaryFile",
+        "lightkit._util.atomic_write.tempfile.NamedTemporaryFile",
         # Trusted, but not classes.
-        "lightkit.files.write_atomically",
+        "lightkit._util.atomic_write.write_atomically",
         "torch.nn.functional.relu",
         "lightkit",
         "",

@@ -1,4 +1,4 @@
-"""Makes `lightkit.training.train` say when it is entered, and return at once; for benchmarks/sweep_start.py.
+"""Makes `lightkit.app.training.train` say when it is entered, and return at once; for benchmarks/sweep_start.py.
 
 Python imports this module at its start where its folder is in PYTHONPATH. A line of JSON for each job goes to the file
 that START_CLOCK names.
@@ -22,13 +22,13 @@ def age() -> float:
 
 
 class Clock(MetaPathFinder):
-    """Finds `lightkit.training` as others do, and replaces its `train` once it is loaded."""
+    """Finds `lightkit.app.training` as others do, and replaces its `train` once it is loaded."""
 
     def __init__(self) -> None:
         self._left: tuple[float, float] | None = None
 
     def find_spec(self, name, path, target=None):
-        if name != "lightkit.training":
+        if name != "lightkit.app.training":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)

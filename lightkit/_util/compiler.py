@@ -1,4 +1,4 @@
-"""Speaks to torch's compiler without importing it, which takes as long as importing torch.
+"""Controls torch's compiler without importing it: the import takes as long as that of torch.
 
 `torch.compiler.assume_constant_result` and `torch.compiler.set_stance` import it at once.
 """
@@ -13,17 +13,20 @@ from typing import Any, TypeVar
 
 import torch
 
-_F = TypeVar("_F", bound=Callable)
+# The file of the wrapper.
+_COMPILE_FILE = sys.modules["torch._compile"].__file__
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def assume_constant_result(function: _F) -> _F:
     """Marks a function as one that `torch.compile` calls once, as `torch.compiler.assume_constant_result` does."""
-    function._dynamo_marked_constant = True
+    vars(function)["_dynamo_marked_constant"] = True
     return function
 
 
-def never_compile() -> AbstractContextManager:
-    """Returns a context in which what was compiled runs as it was written."""
+def never_compile() -> AbstractContextManager[Any]:
+    """Returns a context in which compiled functions run uncompiled."""
     # Nothing is compiled where nobody has imported the compiler.
     if "torch._dynamo.eval_frame" not in sys.modules:
         return nullcontext()
@@ -31,12 +34,13 @@ def never_compile() -> AbstractContextManager:
 
 
 def undisguised(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a bound method without the wrapper by which torch hides it from its compiler, while there is none.
+    """Returns a bound method without the wrapper by which torch hides the method from its compiler.
 
-    The wrapper imports the compiler in order to hide from it.
+    The wrapper would import the compiler. Once the compiler has been imported, the method is returned as it is.
     """
-    function = getattr(method, "__func__", None)
-    is_wrapper = getattr(getattr(function, "__code__", None), "co_filename", None) == torch._compile.__file__
-    if not is_wrapper or "torch._dynamo" in sys.modules:
+    if not isinstance(method, MethodType) or "torch._dynamo" in sys.modules:
         return method
-    return MethodType(function.__wrapped__, method.__self__)
+    function = method.__func__
+    wrapped = getattr(function, "__wrapped__", None)
+    is_wrapper = getattr(getattr(function, "__code__", None), "co_filename", None) == _COMPILE_FILE
+    return MethodType(wrapped, method.__self__) if is_wrapper and wrapped is not None else method

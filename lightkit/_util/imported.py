@@ -1,4 +1,4 @@
-"""Asks about classes of modules that take long to import, without importing them."""
+"""Checks for instances of classes whose modules take long to import, without importing them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 
 def is_instance(value: Any, module: str, name: str) -> bool:
-    """Returns whether ``value`` is an instance of the class ``name`` of ``module``.
+    """Returns True if ``value`` is an instance of the class ``name`` of ``module``.
 
-    While nobody has imported the module, nothing is.
+    While nobody has imported the module, no object is an instance of its classes.
     """
-    found = getattr(sys.modules.get(module), name, None)
-    return found is not None and isinstance(value, found)
+    cls = getattr(sys.modules.get(module), name, None)
+    return cls is not None and isinstance(value, cls)

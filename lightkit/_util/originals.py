@@ -7,19 +7,19 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from lightkit import lazy_imports
+from lightkit._util import lazy_imports
 
-# What is written in C has no code that could be anybody else's.
+# Functions written in C have no code object, so nobody can have replaced their code.
 _BUILTINS = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)
 
 
 class Originals:
     """Functions of a library whose work is done in another way while nobody has replaced them.
 
-    Whoever patches one of them, before this object is made or later, on a class or on its base, wants it called.
+    Whoever patches a function, before this object is made or later, on a class or on its base, wants the patch called.
 
     Args:
-        libraries: the packages that they and their decorators are written in, such as ``torch``.
+        libraries: the packages that contain the functions and their decorators, such as ``torch``.
         root: the object that the names start from.
         names: at least two, dotted, such as ``"nn.Conv2d.forward"``.
     """
@@ -46,7 +46,7 @@ def is_own(function: Any, libraries: tuple[types.ModuleType, ...]) -> bool:
     Names do not tell: `functools.wraps` gives a wrapper those of what it wraps.
     """
     # The stand-in for torch's compiler wraps functions as the compiler itself would.
-    roots = (*(str(Path(library.__file__).parent) for library in libraries), lazy_imports.__file__)
+    roots = (*(str(Path(str(library.__file__)).parent) for library in libraries), lazy_imports.__file__)
     while function is not None:
         code = getattr(function, "__code__", None)
         if code is None:

@@ -1,4 +1,4 @@
-"""Puts an attribute in place of a method of one object, such that copies of the object do not have it."""
+"""Replaces a method of one object by an attribute that copies of the object do not have."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ class StandIn:
     Args:
         owner: the object.
         name: of the method.
-        value: what is called instead.
+        value: the callable that replaces the method.
     """
 
     def __init__(self, owner: Any, name: str, value: Any) -> None:
         self._owner, self._name, self._value = owner, name, value
-        # Past a __setattr__ that takes its time, as nn.Module's does.
+        # Not by `setattr`: that of nn.Module takes its time.
         vars(owner)[name] = value
         vars(owner)["__getstate__"] = self._state
 
     def undo(self) -> None:
-        """Takes the attribute away, unless somebody has put another one in its place."""
+        """Removes the attribute, unless somebody has replaced it."""
         own = vars(self._owner)
         if own.get(self._name) is self._value:
             del own[self._name]
@@ -33,8 +33,9 @@ class StandIn:
 
     def _state(self) -> Any:
         owner, cls = self._owner, type(self._owner)
-        # Objects have one from Python 3.11 on.
-        state = cls.__getstate__(owner) if hasattr(cls, "__getstate__") else vars(owner)
+        # Objects have the method from Python 3.11 on.
+        get_state = getattr(cls, "__getstate__", None)
+        state = vars(owner) if get_state is None else get_state(owner)
         if not isinstance(state, dict):
             return state
         left_out = (self._name, "__getstate__")

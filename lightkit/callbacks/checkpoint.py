@@ -11,9 +11,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from lightkit._util.atomic_write import write_atomically
 from lightkit.checkpoints import load_checkpoint
 from lightkit.errors import CheckpointError
-from lightkit.files import write_atomically
 
 
 class Checkpoint(ModelCheckpoint):

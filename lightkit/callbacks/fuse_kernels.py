@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.modules.loss import _Loss
 
 from lightkit import native
+from lightkit._lightning.module import is_compiled as is_lightning_compiled
 from lightkit._util.imported import is_instance
 from lightkit.nn import CrossEntropyLoss, can_fuse
 from lightkit.nn.fused_sequential import FusedCall, is_fused
@@ -226,7 +227,7 @@ def _is_compiled(module: nn.Module) -> bool:
     return (
         is_instance(module, "torch._dynamo", "OptimizedModule")
         or (getattr(module, "_compiled_call_impl", None) is not None and not is_fused(module))
-        or getattr(module, "_compiler_ctx", None) is not None
+        or is_lightning_compiled(module)
     )
 
 

@@ -9,8 +9,9 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightkit.data.slices import fetch_slices
+from lightkit._lightning.loops import loaders_of_training
 from lightkit.loops import LeanRun, PassGraphs, graph_obstacle, obstacle
+from lightkit.loops.slicing import fetch_slices
 
 
 class LeanLoop(Callback):
@@ -36,7 +37,8 @@ class LeanLoop(Callback):
     hooks patched on classes of others   are seen at the next epoch or after the next validation
     ==================================== ===================================================================
 
-    A ``DataLoader`` over a ``TensorDataset`` gives the same batches by slicing: see `lightkit.data.fetch_slices`.
+    A ``DataLoader`` over a ``TensorDataset`` gives the same batches by slicing: see
+    `lightkit.loops.slicing.fetch_slices`.
 
     Works on one device, with Lightning's ``DDPStrategy`` and with the strategies of `lightkit.strategies`. Where
     Lightning's step is another one than this loop knows (manual optimization, FSDP, a GradScaler, a profiler, an
@@ -89,9 +91,8 @@ class LeanLoop(Callback):
         """Has the loaders slice, new ones among them."""
         if id(trainer) not in self._runs:
             return
-        combined = trainer.fit_loop._combined_loader
-        iterators = combined._iterator.iterators if combined._iterator is not None else []
-        for loader in combined.flattened:
+        loaders, iterators = loaders_of_training(trainer)
+        for loader in loaders:
             if (undo := fetch_slices(loader, iterators)) is not None:
                 self._undo.setdefault(id(trainer), ExitStack()).callback(undo)
 

@@ -7,6 +7,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
+from lightkit._lightning.loops import results_of
+
 # Where a checkpoint keeps the figures that were logged last under each name, and those of the epoch that it ends.
 FIGURES_KEY = "lightkit_figures"
 EPOCH_KEY = "lightkit_epoch_figures"
@@ -25,8 +27,9 @@ class SaveFigures(Callback):
         for logger in trainer.loggers:
             logger.save()
         loop = trainer.fit_loop.epoch_loop
-        is_end = loop.batch_progress.is_last_batch and loop._results is not None
-        epoch = loop._results.metrics(on_step=False) if is_end else {"log": {}, "callback": {}}
+        results = results_of(loop)
+        is_end = loop.batch_progress.is_last_batch and results is not None
+        epoch = results.metrics(on_step=False) if is_end else {"log": {}, "callback": {}}
         checkpoint[FIGURES_KEY] = _numbers({**trainer.callback_metrics, **epoch["callback"]})
         checkpoint[EPOCH_KEY] = _numbers(epoch["log"])
 

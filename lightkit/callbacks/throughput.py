@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from lightkit.devices import wait_for
+from lightkit._util.device_sync import wait_for
 from lightkit.flops import FlopCounter, matmul_rate
 
 _PARTS = ("data and loop", "forward", "backward", "optimizer")

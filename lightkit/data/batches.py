@@ -10,15 +10,16 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from lightkit._util.strategy_traits import traits_of
 from lightkit.errors import DataError
 
 
-def part_of(trainer: pl.Trainer | None, training: bool) -> dict[str, int]:
-    """The ``rank`` and ``world_size`` by which a process of a trainer gets its part of the samples.
+def shard_kwargs(trainer: pl.Trainer | None, training: bool) -> dict[str, int]:
+    """Returns the ``rank`` and ``world_size`` that select a process's part of the samples.
 
-    All of them where no other process evaluates with it: see `lightkit.strategies.ParameterServer`.
+    A strategy that replicates evaluation gives every process all samples outside training.
     """
-    if trainer is None or (not training and getattr(trainer.strategy, "evaluates_everything", False)):
+    if trainer is None or (not training and traits_of(trainer.strategy).replicates_evaluation):
         return {"rank": 0, "world_size": 1}
     return {"rank": trainer.global_rank, "world_size": trainer.world_size}
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightkit._util.regular_files import open_regular
 from lightkit.errors import DataError
-from lightkit.regular_files import open_regular
 
 # Bytes and cells that a file may have: a cell is held as a text, which takes some hundred bytes.
 _MOST_BYTES, _MOST_CELLS = 512 << 20, 20_000_000

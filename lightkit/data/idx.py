@@ -13,8 +13,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from lightkit._util.regular_files import open_regular
 from lightkit.errors import DataError
-from lightkit.regular_files import open_regular
 
 _UNSIGNED_BYTE = 0x08
 

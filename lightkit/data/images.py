@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightkit.data.batches import TensorBatches, near_training, part_of
+from lightkit.data.batches import TensorBatches, near_training, shard_kwargs
 from lightkit.errors import DataError
 
 
@@ -155,7 +155,7 @@ class ImageDataModule(pl.LightningDataModule):
             batch_size,
             shuffle=shuffle,
             seed=self.seed,
-            **part_of(self.trainer, training=shuffle),
+            **shard_kwargs(self.trainer, training=shuffle),
         )
 
     def train_dataloader(self) -> TensorBatches:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from lightkit.files import write_atomically
-from lightkit.paths import cache_root
-from lightkit.private import find_stranger
+from lightkit._util.atomic_write import write_atomically
+from lightkit._util.cache_dir import cache_root
+from lightkit._util.ownership import find_stranger
 
 
 def kept_path(name: str) -> Path:

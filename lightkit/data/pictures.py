@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightkit._util.installation import how_to_install
+from lightkit._util.printable import printable
+from lightkit._util.regular_files import open_regular, warn_of_skipped
 from lightkit.errors import DataError
-from lightkit.printable import printable
-from lightkit.regular_files import open_regular, warn_of_skipped
 
 # What Pillow reads by itself; for some other formats it starts programs.
 _FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF")
@@ -62,7 +63,7 @@ def read_picture(path: Path, size: int, invert: bool | str = "auto") -> Tensor:
     try:
         from PIL import Image, ImageOps, UnidentifiedImageError
     except ImportError as error:
-        raise DataError("reading pictures needs Pillow: pip install 'lightkit[app]'") from error
+        raise DataError(f"reading pictures needs Pillow: {how_to_install('app')}") from error
     try:
         with open_regular(path, _MOST_BYTES) as file, Image.open(file, formats=_FORMATS) as image:
             if image.width * image.height > _MOST_PIXELS or max(image.size) > _LONGEST_SIDE:

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightkit.data.batches import TensorBatches, near_training, part_of
+from lightkit.data.batches import TensorBatches, near_training, shard_kwargs
 from lightkit.data.columns import Column, read_column
 from lightkit.errors import DataError
 
@@ -190,7 +190,7 @@ class SeriesDataModule(pl.LightningDataModule):
             batch_size,
             shuffle=shuffle,
             seed=self.seed,
-            **part_of(self.trainer, training=shuffle),
+            **shard_kwargs(self.trainer, training=shuffle),
         )
 
     def train_dataloader(self) -> TensorBatches:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
+from lightkit._util.installation import how_to_install
 from lightkit.data.columns import Column, read_column
 from lightkit.data.series import SeriesDataModule
 from lightkit.errors import DataError
@@ -47,7 +48,7 @@ def _source(name: str) -> Path:
     # Found, not imported: importing statsmodels loads pandas, which takes longer than an epoch.
     spec = find_spec("statsmodels")
     if spec is None:
-        raise DataError(f"data={name} reads a file of the package statsmodels: pip install 'lightkit[app]'")
+        raise DataError(f"data={name} reads a file of the package statsmodels: {how_to_install('app')}")
     source = Path(spec.origin).parent / "datasets" / name / f"{name}.csv"
     if not source.is_file():
         raise DataError(f"statsmodels is installed but {source} is missing: reinstall statsmodels")

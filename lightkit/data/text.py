@@ -18,11 +18,11 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightkit.data.batches import TensorBatches, part_of
+from lightkit._util.regular_files import open_regular, warn_of_skipped
+from lightkit.data.batches import TensorBatches, shard_kwargs
 from lightkit.data.bigram import bits_per_byte
 from lightkit.data.kept import is_kept, keep, kept_path, refuse
 from lightkit.errors import DataError
-from lightkit.regular_files import open_regular, warn_of_skipped
 
 _PARTS = ("train", "validation", "test")
 
@@ -153,7 +153,7 @@ class Text(pl.LightningDataModule):
             batch_size,
             shuffle=shuffle,
             seed=self.seed,
-            **part_of(self.trainer, training=shuffle),
+            **shard_kwargs(self.trainer, training=shuffle),
         )
 
     def train_dataloader(self) -> TensorBatches:

@@ -13,7 +13,7 @@ from rich.console import Console
 from lightkit.errors import ConfigError, LightkitError
 from lightkit.launch import addresses
 from lightkit.launch import job as jobs
-from lightkit.lifetime import run_as_process
+from lightkit.runtime.command_process import run_as_process
 
 _HELP = """Start a training on several machines, or check the network between them first.
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultMetric
 from torch import Tensor
+
+from lightkit._lightning.metrics import COMPUTED, FORWARD_VALUE, UPDATE_COUNT, ResultMetric
 
 # Values that may wait: a list of so many takes no time to go through.
 _MOST_WAITING = 4096
@@ -30,7 +31,7 @@ def _looked_at(name: str) -> property:
     return property(read, write)
 
 
-class DeferredMetric(_ResultMetric):
+class DeferredMetric(ResultMetric):
     """Lightning's running value of one name, to which a step adds in one operation of Python's and none of torch's.
 
     The values of a step wait as numbers. Whoever reads the running value gets what Lightning has at every step, to the
@@ -40,14 +41,13 @@ class DeferredMetric(_ResultMetric):
 
     value = _looked_at("value")
     cumulated_batch_size = _looked_at("cumulated_batch_size")
-    _forward_cache = _looked_at("_forward_cache")
 
     @staticmethod
-    def fits(metric: _ResultMetric) -> bool:
+    def fits(metric: ResultMetric) -> bool:
         """Whether a metric is a mean, or the last value, of numbers in float32 on the CPU, of this process alone."""
         meta = metric.meta
         return (
-            type(metric) in (_ResultMetric, DeferredMetric)
+            type(metric) in (ResultMetric, DeferredMetric)
             and metric.is_tensor
             and (meta.is_mean_reduction or not meta.on_epoch)
             and not meta.sync.should
@@ -63,8 +63,8 @@ class DeferredMetric(_ResultMetric):
         """Keeps the value of a step."""
         attributes = vars(self)
         # What torchmetrics does around an update.
-        attributes["_computed"] = None
-        attributes["_update_count"] += 1
+        attributes[COMPUTED] = None
+        attributes[UPDATE_COUNT] += 1
         attributes["has_reset"] = False
         waiting = attributes["_waiting"]
         waiting.append((value, batch_size))
@@ -74,13 +74,13 @@ class DeferredMetric(_ResultMetric):
     def last(self) -> float | Tensor | None:
         """Returns the value of the last step, as a number if it waits."""
         waiting = vars(self)["_waiting"]
-        return waiting[-1][0] if waiting else vars(self)["_forward_cache"]
+        return waiting[-1][0] if waiting else vars(self)[FORWARD_VALUE]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # Copies and pickles are Lightning's. As pickle's oldest protocol does: newer ones insist on the object's class.
         self.settle()
         state = {name: value for name, value in self.__getstate__().items() if name != "_waiting"}
-        return copyreg._reconstructor, (_ResultMetric, object, None), state
+        return copyreg._reconstructor, (ResultMetric, object, None), state
 
     def settle(self) -> None:
         """Brings the running value up to date."""
@@ -91,9 +91,9 @@ class DeferredMetric(_ResultMetric):
         attributes["_waiting"] = []
         values, sizes = np.array(waiting, dtype=np.float32).T
         if self.meta.on_step:
-            attributes["_forward_cache"] = _tensor(values[-1])
+            attributes[FORWARD_VALUE] = _tensor(values[-1])
         if not self.meta.on_epoch:
-            attributes["value"] = attributes["_forward_cache"]
+            attributes["value"] = attributes[FORWARD_VALUE]
             return
         with np.errstate(all="ignore"):
             terms = np.concatenate(([np.float32(attributes["value"].item())], values * sizes))
@@ -101,11 +101,14 @@ class DeferredMetric(_ResultMetric):
         attributes["cumulated_batch_size"] = attributes["cumulated_batch_size"] + sum(size for _, size in waiting)
 
 
+setattr(DeferredMetric, FORWARD_VALUE, _looked_at(FORWARD_VALUE))
+
+
 def _tensor(value: np.float32) -> Tensor:
     return torch.tensor(value, dtype=torch.float32, device="cpu")
 
 
-def defer(metric: _ResultMetric) -> None:
+def defer(metric: ResultMetric) -> None:
     """Makes a metric one that waits."""
     vars(metric)["_waiting"] = []
     metric.__class__ = DeferredMetric
@@ -115,4 +118,4 @@ def settle(metric: DeferredMetric) -> None:
     """Makes it Lightning's again."""
     metric.settle()
     del vars(metric)["_waiting"]
-    metric.__class__ = _ResultMetric
+    metric.__class__ = ResultMetric

@@ -16,6 +16,9 @@ from lightning.pytorch.callbacks import (
     TQDMProgressBar,
 )
 
+from lightkit._lightning.callbacks import checkpoint_is_due, logging_is_due, timer_is_due
+from lightkit._lightning.module import CURRENT_HOOK
+
 # A person sees no more than this many seconds between two states of a progress bar.
 _REFRESH = 0.1
 
@@ -31,6 +34,7 @@ class Hooks:
     def __init__(self, trainer: pl.Trainer, name: str) -> None:
         self._trainer = trainer
         self._module = trainer.lightning_module
+        self._attributes = vars(self._module)
         self._name = name
         self._callbacks = [(c, _due(c, name)) for c in trainer.callbacks if is_implemented(name, c, Callback)]
         self._is_own = is_implemented(name, self._module, pl.LightningModule)
@@ -40,15 +44,16 @@ class Hooks:
 
     def __call__(self, *args: Any) -> None:
         """Calls the callbacks for which something is due, and the module."""
-        before = self._module._current_fx_name
+        attributes = self._attributes
+        before = attributes[CURRENT_HOOK]
         # What is logged in a hook is logged under its name.
-        self._module.__dict__["_current_fx_name"] = self._name
+        attributes[CURRENT_HOOK] = self._name
         for callback, is_due in self._callbacks:
             if is_due is None or is_due(self._trainer, callback):
                 getattr(callback, self._name)(self._trainer, self._module, *args)
         if self._is_own:
             getattr(self._module, self._name)(*args)
-        self._module.__dict__["_current_fx_name"] = before
+        attributes[CURRENT_HOOK] = before
 
 
 def is_implemented(name: str, instance: Any, parent: type) -> bool:
@@ -66,13 +71,6 @@ def _due(callback: Callback, hook: str) -> Callable[[pl.Trainer, Any], bool] | N
     return None
 
 
-def _checkpoint_is_due(trainer: pl.Trainer, callback: ModelCheckpoint) -> bool:
-    if callback._train_time_interval is not None:
-        return True
-    every = callback._every_n_train_steps
-    return every >= 1 and trainer.global_step % every == 0
-
-
 def _bar_is_due(trainer: pl.Trainer, callback: TQDMProgressBar | RichProgressBar) -> bool:
     rate = callback.refresh_rate
     if rate <= 0 or trainer.fit_loop.epoch_loop.batch_progress.current.ready % rate != 0:
@@ -84,18 +82,10 @@ def _bar_is_due(trainer: pl.Trainer, callback: TQDMProgressBar | RichProgressBar
     return True
 
 
-def _timer_is_due(trainer: pl.Trainer, callback: Timer) -> bool:
-    return callback._duration is not None
-
-
-def _logging_is_due(trainer: pl.Trainer, callback: LearningRateMonitor) -> bool:
-    return trainer._logger_connector.should_update_logs
-
-
 _DUE: tuple[tuple[type[Callback], str, Callable[[pl.Trainer, Any], bool]], ...] = (
-    (ModelCheckpoint, "on_train_batch_end", _checkpoint_is_due),
+    (ModelCheckpoint, "on_train_batch_end", checkpoint_is_due),
     (TQDMProgressBar, "on_train_batch_end", _bar_is_due),
     (RichProgressBar, "on_train_batch_end", _bar_is_due),
-    (Timer, "on_train_batch_end", _timer_is_due),
-    (LearningRateMonitor, "on_train_batch_start", _logging_is_due),
+    (Timer, "on_train_batch_end", timer_is_due),
+    (LearningRateMonitor, "on_train_batch_start", logging_is_due),
 )

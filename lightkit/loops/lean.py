@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-from lightning.pytorch.loops.fetchers import _DataFetcher
-from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
-
+from lightkit._lightning.loops import (
+    DataFetcher,
+    TrainingEpochLoop,
+    batch_has_started,
+    results_of,
+    skips_backward,
+    validates_in_epoch,
+)
+from lightkit._lightning.step import STEP_FUNCTIONS
 from lightkit._util.stand_in import StandIn
 from lightkit.loops.graphs import PassGraphs
 from lightkit.loops.log import StepLogger, fast_log
-from lightkit.loops.obstacle import ORIGINALS
 from lightkit.loops.step import LeanStep
 
 
@@ -26,7 +31,7 @@ class LeanRun:
         graphs: take the passes of the steps between, where they can; None for none. Kept as an attribute.
     """
 
-    def __init__(self, loop: _TrainingEpochLoop, graphs: PassGraphs | None = None) -> None:
+    def __init__(self, loop: TrainingEpochLoop, graphs: PassGraphs | None = None) -> None:
         self._loop = loop
         self.graphs = graphs
         self._stand_in = StandIn(loop, "run", self)
@@ -37,7 +42,7 @@ class LeanRun:
             self.graphs.release()
         self._stand_in.undo()
 
-    def __call__(self, data_fetcher: _DataFetcher) -> None:
+    def __call__(self, data_fetcher: DataFetcher) -> None:
         """Runs one epoch."""
         loop = self._loop
         loop.reset()
@@ -56,11 +61,11 @@ class LeanRun:
             finally:
                 loop.on_iteration_done()
 
-    def _take(self, step: LeanStep, count: int, data_fetcher: _DataFetcher) -> None:
+    def _take(self, step: LeanStep, count: int, data_fetcher: DataFetcher) -> None:
         """Takes steps, until something is due that Lightning or another `LeanStep` must see."""
         loop, trainer = self._loop, self._loop.trainer
         try:
-            with fast_log(trainer.lightning_module, loop._results):
+            with fast_log(trainer.lightning_module, results_of(loop)):
                 step.begin()
                 for _ in range(count):
                     step(data_fetcher)
@@ -79,23 +84,23 @@ class LeanRun:
             # Lightning knows what follows from these.
             loop.on_advance_end(data_fetcher)
 
-    def _lean_steps_ahead(self, data_fetcher: _DataFetcher) -> int:
+    def _lean_steps_ahead(self, data_fetcher: DataFetcher) -> int:
         """Returns how many batches lie before the next one that Lightning must see."""
         loop, trainer = self._loop, self._loop.trainer
         done = loop.batch_progress.current.ready
         # Lightning resets running values at the first batch, which may also be the first after a restart.
-        if loop.restarting or done == 0 or trainer._logger_connector._first_loop_iter is None:
+        if loop.restarting or done == 0 or not batch_has_started(trainer):
             return 0
-        if trainer.should_stop or trainer.fast_dev_run or not ORIGINALS.are_in_place():
+        if trainer.should_stop or trainer.fast_dev_run or not STEP_FUNCTIONS.are_in_place():
             return 0
         # Without backward, as where batch norms are only to see the data, a step is another one.
-        if trainer.fit_loop._skip_backward:
+        if skips_backward(trainer):
             return 0
         # Which batch is the last must be known before it is there.
         if data_fetcher.length is None:
             return 0
         ahead = min(trainer.num_training_batches - done, data_fetcher.length - data_fetcher.fetched) - 1
-        if loop._should_check_val_epoch() and trainer.val_check_batch != float("inf"):
+        if validates_in_epoch(loop) and trainer.val_check_batch != float("inf"):
             every = trainer.val_check_batch
             passed = loop.batch_progress.total.ready if trainer.check_val_every_n_epoch is None else done
             ahead = min(ahead, every - 1 - passed % every)

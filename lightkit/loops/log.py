@@ -10,9 +10,23 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
-from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection, _ResultMetric
 from torch import Tensor
 
+from lightkit._lightning.loops import BATCHES_THAT_STEPPED, logger_connector, should_accumulate
+from lightkit._lightning.metrics import (
+    COMPUTED,
+    CONNECTOR_HOOK,
+    FORWARD_VALUE,
+    UPDATE_COUNT,
+    LoggerConnector,
+    ResultCollection,
+    ResultMetric,
+    collected_metrics,
+    extract_batch_size_of,
+    logged_metrics,
+    metrics_of_step,
+)
+from lightkit._lightning.module import CURRENT_HOOK, is_compiled
 from lightkit._util.stand_in import StandIn
 from lightkit.loops.deferred import DeferredMetric, defer, settle
 
@@ -36,16 +50,18 @@ class FastLog:
     `DeferredMetric`). Anything else is Lightning's as before.
     """
 
-    def __init__(self, module: pl.LightningModule, results: _ResultCollection) -> None:
+    def __init__(self, module: pl.LightningModule, results: ResultCollection) -> None:
         self._module = module
+        self._attributes = vars(module)
         self._results = results
-        self._connector = module.trainer._logger_connector
+        self._extract_batch_size = extract_batch_size_of(results)
+        self._connector = vars(logger_connector(module.trainer))
         # By hook and name: the options it was logged with, the running value, and where that lies.
-        self._known: dict[tuple[str, str], tuple[tuple, dict[str, Any], _ResultMetric, torch.device]] = {}
+        self._known: dict[tuple[str, str], tuple[tuple, dict[str, Any], ResultMetric, torch.device]] = {}
 
     def __call__(self, name: str, value: Any, *args: Any, **options: Any) -> None:
         """See ``LightningModule.log``."""
-        hook = self._module._current_fx_name
+        hook = self._attributes[CURRENT_HOOK]
         batch_size = options.pop("batch_size", None)
         known = self._known.get((hook, name))
         if (
@@ -59,16 +75,17 @@ class FastLog:
             and pl.LightningModule.log is _LOG
         ):
             metric = known[2]
-            size = self._results._extract_batch_size(metric, batch_size, metric.meta)
+            size = self._extract_batch_size(metric, batch_size, metric.meta)
             if type(metric) is DeferredMetric and metric.can_wait(value, size):
                 metric.wait(value.item(), size)
             else:
                 # What torchmetrics does around an update.
-                metric._computed = None
-                metric._update_count += 1
-                _ResultMetric.update(metric, value.detach(), size)
+                attributes = vars(metric)
+                attributes[COMPUTED] = None
+                attributes[UPDATE_COUNT] += 1
+                ResultMetric.update(metric, value.detach(), size)
                 metric.has_reset = False
-            self._connector._current_fx = hook
+            self._connector[CONNECTOR_HOOK] = hook
             return
         if batch_size is not None:
             options["batch_size"] = batch_size
@@ -86,7 +103,7 @@ class FastLog:
         plain = all(isinstance(o, _PLAIN) for o in (*args, *options.values())) and len(args) <= _ARGUMENTS
         if metric is not None and metric.is_tensor and plain and not metric.meta.enable_graph:
             self._known[hook, name] = (args, options, metric, metric.value.device)
-            if type(metric) is _ResultMetric and DeferredMetric.fits(metric):
+            if type(metric) is ResultMetric and DeferredMetric.fits(metric):
                 defer(metric)
             elif type(metric) is DeferredMetric and not DeferredMetric.fits(metric):
                 settle(metric)
@@ -99,11 +116,11 @@ class FastLog:
 
 
 @contextmanager
-def fast_log(module: pl.LightningModule, results: _ResultCollection) -> Iterator[None]:
+def fast_log(module: pl.LightningModule, results: ResultCollection) -> Iterator[None]:
     """Within this context the module logs by `FastLog`, if its ``log`` is Lightning's."""
     own = type(module).log is not pl.LightningModule.log or "log" in vars(module)
     # A compiled module would trace it; Lightning's own steps out of the graph.
-    if own or module.trainer.barebones or module._compiler_ctx is not None:
+    if own or module.trainer.barebones or is_compiled(module):
         yield
         return
     log = FastLog(module, results)
@@ -122,38 +139,24 @@ class ShownMetrics:
     they are collected when somebody looks, so that the running values may have gone on when an error comes.
     """
 
-    def __init__(self, results: _ResultCollection) -> None:
+    def __init__(self, results: ResultCollection) -> None:
         self._results = results
         self._shown: list[tuple[str, Any]] = []
 
     def note(self) -> None:
         """Keeps what is shown now."""
         self._shown = [
-            (key, metric.last() if type(metric) is DeferredMetric else metric._forward_cache)
+            (key, metric.last() if type(metric) is DeferredMetric else vars(metric)[FORWARD_VALUE])
             for key, metric in self._results.items()
             if metric.meta.on_step
         ]
 
-    def collect(self, connector: Any) -> None:
+    def collect(self, connector: LoggerConnector) -> None:
         """Has the connector show what was kept, where nobody has looked at a later value."""
         caches = {key: torch.tensor(value) if isinstance(value, float) else value for key, value in self._shown}
         now = self._results.metrics(on_step=True)
-        before = _ResultCollection(self._results.training)
-        before.dataloader_idx = self._results.dataloader_idx
-        before.update((key, self._results[key]) for key in caches)
-        later = {key: metric._forward_cache for key, metric in before.items()}
-        try:
-            for key, metric in before.items():
-                metric._forward_cache = caches[key]
-            shown = before.metrics(on_step=True)
-        finally:
-            for key, metric in before.items():
-                metric._forward_cache = later[key]
-        for kind, collected in (
-            ("pbar", connector._progress_bar_metrics),
-            ("callback", connector._callback_metrics),
-            ("log", connector._logged_metrics),
-        ):
+        shown = metrics_of_step(self._results, caches)
+        for kind, collected in collected_metrics(connector).items():
             for name, value in shown[kind].items():
                 if name not in collected or not _is_same(collected[name], now[kind].get(name)):
                     collected[name] = value
@@ -174,8 +177,9 @@ class StepLogger:
 
     def __init__(self, trainer: pl.Trainer) -> None:
         self._trainer = trainer
-        self._connector = trainer._logger_connector
-        self._loop = trainer.fit_loop.epoch_loop
+        self._connector = logger_connector(trainer)
+        self._loop = vars(trainer.fit_loop.epoch_loop)
+        self._should_accumulate = should_accumulate(trainer)
         self._saved = time.monotonic()
         self._unsaved = False
 
@@ -184,19 +188,19 @@ class StepLogger:
         trainer = self._trainer
         every = trainer.log_every_n_steps
         # As the connector counts them, which has to find out which loop is running.
-        if every == 0 or ((self._loop._batches_that_stepped + 1) % every != 0 and not trainer.should_stop):
+        if every == 0 or ((self._loop[BATCHES_THAT_STEPPED] + 1) % every != 0 and not trainer.should_stop):
             return
-        if trainer.fit_loop._should_accumulate():
+        if self._should_accumulate():
             return
         metrics = self._connector.metrics["log"]
         if not trainer.loggers or not metrics:
             return
-        self._connector._logged_metrics.update(metrics)
+        logged_metrics(self._connector).update(metrics)
         values = convert_tensors_to_scalars(metrics)
         step = values.pop("step", None)
         if step is None:
             values.setdefault("epoch", trainer.current_epoch)
-            step = self._loop._batches_that_stepped
+            step = self._loop[BATCHES_THAT_STEPPED]
         for logger in trainer.loggers:
             logger.log_metrics(metrics=values, step=int(step))
         self._unsaved = True

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResult
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ParallelStrategy, Strategy
 from torch import Tensor
 
+from lightkit._lightning.loops import (
+    BATCHES_THAT_STEPPED,
+    CLIPPING_METHODS,
+    DataFetcher,
+    clip_gradients_of,
+    logger_connector,
+    owner_of_data_hook,
+    results_of,
+    sigterm_check,
+    training_step_takes_index,
+    warning_cache,
+)
+from lightkit._lightning.metrics import FIRST_ITERATION
+from lightkit._lightning.module import CURRENT_HOOK, batch_transfer_of
+from lightkit._lightning.step import STEP_FUNCTIONS
 from lightkit._util.originals import Originals
+from lightkit._util.strategy_traits import StepObserver
 from lightkit.loops.graphs import CapturedPasses, PassGraphs
 from lightkit.loops.hooks import Hooks, is_implemented
 from lightkit.loops.log import ShownMetrics, StepLogger
-from lightkit.loops.obstacle import ORIGINALS
 from lightkit.loops.watch import Watch
 
 ZERO_GRAD = Originals((torch,), torch.optim.Optimizer, "zero_grad", "profile_hook_step")
@@ -41,9 +54,12 @@ class LeanStep:
         self._trainer = trainer
         self._log = log
         self._module = module = trainer.lightning_module
+        self._attributes = vars(module)
         self._loop = loop = trainer.fit_loop.epoch_loop
-        self._connector = trainer._logger_connector
-        self._results = loop._results
+        self._loop_attributes = vars(loop)
+        self._connector = logger_connector(trainer)
+        self._connector_attributes = vars(self._connector)
+        self._results = results_of(loop)
         self._precision = trainer.precision_plugin
         self._optimizer = trainer.optimizers[0]
         self._zeroes_plainly = ZERO_GRAD.are_in_place() and not is_implemented(
@@ -53,15 +69,16 @@ class LeanStep:
         self._callbacks = list(trainer.callbacks)
         self._parts = [module, self._optimizer, loop, loop.automatic_optimization, trainer.strategy, *self._callbacks]
         self._sizes: list[int] = []
-        self._shown = ShownMetrics(loop._results)
+        self._shown = ShownMetrics(self._results)
         self._progress = loop.batch_progress
         self._step_progress = loop.automatic_optimization.optim_progress.optimizer.step
         self._zero_grad_progress = loop.automatic_optimization.optim_progress.optimizer.zero_grad
-        self._takes_index = "batch_idx" in loop._build_kwargs(OrderedDict(), None, 0)
+        self._takes_index = training_step_takes_index(loop)
         self._clips = any(
             is_implemented(name, module, pl.LightningModule)
             for name in ("configure_gradient_clipping", "clip_gradients")
-        ) or any(is_implemented(name, self._precision, Precision) for name in ("_clip_gradients", "clip_gradients"))
+        ) or any(is_implemented(name, self._precision, Precision) for name in CLIPPING_METHODS)
+        self._clip_gradients = clip_gradients_of(self._precision)
         self._steps_schedulers = any(c.interval == "step" for c in trainer.lr_scheduler_configs)
         self._batch_start = Hooks(trainer, "on_train_batch_start")
         self._before_zero_grad = Hooks(trainer, "on_before_zero_grad")
@@ -78,11 +95,11 @@ class LeanStep:
         self._takes_step = strategy if self._is_wrapped else module
         starts = is_implemented("on_train_batch_start", strategy, Strategy)
         self._strategy_start = strategy.on_train_batch_start if starts else None
-        self._after_step = getattr(strategy, "after_step", None)
+        self._after_step = strategy.after_step if isinstance(strategy, StepObserver) else None
         self._unsynchronized = strategy.block_backward_sync if isinstance(strategy, ParallelStrategy) else nullcontext
         # Lightning asks whether process 0 was sent one, the strategies here look for themselves.
         met = not self._is_alone and dist.is_available() and dist.is_initialized()
-        self._stop_if_told = loop._broadcast_sigterm_tensor if met else None
+        self._stop_if_told = sigterm_check(loop) if met else None
         self._graphs = graphs
         if graphs is not None and graphs.obstacle is None:
             self._check_for_graphs(graphs)
@@ -92,7 +109,7 @@ class LeanStep:
         self._batch_idx = 0
         self._outputs: dict[str, Any] = {}
 
-    def __call__(self, data_fetcher: _DataFetcher) -> None:
+    def __call__(self, data_fetcher: DataFetcher) -> None:
         """Fetches a batch and trains on it.
 
         Raises:
@@ -108,10 +125,10 @@ class LeanStep:
         total.ready += 1
         current.ready += 1
         # What the connector does at the start of a batch that is not the first; it would look for these results.
-        self._connector._first_loop_iter = False
+        self._connector_attributes[FIRST_ITERATION] = False
         self._results.batch, self._results.batch_size, self._results.dataloader_idx = batch, None, None
         if batch is None:
-            self._loop._warning_cache.warn(
+            warning_cache(self._loop).warn(
                 "train_dataloader yielded None. If this was on purpose, ignore this warning..."
             )
             self._outputs = None
@@ -142,7 +159,7 @@ class LeanStep:
         if self._steps_schedulers:
             self._loop.update_lr_schedulers("step", update_plateau_schedulers=True)
         if not self._accumulates():
-            self._loop._batches_that_stepped += 1
+            self._loop_attributes[BATCHES_THAT_STEPPED] += 1
 
     def begin(self) -> None:
         """Prepares for the first step, when the module logs by `FastLog` already."""
@@ -157,7 +174,7 @@ class LeanStep:
         """
         trainer = self._trainer
         return (
-            ORIGINALS.are_in_place()
+            STEP_FUNCTIONS.are_in_place()
             and trainer.callbacks == self._callbacks
             and trainer.optimizers[0] is self._optimizer
             and self._sizes_of_parts() == self._sizes
@@ -196,7 +213,7 @@ class LeanStep:
         # The optimizer calls it, as with Lightning: some do so more than once.
         before = self._enter("optimizer_step")
         self._optimizer.step(closure=self._closure)
-        vars(self._module)["_current_fx_name"] = before
+        self._attributes[CURRENT_HOOK] = before
         if self._after_step is not None:
             self._after_step(self._optimizer)
         self._step_progress.increment_completed()
@@ -207,7 +224,7 @@ class LeanStep:
             self._before_step(self._optimizer)
         trainer = self._trainer
         if self._clips or trainer.gradient_clip_val is not None:
-            self._precision._clip_gradients(
+            self._clip_gradients(
                 self._module,
                 self._optimizer,
                 trainer.gradient_clip_val,
@@ -244,7 +261,7 @@ class LeanStep:
             before = self._enter("backward")
             with context:
                 loss.backward()
-            vars(self._module)["_current_fx_name"] = before
+            self._attributes[CURRENT_HOOK] = before
             if self._after_backward:
                 self._after_backward()
         return self._outputs.get("loss")
@@ -256,7 +273,7 @@ class LeanStep:
         before = self._enter("training_step")
         for name, value, arguments, options in captured.log_calls:
             self._module.log(name, value, *arguments, **options)
-        vars(self._module)["_current_fx_name"] = before
+        self._attributes[CURRENT_HOOK] = before
         if self._before_backward:
             self._before_backward(outputs["loss"])
         if self._after_backward:
@@ -270,7 +287,7 @@ class LeanStep:
         with self._forward_context():
             training_step = self._takes_step.training_step
             output = training_step(batch, batch_idx) if self._takes_index else training_step(batch)
-        vars(self._module)["_current_fx_name"] = before
+        self._attributes[CURRENT_HOOK] = before
         if output is None and not self._is_alone:
             raise RuntimeError("training_step returned None: with several processes no batch can be left out")
         if type(output) is Tensor and accumulate == 1:
@@ -280,9 +297,8 @@ class LeanStep:
 
     def _enter(self, hook: str) -> str | None:
         """Has what is logged from now on logged by a hook; returns which one it was before."""
-        before = self._module._current_fx_name
-        # Past nn.Module's __setattr__, which would look whether it is a parameter.
-        vars(self._module)["_current_fx_name"] = hook
+        before = self._attributes[CURRENT_HOOK]
+        self._attributes[CURRENT_HOOK] = hook
         return before
 
     def _forward_context(self) -> AbstractContextManager:
@@ -315,10 +331,11 @@ class _Transfer:
         self._convert = None
         if type(trainer.precision_plugin).convert_input is not Precision.convert_input:
             self._convert = trainer.precision_plugin.convert_input
-        selector = trainer._data_connector._datahook_selector
-        self._after = _implemented(selector, "on_after_batch_transfer")
+        self._attributes = vars(self._module)
+        self._transfer = batch_transfer_of(self._module)
+        self._after = _implemented(trainer, "on_after_batch_transfer")
         moving = ("on_before_batch_transfer", "transfer_batch_to_device")
-        is_moved = any(_implemented(selector, hook) is not None for hook in moving)
+        is_moved = any(_implemented(trainer, hook) is not None for hook in moving)
         self._device = trainer.strategy.root_device
         self._may_stay = self._device.type in ("cpu", "cuda") and not is_moved
 
@@ -326,17 +343,17 @@ class _Transfer:
         if self._convert is not None:
             batch = self._convert(batch)
         if not (self._may_stay and _is_on(self._device, batch)):
-            batch = self._module._on_before_batch_transfer(batch, dataloader_idx=0)
+            batch = self._transfer(batch, dataloader_idx=0)
             return self._strategy.batch_to_device(batch, dataloader_idx=0)
         if self._after is not None:
-            self._module.__dict__["_current_fx_name"], before = "on_after_batch_transfer", self._module._current_fx_name
+            before, self._attributes[CURRENT_HOOK] = self._attributes[CURRENT_HOOK], "on_after_batch_transfer"
             batch = self._after(batch, 0)
-            self._module.__dict__["_current_fx_name"] = before
+            self._attributes[CURRENT_HOOK] = before
         return batch
 
 
-def _implemented(selector: Any, hook: str) -> Any:
-    instance = selector.get_instance(hook)
+def _implemented(trainer: pl.Trainer, hook: str) -> Any:
+    instance = owner_of_data_hook(trainer, hook)
     parent = pl.LightningModule if isinstance(instance, pl.LightningModule) else pl.LightningDataModule
     return getattr(instance, hook) if is_implemented(hook, instance, parent) else None
 

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 
+from lightkit._lightning.module import CURRENT_HOOK, TRAINER
+
 # What a trainer says that stays the same for a whole fit.
 _CONSTANT = {
     *("accumulate_grad_batches", "barebones", "estimated_stepping_batches", "global_rank", "is_global_zero"),
@@ -24,7 +26,7 @@ _CONSTANT = {
 }
 
 # Where the trainer, and whoever watches, keep their own.
-_NOT_THE_MODULES = {"_trainer", "_current_fx_name", "log", "__getstate__"}
+_NOT_THE_MODULES = {TRAINER, CURRENT_HOOK, "log", "__getstate__"}
 
 # Where a module keeps what is registered with it.
 _REGISTERED = {"_parameters", "_buffers", "_modules"}
@@ -79,9 +81,9 @@ class Watch:
         self._on_gpu = module.device.type == "cuda"
 
     def __enter__(self) -> Watch:
-        self._trainers = {m: m._trainer for m in self._module.modules() if vars(m).get("_trainer") is not None}
+        self._trainers = {m: vars(m)[TRAINER] for m in self._module.modules() if vars(m).get(TRAINER) is not None}
         for part, trainer in self._trainers.items():
-            vars(part)["_trainer"] = _WatchedTrainer(trainer, self)
+            vars(part)[TRAINER] = _WatchedTrainer(trainer, self)
         self._log = self._module.log
         self._recorder = vars(self._module)["log"] = Recorder()
         self._attributes = attributes(self._module)
@@ -99,7 +101,7 @@ class Watch:
             torch.cuda.set_sync_debug_mode(self._sync_mode)
         self._warnings.__exit__(None, None, None)
         for part, trainer in self._trainers.items():
-            vars(part)["_trainer"] = trainer
+            vars(part)[TRAINER] = trainer
         vars(self._module)["log"] = self._log
         if exception is not None:
             return
@@ -113,11 +115,11 @@ class Watch:
         if (cause := self._recorder.obstacle) is not None:
             self.note(cause)
         attributes = vars(self._module)
-        before, attributes["_current_fx_name"] = attributes["_current_fx_name"], "training_step"
+        before, attributes[CURRENT_HOOK] = attributes[CURRENT_HOOK], "training_step"
         for call in self._recorder.calls:
             value = int(call.value) if isinstance(call.value, _WatchedIndex) else call.value
             self._log(call.name, value, *call.arguments, **call.options)
-        attributes["_current_fx_name"] = before
+        attributes[CURRENT_HOOK] = before
 
     def look_at_outputs(self, outputs: dict[str, Any]) -> None:
         """Notes what is returned beside tensors: a replay has it as it was."""

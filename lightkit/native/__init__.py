@@ -125,7 +125,7 @@ def _import(library: Path) -> ModuleType:
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     # The import has registered the ops.
-    from lightkit.ops.batching import register
+    from .batching import register
 
     register()
     return module

@@ -23,8 +23,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from lightkit.paths import cache_root
-from lightkit.private import find_stranger
+from lightkit._util.cache_dir import cache_root
+from lightkit._util.ownership import find_stranger
 
 from . import target, toolchain
 

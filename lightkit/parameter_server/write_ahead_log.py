@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightkit._util.atomic_write import write_atomically
 from lightkit.errors import CheckpointError, ConfigError
-from lightkit.files import write_atomically
 from lightkit.parameter_server.encoding import bytes_of, decode, encode
 from lightkit.parameter_server.records import (
     MARK_BYTES,

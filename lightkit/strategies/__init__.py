@@ -3,13 +3,14 @@
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import StrategyRegistry
 
+from lightkit._util.strategy_traits import StrategyTraits
 from lightkit.strategies.data_parallel import DataParallel
 from lightkit.strategies.diloco import DiLoCo
 from lightkit.strategies.local_sgd import LocalSGD
 from lightkit.strategies.parameter_server import ParameterServer
 from lightkit.strategies.tpu import TorchTPU, TorchTPUAccelerator
 
-__all__ = ["DataParallel", "DiLoCo", "LocalSGD", "ParameterServer", "TorchTPU", "TorchTPUAccelerator"]
+__all__ = ["DataParallel", "DiLoCo", "LocalSGD", "ParameterServer", "StrategyTraits", "TorchTPU", "TorchTPUAccelerator"]
 
 # Lightning compares in lower case.
 _NAMES = {

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.overrides.distributed import _register_ddp_comm_hook
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from lightkit._lightning.strategies import register_ddp_comm_hook
+from lightkit._util.deprecated import RenamedAttribute
+from lightkit._util.strategy_traits import StrategyTraits
 from lightkit.config import nearest
 from lightkit.errors import ConfigError
 from lightkit.strategies.parallel import Parallel
@@ -46,7 +48,8 @@ class DataParallel(Parallel):
            NeurIPS 2019.
     """
 
-    takes_lean_steps = True
+    traits = StrategyTraits(supports_lean_loop=True)
+    takes_lean_steps = RenamedAttribute("traits.supports_lean_loop")
 
     def __init__(self, compression: str = "none", find_unused_parameters: bool = False, **options: Any) -> None:
         if compression not in _COMPRESSIONS:
@@ -90,7 +93,7 @@ class DataParallel(Parallel):
             self._ddp_comm_state = powerSGD_hook.PowerSGDState(
                 process_group=None, matrix_approximation_rank=1, start_powerSGD_iter=_POWERSGD_START
             )
-        _register_ddp_comm_hook(self.model, self._ddp_comm_state, self._ddp_comm_hook, self._ddp_comm_wrapper)
+        register_ddp_comm_hook(self.model, self._ddp_comm_state, self._ddp_comm_hook, self._ddp_comm_wrapper)
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Counts it; its gradients were averaged in the backward pass."""

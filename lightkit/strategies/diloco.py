@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightkit._util.deprecated import RenamedAttribute
+from lightkit._util.strategy_traits import StrategyTraits
 from lightkit.errors import CheckpointError, ConfigError
 from lightkit.optim import SGD
 from lightkit.strategies.local_sgd import LocalSGD
@@ -39,7 +41,8 @@ class DiLoCo(LocalSGD):
         .. [1] Douillard et al., DiLoCo: distributed low-communication training of language models, 2023.
     """
 
-    takes_lean_steps = True
+    traits = StrategyTraits(supports_lean_loop=True)
+    takes_lean_steps = RenamedAttribute("traits.supports_lean_loop")
 
     def __init__(self, period: int = 16, outer_lr: float = 0.7, outer_momentum: float = 0.9, **options: Any) -> None:
         super().__init__(period=period, **options)

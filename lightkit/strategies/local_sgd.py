@@ -8,13 +8,16 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
+from lightkit._lightning.loops import is_training_done
+from lightkit._lightning.strategies import sync_module_states
+from lightkit._util.deprecated import RenamedAttribute
+from lightkit._util.strategy_traits import StrategyTraits
 from lightkit.errors import ConfigError
 from lightkit.strategies.flat import flat_buffers
 from lightkit.strategies.parallel import Parallel
@@ -50,7 +53,8 @@ class LocalSGD(Parallel):
         .. [1] Stich, Local SGD converges fast and communicates little, ICLR 2019.
     """
 
-    takes_lean_steps = True
+    traits = StrategyTraits(supports_lean_loop=True)
+    takes_lean_steps = RenamedAttribute("traits.supports_lean_loop")
 
     def __init__(self, period: int = 16, **options: Any) -> None:
         if not isinstance(period, int) or isinstance(period, bool) or period < 1:
@@ -73,7 +77,7 @@ class LocalSGD(Parallel):
             raise ConfigError(
                 f"{name}: precision 16-mixed gives each worker a loss scale of its own; use bf16-mixed or 32-true"
             )
-        _sync_module_states(self.lightning_module)
+        sync_module_states(self.lightning_module)
         self._own_steps, self._has_stepped, self._agreed, self._trained = 0, False, True, []
         self._collect()
 
@@ -148,7 +152,7 @@ class LocalSGD(Parallel):
         trainer = self.lightning_module.trainer
         if not self._agreed and trainer.state.fn == TrainerFn.FITTING:
             loop = trainer.fit_loop.epoch_loop
-            self._average("end" if loop.batch_progress.is_last_batch or loop._is_training_done else "pause")
+            self._average("end" if loop.batch_progress.is_last_batch or is_training_done(loop) else "pause")
 
     def on_validation_start(self) -> None:
         """What is validated is the average."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from lightkit._lightning.loops import original_signal_handlers, replace_sigterm_check, set_received_sigterm
 from lightkit._util.imported import is_instance
 from lightkit.errors import ConfigError
 
@@ -89,20 +90,19 @@ class Parallel(DDPStrategy):
 
 
 def _listen_alone(trainer: pl.Trainer) -> None:
-    connector, loop = trainer._signal_connector, trainer.fit_loop.epoch_loop
 
     def stop_if_told() -> None:
         if trainer.received_sigterm:
             raise SIGTERMException
 
-    loop._broadcast_sigterm_tensor = stop_if_told
+    replace_sigterm_check(trainer.fit_loop.epoch_loop, stop_if_told)
     if threading.current_thread() is not threading.main_thread():
         return
-    before = connector._original_handlers.get(signal.SIGTERM)
+    before = original_signal_handlers(trainer).get(signal.SIGTERM)
 
     def note(signum: int, frame: FrameType | None) -> None:
         # Lightning's own broadcasts from here, in the middle of whatever else is being sent.
-        connector.received_sigterm = True
+        set_received_sigterm(trainer)
         if trainer.strategy.launcher is not None:
             trainer.strategy.launcher.kill(signum)
         if callable(before):

@@ -21,13 +21,15 @@ from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore
 from torch.optim import LBFGS, Optimizer
 
+from lightkit._lightning.strategies import SubprocessScriptLauncher
+from lightkit._util.deprecated import RenamedAttribute
+from lightkit._util.strategy_traits import StrategyTraits
 from lightkit.errors import ConfigError
 from lightkit.parameter_server import Client, Job, Table
 from lightkit.parameter_server.client import Clipping, Exchange
@@ -88,13 +90,10 @@ class ParameterServer(ParallelStrategy):
         .. [1] Li et al., Scaling distributed machine learning with the parameter server, OSDI 2014.
     """
 
-    # Where the processes are watched, one that is lost need not end the others, if it is not the first.
-    survives_lost_workers = True
-
-    # Each worker measures on all of the data.
-    evaluates_everything = True
-
-    takes_lean_steps = True
+    traits = StrategyTraits(replicates_evaluation=True, tolerates_worker_loss=True, supports_lean_loop=True)
+    evaluates_everything = RenamedAttribute("traits.replicates_evaluation")
+    survives_lost_workers = RenamedAttribute("traits.tolerates_worker_loss")
+    takes_lean_steps = RenamedAttribute("traits.supports_lean_loop")
 
     def __init__(
         self,
@@ -203,7 +202,7 @@ class ParameterServer(ParallelStrategy):
 
     def _configure_launcher(self) -> None:
         if self._worker is None:
-            self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+            self._launcher = SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
         elif self.num_processes * self.num_nodes != 1:
             raise ConfigError(f"worker={self._worker} is one process: set the Trainer's devices and num_nodes to 1")
 
@@ -397,7 +396,7 @@ class ParameterServer(ParallelStrategy):
         def clip_gradients(optimizer: Optimizer, clip_val: float = 0.0, gradient_clip_algorithm: Any = "norm") -> None:
             if clip_val <= 0:
                 return
-            inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+            inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
             name = "max_value" if gradient_clip_algorithm == "value" else "max_norm"
             self._clipping[self.optimizers.index(inner)] = Clipping(**{name: float(clip_val)})
 

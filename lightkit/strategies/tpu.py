@@ -18,6 +18,8 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import CheckpointIO, MixedPrecision, Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
+from lightkit._util.deprecated import RenamedAttribute
+from lightkit._util.strategy_traits import StrategyTraits
 from lightkit.checkpoints import on_cpu
 from lightkit.errors import ConfigError
 
@@ -102,7 +104,8 @@ class TorchTPU(SingleDeviceStrategy):
     """
 
     strategy_name = "torch_tpu"
-    takes_lean_steps = True
+    traits = StrategyTraits(supports_lean_loop=True)
+    takes_lean_steps = RenamedAttribute("traits.supports_lean_loop")
 
     def __init__(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import lightning.pytorch as pl
 import pytest
 import torch
+from support.trainers import bare_trainer
 from torch.utils.data import DataLoader
 
 from lightkit.callbacks import Checkpoint
@@ -33,15 +34,9 @@ def test_last_is_the_latest(tmp_path, options, last):
     """best.ckpt stays that of the first validation it looked at; last.ckpt follows, as often as asked for."""
     settings = {"filename": "best", "monitor": "val/loss", "mode": "min", "save_last": True, **options}
     batches = DataLoader(torch.ones(2, 1), batch_size=2)
-    pl.Trainer(
-        accelerator="cpu",
-        max_epochs=3,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        callbacks=[Checkpoint(tmp_path, **settings)],
-    ).fit(GetsWorse(), batches, batches)
+    callback = Checkpoint(tmp_path, **settings)
+    trainer = bare_trainer(callback, max_epochs=3, enable_checkpointing=True, num_sanity_val_steps=0)
+    trainer.fit(GetsWorse(), batches, batches)
     assert load_checkpoint(tmp_path / "best.ckpt")["global_step"] == options.get("every_n_epochs", 1)
     path = tmp_path / "last.ckpt"
     assert (load_checkpoint(path)["global_step"] if path.exists() else None) == last
@@ -57,9 +52,8 @@ def test_a_strangers_state_names_no_file_of_the_users(tmp_path, elsewhere):
     precious.write_text("mine")
     path = elsewhere.format(tmp_path)
     batches = DataLoader(torch.ones(2, 1), batch_size=2)
-    options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     settings = {"filename": "best", "monitor": "val/loss", "mode": "max", "save_last": True, "save_top_k": 1}
-    trainer = pl.Trainer(max_epochs=1, callbacks=[Checkpoint(tmp_path / "stranger", **settings)], **options)
+    trainer = bare_trainer(Checkpoint(tmp_path / "stranger", **settings), enable_checkpointing=True)
     trainer.fit(GetsWorse(), batches, batches)
     crafted = load_checkpoint(tmp_path / "stranger" / "last.ckpt")
     (state,) = (state for key, state in crafted["callbacks"].items() if key.startswith("Checkpoint"))
@@ -69,7 +63,7 @@ def test_a_strangers_state_names_no_file_of_the_users(tmp_path, elsewhere):
     torch.save(crafted, tmp_path / "stranger" / "crafted.ckpt")
     callback = Checkpoint(tmp_path / "run", **settings)
     removed = []
-    trainer = pl.Trainer(max_epochs=3, callbacks=[callback], **options)
+    trainer = bare_trainer(callback, max_epochs=3, enable_checkpointing=True)
     trainer.strategy.remove_checkpoint = removed.append
     trainer.fit(GetsWorse(), batches, batches, ckpt_path=tmp_path / "stranger" / "crafted.ckpt")
     assert precious.read_text() == "mine"

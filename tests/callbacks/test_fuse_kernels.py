@@ -8,8 +8,6 @@ import io
 import logging
 import os
 import signal
-import subprocess
-import sys
 import threading
 import warnings
 from pathlib import Path
@@ -21,6 +19,7 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from plain import LOSSES, Plain, batches, make, trainer
+from support.commands import run_python
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -321,42 +320,39 @@ class Blocker(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Blocker())
 from plain import Plain, batches, make, trainer
 
-path = sys.argv[1]
-checkpoint = torch.load(path, weights_only=False)
-optimizer = torch.optim.SGD(Plain().parameters(), lr=1.0)
-optimizer.load_state_dict(checkpoint["optimizer_states"][0])
-optimizer.step()
-Plain.load_from_checkpoint(path, weights_only=False)
-module = make()
-trainer(max_epochs=4).fit(module, batches(), ckpt_path=path, weights_only=False)
-torch.save(module.state_dict(), sys.argv[2])
+for path in sys.argv[1:]:
+    checkpoint = torch.load(path, weights_only=False)
+    optimizer = torch.optim.SGD(Plain().parameters(), lr=1.0)
+    optimizer.load_state_dict(checkpoint["optimizer_states"][0])
+    optimizer.step()
+    Plain.load_from_checkpoint(path, weights_only=False)
+    module = make()
+    trainer(max_epochs=4).fit(module, batches(), ckpt_path=path, weights_only=False)
+    torch.save(module.state_dict(), path + ".end")
 assert not any(name.startswith("lightkit") for name in sys.modules)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", ["attribute", "module"])
-def test_checkpoints_need_no_lightkit(tmp_path, loss):
+def test_checkpoints_need_no_lightkit(tmp_path):
     """A checkpoint saved in the midst of a fit, hyperparameters included, goes on where lightkit is not installed."""
 
     class Save(Callback):
-        def on_train_epoch_end(self, trainer, *_):
+        def on_train_epoch_end(self, trainer, pl_module):
             if trainer.current_epoch == 1:
-                trainer.save_checkpoint(tmp_path / "last.ckpt")
+                trainer.save_checkpoint(pl_module.path)
 
+    ends = {}
     # These are pickled by name, unlike the lambdas.
-    function = {"attribute": F.cross_entropy, "module": nn.CrossEntropyLoss()}[loss]
-    module = make(loss=function)
-    trainer(FuseKernels(), Save(), max_epochs=4).fit(module, batches())
-    assert b"lightkit" not in (tmp_path / "last.ckpt").read_bytes()
-    result = subprocess.run(
-        [sys.executable, "-c", _WITHOUT_LIGHTKIT, str(tmp_path / "last.ckpt"), str(tmp_path / "end.pt")],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    torch.testing.assert_close(torch.load(tmp_path / "end.pt"), module.state_dict())
+    for loss in (F.cross_entropy, nn.CrossEntropyLoss()):
+        module = make(loss=loss)
+        module.path = str(tmp_path / f"{len(ends)}.ckpt")
+        trainer(FuseKernels(), Save(), max_epochs=4).fit(module, batches())
+        assert b"lightkit" not in Path(module.path).read_bytes()
+        ends[module.path] = module.state_dict()
+    run_python("-c", _WITHOUT_LIGHTKIT, *ends, cwd=Path(__file__).parent, status=0)
+    for path, end in ends.items():
+        torch.testing.assert_close(torch.load(path + ".end"), end)
 
 
 @pytest.mark.parametrize(
@@ -642,23 +638,11 @@ def test_two_processes(tmp_path, strategy):
     """Data parallel over two processes, each replaces and undoes; the weights are those of torch."""
     script = tmp_path / "train.py"
     script.write_text(_TWO_PROCESSES)
-    ends = []
-    for fuse in ("", "fuse"):
-        result = subprocess.run(
-            [sys.executable, str(script), strategy, str(tmp_path / f"end{fuse}.pt"), fuse],
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join([str(Path(lightkit.__file__).parents[1]), str(Path(__file__).parent)]),
-            },
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert result.returncode == 0, result.stderr
-        ends.append(torch.load(tmp_path / f"end{fuse}.pt"))
-        # Told once, by the first process.
-        assert (result.stdout + result.stderr).count("optimizers[0] (torch.optim.SGD): replaced by") == bool(fuse)
-    torch.testing.assert_close(*ends)
+    path = os.pathsep.join([str(Path(lightkit.__file__).parents[1]), str(Path(__file__).parent)])
+    result = run_python(script, strategy, tmp_path, environment={"PYTHONPATH": path}, status=0)
+    # Told once, by the first process.
+    assert (result.stdout + result.stderr).count("optimizers[0] (torch.optim.SGD): replaced by") == 1
+    torch.testing.assert_close(*(torch.load(tmp_path / f"{fuse}.pt") for fuse in (False, True)))
 
 
 _TWO_PROCESSES = """
@@ -673,22 +657,31 @@ from lightkit.optim.convert import is_converted
 
 
 class Check(Callback):
+    def __init__(self, fuse):
+        self.fuse = fuse
+
     def on_train_batch_end(self, trainer, *_):
-        assert is_converted(trainer.optimizers[0]) == fuse
+        assert is_converted(trainer.optimizers[0]) == self.fuse
         assert trainer.world_size == 2
 
     def on_fit_end(self, *_):
         # Lightning leaves the group to the end of the interpreter, where gloo's threads now and then abort it.
-        Finalize(None, torch.distributed.destroy_process_group, exitpriority=1)
+        Finalize(None, destroy, exitpriority=1)
 
 
-strategy, path, fuse = sys.argv[1], sys.argv[2], bool(sys.argv[3])
+def destroy():
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 if __name__ == "__main__":
+    strategy, directory = sys.argv[1:]
     code = F.cross_entropy.__code__
-    runner = trainer(*[FuseKernels()] * fuse, Check(), strategy=strategy, devices=2)
-    module = make()
-    runner.fit(module, batches())
-    assert F.cross_entropy.__code__ is code
-    if runner.global_rank == 0:
-        torch.save(module.state_dict(), path)
+    for fuse in (False, True):
+        runner = trainer(*[FuseKernels()] * fuse, Check(fuse), strategy=strategy, devices=2)
+        module = make()
+        runner.fit(module, batches())
+        assert F.cross_entropy.__code__ is code
+        if runner.global_rank == 0:
+            torch.save(module.state_dict(), f"{directory}/{fuse}.pt")
 """

@@ -29,9 +29,9 @@ import torch
 import yaml
 
 # Loaded once: a job is a process that is forked from here, and begins where another has spent its first seconds.
-import lightkit.training  # noqa: F401
+import lightkit.app.training  # noqa: F401
+from lightkit.app.report import figures  # noqa: F401
 from lightkit.checkpoints import load_checkpoint
-from lightkit.report import figures  # noqa: F401
 from lightkit.train import main as train
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "kill_resume.csv"

@@ -11,12 +11,14 @@ from collections import Counter
 from pathlib import Path
 
 import fuzz_ops
+import pytest
 import torch
 from fuzz_calls import arguments_of, examples_of, run, schemas, targets
 
 CALLS = 300
 
 
+@pytest.mark.sanitized
 def test_some_hundred_calls() -> None:
     """Each call returns what its schema says or is refused; both happen often, and derivatives are reached."""
     outcomes = [run(seed=0, number=number) for number in range(CALLS)]

@@ -10,6 +10,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from support.commands import run
+from support.trainers import bare_trainer
 from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, TensorDataset
@@ -37,8 +39,7 @@ def fit(callbacks, data, optimizer=Adam, **options):
     """Weights and what was logged, after two epochs."""
     pl.seed_everything(3, verbose=False)
     task = ClassificationTask(model(), optimizer)
-    nothing = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    trainer = pl.Trainer(accelerator="gpu", devices=1, max_epochs=2, callbacks=callbacks, **nothing, **options)
+    trainer = bare_trainer(*callbacks, accelerator="gpu", devices=1, max_epochs=2, **options)
     with torch.device("cpu"):
         trainer.fit(task, data())
     weights = {name: value.cpu() for name, value in task.state_dict().items()}
@@ -84,9 +85,8 @@ def train(module, *callbacks, data=None, **options):
     """Weights, running values and outputs."""
     pl.seed_everything(3, verbose=False)
     outputs = Outputs()
-    nothing = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    options = {"accelerator": "gpu", "devices": 1, "max_epochs": 3, **nothing, **options}
-    trainer = pl.Trainer(callbacks=[outputs, *callbacks], **options)
+    options = {"accelerator": "gpu", "devices": 1, "max_epochs": 3, **options}
+    trainer = bare_trainer(outputs, *callbacks, **options)
     with torch.device("cpu"):
         trainer.fit(module, (data or loader)())
     return module.state_dict(), dict(trainer.callback_metrics), {"outputs": outputs.seen}
@@ -255,11 +255,10 @@ def test_fused_kernels_train_as_torchs():
     ],
     ids=" ".join,
 )
-def test_command(command, tmp_path, arguments):
+def test_command(tmp_path, arguments):
     """The commands train, test and predict on the GPU that is there."""
-    result = command("train", *arguments, "name=job", cwd=tmp_path)
-    assert result.returncode == 0, result.stdout + result.stderr
-    (run,) = Path(tmp_path, "runs", "job").iterdir()
-    metrics = json.loads((run / "metrics.json").read_text())
+    run("train", *arguments, "name=job", cwd=tmp_path, status=0)
+    (run_dir,) = Path(tmp_path, "runs", "job").iterdir()
+    metrics = json.loads((run_dir / "metrics.json").read_text())
     assert metrics["test/accuracy"] > 0.8
-    assert json.loads((run / "environment.json").read_text())["gpus"]
+    assert json.loads((run_dir / "environment.json").read_text())["gpus"]

@@ -8,22 +8,9 @@ import time
 from pathlib import Path
 
 from lightning.pytorch.callbacks import Callback
+from support.processes import servers_of
 
 from lightkit.errors import DataError
-
-
-def servers_of(pid):
-    """The parameter servers that a process has started."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
-            words = (stat.parent / "cmdline").read_bytes().split(b"\0")
-        except (OSError, IndexError):
-            continue
-        if parent == pid and b"lightkit.parameter_server" in words:
-            found.append(int(stat.parent.name))
-    return found
 
 
 class Faulty(Callback):

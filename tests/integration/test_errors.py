@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
 import pytest
 import torch
+from support.commands import run, run_python, the_error
+from support.processes import wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -17,10 +20,7 @@ QUICK = ["+experiment=cnn", "+debug=quick"]
 
 def assert_fails(result, *expected):
     """The command failed with one error that says all this, and without a traceback."""
-    assert result.returncode == 1, result.stdout
-    assert "Traceback" not in result.stderr
-    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, result.stderr
+    the_error(result)
     for text in expected:
         assert text in result.stderr
 
@@ -83,9 +83,9 @@ def test_a_figure_that_is_not_logged(call, tmp_path):
     ],
     ids=["foo", "require"],
 )
-def test_native_kernels_that_cannot_be_had(command, tmp_path, variables, expected):
+def test_native_kernels_that_cannot_be_had(tmp_path, variables, expected):
     """A word that LIGHTKIT_NATIVE does not know, and kernels that are required in vain, end a job before it begins."""
-    assert_fails(command("train", *QUICK, cwd=tmp_path, environment=variables), expected)
+    assert_fails(run("train", *QUICK, cwd=tmp_path, environment=variables), expected)
 
 
 def test_own_modules_lie_in_the_current_directory(tmp_path):
@@ -95,50 +95,41 @@ def test_own_modules_lie_in_the_current_directory(tmp_path):
     script = tmp_path / "bin" / "lightkit-train"
     script.write_text("import sys\nfrom lightkit.train import main\nsys.exit(main())\n")
     for start in (["-m", "lightkit.train"], [str(script)]):
-        result = subprocess.run(
-            [sys.executable, *start, "+experiment=cnn", "model._target_=own.Net"],
-            cwd=tmp_path,
-            env={**os.environ, "LIGHTKIT_TARGETS": "own"},
-            capture_output=True,
-            text=True,
-        )
+        arguments = [*start, "+experiment=cnn", "model._target_=own.Net"]
+        result = run_python(*arguments, cwd=tmp_path, environment={"LIGHTKIT_TARGETS": "own"})
         assert_fails(result, "own.Net takes no argument 'in_channels'")
 
 
 @pytest.mark.parametrize("name", ["train", "evaluate", "predict"])
-def test_a_process_ends_with_the_status(command, tmp_path, name):
+def test_a_process_ends_with_the_status(tmp_path, name):
     """What the other tests see within this process is what a shell sees of one."""
-    assert_fails(command(name, "ckpt_path=nowhere.ckpt", cwd=tmp_path), "there is no checkpoint nowhere.ckpt")
+    result = run_python("-m", f"lightkit.{name}", "ckpt_path=nowhere.ckpt", cwd=tmp_path)
+    assert_fails(result, "there is no checkpoint nowhere.ckpt")
 
 
 @pytest.mark.parametrize("command_name", ["train", "evaluate", "predict"])
 def test_nobody_waits_for_torch_to_see_a_mistake(command_name):
     """The commands compose before they import torch and Lightning, which takes seconds."""
     program = f"import sys, lightkit.{command_name}; sys.exit(not {{'torch', 'lightning'}}.isdisjoint(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+    run_python("-c", program, status=0)
 
 
-def test_read_only_output_directory(command, tmp_path):
+def test_read_only_output_directory(tmp_path):
     """A place that cannot be written is named, before any training."""
     place = tmp_path / "place"
     place.mkdir()
     if os.geteuid() == 0:
         # Permissions do not bind root: a file where a directory should be does.
         (place / "runs").write_text("in the way")
-        assert_fails(command("train", *QUICK, cwd=place), "runs")
+        assert_fails(run("train", *QUICK, cwd=place), "runs")
     else:
         place.chmod(0o555)
-        assert_fails(command("train", *QUICK, cwd=place), "Permission denied")
+        assert_fails(run("train", *QUICK, cwd=place), "Permission denied")
         place.chmod(0o755)
 
 
 def test_interrupt(tmp_path):
     """Ctrl-C ends a training with a word on how to go on, and the status of an interrupted program."""
-    import signal
-    import subprocess
-    import sys
-    import time
-
     process = subprocess.Popen(
         [sys.executable, "-m", "lightkit.train", "+experiment=cnn", "trainer.max_epochs=1000", "hydra.run.dir=out"],
         cwd=tmp_path,
@@ -149,9 +140,7 @@ def test_interrupt(tmp_path):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     checkpoint = tmp_path / "out" / "checkpoints" / "last.ckpt"
-    while not checkpoint.exists():
-        assert process.poll() is None
-        time.sleep(0.2)
+    wait_for(checkpoint.exists, process)
     process.send_signal(signal.SIGINT)
     try:
         _, errors = process.communicate(timeout=120)
@@ -165,12 +154,8 @@ def test_interrupt(tmp_path):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A checkpoint of a very short run."""
-    import subprocess
-    import sys
-
     directory = tmp_path_factory.mktemp("short")
-    arguments = [*QUICK, "hydra.run.dir=out"]
-    subprocess.run([sys.executable, "-m", "lightkit.train", *arguments], cwd=directory, check=True, capture_output=True)
+    run("train", *QUICK, "hydra.run.dir=out", cwd=directory, status=0)
     return directory / "out" / "checkpoints" / "last.ckpt"
 
 
@@ -258,9 +243,6 @@ def test_missing_argument(call, tmp_path, checkpoint, missing):
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="mounts a small file system")
 def test_disk_full_while_writing_a_checkpoint(tmp_path, checkpoint):
     """On a disk that fills up during training the error says so, and the checkpoint before it still loads."""
-    import subprocess
-    import sys
-
     disk = tmp_path / "disk"
     disk.mkdir()
     # A checkpoint of this model with Adam's state takes 1.1 MB: there is room for one or two.

@@ -1,21 +1,18 @@
-"""Forecast jobs, each command in a process of its own, as a user runs them."""
+"""Forecast jobs, as a user runs them."""
 
 from __future__ import annotations
 
 import csv
 import json
 import math
-import subprocess
-import sys
 
 import pytest
-import torch
-from omegaconf import OmegaConf
+from support.commands import run
+from support.series import write_wave
 
-from lightkit import prediction
-from lightkit.checkpoints import load_checkpoint
+from lightkit.app import prediction
+from lightkit.app.restore import restore
 from lightkit.errors import LightkitError
-from lightkit.restore import restore
 
 pytestmark = pytest.mark.slow
 
@@ -23,61 +20,48 @@ SMALL = ["+experiment=forecast", "data=series", "data.path=wave.csv", "data.hist
 SMALL += ["data.season=12", "model.hidden_size=8", "logger=csv"]
 
 
-def write_wave(path, rows=240, **cells):
-    """A wave of twelve steps that climbs; ``cells`` replaces what stands in a row."""
-    lines = ["day,price"]
-    for row in range(rows):
-        value = 100 + 0.2 * row + 5 * math.sin(row * math.pi / 6)
-        lines.append(f"{row},{cells.get(f'row{row}', f'{value:.4f}')}")
-    path.write_text("\n".join(lines) + "\n")
-
-
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def job(tmp_path_factory):
     """A short job on a file."""
     directory = tmp_path_factory.mktemp("wave")
     write_wave(directory / "wave.csv")
     arguments = [*SMALL, "data.column=price", "data.time_column=day", "trainer.max_epochs=40", "hydra.run.dir=out"]
-    command = [sys.executable, "-m", "lightkit.train", *arguments]
-    result = subprocess.run(command, cwd=directory, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    run("train", *arguments, cwd=directory, status=0)
     return directory
 
 
-def test_beats_the_simplest_rules(run):
+def test_beats_the_simplest_rules(job):
     """On a wave that climbs the model is better than both rules, and the report shows it."""
-    metrics = json.loads((run / "out" / "metrics.json").read_text())
+    metrics = json.loads((job / "out" / "metrics.json").read_text())
     assert metrics["test/mae"] < 0.5 * metrics["baseline/naive_mae"]
     assert metrics["test/rmse"] < metrics["baseline/seasonal_naive_rmse"]
     # What climbs 0.2 a step is 2.4 higher after a season.
     assert metrics["baseline/seasonal_naive_mae"] == pytest.approx(2.4, abs=1e-3)
     assert 0 <= metrics["test/coverage"] <= 1 and "train/windows_per_second" in metrics
-    page = (run / "out" / "report.html").read_text()
+    page = (job / "out" / "report.html").read_text()
     assert all(title in page for title in ("Forecasts of the test", "Error by step", "mean absolute test error"))
     assert page.count('src="data:image/png;base64,') == 3
 
 
-def test_evaluate_gives_the_same_numbers(run, command, tmp_path):
+def test_evaluate_gives_the_same_numbers(job, tmp_path):
     """From the checkpoint, with the file somewhere else, the figures of the test come out as in training."""
-    (run / "wave.csv").rename(tmp_path / "moved.csv")
-    best = run / "out" / "checkpoints" / "best.ckpt"
+    (job / "wave.csv").rename(tmp_path / "moved.csv")
+    best = job / "out" / "checkpoints" / "best.ckpt"
     arguments = [f"ckpt_path={best}", "data_dir=moved.csv", "output=figures.json"]
-    result = command("evaluate", *arguments, cwd=tmp_path)
-    write_wave(run / "wave.csv")
-    assert result.returncode == 0, result.stderr
+    run("evaluate", *arguments, cwd=tmp_path, status=0)
+    write_wave(job / "wave.csv")
     figures = json.loads((tmp_path / "figures.json").read_text())
-    trained = json.loads((run / "out" / "metrics.json").read_text())
+    trained = json.loads((job / "out" / "metrics.json").read_text())
     assert figures == {name: trained[name] for name in figures}
     assert figures.keys() >= {"test/mae", "test/rmse", "test/coverage", "test/loss"}
 
 
-def test_predict_another_file(run, command, tmp_path):
+def test_predict_another_file(job, tmp_path):
     """The values after the end of another file, at another level, with an interval around each."""
     write_wave(tmp_path / "other.csv", rows=300)
-    best = run / "out" / "checkpoints" / "best.ckpt"
+    best = job / "out" / "checkpoints" / "best.ckpt"
     arguments = [f"ckpt_path={best}", "input=other.csv", "horizon=3", "output=out.csv"]
-    result = command("predict", *arguments, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    result = run("predict", *arguments, cwd=tmp_path, status=0)
     rows = list(csv.DictReader(open(tmp_path / "out.csv", newline="")))
     assert [row["step"] for row in rows] == ["1", "2", "3"]
     for row in rows:
@@ -88,9 +72,9 @@ def test_predict_another_file(run, command, tmp_path):
     assert "price: forecast (90% interval)" in result.stdout
 
 
-def test_bad_predictions(run, tmp_path):
+def test_bad_predictions(job, tmp_path):
     """Too few rows, too far ahead, a gap at the end, another column, keys of another kind: one clear error each."""
-    restored = restore(run / "out" / "checkpoints" / "best.ckpt")
+    restored = restore(job / "out" / "checkpoints" / "best.ckpt")
     write_wave(tmp_path / "short.csv", rows=5)
     write_wave(tmp_path / "whole.csv")
     write_wave(tmp_path / "gap.csv", row239="")
@@ -102,13 +86,11 @@ def test_bad_predictions(run, tmp_path):
         ("whole.csv", {"horizon": 5}, "horizon must be from 1 to 4, got 5; to see further, train with data.horizon=5"),
     ]
     for name, keys, expected in cases:
-        config = OmegaConf.create({"input": str(tmp_path / name), "column": None, "horizon": None, **keys})
         with pytest.raises(LightkitError) as error:
-            prediction.predict(config, restored)
+            prediction.predict(restored, prediction.PredictionRequest(str(tmp_path / name), **keys))
         assert expected in str(error.value)
-    config.horizon = 0
     with pytest.raises(LightkitError, match=r"from 1 to 4, got 0$"):
-        prediction.predict(config, restored)
+        prediction.predict(restored, prediction.PredictionRequest(str(tmp_path / "whole.csv"), horizon=0))
 
 
 @pytest.mark.parametrize(
@@ -120,28 +102,9 @@ def test_bad_predictions(run, tmp_path):
     ],
     ids=["gap", "text", "short"],
 )
-def test_bad_files(command, tmp_path, cells, rows, expected):
+def test_bad_files(call, tmp_path, cells, rows, expected):
     """A file that cannot be trained on ends the command with one error, before any training."""
     write_wave(tmp_path / "wave.csv", rows, **cells)
-    result = command("train", *SMALL, "data.column=price", cwd=tmp_path)
+    result = call("train", *SMALL, "data.column=price", cwd=tmp_path)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert expected in result.stderr, result.stderr
-
-
-def test_resume_is_bit_identical(run, command, tmp_path):
-    """Stopped in the middle of an epoch and resumed: weights, scale and intervals of an uninterrupted run."""
-    write_wave(tmp_path / "wave.csv")
-    base = [*SMALL, "data.column=price", "test=false", "trainer.max_epochs=2"]
-    every = ["callbacks.checkpoint.monitor=null", "+callbacks.checkpoint.every_n_train_steps=2"]
-    jobs = {
-        "whole": [],
-        "middle": ["trainer.max_steps=4", *every],
-        "resumed": ["ckpt_path=middle/checkpoints/last.ckpt"],
-    }
-    for name, arguments in jobs.items():
-        result = command("train", *base, *arguments, f"hydra.run.dir={name}", cwd=tmp_path)
-        assert result.returncode == 0, result.stderr
-    states = {name: load_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt")["state_dict"] for name in jobs}
-    assert states["whole"].keys() >= {"center", "scale", "half_width"}
-    assert all(torch.equal(value, states["resumed"][name]) for name, value in states["whole"].items())
-    assert not torch.equal(states["whole"]["model.head.weight"], states["middle"]["model.head.weight"])

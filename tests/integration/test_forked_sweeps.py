@@ -8,13 +8,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from support import commands
+from support.commands import run_python, with_modules
+from support.processes import is_alive, wait_for
 
 from lightkit.checkpoints import load_checkpoint
 
@@ -28,34 +29,14 @@ QUICK = ["+experiment=cnn", "+debug=quick", "trainer.accelerator=cpu", "test=fal
 TIMED = ("second", "(ms)", "fraction")
 
 needs_optuna = pytest.mark.skipif(
-    find_spec("hydra_plugins.hydra_optuna_sweeper") is None, reason="needs pip install 'lightkit[sweep]'"
+    find_spec("hydra_plugins.hydra_optuna_sweeper") is None, reason="needs the extra sweep"
 )
 
 
-def started(*arguments, cwd, python=(), **options):
-    """Starts `python -m lightkit.train ...`, which finds the callbacks of this folder."""
-    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
-    return subprocess.Popen(
-        [sys.executable, *python, "-m", "lightkit.train", *arguments],
-        cwd=cwd,
-        env={**os.environ, "LIGHTKIT_TARGETS": "faulty", "PYTHONPATH": path},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
-
-
-def run(*arguments, cwd, status=0, **options):
-    """Runs `python -m lightkit.train ...` to its end, and returns what it said."""
-    process = started(*arguments, cwd=cwd, **options)
-    try:
-        output, errors = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert process.returncode == status, errors
-    return output, errors
+def run(*arguments, cwd, status=0):
+    """Runs a command to its end, and returns what it said. Its configuration may name the callbacks of this folder."""
+    result = commands.run("train", *arguments, cwd=cwd, environment=with_modules("faulty"), status=status)
+    return result.stdout, result.stderr
 
 
 def faulty(what, directory):
@@ -148,26 +129,22 @@ def test_a_fault_of_the_program(tmp_path):
     assert (tmp_path / "sweep" / "1" / "metrics.json").exists()
 
 
-def is_alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_the_sweep_is_ended(tmp_path, number):
     """The running job ends with it, in order if it may, with its checkpoint; ``ckpt_path=last`` goes on."""
     sweep = [*SHORT, "trainer.max_epochs=4", "test=false", "logger=none", FORK, *faulty("wait", tmp_path)]
-    process = started(
-        *[*sweep, "-m", "seed=0,1"],
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lightkit.train", *sweep, "-m", "seed=0,1"],
         cwd=tmp_path,
+        env={**os.environ, **with_modules("faulty")},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
         # A job in the background of a script ignores Ctrl-C, and so do its children unless told otherwise.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    while not (found := list(tmp_path.glob("runs/cnn/*/0/checkpoints/last.ckpt"))):
-        assert process.poll() is None
-        time.sleep(0.05)
+    wait_for(lambda: list(tmp_path.glob("runs/cnn/*/0/checkpoints/last.ckpt")), process)
     process.send_signal(number)
     try:
         _, errors = process.communicate(timeout=60)
@@ -181,11 +158,10 @@ def test_the_sweep_is_ended(tmp_path, number):
         assert process.returncode == 143
         assert errors.splitlines()[-1] == "ended by SIGTERM: ckpt_path=last goes on from the last checkpoint"
     job = int((tmp_path / "rank0.pid").read_text())
-    end = time.monotonic() + 10
-    while is_alive(job) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert job != process.pid and not is_alive(job)
-    assert load_checkpoint(found[0])["epoch"] < 3
+    assert job != process.pid
+    wait_for(lambda: not is_alive(job), seconds=10)
+    (found,) = tmp_path.glob("runs/cnn/*/0/checkpoints/last.ckpt")
+    assert load_checkpoint(found)["epoch"] < 3
     # The launcher is none of what a sweep computes: either goes on with the sweep of the other.
     sweep.remove(FORK)
     output, _ = run(*sweep, "ckpt_path=last", "-m", "seed=0,1", cwd=tmp_path)
@@ -216,6 +192,6 @@ def test_jobs_of_two_processes(tmp_path):
 
 def test_under_torchrun(tmp_path):
     """Its processes meet before the first job, and could not fork."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
-    _, errors = run(*QUICK, FORK, "-m", "seed=0,1", cwd=tmp_path, python=torchrun, status=1)
-    assert errors.count("error: hydra/launcher=fork cannot run under torchrun") == 1
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "-m", "lightkit.train"]
+    result = run_python(*torchrun, *QUICK, FORK, "-m", "seed=0,1", cwd=tmp_path, status=1)
+    assert result.stderr.count("error: hydra/launcher=fork cannot run under torchrun") == 1

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
+from support.commands import run
 from torch.func import functional_call
 
 from lightkit.checkpoints import load_checkpoint
@@ -20,10 +18,8 @@ pytestmark = pytest.mark.slow
 
 def weights_after_one_epoch(directory, lr):
     """The model's weights in the last checkpoint of a job of one epoch."""
-    command = [sys.executable, "-m", "lightkit.train", "+experiment=gradient_descent", "trainer.max_epochs=1"]
-    command += [f"optim.lr={lr}", "test=false", f"hydra.run.dir={directory}"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    arguments = ["+experiment=gradient_descent", "trainer.max_epochs=1", f"optim.lr={lr}", "test=false"]
+    run("train", *arguments, f"hydra.run.dir={directory}", cwd=directory.parent, status=0)
     checkpoint = load_checkpoint(directory / "checkpoints" / "last.ckpt")
     assert checkpoint["global_step"] == 1
     prefix = "model."

@@ -1,4 +1,4 @@
-"""Whole jobs, each command in a process of its own, as a user runs them."""
+"""Whole jobs, as a user runs them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from support.commands import run, run_python
 
 from lightkit.checkpoints import load_checkpoint
 from lightkit.data import MNIST5k
@@ -22,23 +23,17 @@ FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def job(tmp_path_factory):
     """The documented job, whole."""
-    import subprocess
-    import sys
-
     directory = tmp_path_factory.mktemp("job")
-    result = subprocess.run(
-        [sys.executable, "-m", "lightkit.train", "+experiment=cnn"], cwd=directory, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
+    result = run_python("-m", "lightkit.train", "+experiment=cnn", cwd=directory, status=0)
     (run_dir,) = (directory / "runs" / "cnn").iterdir()
     return run_dir, result.stdout
 
 
-def test_main_job(run):
+def test_main_job(job):
     """The documented CNN reaches 95 % on the held-out digits and leaves everything that was promised."""
-    run_dir, output = run
+    run_dir, output = job
     metrics = json.loads((run_dir / "metrics.json").read_text())
     # The mean over seeds is 0.959; 0.94 is four of its standard deviations below.
     assert metrics["test/accuracy"] > 0.94
@@ -54,33 +49,32 @@ def test_main_job(run):
     assert "test/accuracy" in output and "report.html" in output
 
 
-def test_report_is_self_contained(run):
+def test_report_is_self_contained(job):
     """The page shows figures and tables without a file or a host beside it."""
-    page = (run[0] / "report.html").read_text()
+    page = (job[0] / "report.html").read_text()
     assert page.count('src="data:image/png;base64,') == 3
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert "Class by class" in page and "The worst mistakes" in page
 
 
 @pytest.mark.parametrize("name", ["best", "last"])
-def test_checkpoints_load_safely(run, name):
+def test_checkpoints_load_safely(job, name):
     """Both checkpoints load with weights_only and carry their configuration."""
-    checkpoint = torch.load(run[0] / "checkpoints" / f"{name}.ckpt", weights_only=True)
+    checkpoint = torch.load(job[0] / "checkpoints" / f"{name}.ckpt", weights_only=True)
     assert checkpoint["lightkit_config"]["name"] == "cnn"
 
 
-def test_evaluate_gives_the_same_numbers(run, command, tmp_path):
+def test_evaluate_gives_the_same_numbers(job, tmp_path):
     """From the checkpoint alone, in another directory, the test figures come out as in training."""
-    best = run[0] / "checkpoints" / "best.ckpt"
-    result = command("evaluate", f"ckpt_path={best}", "output=figures.json", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    trained = json.loads((run[0] / "metrics.json").read_text())
+    best = job[0] / "checkpoints" / "best.ckpt"
+    run("evaluate", f"ckpt_path={best}", "output=figures.json", cwd=tmp_path, status=0)
+    trained = json.loads((job[0] / "metrics.json").read_text())
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures == {name: trained[name] for name in ("test/accuracy", "test/loss")}
     assert os.listdir(tmp_path) == ["figures.json"]
 
 
-def test_predict_gives_the_same_numbers(run, command, tmp_path):
+def test_predict_gives_the_same_numbers(job, tmp_path):
     """The test set as a folder of pictures gets the accuracy of the test."""
     data = MNIST5k()
     data.setup()
@@ -88,47 +82,22 @@ def test_predict_gives_the_same_numbers(run, command, tmp_path):
     pictures.mkdir()
     for index, (image, label) in enumerate(zip(data.test.images, data.test.labels.tolist(), strict=True)):
         Image.fromarray(image.numpy()).save(pictures / f"{index:04d}-{label}.png")
-    best = run[0] / "checkpoints" / "best.ckpt"
-    result = command("predict", f"ckpt_path={best}", f"input={pictures}", "output=out.csv", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    best = job[0] / "checkpoints" / "best.ckpt"
+    run("predict", f"ckpt_path={best}", f"input={pictures}", "output=out.csv", cwd=tmp_path, status=0)
     rows = list(csv.DictReader(open(tmp_path / "out.csv", newline="")))
     accuracy = sum(Path(row["path"]).stem.endswith(f"-{row['label']}") for row in rows) / len(rows)
-    assert accuracy == pytest.approx(json.loads((run[0] / "metrics.json").read_text())["test/accuracy"])
+    assert accuracy == pytest.approx(json.loads((job[0] / "metrics.json").read_text())["test/accuracy"])
 
 
-def test_compiled_model(command, tmp_path):
+def test_compiled_model(tmp_path):
     """compile=true trains under torch.compile, and its checkpoint is that of any other run."""
-    arguments = [*QUICK, "compile=true", "hydra.run.dir=out"]
-    result = command("train", *arguments, cwd=tmp_path, environment={"TORCH_LOGS": "graph_code"})
-    assert result.returncode == 0, result.stderr
+    arguments = ["-m", "lightkit.train", *QUICK, "compile=true", "hydra.run.dir=out"]
+    # Which torch reads when it is imported.
+    result = run_python(*arguments, cwd=tmp_path, environment={"TORCH_LOGS": "graph_code"}, status=0)
     assert "torch.ops.lightkit.layer_chain" in result.stderr
-    assert "model.features.0.weight" in weights(tmp_path / "out" / "checkpoints" / "last.ckpt")
-    evaluated = command("evaluate", "ckpt_path=out/checkpoints/last.ckpt", cwd=tmp_path)
-    assert evaluated.returncode == 0, evaluated.stderr
-
-
-def weights(path):
-    return load_checkpoint(path)["state_dict"]
-
-
-def test_resume_is_bit_identical(command, tmp_path):
-    """Stopped after an epoch, or in the middle of one, and resumed: the weights of an uninterrupted run."""
-    base = ["+experiment=cnn", "data.batch_size=200", "logger=csv", "test=false", "scheduler=cosine"]
-    every = ["callbacks.checkpoint.monitor=null", "+callbacks.checkpoint.every_n_train_steps=5"]
-    jobs = {
-        "whole": ["trainer.max_epochs=2"],
-        "epoch": ["trainer.max_epochs=2", "trainer.max_steps=18"],
-        "epoch_resumed": ["trainer.max_epochs=2", "ckpt_path=epoch/checkpoints/last.ckpt"],
-        "middle": ["trainer.max_epochs=2", "trainer.max_steps=25", *every],
-        "middle_resumed": ["trainer.max_epochs=2", "ckpt_path=middle/checkpoints/last.ckpt"],
-    }
-    for name, arguments in jobs.items():
-        result = command("train", *base, *arguments, f"hydra.run.dir={name}", cwd=tmp_path)
-        assert result.returncode == 0, result.stderr
-    whole = weights(tmp_path / "whole" / "checkpoints" / "last.ckpt")
-    for name in ("epoch_resumed", "middle_resumed"):
-        resumed = weights(tmp_path / name / "checkpoints" / "last.ckpt")
-        assert all(torch.equal(whole[key], resumed[key]) for key in whole), name
+    weights = load_checkpoint(tmp_path / "out" / "checkpoints" / "last.ckpt")["state_dict"]
+    assert "model.features.0.weight" in weights
+    run("evaluate", "ckpt_path=out/checkpoints/last.ckpt", cwd=tmp_path, status=0)
 
 
 def test_last_finds_the_latest_run(call, tmp_path):
@@ -142,32 +111,28 @@ def test_last_finds_the_latest_run(call, tmp_path):
     assert "continuing runs/cnn/" in more.stdout
 
 
-def test_sweep(command, tmp_path):
+def test_sweep(tmp_path):
     """-m runs one job for each combination, each with a directory and results of its own."""
-    result = command("train", *QUICK, "-m", "seed=0,1", "optim=sgd", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    run("train", *QUICK, "-m", "seed=0,1", "optim=sgd", cwd=tmp_path, status=0)
     found = sorted(p.parent.name for p in (tmp_path / "runs" / "cnn").rglob("metrics.json"))
     assert found == ["0", "1"]
 
 
 @pytest.mark.skipif(not FASHION.is_dir(), reason="needs Debian's dataset-fashion-mnist")
-def test_fashion_mnist(command, tmp_path):
+def test_fashion_mnist(tmp_path):
     """A part of the full set, from the system's directory, trains to something far better than chance."""
     limits = ["trainer.max_epochs=1", "trainer.limit_train_batches=150", "trainer.limit_test_batches=4"]
-    result = command("train", "+experiment=cnn", "data=fashion_mnist", *limits, "hydra.run.dir=out", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    run("train", "+experiment=cnn", "data=fashion_mnist", *limits, "hydra.run.dir=out", cwd=tmp_path, status=0)
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["test/accuracy"] > 0.6
 
 
-def test_works_without_native_kernels(command, tmp_path):
+def test_works_without_native_kernels(tmp_path):
     """With the references alone the job runs, without a word about it where that was asked for."""
-    result = command("train", *QUICK, "optim=sgd", cwd=tmp_path, environment={"LIGHTKIT_NATIVE": "off"})
-    assert result.returncode == 0, result.stderr
+    result = run("train", *QUICK, "optim=sgd", cwd=tmp_path, environment={"LIGHTKIT_NATIVE": "off"}, status=0)
     assert "native" not in result.stderr
 
 
-def test_says_what_keeps_it_from_lean_steps(command, tmp_path):
+def test_says_what_keeps_it_from_lean_steps(tmp_path):
     """A job that is slower than it might be says once why."""
-    result = command("train", *QUICK, "+trainer.profiler=simple", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    result = run("train", *QUICK, "+trainer.profiler=simple", cwd=tmp_path, status=0)
     assert result.stderr.count("LeanLoop leaves Lightning's loop as it is: SimpleProfiler measures every part") == 1

@@ -8,11 +8,12 @@ import shlex
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import yaml
 from network import Network, ip, why_not
+from support.commands import run, run_python, the_error, with_modules
+from support.processes import wait_for
 
 from lightkit.checkpoints import load_checkpoint
 
@@ -30,12 +31,6 @@ def network():
         yield network
 
 
-def environment(**more):
-    """The processes find the callback of these tests."""
-    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
-    return {"PYTHONPATH": path, "LIGHTKIT_TARGETS": "faults", **more}
-
-
 def job(directory, *arguments, **faults):
     """Arguments of a small training that keeps a diary, and in which something may happen."""
     callback = {"_target_": "faults.Faults", "directory": directory, **faults}
@@ -45,14 +40,6 @@ def job(directory, *arguments, **faults):
 
 def diary(directory):
     return [json.loads(line) for line in (directory / "diary").read_text().splitlines()]
-
-
-def wait_for(condition, *processes, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        assert all(process.poll() is None for process in processes)
-        time.sleep(0.05)
 
 
 def only_run(directory):
@@ -81,7 +68,9 @@ def start_job(network, directory, nodes, arguments):
             text=True,
             check=True,
         ).stdout
-        started.append(network.start(rank, ["bash", "-c", line], directory, directory / f"log{rank}", environment()))
+        started.append(
+            network.start(rank, ["bash", "-c", line], directory, directory / f"log{rank}", with_modules("faults"))
+        )
     return started
 
 
@@ -132,20 +121,11 @@ def report_recovery(events, what):
     print(f"recovered from {what} after {max(after):.1f} s")
 
 
-def torchrun(directory, *arguments, processes=2, restarts=2, check=True):
-    """A job on one machine, with torchrun as it comes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    result = subprocess.run(
-        [*command, f"--max-restarts={restarts}", "-m", "lightkit.train", *arguments],
-        cwd=directory,
-        env={**os.environ, **environment(OMP_NUM_THREADS="1")},
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        timeout=120,
-    )
-    assert not check or result.returncode == 0, result.stderr
-    return result
+def torchrun(directory, *arguments):
+    """Runs a job of two processes on one machine, with torchrun as it comes."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2"]
+    environment = {**with_modules("faults"), "OMP_NUM_THREADS": "1"}
+    return run_python(*command, "-m", "lightkit.train", *arguments, cwd=directory, environment=environment, status=0)
 
 
 def test_restart_on_one_machine(tmp_path):
@@ -154,7 +134,7 @@ def test_restart_on_one_machine(tmp_path):
     run = only_run(tmp_path)
     assert result.stdout.count(f"continuing {run}/checkpoints/last.ckpt") == 1
     assert load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 3
-    from lightkit.report.figures import read_metrics
+    from lightkit.app.report.figures import read_metrics
 
     assert [step for step, _ in read_metrics(run / "metrics.csv")["val/loss"]] == [0, 1, 2]
 
@@ -185,9 +165,7 @@ def test_restart_before_the_first_checkpoint(tmp_path):
 
 def test_restart_of_a_sweep(tmp_path):
     """The run that was hit goes on; the one before it is not done again; the one after it follows."""
-    result = torchrun(
-        tmp_path, *job(tmp_path, "trainer.max_epochs=2", "-m", "seed=0,1,2", rank=1, epoch=1, seed=1), processes=2
-    )
+    result = torchrun(tmp_path, *job(tmp_path, "trainer.max_epochs=2", "-m", "seed=0,1,2", rank=1, epoch=1, seed=1))
     (sweep,) = (tmp_path / "runs" / "cnn").iterdir()
     assert result.stdout.count(f"done before the restart: {sweep}/0\n") == 1
     assert result.stdout.count(f"continuing {sweep}/1/checkpoints/last.ckpt\n") == 1
@@ -224,18 +202,9 @@ def test_restarts_that_could_not_work(tmp_path, lacking):
         "TORCHELASTIC_RUN_ID": "none" if lacking == "id" else "job",
         "TORCHELASTIC_USE_AGENT_STORE": str(lacking == "store"),
     }
-    result = subprocess.run(
-        [sys.executable, "-m", "lightkit.train", *job(tmp_path)],
-        cwd=tmp_path,
-        env={**os.environ, **environment(**variables)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert result.returncode == 1
-    (error,) = [text for text in result.stderr.splitlines() if text.startswith("error: ")]
+    result = run("train", *job(tmp_path), cwd=tmp_path, environment={**with_modules("faults"), **variables})
     needed = {"store": "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", "id": "--rdzv-id=NAME"}
-    assert needed[lacking] in error and "Traceback" not in result.stderr
+    assert needed[lacking] in the_error(result)
 
 
 class Checked:

@@ -6,13 +6,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-from faulty import servers_of
+from support.commands import run, run_python, the_error, with_modules
+from support.processes import servers_of
 
 pytestmark = pytest.mark.slow
 
@@ -24,21 +22,6 @@ def command(module, *arguments):
     return [sys.executable, "-m", module, *arguments]
 
 
-def run(module, *arguments, cwd, environment=None, check=True):
-    """Runs `python -m MODULE ...` to its end."""
-    result = subprocess.run(
-        command(module, *arguments),
-        cwd=cwd,
-        env={**os.environ, **(environment or {})},
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        timeout=150,
-    )
-    assert not check or result.returncode == 0, result.stderr
-    return result
-
-
 def metrics_of(directory):
     return json.loads((directory / "metrics.json").read_text())
 
@@ -47,14 +30,13 @@ def with_fault(what, directory, rank=1):
     """Arguments and environment of a job in whose worker something happens."""
     callback = ["+callbacks.faulty._target_=faulty.Faulty", f"+callbacks.faulty.what={what}"]
     callback += [f"+callbacks.faulty.directory={directory}", f"+callbacks.faulty.rank={rank}"]
-    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
-    return callback, {"LIGHTKIT_TARGETS": "faulty", "PYTHONPATH": path}
+    return callback, with_modules("faulty")
 
 
 def test_same_as_data_parallel(tmp_path):
     """The same weights as strategy=ddp; one directory without anything of the servers in it; evaluate agrees."""
-    run("lightkit.train", *SGD, *TWO, "strategy.servers=2", "hydra.run.dir=servers", cwd=tmp_path)
-    run("lightkit.train", *SGD, *TWO[:2], "strategy=ddp", "hydra.run.dir=ddp", cwd=tmp_path)
+    run("train", *SGD, *TWO, "strategy.servers=2", "hydra.run.dir=servers", cwd=tmp_path, status=0)
+    run("train", *SGD, *TWO[:2], "strategy=ddp", "hydra.run.dir=ddp", cwd=tmp_path, status=0)
     paths = [tmp_path / name / "checkpoints" / "last.ckpt" for name in ("servers", "ddp")]
     ours, theirs = (torch.load(path, weights_only=True) for path in paths)
     for key, value in ours["state_dict"].items():
@@ -62,7 +44,7 @@ def test_same_as_data_parallel(tmp_path):
     assert not (tmp_path / "servers" / "parameter_servers").exists()
     metrics = metrics_of(tmp_path / "servers")
     assert metrics["steps"] == 36 and metrics["communication/bytes_per_step"] > 4 * 93322
-    run("lightkit.evaluate", f"ckpt_path={paths[0].with_name('best.ckpt')}", "output=figures.json", cwd=tmp_path)
+    run("evaluate", f"ckpt_path={paths[0].with_name('best.ckpt')}", "output=figures.json", cwd=tmp_path, status=0)
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["test/accuracy"] == pytest.approx(metrics["test/accuracy"])
 
@@ -72,7 +54,7 @@ def test_a_worker_is_killed(tmp_path, mode):
     """The others go on, say so, and come to the end of the job."""
     callback, environment = with_fault("kill", tmp_path)
     arguments = [*SGD, *TWO, f"strategy.mode={mode}", "hydra.run.dir=out", *callback]
-    result = run("lightkit.train", *arguments, cwd=tmp_path, environment=environment)
+    result = run("train", *arguments, cwd=tmp_path, environment=environment, status=0)
     assert "process 1 of 2 was ended by SIGKILL: going on without it" in result.stderr
     assert metrics_of(tmp_path / "out")["steps"] == 36
 
@@ -80,10 +62,8 @@ def test_a_worker_is_killed(tmp_path, mode):
 def test_the_first_worker_is_killed(tmp_path):
     """It has started the servers: the job ends, with one error, and nothing stays behind."""
     callback, environment = with_fault("kill", tmp_path, rank=0)
-    result = run("lightkit.train", *SGD, *TWO, *callback, cwd=tmp_path, environment=environment, check=False)
-    assert result.returncode == 1
-    (error,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert "process 0 of 2 was ended by SIGKILL" in error
+    result = run("train", *SGD, *TWO, *callback, cwd=tmp_path, environment=environment)
+    assert "process 0 of 2 was ended by SIGKILL" in the_error(result)
     pid = int((tmp_path / "rank0.pid").read_text())
     assert not servers_of(pid)
 
@@ -92,11 +72,11 @@ def test_a_server_is_killed(tmp_path):
     """It is started again, and comes back with all that it had answered: the job does not notice."""
     callback, environment = with_fault("server", tmp_path, rank=0)
     arguments = [*SGD, *TWO, "strategy.servers=2", "trainer.limit_train_batches=30", "hydra.run.dir=out", *callback]
-    result = run("lightkit.train", *arguments, cwd=tmp_path, environment=environment)
+    result = run("train", *arguments, cwd=tmp_path, environment=environment, status=0)
     assert "recovered at versions [3], 3 of them from the log" in result.stderr
     assert metrics_of(tmp_path / "out")["steps"] == 30
     arguments = [*SGD, *TWO, "strategy.servers=2", "trainer.limit_train_batches=30", "hydra.run.dir=whole"]
-    run("lightkit.train", *arguments, "test=false", cwd=tmp_path)
+    run("train", *arguments, "test=false", cwd=tmp_path, status=0)
     one, two = (
         torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
         for name in ("out", "whole")
@@ -122,7 +102,7 @@ def test_started_one_by_one(tmp_path):
             env={**os.environ, **environment},
             stdout=subprocess.DEVNULL,
         )
-        run("lightkit.train", *base, "strategy.worker=0", "hydra.run.dir=one", cwd=tmp_path, environment=environment)
+        run("train", *base, "strategy.worker=0", "hydra.run.dir=one", cwd=tmp_path, environment=environment, status=0)
         assert second.wait(60) == 0 and server.wait(60) == 0
     finally:
         server.kill()
@@ -143,17 +123,14 @@ def test_a_wrong_secret(tmp_path):
         address = server.stdout.readline().split()[-1]
         arguments = [*SGD, *TWO[2:], "trainer.accelerator=cpu", f"strategy.addresses=['{address}']"]
         environment = {"LIGHTKIT_SECRET": "another"}
-        result = run("lightkit.train", *arguments, cwd=tmp_path, environment=environment, check=False)
+        result = run("train", *arguments, cwd=tmp_path, environment=environment)
     finally:
         server.kill()
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert "the secret is not that of the server (LIGHTKIT_SECRET)" in result.stderr
+    assert "the secret is not that of the server (LIGHTKIT_SECRET)" in the_error(result)
 
 
-def test_the_server_needs_a_secret():
+def test_the_server_needs_a_secret(monkeypatch):
     """Nobody serves parameters to everybody by mistake."""
-    environment = {key: value for key, value in os.environ.items() if key != "LIGHTKIT_SECRET"}
-    result = subprocess.run(
-        command("lightkit.parameter_server", "--port", "0"), env=environment, capture_output=True, text=True, timeout=60
-    )
-    assert result.returncode == 2 and "LIGHTKIT_SECRET is not set" in result.stderr
+    monkeypatch.delenv("LIGHTKIT_SECRET", raising=False)
+    result = run_python("-m", "lightkit.parameter_server", "--port", "0", timeout=60, status=2)
+    assert "LIGHTKIT_SECRET is not set" in result.stderr

@@ -9,16 +9,18 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from omegaconf import OmegaConf
+from support.commands import run, run_python, the_error, with_modules
+from support.processes import is_alive, wait_for
 
+from lightkit.app.processes import count_processes, with_processes_of_torchrun
 from lightkit.checkpoints import load_checkpoint
 from lightkit.errors import ConfigError, LightkitError
-from lightkit.processes import _start_and_watch, count_processes, with_torchruns_processes
+from lightkit.runtime.supervisor import Supervisor
 
 pytestmark = pytest.mark.slow
 
@@ -26,19 +28,10 @@ TWO = ["trainer.accelerator=cpu", "trainer.devices=2"]
 QUICK = ["+experiment=cnn", "+debug=quick"]
 
 
-def run(module, *arguments, cwd, python=(), environment=None, check=True):
-    """Runs `python -m MODULE ...` to its end."""
-    result = subprocess.run(
-        [sys.executable, *python, "-m", module, *arguments],
-        cwd=cwd,
-        env={**os.environ, **(environment or {})},
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        timeout=120,
-    )
-    assert not check or result.returncode == 0, result.stderr
-    return result
+def torchrun(*arguments, cwd):
+    """Runs a command in two processes of torchrun."""
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lightkit.train"]
+    return run_python(*two, *arguments, cwd=cwd, status=0)
 
 
 def metrics_of(directory):
@@ -56,7 +49,8 @@ SGD = ["+experiment=cnn", "optim=sgd", "trainer.max_epochs=1", "test=true"]
 @pytest.fixture(scope="module")
 def parallel(place):
     """A job of two processes, each with batches of 50: its directory and what it said."""
-    result = run("lightkit.train", *SGD, *TWO, "strategy=ddp", "data.batch_size=50", "hydra.run.dir=two", cwd=place)
+    arguments = [*SGD, *TWO, "strategy=ddp", "data.batch_size=50", "hydra.run.dir=two"]
+    result = run("train", *arguments, cwd=place, status=0)
     return place / "two", result.stdout + result.stderr
 
 
@@ -89,7 +83,8 @@ def test_one_of_everything(parallel):
 def test_evaluate_gives_the_same_numbers(parallel, tmp_path):
     """The checkpoint is an ordinary one: one process measures it, and finds what two had found."""
     directory, _ = parallel
-    run("lightkit.evaluate", f"ckpt_path={directory}/checkpoints/best.ckpt", "output=figures.json", cwd=tmp_path)
+    best = f"ckpt_path={directory}/checkpoints/best.ckpt"
+    run("evaluate", best, "output=figures.json", cwd=tmp_path, status=0)
     figures, trained = json.loads((tmp_path / "figures.json").read_text()), metrics_of(directory)
     assert figures["test/accuracy"] == pytest.approx(trained["test/accuracy"])
     assert figures["test/loss"] == pytest.approx(trained["test/loss"], rel=1e-5)
@@ -97,7 +92,7 @@ def test_evaluate_gives_the_same_numbers(parallel, tmp_path):
 
 def test_same_as_one_process(parallel, place):
     """Two processes with batches of 50 and one with batches of 100: the weights to 1e-5."""
-    run("lightkit.train", *SGD, "data.batch_size=100", "test=false", "hydra.run.dir=one", cwd=place)
+    run("train", *SGD, "data.batch_size=100", "test=false", "hydra.run.dir=one", cwd=place, status=0)
     one, two = (load_checkpoint(place / name / "checkpoints" / "last.ckpt")["state_dict"] for name in ("one", "two"))
     for key in one:
         torch.testing.assert_close(two[key], one[key], rtol=0, atol=1e-5)
@@ -107,15 +102,16 @@ def test_resume_with_another_number_of_processes(parallel, place):
     """Two processes' checkpoint goes on in one process, and in local training."""
     last = f"ckpt_path={place}/two/checkpoints/last.ckpt"
     base = [*SGD, "trainer.max_epochs=2", "trainer.limit_train_batches=20", "test=false", last]
-    run("lightkit.train", *base, "hydra.run.dir=on_one", cwd=place)
-    run("lightkit.train", *base, *TWO, "strategy=diloco", "data.batch_size=50", "hydra.run.dir=on_diloco", cwd=place)
+    run("train", *base, "hydra.run.dir=on_one", cwd=place, status=0)
+    diloco = [*TWO, "strategy=diloco", "data.batch_size=50", "hydra.run.dir=on_diloco"]
+    run("train", *base, *diloco, cwd=place, status=0)
     assert "lightkit_outer_optimizer" in load_checkpoint(place / "on_diloco" / "checkpoints" / "last.ckpt")
 
 
 def test_sweep(tmp_path):
     """Each job of a sweep runs once, in two processes that have that job's configuration."""
     arguments = [*QUICK, *TWO, "strategy=local_sgd", "-m", "seed=0,1"]
-    result = run("lightkit.train", *arguments, cwd=tmp_path)
+    result = run("train", *arguments, cwd=tmp_path, status=0)
     (sweep,) = (tmp_path / "runs" / "cnn").iterdir()
     assert sorted(p.name for p in sweep.iterdir() if p.is_dir()) == ["0", "1"]
     seeds = [yaml.safe_load((sweep / name / "config.yaml").read_text())["seed"] for name in ("0", "1")]
@@ -127,9 +123,7 @@ def test_sweep(tmp_path):
 
 def test_torchrun(tmp_path):
     """torchrun's processes train together; only the first one composes, and sweeps."""
-    torchrun = ["--standalone", "--nproc-per-node", "2", "-m", "lightkit.train"]
-    arguments = [*torchrun, *QUICK, "trainer.accelerator=cpu", "strategy=ddp", "-m", "seed=0,1"]
-    result = run("torch.distributed.run", *arguments, cwd=tmp_path)
+    result = torchrun(*QUICK, "trainer.accelerator=cpu", "strategy=ddp", "-m", "seed=0,1", cwd=tmp_path)
     (sweep,) = (tmp_path / "runs" / "cnn").iterdir()
     configs = [yaml.safe_load((sweep / name / "config.yaml").read_text()) for name in ("0", "1")]
     assert [config["seed"] for config in configs] == [0, 1]
@@ -139,14 +133,13 @@ def test_torchrun(tmp_path):
 
 def test_help_under_torchrun(tmp_path):
     """The processes that follow end with the first one, which has no job for them."""
-    arguments = ["--standalone", "--nproc-per-node", "2", "-m", "lightkit.train", "--help"]
-    assert "+experiment=cnn" in run("torch.distributed.run", *arguments, cwd=tmp_path).stdout
+    assert "+experiment=cnn" in torchrun("--help", cwd=tmp_path).stdout
 
 
 def test_more_processes_than_cores(tmp_path):
     """Three processes, one of which has a smaller part of the test set."""
     arguments = [*QUICK, "trainer.accelerator=cpu", "trainer.devices=3", "strategy=diloco", "hydra.run.dir=out"]
-    result = run("lightkit.train", *arguments, cwd=tmp_path)
+    result = run("train", *arguments, cwd=tmp_path, status=0)
     assert metrics_of(tmp_path / "out")["steps"] == 1
     # Nor does Lightning say which devices it sees.
     assert "GPU available" not in result.stdout + result.stderr
@@ -156,17 +149,7 @@ def faulty(what, directory):
     """Arguments and environment of a long job in which something happens."""
     arguments = ["+experiment=cnn", *TWO, "strategy=ddp", "trainer.max_epochs=1000", "hydra.run.dir=out"]
     callback = ["+callbacks.faulty._target_=faulty.Faulty", f"+callbacks.faulty.what={what}"]
-    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
-    environment = {"LIGHTKIT_TARGETS": "faulty", "PYTHONPATH": path}
-    return [*arguments, *callback, f"+callbacks.faulty.directory={directory}"], environment
-
-
-def is_alive(pid):
-    try:
-        # Who has ended but was not waited for yet counts as dead.
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+    return [*arguments, *callback, f"+callbacks.faulty.directory={directory}"], with_modules("faulty")
 
 
 def assert_no_orphans(directory, seconds=0.0):
@@ -192,8 +175,7 @@ def test_a_process_fails(tmp_path, what, expected):
     """The whole job ends, with one error that says what went wrong where it began."""
     arguments, environment = faulty(what, tmp_path)
     started = time.monotonic()
-    result = run("lightkit.train", *arguments, cwd=tmp_path, environment=environment, check=False)
-    assert result.returncode == 1
+    result = run("train", *arguments, cwd=tmp_path, environment=environment, status=1)
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and errors[0].startswith(expected), result.stderr
     # The traceback of a fault of the program, and of nothing else.
@@ -206,17 +188,15 @@ def test_ended_by_sigterm(tmp_path):
     """As a cluster ends what it takes a machine from: that is no success, and one line says how to go on."""
     arguments, environment = faulty("terminate", tmp_path)
     one = [*arguments, "trainer.devices=1", "strategy=auto", "+callbacks.faulty.rank=0"]
-    result = run("lightkit.train", *one, cwd=tmp_path, environment=environment, check=False)
-    assert result.returncode == 143
+    result = run("train", *one, cwd=tmp_path, environment=environment, status=143)
     assert result.stderr.splitlines()[-1] == "ended by SIGTERM: ckpt_path=last goes on from the last checkpoint"
     assert "Traceback" not in result.stderr
 
 
 def test_no_result():
     """Processes that end well without having done anything are not waited for."""
-    config = OmegaConf.create({"strategy": {}})
     with pytest.raises(LightkitError, match="process 0 ended without a result"):
-        _start_and_watch(config, 2, [sys.executable, "-c", "pass"])
+        Supervisor([sys.executable, "-c", "pass"], 2).run({})
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
@@ -234,9 +214,7 @@ def test_the_leader_is_ended(tmp_path, number):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     checkpoint = tmp_path / "out" / "checkpoints" / "last.ckpt"
-    while not checkpoint.exists():
-        assert process.poll() is None
-        time.sleep(0.1)
+    wait_for(checkpoint.exists, process)
     process.send_signal(number)
     try:
         _, errors = process.communicate(timeout=60)
@@ -263,11 +241,7 @@ def test_the_leader_is_ended(tmp_path, number):
 )
 def test_bad_input(tmp_path, arguments, expected):
     """One error line, from whichever process found it."""
-    result = run("lightkit.train", *QUICK, *TWO, *arguments, cwd=tmp_path, check=False)
-    assert result.returncode == 1
-    (error,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert expected in error
-    assert "Traceback" not in result.stderr
+    assert expected in the_error(run("train", *QUICK, *TWO, *arguments, cwd=tmp_path))
 
 
 def test_several_machines_need_torchrun():
@@ -294,7 +268,7 @@ def test_devices_and_nodes_are_torchruns(monkeypatch, world, local, devices, exp
     config = OmegaConf.create({"trainer": {"devices": devices}})
     if isinstance(expected, str):
         with pytest.raises(ConfigError, match=expected):
-            with_torchruns_processes(config)
+            with_processes_of_torchrun(config)
     else:
-        trainer = with_torchruns_processes(config).trainer
+        trainer = with_processes_of_torchrun(config).trainer
         assert (trainer.devices, trainer.num_nodes) == expected

@@ -1,4 +1,4 @@
-"""Whole jobs on sequences and on text, shortened, each command in a process of its own."""
+"""Whole jobs on sequences and on text, shortened."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import csv
 import json
 import math
 import re
-import subprocess
-import sys
 
 import pytest
-import torch
 from PIL import Image
+from support.commands import run, run_python, the_error
 
 from lightkit.checkpoints import load_checkpoint
 from lightkit.data import MNIST5k
@@ -26,20 +24,14 @@ TEXT = ["+experiment=language_model", "data.path=text.txt", "data.test_share=0.2
 
 def assert_fails(result, *expected):
     """The command failed with one error that says all this, and without a traceback."""
-    assert result.returncode == 1, result.stdout
-    assert "Traceback" not in result.stderr
-    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, result.stderr
+    error = the_error(result)
     for text in expected:
-        assert text in errors[0]
+        assert text in error
 
 
 def train(directory, *arguments):
     """Runs a job in a directory; returns its output."""
-    command = [sys.executable, "-m", "lightkit.train", *arguments, "hydra.run.dir=out"]
-    result = subprocess.run(command, cwd=directory, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+    return run("train", *arguments, "hydra.run.dir=out", cwd=directory, status=0).stdout
 
 
 def figures(directory):
@@ -78,7 +70,7 @@ def test_rnn(rnn):
     assert "Confusion matrix" in (directory / "out" / "report.html").read_text()
 
 
-def test_rnn_predicts_pictures(rnn, command, tmp_path):
+def test_rnn_predicts_pictures(rnn, tmp_path):
     """Its checkpoint classifies picture files, which become rows as the training images did."""
     data = MNIST5k()
     data.setup()
@@ -86,8 +78,7 @@ def test_rnn_predicts_pictures(rnn, command, tmp_path):
     for index, (image, label) in enumerate(zip(data.test.images[:200], data.test.labels[:200].tolist(), strict=True)):
         Image.fromarray(image.numpy()).save(tmp_path / "pictures" / f"{index:03d}-{label}.png")
     best = rnn[0] / "out" / "checkpoints" / "best.ckpt"
-    result = command("predict", f"ckpt_path={best}", "input=pictures", "output=out.csv", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    run("predict", f"ckpt_path={best}", "input=pictures", "output=out.csv", cwd=tmp_path, status=0)
     rows = list(csv.DictReader(open(tmp_path / "out.csv", newline="")))
     assert sum(f"-{row['label']}.png" in row["path"] for row in rows) > 0.75 * 200
 
@@ -116,18 +107,17 @@ def test_report_of_a_language_model(language_model):
     assert "bits a byte of the test</span>" in page
 
 
-def test_evaluate_gives_the_same_figures(text, command):
+def test_evaluate_gives_the_same_figures(text):
     """From the checkpoint alone, with the text in another place, the test comes out as in training."""
     train(text, *TEXT, *LIMITS[:2], "trainer.max_epochs=1")
     (text / "text.txt").rename(text / "moved.txt")
     arguments = ["ckpt_path=out/checkpoints/best.ckpt", "data_dir=moved.txt", "output=figures.json"]
-    result = command("evaluate", *arguments, cwd=text)
-    assert result.returncode == 0, result.stderr
+    run("evaluate", *arguments, cwd=text, status=0)
     found = json.loads((text / "figures.json").read_text())
     assert found == {name: figures(text)[name] for name in ("test/bits_per_byte", "test/loss", "test/perplexity")}
 
 
-def test_char_rnn(text, command):
+def test_char_rnn(text):
     """The recurrent language model learns a text by heart, and what is markup in it is none on the page."""
     sizes = ["data.context=32", "data.batch_size=8", "model.hidden_size=96", "optim.lr=0.01"]
     shares = ["data.test_share=0.2", "data.validation_share=0.2"]
@@ -138,34 +128,18 @@ def test_char_rnn(text, command):
     page = (text / "out" / "report.html").read_text()
     assert "dog &lt;&amp;&gt;" in page and "<&>" not in page
     predict = ["ckpt_path=out/checkpoints/best.ckpt", "text='the quick br'", "length=120", "temperature=0.1", "seed=0"]
-    result = command("predict", *predict, cwd=text)
-    assert result.returncode == 0, result.stderr
+    result = run("predict", *predict, cwd=text, status=0)
     assert result.stdout.startswith("the quick brown fox jumps over the lazy dog <&>\nthe quick")
 
 
-def test_resume_is_bit_identical(text, command):
-    """A language model stopped after an epoch, or in the middle of one, ends as one that was not."""
-    base = [*TEXT, "logger=csv", "test=false", "trainer.limit_val_batches=2"]
-    every = ["callbacks.checkpoint.monitor=null", "+callbacks.checkpoint.every_n_train_steps=10"]
-    jobs = {
-        "whole": ["trainer.max_epochs=2"],
-        "middle": ["trainer.max_epochs=2", "trainer.max_steps=55", *every],
-        "resumed": ["trainer.max_epochs=2", "ckpt_path=middle/checkpoints/last.ckpt"],
-    }
-    for name, arguments in jobs.items():
-        result = command("train", *base, *arguments, f"hydra.run.dir={name}", cwd=text)
-        assert result.returncode == 0, result.stderr
-    whole, resumed = (
-        load_checkpoint(text / name / "checkpoints" / "last.ckpt")["state_dict"] for name in ("whole", "resumed")
-    )
-    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
-
-
-def test_compiled_and_in_mixed_precision(text, command):
+def test_compiled_and_in_mixed_precision(text):
     """compile=true compiles what training runs, with bfloat16 too; the checkpoint is that of any other run."""
-    arguments = [*TEXT, *LIMITS, "trainer.max_epochs=1", "compile=true", "trainer.precision=bf16-mixed"]
-    result = command("train", *arguments, "hydra.run.dir=out", cwd=text, environment={"TORCH_LOGS": "graph_code"})
-    assert result.returncode == 0, result.stderr
+    arguments = ["-m", "lightkit.train", *TEXT, "compile=true", "trainer.precision=bf16-mixed", "hydra.run.dir=out"]
+    # One size of batches, for which it compiles once.
+    short = ["data.eval_batch_size=8", "trainer.max_epochs=1", "trainer.limit_train_batches=4", "test=false"]
+    # Which torch reads when it is imported.
+    variables = {"TORCH_LOGS": "graph_code"}
+    result = run_python(*arguments, *short, LIMITS[1], cwd=text, environment=variables, status=0)
     assert "scaled_dot_product_attention" in result.stderr
     keys = load_checkpoint(text / "out" / "checkpoints" / "last.ckpt")["state_dict"].keys()
     assert "model.body.layers.0.attention.qkv.weight" in keys
@@ -180,20 +154,20 @@ def test_compiled_and_in_mixed_precision(text, command):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_bad_input(command, tmp_path, arguments, expected):
+def test_bad_input(call, tmp_path, arguments, expected):
     """A text that is missing or too short, and settings that fit nothing, are named before any training."""
     (tmp_path / "short").write_bytes(b"x" * 100)
-    assert_fails(command("train", "+experiment=language_model", *arguments, cwd=tmp_path), *expected)
+    assert_fails(call("train", "+experiment=language_model", *arguments, cwd=tmp_path), *expected)
 
 
-def test_number_of_outputs(command, tmp_path):
+def test_number_of_outputs(call, tmp_path):
     """A model with another number of outputs than there are classes is refused."""
-    result = command("train", "+experiment=rnn", "model.num_outputs=7", cwd=tmp_path)
+    result = call("train", "+experiment=rnn", "model.num_outputs=7", cwd=tmp_path)
     assert_fails(result, "the data has 10 classes but model.num_outputs is 7")
 
 
-def test_prompt_for_an_image_model(rnn, command, tmp_path):
+def test_prompt_for_an_image_model(rnn, call, tmp_path):
     """A text that is given to a model for images is said to be of another kind."""
     best = rnn[0] / "out" / "checkpoints" / "best.ckpt"
-    result = command("predict", f"ckpt_path={best}", "text=hello", cwd=tmp_path)
+    result = call("predict", f"ckpt_path={best}", "text=hello", cwd=tmp_path)
     assert_fails(result, "text: the checkpoint is of a model for images, these are for text")

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import yaml
+from support.commands import run, run_python, the_error, with_modules
 
 pytestmark = pytest.mark.slow
 
@@ -21,24 +19,13 @@ OPTUNA = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "+hydra.sweeper.sa
 GRID = ["hydra/sweeper=optuna", "hydra/sweeper/sampler=grid"]
 
 needs_optuna = pytest.mark.skipif(
-    find_spec("hydra_plugins.hydra_optuna_sweeper") is None, reason="needs pip install 'lightkit[sweep]'"
+    find_spec("hydra_plugins.hydra_optuna_sweeper") is None, reason="needs the extra sweep"
 )
 
 
-def run(directory, *arguments, launcher=(), check=True):
-    """Runs `python -m lightkit.train ...` to its end."""
-    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
-    result = subprocess.run(
-        [sys.executable, *launcher, "-m", "lightkit.train", *QUICK, *WITNESS, *arguments],
-        cwd=directory,
-        env={**os.environ, "LIGHTKIT_TARGETS": "witness", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        timeout=120,
-    )
-    assert not check or result.returncode == 0, result.stderr
-    return result
+def sweep(directory, *arguments, status=0):
+    """Runs a sweep in whose jobs a witness writes down what they train with."""
+    return run("train", *QUICK, *WITNESS, *arguments, cwd=directory, environment=with_modules("witness"), status=status)
 
 
 def trials(directory, processes):
@@ -71,7 +58,7 @@ def several(processes):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_hydras_own(tmp_path, processes):
     """All combinations, each once; a result is not asked for."""
-    run(tmp_path, *several(processes), "objective=nothing", "-m", "optim.lr=0.01,0.02", "seed=5")
+    sweep(tmp_path, *several(processes), "objective=nothing", "-m", "optim.lr=0.01,0.02", "seed=5")
     assert [(trial["lr"], trial["seed"]) for trial in trials(tmp_path, processes)] == [(0.01, 5), (0.02, 5)]
 
 
@@ -79,7 +66,7 @@ def test_hydras_own(tmp_path, processes):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_optuna(tmp_path, processes):
     """Values out of an interval, the same in all processes, and the one with the lower validation loss is kept."""
-    result = run(tmp_path, *several(processes), *OPTUNA, "-m", "optim.lr=tag(log,interval(0.0001,0.01))")
+    result = sweep(tmp_path, *several(processes), *OPTUNA, "-m", "optim.lr=tag(log,interval(0.0001,0.01))")
     found = trials(tmp_path, processes)
     values = [trial["lr"] for trial in found]
     assert len(set(values)) == 2 and all(0.0001 <= value <= 0.01 for value in values)
@@ -92,12 +79,12 @@ def test_optuna(tmp_path, processes):
 @needs_optuna
 def test_optunas_grid_with_a_trial_that_diverges(tmp_path):
     """Each point once; a loss that is not a number is the worst one, whichever way is up."""
-    run(tmp_path, *GRID, "-m", "optim.lr=0.01,1e30")
+    sweep(tmp_path, *GRID, "-m", "optim.lr=0.01,1e30")
     found = trials(tmp_path, 1)
     assert sorted(trial["lr"] for trial in found) == [0.01, 1e30]
     assert sum(math.isnan(trial["objective"]) for trial in found) == 1
     assert best(tmp_path)["best_params"] == {"optim.lr": 0.01}
-    run(tmp_path, *GRID, "hydra.sweeper.direction=maximize", "hydra.sweep.dir=up", "-m", "optim.lr=0.01,1e30")
+    sweep(tmp_path, *GRID, "hydra.sweeper.direction=maximize", "hydra.sweep.dir=up", "-m", "optim.lr=0.01,1e30")
     assert yaml.safe_load((tmp_path / "up" / "optimization_results.yaml").read_text())["best_params"] == {
         "optim.lr": 0.01
     }
@@ -106,8 +93,9 @@ def test_optunas_grid_with_a_trial_that_diverges(tmp_path):
 @needs_optuna
 def test_optuna_under_torchrun(tmp_path):
     """The first of torchrun's processes asks for the trials, and all of them train each."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run(tmp_path, "strategy=ddp", *GRID, "-m", "seed=3,4", launcher=torchrun)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lightkit.train"]
+    arguments = [*torchrun, *QUICK, *WITNESS, "strategy=ddp", *GRID, "-m", "seed=3,4"]
+    run_python(*arguments, cwd=tmp_path, environment=with_modules("witness"), status=0)
     found = trials(tmp_path, 2)
     winner = min(found, key=lambda trial: trial["objective"])
     assert sorted(trial["seed"] for trial in found) == [3, 4]
@@ -118,10 +106,8 @@ def test_optuna_under_torchrun(tmp_path):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_no_such_objective(tmp_path, processes):
     """One line that says which key is wrong, and where the right names are, after the first trial."""
-    result = run(tmp_path, *several(processes), *OPTUNA, "objective=val/los", "-m", "seed=1,2", check=False)
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    (error,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert "objective=val/los: the job has logged no such figure" in error
+    result = sweep(tmp_path, *several(processes), *OPTUNA, "objective=val/los", "-m", "seed=1,2", status=1)
+    assert "objective=val/los: the job has logged no such figure" in the_error(result)
     assert len(trials(tmp_path, processes)) == 1
 
 
@@ -129,17 +115,7 @@ def test_without_optuna(tmp_path):
     """The user reads what to install, not what a search path is."""
     # As if it were not installed: no module of this name can be imported.
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['hydra_plugins.hydra_optuna_sweeper'] = None\n")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
-    result = subprocess.run(
-        [sys.executable, "-m", "lightkit.train", "+experiment=cnn", "hydra/sweeper=optuna", "-m", "seed=1,2"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert result.returncode == 1
-    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert errors == [
-        "error: hydra/sweeper=optuna needs a package that is not installed: pip install 'lightkit[sweep]'"
-    ]
+    environment = {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    arguments = ["-m", "lightkit.train", "+experiment=cnn", "hydra/sweeper=optuna", "-m", "seed=1,2"]
+    error = the_error(run_python(*arguments, cwd=tmp_path, environment=environment))
+    assert error == "error: hydra/sweeper=optuna needs a package that is not installed: pip install -e '.[sweep]'"

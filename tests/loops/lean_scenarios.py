@@ -11,9 +11,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "strategies"))
-from scenarios import Module, fit, loader, uneven
+from support.two_processes import Module, fit, loader, uneven
 
 from lightkit.callbacks import LeanLoop
 from lightkit.loops.step import LeanStep

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
+import lean_scenarios
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-import lean_scenarios
+from support.commands import python_path, run_python
 
 pytestmark = pytest.mark.slow
 
@@ -20,14 +14,7 @@ pytestmark = pytest.mark.slow
 def ranks(tmp_path_factory):
     """What each of the two ranks has of each scenario."""
     directory = tmp_path_factory.mktemp("lean")
-    result = subprocess.run(
-        [sys.executable, lean_scenarios.__file__, str(directory)],
-        capture_output=True,
-        text=True,
-        timeout=180,
-        env=os.environ,
-    )
-    assert result.returncode == 0, result.stderr
+    run_python(lean_scenarios.__file__, directory, environment=python_path(), status=0)
     return [torch.load(directory / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 

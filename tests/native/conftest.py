@@ -8,11 +8,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from cuda_emulation import Emulator, build
+from support import commands
 
 import lightkit
 from lightkit.native import builder, target, toolchain
@@ -28,15 +28,6 @@ PyMODINIT_FUNC PyInit__lightkit_native() {
   return module;
 }
 """
-
-
-@dataclass(frozen=True)
-class Finished:
-    """What a process left behind."""
-
-    returncode: int
-    stdout: str
-    stderr: str
 
 
 def _environment(cache_dir: Path, **changes: str | None) -> dict[str, str]:
@@ -57,18 +48,27 @@ def environment() -> Callable[..., dict[str, str]]:
 
 
 @pytest.fixture
-def run_python(tmp_path: Path) -> Callable[..., Finished]:
-    """Runs the interpreter, by default with an empty cache; keywords are environment variables."""
+def run_code(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
+    """Runs a program's text in a fork of a process that has imported torch and lightkit.ops, with an empty cache.
 
-    def run(*arguments: str, cache_dir: Path | None = None, **changes: str | None) -> Finished:
-        result = subprocess.run(
-            [sys.executable, *arguments],
-            env=_environment(cache_dir or tmp_path / "cache", **changes),
-            capture_output=True,
-            text=True,
-            stdin=subprocess.DEVNULL,
-        )
-        return Finished(result.returncode, result.stdout, result.stderr)
+    Keywords are environment variables.
+    """
+
+    def run(code: str, *arguments: str, cache_dir: Path | None = None, **changes: str | None):
+        environment = _environment(cache_dir or tmp_path / "cache", **changes)
+        return commands.run_code(code, *arguments, environment=environment)
+
+    return run
+
+
+@pytest.fixture
+def run_python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
+    """Runs the interpreter in a process of its own; otherwise as `run_code`."""
+
+    def run(*arguments: str, cache_dir: Path | None = None, **changes: str | None):
+        environment = _environment(cache_dir or tmp_path / "cache", **changes)
+        command = [sys.executable, *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
     return run
 

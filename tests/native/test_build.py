@@ -146,9 +146,9 @@ def test_killed_builder_blocks_nobody(
 
 
 @pytest.mark.parametrize(("changes", "cause"), _NO_COMPILER)
-def test_without_a_compiler_the_references_work(run_python, changes: dict[str, str | None], cause: str) -> None:
+def test_without_a_compiler_the_references_work(run_code, changes: dict[str, str | None], cause: str) -> None:
     """Training goes on without a compiler, after exactly one warning that says why and what can be set."""
-    result = run_python("-c", _USE, **changes)
+    result = run_code(_USE, **changes)
     assert result.returncode == 0, result.stderr
     said = json.loads(result.stdout)
     assert said["right"] and not said["native"]
@@ -158,11 +158,9 @@ def test_without_a_compiler_the_references_work(run_python, changes: dict[str, s
 
 
 @pytest.mark.parametrize(("changes", "cause"), _NO_COMPILER)
-def test_required_library_without_a_compiler_is_an_error(
-    run_python, changes: dict[str, str | None], cause: str
-) -> None:
+def test_required_library_without_a_compiler_is_an_error(run_code, changes: dict[str, str | None], cause: str) -> None:
     """LIGHTKIT_NATIVE=require does not run slowly in silence."""
-    result = run_python("-c", _LOAD, LIGHTKIT_NATIVE="require", **changes)
+    result = run_code(_LOAD, LIGHTKIT_NATIVE="require", **changes)
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("lightkit.native.NativeUnavailableError: ") and cause in last
@@ -195,17 +193,17 @@ def test_missing_says_why(monkeypatch: pytest.MonkeyPatch, recwarn: pytest.Warni
 
 @pytest.mark.parametrize(("changes", "cause"), _NO_COMPILER)
 def test_prebuilt_library_needs_no_compiler(
-    run_python, built_cache: Path, changes: dict[str, str | None], cause: str
+    run_code, built_cache: Path, changes: dict[str, str | None], cause: str
 ) -> None:
     """An image that was built with a compiler and ships without one runs the kernels."""
-    result = run_python("-c", _USE, cache_dir=built_cache, LIGHTKIT_NATIVE="require", **changes)
+    result = run_code(_USE, cache_dir=built_cache, LIGHTKIT_NATIVE="require", **changes)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout) == {"native": True, "right": True, "warnings": []}
     assert "compil" not in result.stderr
 
 
 @pytest.mark.parametrize("problem", ["read-only", "unreachable"])
-def test_unusable_cache_is_a_warning(run_python, compiler: str, problem: str) -> None:
+def test_unusable_cache_is_a_warning(run_code, compiler: str, problem: str) -> None:
     """A cache that this user cannot write or enter, such as root's in an image, stops no training."""
     # Not pytest's directory: that is closed to the user that root becomes.
     with tempfile.TemporaryDirectory() as base:
@@ -219,7 +217,7 @@ def test_unusable_cache_is_a_warning(run_python, compiler: str, problem: str) ->
             "if os.geteuid() == 0: os.setuid(12345)\n"
         )
         try:
-            result = run_python("-c", become_somebody + _USE, cache_dir=cache_dir)
+            result = run_code(become_somebody + _USE, cache_dir=cache_dir)
         finally:
             closed.chmod(0o755)
     assert result.returncode == 0, result.stderr
@@ -291,10 +289,10 @@ def test_compile_error_is_shown_and_leaves_nothing(
     assert not [path.name for path in cache.native_root().iterdir() if path.is_dir()]
 
 
-def test_compile_error_in_training_is_a_warning(broken_sources: Path, run_python, tmp_path: Path) -> None:
+def test_compile_error_in_training_is_a_warning(broken_sources: Path, run_code, tmp_path: Path) -> None:
     """Sources that do not compile, with some other compiler perhaps, do not stop training either."""
     use_from = _LOAD_FROM.partition("from lightkit import native")[0] + _USE
-    result = run_python("-c", use_from, str(broken_sources))
+    result = run_code(use_from, str(broken_sources))
     assert result.returncode == 0, result.stderr
     said = json.loads(result.stdout)
     assert said["right"] and not said["native"]
@@ -311,11 +309,11 @@ def test_missing_sources_are_named(tiny_sources: Path, forget_keys: Callable[[],
         builder.build()
 
 
-def test_missing_symbol_fails_when_it_is_loaded(tiny_sources: Path, run_python) -> None:
+def test_missing_symbol_fails_when_it_is_loaded(tiny_sources: Path, run_code) -> None:
     """A library that lacks a function is refused at once and does not crash in the first call."""
     source = tiny_sources / "module.cpp"
     text = source.read_text().replace("  return module;", "  return absent(module);")
     source.write_text(text.replace("static", "PyObject* absent(PyObject*);\nstatic", 1))
-    result = run_python("-c", _LOAD_FROM, str(tiny_sources), LIGHTKIT_NATIVE="require")
+    result = run_code(_LOAD_FROM, str(tiny_sources), LIGHTKIT_NATIVE="require")
     assert result.returncode == 1
     assert "NativeUnavailableError" in result.stderr and "absent" in result.stderr

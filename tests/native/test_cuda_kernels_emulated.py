@@ -12,6 +12,9 @@ import torch
 from cuda_emulation import EmulationError
 from torch import Tensor
 
+# One worker builds the emulator.
+pytestmark = pytest.mark.xdist_group("emulator")
+
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # The order in which threads and blocks get their turn: a missing barrier shows in one of them.
 FORWARD, BACKWARD, SHUFFLED = range(3)

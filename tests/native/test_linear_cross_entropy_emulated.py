@@ -6,6 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+# One worker builds the emulator.
+pytestmark = pytest.mark.xdist_group("emulator")
+
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 LAUNCH_FAILURE = 719
 ROWS = 5

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 from lightkit.optim import SGD
 
+# One worker builds the emulator.
+pytestmark = pytest.mark.xdist_group("emulator")
+
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 STATES = {"sgd": ["momentum"], "adam": ["mean", "square", "largest"]}
 

@@ -12,7 +12,7 @@ import lightkit.ops as ops
 from lightkit import native
 from lightkit.nn import FusedSequential
 from lightkit.ops import ChainLayer
-from lightkit.ops.batching import _OPS
+from lightkit.native.batching import _OPS
 
 
 def numbers(*shape, seed=0):

@@ -18,6 +18,8 @@ from lightkit.ops import (
     linear_cross_entropy,
 )
 
+pytestmark = pytest.mark.sanitized
+
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 REDUCTIONS = ["none", "mean", "sum"]
 

@@ -9,6 +9,8 @@ import torch
 
 from lightkit import native
 
+pytestmark = pytest.mark.sanitized
+
 HUGE = 1 << 40
 
 

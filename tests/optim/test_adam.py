@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from steps import make_parameters, set_gradients
+from support.threads import assert_same_with_any_threads
 from torch import nn
 
 from lightkit.optim import Adam, AdamW, convert
@@ -46,6 +47,7 @@ def assert_same(ours, theirs, dtype=torch.float32):
         torch.testing.assert_close(own, other, **tolerance)
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize(("own_class", "torch_class"), PAIRS)
@@ -62,6 +64,7 @@ def test_same_steps_as_torch(own_class, torch_class, options, dtype):
         assert_same(mine.values(), torchs.values(), dtype)
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_half_precision_is_more_exact_than_torch(options, dtype):
@@ -120,6 +123,7 @@ def test_any_options_as_torch(sizes, lr, betas, eps, weight_decay, amsgrad, pair
         torch.testing.assert_close(own, other, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF], ids=str)
 @pytest.mark.parametrize(
     "extras",
@@ -173,6 +177,7 @@ def test_skipped_steps_do_not_count():
     assert_same(ours, theirs)
 
 
+@pytest.mark.sanitized
 def test_each_parameter_counts_its_own_steps():
     """One unfrozen late is corrected as at its first step."""
     results = []
@@ -326,17 +331,13 @@ def test_betas_from_a_configuration():
 
 def test_bit_identical_across_threads():
     """The number of threads changes no bit."""
-    results = []
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            parameters = make_parameters([100_003, 5, 70_000])
-            run(Adam(parameters, lr=0.1, max_grad_norm=0.1), 3)
-            results.append(torch.cat([p.detach() for p in parameters]))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+    def compute():
+        parameters = make_parameters([100_003, 5, 70_000])
+        run(Adam(parameters, lr=0.1, max_grad_norm=0.1), 3)
+        return [p.detach() for p in parameters]
+
+    assert_same_with_any_threads(compute)
 
 
 def test_means_that_fade_away_become_zero():

@@ -48,6 +48,7 @@ def assert_same(ours, theirs, dtype=torch.float32):
         torch.testing.assert_close(own, other, **tolerance)
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_same_steps_as_torch(dtype, options):
@@ -61,6 +62,7 @@ def test_same_steps_as_torch(dtype, options):
             assert_same([optimizer.state[own]["momentum_buffer"]], [reference.state[other]["momentum_buffer"]], dtype)
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_half_precision_is_at_least_as_exact_as_torch(dtype, options):
@@ -111,6 +113,7 @@ def test_any_options_as_torch(sizes, lr, momentum, dampening, weight_decay, maxi
     assert_same(ours, theirs, torch.float64)
 
 
+@pytest.mark.sanitized
 def test_groups_and_changes_at_any_time():
     """Groups have options of their own, which a scheduler or a person may change between steps."""
     results = []
@@ -183,6 +186,7 @@ def test_copies_are_independent(duplicate):
     assert_same(parameters, copied)
 
 
+@pytest.mark.sanitized
 def test_missing_late_and_returning_gradients():
     """Parameters without a gradient rest, buffer and all; one unfrozen late starts as at its first step."""
     results = []
@@ -200,6 +204,7 @@ def test_missing_late_and_returning_gradients():
     assert_same(*results)
 
 
+@pytest.mark.sanitized
 def test_moved_and_repointed_parameters():
     """After .data = and a change of dtype the step works on the new memory, and the momentum follows."""
     parameter = nn.Parameter(torch.ones(5))
@@ -230,6 +235,7 @@ def test_parameters_that_share_memory():
     assert torch.equal(storage, torch.full((50000,), -3.0))
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_any_memory_layout(momentum):
     """Channels-last, transposed and strided parameters, with gradients laid out like them or not."""
@@ -299,6 +305,7 @@ def test_negated_gradients():
     assert torch.equal(parameter.data, torch.ones(3))
 
 
+@pytest.mark.sanitized
 def test_interleaved_parameters_in_one_storage():
     """Parameters with gaps that overlap get all their updates."""
     storage = torch.zeros(8)
@@ -430,6 +437,7 @@ def test_zero_grad(set_to_none):
         assert set_to_none or not gradient.any()
 
 
+@pytest.mark.sanitized
 def test_replaced_state_is_seen():
     """A buffer that somebody replaces or clears between steps is the one that counts."""
     parameter = nn.Parameter(torch.zeros(4))
@@ -459,6 +467,7 @@ def test_wrong_arguments(options, message):
         SGD(make_parameters([3]), **options)
 
 
+@pytest.mark.sanitized
 def test_gradient_of_another_shape():
     """A parameter re-pointed to another shape with its old gradient is an error, not a read past the end."""
     parameter = nn.Parameter(torch.zeros(10))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.threads import assert_same_with_any_threads
 from torch import nn
 
 from lightkit.optim import SGD, Adam
@@ -65,6 +66,7 @@ def assert_close(own, exact, dtype, factor=8.0):
         torch.testing.assert_close(a.detach().double(), b.detach().double(), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("max_grad_norm", [0.5, 1e6])
 def test_clipping_is_that_of_torch(dtype, max_grad_norm):
@@ -93,19 +95,16 @@ def test_clipping_of_huge_gradients():
 
 def test_norm_does_not_depend_on_threads():
     """Clipped steps are bit-identical whatever the number of threads."""
-    norms, results, threads = [], [], torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            parameters = make_parameters([100_003, 5, 70_000])
-            norms.append(train(parameters, lr=0.1, max_grad_norm=1.0, ema_decay=0.9).grad_norm)
-            results.append(torch.cat([p.detach() for p in parameters]))
-    finally:
-        torch.set_num_threads(threads)
-    assert norms[0] == norms[1] == norms[2]
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+    def compute():
+        parameters = make_parameters([100_003, 5, 70_000])
+        norm = train(parameters, lr=0.1, max_grad_norm=1.0, ema_decay=0.9).grad_norm
+        return [torch.tensor(norm, dtype=torch.float64), *(p.detach() for p in parameters)]
+
+    assert_same_with_any_threads(compute)
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("place", [(0, 0), (3, 16384), (3, 16400)])
@@ -126,6 +125,7 @@ def test_steps_with_nonfinite_gradients_are_skipped_and_counted(bad, dtype, plac
     assert all(p.isfinite().all() for p in parameters)
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_averages_follow_the_formula(dtype):
     """average = decay * average + (1 - decay) * parameter, from the first step's result on, in float32 or better."""
@@ -149,6 +149,7 @@ def test_averaged_parameters_come_and_go():
     assert all(torch.equal(a, b) for a, b in zip(parameters, own, strict=True))
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("dtype", HALF)
 def test_master_weights_train_as_in_float32(dtype):
     """Updates far below the rounding of a half-precision parameter add up; the parameter is the copy's rounding."""
@@ -192,6 +193,7 @@ def test_stochastic_rounding_is_unbiased():
         assert abs(both - share**2) < 6 * math.sqrt(share**2 / n), distance
 
 
+@pytest.mark.sanitized
 def test_stochastic_rounding_is_seeded():
     """The same seed gives the same bits on any number of threads and after a resume; steps and parameters differ."""
 
@@ -232,6 +234,7 @@ def test_stochastic_rounding_keeps_infinity_and_nan():
     assert torch.equal(parameter.nan_to_num(7.0), expected.nan_to_num(7.0))
 
 
+@pytest.mark.sanitized
 @given(
     dtype=st.sampled_from(DTYPES),
     sizes=st.lists(st.integers(0, 700), min_size=1, max_size=4),
@@ -316,6 +319,7 @@ def _saved(thing):
     return file
 
 
+@pytest.mark.sanitized
 def test_groups_have_their_own_extras():
     """Averages for one group and not for the other, also for one that is added later."""
     first, second, third = make_parameters([4, 5, 6])

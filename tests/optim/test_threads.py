@@ -15,6 +15,8 @@ from steps import make_parameters, set_gradients
 
 from lightkit.optim import SGD, Adam, AdamW, convert
 
+pytestmark = pytest.mark.sanitized
+
 THREADS = 4
 STEPS = 3
 SIZES = [(3,), (64,), (7, 9), (5000,)]

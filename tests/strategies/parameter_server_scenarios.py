@@ -8,10 +8,10 @@ import sys
 import time
 from pathlib import Path
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from scenarios import Module, Two, dealt, fit, loader
+from support.trainers import bare_trainer
+from support.two_processes import Module, Two, dealt, fit, loader
 
 from lightkit.optim import SGD
 from lightkit.strategies import ParameterServer
@@ -54,14 +54,7 @@ class Fails(Callback):
 
 def again():
     """A training that fails, and another one by the same Trainer."""
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=2,
-        strategy="parameter_server",
-        callbacks=[Fails()],
-        max_epochs=2,
-        **dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False),
-    )
+    trainer = bare_trainer(Fails(), devices=2, strategy="parameter_server", max_epochs=2)
     with contextlib.suppress(RuntimeError):
         trainer.fit(Module(), dealt(trainer.global_rank, 2))
     module = Module()

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, LearningRateFinder, StochasticWeightAveraging
 from lightning.pytorch.strategies import StrategyRegistry
+from support.commands import python_path, run_python
+from support.processes import servers_of
+from support.trainers import bare_trainer
+from support.two_processes import Module, dealt
 
 from lightkit.errors import ConfigError
 from lightkit.optim import SGD
 from lightkit.strategies import ParameterServer
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
-import scenarios
-from faulty import servers_of
-from scenarios import Module, dealt
-
 pytestmark = pytest.mark.usefixtures("leaves_no_process_group")
 
-SCRIPT = Path(scenarios.__file__).with_name("parameter_server_scenarios.py")
+SCRIPT = Path(__file__).with_name("parameter_server_scenarios.py")
 
 
 @pytest.fixture(scope="module")
@@ -33,26 +28,13 @@ def directory(tmp_path_factory):
     return tmp_path_factory.mktemp("parameter_server")
 
 
-def one_device(**options):
-    nothing = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    return pl.Trainer(accelerator="cpu", devices=1, **{"max_epochs": 1, **nothing, **options})
-
-
 @pytest.fixture(scope="module")
 def ranks(directory):
     """What each of the two ranks has of each scenario."""
-    trainer = one_device()
+    trainer = bare_trainer(devices=1)
     trainer.fit(Module(), dealt())
     trainer.save_checkpoint(directory / "one.ckpt")
-    result = subprocess.run(
-        [sys.executable, str(SCRIPT), str(directory)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ,
-        cwd=directory,
-    )
-    assert result.returncode == 0, result.stderr
+    run_python(SCRIPT, directory, cwd=directory, environment=python_path(), status=0)
     return [torch.load(directory / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
@@ -140,7 +122,7 @@ def test_checkpoints_are_ordinary(ranks, directory):
     (state,) = checkpoint["optimizer_states"]
     assert all("momentum_buffer" in entry for entry in state["state"].values())
     module = Module()
-    one_device(max_epochs=3).fit(module, dealt(), ckpt_path=directory / "whole" / "step=8.ckpt")
+    bare_trainer(devices=1, max_epochs=3).fit(module, dealt(), ckpt_path=directory / "whole" / "step=8.ckpt")
     assert torch.isfinite(weights(ranks[0]["from one device"])).all()
 
 
@@ -185,13 +167,13 @@ def test_addresses_need_a_secret(monkeypatch):
     monkeypatch.delenv("LIGHTKIT_SECRET", raising=False)
     strategy = ParameterServer(addresses=["127.0.0.1:29600"], worker=0, workers=1)
     with pytest.raises(ConfigError, match="LIGHTKIT_SECRET"):
-        one_device(strategy=strategy).fit(Module(), dealt())
+        bare_trainer(devices=1, strategy=strategy).fit(Module(), dealt())
 
 
 def alone(strategy=None, module=None, **options):
     """A training with one worker, and its module."""
     module = module or Module()
-    trainer = one_device(strategy=strategy or ParameterServer(), **options)
+    trainer = bare_trainer(devices=1, strategy=strategy or ParameterServer(), **options)
     trainer.fit(module, dealt(), dealt())
     return module
 
@@ -329,7 +311,7 @@ def test_mixed_precision_with_a_scaler_is_refused():
     strategy = ParameterServer()
     strategy._precision_plugin = type("Scaled", (), {"scaler": object()})()
     strategy._lightning_module = Module()
-    strategy._lightning_module.trainer = one_device()
+    strategy._lightning_module.trainer = bare_trainer(devices=1)
     strategy.model = strategy._lightning_module
     with pytest.raises(ConfigError, match="16-mixed"):
         strategy.setup_optimizers(strategy._lightning_module.trainer)

@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from unittest.mock import Mock
 
-import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.strategies import StrategyRegistry
+from support.commands import python_path, run_python
+from support.trainers import bare_trainer
+from support.two_processes import BATCH, SAMPLES, Module, dealt, network, samples
 
 from lightkit.errors import ConfigError
 from lightkit.strategies import DataParallel, DiLoCo, LocalSGD
 
-sys.path.insert(0, str(Path(__file__).parent))
-import scenarios
-from scenarios import BATCH, SAMPLES, Module, dealt, network, samples
-
 pytestmark = pytest.mark.slow
 
-SCENARIOS = Path(scenarios.__file__)
-
-
-def single_trainer(**options):
-    nothing = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    return pl.Trainer(accelerator="cpu", devices=1, **{"max_epochs": 1, **nothing, **options})
+SCENARIOS = Path(__file__).with_name("scenarios.py")
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +29,10 @@ def directory(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ranks(directory):
     """What each of the two ranks has of each scenario."""
-    trainer = single_trainer()
+    trainer = bare_trainer(devices=1)
     trainer.fit(Module(), dealt())
     trainer.save_checkpoint(directory / "one.ckpt")
-    result = subprocess.run(
-        [sys.executable, str(SCENARIOS), str(directory)], capture_output=True, text=True, timeout=180, env=os.environ
-    )
-    assert result.returncode == 0, result.stderr
+    run_python(SCENARIOS, directory, environment=python_path(), status=0)
     return [torch.load(directory / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
@@ -305,7 +292,7 @@ def test_checkpoint_is_ordinary(ranks, directory):
     checkpoint = torch.load(path, weights_only=True)
     Module().load_state_dict(checkpoint["state_dict"])
     module = Module()
-    trainer = single_trainer(max_epochs=3)
+    trainer = bare_trainer(devices=1, max_epochs=3)
     trainer.fit(module, dealt(), ckpt_path=path)
     assert trainer.current_epoch == 3
     # And one of a single device went on under the strategy: two more epochs of seven steps.
@@ -317,7 +304,7 @@ def test_one_process(leaves_no_process_group):
     expected = None
     for strategy in ("auto", LocalSGD(period=3), DiLoCo(period=3, outer_lr=1.0, outer_momentum=0.0), DataParallel()):
         module = Module()
-        trainer = single_trainer(strategy=strategy)
+        trainer = bare_trainer(devices=1, strategy=strategy)
         trainer.fit(module, dealt())
         expected = flat(module) if expected is None else expected
         assert_near(flat(module), expected)

@@ -18,9 +18,9 @@ import torch
 from omegaconf import OmegaConf
 from torch.utils.cpp_extension import include_paths, library_paths
 
+from lightkit.app.checks import check_accelerator
 from lightkit.checkpoints import load_checkpoint
 from lightkit.errors import ConfigError
-from lightkit.job import check_accelerator
 from lightkit.strategies import TorchTPU, TorchTPUAccelerator, tpu
 
 pytestmark = pytest.mark.slow
@@ -204,7 +204,10 @@ def test_no_tpu(tmp_path):
     [
         ({"trainer": {"devices": 8}}, "trainer.devices=8: the command line trains on one TPU"),
         ({"trainer": {"devices": "auto"}}, "trainer.devices=auto"),
-        ({"strategy": {"_target_": "lightkit.strategies.DiLoCo"}}, "nobody to go with for lightkit.strategies.DiLoCo"),
+        (
+            {"strategy": {"_target_": "lightkit.strategies.DiLoCo"}},
+            "DiLoCo needs several processes",
+        ),
     ],
 )
 def test_several(monkeypatch, changes, expected):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from functools import partial
 
-import lightning.pytorch as pl
 import pytest
 import torch
+from support.trainers import bare_trainer
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
@@ -23,17 +23,6 @@ def separable_batches(count=200, classes=3):
     return inputs, labels
 
 
-def trainer(**options):
-    return pl.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
-    )
-
-
 def test_binds_any_model_loss_optimizer_scheduler_and_metrics():
     """All parts can be exchanged, the model learns, and every metric is logged under its name."""
     inputs, labels = separable_batches()
@@ -44,7 +33,7 @@ def test_binds_any_model_loss_optimizer_scheduler_and_metrics():
         loss=nn.CrossEntropyLoss(label_smoothing=0.1),
         metrics={"accuracy": MulticlassAccuracy(3, average="micro"), "f1": MulticlassF1Score(3)},
     )
-    runner = trainer(max_epochs=3)
+    runner = bare_trainer(max_epochs=3)
     runner.fit(task, TensorBatches([inputs, labels], 20, shuffle=True), TensorBatches([inputs, labels], 64))
     assert runner.callback_metrics.keys() >= {"train/loss", "val/loss", "val/accuracy", "val/f1"}
     assert runner.optimizers[0].param_groups[0]["lr"] == 0.5 * 0.5**3
@@ -58,7 +47,7 @@ def test_metrics_weigh_batches_by_their_size():
     """The logged loss of uneven batches is that of the whole set."""
     inputs, labels = separable_batches(100)
     task = ClassificationTask(nn.Linear(3, 3))
-    (result,) = trainer().test(task, TensorBatches([inputs, labels], 33), verbose=False)
+    (result,) = bare_trainer().test(task, TensorBatches([inputs, labels], 33), verbose=False)
     assert result["test/loss"] == pytest.approx(nn.functional.cross_entropy(task(inputs), labels).item(), rel=1e-5)
 
 
@@ -68,7 +57,7 @@ def test_plateau_scheduler_watches_the_validation_loss():
     task = ClassificationTask(
         nn.Linear(3, 3), scheduler=partial(torch.optim.lr_scheduler.ReduceLROnPlateau, patience=0, threshold=10.0)
     )
-    runner = trainer(max_epochs=3)
+    runner = bare_trainer(max_epochs=3)
     runner.fit(task, TensorBatches([inputs, labels], 50), TensorBatches([inputs, labels], 50))
     assert runner.optimizers[0].param_groups[0]["lr"] < 1e-3
 
@@ -97,7 +86,7 @@ def test_sequences_of_different_lengths():
         optimizer=partial(torch.optim.Adam, lr=0.03),
         metrics={"accuracy": MulticlassAccuracy(2, average="micro")},
     )
-    runner = trainer(max_epochs=6)
+    runner = bare_trainer(max_epochs=6)
     batch = [sequences, lengths, labels]
     runner.fit(task, TensorBatches(batch, 20, shuffle=True), TensorBatches(batch, 64))
     assert runner.callback_metrics["val/accuracy"] > 0.95

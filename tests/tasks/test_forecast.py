@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from functools import partial
 
-import lightning.pytorch as pl
 import pytest
 import torch
+from support.trainers import bare_trainer
 from torch import nn
 from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError
 
@@ -28,17 +28,6 @@ class Affine(nn.Module):
     def forward(self, sequences):
         assert sequences.dtype == self.map.weight.dtype
         return self.map(sequences.squeeze(2))
-
-
-def trainer(**options):
-    return pl.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +54,7 @@ def test_learns_and_measures_in_the_units_of_the_series(noise, relative):
     """Metrics are those of `forward` on the test windows; of noise, no error is below its deviation by much."""
     torch.manual_seed(0)
     module, data = task(relative=relative), data_of(noise)
-    runner = trainer(max_epochs=8)
+    runner = bare_trainer(max_epochs=8)
     runner.fit(module, datamodule=data)
     (result,) = runner.test(module, datamodule=data, verbose=False)
     with torch.no_grad():
@@ -81,7 +70,7 @@ def test_intervals_hold_at_their_level(noise):
     torch.manual_seed(0)
     for level in (0.5, 0.9):
         module, data = task(level=level), data_of(noise)
-        runner = trainer(max_epochs=1)
+        runner = bare_trainer()
         runner.fit(module, datamodule=data)
         (result,) = runner.test(module, datamodule=data, verbose=False)
         assert result["test/coverage"] == pytest.approx(level, abs=0.03)
@@ -112,7 +101,7 @@ def test_relative_forecasts_move_with_the_level():
 def test_checkpoint_forecasts_by_itself(noise, tmp_path):
     """Scale and intervals are in the state dict: a fresh task with it forecasts the same, on any data."""
     module, data = task(relative=False), data_of(noise)
-    runner = trainer(max_epochs=1)
+    runner = bare_trainer()
     runner.fit(module, datamodule=data)
     runner.save_checkpoint(tmp_path / "x.ckpt")
     state = torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]
@@ -131,7 +120,7 @@ def test_lean_steps_change_nothing(noise):
     for callbacks in ([], [LeanLoop()]):
         torch.manual_seed(0)
         module = task()
-        trainer(max_epochs=2, callbacks=callbacks).fit(module, datamodule=data_of(noise))
+        bare_trainer(*callbacks, max_epochs=2).fit(module, datamodule=data_of(noise))
         assert not callbacks or callbacks[0].obstacle is None
         weights.append(module.state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
@@ -141,8 +130,8 @@ def test_wrong_horizon_precision_and_level(noise):
     """A model of another horizon, a precision that cannot tell the values apart, and a level of nothing."""
     module = ForecastTask(Affine(4, 2), 3)
     with pytest.raises(ConfigError, match=r"has the shape \(50, 2\), but horizon is 3"):
-        trainer(max_epochs=1, num_sanity_val_steps=0).fit(module, datamodule=data_of(noise))
+        bare_trainer(num_sanity_val_steps=0).fit(module, datamodule=data_of(noise))
     with pytest.raises(ConfigError, match="bf16-mixed"):
-        trainer(max_epochs=1, precision="bf16-true").fit(task(), datamodule=data_of(noise))
+        bare_trainer(precision="bf16-true").fit(task(), datamodule=data_of(noise))
     with pytest.raises(ConfigError, match="level must be between 0 and 1, got 1"):
         task(level=1)

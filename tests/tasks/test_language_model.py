@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from functools import partial
 
-import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from support.trainers import bare_trainer
 from torch import nn
 
 from lightkit.callbacks import LeanLoop, TestRecorder
@@ -35,18 +35,6 @@ def cycles(count=50, steps=8):
     return text[:, :-1], text[:, 1:]
 
 
-def trainer(*callbacks, **options):
-    return pl.Trainer(
-        accelerator="cpu",
-        callbacks=list(callbacks),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
-    )
-
-
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
@@ -59,7 +47,7 @@ def test_learns(make, precision):
     inputs, targets = cycles()
     task = LanguageModelTask(make(), partial(AdamW, lr=0.02))
     lean = LeanLoop()
-    runner = trainer(lean, max_epochs=15, precision=precision)
+    runner = bare_trainer(lean, max_epochs=15, precision=precision)
     runner.fit(task, TensorBatches([inputs, targets], 10, shuffle=True), TensorBatches([inputs, targets], 20))
     names = {"loss", "perplexity", "bits_per_byte"}
     assert runner.callback_metrics.keys() >= {"train/loss", *(f"val/{name}" for name in names)}
@@ -76,7 +64,7 @@ def test_figures_are_of_all_targets_alike():
     targets[3:, 5:] = -100
     targets[9] = -100
     task = LanguageModelTask(lstm(), label_smoothing=0.3, z_loss=0.1)
-    (result,) = trainer().test(task, TensorBatches([inputs, targets], 3), verbose=False)
+    (result,) = bare_trainer().test(task, TensorBatches([inputs, targets], 3), verbose=False)
     exact = F.cross_entropy(task(inputs).flatten(0, 1), targets.flatten()).item()
     assert result["test/loss"] == pytest.approx(exact, rel=1e-5)
     assert result["test/perplexity"] == pytest.approx(math.exp(exact), rel=1e-5)
@@ -103,7 +91,7 @@ def test_losses_of_single_targets_are_recorded():
     inputs, targets = cycles(10)
     recorder = TestRecorder()
     task = LanguageModelTask(lstm())
-    trainer(recorder).test(task, TensorBatches([inputs, targets], 3), verbose=False)
+    bare_trainer(recorder).test(task, TensorBatches([inputs, targets], 3), verbose=False)
     exact = F.cross_entropy(task(inputs).transpose(1, 2), targets, reduction="none")
     torch.testing.assert_close(recorder.result()["losses"], exact.detach())
 
@@ -113,7 +101,7 @@ def test_not_more_losses_than_are_looked_at(monkeypatch):
     monkeypatch.setattr("lightkit.tasks.language_model._RECORDED_TOKENS", 40)
     inputs, targets = cycles(10)
     recorder = TestRecorder()
-    trainer(recorder).test(LanguageModelTask(lstm()), TensorBatches([inputs, targets], 3), verbose=False)
+    bare_trainer(recorder).test(LanguageModelTask(lstm()), TensorBatches([inputs, targets], 3), verbose=False)
     assert recorder.result()["losses"].shape == (6, 8)
 
 

@@ -1,0 +1,250 @@
+"""Tables of whole jobs, strategies, servers and campaigns, and the ratios of the README."""
+
+from __future__ import annotations
+
+from markdown_tables import figures, fixed, layout, line, ratio, table
+from recorded import Row, describe_machine, index, latest
+
+# The names of contenders in the rows, as a reader knows them.
+_CONTENDERS = {
+    "keras": "Keras 3 (TensorFlow), the documented listing",
+    "lightning": "stock Lightning",
+    "loop": "plain PyTorch loop",
+    "tuned_loop": "plain loop, channels-last, fused Adam",
+    "lightning_one_line": "stock Lightning + `LeanLoop`, `FuseKernels`",
+    "lightkit_stock_loop": "lightkit without `LeanLoop`",
+    "lightkit": "lightkit",
+}
+
+
+@table("headline")
+def headline() -> list[str]:
+    """Returns the table of the three ratios of the README."""
+    job = index(latest("cnn_job", "batch", "what"), "batch", "what")[("32", "lightkit")]
+    key = ("rows", "classes", "dtype", "pass", "what")
+    cpu = index(latest("cross_entropy", *key), *key)
+    gpu = index(latest("cross_entropy", *key, on_gpu=True), *key)
+    both = "forward and backward"
+    on_cpu = [cpu[("1024", "32000", "float32", both, what)] for what in ("compiled", "lightkit in place")]
+    on_gpu = [gpu[("8192", "32000", "bfloat16", both, what)] for what in ("Liger", "lightkit")]
+    body = [
+        (
+            "[training the documented CNN](docs/measurements.md#the-documented-job), batch 32",
+            "stock Lightning",
+            fixed(job["times_lightning"], 1),
+            describe_machine([job]),
+        ),
+        (
+            "[cross-entropy](docs/measurements.md#cross-entropy) of 1024 x 32000 logits, float32, in place",
+            "`torch.compile`",
+            ratio(*on_cpu),
+            describe_machine(on_cpu),
+        ),
+        (
+            "[cross-entropy](docs/measurements.md#cross-entropy-on-a-gpu) of 8192 x 32000 logits, bfloat16",
+            "Liger",
+            ratio(*on_gpu),
+            describe_machine(on_gpu),
+        ),
+    ]
+    return [line(["what", "peer", "times as fast", "machine"]), line(["---"] * 4), *(line(cells) for cells in body)]
+
+
+@table("cnn-job")
+def cnn_job() -> list[str]:
+    """Returns the table of an epoch of the documented job, by contender and batch size."""
+    rows = [row for row in latest("cnn_job", "batch", "what") if row["what"] in _CONTENDERS]
+    found = index(rows, "batch", "what")
+    body = []
+    for batch in ("32", "128"):
+        for what, name in _CONTENDERS.items():
+            row = found[(batch, what)]
+            ratios = [fixed(row[f"times_{peer}"], 1) for peer in ("keras", "lightning", "loop")]
+            body.append((batch, name, fixed(row["microseconds_per_image"], 0), *ratios, fixed(row["accuracy"], 3)))
+    header = [
+        "batch",
+        "",
+        "microseconds an image",
+        "times Keras",
+        "times stock Lightning",
+        "times the loop",
+        "accuracy",
+    ]
+    return layout(header, body, "cnn_job", rows)
+
+
+@table("whole-process")
+def whole_process() -> list[str]:
+    """Returns the table of programs from their start to their end."""
+    rows = latest("whole_process", "program")
+    # Only what trains the same network is a peer.
+    body = []
+    for row in rows:
+        is_peer = row["note"].startswith("the documented CNN") and row["program"] != "lightkit"
+        share = row["first_over_this"] if is_peer else "-"
+        spread = f"{fixed(row['seconds'], 2)} ({fixed(row['least'], 2)} to {fixed(row['most'], 2)})"
+        body.append((row["program"], f"`{row['command'].replace('|', chr(92) + '|')}`", spread, share, row["n"]))
+    return layout(["", "command", "seconds", "lightkit takes, of it", "n"], body, "whole_process", rows)
+
+
+@table("crowded")
+def crowded() -> list[str]:
+    """Returns the table of images a second beside processes that never rest."""
+    rows = latest("crowded", "contender", "neighbours")
+    found = index(rows, "contender", "neighbours")
+    body = []
+    for count in dict.fromkeys(row["neighbours"] for row in rows):
+        own, peer = found[("lightkit", count)], found[("torch", count)]
+        cells = [count]
+        for row in (own, peer):
+            cells += [fixed(row["images_per_second"], 0), fixed(row["times_slower"], 1), row["n"]]
+        body.append([*cells, fixed(own["fair"], 1)])
+    header = ["neighbours", "lightkit", "times slower", "n", "plain torch loop", "times slower", "n", "fair share"]
+    return layout(header, body, "crowded", rows)
+
+
+@table("sweep-start")
+def sweep_start() -> list[str]:
+    """Returns the table of the time before a job of a sweep begins to train."""
+    rows = latest("sweep_start", "what")
+    names = {
+        "fresh process": "a new process",
+        "basic launcher": "the next job of a sweep, Hydra's basic launcher",
+        "forked": "a job of `hydra/launcher=fork`",
+    }
+    body = [
+        (
+            names[row["what"]],
+            fixed(row["cpu_seconds"], 3),
+            fixed(row["share_of_fresh_cpu_seconds"], 3),
+            fixed(row["seconds"], 3),
+            fixed(row["share_of_fresh_seconds"], 3),
+            fixed(row["own_mib"], 0),
+        )
+        for row in rows
+    ]
+    header = ["", "seconds of processor time", "share", "seconds", "share", "MiB of its own"]
+    return layout(header, body, "sweep_start", rows)
+
+
+@table("sequence-jobs")
+def sequence_jobs() -> list[str]:
+    """Returns the table of experiments on sequences next to plain loops."""
+    rows = latest("sequence_jobs", "job", "what")
+    found = index(rows, "job", "what")
+    body = []
+    for job in dict.fromkeys(row["job"] for row in rows):
+        own, plain = found[(job, "lightkit")], found[(job, "plain loop")]
+        metric, unit = own["metric"].replace("_", " "), own["unit"].replace("_per_", " a ")
+        rates = [fixed(row["rate"], 0) for row in (own, plain)]
+        body.append((f"`{job}`", metric, fixed(own["test"], 3), fixed(plain["test"], 3), unit, *rates))
+    header = ["experiment", "metric of the test", "lightkit", "plain loop", "rate", "lightkit", "plain loop"]
+    return layout(header, body, "sequence_jobs", rows)
+
+
+@table("forecasts")
+def forecasts() -> list[str]:
+    """Returns the table of the errors of the forecast experiment next to the simplest rules."""
+    rows = latest("forecasts", "data", "seed")
+    body = []
+    for data in dict.fromkeys(row["data"] for row in rows):
+        runs = [row for row in rows if row["data"] == data]
+        cells: list[str] = [f"`{data}`", runs[0]["horizon"]]
+        for name in ("mae", "rmse"):
+            cells.append(", ".join(figures(run[name]) for run in runs))
+            cells += [figures(runs[0][f"{name}_last"]), figures(runs[0][f"{name}_season"])]
+        body.append([*cells, ", ".join(fixed(run["coverage"], 2) for run in runs)])
+    rules = ["last value", "last season"]
+    header = ["`data=`", "steps ahead", "MAE", *rules, "RMSE", *rules, "coverage of the 90 % intervals"]
+    return layout(header, body, "forecasts", rows)
+
+
+@table("strategies")
+def strategies() -> list[str]:
+    """Returns the table of rates, traffic and accuracy of each strategy on two processes."""
+    rows = [row for row in latest("strategies", "data", "what") if row["data"] == "mnist_5k"]
+    body = [
+        (
+            row["what"].replace("lean loop", "`LeanLoop`"),
+            fixed(row["images_per_second"], 0),
+            fixed(row["times_stock"], 2),
+            fixed(row["bytes_per_step"], 0),
+            fixed(row["accuracy"], 3),
+        )
+        for row in rows
+    ]
+    header = ["", "images a second", "times Lightning's ddp", "bytes sent a step", "accuracy"]
+    return layout(header, body, "strategies", rows)
+
+
+@table("parameter-server")
+def parameter_server() -> list[str]:
+    """Returns the table of pushes a second, next to an all_reduce among as many processes."""
+    key = ("what", "numbers", "servers", "workers", "compute_ms")
+    found = index(latest("parameter_server", *key), *key)
+    body, used = [], []
+    for numbers in dict.fromkeys(key[1] for key in found):
+        cells = [fixed(numbers, 0)]
+        for servers in ("1", "2"):
+            rows = [found[("measured", numbers, servers, workers, "0")] for workers in ("1", "2", "4")]
+            used += rows
+            digits = 1 if float(rows[0]["pushes_per_second"]) < 100 else 0
+            cells.append(", ".join(fixed(row["pushes_per_second"], digits) for row in rows))
+            if servers == "1":
+                reduced = [fixed(row["all_reduce"], digits) for row in rows if row["all_reduce"]]
+        cells.append(", ".join(reduced))
+        simulated = [found[("simulated", numbers, "1", "1", f"{ms}.0")]["note"] for ms in (10, 100, 1000)]
+        full = [note.removeprefix("full at ").removesuffix(" workers") for note in simulated]
+        body.append([*cells, ", ".join(fixed(count, 0) for count in full)])
+    header = [
+        "float32 numbers",
+        "1 server: 1, 2, 4 workers",
+        "2 servers: 1, 2, 4 workers",
+        "all_reduce: 2, 4 processes",
+        "workers that fill a server, if a step takes 10 ms, 100 ms, 1 s",
+    ]
+    return layout(header, body, "parameter_server", used)
+
+
+@table("faults")
+def faults() -> list[str]:
+    """Returns the table of what is lost in each fault, and when the work goes on."""
+    rows = latest("faults", "fault")
+    body = [
+        (row["fault"], row["lost"] or "-", row["twice"], fixed(row["median_s"], 2), fixed(row["max_s"], 2), row["n"])
+        for row in rows
+    ]
+    header = ["fault", "lost", "counted twice", "seconds, median", "seconds, longest", "n"]
+    return layout(header, body, "faults", rows)
+
+
+@table("campaigns")
+def campaigns() -> list[str]:
+    """Returns the table of the long tests: random calls, killed jobs, hostile peers."""
+    calls, kills = latest("fuzz_ops", "seed"), latest("kill_resume", "kill", "kind")
+    peers = latest("hostile_peers", "seed")
+    same = sum(row["outcome"] == "as without the kill" for row in kills)
+    body = [
+        (
+            "`tests/fuzz/fuzz_ops.py`",
+            f"{_sum(calls, 'calls'):,} random calls of the native ops under the sanitizers",
+            f"{_sum(calls, 'crashes')} crashes, {_sum(calls, 'failures')} wrong results",
+        ),
+        (
+            "`tests/campaigns/kill_resume.py`",
+            f"{len(kills)} runs and sweeps killed at random moments",
+            f"{same} ended as without the kill",
+        ),
+        (
+            "`tests/campaigns/hostile_peers.py`",
+            f"{_sum(peers, 'connections'):,} hostile connections beside a worker that pushes",
+            f"{_sum(peers, 'pushes'):,} pushes, {_sum(peers, 'lost')} lost, {_sum(peers, 'added')} added",
+        ),
+    ]
+    lines = layout(["campaign", "what it does", "outcome"], body, "fuzz_ops", [*calls, *kills, *peers])
+    names = "fuzz_ops.csv`, `kill_resume.csv`, `hostile_peers.csv`"
+    return [line.replace("fuzz_ops.csv`.", f"{names}.") for line in lines]
+
+
+def _sum(rows: list[Row], column: str) -> int:
+    return sum(int(row[column]) for row in rows)

@@ -1,0 +1,154 @@
+"""Tables of single kernels, optimizers and steps."""
+
+from __future__ import annotations
+
+from markdown_tables import figures, fixed, layout, ratio, table
+from recorded import index, latest
+
+
+@table("conv-relu-pool")
+def conv_relu_pool() -> list[str]:
+    """Returns the table of layers of a convolution, microseconds an image at batch 128."""
+    key = ("job", "dtype", "batch", "what")
+    found = index(latest("conv_relu_pool", *key), *key)
+    names = ("eager", "eager channels-last", "kernel", "lightkit")
+    layers = dict.fromkeys(job for job, dtype, batch, what in found if batch == "128" and what == "kernel")
+    body, used = [], []
+    for layer in layers:
+        if not all((layer, dtype, "128", what) in found for dtype in ("float32", "bfloat16") for what in names):
+            continue
+        rows = [found[(layer, dtype, "128", what)] for dtype in ("float32", "bfloat16") for what in names]
+        used += rows
+        body.append((layer, *(figures(row["microseconds_per_image"]) for row in rows)))
+    columns = ["torch", "channels-last", "kernel", "lightkit"]
+    header = ["layer, 3x3", *(f"float32: {name}" for name in columns), *(f"bfloat16: {name}" for name in columns)]
+    return layout(header, body, "conv_relu_pool", used)
+
+
+@table("linear-cross-entropy")
+def linear_cross_entropy() -> list[str]:
+    """Returns the table of a head and its loss, with the memory that each way takes."""
+    rows = latest("linear_cross_entropy", "size", "dtype", "what")
+    found = index(rows, "size", "dtype", "what")
+    names = {
+        "eager": "torch",
+        "compiled": "compiled",
+        "torch, chunked": "torch's own in chunks",
+        "loop by hand": "loop over chunks",
+        "lightkit": "lightkit, `memory_limit` 64 MiB",
+        "lightkit, room for all": "lightkit, room for all",
+    }
+    body = []
+    for size, dtype in dict.fromkeys((row["size"], row["dtype"]) for row in rows):
+        cells = [size.replace("x", " x "), dtype]
+        for what in names:
+            row = found[(size, dtype, what)]
+            against = f" ({row['times_compiled']})" if "lightkit" in what else ""
+            cells.append(f"{fixed(row['milliseconds'], 0)}{against}, {fixed(row['extra_mib'], 0)} MiB")
+        body.append(cells)
+    return layout(["rows x features x classes", "dtype", *names.values()], body, "linear_cross_entropy", rows)
+
+
+@table("freed-memory")
+def freed_memory() -> list[str]:
+    """Returns the table of the CNN in torch's own layers, with and without `keep_freed_memory`."""
+    rows = latest("freed_memory", "batch", "memory_format", "freed_memory")
+    found = index(rows, "batch", "memory_format", "freed_memory")
+    body = []
+    for batch, layout_of_images in dict.fromkeys((row["batch"], row["memory_format"]) for row in rows):
+        left, kept = (found[(batch, layout_of_images, freed)] for freed in ("left", "kept"))
+        times = [fixed(row["microseconds_per_image"], 0) for row in (left, kept)]
+        body.append((batch, layout_of_images, *times, fixed(kept["times_left"], 2)))
+    header = ["batch", "memory format", "microseconds an image", "with `keep_freed_memory()`", "times as fast"]
+    return layout(header, body, "freed_memory", rows)
+
+
+@table("step-overhead")
+def step_overhead() -> list[str]:
+    """Returns the table of what Lightning's loop adds to a step."""
+    rows = latest("step_overhead", "what")
+    names = {
+        "lightning": "Lightning",
+        "lightning, nothing on": "Lightning, nothing on",
+        "lean loop": "Lightning + `LeanLoop`",
+        "lean loop, lightkit's bar": "Lightning + `LeanLoop`, lightkit's progress bar",
+        "lean loop, nothing on": "Lightning + `LeanLoop`, nothing on",
+    }
+    found = index(rows, "what")
+    body = [(text, fixed(found[(what,)]["above_the_loop"], 2)) for what, text in names.items()]
+    return layout(["", "milliseconds above the loop"], body, "step_overhead", rows)
+
+
+@table("cross-entropy")
+def cross_entropy() -> list[str]:
+    """Returns the table of forward and backward pass on a CPU, as ratios."""
+    key = ("rows", "classes", "dtype", "pass", "what")
+    found = index(latest("cross_entropy", *key), *key)
+    body, used = [], []
+    for rows, classes, dtype in dict.fromkeys(key[:3] for key in found):
+        way = {what: found.get((rows, classes, dtype, "forward and backward", what)) for what in _WAYS}
+        if any(row is None for row in way.values()):
+            continue
+        used += way.values()
+        cells = [f"{rows} x {classes}", dtype]
+        for own in ("lightkit", "lightkit in place"):
+            cells += [ratio(way["eager"], way[own]), ratio(way["compiled"], way[own])]
+            cells.append(fixed(way[own]["fraction_of_floor"], 2))
+        body.append(cells)
+    columns = ["against eager", "against compiled", "fraction of copy"]
+    header = ["rows x classes", "dtype", *columns, *(f"in place: {name}" for name in columns)]
+    return layout(header, body, "cross_entropy", used)
+
+
+_WAYS = ("eager", "compiled", "lightkit", "lightkit in place")
+
+
+@table("cross-entropy-gpu")
+def cross_entropy_gpu() -> list[str]:
+    """Returns the table of forward and backward pass on a GPU, in milliseconds."""
+    key = ("rows", "classes", "dtype", "pass", "what")
+    found = index(latest("cross_entropy", *key, on_gpu=True), *key)
+    body, used = [], []
+    for dtype in ("float32", "bfloat16"):
+        for rows, classes in dict.fromkeys(key[:2] for key in found):
+            ways = [
+                found.get((rows, classes, dtype, "forward and backward", what))
+                for what in ("eager", "Liger", "lightkit", "floor")
+            ]
+            if None in ways:
+                continue
+            used += ways
+            body.append((f"{rows} x {classes}", dtype, *(fixed(row["milliseconds"], 2) for row in ways)))
+    header = ["rows x classes", "dtype", "torch eager", "Liger", "lightkit", "copy"]
+    return layout(header, body, "cross_entropy", used)
+
+
+@table("optimizers")
+def optimizers() -> list[str]:
+    """Returns the table of a step of SGD on a CPU."""
+    rows = latest("sgd", "case", "extras", "what")
+    found = index(rows, "case", "extras", "what")
+    body = []
+    for case, extras in dict.fromkeys((row["case"], row["extras"]) for row in rows):
+        times = [fixed(found[(case, extras, what)]["milliseconds"], 2) for what in ("foreach", "fused", "lightkit")]
+        body.append((case, extras or "-", *times))
+    return layout(["parameters", "extras", "torch foreach", "torch fused", "lightkit"], body, "sgd", rows)
+
+
+@table("optimizers-gpu")
+def optimizers_gpu() -> list[str]:
+    """Returns the table of steps of SGD and Adam on a GPU."""
+    key = ("case", "extras", "what")
+    sgd, adam = (latest(name, *key, on_gpu=True) for name in ("sgd", "adam"))
+    body = []
+    for case, extras in dict.fromkeys((row["case"], row["extras"]) for row in sgd):
+        times = [
+            fixed(index(rows, *key)[(case, extras, what)]["milliseconds"], 2)
+            for rows in (sgd, adam)
+            for what in ("fused", "lightkit", "copy")
+        ]
+        body.append((case, extras or "-", *times))
+    columns = ["torch fused", "lightkit", "copy"]
+    header = ["parameters", "extras", *(f"SGD: {name}" for name in columns), *(f"Adam: {name}" for name in columns)]
+    lines = layout(header, body, "sgd", [*sgd, *adam])
+    return [line.replace("sgd.csv`", "sgd.csv` and `adam.csv`") for line in lines]

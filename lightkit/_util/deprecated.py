@@ -1,0 +1,72 @@
+"""Keeps names of the previous release: each still works, with a warning that says the new one."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import operator
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+    """Returns a ``__getattr__`` for a module, which finds its old names.
+
+    Args:
+        module: ``__name__`` of the module.
+        names: the path of the object, ``PACKAGE.NAME``, by its old name in ``module``.
+    """
+
+    def find(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        package, _, new = names[name].rpartition(".")
+        warnings.warn(f"{module}.{name} is now {names[name]}", DeprecationWarning, stacklevel=2)
+        return getattr(importlib.import_module(package), new)
+
+    return find
+
+
+class RenamedAttribute:
+    """A descriptor under the old name of an attribute or a method: reading it warns and returns the new one.
+
+    Args:
+        path: the new name; a dotted path, such as ``traits.supports_lean_loop``, reads an attribute of an attribute.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._name = ""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: object | None, owner: type) -> Any:
+        new = f"{owner.__name__}.{self._path}"
+        warnings.warn(f"{owner.__name__}.{self._name} is now {new}", DeprecationWarning, stacklevel=2)
+        return operator.attrgetter(self._path)(owner if instance is None else instance)
+
+
+def renamed_parameters(**names: str) -> Callable[[F], F]:
+    """Returns a decorator whose function accepts the old names of its keyword parameters, with a warning.
+
+    Args:
+        **names: the new name of a parameter by its old name.
+    """
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            for old, new in names.items():
+                if old in kwargs:
+                    path = function.__qualname__.removesuffix(".__init__")
+                    warnings.warn(f"{path}: {old} is now {new}", DeprecationWarning, stacklevel=2)
+                    kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return call  # type: ignore[return-value]
+
+    return decorate

@@ -1,0 +1,29 @@
+"""Makes names safe to print that come from somebody else."""
+
+from __future__ import annotations
+
+import unicodedata
+
+# A terminal obeys control characters; characters that turn the direction of writing or begin a line deceive a reader;
+# surrogates cannot be encoded.
+_ESCAPED = ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+# Persian, Hindi and emoji of several characters need the joiners.
+_JOINERS = "\u200c\u200d"
+
+
+def printable(text: str, keep: str = "") -> str:
+    r"""Returns a text with every character escaped that is not for reading, such as ``\x1b`` for ESC.
+
+    Args:
+        text: by somebody else: a key, the name of a file or of a column.
+        keep: characters that stay as they are, such as ``"\n"``.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    keep += _JOINERS
+    return "".join(c if c in keep or unicodedata.category(c) not in _ESCAPED else _escape(c) for c in text)
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape", "surrogatepass").decode("ascii")

@@ -1,0 +1,76 @@
+"""Traits of strategies: the capabilities that loops, callbacks, data modules and the application ask for."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+
+@dataclass(frozen=True)
+class StrategyTraits:
+    """Capabilities of a strategy, which its class declares as the attribute ``traits``.
+
+    Args:
+        replicates_evaluation: each process evaluates on the whole data set, so that one process suffices.
+        tolerates_worker_loss: the training continues after the loss of any process except the first.
+        supports_lean_loop: `lightkit.callbacks.LeanLoop` may replace Lightning's training step.
+    """
+
+    replicates_evaluation: bool = False
+    tolerates_worker_loss: bool = False
+    supports_lean_loop: bool = False
+
+
+@runtime_checkable
+class StepObserver(Protocol):
+    """A strategy that acts after each optimizer step, whether Lightning or the lean loop took the step."""
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Acts after a step of ``optimizer``."""
+
+
+@runtime_checkable
+class TrafficCounter(Protocol):
+    """A strategy that counts the bytes that its process sends."""
+
+    @property
+    def communication(self) -> dict[str, float]:
+        """The figures by name, such as ``communication/bytes_per_step``; empty before the first step."""
+        ...
+
+
+# The class attributes that declared the traits in the previous release.
+_OLD_NAMES = {
+    "evaluates_everything": "replicates_evaluation",
+    "survives_lost_workers": "tolerates_worker_loss",
+    "takes_lean_steps": "supports_lean_loop",
+}
+
+
+def traits_of(strategy: object) -> StrategyTraits:
+    """Returns the traits of a strategy or of a strategy class.
+
+    A class without a declaration has the default traits. A subclass inherits the traits of its base class, except
+    ``supports_lean_loop``: the methods that it overrides may change the step, so that it has to declare that itself.
+    """
+    cls = strategy if isinstance(strategy, type) else type(strategy)
+    traits = getattr(cls, "traits", None)
+    if not isinstance(traits, StrategyTraits):
+        traits = StrategyTraits()
+    elif "traits" not in vars(cls):
+        traits = replace(traits, supports_lean_loop=False)
+    for old, new in _OLD_NAMES.items():
+        value = vars(cls).get(old) if new == "supports_lean_loop" else inspect.getattr_static(cls, old, None)
+        if isinstance(value, bool):
+            warnings.warn(
+                f"{cls.__name__}.{old} is deprecated: declare traits = StrategyTraits({new}={value})",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            traits = replace(traits, **{new: value})
+    return traits

@@ -1,0 +1,80 @@
+"""Computes the test metrics of a checkpoint: what `lightkit.evaluate` prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+
+from lightkit._util.printable import printable
+from lightkit.app.checks import errors_of_lightning
+from lightkit.app.restore import Restored, errors_of_a_model, restore
+from lightkit.config import build
+from lightkit.data import MNIST, Text
+from lightkit.errors import CheckpointError, ConfigError
+from lightkit.strategies import tpu
+
+# The arguments of data modules that name the place of the data.
+_PLACES = ("data_dir", "path")
+
+# The precisions of Lightning's that need no further package.
+_PRECISIONS = ("16-true", "16-mixed", "bf16-true", "bf16-mixed", "32-true", "64-true", "16", "bf16", "32", "64")
+
+
+def evaluate(
+    ckpt_path: str | Path, *, data_dir: str | None = None, download: bool = True, accelerator: str = "auto"
+) -> dict[str, Any]:
+    """Computes the test metrics of a checkpoint, as lightkit.train computes them.
+
+    Args:
+        ckpt_path: a checkpoint of lightkit.train, which may be a stranger's.
+        data_dir: the file or directory of the data; by default the one that the checkpoint names.
+        download: fetch a data set that is not there, if its data module can.
+        accelerator: of Lightning's, or ``"tpu"``.
+
+    Raises:
+        LightkitError: the checkpoint, its data or an argument cannot be used.
+    """
+    restored = restore(ckpt_path, evaluates=True)
+    data = _build_data(restored, data_dir, download)
+    trainer = build(
+        {"_target_": "lightning.pytorch.Trainer"},
+        **(tpu.choose() if accelerator == "tpu" else {"accelerator": accelerator}),
+        devices=1,
+        precision=_precision(restored),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    with errors_of_a_model(), errors_of_lightning():
+        (metrics,) = trainer.test(restored.task, datamodule=data, verbose=False)
+    return metrics
+
+
+def _build_data(restored: Restored, data_dir: str | None, download: bool) -> pl.LightningDataModule:
+    """Builds the data module; prints the place that the checkpoint names before anything there is read."""
+    data = restored.build_data()
+    place = next((name for name in _PLACES if hasattr(data, name)), None)
+    if data_dir is not None:
+        if place is None:
+            raise ConfigError(f"data_dir: {type(data).__name__} does not read from a directory")
+        setattr(data, place, data_dir)
+    elif place is not None and getattr(data, place) is not None:
+        print(f"reading {printable(str(getattr(data, place)))}, which the checkpoint names", flush=True)
+    if isinstance(data, Text):
+        data.is_own = data_dir is not None
+    if isinstance(data, MNIST):
+        data.download = download
+    return data
+
+
+def _precision(restored: Restored) -> str | int:
+    trainer = restored.config.get("trainer")
+    precision = trainer.get("precision", "32-true") if isinstance(trainer, dict) else "32-true"
+    if str(precision) not in _PRECISIONS:
+        raise CheckpointError(
+            f"trainer.precision of the checkpoint is {printable(str(precision))!r}, expected {', '.join(_PRECISIONS)}"
+        )
+    return precision

@@ -1,0 +1,157 @@
+"""What the report of a language model shows: texts it makes, and what surprises it in those that people wrote."""
+
+from __future__ import annotations
+
+import codecs
+import html
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from lightkit._util.printable import printable
+from lightkit.app.report.figures import BLUE, GREY, grid, save, styled
+from lightkit.app.report.section import Section
+from lightkit.data.text import Text
+from lightkit.tasks import LanguageModelTask
+
+# Bytes shown: of a held-out text to go on from, of what the model makes of it, and of the coloured passage.
+_PROMPT, _ADDED, _PASSAGE = 80, 240, 1600
+_SAMPLES = 3
+_TEMPERATURE = 0.8
+
+# Of what was given: lighter than what was made, and dark enough to be read.
+_GIVEN = "#64748b"
+
+# Bits at which a character has the strongest colour: those of a byte of which nothing is known.
+_STRONGEST = 8
+_PRE = '<pre style="white-space: pre-wrap; overflow-wrap: anywhere">'
+
+
+def sections(
+    run_dir: Path,
+    metrics: dict[str, Any],
+    task: LanguageModelTask,
+    data: pl.LightningDataModule,
+    recorded: dict[str, Tensor],
+) -> list[Section]:
+    """The sections of a test whose ``losses`` ``(N, T)``, in nats, were recorded, of its first N windows."""
+    if not recorded:
+        return []
+    bits = recorded["losses"] / math.log(2)
+    found = []
+    if (bars := bits_per_byte(metrics)) is not None:
+        found.append(Section("Bits a byte of the test", figure=save(bars, run_dir / "bits_per_byte.png")))
+    found.append(Section("By place in the window", figure=save(by_position(bits), run_dir / "by_position.png")))
+    if isinstance(data, Text):
+        windows = data.test[: len(bits)]
+        found.append(Section("What it writes", html=samples(task, data, windows)))
+        found.append(Section("What surprises it", html=passage(windows, bits)))
+        found.append(Section("Where the bits go", html=costs(windows, bits)))
+    return found
+
+
+@styled
+def bits_per_byte(metrics: dict[str, Any]) -> Figure | None:
+    """The model next to what counting reaches on the same targets."""
+    suffix = "_bits_per_byte"
+    named = {name: value for name, value in metrics.items() if name.startswith("baseline/") and name.endswith(suffix)}
+    if not named or "test/bits_per_byte" not in metrics:
+        return None
+    bars = {name[len("baseline/") : -len(suffix)]: value for name, value in named.items()}
+    bars = dict(sorted(bars.items(), key=lambda item: -item[1])) | {"this model": metrics["test/bits_per_byte"]}
+    figure, axes = grid(7, 0.5 * len(bars) + 0.9, nrows=1, ncols=1)
+    axis = axes[0, 0]
+    axis.grid(False, axis="y")
+    drawn = axis.barh(list(bars), list(bars.values()), color=[GREY] * (len(bars) - 1) + [BLUE], height=0.6)
+    axis.bar_label(drawn, fmt="%.3f", padding=4)
+    axis.invert_yaxis()
+    axis.set(xlabel="bits a byte (8: nothing known)", xlim=(0, max(bars.values()) * 1.15))
+    return figure
+
+
+@styled
+def by_position(bits: Tensor) -> Figure:
+    """Mean bits of a target against how many tokens stand before it."""
+    figure, axes = grid(7, 3.2, nrows=1, ncols=1)
+    axis = axes[0, 0]
+    means = bits.mean(dim=0).numpy()
+    axis.plot(range(1, len(means) + 1), means, color=BLUE, linewidth=1.8)
+    axis.set(xlabel="tokens seen before", ylabel="bits", ylim=(0, None))
+    return figure
+
+
+def samples(task: LanguageModelTask, data: Text, windows: Tensor) -> str:
+    """Continuations of passages of the test, each behind what it goes on from."""
+    generator = torch.Generator(task.device).manual_seed(0)
+    parts = []
+    for place in range(_SAMPLES):
+        window = windows[(2 * place + 1) * len(windows) // (2 * _SAMPLES)]
+        prompt = window[:_PROMPT].long()
+        added = task.generate(prompt, _ADDED, temperature=_TEMPERATURE, generator=generator)
+        given, made = (_escape(data.decode(part).decode(errors="replace")) for part in (prompt, added))
+        parts.append(f'{_PRE}<span style="color: {_GIVEN}">{given}</span>{made}</pre>')
+    note = f"<p>Grey is from the test set, black is what the model adds, at temperature {_TEMPERATURE}.</p>"
+    return note + "".join(parts)
+
+
+def passage(windows: Tensor, bits: Tensor) -> str:
+    """A passage of the test, each character in the strength of its surprise."""
+    count = min(len(windows), max(1, _PASSAGE // bits.shape[1]))
+    start = (len(windows) - count) // 2
+    chosen = slice(start, start + count)
+    tokens = windows[chosen, 1:].flatten().tolist()
+    spans: list[str] = []
+    for text, cost in _characters(tokens, bits[chosen].flatten().tolist()):
+        # Few strengths: neighbours of the same one share a span, and the page stays small.
+        strength = round(min(cost / _STRONGEST, 1.0) * 8) / 8
+        style = f'<span style="background: rgba(234, 88, 12, {strength * 0.8:.2g})">'
+        if spans and spans[-1].startswith(style):
+            spans[-1] += _escape(text)
+        else:
+            spans.append(style + _escape(text))
+    note = (
+        f"<p>Windows {start + 1} to {start + count} of the test set. The stronger the colour, the more bits a "
+        f"character takes: none at 0, the full one at {_STRONGEST} or more. Each window of {bits.shape[1]} bytes "
+        "starts without memory.</p>"
+    )
+    return f"{note}{_PRE}{'</span>'.join(spans)}</span></pre>"
+
+
+def costs(windows: Tensor, bits: Tensor, rows: int = 12) -> str:
+    """The bytes that most of the bits go into."""
+    targets = windows[:, 1:].flatten().long()
+    total = torch.zeros(256, dtype=torch.float64).index_add_(0, targets, bits.flatten().double())
+    count = targets.bincount(minlength=256)
+    lines = []
+    for byte in total.argsort(descending=True)[:rows].tolist():
+        if count[byte]:
+            name = html.escape(ascii(chr(byte))) if byte < 128 else f"0x{byte:02x}"
+            lines.append(
+                f"<tr><td>{name}</td><td>{total[byte] / count[byte]:.2f}</td>"
+                f"<td>{count[byte] / len(targets):.1%}</td><td>{total[byte] / total.sum():.1%}</td></tr>"
+            )
+    head = "<tr><th>byte</th><th>bits each</th><th>share of the text</th><th>share of the bits</th></tr>"
+    return f'<table class="classes">{head}{"".join(lines)}</table>'
+
+
+def _escape(text: str) -> str:
+    return html.escape(printable(text, keep="\n\t"))
+
+
+def _characters(tokens: list[int], bits: list[float]) -> Iterator[tuple[str, float]]:
+    """The characters that bytes of UTF-8 encode, each with the bits of its bytes together."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    cost = 0.0
+    for token, value in zip(tokens, bits, strict=True):
+        cost += value
+        if text := decoder.decode(bytes([token])):
+            yield text, cost
+            cost = 0.0
+    if text := decoder.decode(b"", final=True):
+        yield text, cost

@@ -1,0 +1,106 @@
+"""The checkpoint that a training goes on from: found, checked to fit, and its logs taken along."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig
+
+from lightkit.app import run_files, run_records
+from lightkit.callbacks.save_figures import EPOCH_KEY, FIGURES_KEY
+from lightkit.checkpoints import check_weights, load_checkpoint
+from lightkit.checkpoints.training_state import check_training_state, checked_weights
+from lightkit.errors import CheckpointError
+from lightkit.loggers import CSVLogger
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """A checkpoint that a training goes on from.
+
+    Args:
+        path: of the checkpoint.
+        checkpoint: its content.
+        run: the run that wrote it; None if it lies in no run's directory.
+    """
+
+    path: Path
+    checkpoint: dict[str, Any]
+    run: run_records.Run | None
+
+    def steps(self) -> int:
+        """Returns the number of steps that were logged before the checkpoint: several optimizers take one each."""
+        return math.ceil(self.checkpoint["global_step"] / max(1, len(self.checkpoint.get("optimizer_states", []))))
+
+    def figures(self) -> dict[str, Any]:
+        """Returns the figures before the test: the last value that was logged under each name."""
+        logged = self.checkpoint.get(FIGURES_KEY)
+        numbers = (int, float)
+        logged = {k: v for k, v in logged.items() if type(v) in numbers} if isinstance(logged, dict) else {}
+        if self.run is None:
+            return logged
+        return logged | run_files.read_if_newer(self.run.directory / run_files.METRICS, self.path)
+
+    def continue_logs(self, loggers: Iterable[Logger], run_dir: Path) -> None:
+        """Lets each ``metrics.csv`` of a new run begin with the rows of the run that goes on.
+
+        Args:
+            loggers: of the new run.
+            run_dir: the directory of the new run.
+        """
+        source = self.path.absolute().parent.parent if self.run is None else self.run.directory
+        for logger in loggers:
+            if isinstance(logger, CSVLogger):
+                own = Path(logger.log_dir).absolute()
+                # A log has the same place in both runs; outside of them they share one log.
+                is_inside = own.is_relative_to(run_dir.absolute())
+                place = source / own.relative_to(run_dir.absolute()) if is_inside else own
+                epoch = self.checkpoint.get(EPOCH_KEY, {})
+                last = epoch and {"epoch": self.checkpoint["epoch"], **epoch}
+                logger.continue_from(place / run_files.LOG, self.steps(), last)
+
+
+def find_resume_point(config: DictConfig, task: pl.LightningModule) -> ResumePoint | None:
+    """Returns the checkpoint that ``ckpt_path`` names, checked to fit a task and to leave something to do.
+
+    Returns:
+        None if ``ckpt_path`` is null.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, damaged, of something else, or nothing is left to train.
+    """
+    if config.ckpt_path is None:
+        return None
+    if config.ckpt_path == "last":
+        # Only in a program that calls `train` itself: the process that leads the command has chosen already.
+        path = run_records.find_last(run_records.describe(config), config.name)
+        print(f"continuing {path}")
+    else:
+        path = Path(config.ckpt_path)
+    checkpoint = load_checkpoint(path, is_strangers=True)
+    check_weights(task, {"state_dict": checked_weights(checkpoint, path)}, path)
+    try:
+        epochs_done = checkpoint["epoch"] + 1
+        is_at_end = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} cannot be resumed: it has the weights but not the state of a training"
+        ) from error
+    check_training_state(checkpoint, path)
+    run = run_records.find_run(path)
+    # What is left of a run that has no report is the test and the report.
+    has_report = run is None or run.is_finished
+    is_own = path.absolute().is_relative_to(Path(config.run_dir).absolute())
+    wanted = config.trainer.max_epochs or 0
+    if is_at_end and not is_own and 0 < wanted <= epochs_done and (has_report or wanted < epochs_done):
+        raise CheckpointError(
+            f"{path} has {epochs_done} epochs behind it and trainer.max_epochs is {config.trainer.max_epochs}: "
+            f"nothing is left to train; pass trainer.max_epochs={epochs_done + 1} or more"
+        )
+    return ResumePoint(path, checkpoint, run)

@@ -1,0 +1,94 @@
+"""The keys and groups of a configuration: which there are, and which the command line may leave out."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from hydra import initialize_config_module
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.default_element import GroupDefault
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from lightkit.errors import ConfigError
+from lightkit.targets import nearest
+
+CONFIG_MODULE = "lightkit.conf"
+
+
+@contextmanager
+def config_loader() -> Iterator[ConfigLoader]:
+    """Yields Hydra's loader: the running command's, or a new one after the command has ended in an error."""
+    if GlobalHydra.instance().is_initialized():
+        yield GlobalHydra.instance().config_loader()
+    else:
+        with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
+            yield GlobalHydra.instance().config_loader()
+
+
+def check_top_level(config: Mapping[str, Any], config_name: str) -> None:
+    """Rejects unknown and missing top-level keys, which Hydra's ``+key=value`` and ``~key`` would allow.
+
+    Raises:
+        ConfigError: names the key, and the nearest known ones.
+    """
+    known, groups, optional = top_level(config_name)
+    # Iterated over: for a value that must yet be given, `in` says no.
+    if missing := set(known).difference(map(str, config), optional):
+        raise ConfigError(f"the configuration needs {', '.join(sorted(missing))}, which cannot be removed")
+    for key in config:
+        if key not in known:
+            raise ConfigError(f"{key!r} is not a key of the configuration{nearest(str(key), [*known, *groups])}")
+
+
+def top_level(config_name: str) -> tuple[list[str], list[str], list[str]]:
+    """Returns the top-level keys of a configuration, all groups, and those of both that may be missing."""
+    with config_loader() as loader:
+        return _top_level(loader, config_name)
+
+
+@functools.lru_cache(maxsize=1)
+def _top_level(loader: ConfigLoader, config_name: str) -> tuple[list[str], list[str], list[str]]:
+    # Read, not composed: composing would take longer than anything else before a job of a sweep.
+    primary = loader.repository.load_config(config_name)
+    defaults = [default.group for default in primary.defaults_list if isinstance(default, GroupDefault)]
+    known = [*map(str, primary.config), *(group for group in defaults if "/" not in group)]
+    groups = loader.list_groups("")
+    # Hydra's own key is not handed on; a group that has the choice `none` may be missing.
+    return known, groups, ["hydra", *(group for group in groups if "none" in loader.get_group_options(group))]
+
+
+def default_config(loader: ConfigLoader, config_name: str) -> DictConfig:
+    """Returns the configuration without any override."""
+    return loader.load_configuration(config_name, overrides=[], run_mode=RunMode.RUN)
+
+
+def override_names(config_name: str) -> list[str]:
+    """Returns every key, dotted, and every group that may stand left of an equals sign."""
+    with config_loader() as loader:
+        keys = _dotted(OmegaConf.to_container(default_config(loader, config_name)))
+        return list(dict.fromkeys([*keys, *loader.list_groups("")]))
+
+
+def _dotted(node: Any, prefix: str = "") -> Iterator[str]:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield prefix + str(key)
+            yield from _dotted(value, f"{prefix}{key}.")
+
+
+def quote_texts(names: list[str]) -> None:
+    """Puts quotes around the command line's numbers and truth values that belong to keys of texts: 1.50, true."""
+    parser = OverridesParser.create()
+    for index, word in enumerate(sys.argv[1:], start=1):
+        key, _, typed = word.partition("=")
+        if key.lstrip("+") in names:
+            (override,) = parser.parse_overrides([word])
+            if isinstance(override.value(), (int, float)):
+                sys.argv[index] = f"{key}='{typed}'"

@@ -1,0 +1,186 @@
+"""Checks what a checkpoint says of a training before the training goes on from it.
+
+torch and Lightning take states as they come: kernels of optimizers read beyond a state that is smaller than its
+parameter, and attributes of schedulers and loops become whatever the file has.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightkit._util.printable import printable
+from lightkit.errors import CheckpointError
+
+_DTYPES = {
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128, torch.bool),
+    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+}
+
+# Options that say how a step is computed; they are the configuration's, whatever a file says.
+_IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable")
+
+# Optimizers of torch's whose states have other shapes than the parameters.
+_OTHER_SHAPES = (torch.optim.LBFGS, torch.optim.Adafactor)
+
+# Of counters.
+_LARGEST = 2**53
+_VERSION = re.compile(r"[1-9]\d?\.\d+[\w.+-]*")
+
+# Lightning's keys that hold lists or mappings.
+_KINDS = {"loops": dict, "callbacks": dict, "optimizer_states": list, "lr_schedulers": list}
+
+
+def checked_weights(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
+    """Returns the state dict of a checkpoint, if it has names and plain tensors on the CPU and nothing else.
+
+    Raises:
+        CheckpointError: names the first entry that is something else.
+    """
+    weights = checkpoint["state_dict"]
+    if type(weights) not in (dict, OrderedDict):
+        raise CheckpointError(f"{path}: its state_dict is a {type(weights).__name__}, expected a mapping")
+    # Not by methods of the object, which a file can give other ones.
+    weights = dict(dict.items(weights))
+    for name, value in weights.items():
+        # What a module keeps beside its tensors is its own.
+        is_extra = type(name) is str and name.endswith("_extra_state")
+        if type(name) is not str or not (_is_plain(value) or is_extra):
+            kind = f"{type(value).__name__} of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+            raise CheckpointError(f"{path}: {printable(str(name))} is not a plain tensor of the CPU, but a {kind}")
+    return weights
+
+
+def check_training_state(checkpoint: dict[str, Any], path: str | Path) -> None:
+    """Refuses a checkpoint whose entries are not of the kinds that Lightning writes.
+
+    Raises:
+        CheckpointError: names the entry.
+    """
+    checked_weights(checkpoint, path)
+    for key, kind in _KINDS.items():
+        if type(checkpoint.get(key, kind())) is not kind:
+            raise _wrong(path, key, checkpoint[key])
+    if "callbacks" not in checkpoint:
+        raise CheckpointError(f"{path} cannot be resumed: it has no states of callbacks")
+    for key in ("epoch", "global_step"):
+        _check_counter(path, key, checkpoint.get(key, 0))
+    version = checkpoint.get("pytorch-lightning_version", "2.0")
+    if type(version) is not str or not _VERSION.fullmatch(version):
+        raise _wrong(path, "pytorch-lightning_version", version)
+    for name, state in checkpoint.get("callbacks", {}).items():
+        if type(name) is not str or type(state) is not dict:
+            raise _wrong(path, f"callbacks.{name}", state)
+    _check_counters(path, "loops", checkpoint.get("loops", {}), 0)
+    for state in checkpoint.get("optimizer_states", []):
+        groups = state.get("param_groups") if type(state) is dict else None
+        if type(groups) is not list or type(state.get("state")) is not dict:
+            raise _wrong(path, "optimizer_states", state)
+
+
+def _check_counters(path: str | Path, name: str, value: Any, depth: int) -> None:
+    if type(value) is int:
+        _check_counter(path, name, value)
+    elif type(value) is dict and depth < 8:
+        for key, part in value.items():
+            # What a module or a data loader keeps is its own.
+            if key != "state_dict" and "combined_loader" not in str(key):
+                _check_counters(path, f"{name}.{key}", part, depth + 1)
+
+
+def _check_counter(path: str | Path, name: str, value: Any) -> None:
+    if type(value) is not int or not 0 <= value <= _LARGEST:
+        raise _wrong(path, name, value)
+
+
+def _wrong(path: str | Path, name: str, value: Any) -> CheckpointError:
+    shown = repr(value) if isinstance(value, (int, float, str)) else f"a {type(value).__name__}"
+    return CheckpointError(f"{path} cannot be resumed: its {printable(name[:100])} is {printable(shown[:100])}")
+
+
+def _is_plain(value: Any) -> bool:
+    return (
+        type(value) in (Tensor, nn.Parameter)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and value.dtype in _DTYPES
+    )
+
+
+class CheckTrainingState(Callback):
+    """Checks the states of optimizers and schedulers against those that there are, before Lightning restores them.
+
+    Args:
+        path: of the checkpoint, for messages.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = path
+        self._checkpoint: dict[str, Any] = {}
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keeps the checkpoint, whose optimizers there are not yet, until there are."""
+        check_training_state(checkpoint, self._path)
+        checkpoint["state_dict"] = checked_weights(checkpoint, self._path)
+        self._checkpoint = checkpoint
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Checks the states; how steps are computed is the configuration's affair."""
+        states = self._checkpoint.get("optimizer_states", [])
+        for optimizer, state in zip(trainer.optimizers, states, strict=False):
+            self._check_optimizer(optimizer, state)
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        for scheduler, state in zip(schedulers, self._checkpoint.get("lr_schedulers", []), strict=False):
+            own = scheduler.state_dict()
+            strange = {str(name) for name in state.keys() - own.keys()} if type(state) is dict else {"state"}
+            strange |= {name for name in own.keys() & state.keys() if not _is_alike(state[name], own[name])}
+            if strange:
+                raise CheckpointError(
+                    f"{self._path} cannot be resumed: {type(scheduler).__name__} has no such {printable(min(strange))}"
+                )
+        self._checkpoint = {}
+
+    def _check_optimizer(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        cls = type(optimizer)
+        has_shapes = cls.__module__.startswith(("torch.optim", "lightkit.optim")) and not issubclass(cls, _OTHER_SHAPES)
+        for index, entry in state["state"].items():
+            known = type(index) is int and 0 <= index < len(parameters) and type(entry) is dict
+            for name, value in entry.items() if known else [("state", index)]:
+                fits = not isinstance(value, Tensor) or (
+                    _is_plain(value) and (not has_shapes or value.dim() == 0 or value.shape == parameters[index].shape)
+                )
+                if not known or not fits:
+                    raise CheckpointError(
+                        f"{self._path} cannot be resumed: the {printable(str(name))} of {type(optimizer).__name__} "
+                        "does not fit the parameters"
+                    )
+        for own, group in zip(optimizer.param_groups, state["param_groups"], strict=False):
+            if type(group) is not dict:
+                raise _wrong(self._path, "param_groups", group)
+            group.update({name: own[name] for name in _IMPLEMENTATION if name in own})
+            for name in own.keys() & group.keys() - {"params"}:
+                if not _is_alike(group[name], own[name]):
+                    raise _wrong(self._path, f"param_groups.{name}", group[name])
+
+
+def _is_alike(value: Any, own: Any) -> bool:
+    """Returns True if a value may stand where another one stands: the same type, and of numbers any."""
+    plain = (int, float, bool, Tensor, type(None))
+    if own is None:
+        return type(value) in (*plain, str, list, tuple, dict)
+    if isinstance(own, plain):
+        return type(value) in plain
+    if isinstance(own, (list, tuple)):
+        return isinstance(value, (list, tuple))
+    return type(value) is type(own) or isinstance(value, type(own))

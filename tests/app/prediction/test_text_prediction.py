@@ -1,0 +1,83 @@
+"""Continuing a text with a checkpoint: where the prompt comes from, what may be set, what comes out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from lightkit._util.printable import printable
+from lightkit.app import prediction
+from lightkit.app.factory import build_task
+from lightkit.app.restore import Restored
+from lightkit.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def restored():
+    """A model that has learnt nothing, of bytes."""
+    torch.manual_seed(0)
+    config = OmegaConf.create(
+        {
+            "model": {"_target_": "lightkit.models.RNNLanguageModel", "vocab_size": 256, "hidden_size": 8},
+            "task": {"_target_": "lightkit.tasks.LanguageModelTask"},
+            "optim": {"_target_": "lightkit.optim.Adam", "_partial_": True},
+            "data": {"_target_": "lightkit.data.Text"},
+        }
+    )
+    return Restored(OmegaConf.to_container(config), build_task(config).eval(), {})
+
+
+def predict(restored, **given):
+    """What a command line with these keys predicts."""
+    return prediction.predict(restored, prediction.PredictionRequest(**given))
+
+
+def test_prompt_of_a_file_or_of_the_command_line(restored, tmp_path, capsys):
+    """Both give the same text for the same seed, and a file gets its bytes as they are."""
+    (tmp_path / "prompt").write_bytes("naïve ".encode() + b"\xff")
+    first = predict(restored, input=str(tmp_path / "prompt"), length=50, seed=1)
+    again = predict(restored, input=str(tmp_path / "prompt"), length=50, seed=1)
+    other = predict(restored, input=str(tmp_path / "prompt"), length=50, seed=2)
+    assert first == again != other
+    first.write(tmp_path / "out")
+    written = (tmp_path / "out").read_bytes()
+    assert written.startswith("naïve ".encode() + b"\xff") and len(written) == 8 + 50
+    first.show()
+    shown = capsys.readouterr().out
+    assert shown == printable(written.decode(errors="replace"), keep="\n\t") + "\n"
+    assert not any(ord(c) < 32 and c not in "\n\t" for c in shown)
+    given = predict(restored, text="naïve", length=50, seed=1)
+    assert given.prompt == "naïve".encode() and len(given.added) == 50
+
+
+def test_empty_prompt(restored):
+    """Without a prompt a text begins as files do, and without a seed it is another one each time."""
+    first, second = predict(restored, text=""), predict(restored, text="")
+    assert first.prompt == b"" and len(first.added) == 400
+    assert first.added != second.added
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({}, "input=FILE or text=TEXT .* give one of them, not 0"),
+        ({"input": "x", "text": "y"}, "give one of them, not 2"),
+        ({"text": "a", "length": 0}, "length must be at least 1, got 0"),
+        ({"text": "a", "temperature": -1}, "temperature must be at least 0, got -1"),
+        ({"text": "a", "top_k": 0}, "top_k must be at least 1, got 0"),
+        ({"text": "a", "seed": -1}, "seed must be from 0 to 18446744073709551615, got -1"),
+        ({"text": "a", "seed": 2**64}, "seed must be from 0"),
+        ({"text": "a", "invert": True}, "invert: the checkpoint is of a model for text, these are for images"),
+    ],
+)
+def test_wrong_keys(restored, given, named):
+    """A key that is out of its range, or of another kind of model, is named."""
+    with pytest.raises(ConfigError, match=named):
+        predict(restored, **given)
+
+
+def test_input_that_is_not_there(restored, tmp_path):
+    """A file that cannot be read is named."""
+    with pytest.raises(DataError, match=r"input=.*nowhere cannot be read: No such file"):
+        predict(restored, input=str(tmp_path / "nowhere"))

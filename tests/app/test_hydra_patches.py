@@ -1,0 +1,20 @@
+"""What the commands change in Hydra: faster, and with the same answers."""
+
+from __future__ import annotations
+
+from hydra import initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
+
+from lightkit.app import hydra_patches
+
+
+def test_groups_are_what_hydra_lists():
+    """Every group, and what it has; fails when Hydra looks for groups in another way."""
+    with initialize_config_module("lightkit.conf", version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        for group in ("", "data", "hydra", "hydra/launcher", "nothing"):
+            for kind in (ObjectType.CONFIG, ObjectType.GROUP, None):
+                listed = hydra_patches._get_group_options_at_once(loader, group, kind)
+                assert listed == hydra_patches._get_group_options(loader, group, kind)
+        assert "mnist_5k" in hydra_patches._get_group_options_at_once(loader, "data")

@@ -1,0 +1,232 @@
+"""What a job knows of itself after a restart, and how its processes notice that one is gone."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+from torch.distributed import HashStore
+
+from lightkit.app.restarts import Restarts
+from lightkit.errors import CheckpointError, ConfigError
+from lightkit.runtime import keepalive
+from lightkit.runtime.restart_record import DIRECTORY
+
+
+@pytest.fixture
+def torchrun(tmp_path, monkeypatch):
+    """Sets torchrun's variables, in a directory of its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def set_variables(run_id="job", count=0, most=3, nodes=1, arguments=("+experiment=cnn",)):
+        variables = {
+            "TORCHELASTIC_RUN_ID": run_id,
+            "TORCHELASTIC_RESTART_COUNT": str(count),
+            "TORCHELASTIC_MAX_RESTARTS": str(most),
+            "TORCHELASTIC_USE_AGENT_STORE": "False",
+            "GROUP_WORLD_SIZE": str(nodes),
+        }
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr("sys.argv", ["train", *arguments])
+        return Restarts()
+
+    return set_variables
+
+
+def config_in(directory):
+    (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
+    return OmegaConf.create({"run_dir": str(directory), "ckpt_path": None})
+
+
+def test_a_first_start_changes_nothing(torchrun, tmp_path):
+    """No argument is added, and no checkpoint looked for."""
+    restarts, config = torchrun(), config_in(tmp_path / "run")
+    assert restarts.arguments() == ["+experiment=cnn"]
+    assert restarts.begin(config) and config.ckpt_path is None
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_goes_on_in_the_same_directory(torchrun, tmp_path, capsys, count):
+    """By the id alone where torchrun counts no restart: it counts none when a machine joins, or after a requeue."""
+    run = tmp_path / "a run, 'x'=1 \\ \u00e9"
+    torchrun().begin(config_in(run))
+    (run / "checkpoints" / "last.ckpt").touch()
+    restarts, config = torchrun(count=count), config_in(run)
+    *_, added = restarts.arguments()
+    (override,) = OverridesParser.create().parse_overrides([added])
+    assert (override.key_or_group, override.value()) == ("hydra.run.dir", str(run))
+    assert restarts.begin(config)
+    assert config.ckpt_path == str(run / "checkpoints" / "last.ckpt")
+    assert capsys.readouterr().out == f"continuing {config.ckpt_path}\n"
+
+
+def test_another_job_of_the_same_id(torchrun, tmp_path):
+    """With other arguments, or after the first one is finished, it begins anew."""
+    first = torchrun()
+    first.begin(config_in(tmp_path / "run"))
+    assert len(torchrun().arguments()) == 2
+    assert len(torchrun(arguments=["+experiment=rnn"]).arguments()) == 1
+    # Its record is gone: that of the other job takes its place, which a restart of the first one is not to go on with.
+    torchrun(arguments=["+experiment=rnn"]).begin(config_in(tmp_path / "other"))
+    with pytest.raises(ConfigError, match="another job uses --rdzv-id=job too, with the arguments"):
+        torchrun(count=1)
+
+
+@pytest.mark.parametrize("arguments", [["+experiment=cnn"], ["+experiment=rnn"]])
+def test_a_finished_job_of_the_same_id(torchrun, tmp_path, arguments):
+    """A job that fails before it has a run does not take the end of that one for its own when it is restarted."""
+    first = torchrun()
+    first.begin(config_in(tmp_path / "run"))
+    first.finish()
+    torchrun(arguments=arguments)
+    again = torchrun(count=1, arguments=arguments)
+    assert again.arguments() == arguments and again.begin(config_in(tmp_path / "another"))
+
+
+def test_a_job_without_an_id(torchrun, tmp_path):
+    """On one machine torchrun gives it none: then a counted restart alone is one."""
+    torchrun(run_id="none").begin(config_in(tmp_path / "run"))
+    assert len(torchrun(run_id="other", count=1).arguments()) == 1
+    assert len(torchrun(run_id="none", count=1).arguments()) == 2
+    assert len(torchrun(run_id="none").arguments()) == 1
+
+
+def test_done_runs_stay_done(torchrun, tmp_path, capsys):
+    """After a restart the runs of a sweep that were done are not done again, and what they came to is known."""
+    restarts, config = torchrun(), config_in(tmp_path / "0")
+    restarts.begin(config)
+    restarts.end(0.25)
+    again = torchrun(count=1)
+    assert not again.begin(config) and again.result() == 0.25
+    assert "done before the restart" in capsys.readouterr().out
+    restarts.finish()
+    assert torchrun(count=1).arguments() is None
+    assert "done before the restart" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("is_done", [False, True])
+def test_other_parameters_begin_anew(torchrun, tmp_path, monkeypatch, is_done):
+    """A sampler without a seed proposes others for the same directory: neither result nor checkpoints are theirs."""
+    from lightkit.app import restarts as module
+
+    run = tmp_path / "0"
+    monkeypatch.setattr(module, "_overrides", lambda: ["optim.lr=0.1"])
+    restarts, config = torchrun(), config_in(run)
+    older = run / "checkpoints" / "older.ckpt"
+    older.touch()
+    restarts.begin(config)
+    newer = run / "checkpoints" / "best.ckpt"
+    newer.touch()
+    if is_done:
+        restarts.end(0.25)
+    monkeypatch.setattr(module, "_overrides", lambda: ["optim.lr=0.2"])
+    again = torchrun(count=1)
+    assert again.begin(config) and config.ckpt_path is None and again.result() is None
+    # Whatever another job left there is not this one's to remove.
+    assert older.exists() and not newer.exists()
+    # Those parameters are the run's from now on.
+    assert torchrun(count=2).begin(config)
+
+
+def test_half_written_checkpoints_are_removed(torchrun, tmp_path):
+    """Each is as large as a checkpoint, has a name of its own, and would stay for ever."""
+    run = tmp_path / "run"
+    torchrun().begin(config_in(run))
+    for name in ("last.ckpt", ".best.ckpt.sf4l308q", ".hidden.ckpt"):
+        (run / "checkpoints" / name).touch()
+    torchrun(count=1).begin(config_in(run))
+    assert sorted(os.listdir(run / "checkpoints")) == [".hidden.ckpt", "last.ckpt"]
+
+
+def test_an_unknown_run_is_not_passed_over(torchrun, tmp_path, capsys):
+    """A restart that finds no run says so, as its directory may not be shared."""
+    assert torchrun(count=1).begin(config_in(tmp_path / "run"))
+    assert "finds no run of this job below" in capsys.readouterr().err
+
+
+def test_a_damaged_record(torchrun):
+    """One error that names the file."""
+    DIRECTORY.mkdir(parents=True)
+    (DIRECTORY / "job.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"job\.json, which says what this job did .* is damaged"):
+        torchrun()
+
+
+def test_ids_of_any_kind(torchrun, tmp_path):
+    """An id is a file name, whatever is in it; two of them are two files."""
+    for run_id in ("../../x", "a/b", "a_b", "x" * 300):
+        torchrun(run_id=run_id).begin(config_in(tmp_path / "run"))
+    assert len(list(DIRECTORY.iterdir())) == 4
+
+
+def test_several_machines_need_an_id(torchrun):
+    """Before the job starts, not when it comes to a restart."""
+    with pytest.raises(ConfigError, match="restarts need --rdzv-id=NAME"):
+        torchrun(run_id="none", nodes=2)
+    torchrun(run_id="none", nodes=2, most=0)
+
+
+@pytest.fixture
+def lines(monkeypatch):
+    """Two connections, of ranks 0 and 1, and who was given up."""
+    given_up = []
+    monkeypatch.setattr(keepalive, "_give_up", given_up.append)
+    store = HashStore()
+    return keepalive.Keepalive(store, 0, "127.0.0.1"), keepalive.Keepalive(store, 1, "127.0.0.1"), given_up, store
+
+
+def wait_for(condition):
+    end = time.monotonic() + 10
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    return condition()
+
+
+def test_a_lost_process_is_noticed(lines):
+    """A connection that ends without a word: that process is gone."""
+    first, second, given_up, _ = lines
+    assert wait_for(lambda: first._connections)
+    second._connections[0].shutdown(socket.SHUT_RDWR)
+    assert wait_for(lambda: sorted(given_up) == [0, 1])
+
+
+def test_an_orderly_end_is_none(lines):
+    """Who ends as it should is not missed."""
+    first, second, given_up, _ = lines
+    assert wait_for(lambda: first._connections)
+    second.release()
+    first.release()
+    second._connections[0].shutdown(socket.SHUT_RDWR)
+    time.sleep(0.3)
+    assert given_up == []
+
+
+def test_strangers_are_not_missed(lines):
+    """Something else that finds the port, and goes again, is no process of the job."""
+    import json
+
+    first, _, given_up, store = lines
+    port, _ = json.loads(store.get("keepalive"))
+    for said in (b"", b"GET / HTTP/1.0\r\n\r\n", b"\xff\xfe\n"):
+        with socket.create_connection(("127.0.0.1", port)) as stranger:
+            stranger.sendall(said)
+    time.sleep(0.3)
+    assert given_up == [] and len(first._connections) == 1
+
+
+def test_giving_up_ends_the_process():
+    """Whatever the main thread waits for."""
+    pid = os.fork()
+    if pid == 0:
+        os.environ["RANK"] = "1"
+        keepalive._GRACE = 0.0
+        threading.Thread(target=keepalive._give_up, args=(0,), daemon=True).start()
+        threading.Event().wait()
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 1

@@ -1,0 +1,190 @@
+"""Which run goes on with which: by what they record of themselves."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from lightkit.app import run_records
+from lightkit.app.run_records import Run, differences, find_last, find_unfinished
+from lightkit.errors import CheckpointError
+
+CONFIG = {
+    "data": {"_target_": "lightkit.data.MNIST5k", "seed": "${seed}", "share": float("nan")},
+    "model": {"width": 8},
+    "task": {"loss": {"_target_": "X"}},
+    "seed": 0,
+    "optim": {"lr": 0.1},
+}
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch):
+    """Makes runs below runs/x, each newer than those before."""
+    monkeypatch.chdir(tmp_path)
+    made = []
+
+    def run(name, checkpoints=("last.ckpt",), **options):
+        config = {**CONFIG, **options.pop("config", {})}
+        new = Run(tmp_path / "runs" / "x" / name, 1e9 + len(made), config, **options)
+        new.write()
+        made.append(new)
+        for age, file in enumerate(checkpoints):
+            path = new.directory / "checkpoints" / file
+            path.parent.mkdir(exist_ok=True)
+            # Nothing that could be called damaged.
+            path.write_bytes(b"old format")
+            os.utime(path, (2e9 - age, 2e9 - age))
+        return new
+
+    return run
+
+
+def mine(**options):
+    return Run(Path("new").absolute(), 2e9, {**CONFIG, **options.pop("config", {})}, **options)
+
+
+def found(*arguments):
+    return find_last(*arguments).relative_to(Path("runs/x").absolute()).as_posix()
+
+
+def test_the_newest_of_the_same_kind(make):
+    """The jobs of sweeps are runs like others; keys other than four may differ."""
+    make("old")
+    make("sweep/0", config={"optim": {"lr": 9}})
+    make("sweep/1", config={"seed": 1})
+    make("quick", choices={"debug": "quick"})
+    assert found(mine(), "x") == "sweep/0/checkpoints/last.ckpt"
+    assert found(mine(config={"seed": 1}), "x") == "sweep/1/checkpoints/last.ckpt"
+    assert found(mine(choices={"debug": "quick"}), "x") == "quick/checkpoints/last.ckpt"
+
+
+def test_compared_before_interpolation(make):
+    """What is written differently is another configuration, though it may come to the same."""
+    make("a")
+    with pytest.raises(CheckpointError, match=r'runs/x/a: data\.seed="\$\{seed\}" there and 0 here$'):
+        find_last(mine(config={"data": {**CONFIG["data"], "seed": 0}}), "x")
+
+
+def test_all_that_differs_is_named(make):
+    """The nearest one has the fewest other keys, missing ones among them; one line."""
+    make("far", config={"seed": 5, "model": {"width": 9, "depth": 2}})
+    make("near", config={"model": {"width": 8, "name": "a\nb"}})
+    make("nothing to go on from", checkpoints=(), config={"seed": 3})
+    with pytest.raises(CheckpointError) as error:
+        find_last(mine(), "x")
+    assert str(error.value).endswith(r'the nearest is runs/x/near: model.name="a\nb" there and null here')
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("checkpoints", "expected"),
+    [
+        (["last.ckpt", "best.ckpt"], "last"),
+        (["best.ckpt", "last.ckpt"], "best"),
+        (["best.ckpt"], "best"),
+        (["epoch=3.ckpt"], "epoch=3"),
+    ],
+)
+def test_the_newest_checkpoint(make, checkpoints, expected):
+    """Whatever it is called."""
+    make("a", checkpoints)
+    assert found(mine(), "x") == f"a/checkpoints/{expected}.ckpt"
+
+
+def test_damaged_checkpoints(make, capsys):
+    """One that a full disk has left empty is passed over, with a line."""
+    run = make("a", ["last.ckpt", "best.ckpt"])
+    last = run.directory / "checkpoints" / "last.ckpt"
+    last.write_bytes(b"")
+    os.utime(last, (2e9, 2e9))
+    assert found(mine(), "x") == "a/checkpoints/best.ckpt"
+    assert capsys.readouterr().err == "runs/x/a/checkpoints/last.ckpt is damaged (it is empty): it is passed over\n"
+
+
+def test_without_a_checkpoint(make):
+    """A run that was ended before its first one is passed over; if there is no other, that is said."""
+    make("first", checkpoints=())
+    with pytest.raises(
+        CheckpointError, match=r"runs/x/first has the same .*, but no checkpoint .* leave ckpt_path out"
+    ):
+        find_last(mine(), "x")
+    make("second")
+    make("third", checkpoints=())
+    assert found(mine(), "x") == "second/checkpoints/last.ckpt"
+    with pytest.raises(CheckpointError, match=r"there is no last\.ckpt below .*runs/y"):
+        find_last(mine(), "y")
+
+
+def test_jobs_of_a_sweep(make):
+    """They go on with none of their own sweep, nor with one that has another value of a key that is swept."""
+    make("one/0", job="one", config={"optim": {"lr": 1}}, choices={"scheduler": "none"})
+    make("one/1", job="one", config={"optim": {"lr": 2}}, choices={"scheduler": "step"})
+    make("two/0", job="two", config={"optim": {"lr": 1}}, choices={"scheduler": "none"})
+    job = mine(job="two", config={"optim": {"lr": 1}}, choices={"scheduler": "none"})
+    for swept in ("optim.lr", "+optim.lr", "scheduler"):
+        assert found(job, "x", [swept]) == "one/0/checkpoints/last.ckpt"
+    with pytest.raises(CheckpointError, match=r"same .* seed and optim\.lr; .*: optim\.lr=2 there and 3 here"):
+        find_last(replace(job, config={**CONFIG, "optim": {"lr": 3}}), "x", ["optim.lr"])
+
+
+def test_a_group_that_is_swept():
+    """Its choice counts, not what else was set in it."""
+    one, other = mine(choices={"optim": "sgd"}), mine(choices={"optim": "sgd"}, config={"optim": {"lr": 7}})
+    assert differences(one, other, ["optim"]) == []
+    assert differences(one, replace(other, choices={"optim": "adam"}), ["optim"]) == [("optim", '"sgd"', '"adam"')]
+
+
+def test_unfinished(make):
+    """The newest of the same kind that has a checkpoint, unless it came to its end."""
+    make("a")
+    make("b", checkpoints=())
+    assert find_unfinished(mine(), "x").directory.name == "a"
+    make("c", config={"seed": 1})
+    assert find_unfinished(mine(), "x").directory.name == "a"
+    make("d", is_finished=True)
+    assert find_unfinished(mine(), "x") is None
+
+
+def test_runs_of_the_first_edition(tmp_path, monkeypatch):
+    """Hydra's files stand in for the record, and the last figure of a report for its end."""
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs" / "x" / "a"
+    (run / ".hydra").mkdir(parents=True)
+    for name, content in {
+        "config": {**CONFIG, "run_dir": "${hydra:runtime.output_dir}"},
+        "hydra": {"hydra": {"runtime": {"choices": {"debug": "quick", "hydra/sweeper": "basic"}}}},
+        "overrides": ["seed=0"],
+    }.items():
+        OmegaConf.save(OmegaConf.create(content), run / ".hydra" / f"{name}.yaml")
+    (run / "last.ckpt").write_bytes(b"old format")
+    assert found(mine(choices={"debug": "quick"}), "x") == "a/last.ckpt"
+    assert not run_records.read(run).is_finished
+    (run / "metrics.json").write_text('{"val/loss": 1}')
+    assert not run_records.read(run).is_finished
+    (run / "metrics.json").write_text('{"wall_seconds": 1}')
+    assert run_records.read(run).is_finished
+    # As a full disk leaves it.
+    (run / ".hydra" / "config.yaml").write_text("")
+    assert run_records.read(run) is None
+
+
+def test_older_checkpoints_are_not_its_own(make):
+    """Another run may have written to the directory before."""
+    run = make("a")
+    time = (run.directory / "checkpoints" / "last.ckpt").stat().st_mtime_ns
+    replace(run, older=time).write()
+    with pytest.raises(CheckpointError, match="but no checkpoint to go on from"):
+        find_last(mine(), "x")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"started": 1, "config": {}, "surprise": 1}'])
+def test_a_damaged_record(make, content):
+    """It is none: the run is not gone on with, and nothing else comes of it."""
+    run = make("a")
+    (run.directory / ".hydra" / "run.json").write_text(content)
+    assert run_records.read(run.directory) is None

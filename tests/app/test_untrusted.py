@@ -1,0 +1,228 @@
+"""What the configuration inside a checkpoint may build, and that building it does nothing but compute."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from side_effects import watched
+
+import lightkit.app.restore  # noqa: F401  What restoring imports is imported before anybody watches.
+from lightkit.app.untrusted import ADMITTED, build, check_plain
+from lightkit.config import build as build_own
+from lightkit.errors import CheckpointError, ConfigError
+from lightkit.targets import _PACKAGES, exported_classes, find_class
+
+# What each class needs, beside what the caller gives.
+ARGUMENTS = {
+    "lightkit.models.RNN": {"input_size": 3, "hidden_size": 4, "num_outputs": 2},
+    "lightkit.models.RNNLanguageModel": {"vocab_size": 8, "hidden_size": 4},
+    "lightkit.models.Transformer": {"vocab_size": 8, "dim": 8, "num_layers": 1, "num_heads": 2, "context": 4},
+    "lightkit.tasks.ForecastTask": {"horizon": 2},
+    "lightkit.data.CO2": {"history": 4, "horizon": 2},
+    "lightkit.data.Sunspots": {"history": 4, "horizon": 2},
+    "lightkit.data.Series": {"history": 4, "horizon": 2, "path": "/nowhere/values.csv"},
+    "lightkit.data.Text": {"path": "/nowhere/text"},
+    "lightkit.data.MNIST": {"data_dir": "/nowhere"},
+    "torchmetrics.classification.MulticlassFBetaScore": {"beta": 1.0, "num_classes": 3},
+}
+
+
+def arguments_of(target):
+    given = dict(ARGUMENTS.get(target, {}))
+    if ".Multiclass" in target:
+        given.setdefault("num_classes", 3)
+    return given
+
+
+@pytest.mark.parametrize(("place", "target"), [(place, target) for place in ADMITTED for target in ADMITTED[place]])
+def test_building_an_admitted_class_does_nothing_but_compute(place, target):
+    """No file is opened, not even for reading, no socket, no process, and no module beyond the known packages."""
+    cls, extra = find_class(target), {}
+    if place == "task":
+        model = "lightkit.models.RNNLanguageModel" if "Language" in target else "lightkit.models.CNN"
+        extra["model"] = build("model", {"_target_": model, **arguments_of(model)})
+    with watched() as acts:
+        built = build(place, {"_target_": target, **arguments_of(target)}, **extra)
+    assert type(built) is cls
+    assert acts == []
+
+
+def test_the_watch_sees():
+    """Each kind of act shows, so that an empty list says something."""
+    with watched() as acts:
+        open("/dev/null").close()
+        subprocess.run([sys.executable, "-c", ""], check=True)
+        __import__("hypothesis.version")
+        torch.zeros(2).sum()
+    assert {act.partition("(")[0] for act in acts} >= {"open", "subprocess.Popen"}
+
+
+@pytest.mark.parametrize(
+    ("place", "target"),
+    [
+        ("model", "lightning.fabric.plugins.precision.utils._ClassReplacementContextManager"),
+        ("model", "lightning.fabric.loggers.csv_logs._ExperimentWriter"),
+        ("model", "lightkit.parameter_server.journal.Journal"),
+        ("model", "lightkit.parameter_server.Server"),
+        ("model", "lightkit.parameter_server.local.LocalServers"),
+        ("model", "lightkit.data.Text"),
+        ("model", "torch.nn.Sequential"),
+        ("model", "lightkit.models.cnn.CNN"),
+        ("task", "lightning.pytorch.Trainer"),
+        ("loss", "lightkit.models.CNN"),
+        ("metric", "torchmetrics.text.BERTScore"),
+        ("metric", "torchmetrics.wrappers.Running"),
+        ("data", "lightkit.tasks.ClassificationTask"),
+        ("data", "lightning.pytorch.loggers.CSVLogger"),
+        ("data", "os.system"),
+        ("data", "\x1b[2J"),
+    ],
+)
+def test_a_place_admits_its_own_classes_alone(place, target):
+    """Whatever is not listed there, private, of another place or by another path, is refused and named."""
+    with pytest.raises(CheckpointError, match=f"^{place} of the checkpoint: .* is not among the classes") as error:
+        build(place, {"_target_": target, "num_classes": 3})
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("bury", [lambda node: node, lambda node: [node], lambda node: {"a": [{"b": node}]}])
+def test_no_class_within_a_class(bury):
+    """An argument that names a class, however deep, is refused before anything is built."""
+    inner = {"_target_": "lightkit.models.CNN"}
+    with pytest.raises(CheckpointError, match="stands within another class"):
+        build("loss", {"_target_": "torch.nn.CrossEntropyLoss", "weight": bury(inner)})
+
+
+def test_interpolations_are_texts():
+    """A text with a dollar sign stays what it is: nothing looks into the environment."""
+    data = build("data", {"_target_": "lightkit.data.Series", "path": "${oc.env:HOME}", "history": 4, "horizon": 2})
+    assert data.path == "${oc.env:HOME}"
+
+
+@pytest.mark.parametrize(
+    ("node", "message"),
+    [
+        (None, "names no class in model._target_"),
+        ("lightkit.models.CNN", "names no class in model._target_"),
+        ({"_target_": 5}, "names no class in model._target_"),
+        ({"_target_": "lightkit.models.CNN", "image_size": 3}, "image_size must be at least 18"),
+        ({"_target_": "lightkit.models.CNN", "image_size": "x"}, "image_size must be int, got 'x'"),
+        ({"_target_": "lightkit.models.CNN", "image_size": [1]}, "image_size must be int"),
+        ({"_target_": "lightkit.models.CNN", "nothing": 1}, "takes no argument 'nothing'"),
+        ({"_target_": "lightkit.models.CNN", 3: 1}, "takes no argument 3"),
+        ({"_target_": "lightkit.models.CNN", "num_classes": 2**62}, "model of the checkpoint"),
+    ],
+)
+def test_arguments_that_a_class_refuses(node, message):
+    """Each is one clear error of the checkpoint."""
+    with pytest.raises(CheckpointError, match=message):
+        build("model", node)
+
+
+def nested(depth):
+    value = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def itself():
+    value = []
+    value.append(value)
+    return value
+
+
+def shared(levels):
+    value = [1]
+    for _ in range(levels):
+        value = [value] * 10
+    return value
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (nested(13), "nested too deep or too large"),
+        (itself(), "nested too deep or too large"),
+        (shared(8), "nested too deep or too large"),
+        ({"a": torch.zeros(1)}, "holds a Tensor"),
+        ({"a": (1, 2)}, "holds a tuple"),
+        ({(1, 2): 1}, "a key that is no text"),
+        ({"a": 2**63}, "a number beyond 64 bits"),
+        ({"a": "x" * 5000}, "a text of 5,000 characters"),
+    ],
+)
+def test_only_a_bounded_tree_of_plain_values(config, message):
+    """Objects, circles, and a few shared lists that stand for millions of values end in one error at once."""
+    with pytest.raises(CheckpointError, match=message):
+        check_plain(config)
+    check_plain({"a": nested(8), "b": [1, 1.5, True, None, "x" * 4000], 4: -(2**63)})
+
+
+def test_packages_of_the_users_own(monkeypatch, tmp_path):
+    """What LIGHTKIT_TARGETS names is admitted in every place and within itself; its private names are not."""
+    (tmp_path / "own_models.py").write_text(
+        "import torch\nclass Net(torch.nn.Module):\n    def __init__(self, inner):\n        super().__init__()\n"
+        "        self.inner = inner\nclass _Hidden(Net):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    node = {"_target_": "own_models.Net", "inner": {"_target_": "lightkit.models.CNN"}}
+    with pytest.raises(CheckpointError, match="LIGHTKIT_TARGETS"):
+        build("model", node)
+    monkeypatch.setenv("LIGHTKIT_TARGETS", "own_models")
+    assert type(build("model", node).inner).__name__ == "CNN"
+    assert type(build("model", {**node, "inner": {**node, "inner": None}}).inner).__name__ == "Net"
+    for target in ("own_models._Hidden", "own_models.torch.nn.Linear"):
+        with pytest.raises(CheckpointError, match="model of the checkpoint"):
+            build("model", {**node, "_target_": target})
+    with pytest.raises(CheckpointError, match="is not among the classes"):
+        build("model", {**node, "inner": {"_target_": "lightkit.data.Text"}})
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "lightning.fabric.plugins.precision.utils._ClassReplacementContextManager",
+        "lightning.fabric.loggers.csv_logs._ExperimentWriter",
+        "lightning.pytorch.loggers.csv_logs.ExperimentWriter",
+        "lightning.pytorch.cli.LightningCLI",
+        "lightkit.parameter_server.journal.Journal",
+        "lightkit.parameter_server.Server",
+        "lightkit.parameter_server.local.LocalServers",
+        "torchmetrics.text.BERTScore",
+        "torch.nn.modules._functions.SyncBatchNorm",
+        "torch.nn.parallel.DistributedDataParallel",
+    ],
+)
+def test_private_names_and_acting_constructors_are_not_for_the_command_line_either(target):
+    """The user's own configuration builds public classes, whose constructors do nothing to files or processes."""
+    with pytest.raises(ConfigError, match="_target_"):
+        build_own({"_target_": target})
+
+
+def test_public_classes_by_the_path_that_defines_them():
+    """People write the module that defines a class as often as the package that exports it."""
+    assert find_class("torch.optim.adam.Adam") is torch.optim.Adam
+    assert find_class("lightning.pytorch.loggers.tensorboard.TensorBoardLogger").__name__ == "TensorBoardLogger"
+    with pytest.raises(ConfigError, match=r"has no class 'Adam'; did you mean torch\.optim\.Adam"):
+        find_class("torch.optim.sgd.Adam")
+
+
+@pytest.mark.parametrize("package", _PACKAGES)
+def test_constructors_of_the_command_line_do_nothing_to_files_or_processes(package):
+    """Every exported class that can be built without arguments is, under watch."""
+    acted = {}
+    for name, cls in exported_classes(package).items():
+        with watched() as acts:
+            try:
+                cls()
+            except Exception:
+                # It needs arguments, a device or a package.
+                pass
+        acts = [act for act in acts if not act.startswith(("open", "import", "os.listdir"))]
+        if acts:
+            acted[name] = acts
+    assert acted == {}

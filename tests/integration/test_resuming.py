@@ -1,0 +1,434 @@
+"""Jobs that were ended before their end, and go on: the right run, from the right place, with nothing lost.
+
+Each runs `lightkit.train` in this process. Where a test speaks of a kill, an exception ends the job at that point: what
+is then on the disk is what a kill leaves there.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hydra._internal.hydra import Hydra
+from support.series import write_wave
+
+import lightkit.app.cli
+import lightkit.app.training
+from lightkit.callbacks import Checkpoint
+from lightkit.checkpoints import load_checkpoint
+from lightkit.train import main
+
+pytestmark = pytest.mark.slow
+
+JOB = [
+    *("+experiment=cnn", "logger=csv", "data.batch_size=100", "trainer.max_epochs=2", "trainer.limit_train_batches=3"),
+    *("trainer.limit_val_batches=1", "trainer.limit_test_batches=1", "trainer.log_every_n_steps=1"),
+    *("trainer.accelerator=cpu", "~callbacks.throughput"),
+]
+CLOCK = ("per_second", "matmul_rate", "wall_seconds", "(ms)")
+
+
+class Killed(BaseException):
+    """Ends a job as nothing else does."""
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch, capsys):
+    """Runs `lightkit.train` in a directory of its own; returns status, standard output, standard error."""
+    monkeypatch.chdir(tmp_path)
+    # The command sets it for its process.
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    # Each takes longer than these jobs to train: drawing the figures, and composing a configuration to know its keys or
+    # its `hydra.mode`, which nobody sets here.
+    monkeypatch.setattr(lightkit.app.training.report, "write", lambda *arguments: None)
+    monkeypatch.setattr(Hydra, "get_mode", lambda *arguments, **options: None)
+    monkeypatch.setattr(lightkit.app.cli, "check_top_level", lambda *arguments: None)
+
+    def run(*arguments, directory=None, killed=False, job=JOB):
+        places = [] if directory is None else [f"hydra.run.dir={directory}"]
+        monkeypatch.setattr(sys, "argv", ["train", *job, *places, *arguments])
+        capsys.readouterr()
+        if killed:
+            with pytest.raises(Killed):
+                main()
+            # As the end of the process would.
+            for held in list(getattr(lightkit._util.atomic_write, "_held", ())):
+                lightkit._util.atomic_write.release(held)
+            return None
+        return main(), *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def kill(monkeypatch):
+    """Ends the job when a function is called for the nth time."""
+
+    def at(owner, name, call=1, after=False):
+        calls, function = [], getattr(owner, name)
+
+        def killer(*arguments, **options):
+            calls.append(name)
+            if len(calls) == call and not after:
+                raise Killed
+            result = function(*arguments, **options)
+            if len(calls) == call:
+                raise Killed
+            return result
+
+        patch = pytest.MonkeyPatch()
+        patch.setattr(owner, name, killer)
+        patches.append(patch)
+
+    patches: list[pytest.MonkeyPatch] = []
+    at.over = lambda: [patch.undo() for patch in patches]
+    yield at
+    at.over()
+
+
+def rows(directory):
+    with open(Path(directory) / "metrics.csv", newline="") as file:
+        found = [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
+    return [{name: value for name, value in row.items() if not any(c in name for c in CLOCK)} for row in found]
+
+
+def steps(directory):
+    return [int(row["step"]) for row in rows(directory) if "train/loss_step" in row]
+
+
+def figures(directory):
+    content = json.loads((Path(directory) / "metrics.json").read_text())
+    return {name: value for name, value in content.items() if not any(part in name for part in CLOCK)}
+
+
+def weights(directory, name="last"):
+    return load_checkpoint(Path(directory) / "checkpoints" / f"{name}.ckpt")["state_dict"]
+
+
+def assert_same(one, other):
+    """Both directories have the same checkpoints, rows and figures."""
+    for name in ("last", "best"):
+        ours, theirs = weights(one, name), weights(other, name)
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert rows(one) == rows(other)
+    assert figures(one) == figures(other)
+
+
+QUIET = ["logger=csv", "test=false", "~callbacks.throughput", "trainer.accelerator=cpu", "trainer.max_epochs=2"]
+LANGUAGE_MODEL = [
+    *("+experiment=language_model", "data.path=text.txt", "data.test_share=0.2", "data.validation_share=0.2"),
+    *("model.dim=32", "model.num_layers=1", "data.context=32", "data.batch_size=8", "data.eval_batch_size=64"),
+]
+FORECAST = [
+    *("+experiment=forecast", "data=series", "data.path=wave.csv", "data.column=price", "data.history=12"),
+    *("data.horizon=4", "data.season=12", "model.hidden_size=8"),
+]
+
+
+# An epoch of them has 18, 37 and 4 steps.
+@pytest.mark.parametrize(
+    ("experiment", "stops", "every"),
+    [
+        (["+experiment=cnn", "data.batch_size=200", "scheduler=cosine"], [18, 25], 5),
+        ([*LANGUAGE_MODEL, "trainer.limit_val_batches=2"], [55], 10),
+        (FORECAST, [4], 2),
+    ],
+    ids=["cnn", "language_model", "forecast"],
+)
+def test_resume_is_bit_identical(train, experiment, stops, every):
+    """Stopped after an epoch, or in the middle of one, and resumed: the weights of an uninterrupted run."""
+    Path("text.txt").write_text("the quick brown fox jumps over the lazy dog <&>\n" * 400)
+    write_wave(Path("wave.csv"))
+    job = [*experiment, *QUIET]
+    checkpoints = ["callbacks.checkpoint.monitor=null", f"+callbacks.checkpoint.every_n_train_steps={every}"]
+    assert train(directory="whole", job=job)[0] == 0
+    whole = weights("whole")
+    for stop in stops:
+        # A checkpoint of the end of an epoch needs no setting.
+        settings = [] if stop == 18 else checkpoints
+        assert train(f"trainer.max_steps={stop}", *settings, directory=f"{stop}", job=job)[0] == 0
+        stopped = weights(f"{stop}")
+        resume = f"ckpt_path={stop}/checkpoints/last.ckpt"
+        assert train(resume, directory=f"from_{stop}", job=job)[0] == 0
+        resumed = weights(f"from_{stop}")
+        assert whole.keys() == resumed.keys()
+        assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+        assert not all(torch.equal(whole[key], stopped[key]) for key in whole)
+
+
+def test_last_has_the_same_seed(train):
+    """A run of another seed is not gone on with, though it is the newest; nor is one that looks for errors alone."""
+    train("seed=0", "trainer.max_epochs=1", directory="runs/cnn/a")
+    train("seed=1", "trainer.max_epochs=1", directory="runs/cnn/b")
+    train("seed=0", "+debug=quick", "trainer.max_epochs=1", directory="runs/cnn/c")
+    status, out, _ = train("seed=0", "optim.lr=0.01", "ckpt_path=last", directory="runs/cnn/d")
+    assert status == 0 and "continuing runs/cnn/a/checkpoints/last.ckpt" in out
+    # A debugging run may well go on with another.
+    status, out, _ = train("seed=0", "+debug=quick", "ckpt_path=last", "trainer.max_epochs=2", directory="runs/cnn/e")
+    assert status == 0 and "continuing runs/cnn/c/checkpoints/last.ckpt" in out
+
+
+def test_nearest_run(train):
+    """Without a run of the same kind one line names the nearest, and what differs, with both values."""
+    train("seed=1", "trainer.max_epochs=1", directory="runs/cnn/a")
+    train("seed=1", "trainer.max_epochs=1", "data.batch_size=50", "data.eval_batch_size=400", directory="runs/cnn/b")
+    status, _, err = train("seed=2", "ckpt_path=last", directory="runs/cnn/c")
+    assert status == 1
+    assert err.splitlines()[-1].endswith("the nearest is runs/cnn/a: seed=1 there and 2 here")
+    # As near as the first one, and newer.
+    status, _, err = train("seed=1", "data.eval_batch_size=400", "ckpt_path=last", directory="runs/cnn/d")
+    assert err.splitlines()[-1].endswith("runs/cnn/b: data.batch_size=50 there and 100 here")
+
+
+@pytest.mark.parametrize("swept", ["seed=0,1", "optim.lr=0.01,0.001"])
+def test_jobs_of_another_sweep(train, swept):
+    """A sweep over more epochs: each job goes on with its own, and none with one of its neighbours."""
+    train("trainer.max_epochs=1", "hydra.sweep.dir=runs/cnn/one", "-m", swept)
+    status, out, err = train("hydra.sweep.dir=runs/cnn/two", "ckpt_path=last", "-m", swept)
+    assert status == 0, err
+    assert [line for line in out.splitlines() if line.startswith("continuing")] == [
+        f"continuing runs/cnn/one/{number}/checkpoints/last.ckpt" for number in (0, 1)
+    ]
+    assert [figures(f"runs/cnn/two/{number}")["epochs"] for number in (0, 1)] == [2, 2]
+
+
+def trained(monkeypatch):
+    """Returns the list of the directories that were trained in, which grows."""
+    found, function = [], lightkit.app.training.train
+    monkeypatch.setattr(
+        lightkit.app.training, "train", lambda config: (found.append(Path(config.run_dir).name), function(config))[1]
+    )
+    return found
+
+
+@pytest.mark.parametrize("swept", ["seed=0,1,2", "seed=shuffle(range(5,8))"])
+def test_a_killed_sweep_goes_on(train, kill, monkeypatch, swept):
+    """What is done stays done, what was begun goes on from its checkpoint, the rest follows: all in one directory."""
+    sweep = Path("runs/cnn/sweep")
+    kill(Checkpoint, "_save_last_checkpoint", call=4)
+    train(f"hydra.sweep.dir={sweep}", "-m", swept, killed=True)
+    kill.over()
+    done = (sweep / "0" / "metrics.json").read_bytes()
+    places = trained(monkeypatch)
+    # Whatever the directory of a new sweep would be.
+    status, out, err = train("hydra.sweep.dir=runs/cnn/other", "-m", swept, "ckpt_path=last")
+    assert status == 0, err
+    assert "continuing the sweep runs/cnn/sweep" in out
+    assert places == ["1", "2"] and not Path("runs/cnn/other").exists()
+    assert (sweep / "0" / "metrics.json").read_bytes() == done
+    seeds = [yaml.safe_load((sweep / number / "config.yaml").read_text())["seed"] for number in "012"]
+    assert sorted(seeds) == ([0, 1, 2] if swept.endswith("2") else [5, 6, 7])
+    train(f"seed={seeds[1]}", directory="whole")
+    assert_same(sweep / "1", "whole")
+    status, _, err = train("-m", swept, "ckpt_path=last")
+    assert status == 1 and "the sweep with the same overrides, is finished" in err
+
+
+def test_another_sweep_is_none_of_its_own(train, kill):
+    """A sweep with other overrides is left as it is; one that is plainly begun anew says that there is one."""
+    kill(Checkpoint, "_save_last_checkpoint", call=4)
+    train("hydra.sweep.dir=runs/cnn/one", "-m", "seed=0,1", killed=True)
+    kill.over()
+    status, out, _ = train("hydra.sweep.dir=runs/cnn/two", "-m", "seed=0,1", "optim.lr=0.01")
+    assert status == 0 and "unfinished" not in out
+    status, out, _ = train("hydra.sweep.dir=runs/cnn/three", "-m", "seed=0,1")
+    assert status == 0 and "runs/cnn/one is unfinished: ckpt_path=last goes on with that sweep\n" in out
+    assert not (Path("runs/cnn/one/1") / "metrics.json").exists()
+
+
+OPTUNA = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1", "-m"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["optim.lr=tag(log,interval(1e-4,1e-2))"],
+        ["hydra/sweeper/sampler=random", "+hydra.sweeper.sampler.seed=3", "optim.lr=interval(0.001,0.01)"],
+        ["hydra/sweeper/sampler=grid", "optim.lr=0.001,0.002,0.003"],
+    ],
+)
+def test_a_killed_sweep_by_optuna_goes_on(train, kill, monkeypatch, arguments):
+    """Its study is a file beside the trials; trials that are done count, and none is asked for twice."""
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    import optuna
+
+    sweep = Path("runs/cnn/sweep").absolute()
+    kill(Checkpoint, "_save_last_checkpoint", call=4)
+    train(f"hydra.sweep.dir={sweep}", *OPTUNA, *arguments, killed=True)
+    kill.over()
+    known = [yaml.safe_load((sweep / number / "config.yaml").read_text())["optim"]["lr"] for number in "01"]
+    places = trained(monkeypatch)
+    status, _, err = train(*OPTUNA, *arguments, "ckpt_path=last")
+    assert status == 0, err
+    assert places == ["1", "2"]
+    study = optuna.load_study(study_name="sweep", storage=f"sqlite:///{sweep}/study.db")
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 3
+    values = [float(trial.params["optim.lr"]) for trial in study.trials]
+    assert values[:2] == pytest.approx(known) and len(set(values)) == 3
+    assert [trial.value for trial in study.trials] == [figures(sweep / number)["val/loss"] for number in "012"]
+    best = yaml.safe_load((sweep / "optimization_results.yaml").read_text())
+    assert best["best_value"] == min(trial.value for trial in study.trials)
+
+
+@pytest.mark.parametrize("moment", ["before the figures", "before the test", "before the report"])
+def test_only_the_report_was_left(train, kill, moment):
+    """A job that was killed after its last epoch is tested and reported, with the figures that it would have had."""
+    train(directory="whole")
+    if moment == "before the figures":
+        kill(Checkpoint, "_save_last_checkpoint", call=2, after=True)
+    elif moment == "before the test":
+        kill(lightkit.app.training.pl.Trainer, "test")
+    else:
+        kill(lightkit.app.training.report, "write")
+    train(directory="runs/cnn/killed", killed=True)
+    kill.over()
+    status, out, err = train("ckpt_path=last", directory="runs/cnn/on")
+    assert status == 0, err
+    assert "continuing runs/cnn/killed/checkpoints/last.ckpt" in out
+    assert_same("runs/cnn/on", "whole")
+
+
+def test_nothing_is_left_of_a_run_with_a_report(train, kill):
+    """It is refused by its path too; one without a report goes on by its path too."""
+    kill(lightkit.app.training.pl.Trainer, "test")
+    train(directory="runs/cnn/killed", killed=True)
+    kill.over()
+    by_path = "ckpt_path=runs/cnn/killed/checkpoints/last.ckpt"
+    assert train(by_path, directory="runs/cnn/on")[0] == 0
+    for last in ("last", "runs/cnn/on/checkpoints/last.ckpt"):
+        status, _, err = train(f"ckpt_path={last}", directory="runs/cnn/again")
+        assert status == 1 and "nothing is left to train; pass trainer.max_epochs=3 or more" in err
+
+
+@pytest.mark.parametrize("directories", [("a", "b", "c"), ("a", "a", "a"), ("a", "b", "b")])
+def test_no_row_is_lost(train, kill, directories):
+    """Killed twice, each time in the middle of an epoch: the rows are those of a run that nobody killed, each once."""
+    train("trainer.max_epochs=3", directory="whole")
+    for number, directory in enumerate(directories[:2]):
+        # After an epoch more, and two steps of the next.
+        kill(Checkpoint, "on_train_batch_end", call=6)
+        resume = ["ckpt_path=last"] if number else []
+        train("trainer.max_epochs=3", *resume, directory=f"runs/cnn/{directory}", killed=True)
+        kill.over()
+    status, _, err = train("trainer.max_epochs=3", "ckpt_path=last", directory=f"runs/cnn/{directories[2]}")
+    assert status == 0, err
+    assert steps(f"runs/cnn/{directories[2]}") == list(range(9))
+    assert_same(f"runs/cnn/{directories[2]}", "whole")
+
+
+def test_rows_up_to_the_step_of_the_checkpoint(train):
+    """A run that goes on from an earlier checkpoint does not have the rows that came after it, nor the old test's."""
+    train("trainer.max_epochs=1", directory="runs/cnn/a")
+    early = Path("runs/cnn/a/checkpoints/last.ckpt").read_bytes()
+    train("ckpt_path=last", directory="runs/cnn/b")
+    Path("runs/cnn/b/checkpoints/early.ckpt").write_bytes(early)
+    status, _, err = train("ckpt_path=runs/cnn/b/checkpoints/early.ckpt", directory="runs/cnn/c")
+    assert status == 0, err
+    assert rows("runs/cnn/c") == rows("runs/cnn/b")
+    assert sum("test/loss" in row for row in rows("runs/cnn/c")) == 1
+
+
+def test_only_best_was_written(train, kill):
+    """A kill between ``best.ckpt`` and ``last.ckpt`` of the first epoch: the one that is there is gone on from."""
+    train(directory="whole")
+    kill(Checkpoint, "_save_last_checkpoint")
+    train(directory="runs/cnn/a", killed=True)
+    kill.over()
+    status, out, err = train("ckpt_path=last", directory="runs/cnn/b")
+    assert status == 0, err
+    assert "continuing runs/cnn/a/checkpoints/best.ckpt" in out
+    assert_same("runs/cnn/b", "whole")
+
+
+def test_a_damaged_checkpoint_is_passed_over(train, kill):
+    """The newest whole one counts; without any, an error names the file."""
+    kill(lightkit.app.training.pl.Trainer, "test")
+    train(directory="runs/cnn/a", killed=True)
+    kill.over()
+    last = Path("runs/cnn/a/checkpoints/last.ckpt")
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    last.write_bytes(content)
+    status, out, err = train("ckpt_path=last", "test=false", directory="runs/cnn/b")
+    assert status == 0 and "continuing runs/cnn/a/checkpoints/best.ckpt" in out
+    assert "runs/cnn/a/checkpoints/last.ckpt is damaged" in err
+    status, _, err = train("ckpt_path=runs/cnn/a/checkpoints/last.ckpt", directory="runs/cnn/c")
+    assert status == 1 and "runs/cnn/a/checkpoints/last.ckpt is damaged or not a checkpoint: its checksum" in err
+
+
+def test_a_plain_rerun_says_what_is_unfinished(train, kill):
+    """One line, if the newest run of the same kind was left in the middle; else none."""
+    kill(lightkit.app.training.pl.Trainer, "test")
+    train(directory="runs/cnn/a", killed=True)
+    kill.over()
+    line = "runs/cnn/a is unfinished: ckpt_path=last goes on with it\n"
+    assert line not in train("seed=1", directory="runs/cnn/b")[1]
+    assert train(directory="runs/cnn/c")[1].count(line) == 1
+    assert "unfinished" not in train(directory="runs/cnn/d")[1]
+
+
+def test_the_best_epoch_is_taken_along(train):
+    """What goes on in another directory knows the best epoch of before, and has its checkpoint."""
+    # As if a loss that falls were a bad sign.
+    mode = "callbacks.checkpoint.mode=max"
+    train(mode, "trainer.max_epochs=1", directory="runs/cnn/a")
+    status, _, err = train(mode, "trainer.max_epochs=3", "ckpt_path=last", directory="runs/cnn/b")
+    assert status == 0, err
+    before, after = (load_checkpoint(f"runs/cnn/{name}/checkpoints/best.ckpt") for name in "ab")
+    assert after["global_step"] == before["global_step"] == 3
+    assert figures("runs/cnn/b")["test/loss"] == pytest.approx(figures("runs/cnn/a")["test/loss"])
+
+
+def test_leftovers_are_cleared(train):
+    """A run in a directory where another was killed makes whole what it left, and removes what it had half written."""
+    place = Path("runs/cnn/a")
+    (place / "checkpoints").mkdir(parents=True)
+    (place / ".hydra").mkdir()
+    for name in (
+        "checkpoints/.best.ckpt.a1b2c3d4",
+        ".config.yaml.a1b2c3d4",
+        ".curves.png.a_b2c3d4",
+        ".hydra/.run.json.abcdefgh",
+    ):
+        (place / name).write_bytes(b"half")
+    for name in ("config.yaml", "metrics.json", "environment.json", ".hydra/config.yaml", ".hydra/run.json"):
+        (place / name).touch()
+    (place / ".notes.txt").write_text("the user's own")
+    assert train(directory=place)[0] == 0
+    assert [path.name for path in place.rglob(".*.????????")] == []
+    assert all(
+        path.stat().st_size > 0 for path in place.rglob("*") if path.is_file() and path.suffix in (".json", ".yaml")
+    )
+    assert (place / ".notes.txt").exists()
+
+
+def test_a_running_job_is_left_alone(train, monkeypatch):
+    """Nobody goes on with a sweep, or writes to a run, that another process is at work on."""
+    import os
+
+    import lightkit._util.atomic_write as files
+
+    train("hydra.sweep.dir=runs/cnn/one", "-m", "seed=0,1")
+    record = Path("runs/cnn/one/sweep.json")
+    record.write_text(record.read_text().replace('"is_finished": true', '"is_finished": false'))
+    reader, writer = os.pipe()
+    if (pid := os.fork()) == 0:
+        files.hold(Path("runs/cnn/one"))
+        files.hold(Path("runs/cnn/one/0"))
+        os.write(writer, b".")
+        os.read(os.pipe()[0], 1)
+    os.read(reader, 1)
+    try:
+        status, _, err = train("-m", "seed=0,1", "ckpt_path=last")
+        assert status == 1 and "runs/cnn/one, the sweep with the same overrides, is still running" in err
+        status, _, err = train(directory="runs/cnn/one/0")
+        assert status == 1 and "another lightkit.train, which is still running, writes to runs/cnn/one/0" in err
+    finally:
+        os.kill(pid, 9)
+        os.waitpid(pid, 0)
+    assert train("-m", "seed=0,1", "ckpt_path=last")[0] == 0
