@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 from .progress import Progress, ProgressLine
 
@@ -41,7 +41,7 @@ class Control:
         """Stops the work: ends the running command, and starts no other."""
         with self._lock:
             self._stopped.set()
-            if self._process is not None:
+            if self._process is not None and self._process.stdin is not None:
                 self._process.stdin.close()
 
     def run(self, command: list[str], directory: Path, lock: int, environment: dict[str, str]) -> subprocess.Popen:
@@ -115,7 +115,7 @@ class BackgroundWork(Generic[_T]):
             raise self._error
         if progress.seconds is not None:
             print(f"lightkit: compiled in {progress.seconds:.0f} s", file=sys.stderr, flush=True)
-        return self._value
+        return cast(_T, self._value)
 
     def stop(self) -> None:
         """Ends the work and its commands, and waits until their files are removed."""

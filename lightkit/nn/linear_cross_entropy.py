@@ -45,6 +45,8 @@ class LinearCrossEntropyLoss(nn.Module):
         ArgumentError: ``weight`` is not of shape ``(num_classes)``, or ``label_smoothing`` outside [0, 1].
     """
 
+    weight: Tensor | None
+
     def __init__(
         self,
         in_features: int,

@@ -42,6 +42,7 @@ def patch_cross_entropy() -> Iterator[None]:
     # code also reaches every reference.
     if (reason := unsupported_reason()) is not None:
         raise RuntimeError(f"torch.nn.functional.cross_entropy cannot be patched: {reason}")
+    assert _torch_cross_entropy is not None
     thread = threading.get_ident()
     with _lock:
         _threads[thread] += 1
@@ -111,6 +112,7 @@ def _choose(
         and has_kernel(input, target, weight)
     ):
         return cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
+    assert _torch_cross_entropy is not None
     return _torch_cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
 
 

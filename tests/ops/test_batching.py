@@ -10,9 +10,9 @@ from torch.autograd import functional
 
 import lightkit.ops as ops
 from lightkit import native
+from lightkit.native.batching import _OPS
 from lightkit.nn import FusedSequential
 from lightkit.ops import ChainLayer
-from lightkit.native.batching import _OPS
 
 
 def numbers(*shape, seed=0):
