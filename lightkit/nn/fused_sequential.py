@@ -45,7 +45,7 @@ class FusedSequential(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns the output of the layers."""
-        return run_fused(self._modules.values(), input)
+        return run_fused(_layers(self), input)
 
 
 def run_fused(layers: Iterable[nn.Module], input: Tensor) -> Tensor:
@@ -91,10 +91,11 @@ class FusedCall:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the output of the module for these arguments."""
         module = self._module()
+        assert module is not None
         is_plain = len(args) == 1 and not kwargs and _is_plain(module) and _ORIGINALS.are_in_place()
         if not is_plain or _is_traced():
             return module._call_impl(*args, **kwargs)
-        return run_fused(module._modules.values(), args[0])
+        return run_fused(_layers(module), args[0])
 
     def undo(self) -> None:
         """Restores torch's call of the module, by which the layers run one by one.
@@ -131,7 +132,9 @@ def _chain(runs: list[list[nn.Module]], begin: int, x: Tensor) -> tuple[list[Cha
     size: tuple[int, ...] = tuple(x.shape[2:])
     for index in range(begin, len(runs)):
         run = runs[index]
-        first, kind = run[0], type(run[0])
+        # A Conv2d, a Linear or any other layer, as `kind` tells.
+        first: Any = run[0]
+        kind = type(first)
         if kind is nn.Conv2d and len(run) > 1 and size:
             weight, bias = _parameters(first)
             padding, pool = first.padding, len(run) == 3
@@ -157,14 +160,19 @@ def _chain(runs: list[list[nn.Module]], begin: int, x: Tensor) -> tuple[list[Cha
 
 def _parameters(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
     # Not as attributes, which a module looks up in several dicts.
-    return layer._parameters["weight"], layer._parameters["bias"]
+    parameters: dict[str, Any] = layer._parameters
+    return parameters["weight"], parameters["bias"]
+
+
+def _layers(module: nn.Module) -> Iterable[Any]:
+    return module._modules.values()
 
 
 def _unnested(layers: Iterable[nn.Module]) -> Iterator[nn.Module]:
     """Yields the layers in order; yields the layers of a nested Sequential in its place."""
     for layer in layers:
         if type(layer) in (nn.Sequential, FusedSequential) and _is_plain(layer):
-            yield from _unnested(layer._modules.values())
+            yield from _unnested(_layers(layer))
         else:
             yield layer
 

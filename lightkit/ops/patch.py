@@ -7,7 +7,6 @@ import types
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +42,7 @@ def patch_cross_entropy() -> Iterator[None]:
     # code also reaches every reference.
     if (reason := unsupported_reason()) is not None:
         raise RuntimeError(f"torch.nn.functional.cross_entropy cannot be patched: {reason}")
+    assert _torch_cross_entropy is not None
     thread = threading.get_ident()
     with _lock:
         _threads[thread] += 1
@@ -112,6 +112,7 @@ def _choose(
         and has_kernel(input, target, weight)
     ):
         return cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
+    assert _torch_cross_entropy is not None
     return _torch_cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
 
 
@@ -156,7 +157,7 @@ def _copy_of_torch_function() -> types.FunctionType | None:
     return types.FunctionType(code, _function.__globals__, _function.__name__, _function.__defaults__)
 
 
-def _parameters(code: types.CodeType) -> tuple[Any, ...]:
+def _parameters(code: types.CodeType) -> tuple[tuple[str, ...], int, int]:
     return code.co_varnames[: code.co_argcount + code.co_kwonlyargcount], code.co_argcount, code.co_flags & 0x0C
 
 
