@@ -32,7 +32,7 @@ _OFF = "LIGHTKIT_NATIVE=off"
 _lock = threading.Lock()
 _loaded: tuple[ModuleType | None, str] | None = None
 _warned = False
-_build: BackgroundWork | None = None
+_build: BackgroundWork[Path] | None = None
 
 
 class NativeUnavailableError(LightkitError, RuntimeError):
@@ -110,7 +110,10 @@ def _load() -> tuple[ModuleType | None, str]:
             from . import builder
 
             library = builder.build()
-        cache.check_processor(cache.read_manifest(library.parent))
+        manifest = cache.read_manifest(library.parent)
+        if manifest is None:
+            raise cache.CacheError(f"{library.parent} has no manifest any more")
+        cache.check_processor(manifest)
         return _import(library), ""
     except (toolchain.ToolchainError, cache.CacheError, ImportError) as error:
         if chosen == "require":
@@ -121,9 +124,11 @@ def _load() -> tuple[ModuleType | None, str]:
 def _import(library: Path) -> ModuleType:
     from .toolchain import MODULE_NAME
 
-    spec = spec_from_file_location(MODULE_NAME, library, loader=ExtensionFileLoader(MODULE_NAME, str(library)))
+    loader = ExtensionFileLoader(MODULE_NAME, str(library))
+    spec = spec_from_file_location(MODULE_NAME, library, loader=loader)
+    assert spec is not None
     module = module_from_spec(spec)
-    spec.loader.exec_module(module)
+    loader.exec_module(module)
     # The import has registered the ops.
     from .batching import register
 

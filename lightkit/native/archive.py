@@ -37,9 +37,12 @@ def write(library: Path, file: Path) -> None:
     """Writes the build of `library` to `file` atomically.
 
     Raises:
-        ArchiveError: the file cannot be written.
+        ArchiveError: the build has no manifest, or the file cannot be written.
     """
-    manifest = json.dumps(asdict(replace(cache.read_manifest(library.parent), is_shipped=True))).encode()
+    facts = cache.read_manifest(library.parent)
+    if facts is None:
+        raise ArchiveError(f"{library.parent} has no manifest")
+    manifest = json.dumps(asdict(replace(facts, is_shipped=True))).encode()
     try:
         descriptor, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
         try:

@@ -9,12 +9,14 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Generic, TypeVar, cast
 
 from .progress import Progress, ProgressLine
 
 # The interval at which the progress line is drawn, in seconds.
-_REDRAWN = 0.2
+_DRAW_INTERVAL = 0.2
+
+_T = TypeVar("_T")
 
 
 class Stopped(RuntimeError):
@@ -39,7 +41,7 @@ class Control:
         """Stops the work: ends the running command, and starts no other."""
         with self._lock:
             self._stopped.set()
-            if self._process is not None:
+            if self._process is not None and self._process.stdin is not None:
                 self._process.stdin.close()
 
     def run(self, command: list[str], directory: Path, lock: int, environment: dict[str, str]) -> subprocess.Popen:
@@ -66,15 +68,15 @@ class Control:
         return self._process
 
 
-class BackgroundWork:
+class BackgroundWork(Generic[_T]):
     """Runs ``work(control)`` in a thread."""
 
-    def __init__(self, work: Callable[[Control], Any], announcement: str) -> None:
+    def __init__(self, work: Callable[[Control], _T], announcement: str) -> None:
         self._work = work
         self._announcement = announcement
         self._control = Control()
         self._done = threading.Event()
-        self._value: Any = None
+        self._value: _T | None = None
         self._error: BaseException | None = None
         self._pid = os.getpid()
         atexit.register(self.stop)
@@ -89,7 +91,7 @@ class BackgroundWork:
             atexit.unregister(self.stop)
             self._done.set()
 
-    def result(self) -> Any:
+    def result(self) -> _T:
         """Waits for the work and shows its progress; returns its result, or raises its exception.
 
         An exception in the wait, such as KeyboardInterrupt, stops the work.
@@ -99,7 +101,7 @@ class BackgroundWork:
             return BackgroundWork(self._work, self._announcement).result()
         progress, line = self._control.progress, None
         try:
-            while not self._done.wait(_REDRAWN):
+            while not self._done.wait(_DRAW_INTERVAL):
                 if progress.total:
                     line = line or ProgressLine(self._announcement)
                     line.draw(progress)
@@ -113,7 +115,7 @@ class BackgroundWork:
             raise self._error
         if progress.seconds is not None:
             print(f"lightkit: compiled in {progress.seconds:.0f} s", file=sys.stderr, flush=True)
-        return self._value
+        return cast(_T, self._value)
 
     def stop(self) -> None:
         """Ends the work and its commands, and waits until their files are removed."""

@@ -19,7 +19,7 @@ from .background import BackgroundWork, Control
 _ANNOUNCEMENT = "lightkit: compiling the native kernels, once for this torch and this kind of processor"
 
 
-def start() -> BackgroundWork:
+def start() -> BackgroundWork[Path]:
     """Starts to find or to compile the library for this torch and this machine; `result()` waits for its path."""
     return BackgroundWork(_find_or_build, _ANNOUNCEMENT)
 
@@ -70,7 +70,7 @@ def _build(directory: Path, lock: int, control: Control) -> Path:
             "instructions": list(built_for.instructions),
             "simd": built_for.simd,
             "cuda": f"nvcc {cuda.version} for {architectures}" if cuda else f"none: {reason}",
-            "seconds": round(control.progress.seconds, 1),
+            "seconds": round(control.progress.seconds or 0.0, 1),
         }
         return cache.publish(work, library, manifest, cache.build_directory(compiler))
 
@@ -170,6 +170,7 @@ def run_ninja(work: Path, lock: int, rules: str, steps: int, control: Control) -
     command = [_ninja(), "-C", os.fspath(work), *jobs]
     output: list[str] = []
     with control.run(command, work, lock, {**os.environ, "NINJA_STATUS": "[%f/%t] "}) as process:
+        assert process.stdout is not None
         for line in process.stdout:
             output.append(line)
             if done := re.match(r"\[(\d+)/\d+\]", line):

@@ -182,6 +182,9 @@ def compiler_identity() -> tuple[str, ...]:
     parts = []
     for word in (*compiler, toolchain.nvcc_path() if torch.version.cuda else None):
         tool = shutil.which(word) if word else None
-        stat = os.stat(tool) if tool else None
-        parts += [os.path.realpath(tool), f"{stat.st_size} {stat.st_mtime_ns}"] if stat else [str(word)]
+        if tool is None:
+            parts.append(str(word))
+        else:
+            stat = os.stat(tool)
+            parts += [os.path.realpath(tool), f"{stat.st_size} {stat.st_mtime_ns}"]
     return tuple(parts)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +45,8 @@ class LinearCrossEntropyLoss(nn.Module):
         ArgumentError: ``weight`` is not of shape ``(num_classes)``, or ``label_smoothing`` outside [0, 1].
     """
 
+    weight: Tensor | None
+
     def __init__(
         self,
         in_features: int,
@@ -59,7 +60,7 @@ class LinearCrossEntropyLoss(nn.Module):
         weight: Tensor | None = None,
         ignore_index: int | None = None,
         label_smoothing: float = 0.0,
-        options: Any = None,
+        options: object = None,
         z_loss: float = 0.0,
         softcap: float = 0.0,
         memory_limit: int = MEMORY_LIMIT,

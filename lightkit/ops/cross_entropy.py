@@ -253,9 +253,10 @@ def cross_entropy_reference(
         if by_index:
             lse = lse.masked_fill(target == ignore_index, 0)
 
-    if z_loss == 0:
-        options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
-        loss = F.cross_entropy(logits, target, weight, reduction=reduction, **options)
+    if z_loss == 0 or lse is None:
+        loss = F.cross_entropy(
+            logits, target, weight, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction
+        )
     else:
         loss = F.cross_entropy(
             logits, target, weight, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"
@@ -266,7 +267,7 @@ def cross_entropy_reference(
         if reduction == "mean":
             loss = loss / _denominator(lse, target if by_index else None, weight, ignore_index)
     loss = loss.to(output_dtype)
-    return (loss, lse.detach()) if return_lse else loss
+    return loss if lse is None or not return_lse else (loss, lse.detach())
 
 
 def _promoted(input: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -291,7 +292,7 @@ def has_kernel(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
     """Returns True if the kernels take this call; otherwise `cross_entropy` takes the reference."""
     return (
         kernels_apply(input)
-        # torch decides what a mean, or label smoothing, of nothing is.
+        # torch defines the mean, and label smoothing, of nothing.
         and input.numel() > 0
         # The kernels have the gradient with respect to the logits alone.
         and not target.requires_grad

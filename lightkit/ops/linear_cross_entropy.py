@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ def linear_cross_entropy(
     reduction: str = ...,
     ignore_index: int | None = ...,
     label_smoothing: float = ...,
-    options: Any = ...,
+    options: object = ...,
     z_loss: float = ...,
     softcap: float = ...,
     dtype: torch.dtype | None = ...,
@@ -43,7 +43,7 @@ def linear_cross_entropy(
     reduction: str = ...,
     ignore_index: int | None = ...,
     label_smoothing: float = ...,
-    options: Any = ...,
+    options: object = ...,
     z_loss: float = ...,
     softcap: float = ...,
     dtype: torch.dtype | None = ...,
@@ -61,7 +61,7 @@ def linear_cross_entropy(
     reduction: str = ...,
     ignore_index: int | None = ...,
     label_smoothing: float = ...,
-    options: Any = ...,
+    options: object = ...,
     z_loss: float = ...,
     softcap: float = ...,
     dtype: torch.dtype | None = ...,
@@ -78,7 +78,7 @@ def linear_cross_entropy(
     reduction: str = "mean",
     ignore_index: int | None = None,
     label_smoothing: float = 0.0,
-    options: Any = None,
+    options: object = None,
     z_loss: float = 0.0,
     softcap: float = 0.0,
     dtype: torch.dtype | None = None,

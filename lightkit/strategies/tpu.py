@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightkit._util.deprecated import RenamedAttribute
 from lightkit._util.strategy_traits import StrategyTraits
-from lightkit.checkpoints import on_cpu
+from lightkit.checkpoints import to_cpu
 from lightkit.errors import ConfigError
 
 _DEVICE = "tpu"
@@ -68,7 +68,11 @@ class TorchTPUAccelerator(Accelerator):
 
     @staticmethod
     def get_parallel_devices(devices: int) -> list[torch.device]:
-        """Returns the TPU of the process."""
+        """Returns a list with the one TPU of this process.
+
+        Args:
+            devices: the number of devices, which `parse_devices` has checked to be 1.
+        """
         return [torch.device(_DEVICE)]
 
     @staticmethod
@@ -132,7 +136,7 @@ class TorchTPU(SingleDeviceStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Writes a checkpoint with CPU tensors."""
-        super().save_checkpoint(on_cpu(checkpoint), filepath, storage_options)
+        super().save_checkpoint(to_cpu(checkpoint), filepath, storage_options)
 
 
 def choose() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A LightningModule as people write them, and what trains it: nothing in this file knows of lightkit."""
+"""A usual LightningModule and its training, without an import of lightkit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LOSSES = {
 class Plain(pl.LightningModule):
     def __init__(self, loss=F.cross_entropy, **options):
         super().__init__()
-        # The loss among them: a function or a module that is pickled with every checkpoint.
+        # The loss, a function or a module, is pickled with every checkpoint.
         self.save_hyperparameters()
         self.layer = nn.Linear(4, 8)
         self.head = nn.Linear(8, 3)
@@ -57,7 +57,7 @@ class Plain(pl.LightningModule):
 
 
 def make(cls=Plain, *arguments, **options):
-    """A module with the same weights every time."""
+    """Returns a module with the same weights every time."""
     torch.manual_seed(0)
     return cls(*arguments, **options)
 

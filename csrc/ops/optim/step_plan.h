@@ -103,7 +103,7 @@ class StepPlan {
     Object count;                        // likewise
   };
 
-  // What a plan remembers from one step to the next.
+  // The objects that a plan remembers between steps.
   struct Memory {
     std::vector<std::vector<Entry>> groups;
     std::vector<std::pair<Object, Object>> state_items;

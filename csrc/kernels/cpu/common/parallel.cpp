@@ -14,21 +14,21 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// The interval of the measurements, and the calm ones in a row after which threads spin again. Chosen.
+// The interval of the measurements, and the consecutive calm ones after which threads spin again. Chosen.
 constexpr auto kInterval = std::chrono::milliseconds(100);
-constexpr int kCalm = 10;
+constexpr int kCalmMeasurements = 10;
 
-// Shares of its time that a thread waits for a core: above kMuch the machine is shared, below kLittle it is calm.
-// Measured: alone on the machine a thread waits less than 0.01 of its time, beside one spinning process on two cores
-// 0.3 to 0.5. benchmarks/results/crowded.csv has the speeds that these limits give.
-constexpr double kMuch = 0.15;
-constexpr double kLittle = 0.03;
+// Shares of its time that a thread waits for a core: above kSharedWait the machine is shared, below kCalmWait it is
+// calm. Measured: alone on the machine a thread waits less than 0.01 of its time, beside one spinning process on two
+// cores 0.3 to 0.5. benchmarks/results/crowded.csv has the speeds that these limits give.
+constexpr double kSharedWait = 0.15;
+constexpr double kCalmWait = 0.03;
 
-// Above kHeavy, one thread on two cores gets more done than two; that is beside three and more processes. One thread
-// waits less than two do: it waits kHeavyAlone of its time when two threads would be as fast. Chosen on two cores;
-// crowded.csv has the speeds that these limits give beside 1 to 8 processes.
-constexpr double kHeavy = 0.55;
-constexpr double kHeavyAlone = 0.45;
+// Above kHeavyWaitOfTwo, one thread on two cores gets more done than two; that is beside three and more processes. One
+// thread waits less than two do: it waits kHeavyWaitOfOne of its time when two threads would be as fast. Chosen on two
+// cores; crowded.csv has the speeds that these limits give beside 1 to 8 processes.
+constexpr double kHeavyWaitOfTwo = 0.55;
+constexpr double kHeavyWaitOfOne = 0.45;
 
 // Nanoseconds that a thread has run, and that it was runnable without a core.
 struct Times {
@@ -99,11 +99,11 @@ class Machine {
 
   // Notes the share of its time that a thread has waited since its previous measurement.
   void note(double waited) {
-    is_heavy_ = waited > (is_heavy_ ? kHeavyAlone : kHeavy);
-    calm_ = waited < kLittle ? calm_ + 1 : 0;
-    if (waited > kMuch) {
+    is_heavy_ = waited > (is_heavy_ ? kHeavyWaitOfOne : kHeavyWaitOfTwo);
+    calm_ = waited < kCalmWait ? calm_ + 1 : 0;
+    if (waited > kSharedWait) {
       sleepers_.set(true);
-    } else if (calm_ >= kCalm) {
+    } else if (calm_ >= kCalmMeasurements) {
       sleepers_.set(false);
     }
   }
@@ -120,24 +120,24 @@ bool is_crowded() {
   if (at::get_num_threads() == 1 || at::in_parallel_region()) {
     return false;
   }
-  thread_local Clock::time_point looked;
-  thread_local Times before;
+  thread_local Clock::time_point previous_time;
+  thread_local Times previous;
   Machine& machine = Machine::instance();
   const auto now = Clock::now();
-  if (now - looked >= kInterval) {
+  if (now - previous_time >= kInterval) {
     Times times;
     if (!read_times(times)) {
       return false;
     }
-    const double run = static_cast<double>(times.run - before.run);
-    const double waited = static_cast<double>(times.waited - before.waited);
+    const double run = static_cast<double>(times.run - previous.run);
+    const double waited = static_cast<double>(times.waited - previous.waited);
     // The first measurement has no predecessor, and a thread that has hardly run says nothing about the machine.
-    constexpr double kEnough = std::chrono::nanoseconds(kInterval).count() / 4.0;
-    if (looked != Clock::time_point() && run + waited > kEnough) {
+    constexpr double kMinRunnable = std::chrono::nanoseconds(kInterval).count() / 4.0;
+    if (previous_time != Clock::time_point() && run + waited > kMinRunnable) {
       machine.note(waited / (run + waited));
     }
-    looked = now;
-    before = times;
+    previous_time = now;
+    previous = times;
   }
   return machine.is_heavy();
 }

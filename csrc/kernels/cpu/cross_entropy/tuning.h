@@ -1,4 +1,4 @@
-// The tuned constants of cross-entropy on a CPU, each with what it was derived or measured from.
+// The tuned constants of cross-entropy on a CPU, each with its derivation or measurement.
 //
 // "Chosen" means: set while the kernel was written, on an AVX-512 Xeon, and not compared with other values in
 // benchmarks/results. cross_entropy.csv there compares the kernel, with these constants, to torch and to the time of a

@@ -191,7 +191,7 @@ class WideRows {
     return horizontal_max(at::vec::maximum(lanes[0], lanes[1]));
   }
 
-  // Of a block, by lane.
+  // The sums and maxima of a block, by lane.
   struct Sums {
     Vec sum;
     Vec maximum;

@@ -10,8 +10,8 @@
 namespace lightkit::cpu::layer_chain {
 namespace {
 
-// Transposes [rows, taps] to one vector a tap, whose lanes from `rows` on are 0. next() returns where the next vector
-// goes.
+// Transposes [rows, taps] to one vector a tap, whose lanes from `rows` on are 0. next() returns the place of the next
+// vector.
 template <typename T>
 void pack_taps(const T* from, int64_t rows, int64_t taps, auto&& next) {
   constexpr int width = kWidth<T>;

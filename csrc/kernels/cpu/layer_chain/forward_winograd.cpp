@@ -21,7 +21,7 @@ void ForwardKernel<T>::run_winograd(int64_t images, const T* input, T* output, u
   OutputCursor cursor(shape_);
   for (int64_t first = 0; first < total; first += kWinogradTiles) {
     const int64_t tiles = std::min<int64_t>(kWinogradTiles, total - first);
-    // Of a last block that is not full, the tiles beyond `tiles` keep old values; their products are not read.
+    // If the last block is not full, the tiles from `tiles` on keep old values; their products are not read.
     for (int64_t t = 0; t < tiles; ++t, cursor.advance()) {
       for (int64_t c = 0; c < in_channels; c += width) {
         winograd::transform_input<T>(

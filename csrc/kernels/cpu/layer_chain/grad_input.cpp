@@ -9,8 +9,6 @@
 #include "tuning.h"
 
 namespace lightkit::cpu::layer_chain {
-namespace {
-
 // A patch of the gradient of the input, for one vector of input channels.
 template <typename T>
 struct Patch {
@@ -19,6 +17,11 @@ struct Patch {
   int64_t column_size;
   int64_t channels;  // at most a vector
 };
+
+template <typename T>
+using AddPatch = void (*)(const LiveList<T>*, const T*, const Patch<T>&);
+
+namespace {
 
 // Adds coefficient * weight[offset] to the patch for each term of the lists.
 template <typename T, int window, int rows, int columns>
@@ -66,9 +69,6 @@ void add_patch(
     }
   }
 }
-
-template <typename T>
-using AddPatch = void (*)(const LiveList<T>*, const T*, const Patch<T>&);
 
 // Returns null if the sums of the patch do not fit the registers.
 template <typename T, int window>

@@ -226,8 +226,8 @@ class SparseGradWeight final : public GradWeightKernel<T> {
   void run(int64_t begin, int64_t end) override {
     ChannelLists<T> lists(problem_.shape);
     AlignedBuffer<T> sums(kListChannels * problem_.shape.kernel_height * run_);
-    for (int64_t unit = begin; unit < end; ++unit) {
-      sum_channels(unit * kListChannels, lists, sums.data());
+    for (int64_t item = begin; item < end; ++item) {
+      sum_channels(item * kListChannels, lists, sums.data());
     }
   }
 

@@ -1,4 +1,4 @@
-// The tuned constants of the layer chain on a CPU, each with what it was derived or measured from.
+// The tuned constants of the layer chain on a CPU, each with its derivation or measurement.
 //
 // "Chosen" means: set while the kernel was written, on an AVX-512 Xeon (48 KiB of L1 and 2 MiB of L2 a core), and not
 // compared with other values in benchmarks/results. conv_relu_pool.csv there compares the kernels, with these
@@ -83,8 +83,8 @@ inline constexpr int64_t kImageParts = 16;
 // The most sums of one part. Derived: 16 parts of 2^20 floats are 64 MiB.
 inline constexpr int64_t kMaxPartSums = int64_t(1) << 20;
 
-// True where the few-channels gradient of the weight is faster than lists. It multiplies a whole window, zeros
-// included, by `run` inputs, and fills every lane; lists multiply one position, and leave lanes empty if `run` is
+// Returns true if the few-channels gradient of the weight should be faster than lists. It multiplies a whole window,
+// zeros included, by `run` inputs, and fills every lane; lists multiply one position, and leave lanes empty if `run` is
 // short. An estimate: "1 -> 32" (4 * 3 taps) and "3 -> 32" (4 * 9) lie on its two sides with AVX-512 in float32; the
 // factor 3/2 was chosen.
 template <typename T>

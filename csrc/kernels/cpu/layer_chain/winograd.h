@@ -111,8 +111,8 @@ void transform_output(
   (lower[1] - lower[2] - lower[3] + bias).store(positions + 3 * width);
 }
 
-// True where Winograd's algorithm is used: pooled 3x3 kernels on whole vectors of input channels, whose transformed
-// weights fit `kMaxWinogradWeightBytes`.
+// Returns true if the forward pass uses Winograd's algorithm: for pooled 3x3 kernels on whole vectors of input
+// channels, whose transformed weights fit `kMaxWinogradWeightBytes`.
 template <typename T>
 bool applies(const Shape& shape) {
   return shape.pool && shape.kernel_height == 3 && shape.kernel_width == 3 && shape.in_channels % kWidth<T> == 0 &&

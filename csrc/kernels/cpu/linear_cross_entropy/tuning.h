@@ -1,4 +1,4 @@
-// The tuned constants of the fused linear cross-entropy on a CPU, each with what it was derived or measured from.
+// The tuned constants of the fused linear cross-entropy on a CPU, each with its derivation or measurement.
 //
 // "Chosen" means: set while the kernel was written, on a two-core machine with AVX-512, and not compared with other
 // values in benchmarks/results. linear_cross_entropy.csv there compares the kernel, with these constants, to torch.

@@ -1,4 +1,4 @@
-// The tuned constants of cross-entropy on a GPU, each with what it was derived or measured from.
+// The tuned constants of cross-entropy on a GPU, each with its derivation or measurement.
 //
 // "Chosen" means: set while the kernels were written, on an H100, and not compared with other values in
 // benchmarks/results. cross_entropy.csv there compares the kernels, with these constants, to torch and to the time of a

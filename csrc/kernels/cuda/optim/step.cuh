@@ -131,7 +131,7 @@ __device__ __forceinline__ void update_elements(
 }
 
 template <typename Options>
-__device__ __forceinline__ bool is_aligned(const StepTensor<Options>& tensor) {
+__device__ __forceinline__ bool are_aligned(const StepTensor<Options>& tensor) {
   bool aligned = is_aligned(tensor.parameter) && is_aligned(tensor.gradient) && is_aligned(tensor.master) &&
       is_aligned(tensor.average);
   for (const void* state : tensor.states) {
@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(kStepThreads)
   const int64_t begin = static_cast<int64_t>(chunk - batch.entries[low].first_chunk) * batch.chunk;
   const int64_t end = min(begin + batch.chunk, tensor.numel);
   int64_t packed_end = begin;
-  if (is_aligned(tensor)) {
+  if (are_aligned(tensor)) {
     // Chunks are multiples of a pack: only the last chunk of a parameter has a rest.
     packed_end = begin + (end - begin) / width * width;
     for (int64_t i = begin + static_cast<int64_t>(threadIdx.x) * width; i < packed_end; i += kStepThreads * width) {

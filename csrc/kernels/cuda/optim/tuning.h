@@ -1,4 +1,4 @@
-// The tuned constants of the optimizers on a GPU, each with what it was derived from.
+// The tuned constants of the optimizers on a GPU, each with its derivation.
 //
 // "Chosen" means: set while the kernels were written, on an H100, and not compared with other values in
 // benchmarks/results. sgd.csv and adam.csv there compare the kernels, with these constants, to torch and to a copy.
