@@ -7,6 +7,8 @@ import math
 import threading
 from pathlib import Path
 
+import torch
+
 from lightkit.errors import ConfigError
 from lightkit.parameter_server.rendezvous import Listener
 from lightkit.parameter_server.status import ServerStatus
@@ -58,6 +60,9 @@ class Server:
         self._sessions, self._counting = 0, threading.Lock()
         try:
             self._training.recover()
+            # The first optimizer of a process makes torch import its compiler, which takes seconds: a worker would
+            # miss heartbeats meanwhile.
+            torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.0)
             # No worker can connect before the server knows its training.
             self.listener.listen()
         except BaseException:
