@@ -34,7 +34,7 @@ from typing import Any
 from rows import append
 from timing import median
 
-from lightkit.parameter_server.local import LocalServers
+from lightkit.parameter_server.local_servers import LocalServers
 
 # The machines, the worker and the callback are those of the tests.
 TESTS = Path(__file__).parents[1] / "tests" / "integration"

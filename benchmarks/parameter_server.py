@@ -29,9 +29,8 @@ from rows import append
 from timing import median
 from torch import nn
 
-from lightkit.parameter_server import Client, Job, Table
-from lightkit.parameter_server.job import options_of
-from lightkit.parameter_server.local import LocalServers
+from lightkit.parameter_server import Client, OptimizerSpec, TrainingSpec, group_options
+from lightkit.parameter_server.local_servers import LocalServers
 
 # Tensors that the numbers are spread over, so that servers have something to share.
 TENSORS = 8
@@ -46,10 +45,12 @@ def work(rank: int, workers: int, addresses: list[str], secret: str, size: int, 
     model = nn.ParameterDict({f"tensor{i}": nn.Parameter(torch.zeros(size // TENSORS)) for i in range(TENSORS)})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     names = {parameter: name for name, parameter in model.named_parameters()}
-    job = Job([Table.of(optimizer, names)], workers=workers, mode="async", snapshot_every=0)
-    client = Client(addresses, secret, rank, job)
+    spec = TrainingSpec(
+        [OptimizerSpec.from_optimizer(optimizer, names)], workers=workers, mode="async", snapshot_every=0
+    )
+    client = Client(addresses, secret, rank, spec)
     values = [parameter.detach() for parameter in model.values()]
-    client.start([options_of(optimizer)], [values])
+    client.start([group_options(optimizer)], [values])
     gradients = [torch.randn_like(value) for value in values]
     flat = torch.randn(size)
 

@@ -1,10 +1,10 @@
-"""``python -m lightkit.build``: compile the native kernels ahead of time, and say what was built.
+"""The command ``python -m lightkit.build``, which compiles the native kernels ahead of time and prints the build.
 
-For images and clusters, so that no training job has to. LIGHTKIT_MARCH=x86-64-v3 (AVX2) or x86-64-v4 (AVX-512)
-compiles for every processor of that level instead of this machine's. ``--archive`` writes the build into one file, and
-``--from`` installs such a file on a machine with the same torch, Python and lightkit, which needs no compiler then. An
-archive runs code, as a wheel does: install only those of somebody you trust. With ``--check-cuda`` every CUDA kernel is
-compiled for sm_80 and sm_90, which needs nvcc but no GPU.
+With it, container images and clusters need no compilation in a training job. LIGHTKIT_MARCH=x86-64-v3 (AVX2) or
+x86-64-v4 (AVX-512) compiles for every processor of that level instead of this machine's. ``--archive`` writes the
+build to one file. ``--from`` installs such a file on a machine with the same torch, Python and lightkit; that machine
+needs no compiler. An archive runs code, as a wheel does: install only archives whose author you trust.
+``--check-cuda`` compiles every CUDA kernel for sm_80 and sm_90; it needs nvcc and no GPU.
 """
 
 from __future__ import annotations
@@ -18,9 +18,18 @@ from lightkit.native import archive, builder, cache, toolchain
 from lightkit.runtime.command_process import run_as_process
 
 
-def report(library) -> str:
-    """Lists what is known of a build, a line a fact."""
+def report(library: Path) -> str:
+    """Returns the properties of a build, one on each line.
+
+    Args:
+        library: the library in the directory of the build.
+
+    Raises:
+        CacheError: the manifest beside the library is missing or damaged.
+    """
     manifest = cache.read_manifest(library.parent)
+    if manifest is None:
+        raise cache.CacheError(f"{library.parent / cache.MANIFEST} is missing or damaged")
     rows = {
         "library": library,
         "torch": manifest.torch,
@@ -35,7 +44,11 @@ def report(library) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Builds, and prints the report; returns the exit status."""
+    """Compiles, installs or checks the kernels as ``arguments`` say; returns the exit status.
+
+    Args:
+        arguments: the command-line arguments; None takes those of the process.
+    """
     parser = argparse.ArgumentParser(prog="python -m lightkit.build", description=__doc__)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--archive", type=Path, metavar="FILE", help="build if need be, and write the build to FILE")
@@ -67,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def command() -> NoReturn:
-    """Runs `main` as a process of its own."""
+    """Runs `main` and ends the process with the exit status."""
     run_as_process(main)
 
 

@@ -1,4 +1,4 @@
-"""From configuration to objects: the one place that turns a ``_target_`` of the user's into an instance."""
+"""Construction of objects from a user's configuration, in which ``_target_`` names a class."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _TARGET, _PARTIAL = "_target_", "_partial_"
 
 
 def to_plain(config: Any) -> Any:
-    """Returns OmegaConf's containers as dicts and lists, resolved; returns anything else as it is.
+    """Returns a container of OmegaConf as resolved dicts and lists; returns any other object unchanged.
 
-    While nobody has imported OmegaConf, no container is OmegaConf's: a library does not need the package.
+    The function does not import OmegaConf: without OmegaConf in the process, no container is OmegaConf's.
     """
     if not (is_instance(config, "omegaconf", "DictConfig") or is_instance(config, "omegaconf", "ListConfig")):
         return config
@@ -28,19 +28,22 @@ def to_plain(config: Any) -> Any:
 
 
 def build(config: Any, **extra: Any) -> Any:
-    """Builds what a configuration describes, from the inside out.
+    """Builds the objects that a configuration describes, the innermost first.
 
-    A mapping with ``_target_`` becomes an instance of that class, with the other keys as its arguments; with
-    ``_partial_: true`` a callable that takes the rest. Other mappings and lists become dicts and lists. The
-    configuration must be the user's own: what is inside a checkpoint is built by `lightkit.restore`.
+    A mapping with ``_target_`` becomes an instance of that class, with the other keys as arguments. With
+    ``_partial_: true`` it becomes a callable that accepts the missing arguments. Other mappings and lists become dicts
+    and lists. The user must trust the configuration; `lightkit.app.restore` builds from that of a checkpoint.
 
     Args:
-        config: a configuration node, or plain containers.
-        **extra: further arguments of the outermost target.
+        config: a configuration of OmegaConf, or plain containers.
+        **extra: further arguments of the outermost class.
+
+    Returns:
+        The object; None if ``_target_`` is null.
 
     Raises:
-        ConfigError: a target that is unknown or that a configuration may not use, see `lightkit.targets`, or
-            arguments that it does not take; names the nearest.
+        ConfigError: a class is unknown or not allowed (see `lightkit.targets`), or it does not accept an argument; the
+            message has the nearest known names.
     """
     config = to_plain(config)
     if isinstance(config, Mapping):
@@ -51,7 +54,7 @@ def build(config: Any, **extra: Any) -> Any:
             return None
         if taken := values.keys() & extra.keys():
             raise ConfigError(
-                f"{config[_TARGET]}: {', '.join(sorted(taken))} cannot be set here, it has keys of its own"
+                f"{config[_TARGET]}: {', '.join(sorted(taken))} cannot be set here, because the program sets it"
             )
         return _instantiate(str(config[_TARGET]), {**values, **extra}, bool(config.get(_PARTIAL, False)))
     if isinstance(config, (list, tuple)):
@@ -67,15 +70,22 @@ def _instantiate(target: str, arguments: dict[str, Any], as_partial: bool) -> An
 
 
 def construct(cls: type, target: str, /, *positional: Any, **arguments: Any) -> Any:
-    """Calls a class with arguments of a configuration.
+    """Calls a class with the arguments of a configuration.
+
+    Args:
+        cls: the class.
+        target: the name of the class in the configuration, for the message.
+        *positional: positional arguments.
+        **arguments: keyword arguments.
 
     Raises:
-        ConfigError: the class refuses them; in its words, with ``target`` before them.
+        ConfigError: the constructor raised an ImportError, a TypeError or a ValueError; the message has ``target`` and
+            the constructor's message.
     """
     try:
         return cls(*positional, **arguments)
     except ImportError as error:
-        # Mostly one of the packages that the extra brings; said in the words of whoever missed it.
+        # The missing package mostly belongs to the extra `app`.
         raise ConfigError(f"{target} could not be built: {error}; {how_to_install('app')}") from error
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{target} could not be built: {error}") from error

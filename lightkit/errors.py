@@ -1,29 +1,29 @@
-"""Errors in what the user gave, which entry points print in one line without a traceback; and the ends of a process."""
+"""Errors in a user's input, which entry points print in one line without a traceback; exceptions that end a process."""
 
 
 class LightkitError(Exception):
-    """Something the user gave cannot be used; the message names it and says what was expected."""
+    """An error in a user's input; the message names the input and says what was expected."""
 
 
 class ConfigError(LightkitError, ValueError):
-    """A configuration that names something unknown or gives it wrong arguments."""
+    """An error in a configuration: an unknown name or a wrong value."""
 
 
 class DataError(LightkitError, ValueError):
-    """Data that is missing, damaged or not what it claims to be."""
+    """An error in data: the data is missing, damaged or of another format."""
 
 
 class CheckpointError(LightkitError, ValueError):
-    """A checkpoint that is missing, damaged or of something else."""
+    """An error in a checkpoint: the checkpoint is missing, damaged or of another model."""
 
 
 class CarriedError(BaseException):
-    """Carries an error in the input, its only argument, past Hydra, which would print its own words on an Exception."""
+    """A carrier of an error in the input, its only argument; Hydra prints its own message for every `Exception`."""
 
 
 class Terminated(SystemExit):
-    """Ends a process that got SIGTERM, once what it does is in order."""
+    """An exit of a process after SIGTERM, when the process has ended its work in order."""
 
 
 class ArgumentError(ValueError, RuntimeError):
-    """An argument of an op does not fit. It is a ValueError and a RuntimeError: torch raises either."""
+    """An error in an argument of an op; a ValueError and a RuntimeError at once, because torch raises either."""

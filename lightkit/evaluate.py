@@ -1,4 +1,4 @@
-"""``python -m lightkit.evaluate ckpt_path=...``: measure a checkpoint on its test set."""
+"""The command ``python -m lightkit.evaluate ckpt_path=...``, which computes the test metrics of a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightkit.runtime.command_process import begin_to_collect, run_as_process
 
 
 class Keys(TypedDict):
-    """The keys of ``conf/evaluate.yaml``."""
+    """The types of the keys of ``conf/evaluate.yaml``."""
 
     ckpt_path: str
     data_dir: str | None
@@ -23,8 +23,8 @@ class Keys(TypedDict):
 
 @entry_point("evaluate", Keys)
 def main(config: DictConfig) -> None:
-    """Measures a checkpoint and prints the figures."""
-    # Only now, as in lightkit.train.
+    """Computes and prints the test metrics of a checkpoint."""
+    # As in lightkit.train, --help does not wait for these imports.
     from lightkit.app.console import print_table
     from lightkit.app.evaluation import evaluate
     from lightkit.app.run_files import check_output, write_json
@@ -40,7 +40,7 @@ def main(config: DictConfig) -> None:
 
 
 def command() -> NoReturn:
-    """Runs `main` as a process of its own."""
+    """Runs `main` and ends the process with the exit status."""
     run_as_process(main)
 
 

@@ -1,4 +1,4 @@
-"""The floating-point operations of a piece of code, and how many a second this machine's matrix products reach."""
+"""A counter of floating-point operations, and the rate of a matrix product on this machine."""
 
 from __future__ import annotations
 
@@ -18,38 +18,44 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import conv_flop_count, flop_registry, sdpa_flop_count, shape_wrapper
 
+from lightkit._util.deprecated import RenamedAttribute
+
 Shape = Sequence[int]
 
-# A product that takes this many seconds is large enough: calling it costs nothing against it.
-_LONG = 3e-3
-_SMALLEST, _LARGEST, _TIMES = 1024, 8192, 5
+# A product that takes this many seconds is large enough: the cost of its call is negligible.
+_MIN_SECONDS = 3e-3
+_MIN_SIZE, _MAX_SIZE, _REPEATS = 1024, 8192, 5
 
 
 class FlopCounter:
-    """Counts the floating-point operations of what runs within it: ``with FlopCounter() as counter: ...``.
+    """Counts the floating-point operations within a context: ``with FlopCounter() as counter: ...``.
 
-    Counted are matrix products, convolutions, recurrent layers and attention, of torch and of lightkit, forward and
-    backward, a multiplication and an addition as two; what is done value by value is not. The count is that of the
-    layers: zeros that a mask, a ReLU or padding puts in are multiplied like other values, and what a kernel computes a
-    second time to save memory adds nothing. What activation checkpointing recomputes is an operation like any other,
-    and counted.
+    The counter counts matrix products, convolutions, recurrent layers and attention of torch and of lightkit, forward
+    and backward. A multiplication and an addition are two operations; elementwise operations are not counted. The count
+    is that of the layers: zeros from a mask, a ReLU or padding count like other values, and the recomputation within a
+    kernel, which saves memory, adds nothing. The recomputation of activation checkpointing is counted.
 
-    Operations run as without it, to the bit. Of those that it cannot count it says so, instead of too small a number:
-    ``total`` is None then, and ``obstacle`` tells why.
+    The results are the same to the bit as without a counter. If an operation ran that cannot be counted, ``total`` is
+    None.
+
+    Attributes:
+        unsupported_reason: why ``total`` is None, or None.
     """
 
-    # The formulas are those of torch's FlopCounterMode. That itself hooks all modules, to tell them apart, and a hooked
-    # layer is none that `lightkit.nn.FusedSequential` may run together with its neighbours: other kernels would run.
+    # The formulas are those of torch's FlopCounterMode. FlopCounterMode itself puts hooks on all modules, and
+    # `lightkit.nn.FusedSequential` does not fuse layers with hooks: other kernels would run.
+
+    obstacle = RenamedAttribute("unsupported_reason")
 
     def __init__(self) -> None:
-        self.obstacle: str | None = None
+        self.unsupported_reason: str | None = None
         self._by_dtype: Counter[torch.dtype] = Counter()
         self._active = ExitStack()
 
     @property
     def total(self) -> int | None:
-        """The operations so far, or None if something ran whose operations are unknown."""
-        return self._by_dtype.total() if self.obstacle is None else None
+        """The operations so far, or None if an operation could not be counted."""
+        return self._by_dtype.total() if self.unsupported_reason is None else None
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -57,51 +63,52 @@ class FlopCounter:
         return max(self._by_dtype, key=self._by_dtype.__getitem__, default=None)
 
     def __enter__(self) -> FlopCounter:
-        self._look_for_compiled_code()
-        # A mode would keep torch.compile from compiling.
-        if self.obstacle is None:
+        self._check_for_compiled_code()
+        # torch.compile does not compile under a dispatch mode.
+        if self.unsupported_reason is None:
             self._active.enter_context(_Counting(self))
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._active.close()
-        self._look_for_compiled_code()
+        self._check_for_compiled_code()
 
-    def _look_for_compiled_code(self) -> None:
+    def _check_for_compiled_code(self) -> None:
         dynamo = sys.modules.get("torch._dynamo.eval_frame")
-        # None is the back end of what is not to be compiled.
+        # The back end of code that is not compiled is None.
         if dynamo is not None and any(dynamo.cached_backends.values()):
-            self._give_up("torch.compile is in use, whose code does not tell what it computes")
+            self._stop("torch.compile is in use, and operators in compiled code cannot be counted")
 
-    def _give_up(self, obstacle: str) -> None:
-        self.obstacle = self.obstacle or obstacle
+    def _stop(self, reason: str) -> None:
+        self.unsupported_reason = self.unsupported_reason or reason
 
     def _count(self, func: Any, types: Sequence[type], args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+        """Adds the operations of one call of an operator."""
         if not isinstance(func, torch._ops.OpOverload):
-            # An operator of functions, such as torch.cond.
-            self._give_up(f"the operations of {func} are unknown")
+            # A higher-order operator, such as torch.cond.
+            self._stop(f"the operations of {func} are unknown")
             return
-        # Those in place multiply as the others do.
+        # In-place operators have the formulas of the others.
         formula = _FORMULAS.get(func._schema.name.removesuffix("_"))
         if any(cls not in (Tensor, Parameter) for cls in types):
-            self._give_up(f"{func} ran on {', '.join(sorted(cls.__name__ for cls in types))}")
+            self._stop(f"{func} ran on {', '.join(sorted(cls.__name__ for cls in types))}")
         elif formula is None:
             if _may_multiply(func):
-                self._give_up(f"the operations of {func} are unknown")
+                self._stop(f"the operations of {func} are unknown")
         elif any(isinstance(a, Tensor) and (a.layout is not torch.strided or a.is_complex()) for a in args):
-            self._give_up(f"{func} ran on sparse or complex tensors")
+            self._stop(f"{func} ran on sparse or complex tensors")
         else:
             try:
                 self._by_dtype[args[0].dtype] += formula(*args, **kwargs, out_val=out)
             except Exception as error:
-                # The operation has run: what a formula thinks of its arguments is no reason to stop a training.
-                self._give_up(f"the operations of {func} are unknown: {error}")
+                # The operation itself was successful: an error of the formula must not stop a training.
+                self._stop(f"the operations of {func} are unknown: {error}")
 
 
 class _Counting(TorchDispatchMode):
-    """Shows a `FlopCounter` each operation that runs on a device, below autograd."""
+    """Passes each operator that runs on a device, below autograd, to a `FlopCounter`."""
 
-    # For code that does something else where it is watched: see `lightkit.ops.patch`.
+    # The cross-entropy of `lightkit.ops` would run torch's own under other modes.
     only_watches = True
     supports_higher_order_operators = True
 
@@ -111,7 +118,7 @@ class _Counting(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """What is first given to torch.compile within the counter is compiled as without it."""
+        """Makes torch.compile compile within the counter as without it."""
         return True
 
     def __torch_dispatch__(
@@ -123,8 +130,8 @@ class _Counting(TorchDispatchMode):
         return out
 
 
-# The families of torch's operators that multiply matrices, or decompose or transform them; composite ones among
-# them, which come in one piece in inference mode. The cells of _thnn_ have had their products before.
+# torch's operators that multiply, decompose or transform matrices. Inference mode dispatches composite ones as a whole.
+# The fused cells of _thnn_ run after their matrix products, which are counted by themselves.
 _MULTIPLIES = re.compile(
     r"(?!_thnn_).*("
     r"m[mv](?![a-z])|matmul|multi_dot|tensordot|einsum|conv(?!ert)|linear(?!\d)|"
@@ -133,7 +140,7 @@ _MULTIPLIES = re.compile(
     r"cdist|fft_.2.)"
 )
 
-# The operators of others may do anything. Those of these that multiply matrices are above or have formulas below.
+# Operators of other namespaces may multiply matrices. Those of these namespaces that do are above or have formulas.
 _NAMESPACES = ("aten", "prim", "lightkit", "profiler", "c10d")
 
 
@@ -144,24 +151,27 @@ def _may_multiply(func: Any) -> bool:
 
 
 def matmul_rate(device: torch.device | str, dtype: torch.dtype) -> float:
-    """The floating-point operations a second of a large matrix product, as `torch.mm` runs it here and now.
+    """Measures the floating-point operations a second of a large matrix product by `torch.mm`.
 
-    The median of a few, with the threads and the precision that torch is set to. Takes about 0.1 s, on a busy machine
-    longer, where it is no more than that of a part of the machine.
+    The result is the median of five products, with torch's present settings of threads and precision. The measurement
+    takes about 0.1 s. On a busy machine it takes longer, and the result is the rate of a part of the machine.
 
     Args:
-        device: where to measure.
-        dtype: of the matrices, floating point.
+        device: the device of the matrices.
+        dtype: the dtype of the matrices, floating point.
+
+    Returns:
+        Operations a second; a multiplication and an addition are two.
     """
-    size = _SMALLEST
+    size = _MIN_SIZE
     while True:
-        # Not random: nobody's random numbers change. Not all the same: that takes a GPU less power than real values.
+        # Random values would advance the generator; equal values take a GPU less power than real data.
         matrix = torch.linspace(-1, 1, size * size, device=device).view(size, size).to(dtype)
         result = torch.empty_like(matrix)
-        # The first product of a size pays for fresh memory and the choice of a kernel.
-        _, *seconds = (_time(matrix, result) for _ in range(1 + _TIMES))
-        # The shortest: on a busy machine any single one may be long.
-        if min(seconds) >= _LONG or size >= _LARGEST:
+        # The first product of a size includes memory allocation and the choice of a kernel.
+        _, *seconds = (_time(matrix, result) for _ in range(1 + _REPEATS))
+        # On a busy machine any single product may be slow: the fastest one decides on the size.
+        if min(seconds) >= _MIN_SECONDS or size >= _MAX_SIZE:
             return 2 * size**3 / statistics.median(seconds)
         size *= 2
 
@@ -169,12 +179,12 @@ def matmul_rate(device: torch.device | str, dtype: torch.dtype) -> float:
 def _time(matrix: Tensor, result: Tensor) -> float:
     started = time.perf_counter()
     torch.mm(matrix, matrix, out=result)
-    # Waits for the device.
+    # .item() waits for the device.
     result[0, 0].item()
     return time.perf_counter() - started
 
 
-# The formulas take shapes in place of tensors, with `out_shape` for those of the results.
+# The formulas take shapes in place of tensors; `out_shape` has the shapes of the results.
 
 
 def _mv(matrix: Shape, vector: Shape, *, out_shape: Any, **_: Any) -> int:
@@ -191,8 +201,8 @@ def _addbmm(added: Shape, left: Shape, right: Shape, *, out_shape: Any, **_: Any
 
 def _convolution_backward(grad_output: Shape, input: Shape, weight: Shape, *rest: Any, out_shape: Any, **_: Any) -> int:
     _, _, _, _, transposed, _, _, wanted = rest
-    # torch's own formula has the gradient of the weight take as many times what it does as there are groups.
-    return sum(wanted[:2]) * conv_flop_count(input, weight, grad_output, transposed)
+    # torch's own formula counts the gradient of the weight once per group.
+    return sum(wanted[:2]) * conv_flop_count(list(input), list(weight), list(grad_output), transposed)
 
 
 def _conv_relu_pool(input: Shape, weight: Shape, bias: Any, padding: Shape, pool: bool, *, out_shape: Any) -> int:
@@ -202,22 +212,22 @@ def _conv_relu_pool(input: Shape, weight: Shape, bias: Any, padding: Shape, pool
 def _layer_chain(
     input: Shape, weights: Sequence[Shape], biases: Any, settings: Sequence[int], *_: Any, out_shape: Any
 ) -> int:
-    return sum(_each_of_chain(input, weights, settings))
+    return sum(_layer_flops(input, weights, settings))
 
 
 def _layer_chain_backward(
     grad_output: Shape, input: Shape, weights: Sequence[Shape], *rest: Any, out_shape: Any
 ) -> int:
     *_, settings, wanted = rest
-    each = _each_of_chain(input, weights, settings)
+    each = _layer_flops(input, weights, settings)
     of_weights = wanted[1 : 1 + len(weights)]
-    # The gradient of an input is wanted where one of the layers before, or the chain's own input, wants one.
+    # The gradient of a layer's input is computed if the chain's input or a layer before it needs a gradient.
     of_inputs = [any(wanted[: 1 + layer]) or any(wanted[1 + len(weights) :][:layer]) for layer in range(len(weights))]
     return sum(flops * (w + i) for flops, w, i in zip(each, of_weights, of_inputs, strict=True))
 
 
-def _each_of_chain(input: Shape, weights: Sequence[Shape], settings: Sequence[int]) -> list[int]:
-    """Of each layer: of a convolution as a whole, which a pool halves, dropping an odd last row."""
+def _layer_flops(input: Shape, weights: Sequence[Shape], settings: Sequence[int]) -> list[int]:
+    """Returns the forward operations of each layer; a pool halves the image and drops an odd last row."""
     flops = []
     size = input[2:]
     for layer, weight in enumerate(weights):
@@ -226,7 +236,7 @@ def _each_of_chain(input: Shape, weights: Sequence[Shape], settings: Sequence[in
             flops.append(2 * input[0] * prod(weight))
         else:
             size = [i + 2 * p - w + 1 for i, w, p in zip(size, weight[2:], padding, strict=True)]
-            flops.append(conv_flop_count([input[0], weight[1]], weight, (input[0], weight[0], *size)))
+            flops.append(conv_flop_count([input[0], weight[1]], list(weight), [input[0], weight[0], *size]))
             size = [s // 2 for s in size] if pool else size
     return flops
 
@@ -252,12 +262,12 @@ def _attention(query: Shape, key: Shape, value: Shape, *_: Any, out_shape: Any, 
 
 
 def _attention_backward(grad: Shape, query: Shape, key: Shape, value: Shape, *_: Any, out_shape: Any, **__: Any) -> int:
-    # torch's own formula has the scores once more, which the kernels compute again.
+    # torch's own formula also counts the scores, which the kernels recompute.
     return 2 * sdpa_flop_count(query, key, value)
 
 
 def _recurrent(input: Shape, weights: Sequence[Shape]) -> int:
-    # Each step of each sequence, packed or not, goes through each matrix once.
+    # Each step of each sequence, packed or not, is multiplied by each matrix once.
     return 2 * prod(input[:-1]) * sum(prod(weight) for weight in weights if len(weight) == 2)
 
 
@@ -266,7 +276,7 @@ def _mkldnn_rnn(input: Shape, *rest: Any, out_shape: Any) -> int:
 
 
 def _mkldnn_rnn_backward(input: Shape, *rest: Any, out_shape: Any) -> int:
-    # The kernel makes the gradients of input, state and weights, wanted or not.
+    # The kernel computes the gradients of input, state and weights, needed or not.
     return 2 * _recurrent(input, rest[:2])
 
 
@@ -279,7 +289,7 @@ def _cudnn_rnn_backward(input: Shape, weights: Sequence[Shape], *rest: Any, out_
     return (1 + wanted[3]) * _recurrent(input, weights)
 
 
-# By name: lightkit's operators need not exist.
+# Formulas by name, since lightkit's operators exist only with native kernels.
 _OWN = {
     "aten::mv": _mv,
     "aten::addmv": _addmv,
@@ -303,11 +313,11 @@ _OWN = {
     "lightkit::_linear_cross_entropy_backward": _linear_cross_entropy_backward,
 }
 
-# torch's for sequences of different lengths in one tensor, which also count what is recomputed.
-_NOT_TAKEN = ("aten::_flash_attention_backward", "aten::_efficient_attention_backward")
+# torch's formulas for packed sequences of different lengths also count the recomputation.
+_EXCLUDED = ("aten::_flash_attention_backward", "aten::_efficient_attention_backward")
 
 _FORMULAS = {
     packet._qualified_op_name: formula
     for packet, formula in flop_registry.items()
-    if isinstance(packet, torch._ops.OpOverloadPacket) and packet._qualified_op_name not in _NOT_TAKEN
+    if isinstance(packet, torch._ops.OpOverloadPacket) and packet._qualified_op_name not in _EXCLUDED
 } | {name: shape_wrapper(formula) for name, formula in _OWN.items()}

@@ -1,4 +1,4 @@
-"""A logger whose ``metrics.csv`` is whole at any time, and goes on where the run that is continued had come to."""
+"""A CSV logger whose file is complete at any time, and which continues the file of a resumed run."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ Rows = list[dict[str, Any]]
 
 
 class CSVLogger(loggers.CSVLogger):
-    """Lightning's ``CSVLogger`` for local directories, which loses no rows.
+    """Lightning's ``CSVLogger`` for local directories, except that it loses no rows.
 
-    Rows are appended whole, and the file is replaced in one rename where a new column makes it be written anew. A kill
-    or a full disk leaves the rows that were there.
+    The logger appends whole rows. For a new column it writes a new file and replaces the old one by a rename. A kill or
+    a full disk leaves the rows of before.
 
-    Args: those of Lightning's logger.
+    Args:
+        *arguments: the positional arguments of Lightning's ``CSVLogger``.
+        **options: the keyword arguments of Lightning's ``CSVLogger``.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -33,14 +35,14 @@ class CSVLogger(loggers.CSVLogger):
 
     @rank_zero_only
     def continue_from(self, path: Path, steps: int, last: dict[str, Any] | None = None) -> None:
-        """Lets the log begin with the rows of another one, or with its own, that belong to the first steps.
+        """Starts the log with the rows of the first steps in another log, or in this one.
 
-        They are written at once, before a checkpoint can lie beside a log that lacks them.
+        The rows are written at once, so that no checkpoint lies beside a log without them.
 
         Args:
-            path: a ``metrics.csv``; if it is not there, or is none, the log begins without a row.
-            steps: how many steps are done; rows of later ones will be logged again.
-            last: figures of the last of these steps, which a kill may have kept from being logged.
+            path: a ``metrics.csv``; without a valid file the log starts empty.
+            steps: the number of steps that are done; later rows are dropped, since they will be logged again.
+            last: metrics of the last of these steps, which a kill may have prevented from being logged.
         """
         self._rows = [row for row in read_rows(path) if int(row["step"]) < steps]
         if last and not any(all(row.get(name) for name in last) for row in self._rows if int(row["step"]) == steps - 1):
@@ -51,30 +53,31 @@ class CSVLogger(loggers.CSVLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> _Writer:
-        """The writer of the file, which Lightning's logger has under this name too."""
-        if self._experiment is None:
+        """The writer of the file, which is made on the first access."""
+        writer = self._experiment
+        if not isinstance(writer, _Writer):
             os.makedirs(self.log_dir, exist_ok=True)
-            self._experiment = _Writer(self.log_dir, self._rows)
-        return self._experiment
+            writer = self._experiment = _Writer(self.log_dir, self._rows)
+        return writer
 
 
 def read_rows(path: Path) -> Rows:
-    """Reads the rows of a ``metrics.csv`` by column, as texts: those that were written to their end.
+    """Reads the complete rows of a ``metrics.csv`` as strings by column.
 
     Returns:
-        No rows if there is no such file, or it is not one that a logger wrote.
+        The rows; none if there is no such file or no logger wrote it.
     """
     try:
         text = path.read_bytes().decode()
     except (OSError, UnicodeDecodeError):
         return []
-    # What was not written to the end of its line may be half a number.
+    # A last line without its end may contain half a number.
     rows = list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline="")))
     return [row for row in rows if (row.get("step") or "").isdecimal() and None not in row and None not in row.values()]
 
 
 class _Writer(ExperimentWriter):
-    """Writes ``metrics.csv``: whole rows at its end, or all of it anew."""
+    """Writes ``metrics.csv``: appends whole rows or replaces the file."""
 
     def __init__(self, log_dir: str, rows: Rows) -> None:
         super().__init__(log_dir)
@@ -86,7 +89,7 @@ class _Writer(ExperimentWriter):
             self._path.unlink(missing_ok=True)
 
     def save(self) -> None:
-        """Writes the rows that were logged since the last time."""
+        """Writes the rows that were logged since the last call."""
         if not self.metrics:
             return
         if self._record_new_keys() or not self._path.exists():
@@ -96,7 +99,7 @@ class _Writer(ExperimentWriter):
         self.metrics = []
 
     def _check_log_dir_exists(self) -> None:
-        """Lets what lies there lie: Lightning's writer removes the rows of before."""
+        """Keeps an existing file, which Lightning's writer would remove."""
 
     def _csv(self, rows: Rows, with_header: bool = False) -> bytes:
         text = io.StringIO(newline="")
@@ -118,6 +121,6 @@ class _Writer(ExperimentWriter):
                 while written < len(content):
                     written += file.write(content[written:])
             except OSError:
-                # A full disk has taken a part of them.
+                # A full disk has taken a part of the rows.
                 file.truncate(before)
                 raise

@@ -1,11 +1,11 @@
-"""Keeps the memory of freed tensors in the process, for the next ones."""
+"""A setting of the C library that keeps the memory of freed tensors for the next ones."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
 
-# Of glibc's malloc.h.
+# The parameters of mallopt in glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 _TOP_PAD = 64 << 20
@@ -13,17 +13,17 @@ _NEVER = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """Has the C library keep what tensors on the CPU give back, instead of returning it to the system.
+    """Makes the C library keep the freed memory of CPU tensors, instead of returning it to the system.
 
-    A training step frees its activations and asks for as much again at the next. Where the C library has returned
-    the memory in between, the system clears every page of it anew, which may take longer than computing what goes
-    into it. Afterwards the process holds on to the most memory that it has had in use at a time.
+    A training step frees its activations, and the next step allocates as much again. If the C library returned the
+    memory in between, the system clears every page again, which may take longer than the computation of the content.
+    With this setting the process keeps the largest amount of memory that it has used at a time.
 
-    It holds for the whole process, cannot be undone, and may be called any number of times. ``lightkit.train``
-    calls it.
+    The setting holds for the whole process and cannot be undone. Further calls change nothing. ``lightkit.train`` calls
+    this function.
 
     Returns:
-        Whether the C library took the settings: glibc does; others, such as that of macOS or musl, do not know them.
+        True if the C library accepts the settings: glibc does; the libraries of macOS and musl do not have them.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -1,4 +1,4 @@
-"""``python -m lightkit.predict ckpt_path=... input=...``: use a checkpoint."""
+"""The command ``python -m lightkit.predict ckpt_path=... input=...``, which predicts with a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightkit.runtime.command_process import begin_to_collect, run_as_process
 
 
 class Keys(TypedDict):
-    """The keys of ``conf/predict.yaml``."""
+    """The types of the keys of ``conf/predict.yaml``."""
 
     ckpt_path: str
     input: str | None
@@ -31,8 +31,8 @@ class Keys(TypedDict):
 
 @entry_point("predict", Keys)
 def main(config: DictConfig) -> None:
-    """Predicts with the model of a checkpoint, and prints the result."""
-    # Only now, as in lightkit.train.
+    """Predicts with the model of a checkpoint and prints the result."""
+    # As in lightkit.train, --help does not wait for these imports.
     from lightkit.app.prediction import PredictionRequest, predict
     from lightkit.app.restore import restore
     from lightkit.app.run_files import check_output
@@ -47,7 +47,7 @@ def main(config: DictConfig) -> None:
 
 
 def command() -> NoReturn:
-    """Runs `main` as a process of its own."""
+    """Runs `main` and ends the process with the exit status."""
     run_as_process(main)
 
 

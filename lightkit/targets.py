@@ -1,6 +1,6 @@
-"""Classes that a configuration of the user's own may build, and the checks of their arguments.
+"""The classes that a user's configuration may build, and the checks of their arguments.
 
-What the configuration inside a checkpoint may build is another, much shorter list: see `lightkit.app.untrusted`.
+The configuration in a checkpoint may build far fewer classes: see `lightkit.app.untrusted`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 
 from lightkit.errors import ConfigError
 
-# Public packages. A target is one of the classes that a package exports, by whatever public path it is named; what a
-# package has for its own use stays out, since its constructors may open files, sockets and processes.
-_PACKAGES = (
+# A configuration may build the classes that these packages export, by any public path. The constructors of private
+# classes may open files, sockets and processes.
+_PUBLIC_PACKAGES = (
     "lightkit.callbacks",
     "lightkit.data",
     "lightkit.loggers",
@@ -50,45 +50,53 @@ _PACKAGES = (
     "torchmetrics.wrappers",
 )
 
-# Metrics for texts, pictures and sound: some of them download a model when they are built. `torchmetrics` exports them.
-_DOWNLOADING = ("torchmetrics.audio", "torchmetrics.image", "torchmetrics.multimodal", "torchmetrics.text")
+# Some metrics of these packages, which `torchmetrics` exports too, download a model in their constructor.
+_DOWNLOADING_PACKAGES = ("torchmetrics.audio", "torchmetrics.image", "torchmetrics.multimodal", "torchmetrics.text")
 
-_users: list[str] = []
+_user_packages: list[str] = []
 
 
 def allow_targets(*packages: str) -> None:
-    """Lets configurations build the public classes of further packages, such as a user's own.
+    """Allows configurations to build the public classes of further packages, such as a user's own.
 
-    The environment variable ``LIGHTKIT_TARGETS`` does the same for the command line: names of packages,
-    separated by commas.
+    The environment variable ``LIGHTKIT_TARGETS``, package names separated by commas, does the same for the command
+    line.
+
+    Args:
+        *packages: dotted names of packages.
     """
-    _users.extend(packages)
+    _user_packages.extend(packages)
 
 
 def user_packages() -> list[str]:
     """Returns the packages that `allow_targets` and ``LIGHTKIT_TARGETS`` name."""
-    return _users + [name.strip() for name in os.environ.get("LIGHTKIT_TARGETS", "").split(",") if name.strip()]
+    return _user_packages + [name.strip() for name in os.environ.get("LIGHTKIT_TARGETS", "").split(",") if name.strip()]
+
+
+def is_in_user_package(target: str) -> bool:
+    """Returns True if ``target`` lies in one of `user_packages`."""
+    return any(target.startswith(f"{package}.") for package in user_packages())
 
 
 def find_class(target: str) -> type:
     """Returns the class that a ``_target_`` names.
 
     Args:
-        target: ``PACKAGE.CLASS``: a class that a public package exports, or any public class of a package of the
-            user's own, see `allow_targets`.
+        target: ``PACKAGE.CLASS``: a class that a public package exports, or any public class of one of the user's
+            packages, see `allow_targets`.
 
     Raises:
-        ConfigError: there is no such class, or a configuration may not build it.
+        ConfigError: the class does not exist, or a configuration may not build it.
     """
     own = user_packages()
     if package := _package_of(target, own):
-        return _find_in_users_package(target, package)
-    package = _package_of(target, _PACKAGES)
+        return _find_user_class(target, package)
+    package = _package_of(target, _PUBLIC_PACKAGES)
     if package is None:
-        public = ", ".join(p for p in _PACKAGES if not _package_of(p, _PACKAGES))
+        public = ", ".join(p for p in _PUBLIC_PACKAGES if not _package_of(p, _PUBLIC_PACKAGES))
         raise ConfigError(
             f"_target_: {target!r} is not in a package that a configuration may use ({', '.join([public, *own])})"
-            f"{_nearest_target(target)}; add your own with LIGHTKIT_TARGETS=PACKAGE or lightkit.config.allow_targets"
+            f"{_suggest_target(target)}; add your own with LIGHTKIT_TARGETS=PACKAGE or lightkit.config.allow_targets"
         )
     if _is_private(target):
         raise ConfigError(f"_target_: {target!r} is private, and a configuration may use public classes alone")
@@ -96,42 +104,42 @@ def find_class(target: str) -> type:
     exported = exported_classes(package)
     if name not in exported:
         raise ConfigError(f"_target_: {package} has no class {name!r}{nearest(name, exported, prefix=package + '.')}")
-    # The path may lead through the module that defines the class, as people write it: torch.optim.adam.Adam.
+    # Users also write the path of the module that defines a class, such as torch.optim.adam.Adam.
     if module_name != package and _import(module_name, target).__dict__.get(name) is not exported[name]:
         raise ConfigError(f"_target_: {module_name} has no class {name!r}; did you mean {package}.{name}?")
     return exported[name]
 
 
 def exported_classes(package: str) -> dict[str, type]:
-    """Returns the classes, by name, that a public package exports and that a configuration may build."""
+    """Returns the classes that a public package exports and that a configuration may build, by name."""
     module = _import(package, package)
     names = getattr(module, "__all__", None)
     if names is None:
         names = [name for name in vars(module) if not name.startswith("_")]
     top = package.partition(".")[0]
-    found = {name: getattr(module, name, None) for name in names}
-    return {name: cls for name, cls in found.items() if inspect.isclass(cls) and _is_buildable(cls, top)}
+    exported = {name: getattr(module, name, None) for name in names}
+    return {name: cls for name, cls in exported.items() if inspect.isclass(cls) and _is_buildable(cls, top)}
 
 
 def _is_buildable(cls: type, top: str) -> bool:
     if not _is_within(cls.__module__, [top]):
-        # lightkit.nn exports losses of torch's as they are.
+        # lightkit.nn exports some of torch's losses unchanged.
         return top == "lightkit" and _is_within(cls.__module__, ["torch.nn"])
-    return not _is_within(cls.__module__, _DOWNLOADING)
+    return not _is_within(cls.__module__, _DOWNLOADING_PACKAGES)
 
 
-def _find_in_users_package(target: str, package: str) -> type:
+def _find_user_class(target: str, package: str) -> type:
     module_name, _, name = target.rpartition(".")
     if _is_private(target[len(package) :]):
         raise ConfigError(f"_target_: {target!r} is private, and a configuration may use public classes alone")
-    found = getattr(_import(module_name, target), name, None)
-    if found is None:
+    cls = getattr(_import(module_name, target), name, None)
+    if cls is None:
         classes = [key for key, value in vars(_import(module_name, target)).items() if inspect.isclass(value)]
         raise ConfigError(f"_target_: {module_name} has no {name}{nearest(name, classes, prefix=module_name + '.')}")
-    # Where it is defined counts, not where it was found: modules import all sorts of things.
-    if not inspect.isclass(found) or not _is_within(found.__module__, [package]):
+    # The package must define the class; a class that it imports from elsewhere does not count.
+    if not inspect.isclass(cls) or not _is_within(cls.__module__, [package]):
         raise ConfigError(f"_target_: {target!r} is not a class of the package {package}")
-    return found
+    return cls
 
 
 def _import(module_name: str, target: str) -> types.ModuleType:
@@ -140,11 +148,11 @@ def _import(module_name: str, target: str) -> types.ModuleType:
     except ImportError as error:
         if error.name is not None and not module_name.startswith(error.name):
             raise ConfigError(f"_target_: {target} needs the package {error.name}, which is not installed") from error
-        raise ConfigError(f"_target_: there is no module {module_name}{_nearest_target(target)}") from error
+        raise ConfigError(f"_target_: there is no module {module_name}{_suggest_target(target)}") from error
 
 
 def _package_of(target: str, packages: Iterable[str]) -> str | None:
-    """Returns the longest of the packages that the target lies in, or None."""
+    """Returns the innermost of the packages that contains ``target``, or None."""
     return max((p for p in packages if target.startswith(f"{p}.")), key=len, default=None)
 
 
@@ -156,16 +164,22 @@ def _is_within(name: str, packages: Iterable[str]) -> bool:
     return any(name == package or name.startswith(f"{package}.") for package in packages)
 
 
-def _nearest_target(target: str) -> str:
-    """Suggests the nearest class of lightkit or torch, where a package was misspelt."""
+def _suggest_target(target: str) -> str:
+    """Returns a suggestion of the nearest classes of lightkit and torch for a misspelt package, or an empty string."""
     name = target.rpartition(".")[2]
-    packages = [p for p in _PACKAGES if p.startswith("lightkit.")] + ["torch.optim", "torch.nn"]
+    packages = [p for p in _PUBLIC_PACKAGES if p.startswith("lightkit.")] + ["torch.optim", "torch.nn"]
     known = [f"{package}.{cls}" for package in packages for cls in exported_classes(package)]
     return nearest(target, known) or nearest(name, known)
 
 
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """Returns `"; did you mean a, b?"` with the known names that are close to ``name``, or nothing."""
+    """Returns ``"; did you mean a, b?"`` with the known names close to ``name``, or an empty string.
+
+    Args:
+        name: the unknown name.
+        known: the known names.
+        prefix: a string before each name in the result.
+    """
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
     return f"; did you mean {', '.join(prefix + c for c in close)}?" if close else ""
 
@@ -174,66 +188,66 @@ def _type_hints(cls: type) -> dict[str, Any]:
     try:
         return typing.get_type_hints(cls.__init__)
     except (NameError, TypeError, AttributeError):
-        # Hints that exist for type checkers only.
+        # Some modules import the types of their hints for type checkers only.
         return {}
 
 
-def _options(hint: Any) -> set[Any]:
-    """Returns the members of a union, or the one hint."""
+def _union_members(hint: Any) -> set[Any]:
+    """Returns the members of a union, or a set of the one hint."""
     return set(typing.get_args(hint)) if typing.get_origin(hint) in (typing.Union, types.UnionType) else {hint}
 
 
-_PLAIN = (int, float, bool, str, type(None))
+_PLAIN_TYPES = (int, float, bool, str, type(None))
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    """Returns True if a value may go with the hint; only hints made of plain types can refuse.
+def _is_accepted(value: Any, hint: Any) -> bool:
+    """Returns True if a value may have the type ``hint``; the function rejects values for hints of plain types alone.
 
-    Mappings and lists are told by their methods: those of OmegaConf are no dicts and lists.
+    OmegaConf's containers are neither dicts nor lists, so that the function recognizes them by their module.
     """
-    options = _options(hint)
+    options = _union_members(hint)
     is_container = isinstance(value, (list, dict)) or type(value).__module__.startswith("omegaconf.")
-    if not options <= set(_PLAIN) or not (isinstance(value, _PLAIN) or is_container):
+    if not options <= set(_PLAIN_TYPES) or not (isinstance(value, _PLAIN_TYPES) or is_container):
         return True
     return type(value) in options or (type(value) is int and float in options)
 
 
 def check_types(values: Mapping[str, Any], hints: Mapping[str, Any], owner: str = "") -> None:
-    """Refuses values of another type than the hint of the same name says.
+    """Rejects values whose type differs from the hint of the same name.
 
     Args:
-        values: of a configuration, by name.
-        hints: types by name; what has none may be anything.
-        owner: what the names belong to, for the message.
+        values: the values of a configuration by name.
+        hints: the types by name; a value without a hint may have any type.
+        owner: a string before the name in the message.
 
     Raises:
-        ConfigError: names the first one, and the types that it may have.
+        ConfigError: a value has a wrong type; the message has its name and the accepted types.
     """
     for name, value in values.items():
-        if not _fits(value, hints.get(name)):
-            expected = " or ".join(sorted(t.__name__.replace("NoneType", "null") for t in _options(hints[name])))
+        if not _is_accepted(value, hints.get(name)):
+            expected = " or ".join(sorted(t.__name__.replace("NoneType", "null") for t in _union_members(hints[name])))
             got = "null" if value is None else repr(value)
             raise ConfigError(f"{owner}{name} must be {expected}, got {got}")
 
 
 def check_arguments(cls: type, target: str, arguments: Mapping[str, Any], as_partial: bool = False) -> None:
-    """Refuses arguments that a class does not take, that are of a wrong type, or that are missing.
+    """Rejects arguments that a class does not take, arguments of a wrong type, and missing arguments.
 
     Args:
         cls: the class.
-        target: its name in the configuration, for the message.
-        arguments: by name.
-        as_partial: let arguments be missing, since others follow.
+        target: the name of the class in the configuration, for the message.
+        arguments: the arguments by name.
+        as_partial: accept missing arguments, which the caller adds later.
 
     Raises:
-        ConfigError: names the argument, and the nearest that the class takes.
+        ConfigError: an argument is wrong or missing; the message has its name and the nearest known ones.
     """
     try:
         parameters = inspect.signature(cls).parameters
     except (TypeError, ValueError):
         return
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        # **options goes to the base class, whose names are as good.
+        # A constructor with **kwargs passes them to its base class, whose parameters count too.
         named = {
             n for base in cls.__mro__ if "__init__" in vars(base) for n in inspect.signature(base.__init__).parameters
         }

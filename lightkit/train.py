@@ -1,4 +1,4 @@
-"""``python -m lightkit.train +experiment=cnn``: compose, train, test, report."""
+"""The command ``python -m lightkit.train +experiment=cnn``, which trains, tests and writes a report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightkit.runtime.command_process import begin_to_collect, run_as_process
 
 
 class Keys(TypedDict):
-    """The keys of ``conf/train.yaml`` that are no groups."""
+    """The types of the keys of ``conf/train.yaml`` except the groups."""
 
     name: str
     seed: int
@@ -24,12 +24,12 @@ class Keys(TypedDict):
 
 @entry_point("train", Keys, several_processes=True)
 def main(config: DictConfig) -> float | None:
-    """Trains what the configuration describes; the result is what a sweeper such as Optuna's looks at."""
-    # Only now: torch and Lightning take seconds, which nobody waits for to see --help or a typing error.
+    """Runs the job of a configuration and returns the metric ``objective``, which a sweeper such as Optuna's reads."""
+    # The import of torch and Lightning takes seconds, for which --help and a misspelt override need not wait.
     from lightkit import native
     from lightkit.memory import keep_freed_memory
 
-    # Before what takes seconds to import: compilers may run meanwhile.
+    # Compilers may run during the imports below, which take seconds.
     native.start()
     from lightkit.app.training import train
 
@@ -39,7 +39,7 @@ def main(config: DictConfig) -> float | None:
 
 
 def command() -> NoReturn:
-    """Runs `main` as a process of its own."""
+    """Runs `main` and ends the process with the exit status."""
     run_as_process(main)
 
 

@@ -73,7 +73,7 @@ def test_own_packages_can_be_allowed(monkeypatch):
     monkeypatch.setenv("LIGHTKIT_TARGETS", "somewhere, collections")
     assert build(target) == {}
     monkeypatch.delenv("LIGHTKIT_TARGETS")
-    monkeypatch.setattr("lightkit.targets._users", [])
+    monkeypatch.setattr("lightkit.targets._user_packages", [])
     allow_targets("collections")
     assert build(target) == {}
 

@@ -1,4 +1,4 @@
-"""FlopCounter against numbers written out by hand, what it must not change, and what it must not guess."""
+"""FlopCounter: counts against numbers by hand, unchanged results, and operations that cannot be counted."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ GATES = {"lstm": 4, "gru": 3, "elman": 1}
 
 @pytest.fixture(autouse=True)
 def nothing_compiled():
-    """What other tests give to torch.compile is not in use here."""
+    """Resets what other tests gave to torch.compile."""
     torch._dynamo.reset()
 
 
 def count(run) -> int | None:
-    """The operations of a function, and of the backward of what it returns."""
+    """Returns the operations of a function and of the backward of its result."""
     with FlopCounter() as counter:
         result = run()
         if result.requires_grad:
@@ -38,7 +38,7 @@ def count(run) -> int | None:
 
 @pytest.mark.parametrize("blocks", ["fused", "torch"])
 def test_cnn(blocks):
-    """Both ways to run the blocks do the same mathematics."""
+    """Both kinds of blocks have the same count."""
     model, images = CNN(blocks=blocks), torch.randn(5, 1, 28, 28)
     with torch.no_grad():
         assert count(lambda: model(images)) == 5 * CNN_FORWARD
@@ -47,7 +47,7 @@ def test_cnn(blocks):
 
 
 def test_conv_relu_pool():
-    """The convolution as a whole, with the row that the pool drops; each gradient that is wanted takes as much."""
+    """The whole convolution counts, with the row that the pool drops; each needed gradient takes as much."""
     images, weight = torch.randn(2, 3, 8, 9), torch.randn(4, 3, 2, 3)
     once = 2 * 2 * 4 * 9 * 9 * 3 * 2 * 3
     for of_images in (False, True):
@@ -62,7 +62,7 @@ def test_conv_relu_pool():
 @pytest.mark.parametrize("groups", [1, 2, 6])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_groups(groups, transposed):
-    """Each input value meets the weights of its own group, in every direction."""
+    """Each input value is multiplied by the weights of its own group, in forward and backward."""
     layer = (nn.ConvTranspose2d if transposed else nn.Conv2d)(6, 12, 3, groups=groups)
     images = torch.randn(2, 6, 10, 10, requires_grad=True)
     places = 10 * 10 if transposed else 8 * 8
@@ -73,7 +73,7 @@ def test_groups(groups, transposed):
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_recurrent(cell, layers, bidirectional):
-    """Each step goes through two matrices, of its input and of the state."""
+    """Each step is multiplied by two matrices, that of the input and that of the state."""
     inputs, size, batch, steps, outputs = 3, 5, 2, 7, 4
     model = RNN(inputs, size, outputs, num_layers=layers, cell=cell, bidirectional=bidirectional)
     directions = 1 + bidirectional
@@ -95,7 +95,7 @@ def test_recurrent(cell, layers, bidirectional):
 
 @pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU, nn.RNN])
 def test_packed_sequences(cell):
-    """What stands in the padding is not computed."""
+    """Padding is not counted."""
     layer, lengths = cell(3, 5, batch_first=True), torch.tensor([7, 4, 1])
     packed = pack_padded_sequence(torch.randn(3, 7, 3), lengths, batch_first=True)
     with torch.no_grad():
@@ -105,7 +105,7 @@ def test_packed_sequences(cell):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["one kernel", "product by product"])
 def test_transformer(dropout):
-    """Its linear maps and its attention, whichever way torch takes for that, and nothing a second time."""
+    """Linear maps and attention count once, whichever kernel torch takes."""
     dim, layers, inner, vocabulary, batch, steps = 32, 2, 96, 50, 3, 11
     model = Transformer(vocabulary, dim, layers, num_heads=4, context=16, dropout=dropout)
     maps = layers * (4 * dim * dim + 3 * dim * inner) + dim * vocabulary
@@ -115,7 +115,7 @@ def test_transformer(dropout):
 
 
 def test_kernels_of_a_gpu():
-    """Those of cuDNN and flash attention, by the shapes of their arguments."""
+    """Kernels of cuDNN and flash attention are counted by the shapes of their arguments."""
     aten = torch.ops.aten
 
     def empty(*sizes, dtype=torch.float16):
@@ -143,7 +143,7 @@ def test_kernels_of_a_gpu():
 
 @pytest.mark.parametrize("reduction", ["mean", "none"], ids=["gradients in forward", "in backward"])
 def test_linear_cross_entropy(reduction):
-    """Logits, and each gradient that is wanted; logits that are computed twice count once."""
+    """The logits and each needed gradient count; recomputed logits count once."""
     hidden, weight, target = torch.randn(6, 8), torch.randn(20, 8), torch.randint(20, (6,))
     run = lambda: linear_cross_entropy(hidden, weight, target, reduction=reduction)  # noqa: E731
     once = 2 * 6 * 8 * 20
@@ -155,7 +155,7 @@ def test_linear_cross_entropy(reduction):
 
 
 def test_products():
-    """The products of torch, with something added, batched, in place, by a vector."""
+    """All products of torch count: with an added term, batched, in place, with a vector."""
     a, b, v = torch.randn(2, 3, 4), torch.randn(2, 4, 5), torch.randn(4)
     assert count(lambda: a[0] @ b[0]) == 2 * 3 * 4 * 5
     assert count(lambda: F.linear(a, b[0].t(), torch.zeros(5))) == 2 * 2 * 3 * 4 * 5
@@ -169,7 +169,7 @@ def test_products():
 
 
 def test_unknown():
-    """No number rather than too small a one, and the reason."""
+    """The total is None, with a reason, and not too small."""
 
     @torch.library.custom_op("lightkit_tests::square", mutates_args=())
     def square(x: torch.Tensor) -> torch.Tensor:
@@ -189,11 +189,11 @@ def test_unknown():
         with FlopCounter() as counter:
             square_matrix @ square_matrix
             run()
-        assert counter.total is None and name in counter.obstacle, name
+        assert counter.total is None and name in counter.unsupported_reason, name
 
 
 def test_compiled_code():
-    """Compiled code runs as it would, and is not guessed at."""
+    """Compiled code runs compiled, and its operations are unknown."""
     graphs = []
 
     def backend(graph, inputs):
@@ -205,7 +205,7 @@ def test_compiled_code():
         compiled = torch.compile(lambda x: x @ x, backend=backend)
         compiled(matrix)
     assert len(graphs) == 1
-    assert counter.total is None and "torch.compile" in counter.obstacle
+    assert counter.total is None and "torch.compile" in counter.unsupported_reason
     with FlopCounter() as counter:
         compiled(matrix)
         assert torch._C._len_torch_dispatch_stack() == 0
@@ -214,7 +214,7 @@ def test_compiled_code():
 
 @pytest.mark.parametrize("make", [CNN, lambda: Transformer(20, 32, 2, 2, 16, dropout=0.2)], ids=["cnn", "transformer"])
 def test_changes_nothing(make):
-    """Weights after a step, and random numbers drawn, are the same to the bit."""
+    """Weights after a step and random numbers are the same to the bit."""
     outcomes = []
     for counted in (False, True):
         torch.manual_seed(0)
@@ -235,7 +235,7 @@ def test_changes_nothing(make):
 
 
 def test_dtype():
-    """That of most of the work."""
+    """The dtype is that of most operations."""
     with FlopCounter() as counter, torch.autocast("cpu", torch.bfloat16):
         F.linear(torch.randn(8, 8), torch.randn(8, 8))
     torch.randn(2, 2).double() @ torch.randn(2, 2).double()
@@ -244,7 +244,7 @@ def test_dtype():
 
 
 def test_matmul_rate():
-    """Some number a machine can reach, without a random number."""
+    """The rate is plausible, and no random number is drawn."""
     state = torch.get_rng_state()
     assert 1e8 < matmul_rate("cpu", torch.float32) < 1e15
     assert torch.equal(torch.get_rng_state(), state)

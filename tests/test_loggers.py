@@ -1,4 +1,4 @@
-"""The rows of ``metrics.csv``: none is lost to a kill, a full disk or a new column."""
+"""The rows of ``metrics.csv``: no kill, full disk or new column loses one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def log(logger, *values):
 
 
 def test_goes_on_with_the_rows_of_another(tmp_path):
-    """Those of the first steps, at once, and its own after them; with other columns too."""
+    """The rows of the first steps are written at once, new rows after them; columns may differ."""
     log(logger_in(tmp_path / "a"), (0, 0.5), (1, 0.25), (2, 0.125))
     on = logger_in(tmp_path / "b")
     on.continue_from(tmp_path / "a" / "metrics.csv", steps=2)
@@ -41,14 +41,14 @@ def test_goes_on_with_the_rows_of_another(tmp_path):
 
 
 def test_begins_anew_otherwise(tmp_path):
-    """A log that goes on with nothing does not keep that of an earlier run in its directory."""
+    """A log without a predecessor removes the file of an earlier run in its directory."""
     log(logger_in(tmp_path), (0, 0.5))
     log(logger_in(tmp_path), (0, 0.75))
     assert [row["x"] for row in read_rows(tmp_path / "metrics.csv")] == ["0.75"]
 
 
 def test_a_row_that_a_kill_cut_short(tmp_path):
-    """Half a number is another number: the row does not count, and is logged again."""
+    """A truncated number is another number: the row is dropped and logged again."""
     log(logger_in(tmp_path), (0, 0.5), (1, 0.25))
     path = tmp_path / "metrics.csv"
     path.write_bytes(path.read_bytes()[:-3])
@@ -58,7 +58,7 @@ def test_a_row_that_a_kill_cut_short(tmp_path):
 
 
 def test_figures_of_the_last_step_come_once(tmp_path):
-    """They are added where a kill came between them and the checkpoint, and only there."""
+    """They are added only if a kill prevented them from being logged."""
     log(logger_in(tmp_path), (0, 0.5), (1, 0.25))
     for _ in range(2):
         on = logger_in(tmp_path)
@@ -71,13 +71,13 @@ def test_figures_of_the_last_step_come_once(tmp_path):
 
 
 def test_a_full_disk_leaves_whole_rows(tmp_path, monkeypatch):
-    """A row of which the disk takes a part is taken back; a new column replaces the file or leaves it."""
+    """A partial row is removed; a new column replaces the file as a whole or not at all."""
     logger, path = logger_in(tmp_path), tmp_path / "metrics.csv"
     log(logger, (0, 0.5))
     before = path.read_bytes()
 
     class Full:
-        """A file that takes three bytes, and no more."""
+        """A file that accepts three bytes."""
 
         def __init__(self, *arguments, **options):
             self._file, self._left = open(*arguments, **options), 3

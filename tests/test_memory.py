@@ -1,4 +1,4 @@
-"""Freed memory stays in the process once it was asked for, and comes back cleared where it was not."""
+"""Freed memory stays in the process after the call, and is cleared by the system without it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's settings")
 def test_no_page_faults_at_the_same_step_again():
-    """A tensor as large as one that was freed takes that one's pages: the system has none to clear."""
+    """A tensor as large as a freed one takes its pages: the system clears none."""
     faults = {}
     for how in ("keep", "leave"):
         done = subprocess.run([sys.executable, "-c", SCRIPT, how], capture_output=True, text=True)
@@ -41,7 +41,7 @@ def test_no_page_faults_at_the_same_step_again():
 
 
 def test_elsewhere_it_says_no(monkeypatch):
-    """Where there is no such setting nothing happens."""
+    """On other systems the function returns False."""
     from lightkit.memory import keep_freed_memory
 
     monkeypatch.setattr(sys, "platform", "darwin")

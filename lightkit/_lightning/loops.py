@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.loops.fetchers import _DataFetcher as DataFetcher
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from lightning.pytorch.loops.fit_loop import _FitLoop as FitLoop
 from lightning.pytorch.loops.optimization.automatic import _AutomaticOptimization as AutomaticOptimization
+from lightning.pytorch.loops.progress import _ProcessedTracker as ProcessedTracker
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop as TrainingEpochLoop
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import Strategy
@@ -25,6 +26,7 @@ __all__ = [
     "AutomaticOptimization",
     "DataFetcher",
     "FitLoop",
+    "ProcessedTracker",
     "TrainingEpochLoop",
 ]
 
@@ -36,6 +38,29 @@ PRECISION_METHODS = ("pre_backward", "backward", "post_backward", "optimizer_ste
 
 # The methods of a precision plug-in that clip gradients.
 CLIPPING_METHODS = ("_clip_gradients", "clip_gradients")
+
+
+if TYPE_CHECKING:
+    from lightning.pytorch.callbacks import Callback
+    from lightning.pytorch.profilers import Profiler
+
+    class ConnectedTrainer(pl.Trainer):
+        """A trainer with the attributes that its connectors set, which the class does not declare."""
+
+        callbacks: list[Callback]
+        fast_dev_run: int | bool
+        log_every_n_steps: int
+        profiler: Profiler
+
+
+def connected(trainer: pl.Trainer) -> ConnectedTrainer:
+    """Returns the trainer, typed with the attributes that its connectors set."""
+    return cast("ConnectedTrainer", trainer)
+
+
+def batch_counters(loop: TrainingEpochLoop) -> tuple[ProcessedTracker, ProcessedTracker]:
+    """Returns the counters of batches of the whole fit and of the present epoch."""
+    return cast(ProcessedTracker, loop.batch_progress.total), cast(ProcessedTracker, loop.batch_progress.current)
 
 
 def results_of(loop: TrainingEpochLoop) -> ResultCollection:
@@ -70,7 +95,7 @@ def validates_in_epoch(loop: TrainingEpochLoop) -> bool:
 
 def validates_by_time(trainer: pl.Trainer) -> bool:
     """Returns True if ``val_check_interval`` is a time."""
-    return trainer._val_check_time_interval is not None
+    return vars(trainer)["_val_check_time_interval"] is not None
 
 
 def training_step_takes_iterator(trainer: pl.Trainer) -> bool:
@@ -123,7 +148,9 @@ def loaders_of_training(trainer: pl.Trainer) -> tuple[list[Any], list[Any]]:
 
 def owner_of_data_hook(trainer: pl.Trainer, hook: str) -> pl.LightningModule | pl.LightningDataModule:
     """Returns the module or data module whose implementation of a data hook Lightning calls."""
-    return trainer._data_connector._datahook_selector.get_instance(hook)
+    selector = trainer._data_connector._datahook_selector
+    assert selector is not None
+    return selector.get_instance(hook)
 
 
 def clip_gradients_of(precision: Precision) -> Callable[..., None]:

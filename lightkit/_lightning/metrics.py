@@ -50,7 +50,7 @@ def collected_metrics(connector: LoggerConnector) -> dict[str, dict[str, Any]]:
     }
 
 
-def metrics_of_step(results: ResultCollection, values: Mapping[str, Tensor | None]) -> Mapping[str, dict[str, Any]]:
+def metrics_of_step(results: ResultCollection, values: Mapping[str, Tensor | None]) -> Mapping[str, Any]:
     """Returns what `ResultCollection.metrics` would return if the last step had had other values.
 
     Args:

@@ -19,6 +19,7 @@ USED: dict[str, tuple[str, ...]] = {
         "lightning.pytorch.loops.optimization.automatic._AutomaticOptimization._make_closure",
         "lightning.pytorch.loops.optimization.automatic._AutomaticOptimization._optimizer_step",
         "lightning.pytorch.loops.optimization.automatic._AutomaticOptimization._training_step",
+        "lightning.pytorch.loops.progress._ProcessedTracker",
         "lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop._batches_that_stepped",
         "lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop._broadcast_sigterm_tensor",
         "lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop._build_kwargs",

@@ -11,6 +11,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loops.optimization.automatic import Closure
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.trainer import call
 
 from lightkit._lightning.loops import AutomaticOptimization, TrainingEpochLoop
 from lightkit._lightning.metrics import LoggerConnector, ResultCollection, ResultMetric
@@ -20,7 +21,7 @@ from lightkit._util.originals import Originals
 RELEASES = ("2.6.",)
 
 _ROOTS = types.SimpleNamespace(
-    call=pl.trainer.call,
+    call=call,
     loop=TrainingEpochLoop,
     automatic=AutomaticOptimization,
     closure=Closure,

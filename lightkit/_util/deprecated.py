@@ -7,7 +7,7 @@ import importlib
 import operator
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -51,13 +51,19 @@ class RenamedAttribute:
 
 
 def renamed_parameters(**names: str) -> Callable[[F], F]:
-    """Returns a decorator whose function accepts the old names of its keyword parameters, with a warning.
+    """Returns a decorator of functions and classes that accept the old names of keyword parameters, with a warning.
 
     Args:
         **names: the new name of a parameter by its old name.
     """
 
     def decorate(function: F) -> F:
+        target: Any = function
+        if isinstance(target, type):
+            cls: Any = target
+            cls.__init__ = decorate(cls.__init__)
+            return function
+
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             for old, new in names.items():
@@ -67,6 +73,6 @@ def renamed_parameters(**names: str) -> Callable[[F], F]:
                     kwargs[new] = kwargs.pop(old)
             return function(*args, **kwargs)
 
-        return call  # type: ignore[return-value]
+        return cast("F", call)
 
     return decorate

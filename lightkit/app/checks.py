@@ -1,4 +1,4 @@
-"""Rejects configurations that would fail later, in the middle of a job."""
+"""Checks of a configuration that would otherwise fail in the middle of a job."""
 
 from __future__ import annotations
 
@@ -17,30 +17,34 @@ from lightkit.data import SeriesDataModule, Text
 from lightkit.errors import ConfigError
 from lightkit.strategies import tpu
 
-# The experiments whose data serve units that have no classes, by that unit.
-_EXPERIMENTS = {"tokens": ("language_model", "char_rnn"), "windows": ("forecast",)}
+# Experiments for data without classes, by the unit that the data module serves.
+_EXPERIMENTS_BY_UNIT = {"tokens": ("language_model", "char_rnn"), "windows": ("forecast",)}
 
-# Seeds that Python, NumPy and torch all take.
-_SEEDS = 2**32
+# Python, NumPy and torch all accept the seeds below this limit.
+_SEED_LIMIT = 2**32
 
 
 def check(config: DictConfig) -> None:
-    """Rejects values of a training before anything is compiled, read or trained.
+    """Rejects wrong values of a training configuration before the job compiles, reads or trains anything.
 
     Raises:
-        ConfigError: names the key.
+        ConfigError: a value is wrong; the message names the key.
     """
-    if not 0 <= config.seed < _SEEDS:
-        raise ConfigError(f"seed must be from 0 to {_SEEDS - 1}, got {config.seed}")
+    if not 0 <= config.seed < _SEED_LIMIT:
+        raise ConfigError(f"seed must be from 0 to {_SEED_LIMIT - 1}, got {config.seed}")
     check_accelerator(config)
     check_scheduler(config)
 
 
 def check_outputs(data: pl.LightningDataModule, model: Mapping[str, Any]) -> None:
-    """Rejects a model whose configuration has another number of classes than the data, which may have none.
+    """Rejects a model configuration whose number of classes differs from that of the data.
+
+    Args:
+        data: the data module; its data may have no classes.
+        model: the configuration of the model.
 
     Raises:
-        ConfigError: says both numbers.
+        ConfigError: the numbers differ, or the model has classes and the data have none.
     """
     classes = getattr(data, "num_classes", None)
     for key in ("num_classes", "num_outputs"):
@@ -49,24 +53,24 @@ def check_outputs(data: pl.LightningDataModule, model: Mapping[str, Any]) -> Non
             raise ConfigError(f"the data has {classes} classes but model.{key} is {outputs}")
     if classes is None and isinstance(data, (SeriesDataModule, Text)) and "num_classes" in model:
         raise ConfigError(
-            f"{type(data).__name__} serves {data.unit}, in which there are no classes for the model to tell apart; "
-            f"experiments for it: {', '.join(_EXPERIMENTS[data.unit])}"
+            f"{type(data).__name__} serves {data.unit}, which have no classes for the model to tell apart; "
+            f"experiments for it: {', '.join(_EXPERIMENTS_BY_UNIT[data.unit])}"
         )
 
 
 def check_accelerator(config: DictConfig) -> None:
-    """Rejects a TPU that cannot be had, before anything is compiled or read.
+    """Rejects ``trainer.accelerator=tpu`` if the job cannot use a TPU.
 
     Raises:
-        ConfigError: nothing is installed that knows TPUs, there is none, or several are asked for.
+        ConfigError: no package for TPUs is installed, the machine has no TPU, or the configuration asks for several.
     """
     if config.trainer.get("accelerator") != "tpu":
         return
     tpu.choose()
     if config.trainer.devices not in (1, "1"):
         raise ConfigError(
-            f"trainer.devices={config.trainer.devices}: the command line trains on one TPU; several are what "
-            "Lightning's Trainer(strategy='xla') is for, in a script of your own"
+            f"trainer.devices={config.trainer.devices}: the command line trains on one TPU; for several, use "
+            "Lightning's Trainer(strategy='xla') in a script of your own"
         )
     if config.strategy.get("_target_") is not None:
         raise ConfigError(
@@ -75,13 +79,13 @@ def check_accelerator(config: DictConfig) -> None:
 
 
 def check_scheduler(config: DictConfig) -> None:
-    """Rejects a scheduler that fails at its first step, which would otherwise come after an epoch of training.
+    """Rejects a scheduler of torch that fails at its first step, which training reaches after a whole epoch.
 
     Raises:
-        ConfigError: gives the arguments of the scheduler, and its error.
+        ConfigError: the first step fails; the message has the arguments and the error of the scheduler.
     """
     make = build(config.get("scheduler"))
-    # A scheduler that is not torch's may need an optimizer that has more than this one.
+    # Another package's scheduler may need attributes that the optimizer below does not have.
     if make is None or not config.scheduler._target_.startswith("torch.") or config.trainer.get("max_epochs") == 0:
         return
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1, momentum=0.9)
@@ -95,13 +99,14 @@ def check_scheduler(config: DictConfig) -> None:
 
 
 @contextmanager
-def errors_of_lightning() -> Iterator[None]:
-    """Turns the errors by which Lightning rejects a configuration while it runs into errors of the configuration.
+def lightning_errors_as_config_errors() -> Iterator[None]:
+    """Converts the errors by which Lightning rejects a configuration at run time into a `ConfigError`.
 
-    These are a ValueError or a RuntimeError from Lightning's own code; from other code they are faults of the program.
+    Lightning's own code raises a ValueError or a RuntimeError for that. The same errors from other code are faults of
+    the program and pass unchanged.
 
     Raises:
-        ConfigError: has Lightning's words.
+        ConfigError: Lightning rejected the configuration; the message is Lightning's.
     """
     try:
         yield

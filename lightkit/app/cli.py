@@ -1,4 +1,4 @@
-"""Makes console commands of functions of a configuration: composing by Hydra, processes, errors a person can act on."""
+"""Console commands: functions of a configuration, run by Hydra in one or several processes, with readable errors."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from omegaconf import DictConfig
 import lightkit
 from lightkit._util.installation import find_conflict
 from lightkit.app import processes, restarts
-from lightkit.app.hydra_patches import change_hydra
-from lightkit.app.log_filters import quiet, with_quiet_lightning
-from lightkit.app.messages import explain, explain_null, lightning_exceptions, print_error, user_errors
+from lightkit.app.hydra_patches import patch_hydra
+from lightkit.app.log_filters import filter_warnings, with_silent_lightning
+from lightkit.app.messages import explain, explain_null, lightning_exceptions, print_error, user_error_types
 from lightkit.app.schema import CONFIG_MODULE, check_top_level, quote_texts
-from lightkit.app.sweeps import figure_for_sweeper
+from lightkit.app.sweeps import objective_for_sweeper
 from lightkit.errors import CarriedError, ConfigError, Terminated
 from lightkit.runtime.environment import is_follower, is_started, is_under_torchrun
 from lightkit.runtime.worker import Worker, end_at_once_in_group, end_by_signal
 from lightkit.targets import check_types
 
-# The flags of Hydra for several jobs.
-_SWEEP = ("-m", "--multirun")
+# Hydra's flags for a sweep.
+_MULTIRUN_FLAGS = ("-m", "--multirun")
 
-_CONTINUE = ": ckpt_path=last goes on from the last checkpoint"
+_RESUME_HINT = ": ckpt_path=last goes on from the last checkpoint"
 
-_INTERRUPTED = 128 + signal.SIGINT
+_SIGINT_STATUS = 128 + signal.SIGINT
 
 
 def entry_point(
     config_name: str, keys: type, several_processes: bool = False
 ) -> Callable[[Callable[[DictConfig], Any]], Command]:
-    """Decorates a function of a configuration, which becomes a `Command`; see there for the arguments."""
+    """Returns a decorator that turns a function of a configuration into a `Command`, which documents the arguments."""
 
     def decorate(function: Callable[[DictConfig], Any]) -> Command:
         return Command(function, config_name, keys, several_processes)
@@ -48,24 +48,24 @@ def entry_point(
 
 
 class Command:
-    """A console command; to call it runs the command and returns the exit status.
+    """A console command: a callable that runs the command and returns the exit status.
 
-    The command composes ``conf/<config_name>.yaml`` with the overrides on the command line. The status is 0, or 1 after
-    one message on standard error; it is 130 after Ctrl-C and 143 after SIGTERM, as in a shell. ``HYDRA_FULL_ERROR=1``
-    shows tracebacks too.
+    The command composes ``conf/<config_name>.yaml`` with the overrides on the command line. The exit status is 0 after
+    success, 1 after an error in the input (one message on standard error), 130 after Ctrl-C and 143 after SIGTERM.
+    ``HYDRA_FULL_ERROR=1`` adds tracebacks.
 
     Args:
-        function: of the configuration; imports what takes long itself.
-        config_name: of the configuration, and of the module of the command.
-        keys: its annotations give the types of the command's own keys; the value of a key of texts is taken as typed.
-        several_processes: run the function in as many processes as the configuration has devices.
+        function: runs a job of the composed configuration; imports slow modules only when it is called.
+        config_name: the name of the configuration and of the command's module, ``lightkit.<config_name>``.
+        keys: a class whose annotations are the types of the command's own keys; Hydra parses no value of a str key.
+        several_processes: run ``function`` in as many processes as the configuration has devices.
     """
 
     def __init__(
         self, function: Callable[[DictConfig], Any], config_name: str, keys: type, several_processes: bool
     ) -> None:
         self.__doc__ = function.__doc__
-        self._function = with_quiet_lightning(function)
+        self._function = with_silent_lightning(function)
         self._config_name = config_name
         self._hints = typing.get_type_hints(keys)
         self._worker = Worker() if several_processes else None
@@ -73,7 +73,7 @@ class Command:
         self._run_hydra = decorate(self._run_job)
 
     def __call__(self) -> int:
-        """Runs the command, and returns its exit status."""
+        """Runs the command and returns the exit status."""
         _add_current_directory()
         if self._worker is not None and is_started():
             status = self._follow_starter(self._worker)
@@ -84,7 +84,7 @@ class Command:
         return status
 
     def _run_job(self, config: DictConfig) -> Any:
-        """Checks a composed configuration and runs the function; Hydra calls it once a job."""
+        """Checks a composed configuration and runs the function; Hydra calls this method once for each job."""
         if conflict := find_conflict():
             warnings.warn(conflict, stacklevel=1)
         try:
@@ -92,48 +92,49 @@ class Command:
             check_types({name: config[name] for name in self._hints}, self._hints)
             if self._worker is None:
                 return self._function(config)
-            # Without arguments: the further processes get their configuration from this one.
+            # The command has no arguments, because this process sends its configuration to the others.
             command = [sys.executable, "-m", f"lightkit.{self._config_name}"]
-            return figure_for_sweeper(config, processes.lead(self._function, config, command, self._worker))
-        except user_errors() as error:
-            # Not as the Exception that it is: Hydra would print its own words on it first.
+            return objective_for_sweeper(config, processes.lead(self._function, config, command, self._worker))
+        except user_error_types() as error:
+            # Hydra prints its own message for every Exception; a CarriedError is none.
             raise CarriedError(error) from error
 
     def _run_and_explain(self) -> int:
         """Runs the command, explains its errors, and returns the exit status."""
         show_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
-        # With it Hydra raises instead of printing, which leaves the printing to us.
+        # The variable makes Hydra raise an error instead of printing it.
         os.environ["HYDRA_FULL_ERROR"] = "1"
         if "--version" in sys.argv[1:]:
             print(f"lightkit {lightkit.__version__} (hydra {hydra.__version__})")
             return 0
         try:
             self._run()
-        except (CarriedError, *user_errors()) as error:
+        except (CarriedError, *user_error_types()) as error:
             return _print_explained(explain(error, self._config_name), show_traceback)
         except ValueError as error:
-            # Any other than Hydra's answer to GROUP=null is a fault of the program.
+            # Hydra answers GROUP=null with this ValueError; any other ValueError is a fault of the program.
             if not str(error).startswith("Config group override must be") or not (message := explain_null()):
                 raise
             return _print_explained(message, show_traceback)
         except (Terminated, *lightning_exceptions("SIGTERMException")):
-            # A SystemExit without a status: whoever reads the status would take the job for done.
-            print(f"ended by SIGTERM{_CONTINUE}", file=sys.stderr)
+            # Lightning's SystemExit has no status, which a caller would read as success.
+            print(f"ended by SIGTERM{_RESUME_HINT}", file=sys.stderr)
             return 128 + signal.SIGTERM
         except (KeyboardInterrupt, SystemExit) as error:
             if not _is_interrupt(error):
                 if self._worker is not None and not getattr(error, "code", None):
-                    # The end of --help: the processes that follow must not wait for a job.
+                    # --help ends without a job, for which the other processes would wait.
                     self._worker.finish()
                 raise
-            print(f"interrupted{_CONTINUE if self._config_name == 'train' else ''}", file=sys.stderr)
-            return _INTERRUPTED
+            print(f"interrupted{_RESUME_HINT if self._config_name == 'train' else ''}", file=sys.stderr)
+            return _SIGINT_STATUS
         return 0
 
     def _run(self) -> None:
+        """Runs Hydra, or the jobs of the process that leads this one."""
         _put_flags_first()
-        quiet()
-        change_hydra()
+        filter_warnings()
+        patch_hydra()
         if self._worker is None:
             self._reject_sweep()
         quote_texts([name for name, hint in self._hints.items() if hint in (str, str | None)])
@@ -150,12 +151,12 @@ class Command:
             restarts.of_this_process().finish()
 
     def _follow_starter(self, worker: Worker) -> int:
-        """Runs the job of the supervisor that started this process, which prints the errors reported to it."""
-        quiet()
+        """Runs the job of the supervisor that started this process; reports errors to the supervisor, which prints."""
+        filter_warnings()
         try:
             processes.follow(self._function, worker)
             worker.finish()
-        except user_errors() as error:
+        except user_error_types() as error:
             worker.report_error(explain(error, self._config_name))
             return 1
         except lightning_exceptions("SIGTERMException"):
@@ -163,15 +164,15 @@ class Command:
         except (KeyboardInterrupt, SystemExit) as error:
             if not _is_interrupt(error):
                 raise
-            return _INTERRUPTED
+            return _SIGINT_STATUS
         except Exception as error:
             worker.report_error(f"{type(error).__name__}: {error}", traceback.format_exc())
             return 1
         return 0
 
     def _reject_sweep(self) -> None:
-        """Rejects a sweep of a command whose results have no directory: Hydra would leave one that is empty."""
-        if any(word in _SWEEP for word in sys.argv[1:]):
+        """Rejects the sweep flags for a command that writes no run directory; Hydra would make an empty one."""
+        if any(word in _MULTIRUN_FLAGS for word in sys.argv[1:]):
             raise ConfigError(f"-m is for lightkit.train: lightkit.{self._config_name} does one thing at a time")
 
 
@@ -183,9 +184,9 @@ def _print_explained(message: str, show_traceback: bool) -> int:
 
 
 def _preserve_hydra_config(command: Callable[[], None]) -> None:
-    """Calls a command of Hydra's, and restores `HydraConfig` afterwards.
+    """Calls a command of Hydra and restores `HydraConfig` afterwards.
 
-    Hydra keeps the configuration of a sweep for ever; a program that goes on must not take it for that of its job.
+    Hydra leaves the configuration of a sweep in `HydraConfig`, where a later job in the same process would read it.
     """
     before = HydraConfig.instance().cfg
     try:
@@ -195,18 +196,18 @@ def _preserve_hydra_config(command: Callable[[], None]) -> None:
 
 
 def _is_interrupt(error: BaseException) -> bool:
-    """Returns True for Ctrl-C, which Lightning turns into a SystemExit once it has put things in order."""
+    """Returns True if Ctrl-C caused the error; Lightning converts a KeyboardInterrupt into a SystemExit."""
     return isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt)
 
 
 def _add_current_directory() -> None:
-    """Lets a console script find what LIGHTKIT_TARGETS names in the current directory, as ``python -m`` does."""
+    """Adds the current directory to ``sys.path`` for the modules in LIGHTKIT_TARGETS, as ``python -m`` does."""
     is_wanted = os.environ.get("LIGHTKIT_TARGETS") and not getattr(sys.flags, "safe_path", False)
     if is_wanted and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
 
 
 def _put_flags_first() -> None:
-    """Moves -m to the front of the command line: Hydra's parser takes no overrides after it when some come before."""
-    flags = [word for word in sys.argv[1:] if word in _SWEEP]
+    """Moves -m to the front of the command line, since Hydra's parser rejects it between two overrides."""
+    flags = [word for word in sys.argv[1:] if word in _MULTIRUN_FLAGS]
     sys.argv[1:] = flags + [word for word in sys.argv[1:] if word not in flags]

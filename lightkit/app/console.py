@@ -1,4 +1,4 @@
-"""Prints tables of names and figures on standard output."""
+"""Tables on standard output."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from lightkit._util.printable import printable
 
 
 def print_table(title: str, rows: Mapping[str, str]) -> None:
-    """Prints a short table of names and values, which may be somebody else's.
+    """Prints a table of names and values; escapes control characters and markup in both.
 
     Args:
-        title: stands above the table.
-        rows: values by name.
+        title: the line above the table.
+        rows: the values by name.
     """
-    # As texts: in plain strings rich looks for its markup.
+    # rich parses markup in a str and none in a Text.
     table = Table(title=Text(printable(title), style="table.title"), show_header=False, title_justify="left")
     table.add_column(style="bold", no_wrap=True)
-    # Paths must come out whole, to be copied.
+    # A path that a user wants to copy must not be cut.
     table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(Text(printable(name)), Text(printable(value)))

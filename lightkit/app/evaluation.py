@@ -1,4 +1,4 @@
-"""Computes the test metrics of a checkpoint: what `lightkit.evaluate` prints."""
+"""Evaluation of a checkpoint on its test set, for `lightkit.evaluate`."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 import lightning.pytorch as pl
 
 from lightkit._util.printable import printable
-from lightkit.app.checks import errors_of_lightning
-from lightkit.app.restore import Restored, errors_of_a_model, restore
+from lightkit.app.checks import lightning_errors_as_config_errors
+from lightkit.app.restore import RestoredTask, model_errors_as_checkpoint_errors, restore
 from lightkit.config import build
 from lightkit.data import MNIST, Text
 from lightkit.errors import CheckpointError, ConfigError
 from lightkit.strategies import tpu
 
-# The arguments of data modules that name the place of the data.
-_PLACES = ("data_dir", "path")
+# Arguments of data modules that say where the data lie.
+_LOCATION_ARGUMENTS = ("data_dir", "path")
 
-# The precisions of Lightning's that need no further package.
+# Lightning's precisions that need no further package.
 _PRECISIONS = ("16-true", "16-mixed", "bf16-true", "bf16-mixed", "32-true", "64-true", "16", "bf16", "32", "64")
 
 
@@ -28,15 +28,18 @@ def evaluate(
     """Computes the test metrics of a checkpoint, as lightkit.train computes them.
 
     Args:
-        ckpt_path: a checkpoint of lightkit.train, which may be a stranger's.
-        data_dir: the file or directory of the data; by default the one that the checkpoint names.
-        download: fetch a data set that is not there, if its data module can.
-        accelerator: of Lightning's, or ``"tpu"``.
+        ckpt_path: a checkpoint of lightkit.train; it may come from an untrusted source.
+        data_dir: the file or directory of the data; None takes the path in the checkpoint.
+        download: let the data module download a missing data set.
+        accelerator: ``accelerator`` of Lightning's Trainer, or ``"tpu"``.
+
+    Returns:
+        The metrics by name.
 
     Raises:
         LightkitError: the checkpoint, its data or an argument cannot be used.
     """
-    restored = restore(ckpt_path, evaluates=True)
+    restored = restore(ckpt_path, for_evaluation=True)
     data = _build_data(restored, data_dir, download)
     trainer = build(
         {"_target_": "lightning.pytorch.Trainer"},
@@ -48,15 +51,15 @@ def evaluate(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    with errors_of_a_model(), errors_of_lightning():
+    with model_errors_as_checkpoint_errors(), lightning_errors_as_config_errors():
         (metrics,) = trainer.test(restored.task, datamodule=data, verbose=False)
     return metrics
 
 
-def _build_data(restored: Restored, data_dir: str | None, download: bool) -> pl.LightningDataModule:
-    """Builds the data module; prints the place that the checkpoint names before anything there is read."""
+def _build_data(restored: RestoredTask, data_dir: str | None, download: bool) -> pl.LightningDataModule:
+    """Builds the data module; prints the data's path in the checkpoint before anything reads from that path."""
     data = restored.build_data()
-    place = next((name for name in _PLACES if hasattr(data, name)), None)
+    place = next((name for name in _LOCATION_ARGUMENTS if hasattr(data, name)), None)
     if data_dir is not None:
         if place is None:
             raise ConfigError(f"data_dir: {type(data).__name__} does not read from a directory")
@@ -70,7 +73,7 @@ def _build_data(restored: Restored, data_dir: str | None, download: bool) -> pl.
     return data
 
 
-def _precision(restored: Restored) -> str | int:
+def _precision(restored: RestoredTask) -> str | int:
     trainer = restored.config.get("trainer")
     precision = trainer.get("precision", "32-true") if isinstance(trainer, dict) else "32-true"
     if str(precision) not in _PRECISIONS:

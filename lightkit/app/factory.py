@@ -1,4 +1,4 @@
-"""Builds the objects of a training from its configuration, which nobody else reads except the record of the run."""
+"""A factory that builds a `TrainingJob` from a configuration; only the records of a run read the configuration too."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from lightkit.app.checks import check_accelerator, check_outputs
 from lightkit.app.resume import ResumePoint, find_resume_point
 from lightkit.callbacks import TestRecorder
-from lightkit.callbacks.save_figures import SaveFigures
+from lightkit.callbacks.save_metrics import SaveMetrics
 from lightkit.checkpoints import CONFIG_KEY, AtomicCheckpointIO, AtomicXLACheckpointIO
 from lightkit.checkpoints.training_state import CheckTrainingState
 from lightkit.config import build as build_object
+from lightkit.config import to_plain
 from lightkit.strategies import tpu
 
 
@@ -26,14 +28,14 @@ class TrainingJob:
     """The objects of a training.
 
     Args:
-        name: of the runs of the same kind.
+        name: the name of the job; its runs lie below ``runs/<name>``.
         run_dir: the directory of the run.
         data: the data module.
         task: the task with its model, optimizer and scheduler.
-        trainer: with its strategy, loggers and callbacks.
+        trainer: the trainer with its strategy, loggers and callbacks.
         recorder: the callback of ``trainer`` that keeps the predictions of the test.
-        resume: the checkpoint to go on from; None for a training that begins.
-        tests: measure on the test set after the training.
+        resume: the checkpoint from which the training resumes; None for a new training.
+        tests: evaluate on the test set after the training.
     """
 
     name: str
@@ -47,7 +49,11 @@ class TrainingJob:
 
 
 class SaveConfig(Callback):
-    """Puts the configuration into every checkpoint, so that `lightkit.app.restore` needs nothing else."""
+    """A callback that saves the configuration in every checkpoint, from which `lightkit.app.restore` builds the task.
+
+    Args:
+        config: the configuration of the job.
+    """
 
     def __init__(self, config: DictConfig) -> None:
         self._config = OmegaConf.to_container(config, resolve=True)
@@ -55,29 +61,35 @@ class SaveConfig(Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Adds plain containers, which load with ``weights_only=True``."""
+        """Adds the configuration as plain containers, which ``torch.load(weights_only=True)`` accepts."""
         checkpoint[CONFIG_KEY] = self._config
 
 
 def build(config: DictConfig) -> TrainingJob:
-    """Builds all objects of a training, which `lightkit.app.checks` has seen; seeds all random numbers first.
+    """Seeds all random number generators and builds the objects of a training.
+
+    Args:
+        config: the configuration of the job; `lightkit.app.checks.check` has accepted it.
 
     Raises:
-        LightkitError: something in the configuration, the data or the checkpoint cannot be used.
+        LightkitError: the configuration, the data or the checkpoint cannot be used.
     """
     pl.seed_everything(config.seed, workers=True, verbose=False)
     data = build_data(config)
     task = build_task(config)
     if config.compile:
-        # In place, and the model alone: parameters keep their names, and what a LightningModule logs stays outside.
-        task.model.compile()
+        # Module.compile keeps the names of the parameters. The task stays uncompiled, because its logging would break
+        # the graph.
+        model = task.model
+        assert isinstance(model, torch.nn.Module)
+        model.compile()
     resume = find_resume_point(config, task)
     recorder = TestRecorder()
     trainer = build_trainer(
         config,
         callbacks=[
             *build_object(config.get("callbacks") or {}).values(),
-            *(SaveConfig(config), SaveFigures(), recorder),
+            *(SaveConfig(config), SaveMetrics(), recorder),
             *([CheckTrainingState(resume.path)] if resume is not None else []),
         ],
         logger=list(build_object(config.get("logger") or {}).values()),
@@ -89,14 +101,18 @@ def build(config: DictConfig) -> TrainingJob:
 
 def build_task(config: DictConfig) -> pl.LightningModule:
     """Builds the task with its model, optimizer and scheduler."""
-    # ~scheduler on the command line says the same as scheduler=none.
+    # The override ~scheduler removes the key; scheduler=none does the same.
     scheduler = build_object(config.get("scheduler"))
     model, optimizer = build_object(config.model), build_object(config.optim)
     return build_object(config.task, model=model, optimizer=optimizer, scheduler=scheduler)
 
 
 def build_data(config: DictConfig) -> pl.LightningDataModule:
-    """Builds the data module, checked to have as many classes as the model where both say."""
+    """Builds the data module and checks that the model has as many classes as the data.
+
+    Raises:
+        ConfigError: see `lightkit.app.checks.check_outputs`.
+    """
     data = build_object(config.data)
     check_outputs(data, config.model)
     return data
@@ -106,8 +122,8 @@ def build_trainer(config: DictConfig, **options: Any) -> pl.Trainer:
     """Builds the trainer with its strategy.
 
     Args:
-        config: of the job.
-        **options: further arguments of the trainer, for which the configuration has no keys.
+        config: the configuration of the job.
+        **options: arguments of the trainer for which the configuration has no keys.
     """
     if config.trainer.get("accelerator") == "tpu":
         check_accelerator(config)
@@ -116,10 +132,9 @@ def build_trainer(config: DictConfig, **options: Any) -> pl.Trainer:
 
 
 def _build_tpu_trainer(config: DictConfig, plugins: Iterable[Any] = (), **options: Any) -> pl.Trainer:
-    trainer = OmegaConf.to_container(config.trainer, resolve=True, throw_on_missing=True)
-    trainer |= tpu.choose()
-    if trainer["strategy"] == "auto":
-        # Lightning's own strategy takes no other plug-in for checkpoints than one made for it.
+    arguments = {**to_plain(config.trainer), **tpu.choose()}
+    if arguments["strategy"] == "auto":
+        # Lightning's XLA strategy rejects a CheckpointIO of any other class.
         plugins = [AtomicXLACheckpointIO() if type(p) is AtomicCheckpointIO else p for p in plugins]
-    strategy = trainer.pop("strategy")
-    return build_object(trainer, strategy=strategy, plugins=list(plugins), **options)
+    strategy = arguments.pop("strategy")
+    return build_object(arguments, strategy=strategy, plugins=list(plugins), **options)

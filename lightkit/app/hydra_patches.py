@@ -1,4 +1,4 @@
-"""What the commands change in Hydra: files are never half written, and groups are listed without copying them all."""
+"""Patches of Hydra: atomic writes of its files, and a faster list of a group's choices."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from lightkit._util.atomic_write import write_text_atomically
 _get_group_options = ConfigLoaderImpl.get_group_options
 
 
-def change_hydra() -> None:
-    """Makes the changes in this process; to call it again changes nothing."""
+def patch_hydra() -> None:
+    """Patches Hydra in this process; a second call changes nothing."""
     hydra.core.utils._save_config = _save_atomically
-    ConfigLoaderImpl.get_group_options = _get_group_options_at_once
+    ConfigLoaderImpl.get_group_options = _get_group_options_uncopied
 
 
 def _save_atomically(config: DictConfig, filename: str, output_dir: Path) -> None:
-    """Writes ``.hydra/*.yaml`` in Hydra's place, which leaves an empty file when it is killed or the disk is full."""
+    """Writes ``.hydra/*.yaml``; Hydra's own function leaves an empty file if it is killed or the disk is full."""
     write_text_atomically(output_dir / filename, OmegaConf.to_yaml(config))
 
 
-def _get_group_options_at_once(
-    loader: ConfigLoaderImpl,
+def _get_group_options_uncopied(
+    self: ConfigLoaderImpl,
     group_name: str,
     results_filter: ObjectType | None = ObjectType.CONFIG,
     config_name: str | None = None,
     overrides: list[str] | None = None,
 ) -> list[str]:
-    """Lists a group as Hydra does, which copies every file that it has read first, for overrides that may change paths.
+    """Returns the choices of a group without copying the loader's cache, as Hydra does at each call.
 
-    ``--help`` asks a hundred times.
+    Hydra needs the copy only for overrides that change the search path. ``--help`` asks for a hundred groups.
     """
     if config_name is None and not overrides:
-        return loader.repository.get_group_options(group_name, results_filter)
-    return _get_group_options(loader, group_name, results_filter, config_name, overrides)
+        return self.repository.get_group_options(group_name, results_filter)
+    return _get_group_options(self, group_name, results_filter, config_name, overrides)

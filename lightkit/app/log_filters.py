@@ -1,4 +1,4 @@
-"""What the entry points do not let through: advice that does not hold here."""
+"""Filters of log messages and warnings whose advice does not apply to lightkit's jobs."""
 
 from __future__ import annotations
 
@@ -15,42 +15,43 @@ from omegaconf import DictConfig
 from lightkit._util.printable import printable
 
 
-def quiet() -> None:
-    """Silences advice that does not hold here."""
-    # Batches are sliced from memory: worker processes would only slow that down.
+def filter_warnings() -> None:
+    """Suppresses warnings whose advice does not apply, and shortens lightkit's own warnings to one line."""
+    # Data modules slice batches from memory; worker processes would slow that down.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    # A run directory is not empty: Hydra's own files are in it before the logger's.
+    # Hydra writes its own files into the run directory before the logger does.
     warnings.filterwarnings("ignore", ".*Experiment logs directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
-    # A resumed run writes to a directory of its own.
+    # A resumed run writes to a new directory.
     warnings.filterwarnings("ignore", ".*The dirpath has changed from.*")
-    # Lightning's own use of torch.
+    # Lightning's own code causes this warning of torch.
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
-    # With several processes the running loss is that of the first one: to follow a training it is as good.
+    # The progress bar shows the loss of the first process, which suffices to follow a training.
     warnings.filterwarnings("ignore", ".*It is recommended to use `self.log.*sync_dist=True.*")
-    _warn_in_one_line()
-    # What Optuna's data base tools are made of, and that matplotlib has looked for fonts.
+    _shorten_own_warnings()
+    # Alembic logs each migration of Optuna's database; matplotlib logs its search for fonts.
     for package in ("alembic", "matplotlib"):
         logging.getLogger(package).setLevel(logging.WARNING)
 
 
-def _warn_in_one_line() -> None:
-    """Prints lightkit's own warnings without the line of code that they come from, which tells a user nothing."""
-    inner = warnings.formatwarning
+def _shorten_own_warnings() -> None:
+    """Prints lightkit's own warnings without the source line, which does not help a user."""
+    original = warnings.formatwarning
     package = str(Path(__file__).parent.parent)
 
     def formatted(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None):
         if filename.startswith(package):
             return f"warning: {printable(str(message))}\n"
-        return inner(message, category, filename, lineno, line)
+        return original(message, category, filename, lineno, line)
 
     warnings.formatwarning = formatted
 
 
-def quiet_lightning() -> None:
-    """Imports Lightning, without its tips, a line for each kind of device that is not there, and one for each process.
+def import_lightning_silently() -> None:
+    """Imports Lightning and silences its log messages on tips, available devices and processes.
 
-    It sets the levels of its loggers when it is imported, and adds a handler to those that others have.
+    The import itself sets the levels of Lightning's loggers and adds a handler, so that the levels set before it do
+    not last.
     """
     importlib.import_module("lightning.pytorch")
     for package in ("lightning.pytorch", "lightning.fabric"):
@@ -58,12 +59,12 @@ def quiet_lightning() -> None:
     logging.getLogger("lightning").propagate = False
 
 
-def with_quiet_lightning(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
-    """The same function, called once Lightning is there and quiet."""
+def with_silent_lightning(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
+    """Returns a function that calls `import_lightning_silently` and then ``function``."""
 
     @functools.wraps(function)
     def call(config: DictConfig) -> Any:
-        quiet_lightning()
+        import_lightning_silently()
         return function(config)
 
     return call

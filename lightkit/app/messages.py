@@ -1,4 +1,4 @@
-"""The messages of errors in the input, for a person at the command line."""
+"""Messages for errors in the input of a command."""
 
 from __future__ import annotations
 
@@ -14,34 +14,39 @@ from lightkit.app.schema import config_loader, override_names
 from lightkit.errors import CarriedError, LightkitError
 from lightkit.targets import nearest
 
-# Characters that lay out a message of several lines.
+# Control characters that a message may contain.
 _LAYOUT = "\n\t"
 
-# Characters of a message: a file may have millions of columns to list.
+# Characters of a message; an error may list millions of columns of a file.
 _LONGEST_MESSAGE = 4000
 
 
 def lightning_exceptions(name: str) -> tuple[type[BaseException], ...]:
-    """Returns Lightning's exception of that name, if Lightning has been imported: else nobody has raised it."""
+    """Returns Lightning's exception class ``name`` in a tuple; an empty tuple if Lightning has not been imported."""
     module = sys.modules.get("lightning.pytorch.utilities.exceptions")
     return () if module is None else (getattr(module, name),)
 
 
-def user_errors() -> tuple[type[BaseException], ...]:
-    """Returns the types of errors in the input; any other error is a fault of the program and keeps its traceback."""
+def user_error_types() -> tuple[type[BaseException], ...]:
+    """Returns the types of errors in the input; any other type is a fault of the program and keeps its traceback."""
     misconfiguration = lightning_exceptions("MisconfigurationException")
     return (LightkitError, HydraException, OmegaConfBaseException, OSError, *misconfiguration)
 
 
 def print_error(message: str) -> None:
-    """Prints the message of an error, in which names may be somebody else's, on standard error."""
+    """Prints an error message on standard error; escapes control characters, which names in it may contain."""
     if len(message) > _LONGEST_MESSAGE:
         message = f"{message[:_LONGEST_MESSAGE]} ... ({len(message):,} characters)"
     print(f"error: {printable(message, keep=_LAYOUT)}", file=sys.stderr)
 
 
 def explain(error: BaseException, config_name: str) -> str:
-    """Returns the message of an error in the input, with the nearest known names where one was misspelt."""
+    """Returns the message for an error in the input, with the nearest known names for a misspelt one.
+
+    Args:
+        error: an instance of one of `user_error_types`, or a `CarriedError`.
+        config_name: the name of the command's configuration.
+    """
     if isinstance(error, CarriedError):
         return explain(error.args[0], config_name)
     message = str(error).strip()
@@ -61,10 +66,10 @@ def explain(error: BaseException, config_name: str) -> str:
 
 
 def explain_null() -> str | None:
-    """Returns the message about a ``GROUP=null`` on the command line, which Hydra answers with a traceback.
+    """Returns the message for ``GROUP=null`` on the command line, for which Hydra raises a bare ValueError.
 
     Returns:
-        None if no word of the command line gives a group the value null.
+        The message; None if no override sets a group to null.
     """
     with config_loader() as loader:
         for word in sys.argv[1:]:
@@ -76,7 +81,7 @@ def explain_null() -> str | None:
 
 
 def _explain_choice(group: str, name: str, choices: list[str]) -> str:
-    """Returns the message that a group has no such choice, with the choices that it has."""
+    """Returns the message that ``group`` has no choice ``name``, with its choices."""
     if (group, name) == ("hydra/sweeper", "optuna"):
         return f"hydra/sweeper=optuna needs a package that is not installed: {how_to_install('sweep')}"
     hint = nearest(name, choices) or ("; did you mean none?" if name == "null" and "none" in choices else ".")

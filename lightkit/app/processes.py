@@ -1,8 +1,8 @@
-"""Runs a job in as many processes as its configuration asks for; all of them train with one resolved configuration.
+"""The processes of a job: one leading process runs Hydra, and all processes train with its resolved configuration.
 
-The process that composed the configuration leads. It starts one process a device and watches them; under torchrun the
-process of rank 0 leads the others. Only the leading process runs Hydra: the others neither run a sweep again, nor ask
-again for the time in the name of a directory.
+The leading process composes the configuration, starts one process for each device and supervises them; under torchrun
+the process of rank 0 leads the others. If every process ran Hydra, each would repeat a sweep, and ``${now:...}`` would
+give each another directory.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from collections.abc import Callable
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
 from lightkit._util.strategy_traits import traits_of
 from lightkit.app import restarts
-from lightkit.app.log_filters import quiet_lightning
+from lightkit.app.log_filters import import_lightning_silently
+from lightkit.config import to_plain
 from lightkit.errors import ConfigError
 from lightkit.runtime.environment import is_under_torchrun, rank, world_size
 from lightkit.runtime.supervisor import Supervisor
@@ -33,15 +34,15 @@ def lead(function: JobFunction, config: DictConfig, command: list[str], worker: 
 
     Args:
         function: runs the job in one process; under torchrun every process calls it.
-        config: of the job.
-        command: starts a further process of the program, which must come to `follow`.
+        config: the configuration of the job.
+        command: the command line that starts a further process of the program, which must call `follow`.
         worker: this process.
 
     Returns:
-        What the function returned here, or in the process of rank 0, whose result must consist of JSON's types.
+        The result of ``function`` in the process of rank 0. With several processes it must consist of JSON's types.
 
     Raises:
-        LightkitError: a process has ended in an error; the others have been ended.
+        LightkitError: a process ended in an error; the supervisor has ended the others.
     """
     unresolved = config
     if is_under_torchrun():
@@ -49,7 +50,7 @@ def lead(function: JobFunction, config: DictConfig, command: list[str], worker: 
     restart = restarts.of_this_process()
     if not restart.begin(config, unresolved):
         return restart.result()
-    # Hydra's sweepers draw from it too: the next number must not depend on whether a job was done before.
+    # Hydra's sweepers draw from Python's generator too: a job that is skipped must not change their next number.
     state = random.getstate()
     try:
         result = _run(function, config, command, worker)
@@ -69,24 +70,25 @@ def _run(function: JobFunction, config: DictConfig, command: list[str], worker: 
 
 
 def follow(function: JobFunction, worker: Worker) -> None:
-    """Runs the jobs of the process that leads this one, as they come."""
+    """Runs the jobs of the leading process until it has no more.
+
+    Args:
+        function: runs a job of a resolved configuration.
+        worker: this process.
+    """
 
     def run(job: dict[str, Any]) -> Any:
         if rank() == 0 and job["logging"]:
             logging.config.dictConfig(job["logging"])
-        return function(OmegaConf.create(job["config"]))
+        return function(DictConfig(job["config"]))
 
     worker.follow(run)
 
 
 def _to_job(config: DictConfig) -> dict[str, Any]:
-    """Returns what the other processes need: the resolved configuration, and Hydra's of logging."""
+    """Returns the job for the other processes: the resolved configuration, and Hydra's configuration of logging."""
     setup = HydraConfig.get().job_logging if HydraConfig.initialized() else None
-    return {"config": _resolved(config), "logging": OmegaConf.to_container(setup, resolve=True) if setup else None}
-
-
-def _resolved(config: DictConfig) -> Any:
-    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    return {"config": to_plain(config), "logging": OmegaConf.to_container(setup, resolve=True) if setup else None}
 
 
 def _tolerates_worker_loss(config: DictConfig) -> bool:
@@ -98,7 +100,7 @@ def count_processes(config: DictConfig) -> int:
     """Returns the number of processes that a configuration asks for on this machine.
 
     Raises:
-        ConfigError: the configuration asks for several machines, on which somebody must start processes.
+        ConfigError: the configuration asks for several machines, for which torchrun must start the processes.
     """
     if config.trainer.get("num_nodes", 1) != 1:
         raise ConfigError(
@@ -107,18 +109,18 @@ def count_processes(config: DictConfig) -> int:
         )
     if config.trainer.devices == 1:
         return 1
-    quiet_lightning()
+    import_lightning_silently()
     from lightning.pytorch.strategies import ParallelStrategy
 
     from lightkit.app.factory import build_trainer
 
-    # Lightning knows what `auto` and lists of devices come to.
+    # Lightning's Trainer resolves `auto` and lists of devices to a number.
     trainer = build_trainer(config, logger=False)
     return trainer.num_devices if isinstance(trainer.strategy, ParallelStrategy) else 1
 
 
 def with_processes_of_torchrun(config: DictConfig) -> DictConfig:
-    """Returns the configuration, resolved, with the devices and nodes that torchrun has started processes for.
+    """Returns the resolved configuration with ``trainer.devices`` and ``trainer.num_nodes`` of torchrun's processes.
 
     Raises:
         ConfigError: the configuration asks for other devices, or the nodes have different numbers of processes.
@@ -127,12 +129,11 @@ def with_processes_of_torchrun(config: DictConfig) -> DictConfig:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     nodes, rest = divmod(world, local)
     if rest:
-        raise ConfigError(f"torchrun started {world} processes, which {local} a node does not divide")
+        raise ConfigError(f"torchrun started {world} processes, which is no multiple of the {local} on this node")
     asked = config.trainer.devices
     if asked not in (1, -1, "auto", local, str(local)):
         raise ConfigError(f"trainer.devices={asked}, but torchrun started {local} processes on this node")
-    config = OmegaConf.create(_resolved(config))
-    with open_dict(config):
-        config.trainer.devices = local
-        config.trainer.num_nodes = nodes
-    return config
+    resolved = DictConfig(to_plain(config))
+    resolved.trainer.devices = local
+    resolved.trainer.num_nodes = nodes
+    return resolved

@@ -1,6 +1,6 @@
-"""Begins a job, goes on with the run that it had begun, and ends it: by the record of its run, whoever starts it again.
+"""The start and the end of a job's run, and its resumption after a restart, by the record of the run.
 
-A person starts a job again with ``ckpt_path=last``; torchrun does so by itself, see `lightkit.runtime.restart_record`.
+A user restarts a job with ``ckpt_path=last``; torchrun restarts a job by itself, see `lightkit.runtime.restart_record`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from omegaconf import DictConfig, open_dict
 
 from lightkit._util.atomic_write import hold, release, remove_leftovers
 from lightkit.app import run_records, sweep_record
-from lightkit.app.run_records import Run, shown
+from lightkit.app.run_records import Run, display_path
 from lightkit.app.sweep_record import Sweep
 from lightkit.errors import ConfigError
 from lightkit.runtime.environment import is_under_torchrun
@@ -26,72 +26,71 @@ from lightkit.runtime.restart_record import DIRECTORY, RestartFile, RestartRecor
 
 @functools.cache
 def of_this_process() -> Restarts:
-    """Returns the restarts of the job that this process leads; the arguments are those of the first call."""
+    """Returns the `Restarts` of the job that this process leads; reads ``sys.argv`` at the first call."""
     return Restarts()
 
 
 def command_line() -> list[str] | None:
-    """Returns the arguments for this process; after a restart by torchrun, with the directory of the run begun.
+    """Returns the command-line arguments; after a restart by torchrun it adds the directory of the job's run.
 
     Returns:
-        None if nothing was left to do before the restart.
+        The arguments; None if the job was finished before the restart.
 
     Raises:
-        LightkitError: torchrun was started so that a restart could not work.
+        LightkitError: torchrun's settings do not allow a restart, or another job has the same id.
     """
     return of_this_process().arguments() if is_under_torchrun() else sys.argv[1:]
 
 
 def restarted_directory() -> str | None:
-    """Returns Hydra's directory of the job that torchrun has started again; None if it has not."""
+    """Returns Hydra's output directory of a job that torchrun has restarted; None without a restart."""
     return of_this_process().directory() if is_under_torchrun() else None
 
 
 class Restarts:
-    """One job through its restarts, in the process that composes its configuration.
+    """The runs of one job and their records, across restarts; lives in the process that composes the configuration.
 
     Raises:
-        ConfigError: torchrun was started so that a restart could not work, or another job has the same id.
+        ConfigError: torchrun's settings do not allow a restart, or another job has the same id.
     """
 
     def __init__(self) -> None:
         self._arguments = list(sys.argv[1:])
         self._file = RestartFile(self._arguments)
         self._record = self._file.read() if is_restart_possible() else None
-        # The run that is being done.
         self._run: Run | None = None
 
     def arguments(self) -> list[str] | None:
-        """Returns the command line, with the directory of the run that goes on; None if nothing is left to do."""
+        """Returns the command-line arguments with the directory of a resumed run; None if the job is finished."""
         if self._record is None:
             return self._arguments
         if self._record.is_finished:
             print(f"done before the restart: {self._record.directory}")
             return None
         key = "hydra.sweep.dir" if self._record.is_sweep else "hydra.run.dir"
-        return [*self._arguments, f"{key}={quoted(self._record.directory)}"]
+        return [*self._arguments, f"{key}={quote_override_value(self._record.directory)}"]
 
     def directory(self) -> str | None:
-        """Returns Hydra's directory of the job that torchrun has started again; None if it has not."""
+        """Returns Hydra's output directory of a job that torchrun has restarted; None without a restart."""
         return None if self._record is None else self._record.directory
 
     def begin(self, config: DictConfig, unresolved: DictConfig | None = None) -> bool:
-        """Begins a run, or goes on with it: puts the checkpoint to go on from into the configuration.
+        """Begins or resumes a run: sets ``config.ckpt_path`` to the checkpoint, locks the directory, writes the record.
 
         Args:
-            config: of the job.
-            unresolved: the same configuration before interpolation, by which runs are compared.
+            config: the configuration of the job.
+            unresolved: the same configuration before interpolation, by which the search compares runs.
 
         Returns:
-            False if the run was done before.
+            False if the run was finished before a restart.
 
         Raises:
-            CheckpointError: ``ckpt_path=last``, and there is no run to go on with.
+            CheckpointError: ``ckpt_path=last``, and no run can be resumed.
             ConfigError: another process writes to the directory of the run.
         """
         directory = Path(config.run_dir).absolute()
         self._record_for_restart(directory)
-        _take(directory)
+        _lock_directory(directory)
         sweep = sweep_record.current()
         job = sweep.job if sweep is not None else self._record.job if self._record is not None else None
         run = run_records.describe(unresolved or config, job)
@@ -105,80 +104,84 @@ class Restarts:
                 release(directory)
                 return False
             run = replace(run, older=before.older)
-            checkpoint = _continue_own(run, before)
+            checkpoint = _find_own_checkpoint(run, before)
         if checkpoint is None:
             checkpoint = _find_checkpoint(run, config, sweep)
         if checkpoint is not None:
             with open_dict(config):
                 config.ckpt_path = str(checkpoint)
         if before is not None and _is_within(config.get("ckpt_path"), directory):
-            # The run goes on with what is there: the checkpoints are its own.
+            # The run resumes from a checkpoint in its own directory, so that the checkpoints there are its own.
             run = replace(run, older=min(run.older, before.older))
         run.write()
         self._run = run
         return True
 
     def _record_for_restart(self, directory: Path) -> None:
-        """Writes where the run lies, for the case that torchrun starts the job again."""
+        """Writes the directory of the run to the restart file, which the job reads after a restart by torchrun."""
         if not is_restart_possible() or self._record is not None:
             return
         if restart_count() > 0:
             print(
-                f"process 0 finds no run of this job below {DIRECTORY.parent.absolute()} and begins anew; if there "
-                "was one, that directory is not on a file system that all machines share",
+                f"process 0 finds no run of this job below {DIRECTORY.parent.absolute()} and begins anew; if the job "
+                "had a run, that directory is not on a file system that all machines share",
                 file=sys.stderr,
             )
         self._record = RestartRecord(self._arguments, *_hydra_directory(str(directory)))
         self._file.write(self._record)
 
     def end(self, result: float | None) -> None:
-        """Records that the run is done.
+        """Records that the run is finished.
 
         Args:
-            result: the figure that a sweeper gets.
+            result: the objective that a sweeper gets.
         """
-        self._run = self._begun().finished(result)
+        self._run = self._current_run().finished(result)
         self._run.write()
 
     def leave(self) -> None:
-        """Lets others write to the directory of the run, done or not."""
-        release(self._begun().directory)
+        """Releases the lock of the run's directory."""
+        release(self._current_run().directory)
 
     def result(self) -> float | None:
-        """Returns the figure that a sweeper gets of a run that was done before."""
-        return self._begun().result
+        """Returns the objective of a run that was finished before a restart."""
+        return self._current_run().result
 
     def finish(self) -> None:
-        """Records that the whole job is done."""
+        """Records that the whole job is finished."""
         if self._record is not None:
             self._file.finish(self._record)
 
-    def _begun(self) -> Run:
-        assert self._run is not None, "begin comes first"
+    def _current_run(self) -> Run:
+        assert self._run is not None, "call begin first"
         return self._run
 
 
-def _take(directory: Path) -> None:
-    """Makes this process the one that writes to the directory of the run.
+def _lock_directory(directory: Path) -> None:
+    """Locks the directory of the run for this process, and removes unfinished files of earlier ones.
 
     Raises:
-        ConfigError: another process does.
+        ConfigError: another process holds the lock.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    # After a restart the machine that held the directory may be gone, and a file system not know it yet.
+    # After a restart the file system may still hold the lock of a machine that is gone.
     if not hold(directory) and not is_restart_possible():
-        raise ConfigError(f"another lightkit.train, which is still running, writes to {shown(directory)}")
-    # Whoever was writing is gone.
+        raise ConfigError(f"another lightkit.train, which is still running, writes to {display_path(directory)}")
     remove_leftovers(directory)
 
 
-def _continue_own(run: Run, before: Run) -> Path | None:
-    """Returns the checkpoint from which a job that was started again goes on with its own run; None to begin anew."""
+def _find_own_checkpoint(run: Run, before: Run) -> Path | None:
+    """Returns the checkpoint of the job's own run before the restart; None if the run must begin anew.
+
+    Args:
+        run: the run that begins now.
+        before: the record of the run in the same directory before the restart.
+    """
     if before.overrides != run.overrides:
         print(f"other parameters than before the restart: beginning anew in {run.directory}", flush=True)
         for checkpoint in before.checkpoints():
             checkpoint.unlink()
-    elif (checkpoint := run.whole_checkpoint()) is not None:
+    elif (checkpoint := run.latest_intact_checkpoint()) is not None:
         print(f"continuing {checkpoint}", flush=True)
         return checkpoint
     else:
@@ -187,14 +190,17 @@ def _continue_own(run: Run, before: Run) -> Path | None:
 
 
 def _find_checkpoint(run: Run, config: DictConfig, sweep: Sweep | None) -> Path | None:
-    """Returns the checkpoint that ``ckpt_path=last`` means; without it, says which run could be gone on with."""
+    """Returns the checkpoint that ``ckpt_path=last`` means.
+
+    Without ``ckpt_path`` the function returns None, and prints the directory of a run that could be resumed.
+    """
     if config.get("ckpt_path") == "last":
         checkpoint = run_records.find_last(run, config.name, sweep.swept if sweep is not None else ())
-        print(f"continuing {shown(checkpoint)}", flush=True)
+        print(f"continuing {display_path(checkpoint)}", flush=True)
         return checkpoint
     if run.job is None and config.get("ckpt_path") is None and "name" in config:
         if (unfinished := run_records.find_unfinished(run, config.name)) is not None:
-            print(f"{shown(unfinished.directory)} is unfinished: ckpt_path=last goes on with it", flush=True)
+            print(f"{display_path(unfinished.directory)} is unfinished: ckpt_path=last goes on with it", flush=True)
     return None
 
 
@@ -202,13 +208,13 @@ def _is_within(checkpoint: str | None, directory: Path) -> bool:
     return checkpoint is not None and Path(checkpoint).absolute().is_relative_to(directory)
 
 
-def quoted(text: str) -> str:
-    """Returns a text in quotes as Hydra's command line reads it: it may contain a comma or an equals sign."""
+def quote_override_value(text: str) -> str:
+    """Returns a value in quotes, so that Hydra's override parser accepts commas, equals signs and quotes in it."""
     return "'" + re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + ("\\'" if match[2] else ""), text) + "'"
 
 
 def _hydra_directory(run_dir: str) -> tuple[str, bool]:
-    """Returns Hydra's directory of the run, or of the sweep that the run is one of; and True for a sweep."""
+    """Returns Hydra's output directory of the run, or of the sweep that the run belongs to; and True for a sweep."""
     if not HydraConfig.initialized():
         return run_dir, False
     hydra = HydraConfig.get()
@@ -218,7 +224,7 @@ def _hydra_directory(run_dir: str) -> tuple[str, bool]:
 
 
 def _overrides() -> list[str]:
-    """Returns the overrides that tell apart the runs of a job."""
+    """Returns the overrides of this run without ``ckpt_path``."""
     if not HydraConfig.initialized():
         return []
     return [word for word in HydraConfig.get().overrides.task if word.partition("=")[0] != "ckpt_path"]

@@ -1,4 +1,4 @@
-"""The task and the data of a checkpoint, built without trusting whoever made it."""
+"""The task and the data module of an untrusted checkpoint."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from lightkit.app.checks import check_outputs
 from lightkit.checkpoints import CONFIG_KEY, check_weights, load_checkpoint, load_weights
 from lightkit.checkpoints.training_state import checked_weights
 from lightkit.errors import CheckpointError, LightkitError
-from lightkit.targets import user_packages
+from lightkit.targets import is_in_user_package
 
-# Parts of the configuration that are read; the others concern training.
-_READ = ("data", "model", "task", "trainer")
+# The keys of the configuration that restoring reads; the others concern training.
+_CONFIG_KEYS = ("data", "model", "task", "trainer")
 
-# Memory that a model may take beyond what its checkpoint holds, for tables that are computed and for metrics; and how
-# many times the file, since weights may be stored in a narrower dtype than the model has.
-_FREE_BYTES, _TIMES_FILE = 128 << 20, 8
+# A task may take _MAX_FILE_RATIO times the size of its file, since the file may store weights in a narrower dtype, and
+# _EXTRA_BYTES for computed tables and for metrics.
+_EXTRA_BYTES, _MAX_FILE_RATIO = 128 << 20, 8
 
-# Parameters that a model may register beyond those in its checkpoint: a weight that is tied is registered twice.
-_FREE_PARAMETERS = 64
+# A model may register twice the parameters of its checkpoint, since it registers a tied weight twice, and these.
+_EXTRA_PARAMETERS = 64
 
 
 @dataclass(frozen=True)
-class Restored:
+class RestoredTask:
     """A task with the weights of a checkpoint.
 
     Attributes:
-        config: of the configuration that the checkpoint carries, what stands under ``data``, ``model``, ``task`` and
-            ``trainer``: plain containers, checked to be bounded.
-        task: in evaluation mode.
-        checkpoint: as it was loaded.
+        config: the keys ``data``, ``model``, ``task`` and ``trainer`` of the checkpoint's configuration, as plain
+            containers of bounded size.
+        task: the task in evaluation mode.
+        checkpoint: the loaded checkpoint.
     """
 
     config: dict[str, Any]
@@ -49,70 +49,71 @@ class Restored:
     checkpoint: dict[str, Any]
 
     def build_data(self, **arguments: Any) -> pl.LightningDataModule:
-        """Builds the data module that the checkpoint names; nothing is read yet.
+        """Builds the data module that the checkpoint names; reads no data yet.
 
         Args:
-            **arguments: of the data module; they win over those in the checkpoint.
+            **arguments: arguments of the data module, which replace those in the checkpoint.
 
         Raises:
-            CheckpointError: it may not be built, or serves what the model is not for.
+            CheckpointError: the checkpoint may not name the class, or the data do not fit the model.
         """
         data = untrusted.build("data", self.config.get("data"), **arguments)
         try:
             check_outputs(data, self.config["model"])
         except ValueError as error:
-            raise CheckpointError(f"the checkpoint does not fit itself: {error}") from error
+            raise CheckpointError(f"the model and the data of the checkpoint do not fit: {error}") from error
         return data
 
 
-def restore(path: str | Path, evaluates: bool = False) -> Restored:
-    """Builds the task of a checkpoint from the configuration in it, and loads its weights.
+def restore(path: str | Path, for_evaluation: bool = False) -> RestoredTask:
+    """Builds the task of a checkpoint from the checkpoint's configuration, and loads the weights.
 
-    The file may be a stranger's: it is loaded as data, the configuration may name the classes of
-    `lightkit.app.untrusted` alone, and only the model and the task are built, no optimizer, callback or logger. They
-    are built without memory first, and their shapes are compared with the weights.
+    The function does not trust the file. It loads the file as data (``weights_only=True``), builds only classes that
+    `lightkit.app.untrusted` allows, and builds no optimizer, callback or logger. It builds the task on the meta device
+    first and compares the shapes with the weights, so that a wrong size allocates no memory.
 
     Args:
         path: a checkpoint of lightkit.train.
-        evaluates: build the loss and the metrics, too, which a prediction has no use for.
+        for_evaluation: build the loss and the metrics too, which a prediction does not need.
 
     Raises:
-        CheckpointError: the checkpoint is missing, damaged, not made by lightkit.train, or names what it may not.
+        CheckpointError: the checkpoint is missing or damaged, lightkit.train did not write it, or it names a class that
+            a checkpoint may not name.
     """
     path = Path(path)
-    checkpoint = load_checkpoint(path, is_strangers=True)
+    checkpoint = load_checkpoint(path, untrusted=True)
     if CONFIG_KEY not in checkpoint:
-        raise CheckpointError(f"{path} carries no configuration: it was not made by lightkit.train")
+        raise CheckpointError(f"{path} has no configuration: it was not made by lightkit.train")
     config = checkpoint[CONFIG_KEY]
     if type(config) is not dict or type(config.get("task")) is not dict:
         raise CheckpointError(f"the configuration in {path} has no task")
-    config = {key: config.get(key) for key in _READ}
+    config = {key: config.get(key) for key in _CONFIG_KEYS}
     untrusted.check_plain(config)
     weights = checked_weights(checkpoint, path)
-    if not evaluates:
-        # A prediction has no loss, which may have weights of the classes.
+    if not for_evaluation:
+        # A task without a loss has no place for the loss's class weights.
         weights = {name: value for name, value in weights.items() if not name.startswith("loss.")}
-    with torch.device("meta"), _at_most_parameters(2 * len(weights) + _FREE_PARAMETERS):
-        # A class of the user's need not know how to be built without memory.
-        if not _is_users(config["task"]) and not _is_users(config["model"]):
-            blank = _build_task(config, evaluates)
+    with torch.device("meta"), _limit_parameters(2 * len(weights) + _EXTRA_PARAMETERS):
+        # A user's class may not support the meta device.
+        if not _is_user_class(config["task"]) and not _is_user_class(config["model"]):
+            blank = _build_task(config, for_evaluation)
             check_weights(blank, {"state_dict": weights}, path)
             _check_memory(blank, path)
-        elif not _is_users(config["model"]):
+        elif not _is_user_class(config["model"]):
             _check_memory(untrusted.build("model", config["model"]), path)
-    task = _build_task(config, evaluates)
+    task = _build_task(config, for_evaluation)
     load_weights(task, {"state_dict": weights}, path)
-    return Restored(config, task.eval(), checkpoint)
+    return RestoredTask(config, task.eval(), checkpoint)
 
 
 @contextmanager
-def errors_of_a_model() -> Iterator[None]:
-    """Makes what goes wrong in the model of a checkpoint, while it runs, an error of the checkpoint.
+def model_errors_as_checkpoint_errors() -> Iterator[None]:
+    """Converts the errors of a checkpoint's model at run time into a `CheckpointError`.
 
-    Its parts may be right one by one and not go together.
+    Each part of the checkpoint may be valid while the parts do not fit together.
 
     Raises:
-        CheckpointError: in the words of the part that refused.
+        CheckpointError: the model failed; the message is the first line of the model's error.
     """
     try:
         yield
@@ -123,34 +124,36 @@ def errors_of_a_model() -> Iterator[None]:
         raise CheckpointError(f"the parts of the checkpoint do not work together: {reason}") from error
 
 
-def _build_task(config: dict[str, Any], evaluates: bool) -> pl.LightningModule:
+def _build_task(config: dict[str, Any], for_evaluation: bool) -> pl.LightningModule:
     node = config["task"]
     parts: dict[str, Any] = {"model": untrusted.build("model", config.get("model"))}
-    # Given explicitly, even as None: the checkpoint's own must not be taken for an argument.
+    # These replace the checkpoint's own entries even where they are None, so that no entry reaches the task unbuilt.
     if "loss" in node:
-        parts["loss"] = untrusted.build("loss", node["loss"]) if evaluates and node["loss"] is not None else None
+        parts["loss"] = untrusted.build("loss", node["loss"]) if for_evaluation and node["loss"] is not None else None
     if "metrics" in node:
-        parts["metrics"] = untrusted.build_metrics(node["metrics"]) if evaluates else {}
-    # Not for a user's class to build either: nothing is trained.
+        parts["metrics"] = untrusted.build_metrics(node["metrics"]) if for_evaluation else {}
+    # Nothing trains: neither lightkit's classes nor a user's get an optimizer.
     node = {name: value for name, value in node.items() if name not in ("optimizer", "scheduler")}
     return untrusted.build("task", node, **parts)
 
 
-def _is_users(node: Any) -> bool:
-    """Returns True if a class of the user's is named there."""
-    target = str(node.get("_target_")) if isinstance(node, dict) else ""
-    return any(target.startswith(f"{package}.") for package in user_packages())
+def _is_user_class(node: Any) -> bool:
+    """Returns True if the configuration ``node`` names a class in one of the user's packages."""
+    return isinstance(node, dict) and is_in_user_package(str(node.get("_target_")))
 
 
 @contextmanager
-def _at_most_parameters(most: int) -> Iterator[None]:
-    """Ends a construction that registers more parameters than a checkpoint has: a number of layers may be any."""
+def _limit_parameters(limit: int) -> Iterator[None]:
+    """Raises a `CheckpointError` in a constructor that registers more than ``limit`` parameters.
+
+    The configuration of a checkpoint may ask for any number of layers.
+    """
     count = 0
 
     def register(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
         nonlocal count
         count += 1
-        if count > most:
+        if count > limit:
             raise CheckpointError("the model that the checkpoint describes has more parameters than the checkpoint")
 
     handle = register_module_parameter_registration_hook(register)
@@ -161,18 +164,19 @@ def _at_most_parameters(most: int) -> Iterator[None]:
 
 
 def _check_memory(task: nn.Module, path: Path) -> None:
-    """Refuses a task, built without memory, that would take far more than its checkpoint.
+    """Rejects a task on the meta device that would take far more memory than its checkpoint explains.
 
     Raises:
-        CheckpointError: says how much.
+        CheckpointError: the task is too large; the message has both sizes in bytes.
     """
     tensors = [*task.parameters(), *task.buffers()]
     for metric in (module for module in task.modules() if isinstance(module, Metric)):
-        # One that is empty yet is a list.
+        # The state of a metric may also be a list, which is empty before the first update.
         tensors += [state for state in metric.metric_state.values() if isinstance(state, Tensor)]
     wanted = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    most = _TIMES_FILE * path.stat().st_size + _FREE_BYTES
-    if wanted > most:
+    limit = _MAX_FILE_RATIO * path.stat().st_size + _EXTRA_BYTES
+    if wanted > limit:
         raise CheckpointError(
-            f"{path}: the model that the checkpoint describes takes {wanted:,} bytes, and its file explains {most:,}"
+            f"{path}: the model that the checkpoint describes takes {wanted:,} bytes, and a file of this size may "
+            f"describe {limit:,}"
         )

@@ -1,4 +1,4 @@
-"""The checkpoint that a training goes on from: found, checked to fit, and its logs taken along."""
+"""The checkpoint from which a training resumes: the search, the checks, and the logs that a new run takes over."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
 from lightkit.app import run_files, run_records
-from lightkit.callbacks.save_figures import EPOCH_KEY, FIGURES_KEY
+from lightkit.callbacks.save_metrics import EPOCH_METRICS_KEY, METRICS_KEY
 from lightkit.checkpoints import check_weights, load_checkpoint
 from lightkit.checkpoints.training_state import check_training_state, checked_weights
 from lightkit.errors import CheckpointError
@@ -22,12 +22,12 @@ from lightkit.loggers import CSVLogger
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """A checkpoint that a training goes on from.
+    """A checkpoint from which a training resumes.
 
     Args:
-        path: of the checkpoint.
-        checkpoint: its content.
-        run: the run that wrote it; None if it lies in no run's directory.
+        path: the file of the checkpoint.
+        checkpoint: the content of the file.
+        run: the run that wrote the checkpoint; None if ``path`` lies in no run directory.
     """
 
     path: Path
@@ -35,12 +35,12 @@ class ResumePoint:
     run: run_records.Run | None
 
     def steps(self) -> int:
-        """Returns the number of steps that were logged before the checkpoint: several optimizers take one each."""
+        """Returns the number of logged training steps; Lightning's ``global_step`` counts each optimizer's steps."""
         return math.ceil(self.checkpoint["global_step"] / max(1, len(self.checkpoint.get("optimizer_states", []))))
 
-    def figures(self) -> dict[str, Any]:
-        """Returns the figures before the test: the last value that was logged under each name."""
-        logged = self.checkpoint.get(FIGURES_KEY)
+    def metrics(self) -> dict[str, Any]:
+        """Returns the metrics before the test: the last value that the resumed run logged under each name."""
+        logged = self.checkpoint.get(METRICS_KEY)
         numbers = (int, float)
         logged = {k: v for k, v in logged.items() if type(v) in numbers} if isinstance(logged, dict) else {}
         if self.run is None:
@@ -48,42 +48,46 @@ class ResumePoint:
         return logged | run_files.read_if_newer(self.run.directory / run_files.METRICS, self.path)
 
     def continue_logs(self, loggers: Iterable[Logger], run_dir: Path) -> None:
-        """Lets each ``metrics.csv`` of a new run begin with the rows of the run that goes on.
+        """Copies the rows of the resumed run's ``metrics.csv`` to the start of the new run's.
 
         Args:
-            loggers: of the new run.
+            loggers: the loggers of the new run.
             run_dir: the directory of the new run.
         """
         source = self.path.absolute().parent.parent if self.run is None else self.run.directory
         for logger in loggers:
             if isinstance(logger, CSVLogger):
                 own = Path(logger.log_dir).absolute()
-                # A log has the same place in both runs; outside of them they share one log.
+                # Both runs have the log at the same relative path; a log outside the run directory is shared.
                 is_inside = own.is_relative_to(run_dir.absolute())
-                place = source / own.relative_to(run_dir.absolute()) if is_inside else own
-                epoch = self.checkpoint.get(EPOCH_KEY, {})
+                directory = source / own.relative_to(run_dir.absolute()) if is_inside else own
+                epoch = self.checkpoint.get(EPOCH_METRICS_KEY, {})
                 last = epoch and {"epoch": self.checkpoint["epoch"], **epoch}
-                logger.continue_from(place / run_files.LOG, self.steps(), last)
+                logger.continue_from(directory / run_files.LOG, self.steps(), last)
 
 
 def find_resume_point(config: DictConfig, task: pl.LightningModule) -> ResumePoint | None:
-    """Returns the checkpoint that ``ckpt_path`` names, checked to fit a task and to leave something to do.
+    """Returns the checkpoint that ``ckpt_path`` names, after a check that it fits the task.
+
+    Args:
+        config: the configuration of the job.
+        task: the task of the job, whose weights have the shapes that the checkpoint must have.
 
     Returns:
-        None if ``ckpt_path`` is null.
+        The checkpoint; None if ``ckpt_path`` is null.
 
     Raises:
-        CheckpointError: the checkpoint is missing, damaged, of something else, or nothing is left to train.
+        CheckpointError: the checkpoint is missing, damaged or of another model, or its training is complete.
     """
     if config.ckpt_path is None:
         return None
     if config.ckpt_path == "last":
-        # Only in a program that calls `train` itself: the process that leads the command has chosen already.
+        # Only a program that calls `train` itself comes here: the command's leading process has replaced `last`.
         path = run_records.find_last(run_records.describe(config), config.name)
         print(f"continuing {path}")
     else:
         path = Path(config.ckpt_path)
-    checkpoint = load_checkpoint(path, is_strangers=True)
+    checkpoint = load_checkpoint(path, untrusted=True)
     check_weights(task, {"state_dict": checked_weights(checkpoint, path)}, path)
     try:
         epochs_done = checkpoint["epoch"] + 1
@@ -94,13 +98,13 @@ def find_resume_point(config: DictConfig, task: pl.LightningModule) -> ResumePoi
         ) from error
     check_training_state(checkpoint, path)
     run = run_records.find_run(path)
-    # What is left of a run that has no report is the test and the report.
+    # A run without a report may resume after its last epoch, for the test and the report.
     has_report = run is None or run.is_finished
     is_own = path.absolute().is_relative_to(Path(config.run_dir).absolute())
     wanted = config.trainer.max_epochs or 0
     if is_at_end and not is_own and 0 < wanted <= epochs_done and (has_report or wanted < epochs_done):
         raise CheckpointError(
-            f"{path} has {epochs_done} epochs behind it and trainer.max_epochs is {config.trainer.max_epochs}: "
+            f"{path} has completed {epochs_done} epochs and trainer.max_epochs is {config.trainer.max_epochs}: "
             f"nothing is left to train; pass trainer.max_epochs={epochs_done + 1} or more"
         )
     return ResumePoint(path, checkpoint, run)

@@ -1,4 +1,4 @@
-"""Writes the files that a run leaves in its directory besides checkpoints and logs."""
+"""The files of a run directory besides checkpoints and logs."""
 
 from __future__ import annotations
 
@@ -24,12 +24,20 @@ _PACKAGES = ("torch", "lightning", "hydra-core", "torchmetrics", "numpy")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a dict as indented JSON."""
+    """Writes a mapping as indented JSON."""
     write_text_atomically(path, json.dumps(content, indent=2) + "\n")
 
 
 def read_if_newer(path: Path, than: Path) -> dict[str, Any]:
-    """Returns the content of a file of `write_json`; an empty dict if ``than`` is newer, or the file is damaged."""
+    """Returns the content of a file that `write_json` wrote.
+
+    Args:
+        path: the file.
+        than: another file.
+
+    Returns:
+        The content; an empty dict if ``path`` is missing, damaged or older than ``than``.
+    """
     try:
         is_newer = path.stat().st_mtime_ns >= than.stat().st_mtime_ns
         return json.loads(path.read_text()) if is_newer else {}
@@ -38,10 +46,13 @@ def read_if_newer(path: Path, than: Path) -> dict[str, Any]:
 
 
 def check_output(path: str | None) -> None:
-    """Rejects an output file that cannot be written, before the work is done whose result it is to hold.
+    """Rejects an output file that cannot be written, before a command does the work.
+
+    Args:
+        path: the file; None for no output.
 
     Raises:
-        ConfigError: its directory does not exist, or the path is a directory.
+        ConfigError: the parent directory does not exist, or ``path`` is a directory.
     """
     if path is None:
         return
@@ -53,12 +64,12 @@ def check_output(path: str | None) -> None:
 
 
 def write_config(directory: Path, config: DictConfig) -> None:
-    """Writes ``config.yaml``: the configuration with everything resolved."""
+    """Writes the resolved configuration to ``config.yaml``."""
     write_text_atomically(directory / CONFIG, OmegaConf.to_yaml(config, resolve=True))
 
 
 def environment() -> dict[str, Any]:
-    """Returns the versions of the packages, and facts about the machine."""
+    """Returns the versions of packages and the properties of the machine, by name."""
     facts: dict[str, Any] = {"lightkit": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:

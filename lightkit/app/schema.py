@@ -1,4 +1,4 @@
-"""The keys and groups of a configuration: which there are, and which the command line may leave out."""
+"""The keys and groups of a configuration, and the check of its top-level keys."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from hydra import initialize_config_module
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import IConfigRepository
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.default_element import GroupDefault
 from hydra.core.global_hydra import GlobalHydra
@@ -24,7 +26,7 @@ CONFIG_MODULE = "lightkit.conf"
 
 @contextmanager
 def config_loader() -> Iterator[ConfigLoader]:
-    """Yields Hydra's loader: the running command's, or a new one after the command has ended in an error."""
+    """Yields Hydra's loader: that of the running command, or a new one after the command ended in an error."""
     if GlobalHydra.instance().is_initialized():
         yield GlobalHydra.instance().config_loader()
     else:
@@ -35,11 +37,15 @@ def config_loader() -> Iterator[ConfigLoader]:
 def check_top_level(config: Mapping[str, Any], config_name: str) -> None:
     """Rejects unknown and missing top-level keys, which Hydra's ``+key=value`` and ``~key`` would allow.
 
+    Args:
+        config: the composed configuration.
+        config_name: the name of the configuration.
+
     Raises:
-        ConfigError: names the key, and the nearest known ones.
+        ConfigError: a key is unknown or missing; the message names the key and the nearest known ones.
     """
     known, groups, optional = top_level(config_name)
-    # Iterated over: for a value that must yet be given, `in` says no.
+    # Iteration yields the key of a missing value (???); for that key `in` is False.
     if missing := set(known).difference(map(str, config), optional):
         raise ConfigError(f"the configuration needs {', '.join(sorted(missing))}, which cannot be removed")
     for key in config:
@@ -48,35 +54,43 @@ def check_top_level(config: Mapping[str, Any], config_name: str) -> None:
 
 
 def top_level(config_name: str) -> tuple[list[str], list[str], list[str]]:
-    """Returns the top-level keys of a configuration, all groups, and those of both that may be missing."""
+    """Returns the top-level keys of a configuration, all groups, and the keys and groups that may be missing."""
     with config_loader() as loader:
         return _top_level(loader, config_name)
 
 
 @functools.lru_cache(maxsize=1)
 def _top_level(loader: ConfigLoader, config_name: str) -> tuple[list[str], list[str], list[str]]:
-    # Read, not composed: composing would take longer than anything else before a job of a sweep.
-    primary = loader.repository.load_config(config_name)
-    defaults = [default.group for default in primary.defaults_list if isinstance(default, GroupDefault)]
-    known = [*map(str, primary.config), *(group for group in defaults if "/" not in group)]
+    # The function reads the file and does not compose it, because composing is the slowest step before a sweep's job.
+    primary = _repository(loader).load_config(config_name)
+    assert primary is not None, config_name
+    defaults = [default.group for default in primary.defaults_list or [] if isinstance(default, GroupDefault)]
+    known = [*map(str, primary.config), *(group for group in defaults if group is not None and "/" not in group)]
     groups = loader.list_groups("")
-    # Hydra's own key is not handed on; a group that has the choice `none` may be missing.
+    # Hydra removes its own key before it calls the job; a group that has the choice `none` may be missing.
     return known, groups, ["hydra", *(group for group in groups if "none" in loader.get_group_options(group))]
 
 
+def _repository(loader: ConfigLoader) -> IConfigRepository:
+    # The abstract class has no accessor for the repository.
+    assert isinstance(loader, ConfigLoaderImpl)
+    return loader.repository
+
+
 def default_config(loader: ConfigLoader, config_name: str) -> DictConfig:
-    """Returns the configuration without any override."""
+    """Returns the configuration without overrides."""
     return loader.load_configuration(config_name, overrides=[], run_mode=RunMode.RUN)
 
 
 def override_names(config_name: str) -> list[str]:
-    """Returns every key, dotted, and every group that may stand left of an equals sign."""
+    """Returns every name that an override may set: the dotted keys of the configuration, and the groups."""
     with config_loader() as loader:
         keys = _dotted(OmegaConf.to_container(default_config(loader, config_name)))
         return list(dict.fromkeys([*keys, *loader.list_groups("")]))
 
 
 def _dotted(node: Any, prefix: str = "") -> Iterator[str]:
+    """Yields the dotted keys of nested dicts."""
     if isinstance(node, dict):
         for key, value in node.items():
             yield prefix + str(key)
@@ -84,7 +98,11 @@ def _dotted(node: Any, prefix: str = "") -> Iterator[str]:
 
 
 def quote_texts(names: list[str]) -> None:
-    """Puts quotes around the command line's numbers and truth values that belong to keys of texts: 1.50, true."""
+    """Quotes the numbers and truth values in ``sys.argv`` that belong to str keys, such as ``text=1.50`` or ``true``.
+
+    Args:
+        names: the keys whose values are str.
+    """
     parser = OverridesParser.create()
     for index, word in enumerate(sys.argv[1:], start=1):
         key, _, typed = word.partition("=")

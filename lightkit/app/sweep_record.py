@@ -1,7 +1,7 @@
-"""What a sweep records of itself in its directory, and the search for the sweep that ``ckpt_path=last`` means.
+"""Records of sweeps, and the search for the sweep that ``ckpt_path=last`` means.
 
-The record is ``sweep.json``, beside Hydra's ``multirun.yaml``. Whether a job of the sweep is done, and with which
-figure, is in that job's own record: see `lightkit.app.run_records`.
+A sweep writes its record to ``sweep.json``, beside Hydra's ``multirun.yaml``. The records of its jobs, in
+`lightkit.app.run_records`, say which jobs are finished and have their objectives.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from hydra.types import RunMode
 
 from lightkit._util.atomic_write import is_held_by_another, write_text_atomically
 
-_RECORD = "sweep.json"
+_RECORD_FILE = "sweep.json"
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep, as its record has it.
+    """The record of a sweep.
 
     Args:
-        directory: of the sweep.
-        overrides: the words of its command line, without ``ckpt_path`` and the places that it writes to.
-        swept: keys and groups that tell apart its jobs.
-        ckpt_path: what the jobs go on from that have not begun.
-        job: names the sweep in the records of its jobs.
-        started: when it was begun; seconds of the epoch.
-        seed: of the order of ``shuffle(...)``, of Optuna's grid, and of its samplers that were given none.
-        is_finished: whether all jobs are done.
+        directory: the directory of the sweep.
+        overrides: the overrides on its command line, without ``ckpt_path`` and the directories.
+        swept: the keys and groups that differ between its jobs.
+        ckpt_path: ``ckpt_path`` of the jobs that have not begun.
+        job: the id of the sweep in the records of its jobs.
+        started: the time of the start, in seconds since the epoch.
+        seed: seeds ``shuffle(...)``, Optuna's grid, and Optuna's samplers without a seed of their own.
+        is_finished: all jobs are finished.
     """
 
     directory: Path
@@ -48,32 +48,42 @@ class Sweep:
     def write(self) -> None:
         """Writes the record."""
         content = {key: value for key, value in asdict(self).items() if key != "directory"}
-        write_text_atomically(self.directory / _RECORD, json.dumps(content, indent=1))
+        write_text_atomically(self.directory / _RECORD_FILE, json.dumps(content, indent=1))
 
 
 def read(directory: Path) -> Sweep | None:
-    """Returns the record of the sweep in a directory; None if there is none that can be read."""
+    """Returns the record of the sweep in a directory; None if the record is missing or unreadable."""
     try:
-        return Sweep(directory, **json.loads((directory / _RECORD).read_text()))
+        return Sweep(directory, **json.loads((directory / _RECORD_FILE).read_text()))
     except (OSError, ValueError, TypeError):
         return None
 
 
 def current() -> Sweep | None:
-    """Returns the sweep that the job of this process is one of, if it is."""
+    """Returns the sweep that the job of this process belongs to; None outside a sweep."""
     if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
         return None
     return read(Path(HydraConfig.get().sweep.dir).absolute())
 
 
 def find_all(new: Sweep, name: str) -> list[Sweep]:
-    """Returns the sweeps below ``runs/NAME`` and in the directory of the new one, the newest first."""
-    paths = {path.parent.resolve() for root in (Path("runs") / name, new.directory) for path in root.rglob(_RECORD)}
-    found = [sweep for path in paths if (sweep := read(path)) is not None]
-    return sorted(found, key=lambda sweep: sweep.started, reverse=True)
+    """Returns the sweeps below ``runs/<name>`` and in the directory of ``new``, the newest first."""
+    roots = (Path("runs") / name, new.directory)
+    directories = {path.parent.resolve() for root in roots for path in root.rglob(_RECORD_FILE)}
+    sweeps = [sweep for directory in directories if (sweep := read(directory)) is not None]
+    return sorted(sweeps, key=lambda sweep: sweep.started, reverse=True)
 
 
 def find(new: Sweep, name: str, finished: bool) -> Sweep | None:
-    """Returns the newest sweep with the same overrides that is finished or running, or else left unfinished."""
+    """Returns the newest sweep with the overrides of ``new``.
+
+    Args:
+        new: the sweep that begins now.
+        name: the name of the job.
+        finished: True for a sweep that is finished or running, False for one that can be resumed.
+
+    Returns:
+        The sweep; None if no sweep matches.
+    """
     same = (old for old in find_all(new, name) if old.overrides == new.overrides)
     return next((old for old in same if (old.is_finished or is_held_by_another(old.directory)) == finished), None)

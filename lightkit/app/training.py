@@ -1,4 +1,4 @@
-"""Runs a job from its configuration to its report: what `lightkit.train` does."""
+"""A training job from its configuration to its report, for `lightkit.train`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from lightkit import native
 from lightkit._util.strategy_traits import TrafficCounter, traits_of
 from lightkit.app import checks, factory, report, run_files
-from lightkit.app.checks import errors_of_lightning
+from lightkit.app.checks import lightning_errors_as_config_errors
 from lightkit.app.console import print_table
 from lightkit.app.factory import TrainingJob
 from lightkit.callbacks import Throughput
@@ -20,20 +20,20 @@ from lightkit.callbacks.throughput import rate_name
 
 
 def train(config: DictConfig) -> dict[str, Any]:
-    """Runs a job and returns the figures that it wrote to ``metrics.json``.
+    """Trains, tests and reports; returns the metrics, which it also writes to ``metrics.json``.
 
     Args:
         config: the keys of ``conf/train.yaml``.
 
     Raises:
-        LightkitError: something in the configuration, the data or the checkpoint cannot be used.
+        LightkitError: the configuration, the data or the checkpoint cannot be used.
     """
     checks.check(config)
-    # If kernels must be compiled, that goes on while data and model are made.
+    # The compilers, if needed, run while this process builds the data and the model.
     native.start()
     started = time.perf_counter()
     job = factory.build(config)
-    # Waited for here, not in the middle of the first step or of any timing.
+    # The job waits for the compilers here, so that neither the first step nor any timing includes the wait.
     waiting = time.perf_counter()
     native.load()
     started += time.perf_counter() - waiting
@@ -56,55 +56,57 @@ def train(config: DictConfig) -> dict[str, Any]:
 
 
 def _fit(job: TrainingJob) -> dict[str, Any]:
-    """Trains, and returns the figures of the training."""
+    """Trains and returns the metrics of the training."""
     trainer, resume = job.trainer, job.resume
     if resume is not None:
         resume.continue_logs(trainer.loggers, job.run_dir)
-    with errors_of_lightning():
+    with lightning_errors_as_config_errors():
         trainer.fit(job.task, datamodule=job.data, ckpt_path=resume.path if resume is not None else None)
-    metrics = _logged(job) | {"epochs": trainer.current_epoch, "steps": trainer.global_step}
-    for throughput in (c for c in trainer.callbacks if isinstance(c, Throughput)):
-        metrics |= _speed(throughput, rate_name(job.data))
+    metrics = _logged_metrics(job) | {"epochs": trainer.current_epoch, "steps": trainer.global_step}
+    # Lightning sets Trainer.callbacks in a connector, where a type checker does not see it.
+    callbacks = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+    for throughput in (callback for callback in callbacks if isinstance(callback, Throughput)):
+        metrics |= _throughput_metrics(throughput, rate_name(job.data))
     if isinstance(trainer.strategy, TrafficCounter):
         metrics |= trainer.strategy.communication
     if resume is not None and not trainer.callback_metrics:
-        # No epoch was left, as after a kill in the test: the figures are those of the process that trained.
-        metrics |= resume.figures()
+        # No epoch was left to train, as after a kill during the test: the resumed run has logged the metrics.
+        metrics |= resume.metrics()
     return metrics
 
 
-def _speed(throughput: Throughput, rate: str) -> dict[str, Any]:
-    """Returns the figures of a `Throughput`.
+def _throughput_metrics(throughput: Throughput, rate: str) -> dict[str, Any]:
+    """Returns the metrics that a `Throughput` callback measured.
 
     Args:
-        throughput: has measured a training.
-        rate: the name of the samples per second.
+        throughput: the callback after a training.
+        rate: the name of the metric samples per second.
     """
-    figures: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
     if throughput.total is not None:
-        figures[rate] = throughput.total
+        metrics[rate] = throughput.total
     if throughput.flops_per_second is not None:
-        figures["train/gigaflops_per_second"] = throughput.flops_per_second / 1e9
+        metrics["train/gigaflops_per_second"] = throughput.flops_per_second / 1e9
     if throughput.fraction_of_matmul_rate is not None:
-        figures["train/fraction_of_matmul_rate"] = throughput.fraction_of_matmul_rate
+        metrics["train/fraction_of_matmul_rate"] = throughput.fraction_of_matmul_rate
     if throughput.step is not None:
-        figures |= {f"step/{part} (ms)": value for part, value in throughput.step.items()}
-    return figures
+        metrics |= {f"step/{part} (ms)": value for part, value in throughput.step.items()}
+    return metrics
 
 
 def _test(job: TrainingJob) -> dict[str, Any]:
-    """Tests the best checkpoint of this run, else the weights as they are; returns the figures, with the baselines'."""
-    callback = job.trainer.checkpoint_callback
-    best = (callback.best_model_path or None) if callback is not None else None
-    with errors_of_lightning():
+    """Tests the best checkpoint of this run, or the current weights without one; returns the metrics and baselines."""
+    # A Checkpoint of another package need not have a best one.
+    best = getattr(job.trainer.checkpoint_callback, "best_model_path", None) or None
+    with lightning_errors_as_config_errors():
         job.trainer.test(job.task, datamodule=job.data, ckpt_path=best, verbose=False)
-    # The simplest rules on the same test set, where the data module knows some.
+    # A data module may know simple rules to compare with on the same test set.
     baselines = getattr(job.data, "baselines", dict)()
-    return _logged(job) | {f"baseline/{name}": value for name, value in baselines.items()}
+    return _logged_metrics(job) | {f"baseline/{name}": value for name, value in baselines.items()}
 
 
-def _logged(job: TrainingJob) -> dict[str, Any]:
-    """Returns the last value that was logged under each name."""
+def _logged_metrics(job: TrainingJob) -> dict[str, Any]:
+    """Returns the last value that the task logged under each name."""
     return {name: value.item() for name, value in sorted(job.trainer.callback_metrics.items())}
 
 

@@ -1,4 +1,4 @@
-"""Lightning callbacks."""
+"""Callbacks of Lightning."""
 
 from lightkit.callbacks.checkpoint import Checkpoint
 from lightkit.callbacks.fuse_kernels import FuseKernels

@@ -1,4 +1,4 @@
-"""Checkpoints of which ``last.ckpt`` is the latest one, to go on from."""
+"""A checkpoint callback that keeps ``last.ckpt`` up to date."""
 
 from __future__ import annotations
 
@@ -17,27 +17,28 @@ from lightkit.errors import CheckpointError
 
 
 class Checkpoint(ModelCheckpoint):
-    """Lightning's ``ModelCheckpoint``, with a ``last.ckpt`` each time that it looks at its monitor.
+    """Lightning's ``ModelCheckpoint``, except that it writes ``last.ckpt`` each time that it checks its monitor.
 
-    Lightning 2.6 writes it only when it also wrote another checkpoint, the best so far: a job that goes on from
-    there loses all that came after its best epoch.
+    Lightning 2.6 writes ``last.ckpt`` only together with another checkpoint, the best so far. A job that resumes from
+    it loses everything after its best epoch.
 
-    The checkpoint that a training goes on from becomes its ``last.ckpt``. In another directory it takes the best one so
-    far along too, which Lightning would forget: each directory is then complete.
+    The checkpoint that a training resumes from becomes its ``last.ckpt``. A training that resumes in another directory
+    also copies the best checkpoint so far, which Lightning would forget: each directory is complete.
 
     Args:
-        *arguments: of Lightning's callback.
-        **options: likewise.
+        *arguments: the positional arguments of ``ModelCheckpoint``.
+        **options: the keyword arguments of ``ModelCheckpoint``.
     """
 
-    # Of the checkpoint that the training goes on from.
+    # The directory of the checkpoint that the training resumes from.
     _source: Path | None = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Copies what the training goes on from."""
+        """Copies the checkpoint that the training resumes from to ``last.ckpt``."""
         super().on_fit_start(trainer, pl_module)
         source = Path(str(trainer.ckpt_path)) if trainer.ckpt_path is not None else None
         if self.save_last and trainer.is_global_zero and source is not None and source.is_file():
+            assert self.dirpath is not None
             target = Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
             if source.resolve() != target.resolve():
                 _copy(source, target)
@@ -46,66 +47,68 @@ class Checkpoint(ModelCheckpoint):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Notes where the checkpoint lies that the training goes on from, before its state is loaded."""
+        """Notes the directory of the checkpoint that the training resumes from, before `load_state_dict` runs."""
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
         self._source = Path(str(trainer.ckpt_path)).parent if trainer.ckpt_path is not None else None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the best checkpoints over, into the present directory if they lie in another one.
+        """Loads the state, and copies the best checkpoints if they are in another directory than the present one.
 
-        Files that the state names count only if they lie there or beside the checkpoint that the state is from:
-        Lightning reads and removes them, and the checkpoint may be somebody else's.
+        The state may be untrusted, and Lightning reads and removes the files that it names. Files outside of the
+        present directory and of that of the checkpoint are dropped from the state.
         """
-        state_dict = self._with_near_files(state_dict)
+        state_dict = self._without_foreign_files(state_dict)
         before = state_dict.get("dirpath")
         if before is not None and self.dirpath is not None and before != self.dirpath:
-            state_dict = self._taken_along(state_dict)
+            state_dict = self._with_copies(state_dict)
         super().load_state_dict(state_dict)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Saves after an epoch of training, where Lightning does it here."""
+        """Saves after an epoch of training, if Lightning saves there."""
         super().on_train_epoch_end(trainer, pl_module)
         if self._should_save_on_train_epoch_end(trainer):
             self._save_last(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Saves after a validation, where Lightning does it here."""
+        """Saves after a validation, if Lightning saves there."""
         super().on_validation_end(trainer, pl_module)
         if not self._should_save_on_train_epoch_end(trainer):
             self._save_last(trainer)
 
     def _save_last(self, trainer: pl.Trainer) -> None:
-        # With every_n_train_steps it is 0, and those are the ones that count. To skip means: saved, or not to be.
+        # The interval in epochs is 0 with every_n_train_steps, where Lightning's own last.ckpt is up to date. Lightning
+        # skips a step that it has saved already, and stages that it never saves.
         by_epochs = self._every_n_epochs >= 1 and (trainer.current_epoch + 1) % self._every_n_epochs == 0
         if by_epochs and not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
-    def _with_near_files(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Returns the state without files that lie elsewhere."""
+    def _without_foreign_files(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Returns the state without files outside of the present directory and of that of the checkpoint."""
         models = state.get("best_k_models")
         models = models if isinstance(models, dict) else {}
         paths = {key: state.get(key, "") for key in ("best_model_path", "kth_best_model_path", "last_model_path")}
         return {
             **state,
-            **{key: path if self._is_near(path) else "" for key, path in paths.items()},
-            "best_k_models": {path: score for path, score in models.items() if self._is_near(path)},
+            **{key: path if self._may_touch(path) else "" for key, path in paths.items()},
+            "best_k_models": {path: score for path, score in models.items() if self._may_touch(path)},
         }
 
-    def _is_near(self, path: Any) -> bool:
+    def _may_touch(self, path: object) -> bool:
         if not isinstance(path, str) or "://" in path or not path.endswith(self.FILE_EXTENSION):
             return False
         folders = [Path(folder).resolve() for folder in (self.dirpath, self._source) if folder is not None]
         return Path(path).resolve().parent in folders
 
-    def _taken_along(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Returns the state with its best checkpoints in the present directory.
+    def _with_copies(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Copies the best checkpoints to the present directory and returns a state that names the copies.
 
-        As it was, which makes Lightning begin anew with them, if one is gone or is a later one of the same name: the
-        run that wrote it may have come further than the checkpoint that is gone on from.
+        Returns the state unchanged, so that Lightning starts a new list, if a file is missing or was overwritten: the
+        run that wrote it may have continued after the checkpoint that this training resumes from.
         """
         models = state.get("best_k_models") or {}
+        assert self.dirpath is not None
         here = {path: str(Path(self.dirpath) / Path(path).name) for path in models}
-        if self.monitor is None or not all(self._is_of(path, score) for path, score in models.items()):
+        if self.monitor is None or not all(self._has_score(path, score) for path, score in models.items()):
             return state
         for source, target in here.items():
             _copy(Path(source), Path(target))
@@ -115,8 +118,8 @@ class Checkpoint(ModelCheckpoint):
             "last_model_path": "",
         }
 
-    def _is_of(self, path: str, score: torch.Tensor) -> bool:
-        """Returns whether a checkpoint is there and is the one that had this score when it was written."""
+    def _has_score(self, path: str, score: torch.Tensor) -> bool:
+        """Returns True if a checkpoint exists and had this score when it was written."""
         try:
             return bool(load_checkpoint(path)["callbacks"][self.state_key]["current_score"] == score)
         except (CheckpointError, KeyError):

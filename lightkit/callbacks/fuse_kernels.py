@@ -1,4 +1,4 @@
-"""Brings the kernels to a LightningModule that knows nothing of them."""
+"""A callback that brings lightkit's kernels to any LightningModule."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lightkit.nn import CrossEntropyLoss, can_fuse
 from lightkit.nn.fused_sequential import FusedCall, is_fused
 from lightkit.ops import patch, patch_cross_entropy
 from lightkit.optim.convert import REPLACEMENTS, convert
-from lightkit.optim.convert import obstacle as optimizer_obstacle
+from lightkit.optim.convert import unsupported_reason as optimizer_unsupported_reason
 
 _FUNCTION = "torch.nn.functional.cross_entropy"
 _REPLACEMENT = "lightkit.ops.cross_entropy"
@@ -31,14 +31,14 @@ _COMPILED = "it is under torch.compile, whose graphs stay torch's"
 
 
 @dataclass(frozen=True)
-class Found:
-    """An optimizer or a loss that a run has, and what became of it.
+class Replacement:
+    """An optimizer, loss or Sequential of a run, and what runs in its place.
 
     Args:
-        name: where it is, such as ``optimizers[0]`` or the name of a submodule.
-        kind: what it is in the user's code, such as ``torch.optim.SGD``.
-        replacement: what does its work, or None if it was kept.
-        reason: why it was kept.
+        name: its place, such as ``optimizers[0]`` or the name of a submodule.
+        kind: its class or function in the user's code, such as ``torch.optim.SGD``.
+        replacement: the class or function of lightkit that runs in its place; None if it was kept.
+        reason: why it was kept, or None.
     """
 
     name: str
@@ -52,87 +52,87 @@ class Found:
 
 
 class FuseKernels(Callback):
-    """Runs optimizers, cross-entropy and convolution blocks of torch on lightkit's kernels, while the trainer runs.
+    """Runs optimizers, cross-entropy and convolution blocks of torch on lightkit's kernels during a run.
 
-    Goes with any LightningModule, unchanged: ``Trainer(callbacks=[FuseKernels()])``. On the kernels run
+    The callback takes any LightningModule unchanged: ``Trainer(callbacks=[FuseKernels()])``. The kernels run
 
-    - optimizers that are a ``torch.optim.SGD``, ``Adam`` or ``AdamW``: see `lightkit.optim.convert`. For a
-      fit;
-    - ``torch.nn.functional.cross_entropy``, however it is called, in the thread of the trainer, and with it
-      ``torch.nn.CrossEntropyLoss``: see `lightkit.ops.patch_cross_entropy`. For fit, validate, test and
-      predict. Calls that the kernels do not cover, and code under torch.compile, stay torch's;
-    - on a CPU, each ``torch.nn.Sequential`` with layers that go together as one operation, such as convolutions that
-      a ReLU follows, as `lightkit.nn.FusedSequential` does. For fit, validate, test and predict.
+    - optimizers of the classes ``torch.optim.SGD``, ``Adam`` and ``AdamW`` during a fit: see
+      `lightkit.optim.convert`;
+    - ``torch.nn.functional.cross_entropy`` in the thread of the trainer, however it is called, and thereby
+      ``torch.nn.CrossEntropyLoss``, during fit, validate, test and predict: see
+      `lightkit.ops.patch_cross_entropy`. Torch runs calls that the kernels do not cover and code under
+      torch.compile;
+    - on a CPU, each ``torch.nn.Sequential`` with layers that form one operation, such as a convolution and a ReLU,
+      during fit, validate, test and predict: see `lightkit.nn.FusedSequential`.
 
-    The objects keep their classes: ``type(optimizer)``, ``type(net)``, ``match``, the summary of the model and a
-    profiler show the user's, copies and pickles are torch's, and so is what torch.jit, torch.fx, torch.compile and
-    torch.export see of a ``Sequential``. Where somebody patches a method of torch's classes, or a function that they
-    call, before a run or during it, that is called. A program that looks closely sees these differences:
+    The objects keep their classes: ``type(optimizer)``, ``type(net)``, ``match``, the model summary and a profiler show
+    the user's. Copies and pickles are torch's, and torch.jit, torch.fx, torch.compile and torch.export see a
+    ``Sequential`` as it was. If a method of torch's classes or a function that they call is patched, before a run or
+    during it, the patch is called. A program can see these differences:
 
     ================================== =====================================================================
-    where                              what, during a run
+    object                             difference during a run
     ================================== =====================================================================
     ``vars(optimizer)``                ``step`` and ``__getstate__`` are attributes of the object
-    hooks of ``load_state_dict``       the optimizer has one of each kind more
+    hooks of ``load_state_dict``       the optimizer has one more of each kind
     ``vars(net)`` of a fused net       ``_compiled_call_impl`` is an attribute of the object
-    ``net.forward`` called by itself   runs torch's layers; the call of a net that has hooks does so, too
-    ``F.cross_entropy.__code__``       is another; torch.jit.script cannot compile the function
-    ``grad_fn`` of a result            is a node of lightkit's
+    ``net.forward``, called directly   runs torch's layers; so does the call of a net with hooks
+    ``F.cross_entropy.__code__``       is lightkit's; torch.jit.script cannot compile the function
+    ``grad_fn`` of a result            is a node of lightkit
     state of half-precision ``Adam``   the moments are float32
     ================================== =====================================================================
 
-    When the run ends, or an exception or Ctrl-C ends it, everything is torch's again. Checkpoints hold nothing of
-    lightkit: one made with this callback continues without it, and the other way round. A trainer can be copied and
-    pickled during a run; the copy has nothing of it.
+    At the end of the run, or after an exception or Ctrl-C, everything is torch's again. Checkpoints contain nothing of
+    lightkit: a run resumes without this callback from a checkpoint with it, and the other way round. A trainer can be
+    copied and pickled during a run; the copy is torch's.
 
-    What was found, and what became of it, is logged once a run and kept in ``report``. With strategies that
-    spawn processes it stays in those. Without native kernels for the trainer's device nothing is replaced, and
-    one warning says why.
+    The callback logs the replacements once a run and keeps them in ``report``; strategies that spawn processes leave
+    the report in those. Without native kernels for the trainer's device nothing is replaced, and one warning says why.
     """
 
     def __init__(self) -> None:
-        self._report: list[Found] = []
-        # By trainer: one callback may serve several, also one within the other.
+        self._report: list[Replacement] = []
+        # By trainer: one callback may serve several trainers, one of them within a run of another.
         self._undo: dict[int, ExitStack] = {}
 
     @property
-    def report(self) -> tuple[Found, ...]:
-        """What the last run had, and what became of it; ``str()`` of an entry is its line in the log."""
+    def report(self) -> tuple[Replacement, ...]:
+        """The optimizers, losses and Sequentials of the last run; ``str()`` of an entry is its line in the log."""
         return tuple(self._report)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Replaces the function, before the module is set up."""
+        """Replaces cross-entropy before the module is set up."""
         self._restore(trainer)
-        if _obstacle(trainer) is None and patch.unsupported_reason() is None:
+        if _unsupported_reason(trainer) is None and patch.unsupported_reason() is None:
             self._undo_of(trainer).enter_context(patch_cross_entropy())
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Converts the optimizers, before their state is restored from a checkpoint."""
-        self._replace_and_tell(trainer, pl_module)
+        """Converts the optimizers before their state is restored from a checkpoint."""
+        self._replace_and_report(trainer, pl_module)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Tells what a validation on its own has."""
+        """Fuses the Sequentials of a validation outside of a fit, and reports."""
         if trainer.state.fn == TrainerFn.VALIDATING:
-            self._replace_and_tell(trainer, pl_module)
+            self._replace_and_report(trainer, pl_module)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Tells what a test has."""
-        self._replace_and_tell(trainer, pl_module)
+        """Fuses the Sequentials of a test, and reports."""
+        self._replace_and_report(trainer, pl_module)
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Tells what a prediction has."""
-        self._replace_and_tell(trainer, pl_module)
+        """Fuses the Sequentials of a prediction, and reports."""
+        self._replace_and_report(trainer, pl_module)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Makes everything torch's again."""
+        """Restores torch's optimizers, functions and Sequentials."""
         self._restore(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Likewise, where the run does not come to its end."""
+        """Restores torch's optimizers, functions and Sequentials after an error or Ctrl-C."""
         self._restore(trainer)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy, such as that of a trainer in the middle of a run, has replaced nothing and has nothing to undo.
+        # The copy of a trainer within a run has replaced nothing and has nothing to undo.
         return {**vars(self), "_undo": {}}
 
     def _undo_of(self, trainer: pl.Trainer) -> ExitStack:
@@ -141,77 +141,80 @@ class FuseKernels(Callback):
     def _restore(self, trainer: pl.Trainer) -> None:
         self._undo.pop(id(trainer), ExitStack()).close()
 
-    def _replace_and_tell(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        cause = _obstacle(trainer)
+    def _replace_and_report(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        reason = _unsupported_reason(trainer)
         self._report = []
         if trainer.state.fn == TrainerFn.FITTING:
-            self._report += [self._optimizer(trainer, i, cause) for i in range(len(trainer.optimizers))]
-        compiled = _Compiled(pl_module)
-        self._report += self._sequentials(trainer, pl_module, cause, compiled)
-        function_cause = cause or patch.unsupported_reason()
-        self._report += _losses(pl_module, function_cause, compiled)
-        self._report.append(Found(_FUNCTION, _FUNCTION, None if function_cause else _REPLACEMENT, function_cause))
-        if cause is not None:
-            rank_zero_warn(f"FuseKernels replaces nothing: {cause}")
+            self._report += [self._convert(trainer, i, reason) for i in range(len(trainer.optimizers))]
+        compiled = _CompiledModules(pl_module)
+        self._report += self._fuse(trainer, pl_module, reason, compiled)
+        function_reason = reason or patch.unsupported_reason()
+        self._report += _losses(pl_module, function_reason, compiled)
+        replacement = None if function_reason else _REPLACEMENT
+        self._report.append(Replacement(_FUNCTION, _FUNCTION, replacement, function_reason))
+        if reason is not None:
+            rank_zero_warn(f"FuseKernels replaces nothing: {reason}")
         else:
             rank_zero_info("\n  ".join(["FuseKernels:", *map(str, self._report)]))
 
-    def _optimizer(self, trainer: pl.Trainer, index: int, cause: str | None) -> Found:
+    def _convert(self, trainer: pl.Trainer, index: int, reason: str | None) -> Replacement:
         optimizer = trainer.optimizers[index]
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer.optimizer
         name, cls = f"optimizers[{index}]", type(optimizer)
-        cause = cause or optimizer_obstacle(optimizer)
-        if cause is not None:
-            return Found(name, _name(cls), reason=cause)
+        reason = reason or optimizer_unsupported_reason(optimizer)
+        if reason is not None:
+            return Replacement(name, _name(cls), reason=reason)
         self._undo_of(trainer).callback(convert(optimizer))
-        return Found(name, _name(cls), replacement=_name(REPLACEMENTS[cls]))
+        return Replacement(name, _name(cls), replacement=_name(REPLACEMENTS[cls]))
 
-    def _sequentials(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, cause: str | None, compiled: _Compiled
-    ) -> Iterator[Found]:
-        """Every Sequential that could be fused."""
+    def _fuse(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, run_reason: str | None, compiled: _CompiledModules
+    ) -> Iterator[Replacement]:
+        """Fuses every Sequential with fusable layers, and yields its entry of the report."""
         device = trainer.strategy.root_device.type
         if device != "cpu":
-            cause = f"convolutions are torch's on {device}"
+            run_reason = f"convolutions are torch's on {device}"
         for name, module in pl_module.named_modules():
             if type(module) is nn.Sequential and can_fuse(module):
-                reason = cause or (_COMPILED if compiled.above(name) else _FUSED if is_fused(module) else None)
+                reason = run_reason or (_COMPILED if compiled.above(name) else _FUSED if is_fused(module) else None)
                 if reason is None:
                     self._undo_of(trainer).callback(FusedCall(module).undo)
-                yield Found(name, "torch.nn.Sequential", None if reason else "lightkit.nn.FusedSequential", reason)
+                replacement = None if reason else "lightkit.nn.FusedSequential"
+                yield Replacement(name, "torch.nn.Sequential", replacement, reason)
 
 
-def _obstacle(trainer: pl.Trainer) -> str | None:
-    cause = native.missing(trainer.strategy.root_device.type)
-    return None if cause is None else f"there are no native kernels: {cause}"
+def _unsupported_reason(trainer: pl.Trainer) -> str | None:
+    reason = native.missing(trainer.strategy.root_device.type)
+    return None if reason is None else f"there are no native kernels: {reason}"
 
 
-def _losses(pl_module: pl.LightningModule, cause: str | None, compiled: _Compiled) -> Iterator[Found]:
-    """Every loss module, and every module under torch.compile."""
+def _losses(pl_module: pl.LightningModule, run_reason: str | None, compiled: _CompiledModules) -> Iterator[Replacement]:
+    """Yields an entry of the report for every loss module, and for every module that is compiled itself."""
     for name, module in pl_module.named_modules():
         above = compiled.above(name)
-        found = Found(name or type(module).__name__, _name(type(module)))
+        is_compiled_itself = above == [name]
+        name, kind = name or type(module).__name__, _name(type(module))
         if isinstance(module, _Loss):
-            reason = _COMPILED if above else cause or _loss_obstacle(module)
-            yield Found(found.name, found.kind, None if reason else _REPLACEMENT, reason)
-        elif above == [name]:
-            yield Found(found.name, found.kind, reason=_COMPILED)
+            reason = _COMPILED if above else run_reason or _loss_unsupported_reason(module)
+            yield Replacement(name, kind, None if reason else _REPLACEMENT, reason)
+        elif is_compiled_itself:
+            yield Replacement(name, kind, reason=_COMPILED)
 
 
-class _Compiled:
-    """The names of the modules that are under torch.compile."""
+class _CompiledModules:
+    """The names of the modules under torch.compile."""
 
     def __init__(self, pl_module: pl.LightningModule) -> None:
         self._names = [name for name, module in pl_module.named_modules() if _is_compiled(module)]
 
     def above(self, name: str) -> list[str]:
-        """Those that a module is one of, or a part of."""
-        # "" is the name of the whole, which is above all others.
+        """Returns the names of the compiled modules that a module is or is a part of."""
+        # "" is the name of the root, which contains all others.
         return [other for other in self._names if other == "" or name == other or name.startswith(f"{other}.")]
 
 
-def _loss_obstacle(module: nn.Module) -> str | None:
+def _loss_unsupported_reason(module: nn.Module) -> str | None:
     if type(module) is nn.CrossEntropyLoss:
         return None
     if isinstance(module, CrossEntropyLoss):
@@ -222,8 +225,7 @@ def _loss_obstacle(module: nn.Module) -> str | None:
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    # The wrapper that torch.compile makes, a module compiled in place, and a LightningModule that Lightning has
-    # taken out of its wrapper.
+    # A wrapper by torch.compile, a module compiled in place, or a LightningModule out of its wrapper.
     return (
         is_instance(module, "torch._dynamo", "OptimizedModule")
         or (getattr(module, "_compiled_call_impl", None) is not None and not is_fused(module))
@@ -231,8 +233,8 @@ def _is_compiled(module: nn.Module) -> bool:
     )
 
 
-def _name(cls: type[Any]) -> str:
-    """The name of a class as one writes it: `torch.optim.SGD`, not `torch.optim.sgd.SGD`."""
+def _name(cls: type) -> str:
+    """Returns the public name of a class: `torch.optim.SGD`, not `torch.optim.sgd.SGD`."""
     for package in ("torch.optim", "torch.nn", "lightkit.optim", "lightkit.nn"):
         if cls.__module__.startswith(f"{package}."):
             return f"{package}.{cls.__qualname__}"

@@ -1,4 +1,4 @@
-"""Brings the lean training loop to any LightningModule."""
+"""A callback that brings the lean training loop to any LightningModule."""
 
 from __future__ import annotations
 
@@ -10,85 +10,91 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightkit._lightning.loops import loaders_of_training
-from lightkit.loops import LeanRun, PassGraphs, graph_obstacle, obstacle
+from lightkit._util.deprecated import RenamedAttribute
+from lightkit.loops import LeanRun, PassGraphs, graph_unsupported_reason, unsupported_reason
 from lightkit.loops.slicing import fetch_slices
 
 
 class LeanLoop(Callback):
-    """Takes most of Lightning's overhead out of a training step: ``Trainer(callbacks=[LeanLoop()])``.
+    """Removes most of Lightning's overhead from a training step: ``Trainer(callbacks=[LeanLoop()])``.
 
-    Weights, running values, counters, checkpoints, the hooks that somebody implements and their order are the
-    same to the bit; see `lightkit.loops.LeanRun`. So are the metrics after a step that fails. What is not done in
-    every step any more is what nobody sees there: collecting metrics that no logger takes, writing the loggers' files
-    more than once a second, drawing a progress bar more than ten times a second, looking up hooks that are empty,
-    checking the options of ``self.log`` anew. Callbacks, optimizers and hooks that are exchanged in the middle of an
-    epoch take part from the next step on, and where somebody patches a function of Lightning's that a step calls, the
-    steps are Lightning's. A trainer can be copied and pickled in the middle of a run; the copy has nothing of it.
+    Weights, running values, counters, checkpoints, the overridden hooks and their order are the same to the bit; see
+    `lightkit.loops.LeanRun`. So are the metrics after a step that fails. A lean step leaves out what has no effect:
+    it collects no metrics that no logger takes, writes the loggers' files once a second, draws a progress bar ten
+    times a second, calls no empty hook and checks the options of ``self.log`` once. A callback, an optimizer or a hook
+    that is replaced within an epoch takes part from the next step on. If a function of Lightning that a step calls is
+    patched, Lightning runs the steps. A trainer can be copied and pickled during a run; the copy is Lightning's.
 
-    During a training, a program that looks closely sees these differences:
+    During a training a program can see these differences:
 
     ==================================== ===================================================================
-    where                                what
+    object                               difference
     ==================================== ===================================================================
     training loop, ``vars``              ``run`` and ``__getstate__`` are attributes of the object
     module, ``vars``, in a lean step     ``log`` and ``__getstate__`` are attributes of the object
     loader that is sliced, ``vars``      ``_get_iterator`` and ``__getstate__`` are attributes of the object
-    private running values, ``type``     ``DeferredMetric``, a subclass of Lightning's ``_ResultMetric``
-    hooks patched on classes of others   are seen at the next epoch or after the next validation
+    private running values, ``type``     ``LazyMetric``, a subclass of Lightning's ``_ResultMetric``
+    hooks patched on classes of others   take effect at the next epoch or after the next validation
     ==================================== ===================================================================
 
-    A ``DataLoader`` over a ``TensorDataset`` gives the same batches by slicing: see
+    A ``DataLoader`` over a ``TensorDataset`` cuts the same batches as slices: see
     `lightkit.loops.slicing.fetch_slices`.
 
-    Works on one device, with Lightning's ``DDPStrategy`` and with the strategies of `lightkit.strategies`. Where
-    Lightning's step is another one than this loop knows (manual optimization, FSDP, a GradScaler, a profiler, an
-    overridden ``optimizer_step``) all stays as it is, and ``obstacle`` says why.
+    The callback supports one device, Lightning's ``DDPStrategy`` and the strategies of `lightkit.strategies`. If
+    Lightning's step differs from the one that a lean step repeats (manual optimization, FSDP, a GradScaler, a profiler,
+    an overridden ``optimizer_step``), the callback changes nothing, and ``unsupported_reason`` says why.
 
-    With ``cuda_graphs``, on one GPU, forward and backward pass are taken from a CUDA graph: where the kernels are
-    small, most of a step is Python launching them. Each shape of batch is captured once; batches of another shape than
-    the first eight, and the first and last of an epoch, are taken as before. The optimizer, clipping, schedulers,
-    logging and callbacks run every step; hooks between the two passes are called after both. A graph repeats what the
-    GPU did, not what Python did: the first step is therefore watched, and ``graph_obstacle`` says why there is no graph
-    where somebody implements ``on_before_zero_grad``, or the pass changes attributes, uses ``batch_idx``, the epoch or
-    the step, draws random numbers on the CPU, waits for the GPU or logs a ``Metric``. Where callbacks and hooks change
-    the module, move or freeze parameters, it is captured anew. What cannot be watched is up to you: variables outside
-    of the module, files, the clock, and numbers in lists and dicts of the module that change within an epoch.
-    Gradients, and tensors kept from inside of the pass, are overwritten in the next step.
+    With ``cuda_graphs``, on one GPU, a CUDA graph runs the forward and backward pass: with small kernels, a step is
+    mostly Python launching them. Each shape of batch is captured once. Python runs batches of more than eight shapes,
+    and the first and the last batch of an epoch. The optimizer, clipping, schedulers, logging and callbacks run in
+    every step; the hooks between the two passes run after both. A graph repeats what the GPU did and not what Python
+    did. The first step is therefore recorded. There is no graph, and ``graph_unsupported_reason`` says why, if
+    ``on_before_zero_grad`` is overridden or if the pass changes attributes, uses ``batch_idx``, the epoch or the step,
+    draws random numbers on the CPU, waits for the GPU or logs a ``Metric``. If a callback or hook changes the module or
+    moves or freezes parameters, the passes are captured again. The recorder does not see variables outside of the
+    module, files, the clock, and numbers in lists and dicts of the module that change within an epoch. The next step
+    overwrites the gradients and the tensors of the pass.
 
     Args:
-        cuda_graphs: take the passes from CUDA graphs, on a GPU.
+        cuda_graphs: run the passes from CUDA graphs on a GPU.
+
+    Attributes:
+        unsupported_reason: why the last run had Lightning's loop, or None.
     """
+
+    obstacle = RenamedAttribute("unsupported_reason")
+    graph_obstacle = RenamedAttribute("graph_unsupported_reason")
 
     def __init__(self, cuda_graphs: bool = False) -> None:
         self.cuda_graphs = cuda_graphs
-        self.obstacle: str | None = None
+        self.unsupported_reason: str | None = None
         self._graphs: PassGraphs | None = None
-        # By trainer: one callback may serve several, also one within the other.
+        # By trainer: one callback may serve several trainers, one of them within a run of another.
         self._runs: dict[int, LeanRun] = {}
         self._undo: dict[int, ExitStack] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy, such as that of a trainer in the middle of a run, has changed nothing and has nothing to undo.
+        # The copy of a trainer within a run has changed nothing and has nothing to undo.
         return {**vars(self), "_graphs": None, "_runs": {}, "_undo": {}}
 
     @property
-    def graph_obstacle(self) -> str | None:
-        """Why the last run on a GPU has no CUDA graphs, or None."""
-        return None if self._graphs is None else self._graphs.obstacle
+    def graph_unsupported_reason(self) -> str | None:
+        """Why the last run on a GPU had no CUDA graphs, or None."""
+        return None if self._graphs is None else self._graphs.unsupported_reason
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Changes the loop, when everything has been set up."""
-        self.obstacle = obstacle(trainer)
-        if self.obstacle is None:
+        """Replaces the loop's ``run`` when everything is set up."""
+        self.unsupported_reason = unsupported_reason(trainer)
+        if self.unsupported_reason is None:
             graphs = None
             if self.cuda_graphs and trainer.strategy.root_device.type == "cuda":
-                graphs = self._graphs = PassGraphs(pl_module, graph_obstacle(trainer))
+                graphs = self._graphs = PassGraphs(pl_module, graph_unsupported_reason(trainer))
             self._runs[id(trainer)] = LeanRun(trainer.fit_loop.epoch_loop, graphs)
         else:
-            rank_zero_warn(f"LeanLoop leaves Lightning's loop as it is: {self.obstacle}")
+            rank_zero_warn(f"LeanLoop leaves Lightning's loop as it is: {self.unsupported_reason}")
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Has the loaders slice, new ones among them."""
+        """Makes the loaders slice, also those that are new in this epoch."""
         if id(trainer) not in self._runs:
             return
         loaders, iterators = loaders_of_training(trainer)
@@ -97,15 +103,15 @@ class LeanLoop(Callback):
                 self._undo.setdefault(id(trainer), ExitStack()).callback(undo)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Lets go of the loaders: the next epoch may have others."""
+        """Restores the loaders: the next epoch may have others."""
         self._undo.pop(id(trainer), ExitStack()).close()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Makes all of it Lightning's and torch's again."""
+        """Restores the loop and the loaders."""
         self._restore(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Likewise, where the training does not come to its end."""
+        """Restores the loop and the loaders after an error or Ctrl-C."""
         self._restore(trainer)
 
     def _restore(self, trainer: pl.Trainer) -> None:

@@ -1,4 +1,4 @@
-"""Progress for people at a terminal and for logs."""
+"""A progress callback for terminals and for log files."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from lightning.pytorch.callbacks import RichProgressBar
 
 
 class Progress(RichProgressBar):
-    """A rich progress bar on a terminal; where there is none, such as in a log file, one line an epoch.
+    """Shows a rich progress bar on a terminal, and prints one line an epoch if the output is no terminal.
 
     Args:
-        refresh_rate: batches between two updates of the bar.
+        refresh_rate: the batches between two updates of the bar.
     """
 
     def __init__(self, refresh_rate: int = 10) -> None:
@@ -22,12 +22,12 @@ class Progress(RichProgressBar):
             self.disable()
 
     def enable(self) -> None:
-        """Lightning calls this on the process that shows progress."""
+        """Enables the bar. Lightning calls it on the process that shows progress."""
         if self._on_terminal:
             super().enable()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Prints the epoch's metrics where no bar has shown them."""
+        """Prints the metrics of the epoch if there is no bar."""
         super().on_train_epoch_end(trainer, pl_module)
         if self._on_terminal or not trainer.is_global_zero:
             return

@@ -1,4 +1,4 @@
-"""How many samples and operations a second training gets through, and what a step's time goes into."""
+"""A callback that measures samples and floating-point operations a second, and the time of the parts of a step."""
 
 from __future__ import annotations
 
@@ -19,24 +19,23 @@ _PARTS = ("data and loop", "forward", "backward", "optimizer")
 class Throughput(Callback):
     """Logs ``train/samples_per_second`` and ``train/gigaflops_per_second`` at the end of every epoch.
 
-    A data module may say what its samples are called in the plural (``unit``: ``train/images_per_second``), and how
-    many there are in a batch (``count(batch)``); else it is the length of the first tensor.
+    A data module may have an attribute ``unit``, the plural of a sample (``train/images_per_second``), and a method
+    ``count(batch)`` that returns the samples of a batch; otherwise their number is the length of the first tensor.
 
-    Counts the samples of all processes, and the time of training alone: from the start of an epoch to its last
-    batch, without the validation in it. ``total`` has the figure of all epochs together, ``step`` what the time
-    of a step goes into.
+    The rates count the samples of all processes and the time of training, from the start of an epoch to its last batch
+    without the validations. ``total`` is the rate of all epochs together, ``step`` the time of the parts of a step.
 
-    The floating-point operations are counted in the first training step of a fit, forward and backward without the
-    optimizer, by `lightkit.flops.FlopCounter`, and taken to be as many for every sample: of sequences whose lengths
-    differ from batch to batch the figure is an estimate. The step gives the same to the bit, but takes some
-    microseconds longer an operation. Where they cannot be counted (torch.compile, manual optimization, operations of
-    other packages) nothing is logged of them and the attributes are None.
+    `lightkit.flops.FlopCounter` counts the floating-point operations of forward and backward in the first training step
+    of a fit. Every sample is assumed to take the same number, which is an estimate for sequences of different lengths.
+    The results of the counted step are the same to the bit; it takes some microseconds longer an operation. If the
+    operations cannot be counted (torch.compile, manual optimization, operators of other packages), none are logged and
+    the attributes are None.
 
     Attributes:
-        flops_per_sample: operations of forward and backward for a sample.
-        fraction_of_matmul_rate: ``flops_per_second`` as a part of what a large matrix product reaches, measured at
-            the end of the fit; see `lightkit.flops.matmul_rate`. It is above 1 where a kernel leaves out what it can
-            know to be 0, as `lightkit.ops.conv_relu_pool` does in backward: what is counted are the layers.
+        flops_per_sample: the operations of forward and backward for a sample, or None.
+        fraction_of_matmul_rate: ``flops_per_second`` divided by `lightkit.flops.matmul_rate`, which is measured at the
+            end of the fit, or None. It is above 1 if a kernel skips known zeros, as `lightkit.ops.conv_relu_pool` does
+            in backward: the operations of the layers are counted.
     """
 
     def __init__(self) -> None:
@@ -47,7 +46,7 @@ class Throughput(Callback):
         self._counting = ExitStack()
         self._backwards = 0
         self._dtype: torch.dtype | None = None
-        self._parts = dict.fromkeys(_PARTS, 0.0)
+        self._parts: dict[str, float] = dict.fromkeys(_PARTS, 0.0)
         self._steps = 0
         self._mark = 0.0
         self._samples = 0
@@ -58,32 +57,32 @@ class Throughput(Callback):
 
     @property
     def total(self) -> float | None:
-        """Samples a second over all epochs, or None before any has been trained."""
+        """Samples a second over all epochs, or None before the end of the first."""
         return self._samples / self._seconds if self._seconds > 0 else None
 
     @property
     def flops_per_second(self) -> float | None:
-        """Floating-point operations a second over all epochs, or None where they are not known."""
-        known = self.flops_per_sample is not None and self.total is not None
-        return self.flops_per_sample * self.total if known else None
+        """Floating-point operations a second over all epochs, or None if they are unknown."""
+        operations, samples = self.flops_per_sample, self.total
+        return None if operations is None or samples is None else operations * samples
 
     @property
     def step(self) -> dict[str, float] | None:
-        """Milliseconds of a batch in the mean, by part: forward, backward, optimizer, and the rest of the loop.
+        """Mean milliseconds of a batch by part: "data and loop", "forward", "backward", "optimizer".
 
-        The rest is what comes between two batches: fetching and moving the next one, logging, progress, and
-        Lightning. None before any batch has been trained, and where kernels run on after Python has moved on.
+        "data and loop" is the time between two batches: fetching and moving a batch, logging, progress and Lightning.
+        The value is None before the first batch, and on devices whose kernels run asynchronously.
         """
         if self._steps == 0:
             return None
         return {name: seconds / self._steps * 1e3 for name, seconds in self._parts.items()}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Has the next step counted."""
+        """Starts the clock, and prepares the count of the first step."""
         self.flops_per_sample = self.fraction_of_matmul_rate = None
-        # Who optimizes manually may go on with the forward pass after any backward.
+        # With manual optimization the forward pass may continue after a backward.
         self._is_to_count = pl_module.automatic_optimization
-        # An epoch that goes on in the middle does not start.
+        # A resumed epoch has no on_train_epoch_start.
         self._start_clock()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -93,18 +92,18 @@ class Throughput(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """The batch is there."""
+        """Ends the part "data and loop", and starts the count of a step."""
         self._end_of("data and loop")
         if self._is_to_count:
             self._counter, self._backwards = FlopCounter(), 0
             self._counting.enter_context(self._counter)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Any) -> None:
-        """The loss is there."""
+        """Ends the part "forward"."""
         self._end_of("forward")
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The gradients are there."""
+        """Ends the part "backward" and the count."""
         self._end_of("backward")
         if self._counter is not None:
             self._counting.close()
@@ -113,55 +112,56 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Counts a batch."""
+        """Ends the part "optimizer" and adds the samples of the batch."""
         self._end_of("optimizer")
         if pl_module.device.type == "cpu":
             self._steps += 1
-        samples = getattr(trainer.datamodule, "count", _batch_length)(batch)
+        samples = getattr(_datamodule(trainer), "count", _batch_length)(batch)
         self._epoch_samples += samples
         if self._counter is not None:
             self._end_counting(samples)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stops the clock for a validation within training."""
+        """Stops the clock for a validation within an epoch."""
         if not trainer.sanity_checking:
             self._stop_clock(pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Starts it again."""
+        """Starts the clock again."""
         self._resume_clock()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Logs the figures of the epoch."""
+        """Logs the rates of the epoch."""
         self._abandon_counting()
         self._stop_clock(pl_module)
         if trainer.world_size > 1:
-            mine = torch.tensor(self._epoch_samples, device=pl_module.device)
-            self._epoch_samples = int(trainer.strategy.reduce(mine, reduce_op="sum"))
+            own = torch.tensor(self._epoch_samples, device=pl_module.device)
+            self._epoch_samples = int(trainer.strategy.reduce(own, reduce_op="sum"))
         self._samples += self._epoch_samples
         self._seconds += self._epoch_seconds
         if self._epoch_seconds > 0:
             rate = self._epoch_samples / self._epoch_seconds
-            pl_module.log(rate_name(trainer.datamodule), rate)
+            pl_module.log(rate_name(_datamodule(trainer)), rate)
             if self.flops_per_sample is not None:
                 pl_module.log("train/gigaflops_per_second", self.flops_per_sample * rate / 1e9)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measures what the machine could do."""
-        if (reached := self.flops_per_second) is not None:
-            # Without room for the matrices the training itself was a success.
+        """Measures the rate of a large matrix product."""
+        if (reached := self.flops_per_second) is not None and self._dtype is not None:
+            # The training was successful even if there is no memory left for the matrices.
             with suppress(torch.OutOfMemoryError):
                 self.fraction_of_matmul_rate = reached / matmul_rate(pl_module.device, self._dtype)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leaves nothing behind that watches."""
+        """Removes the counter after an error or Ctrl-C."""
         self._abandon_counting()
 
     def _end_counting(self, samples: int) -> None:
         counter = self._counter
+        assert counter is not None
         self._abandon_counting()
-        # Without a backward, as where training_step returns None, the next step is counted; with several, as LBFGS has
-        # them, not every step need have as many.
+        # After a step without backward, in which training_step returned None, the next step is counted. Steps with
+        # several backwards, as those of LBFGS, may differ in their number.
         self._is_to_count = self._backwards == 0
         if self._backwards == 1 and samples > 0 and counter.total:
             self.flops_per_sample, self._dtype = counter.total / samples, counter.dtype
@@ -187,13 +187,17 @@ class Throughput(Callback):
         self._epoch_seconds += time.perf_counter() - self._since
 
 
+def _datamodule(trainer: pl.Trainer) -> pl.LightningDataModule | None:
+    return getattr(trainer, "datamodule", None)
+
+
 def rate_name(data: pl.LightningDataModule | None) -> str:
-    """What the samples a second of a data module are logged as."""
+    """Returns the name under which the samples a second of a data module are logged."""
     return f"train/{getattr(data, 'unit', 'samples')}_per_second"
 
 
 def _batch_length(batch: Any) -> int:
-    """The samples in a batch, by its first tensor; 0 where there is none."""
+    """Returns the length of the first tensor of a batch; 0 if there is none."""
     while isinstance(batch, (tuple, list, dict)) and batch:
         batch = next(iter(batch.values())) if isinstance(batch, dict) else batch[0]
     return len(batch) if isinstance(batch, torch.Tensor) and batch.dim() > 0 else 0

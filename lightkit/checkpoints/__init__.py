@@ -1,40 +1,47 @@
-"""Checkpoints: written so that a failure leaves the previous one, read without running what is in them."""
+"""Checkpoints: an atomic writer, and readers that run no code from the file."""
 
 from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO, XLACheckpointIO
 from torch.utils._pytree import tree_map_only
 
 from lightkit._util.atomic_write import write_atomically
+from lightkit._util.deprecated import renamed, renamed_parameters
 from lightkit._util.printable import printable
 from lightkit._util.regular_files import open_regular
-from lightkit.checkpoints.archives import find_trick
+from lightkit.checkpoints.archives import find_unsafe_content
 from lightkit.checkpoints.checksums import find_damage_in, write_with_checksum
 from lightkit.errors import CheckpointError, DataError
 
-# Where a checkpoint of lightkit.train keeps the configuration that it was made with.
+# The key of the configuration in a checkpoint of lightkit.train.
 CONFIG_KEY = "lightkit_config"
+
+_Tree = TypeVar("_Tree")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """A Lightning plug-in: ``Trainer(plugins=[AtomicCheckpointIO()])``.
+    """A Lightning plug-in that replaces checkpoints atomically: ``Trainer(plugins=[AtomicCheckpointIO()])``.
 
-    A checkpoint replaces the one of the same name only when all of it is on the disk; if the disk is full or
-    the process dies, the previous one is intact. It carries a checksum, which is compared when it is loaded: see
-    `lightkit.checkpoints.checksums`. Loading is ``weights_only`` unless asked otherwise: a checkpoint cannot run code.
+    A checkpoint replaces another of the same name only when it is complete on the disk; if the disk is full or the
+    process dies, the previous checkpoint is intact. Each checkpoint has a checksum, which the loader compares: see
+    `lightkit.checkpoints.checksums`. Loading is ``weights_only`` by default: a checkpoint cannot run code.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Writes a checkpoint; remote paths go the way of Lightning's own plug-in."""
+        """Writes a checkpoint; Lightning's own plug-in writes to remote paths.
+
+        Raises:
+            CheckpointError: the file cannot be written; a previous one is intact.
+        """
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        # Serialised first: what cannot be pickled fails before anything is written.
+        # An object that cannot be pickled fails here, before anything is written.
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         try:
@@ -47,9 +54,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Reads a checkpoint: see `load_checkpoint`."""
+        """Reads a checkpoint as `load_checkpoint` does, unless ``weights_only`` is False."""
         if "://" in str(path):
-            # Lightning's default for a path on the network runs what is in the file.
+            # Lightning's default for a remote path is weights_only=False, which runs code from the file.
             return super().load_checkpoint(path, map_location, weights_only is not False)
         if weights_only is False:
             check_intact(path)
@@ -58,36 +65,37 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class AtomicXLACheckpointIO(AtomicCheckpointIO, XLACheckpointIO):
-    """`AtomicCheckpointIO` as Lightning's strategies for torch_xla demand it; only where that is installed."""
+    """`AtomicCheckpointIO` for Lightning's strategies on torch_xla, which must be installed."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Writes a checkpoint that needs no TPU to be read."""
-        super().save_checkpoint(on_cpu(checkpoint), path, storage_options)
+        """Writes a checkpoint that loads on machines without a TPU."""
+        super().save_checkpoint(to_cpu(checkpoint), path, storage_options)
 
 
-def on_cpu(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint with its tensors on the CPU: those of a TPU would load on machines with one only."""
+def to_cpu(checkpoint: _Tree) -> _Tree:
+    """Returns a checkpoint with its tensors on the CPU. Tensors of a TPU load on machines with a TPU only."""
     return tree_map_only(torch.Tensor, lambda tensor: tensor.cpu(), checkpoint)
 
 
-def load_checkpoint(path: str | Path, map_location: Any = "cpu", is_strangers: bool = False) -> dict[str, Any]:
+@renamed_parameters(is_strangers="untrusted")
+def load_checkpoint(path: str | Path, map_location: Any = "cpu", untrusted: bool = False) -> dict[str, Any]:
     """Reads a checkpoint with ``weights_only=True``.
 
     Args:
         path: the file.
-        map_location: where its tensors go.
-        is_strangers: refuse what `torch.save` does not write of plain data and tensors: see
+        map_location: the device of its tensors, as in `torch.load`.
+        untrusted: reject content that `torch.save` does not write for plain data and tensors: see
             `lightkit.checkpoints.archives`.
 
     Raises:
         CheckpointError: there is no such file, it is damaged, or it is not a Lightning checkpoint.
     """
-    with _open_intact(path, is_strangers) as file:
+    with _open_intact(path, untrusted) as file:
         try:
             checkpoint = torch.load(file, map_location=map_location, weights_only=True)
         except Exception as error:
-            # torch raises half a dozen types here, from EOFError to pickle's own, all of which mean this. What it
-            # advises, to load with weights_only=False, is not for here.
+            # torch raises half a dozen types here, from EOFError to pickle's own. Its advice to load with
+            # weights_only=False, after the first sentence, would run code from the file.
             reason = printable(str(error).partition("\n")[0].partition(". ")[0])
             raise CheckpointError(f"{path} is damaged or not a checkpoint: {reason}") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
@@ -96,15 +104,12 @@ def load_checkpoint(path: str | Path, map_location: Any = "cpu", is_strangers: b
 
 
 def check_intact(path: str | Path) -> None:
-    """Raises a `CheckpointError` if there is no such file, or its content is not the one that was written."""
+    """Raises a `CheckpointError` if the file does not exist or its content is not the written one."""
     _open_intact(path).close()
 
 
-def _open_intact(path: str | Path, is_strangers: bool = False) -> BinaryIO:
-    """Opens a checkpoint whose content is the one that was written.
-
-    It is opened once: what is checked is what is read.
-    """
+def _open_intact(path: str | Path, untrusted: bool = False) -> BinaryIO:
+    """Opens a checkpoint and checks its content. The file is opened once, so that the checked content is read."""
     if not Path(path).is_file():
         raise CheckpointError(f"there is no checkpoint {path}")
     try:
@@ -112,7 +117,7 @@ def _open_intact(path: str | Path, is_strangers: bool = False) -> BinaryIO:
     except DataError as error:
         raise CheckpointError(f"the checkpoint {error}") from error
     try:
-        damage = find_damage_in(file) or (find_trick(file) if is_strangers else None)
+        damage = find_damage_in(file) or (find_unsafe_content(file) if untrusted else None)
         if damage is not None:
             raise CheckpointError(f"{path} is damaged or not a checkpoint: {printable(damage)}")
         file.seek(0)
@@ -126,17 +131,17 @@ def _open_intact(path: str | Path, is_strangers: bool = False) -> BinaryIO:
 
 
 def load_weights(module: torch.nn.Module, checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Puts the weights of a checkpoint into a module.
+    """Loads the weights of a checkpoint into a module.
 
     Raises:
-        CheckpointError: they are of another model; says what differs.
+        CheckpointError: the weights are of another model; names the differences.
     """
     check_weights(module, checkpoint, path)
     module.load_state_dict(checkpoint["state_dict"])
 
 
 def check_weights(module: torch.nn.Module, checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Raises a `CheckpointError` that says what differs if the weights are not this module's."""
+    """Raises a `CheckpointError` that names the differences if the weights are of another model."""
     want = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     have = {name: tuple(getattr(value, "shape", ())) for name, value in checkpoint["state_dict"].items()}
     differences = [f"{name} is missing" for name in want.keys() - have.keys()]
@@ -150,3 +155,6 @@ def check_weights(module: torch.nn.Module, checkpoint: dict[str, Any], path: str
         shown = printable("; ".join(sorted(differences)[:3]))
         more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
         raise CheckpointError(f"{path} is a checkpoint of another model: {shown}{more}")
+
+
+__getattr__ = renamed(__name__, {"on_cpu": "lightkit.checkpoints.to_cpu"})

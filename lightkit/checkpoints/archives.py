@@ -1,8 +1,8 @@
-"""Checks that a checkpoint is a plain archive of plain data, before torch reads it.
+"""A check that an untrusted checkpoint is a plain archive of plain data, before torch reads it.
 
-torch loads a file with ``weights_only=True`` without running its code, and all the same such a file can hang it, end it
-or take any amount of memory: by parts that unpack to more, by tuples within tuples that take for ever to hash, by
-functions that are called with a size. `torch.save` writes none of that.
+With ``weights_only=True`` torch runs no code of a file. The file can still hang the process, end it or take any amount
+of memory: by compressed records, by deeply nested tuples that take very long to hash, by functions that are called with
+a size. `torch.save` writes none of these.
 """
 
 from __future__ import annotations
@@ -11,22 +11,23 @@ import os
 import pickletools
 import struct
 import zipfile
-from typing import BinaryIO
+from collections.abc import Iterable
+from typing import Any, BinaryIO, cast
 
 import torch
 
-# The records at the end of a zip file: the last one, and those that torch writes before it for large files.
+# The records at the end of a zip file: the end of central directory, and the two zip64 records before it.
 _END = struct.Struct("<4s4H2LH")
 _LOCATOR = struct.Struct("<4sLQL")
 _LARGE_END = struct.Struct("<4sQ2H2L4Q")
 
-# Bytes of the pickle, which describes the tensors and holds everything else.
-_LONGEST_PICKLE = 256 << 20
+# The limit in bytes of the pickle, which describes the tensors and holds everything else.
+_MAX_PICKLE = 256 << 20
 
-# Nesting of tuples: torch.save comes to three.
-_DEEPEST = 8
+# The limit of nested tuples. torch.save nests three.
+_MAX_NESTING = 8
 
-# What a pickle of plain data and tensors calls or names, beside storages and dtypes.
+# The globals in a pickle of plain data and tensors, besides storages and dtypes.
 _GLOBALS = {
     "builtins complex",
     "builtins set",
@@ -42,11 +43,11 @@ _GLOBALS = {
 }
 
 
-def find_trick(file: BinaryIO) -> str | None:
-    """Returns what in a file is not as `torch.save` writes it, or None.
+def find_unsafe_content(file: BinaryIO) -> str | None:
+    """Returns the first content that `torch.save` does not write, as a sentence, or None.
 
     Args:
-        file: open for reading; its place is moved.
+        file: a file that is open for reading; the check moves its position.
 
     Raises:
         OSError: the file cannot be read.
@@ -54,13 +55,13 @@ def find_trick(file: BinaryIO) -> str | None:
     try:
         with zipfile.ZipFile(file) as archive:
             parts = archive.infolist()
-            if trick := _find_in_archive(file, archive, parts):
-                return trick
+            if problem := _find_in_archive(file, archive, parts):
+                return problem
             pickles = [part for part in parts if part.filename.endswith("/data.pkl")]
             if len(pickles) != 1:
                 return f"it has {len(pickles)} records data.pkl"
-            if pickles[0].file_size > _LONGEST_PICKLE:
-                return f"its data.pkl has {pickles[0].file_size:,} bytes, and at most {_LONGEST_PICKLE:,} are read"
+            if pickles[0].file_size > _MAX_PICKLE:
+                return f"its data.pkl has {pickles[0].file_size:,} bytes; the limit is {_MAX_PICKLE:,}"
             return _find_in_pickle(archive.read(pickles[0]))
     except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, struct.error, RecursionError) as error:
         return str(error).partition("\n")[0] or type(error).__name__
@@ -72,14 +73,14 @@ def _find_in_archive(file: BinaryIO, archive: zipfile.ZipFile, parts: list[zipfi
         return "its records are compressed"
     if sum(part.file_size for part in parts) > size or any(part.file_size != part.compress_size for part in parts):
         return "its records are larger than the file"
-    # torch finds a record by its name whatever the case.
+    # torch ignores the case of a record's name.
     if len({part.filename.lower() for part in parts}) != len(parts):
         return "two of its records have the same name"
     return None if _is_one_directory(file, size, len(archive.comment)) else "it has more than one directory"
 
 
 def _is_one_directory(file: BinaryIO, size: int, comment: int) -> bool:
-    """Returns True if the directory ends where the records after it begin: else readers may see different ones."""
+    """Returns True if the directory ends where the end records begin: otherwise two readers may see two directories."""
     place = size - comment - _END.size
     *_, length, offset, _ = _END.unpack(_read(file, place, _END.size))
     before = _read(file, place - _LOCATOR.size, _LOCATOR.size) if place >= _LOCATOR.size else b""
@@ -102,7 +103,7 @@ def _read(file: BinaryIO, place: int, size: int) -> bytes:
 
 
 def _find_in_pickle(pickle: bytes) -> str | None:
-    """Goes through the operations once, keeping of each value on the stack how deep it is nested in tuples."""
+    """Interprets the pickle's opcodes with a stack that holds the nesting depth of each value in tuples."""
     stack: list[int] = []
     marks: list[int] = []
     memo: dict[int, int] = {}
@@ -122,7 +123,9 @@ def _find_in_pickle(pickle: bytes) -> str | None:
         del stack[place:]
         return taken
 
-    for opcode, argument, _ in pickletools.genops(pickle):
+    # An argument is a str, an int or bytes, as its opcode says.
+    operations = cast("Iterable[tuple[pickletools.OpcodeInfo, Any, int | None]]", pickletools.genops(pickle))
+    for opcode, argument, _ in operations:
         name = opcode.name
         if name in ("PROTO", "FRAME", "STOP"):
             pass
@@ -143,7 +146,7 @@ def _find_in_pickle(pickle: bytes) -> str | None:
         elif name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
             inner = take_marked() if name == "TUPLE" else take(int(name[-1]))
             depth = 1 + max(inner, default=0)
-            if depth > _DEEPEST:
+            if depth > _MAX_NESTING:
                 return "it nests tuples too deep"
             stack.append(depth)
         elif name in ("SETITEMS", "APPENDS"):
@@ -160,7 +163,7 @@ def _find_in_pickle(pickle: bytes) -> str | None:
     return None
 
 
-# Operations that put a value on the stack.
+# Opcodes that push a value without tuples.
 _VALUES = frozenset(
     "BINBYTES BINFLOAT BININT BININT1 BININT2 BINUNICODE EMPTY_DICT EMPTY_LIST EMPTY_TUPLE LONG1 LONG4 NEWFALSE "
     "NEWTRUE NONE SHORT_BINBYTES".split()

@@ -1,36 +1,37 @@
-"""Notices that a checkpoint is no longer what was written, whatever bit of it has changed.
+"""Checksums of checkpoints, which detect damage.
 
-A checkpoint is a zip archive, which may end in a comment: here it is the CRC-32 of every byte before it, which no
-change of one bit leaves as it was, nor any of up to 32 bits that lie together. Stock torch and Lightning load such a
-file as any other. It is no signature: it finds damage, not a forger. An archive without the comment has a CRC-32 for
-each of its records, which torch does not look at; here they are.
+A checkpoint is a zip archive, and a zip archive may end in a comment. The comment is the CRC-32 of every byte before
+it, which detects any changed bit and any change within 32 consecutive bits. Stock torch and Lightning load the file as
+any other. The checksum is no signature: it does not detect a forgery. In an archive without the comment each record has
+a CRC-32, which torch does not compare and `find_damage` does.
 """
 
 from __future__ import annotations
 
+import io
 import re
 import zipfile
 import zlib
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 _COMMENT = b"crc32 of all before: "
 _DIGITS = 8
 _SIZE = len(_COMMENT) + _DIGITS
 
-# What a zip archive begins with, and the record at its end with no comment after it.
+# The beginning of a zip archive, and of the record at its end, which has this size without a comment.
 _ARCHIVE = b"PK\3\4"
 _END = b"PK\5\6"
 _END_SIZE = 22
 
-# The attribute of a record by which MS-DOS knows directories.
+# The MS-DOS attribute of a directory.
 _DIRECTORY = 0x10
 
 _CHUNK = 1 << 22
 
 
 def write_with_checksum(stream: BinaryIO, archive: memoryview) -> None:
-    """Writes a zip archive without a comment, and its checksum as the comment; anything else as it is."""
+    """Writes a zip archive with its checksum as the comment; other data, or an archive with a comment, unchanged."""
     end = bytes(archive[-_END_SIZE:])
     if bytes(archive[:4]) != _ARCHIVE or end[:4] != _END or end[-2:] != b"\0\0":
         stream.write(archive)
@@ -42,10 +43,10 @@ def write_with_checksum(stream: BinaryIO, archive: memoryview) -> None:
 
 
 def find_damage(path: str | Path) -> str | None:
-    """Returns what is wrong with a checkpoint, or None.
+    """Returns the damage of a checkpoint as a sentence, or None.
 
-    Every byte is looked at where the file has a checksum; the content of each record where it is an archive without
-    one, and nothing where it is neither, as torch wrote them before 1.6.
+    The checksum of a file covers every byte. In an archive without a checksum the content of each record is checked.
+    In a file that is no archive, the format of torch before 1.6, nothing is checked.
 
     Raises:
         OSError: the file cannot be read.
@@ -55,7 +56,7 @@ def find_damage(path: str | Path) -> str | None:
 
 
 def find_damage_in(file: BinaryIO) -> str | None:
-    """Returns the same of a file that is open for reading; its place is moved."""
+    """Returns the same for a file that is open for reading; the check moves its position."""
     file.seek(0)
     begin = file.read(4)
     size = file.seek(0, 2)
@@ -75,8 +76,10 @@ def _number(digits: bytes) -> int | None:
 
 
 def _crc32(file: BinaryIO, size: int) -> int:
+    # The files are io.BufferedReader, whose readinto the type BinaryIO lacks.
+    readinto = cast(io.BufferedReader, file).readinto
     checksum, buffer = 0, memoryview(bytearray(min(_CHUNK, max(size, 1))))
-    while size > 0 and (count := file.readinto(buffer[: min(size, len(buffer))])):
+    while size > 0 and (count := readinto(buffer[: min(size, len(buffer))])):
         checksum = zlib.crc32(buffer[:count], checksum)
         size -= count
     return checksum
@@ -85,13 +88,13 @@ def _crc32(file: BinaryIO, size: int) -> int:
 def _damaged_record(file: BinaryIO) -> str | None:
     try:
         with zipfile.ZipFile(file) as archive:
-            # torch writes zeros where it was told to compute none: torch.serialization.set_crc32_options(False).
+            # torch writes zeros after torch.serialization.set_crc32_options(False).
             if not any(record.CRC for record in archive.infolist()):
                 return None
-            # What is marked as a directory torch does not read: it hands out memory as it finds it.
+            # torch reads no record that is marked as a directory, and returns uninitialized memory for it.
             marked = next((record.filename for record in archive.infolist() if record.external_attr & _DIRECTORY), None)
             record = marked or archive.testzip()
     except Exception as error:
-        # The module has half a dozen types for what a changed header makes of a file.
+        # zipfile raises half a dozen types for a damaged header.
         return f"{type(error).__name__}: {error}".partition("\n")[0]
     return f"the checksum of its record {record} is not that of its content" if record else None

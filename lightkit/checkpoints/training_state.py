@@ -1,7 +1,7 @@
-"""Checks what a checkpoint says of a training before the training goes on from it.
+"""Checks of the training state in an untrusted checkpoint, before a training resumes from it.
 
-torch and Lightning take states as they come: kernels of optimizers read beyond a state that is smaller than its
-parameter, and attributes of schedulers and loops become whatever the file has.
+torch and Lightning do not check states: an optimizer's kernel reads beyond a state that is smaller than its parameter,
+and attributes of schedulers and loops become whatever the file contains.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import lightning.pytorch as pl
 import torch
@@ -25,45 +25,45 @@ _DTYPES = {
     *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
 }
 
-# Options that say how a step is computed; they are the configuration's, whatever a file says.
+# Options of the implementation of a step. Those of the present run are kept.
 _IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable")
 
-# Optimizers of torch's whose states have other shapes than the parameters.
+# Optimizers of torch whose states have other shapes than the parameters.
 _OTHER_SHAPES = (torch.optim.LBFGS, torch.optim.Adafactor)
 
-# Of counters.
-_LARGEST = 2**53
+# The limit of a counter.
+_MAX_COUNT = 2**53
 _VERSION = re.compile(r"[1-9]\d?\.\d+[\w.+-]*")
 
-# Lightning's keys that hold lists or mappings.
+# The types of entries that Lightning writes.
 _KINDS = {"loops": dict, "callbacks": dict, "optimizer_states": list, "lr_schedulers": list}
 
 
 def checked_weights(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
-    """Returns the state dict of a checkpoint, if it has names and plain tensors on the CPU and nothing else.
+    """Returns the state dict of a checkpoint after a check that it maps names to plain tensors on the CPU.
 
     Raises:
-        CheckpointError: names the first entry that is something else.
+        CheckpointError: an entry is something else; names the first one.
     """
     weights = checkpoint["state_dict"]
     if type(weights) not in (dict, OrderedDict):
         raise CheckpointError(f"{path}: its state_dict is a {type(weights).__name__}, expected a mapping")
-    # Not by methods of the object, which a file can give other ones.
+    # A file can replace the methods of an OrderedDict, but not those of dict.
     weights = dict(dict.items(weights))
     for name, value in weights.items():
-        # What a module keeps beside its tensors is its own.
+        # The extra state of a module may be of any type.
         is_extra = type(name) is str and name.endswith("_extra_state")
         if type(name) is not str or not (_is_plain(value) or is_extra):
             kind = f"{type(value).__name__} of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-            raise CheckpointError(f"{path}: {printable(str(name))} is not a plain tensor of the CPU, but a {kind}")
+            raise CheckpointError(f"{path}: {printable(str(name))} must be a plain tensor on the CPU, got {kind}")
     return weights
 
 
 def check_training_state(checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Refuses a checkpoint whose entries are not of the kinds that Lightning writes.
+    """Rejects a checkpoint whose entries have other types than those that Lightning writes.
 
     Raises:
-        CheckpointError: names the entry.
+        CheckpointError: an entry has another type; names it.
     """
     checked_weights(checkpoint, path)
     for key, kind in _KINDS.items():
@@ -91,13 +91,13 @@ def _check_counters(path: str | Path, name: str, value: Any, depth: int) -> None
         _check_counter(path, name, value)
     elif type(value) is dict and depth < 8:
         for key, part in value.items():
-            # What a module or a data loader keeps is its own.
+            # The states of modules and data loaders may be of any type.
             if key != "state_dict" and "combined_loader" not in str(key):
                 _check_counters(path, f"{name}.{key}", part, depth + 1)
 
 
 def _check_counter(path: str | Path, name: str, value: Any) -> None:
-    if type(value) is not int or not 0 <= value <= _LARGEST:
+    if type(value) is not int or not 0 <= value <= _MAX_COUNT:
         raise _wrong(path, name, value)
 
 
@@ -106,9 +106,10 @@ def _wrong(path: str | Path, name: str, value: Any) -> CheckpointError:
     return CheckpointError(f"{path} cannot be resumed: its {printable(name[:100])} is {printable(shown[:100])}")
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: object) -> TypeGuard[Tensor]:
     return (
-        type(value) in (Tensor, nn.Parameter)
+        isinstance(value, Tensor)
+        and type(value) in (Tensor, nn.Parameter)
         and value.layout == torch.strided
         and value.device.type == "cpu"
         and value.dtype in _DTYPES
@@ -116,10 +117,13 @@ def _is_plain(value: Any) -> bool:
 
 
 class CheckTrainingState(Callback):
-    """Checks the states of optimizers and schedulers against those that there are, before Lightning restores them.
+    """Checks the states of optimizers and schedulers before Lightning restores them.
 
     Args:
-        path: of the checkpoint, for messages.
+        path: the path of the checkpoint, for messages.
+
+    Raises:
+        CheckpointError: a state does not fit its optimizer or scheduler; names the entry.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -129,13 +133,13 @@ class CheckTrainingState(Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keeps the checkpoint, whose optimizers there are not yet, until there are."""
+        """Checks the weights and counters, and keeps the checkpoint until the optimizers exist."""
         check_training_state(checkpoint, self._path)
         checkpoint["state_dict"] = checked_weights(checkpoint, self._path)
         self._checkpoint = checkpoint
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Checks the states; how steps are computed is the configuration's affair."""
+        """Checks the states, and replaces the saved implementation options by those of the present run."""
         states = self._checkpoint.get("optimizer_states", [])
         for optimizer, state in zip(trainer.optimizers, states, strict=False):
             self._check_optimizer(optimizer, state)
@@ -175,7 +179,7 @@ class CheckTrainingState(Callback):
 
 
 def _is_alike(value: Any, own: Any) -> bool:
-    """Returns True if a value may stand where another one stands: the same type, and of numbers any."""
+    """Returns True if a value may replace the present one: both are numbers or tensors, or the types agree."""
     plain = (int, float, bool, Tensor, type(None))
     if own is None:
         return type(value) in (*plain, str, list, tuple, dict)

@@ -1,4 +1,4 @@
-"""LightningDataModules and the readers of their data sets."""
+"""Data modules of Lightning, and the readers of their data sets."""
 
 from lightkit._util.deprecated import renamed
 from lightkit.data.batches import TensorBatches

@@ -1,10 +1,10 @@
-"""Batches sliced from tensors that lie in memory."""
+"""Batches that are slices of tensors in memory."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TypedDict, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -13,21 +13,42 @@ from torch import Tensor
 from lightkit._util.strategy_traits import traits_of
 from lightkit.errors import DataError
 
+_Part = TypeVar("_Part")
 
-def shard_kwargs(trainer: pl.Trainer | None, training: bool) -> dict[str, int]:
-    """Returns the ``rank`` and ``world_size`` that select a process's part of the samples.
 
-    A strategy that replicates evaluation gives every process all samples outside training.
+class Shard(TypedDict):
+    """The arguments of `TensorBatches` that choose the samples of one process."""
+
+    rank: int
+    world_size: int
+
+
+class _Position(TypedDict):
+    epoch: int
+    batch: int
+    batch_size: int
+
+
+class BatchesState(_Position, total=False):
+    """The position of `TensorBatches` in a checkpoint; old checkpoints have no ``world_size``."""
+
+    world_size: int
+
+
+def shard_kwargs(trainer: pl.Trainer | None, training: bool) -> Shard:
+    """Returns the ``rank`` and ``world_size`` with which `TensorBatches` serves this process of a trainer.
+
+    In evaluation, a strategy that replicates evaluation gives every process all samples.
     """
     if trainer is None or (not training and traits_of(trainer.strategy).replicates_evaluation):
         return {"rank": 0, "world_size": 1}
     return {"rank": trainer.global_rank, "world_size": trainer.world_size}
 
 
-def near_training(trainer: pl.Trainer | None, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The tensors on the GPU that trains, where they take at most a quarter of what is free there; else as they are.
+def to_training_device(trainer: pl.Trainer | None, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Copies tensors to the trainer's GPU if they take at most a quarter of its free memory.
 
-    Batches are then cut out on the GPU, and no step waits for a copy.
+    The GPU then cuts the batches itself, and no step waits for a copy. Other tensors stay where they are.
     """
     device = torch.device("cpu") if trainer is None else trainer.strategy.root_device
     if device.type == "cuda" and 4 * sum(t.nbytes for t in tensors) <= torch.cuda.mem_get_info(device)[0]:
@@ -35,27 +56,37 @@ def near_training(trainer: pl.Trainer | None, tensors: Sequence[Tensor]) -> tupl
     return tuple(tensors)
 
 
-class TensorBatches:
-    """Iterates over batches of tensors, each batch one slice of each tensor.
-
-    What a DataLoader does item by item, and then collates, is one indexing operation a batch here. The order
-    of an epoch depends on ``seed`` and on the number of the epoch alone, so that a run that was stopped
-    anywhere resumes with the very batches it had before it: the position is in ``state_dict``, which Lightning
-    saves with its checkpoints.
-
-    With several processes each gets every ``world_size``-th sample. In training (``shuffle``) the samples are
-    filled up from the front so that all have the same number of batches; in evaluation no sample is repeated.
-
-    Args:
-        tensors: of equal length in dimension 0, on one device, where the batches are, too.
-        batch_size: samples in a batch; the last may be smaller.
-        shuffle: a new order in each epoch.
-        seed: of the order.
-        rank: of this process.
-        world_size: number of processes.
+def after_setup(part: _Part | None) -> _Part:
+    """Returns a part of the data of a data module.
 
     Raises:
-        ValueError: no tensors or of different lengths, a batch size below 1.
+        RuntimeError: the part is None, since `setup` has not been called.
+    """
+    if part is None:
+        raise RuntimeError("the data module has no data yet: call its setup() first")
+    return part
+
+
+class TensorBatches:
+    """An iterable over batches of tensors, with one slice of each tensor a batch.
+
+    One indexing operation a batch replaces a DataLoader's fetching and collating of items. The order of an epoch
+    depends on ``seed`` and on the number of the epoch only: a run that was stopped anywhere resumes with the batches
+    that it would have had. Lightning saves the position, `state_dict`, with its checkpoints.
+
+    Each of several processes gets every ``world_size``-th sample. In training (``shuffle``) the first samples are
+    repeated at the end so that all processes have the same number of batches; in evaluation no sample is repeated.
+
+    Args:
+        tensors: one or more tensors of equal length in dimension 0, on one device; the batches are on it, too.
+        batch_size: samples in a batch; the last batch may be smaller.
+        shuffle: draw a new order in each epoch.
+        seed: the seed of the order.
+        rank: the rank of this process.
+        world_size: the number of processes.
+
+    Raises:
+        ValueError: there are no tensors, their lengths differ, or ``batch_size`` is below 1.
     """
 
     def __init__(
@@ -85,7 +116,7 @@ class TensorBatches:
 
     @property
     def num_samples(self) -> int:
-        """Samples of an epoch in this process."""
+        """The samples of an epoch in this process."""
         return self._num_samples(self.world_size)
 
     def _num_samples(self, world_size: int) -> int:
@@ -95,22 +126,22 @@ class TensorBatches:
     def __len__(self) -> int:
         return -(-self.num_samples // self.batch_size)
 
-    # Lightning asks for it wherever there is a sampler.
+    # Lightning reads this attribute of every loader that has a sampler.
     batch_sampler = None
 
     @property
     def sampler(self) -> TensorBatches:
-        """Where Lightning looks for ``set_epoch``."""
+        """The object whose ``set_epoch`` Lightning calls: this one."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Says which epoch comes next; without it, each iteration is the next one."""
+        """Chooses the epoch of the next iteration; without a call the next iteration is the next epoch."""
         if self._resuming and epoch == self._epoch:
             return
         self._epoch, self._batch, self._resuming = epoch, 0, False
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        # Runs at the first batch, not at iter(): Lightning makes iterators that it never asks for one.
+        # This code runs at the first batch and not at iter(): Lightning makes iterators that it never reads.
         if self._batch > 0 and not (self._resuming and self._batch < len(self)):
             self._epoch, self._batch = self._epoch + 1, 0
         self._resuming = False
@@ -126,20 +157,20 @@ class TensorBatches:
                 yield tuple(tensor.index_select(0, order[chosen]) for tensor in self.tensors)
 
     def _order(self, epoch: int) -> Tensor | None:
-        """Indices of this process's samples, or None for all of them as they stand."""
+        """Returns the indices of this process's samples, int64; None for all samples in their own order."""
         total = len(self.tensors[0])
         if self.shuffle:
-            # A hash of both: neighbouring seeds must not share epochs, and torch looks at 32 bits of a seed.
+            # Python's random hashes the whole string; torch would give seeds that share 32 bits the same epochs.
             mixed = random.Random(f"{self.seed} {epoch}").getrandbits(32)
             order = torch.randperm(total, generator=torch.Generator().manual_seed(mixed))
             if self.world_size == 1:
                 return order
-            everyone = self.num_samples * self.world_size
-            return order.repeat(-(-everyone // max(total, 1)))[self.rank : everyone : self.world_size]
+            padded = self.num_samples * self.world_size
+            return order.repeat(-(-padded // max(total, 1)))[self.rank : padded : self.world_size]
         return torch.arange(total)[self.rank :: self.world_size] if self.world_size > 1 else None
 
-    def state_dict(self) -> dict[str, Any]:
-        """The epoch, and how many of its batches, of which size, have been handed out."""
+    def state_dict(self) -> BatchesState:
+        """Returns the epoch, the number of its batches that were served, their size and the number of processes."""
         return {
             "epoch": self._epoch,
             "batch": self._batch,
@@ -147,14 +178,14 @@ class TensorBatches:
             "world_size": self.world_size,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The next iteration goes on from there, unless `set_epoch` says it is another epoch.
+    def load_state_dict(self, state: BatchesState) -> None:
+        """Continues the next iteration at a saved position, unless `set_epoch` chooses another epoch.
 
-        With another number of processes, what all of them together have had counts. Where that is no whole number of
-        their batches now, a part of one comes again.
+        With another number of processes the position is the number of samples that all processes served together. If
+        that is no whole number of batches, part of a batch is served again.
 
         Raises:
-            DataError: the position is in the middle of an epoch, in batches of another size.
+            DataError: the position is within an epoch of batches of another size.
         """
         world_size = state.get("world_size", self.world_size)
         taken = state["batch"] * state["batch_size"]

@@ -1,4 +1,4 @@
-"""What counting gets out of a text: the baselines of byte-level language models."""
+"""Baselines of byte-level language models: unigram and bigram counts of a text."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import math
 import torch
 from torch import Tensor
 
-# Pairs counted at once: as int64 they take 8 bytes each, where the text takes one.
+# Pairs that are counted at once. They take 8 bytes each as int64, one byte in the text.
 _CHUNK = 1 << 22
 
 
 def bits_per_byte(train: Tensor, test: Tensor) -> dict[str, float]:
-    """Bits that a target of ``test`` takes in the mean, by counts of ``train``.
+    """Returns the mean cross-entropy of the targets of ``test`` in bits, under counts of ``train``.
 
-    ``unigram`` knows how often each byte comes, each counted once more than it was seen. ``bigram`` knows what
-    follows each byte, and mixes that with the first by the rule of Witten and Bell [1]_: the more different bytes
-    have followed a byte, the likelier the next is a new one.
+    ``unigram`` estimates the probability of each byte from its count plus one. ``bigram`` estimates it from the byte
+    before, interpolated with ``unigram`` by the rule of Witten and Bell [1]_: the more different bytes have followed a
+    byte, the likelier a new one comes next.
 
     Args:
-        train: windows of bytes, uint8 ``(N, T + 1)``; each byte but the first is the target of the one before it.
-        test: the same.
+        train: windows of bytes, uint8 ``(N, T + 1)``; each byte except the first is the target of the byte before.
+        test: windows of the same form; their lengths may differ.
 
     References:
         .. [1] Witten and Bell, The Zero-Frequency Problem, IEEE Transactions on Information Theory 1991, method C.
@@ -31,7 +31,7 @@ def bits_per_byte(train: Tensor, test: Tensor) -> dict[str, float]:
     followers = (pairs > 0).sum(dim=1, keepdim=True)
     total = pairs.sum(dim=1, keepdim=True)
     bigram = (pairs + followers * unigram) / (total + followers)
-    # A byte that nothing has ever followed says nothing of the next.
+    # No byte followed this one in training: the unigram is the only estimate.
     bigram = torch.where(total > 0, bigram, unigram)
     return {
         "unigram": _cross_entropy(measured, unigram.expand_as(measured)),
@@ -40,7 +40,7 @@ def bits_per_byte(train: Tensor, test: Tensor) -> dict[str, float]:
 
 
 def count_pairs(windows: Tensor) -> Tensor:
-    """How often each byte (column) follows each (row): float64 ``(256, 256)``."""
+    """Counts how often each byte (column) follows each byte (row): float64 ``(256, 256)``."""
     counts = torch.zeros(256 * 256, dtype=torch.int64)
     for part in windows.split(max(1, _CHUNK // windows.shape[1])):
         index = part[:, :-1].long().mul_(256).add_(part[:, 1:])

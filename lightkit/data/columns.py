@@ -1,14 +1,15 @@
-"""One column of numbers out of a CSV file, checked cell by cell, with the times beside it."""
+"""A reader of one column of a CSV file, with its times; it checks every cell."""
 
 from __future__ import annotations
 
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,21 +18,24 @@ from torch import Tensor
 from lightkit._util.regular_files import open_regular
 from lightkit.errors import DataError
 
-# Bytes and cells that a file may have: a cell is held as a text, which takes some hundred bytes.
-_MOST_BYTES, _MOST_CELLS = 512 << 20, 20_000_000
+# Limits of a file. A cell is held as a string of some hundred bytes.
+_MAX_BYTES, _MAX_CELLS = 512 << 20, 20_000_000
 
 _MISSING = ("error", "interpolate")
+
+# Returns a time that can be compared, and the time as the report shows it.
+_Parser = Callable[[str], tuple[Any, str]]
 
 
 @dataclass(frozen=True)
 class Column:
-    """Numbers in time order.
+    """A column of numbers in the order of time.
 
     Attributes:
-        name: of the column.
+        name: the name of the column.
         values: float64 ``(T)``, finite.
-        measured: bool ``(T)``; False where the file has a gap and ``values`` a straight line across it.
-        times: what the time column says, row by row; None without one.
+        measured: bool ``(T)``; False where the file has a gap, which ``values`` interpolates.
+        times: the time column row by row; None if there is none.
     """
 
     name: str
@@ -50,13 +54,14 @@ def read_column(
 
     Args:
         path: a regular file, UTF-8, separated by commas.
-        column: which one; None takes the only one that has numbers in it.
-        time_column: dates (ISO 8601, or YYYYMMDD) or numbers, which must increase; None trusts the order of the rows.
-        missing: what becomes of an empty cell: ``"error"`` refuses it, ``"interpolate"`` draws a straight line
-            between the values before and after the gap.
+        column: the name of the column; None takes the only column of numbers.
+        time_column: the name of a column of dates (ISO 8601, or YYYYMMDD) or numbers, which must increase; None trusts
+            the order of the rows.
+        missing: ``"error"`` rejects empty cells, ``"interpolate"`` interpolates linearly between the values before and
+            after a gap.
 
     Raises:
-        DataError: the file cannot be read, or something in it is not what it must be; says in which line and column.
+        DataError: the file cannot be read, or a cell is invalid; names the line and the column.
     """
     if missing not in _MISSING:
         raise DataError(f"missing must be one of {', '.join(_MISSING)}, got {missing!r}")
@@ -77,16 +82,16 @@ def read_column(
 
 
 def _read_rows(path: Path) -> tuple[list[str], list[list[str]], list[int]]:
-    """The header, the rows, and in which line of the file each of them ends."""
+    """Returns the header, the rows, and the line of the file in which each row ends."""
     rows, lines, cells = [], [], 0
     try:
-        # A spreadsheet's byte-order mark is not a part of the first name.
-        with io.TextIOWrapper(open_regular(path, _MOST_BYTES), encoding="utf-8-sig", newline="") as file:
+        # utf-8-sig: spreadsheets begin a file with a byte-order mark, which is no part of the first name.
+        with io.TextIOWrapper(open_regular(path, _MAX_BYTES), encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file)
             for row in reader:
                 cells += len(row) + 1
-                if cells > _MOST_CELLS:
-                    raise DataError(f"{path} has more than {_MOST_CELLS:,} cells, which is what is read at most")
+                if cells > _MAX_CELLS:
+                    raise DataError(f"{path} has more than {_MAX_CELLS:,} cells, the limit of a file")
                 rows.append([cell.strip() for cell in row])
                 lines.append(reader.line_num)
     except DataError:
@@ -106,7 +111,7 @@ def _read_rows(path: Path) -> tuple[list[str], list[list[str]], list[int]]:
     if len(rows) == 1:
         raise DataError(f"{path} has a header and no rows")
     for i in range(1, len(rows)):
-        # In a file of one column, an empty line is an empty cell.
+        # An empty line of a file with one column is an empty cell.
         if not rows[i] and width == 1:
             rows[i] = [""]
         if len(rows[i]) != width:
@@ -115,7 +120,7 @@ def _read_rows(path: Path) -> tuple[list[str], list[list[str]], list[int]]:
 
 
 def _is_number(cell: str) -> bool:
-    # float() takes 1_000, which no other program does.
+    # float() accepts 1_000; other programs do not.
     if "_" in cell:
         return False
     try:
@@ -126,7 +131,7 @@ def _is_number(cell: str) -> bool:
 
 
 def _number(cell: str, path: Path, line: int, name: str) -> float:
-    """A cell as a finite number; NaN for an empty one."""
+    """Returns a cell as a finite number; NaN for an empty cell."""
     if not cell:
         return math.nan
     if not _is_number(cell):
@@ -145,8 +150,8 @@ def _index_of(name: str, header: Sequence[str], path: Path) -> int:
 
 
 def _only_numeric(header: Sequence[str], rows: Sequence[Sequence[str]], time_column: str | None, path: Path) -> int:
-    """Which column is meant by default. The first cell that is not empty says whether a column is one of numbers."""
-    found = []
+    """Returns the index of the only numeric column; the first cell that is not empty decides whether one is numeric."""
+    found: list[int] = []
     for index, name in enumerate(header):
         first = next((row[index] for row in rows if row[index]), "")
         if name != time_column and _is_number(first):
@@ -161,7 +166,7 @@ def _only_numeric(header: Sequence[str], rows: Sequence[Sequence[str]], time_col
 
 
 def _fill(values: np.ndarray, gaps: np.ndarray, lines: Sequence[int], missing: str, where: str) -> None:
-    """Draws straight lines across the gaps, in place."""
+    """Interpolates the gaps linearly, in place."""
     first = int(gaps.argmax())
     if missing == "error":
         raise DataError(
@@ -175,18 +180,21 @@ def _fill(values: np.ndarray, gaps: np.ndarray, lines: Sequence[int], missing: s
 
 
 def _read_times(cells: Sequence[str], lines: Sequence[int], where: str) -> tuple[str, ...]:
-    """The times as they are to be shown, checked to increase."""
-    # The same kind throughout: YYYYMMDD is a number, too, but as a date it reads better.
-    parse = next((parse for parse in (_compact_date, _iso_date, _plain_number) if _parses(parse, cells[0])), None)
+    """Returns the times as the report shows them, and checks that they increase."""
+    # All times are of one kind. YYYYMMDD is a number, too; a date comes first.
+    parsers: tuple[_Parser, ...] = (_compact_date, _iso_date, _plain_number)
+    parse = next((parse for parse in parsers if _parses(parse, cells[0])), None)
     if parse is None:
         raise DataError(f"{where}, line {lines[0]}: {cells[0]!r} is neither a date (YYYY-MM-DD, YYYYMMDD) nor a number")
-    times, shown, previous = set(), [], None
+    times: set[Any] = set()
+    shown: list[str] = []
+    previous: Any = None
     for cell, line in zip(cells, lines, strict=True):
         try:
             time, text = parse(cell)
             in_order = previous is None or time > previous
         except (ValueError, TypeError) as error:
-            # TypeError: some times have a zone, others have not.
+            # TypeError: some times have a time zone, others do not.
             raise DataError(f"{where}, line {line}: {cell!r} is not a time like {cells[0]!r}") from error
         if not in_order:
             problem = "is there a second time" if time in times else "comes before the line above it"
@@ -197,7 +205,7 @@ def _read_times(cells: Sequence[str], lines: Sequence[int], where: str) -> tuple
     return tuple(shown)
 
 
-def _parses(parse: object, cell: str) -> bool:
+def _parses(parse: _Parser, cell: str) -> bool:
     try:
         parse(cell)
     except ValueError:
@@ -213,7 +221,7 @@ def _compact_date(cell: str) -> tuple[datetime, str]:
 
 
 def _iso_date(cell: str) -> tuple[datetime, str]:
-    # Before Python 3.11 fromisoformat does not know Z; after, it takes more than dates with dashes.
+    # Before Python 3.11 fromisoformat does not accept Z; since then it accepts dates without dashes, too.
     if "-" not in cell[1:]:
         raise ValueError(cell)
     return datetime.fromisoformat(cell.replace("Z", "+00:00")), cell

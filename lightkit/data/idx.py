@@ -1,4 +1,4 @@
-"""The IDX format of the MNIST family: a magic number, the sizes, then the values, big-endian."""
+"""A reader of the IDX format of the MNIST family: a magic number, the sizes, then the values, big-endian."""
 
 from __future__ import annotations
 
@@ -18,23 +18,22 @@ from lightkit.errors import DataError
 
 _UNSIGNED_BYTE = 0x08
 
-# Bytes that a file may hold, unpacked; the images of the largest set of the family, EMNIST, are 0.6 GB.
-_MOST_BYTES = 1 << 30
+# The limit of an unpacked file. The images of the largest set of the family, EMNIST, take 0.6 GB.
+_MAX_BYTES = 1 << 30
 
-
-# Bytes of a file that does not begin as it should in which damage is looked for.
+# Bytes that are unpacked of a file without a magic number: gzip may find the damage there.
 _LOOK_AHEAD = 1 << 20
 
 
-def read_idx(path: str | Path, most: int = _MOST_BYTES) -> Tensor:
+def read_idx(path: str | Path, max_bytes: int = _MAX_BYTES) -> Tensor:
     """Reads a file of unsigned bytes, gzip-compressed or not.
 
     Args:
-        path: a regular file; compression is recognised by content.
-        most: bytes that the file may hold, unpacked.
+        path: a regular file; its content shows whether it is compressed.
+        max_bytes: the limit of the unpacked file.
 
     Returns:
-        A uint8 tensor of the shape that the header states.
+        A uint8 tensor of the shape in the header.
 
     Raises:
         DataError: the file is missing, truncated, not IDX, longer than its header says, or too large.
@@ -45,19 +44,20 @@ def read_idx(path: str | Path, most: int = _MOST_BYTES) -> Tensor:
         is_packed = file.read(2) == b"\x1f\x8b"
         file.seek(0)
         try:
-            # Of what is packed no more is unpacked than the header says: a small file may hold any amount.
-            return _read(gzip.GzipFile(fileobj=file) if is_packed else file, None if is_packed else size, most, path)
+            # A small compressed file may hold any amount: no more is unpacked than the header says.
+            stream = gzip.GzipFile(fileobj=file) if is_packed else file
+            return _read(stream, None if is_packed else size, max_bytes, path)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise DataError(f"{path} is truncated or corrupt: {error}") from error
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _read(stream: BinaryIO, size: int | None, most: int, path: Path) -> Tensor:
-    """Reads the header, compares what it says with ``size``, if that is known, and with ``most``; then the values."""
+def _read(stream: BinaryIO | gzip.GzipFile, size: int | None, max_bytes: int, path: Path) -> Tensor:
+    """Reads the header, checks its size against `size`, if that is known, and `max_bytes`, and reads the values."""
     start = stream.read(4)
     if len(start) < 4 or start[:2] != b"\x00\x00" or start[3] == 0:
-        # Damage to what is packed shows further on.
+        # gzip raises its own error if the file is damaged.
         stream.read(_LOOK_AHEAD)
         raise DataError(f"{path} is not an IDX file: it starts with {start.hex() or 'nothing'}")
     if start[2] != _UNSIGNED_BYTE:
@@ -70,10 +70,10 @@ def _read(stream: BinaryIO, size: int | None, most: int, path: Path) -> Tensor:
     expected = header + math.prod(sizes)
     if size is not None and size != expected:
         raise _wrong_size(path, f"{size} bytes", size < expected, sizes, expected)
-    if expected > most:
-        raise DataError(f"{path} is too large: its header (shape {sizes}) says {expected} bytes, more than {most}")
+    if expected > max_bytes:
+        raise DataError(f"{path} is too large: its header (shape {sizes}) says {expected} bytes, more than {max_bytes}")
     values = bytearray(stream.read(expected - header))
-    # Reading on also checks the digest at the end of what is packed.
+    # gzip checks its checksum when it reads past the end.
     if len(values) != expected - header or stream.read(1):
         is_short = len(values) < expected - header
         found = f"{header + len(values)} bytes" if is_short else f"more than {expected} bytes"
@@ -82,7 +82,7 @@ def _read(stream: BinaryIO, size: int | None, most: int, path: Path) -> Tensor:
         tensor = torch.frombuffer(values, dtype=torch.uint8) if values else torch.empty(0, dtype=torch.uint8)
         return tensor.reshape(sizes)
     except RuntimeError as error:
-        # Of no values, some sizes may be anything.
+        # A shape without values may have sizes that no tensor can have.
         raise DataError(f"{path}: its header says the shape {sizes}, which no tensor can have") from error
 
 

@@ -1,22 +1,21 @@
-"""Classification of images that fit in memory."""
+"""A data module of labelled grey images in memory."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightkit.data.batches import TensorBatches, near_training, shard_kwargs
+from lightkit.data.batches import TensorBatches, after_setup, shard_kwargs, to_training_device
 from lightkit.errors import DataError
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images and their labels: uint8 ``(N, H, W)`` and int64 ``(N)``."""
+    """Images, uint8 ``(N, H, W)``, and their labels, int64 ``(N)``."""
 
     images: Tensor
     labels: Tensor
@@ -25,11 +24,19 @@ class ImageSet:
         return len(self.labels)
 
     def subset(self, indices: Tensor) -> ImageSet:
-        """The images at the given indices."""
+        """Returns the images and labels at the given indices."""
         return ImageSet(self.images[indices], self.labels[indices])
 
     def check(self, name: str, num_classes: int) -> ImageSet:
-        """This set, or a `DataError` if images and labels do not fit together."""
+        """Returns this set if images and labels fit together.
+
+        Args:
+            name: the name of the set in an error.
+            num_classes: the labels must be from 0 to ``num_classes - 1``.
+
+        Raises:
+            DataError: the shapes do not fit, or a label is out of range; names the first such image.
+        """
         if len(self.images) != len(self.labels):
             raise DataError(f"{name}: {len(self.images)} images but {len(self.labels)} labels")
         if self.images.dim() != 3 or self.labels.dim() != 1:
@@ -49,7 +56,7 @@ _LAYOUTS = ("image", "rows")
 
 
 def to_input(images: Tensor) -> Tensor:
-    """What a model is fed: uint8 ``(N, H, W)`` -> float32 ``(N, 1, H, W)`` in [0, 1]."""
+    """Converts uint8 ``(N, H, W)`` to the input of a model, float32 ``(N, 1, H, W)`` in [0, 1]."""
     return images.unsqueeze(1).to(torch.float32).div_(255)
 
 
@@ -58,19 +65,22 @@ def stratified_split(labels: Tensor, size: int, seed: int) -> tuple[Tensor, Tens
 
     Args:
         labels: ``(N)``, non-negative integers.
-        size: of the second part.
-        seed: the same seed gives the same split on every machine.
+        size: the samples of the second part.
+        seed: the seed; it gives the same split on every machine.
 
     Returns:
-        Indices of the ``N - size`` and of the ``size`` samples, each ascending. Classes whose share is not a
-        whole number are rounded so that the sizes are exact.
+        The indices of the ``N - size`` and of the ``size`` samples, each ascending. The share of a class is rounded
+        such that the sizes are exact.
+
+    Raises:
+        ValueError: ``size`` is negative or not below N.
     """
     total = len(labels)
     if not 0 <= size < max(total, 1):
         raise ValueError(f"the size of a split of {total} samples must be from 0 to {total - 1}, got {size}")
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(total, generator=generator)
-    # By class, in shuffled order within each: every (total / size)-th of them is an even share of each class.
+    # Sorted by class and shuffled within a class: every (total / size)-th sample makes an even share of each class.
     by_class = shuffled[labels[shuffled].argsort(stable=True)]
     positions = (torch.arange(size) * total + total // 2) // max(size, 1)
     chosen = torch.zeros(total, dtype=torch.bool)
@@ -79,26 +89,29 @@ def stratified_split(labels: Tensor, size: int, seed: int) -> tuple[Tensor, Tens
 
 
 class ImageDataModule(pl.LightningDataModule):
-    """Serves grey images of one size from memory, as float32 in [0, 1] and int64 labels.
+    """A data module that serves grey images of one size as float32 in [0, 1], with int64 labels.
 
     Images stay uint8 until a batch is on its device. A subclass defines ``classes``, ``image_size`` and `read`.
 
     Args:
-        batch_size: of training.
-        eval_batch_size: of validation, test and prediction, where it changes nothing but speed.
-        validation_size: samples taken from the training set for validation, stratified; 0 for none.
-        seed: of the order of training. The split does not depend on it.
+        batch_size: samples in a batch of training.
+        eval_batch_size: samples in a batch of validation, test and prediction; it changes the speed only.
+        validation_size: samples of the training set that are held out for validation, stratified; 0 for none.
+        seed: the seed of the order of training. The split does not depend on it.
         layout: ``"image"`` serves ``(N, 1, H, W)``; ``"rows"`` serves each image as a sequence of its rows from top
             to bottom, ``(N, H, W)``.
+
+    Raises:
+        DataError: an argument is out of its range, or `setup` reads an invalid data set.
     """
 
-    # What the samples are called in the plural.
+    # The plural of a sample, which `lightkit.callbacks.Throughput` logs.
     unit = "images"
 
     classes: tuple[str, ...]
     image_size: int
 
-    # Splits are part of a data set's definition: every run of it, whatever its seed, sees the same ones.
+    # The split is part of the data set: it is the same for every seed of a run.
     split_seed = 0
 
     def __init__(
@@ -126,11 +139,11 @@ class ImageDataModule(pl.LightningDataModule):
 
     @abstractmethod
     def read(self) -> tuple[ImageSet, ImageSet]:
-        """The training set and the test set."""
+        """Reads the training set and the test set."""
 
     @property
     def num_classes(self) -> int:
-        """Number of classes."""
+        """The number of classes."""
         return len(self.classes)
 
     def setup(self, stage: str | None = None) -> None:
@@ -151,7 +164,7 @@ class ImageDataModule(pl.LightningDataModule):
 
     def _batches(self, data: ImageSet, batch_size: int, shuffle: bool = False) -> TensorBatches:
         return TensorBatches(
-            near_training(self.trainer, (data.images, data.labels)),
+            to_training_device(self.trainer, (data.images, data.labels)),
             batch_size,
             shuffle=shuffle,
             seed=self.seed,
@@ -159,25 +172,26 @@ class ImageDataModule(pl.LightningDataModule):
         )
 
     def train_dataloader(self) -> TensorBatches:
-        """Shuffled batches of the training set."""
-        return self._batches(self.train, self.batch_size, shuffle=True)
+        """Returns shuffled batches of the training set."""
+        return self._batches(after_setup(self.train), self.batch_size, shuffle=True)
 
-    def val_dataloader(self) -> TensorBatches | list:
-        """Batches of the validation set, in order."""
-        return self._batches(self.validation, self.eval_batch_size) if len(self.validation) else []
+    def val_dataloader(self) -> TensorBatches | list[Tensor]:
+        """Returns batches of the validation set in order; an empty list if there is no validation set."""
+        validation = after_setup(self.validation)
+        return self._batches(validation, self.eval_batch_size) if len(validation) else []
 
     def test_dataloader(self) -> TensorBatches:
-        """Batches of the test set, in order."""
-        return self._batches(self.test, self.eval_batch_size)
+        """Returns batches of the test set in order."""
+        return self._batches(after_setup(self.test), self.eval_batch_size)
 
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        """Turns pixels into inputs, on the device of the batch."""
+    def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        """Converts the pixels of a batch to inputs on its device."""
         images, labels = batch
         inputs = self.to_input(images)
-        # Lightning has converted the batch to the precision of the training while it was still pixels.
+        # Lightning converted the batch to the precision of the training when it was still uint8.
         return inputs if self.trainer is None else self.trainer.precision_plugin.convert_input(inputs), labels
 
     def to_input(self, images: Tensor) -> Tensor:
-        """What a model of this data is fed: uint8 ``(N, H, W)`` in the layout that was chosen."""
+        """Converts uint8 ``(N, H, W)`` to the input of a model, float32 in [0, 1] of the chosen layout."""
         inputs = to_input(images)
         return inputs.squeeze(1) if self.layout == "rows" else inputs

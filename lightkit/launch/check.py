@@ -1,7 +1,7 @@
-"""All nodes of a job to be meet, try every way between them, and say what is wrong.
+"""A check of the network between all nodes of a job, before the job starts.
 
-They meet at a store like the one that torchrun's rendezvous uses, on the same port. Everything has an end: who does not
-come is named, and a watchdog ends whatever a library does not.
+The nodes meet at a store like that of torchrun's rendezvous, on the same port, and try every connection between them.
+Each phase has a timeout: an error names the missing nodes, and a watchdog ends the process if a library hangs.
 """
 
 from __future__ import annotations
@@ -19,41 +19,46 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from lightkit.errors import LightkitError
 from lightkit.launch import addresses, diagnosis
-from lightkit.launch.addresses import CONNECT
-from lightkit.launch.facts import Facts, collect
+from lightkit.launch.addresses import CONNECT_TIMEOUT
+from lightkit.launch.node_report import NodeReport, report_self
 
-# Seconds for the all_reduces, which no other traffic should disturb.
-_REDUCE = 20.0
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.distributed import Store
 
-# Seconds that node 0 waits for the others to have read everything.
-_LEAVE = 5.0
+# Seconds for the all_reduces.
+_REDUCE_TIMEOUT = 20.0
 
+# Seconds that node 0 keeps the store for the others.
+_LEAVE_TIMEOUT = 5.0
+
+# The all_reduce that measures the rate: float32 numbers, and timed repetitions.
 _NUMBERS = 2_000_000
 _REPEATS = 5
 
 
 class CheckError(LightkitError):
-    """The nodes did not meet; says who is missing, or why."""
+    """The nodes did not meet; the message names the missing nodes, or the reason."""
 
 
 @dataclass(frozen=True)
-class Meeting:
-    """Where the nodes meet, and as which of them this one comes.
+class CheckRendezvous:
+    """The rendezvous of a check, and the rank of this node.
 
     Args:
-        host: the endpoint's, of node 0.
-        port: the endpoint's.
-        rank: of this node.
-        nodes: how many there are.
-        interface: of the network between them; None for the one that leads to node 0.
-        timeout: seconds in which all must have come.
-        is_served: whether somebody else, torchrun, holds a store there.
+        host: the host of the endpoint, which is node 0.
+        port: the port of the endpoint.
+        rank: the rank of this node.
+        nodes: the number of nodes.
+        interface: the interface of the network between the nodes; None for the interface that leads to node 0.
+        timeout: seconds in which all nodes must have come.
+        is_served: True if torchrun serves a store at the endpoint.
     """
 
     host: str
@@ -66,120 +71,130 @@ class Meeting:
 
     @property
     def endpoint(self) -> str:
-        """As torchrun takes it."""
+        """``HOST:PORT``, in torchrun's form."""
         return f"{self.host}:{self.port}"
 
     def host_is_loopback(self) -> bool:
-        """Whether the endpoint is, on each machine, that machine."""
+        """Returns True if the endpoint is a loopback address: each machine would connect to itself."""
         return any(map(addresses.is_loopback, addresses.resolve(self.host, self.timeout / 2)))
 
 
-def check(meeting: Meeting) -> tuple[list[Facts], list[str]]:
-    """Takes part for one node; returns what all nodes said, and the faults.
+def check(rendezvous: CheckRendezvous) -> tuple[list[NodeReport], list[str]]:
+    """Checks the network as one node, while all other nodes do the same.
+
+    Returns:
+        The reports of all nodes, and the faults.
 
     Raises:
-        LightkitError: this node cannot take part, or others did not come.
+        LightkitError: this node cannot take part, or other nodes did not come.
     """
-    # Before the clock runs: from a slow file system it takes its time, which is no node's not coming.
+    # Before the timeout begins: a slow file system must not look like a missing node.
     import torch  # noqa: F401
 
-    end = time.monotonic() + meeting.timeout
-    # The phases after the meeting have limits of their own.
-    limit = meeting.timeout + 3 * CONNECT + _REDUCE + _LEAVE
-    with _watchdog(limit, f"the check of node {meeting.rank} did not end within {limit:g} s"):
-        if meeting.rank > 0 and meeting.host_is_loopback():
+    end = time.monotonic() + rendezvous.timeout
+    # The later phases have timeouts of their own.
+    limit = rendezvous.timeout + 3 * CONNECT_TIMEOUT + _REDUCE_TIMEOUT + _LEAVE_TIMEOUT
+    with _watchdog(limit, f"the check of node {rendezvous.rank} did not end within {limit:g} s"):
+        if rendezvous.rank > 0 and rendezvous.host_is_loopback():
             raise CheckError(
-                f"the endpoint {meeting.endpoint} is node {meeting.rank} itself, and no way to node 0: pass an address "
+                f"the endpoint {rendezvous.endpoint} is node {rendezvous.rank} itself, and not node 0: pass an address "
                 "of node 0 in the network that the nodes share"
             )
-        mine = collect(meeting.rank, meeting.nodes, meeting.host, meeting.interface, meeting.timeout / 2)
+        mine = report_self(
+            rendezvous.rank, rendezvous.nodes, rendezvous.host, rendezvous.interface, rendezvous.timeout / 2
+        )
         with _Listener() as listener:
             mine.port, mine.token = listener.port, listener.token
-            store = _meet(meeting, end)
-            _agree(store, meeting, end)
-            facts = _exchange(store, "facts", mine, end, f"within {meeting.timeout:g} s")
-            faults = list(diagnosis.before_connecting(facts, meeting.host))
-            _connect_to_all(mine, facts)
-            facts = _exchange(store, "connections", mine, time.monotonic() + 3 * CONNECT, "to the end of the check")
-        faults += diagnosis.of_connections(facts)
-        # All nodes have the same facts here, and come to the same decision.
-        if not any(node.unreachable or addresses.is_loopback(node.address) for node in facts):
-            _all_reduce(store, mine, meeting.nodes)
-            facts = _exchange(store, "reduce", mine, time.monotonic() + _REDUCE, "to the end of the all_reduce")
-            faults += diagnosis.of_all_reduce(facts)
-        _leave(store, meeting)
-    return facts, faults
+            store = _meet(rendezvous, end)
+            _agree(store, rendezvous, end)
+            reports = _exchange(store, "reports", mine, end, f"within {rendezvous.timeout:g} s")
+            faults = list(diagnosis.before_connecting(reports, rendezvous.host))
+            _connect_to_all(mine, reports)
+            reports = _exchange(
+                store, "connections", mine, time.monotonic() + 3 * CONNECT_TIMEOUT, "to the end of the check"
+            )
+        faults += diagnosis.of_connections(reports)
+        # All nodes have the same reports here, and decide alike.
+        if not any(node.unreachable or addresses.is_loopback(node.address) for node in reports):
+            _all_reduce(store, mine, rendezvous.nodes)
+            reports = _exchange(
+                store, "reduce", mine, time.monotonic() + _REDUCE_TIMEOUT, "to the end of the all_reduce"
+            )
+            faults += diagnosis.of_all_reduce(reports)
+        _leave(store, rendezvous)
+    return reports, faults
 
 
-def _meet(meeting: Meeting, end: float) -> Any:
-    """The store that all nodes meet at."""
+def _meet(rendezvous: CheckRendezvous, end: float) -> Store:
+    """Returns the store at which all nodes meet."""
     from torch.distributed import PrefixStore, TCPStore
 
     options = {"wait_for_workers": False, "timeout": timedelta(seconds=max(end - time.monotonic(), 1.0))}
-    serves = meeting.rank == 0 and not meeting.is_served
+    serves = rendezvous.rank == 0 and not rendezvous.is_served
     if serves:
-        resolved = addresses.resolve(meeting.host)
+        resolved = addresses.resolve(rendezvous.host)
         if not any(map(addresses.is_own, resolved)):
             raise CheckError(
-                f"the endpoint {meeting.endpoint} ({', '.join(resolved)}) is no address of node 0, which has "
+                f"the endpoint {rendezvous.endpoint} ({', '.join(resolved)}) is no address of node 0, which has "
                 f"{', '.join(a for a in addresses.interfaces().values() if a)}: pass one of these as the endpoint "
                 "everywhere, or start node 0 on that machine"
             )
     else:
-        if (reason := addresses.wait_for(meeting.host, meeting.port, end)) is not None:
+        if (reason := addresses.wait_for(rendezvous.host, rendezvous.port, end)) is not None:
             raise CheckError(
-                f"node {meeting.rank} does not reach node 0 at {meeting.endpoint} within {meeting.timeout:g} s: "
-                f"{reason}; the check must run on node 0 too"
+                f"node {rendezvous.rank} does not reach node 0 at {rendezvous.endpoint} within {rendezvous.timeout:g} "
+                f"s: {reason}; the check must run on node 0 too"
             )
-    no_check = f"node {meeting.rank} cannot meet the others at {meeting.endpoint}: what answers there is no check"
+    cannot_meet = f"node {rendezvous.rank} cannot meet the others at {rendezvous.endpoint}"
+    no_check = f"{cannot_meet}: what answers there is no check"
     try:
-        # A server of another kind leaves torch waiting for an answer.
-        with _watchdog(max(end - time.monotonic(), 0) + CONNECT, no_check):
-            store = TCPStore(meeting.host, meeting.port, is_master=serves, **options)
+        # torch waits for ever for the answer of a server of another kind.
+        with _watchdog(max(end - time.monotonic(), 0) + CONNECT_TIMEOUT, no_check):
+            store = TCPStore(rendezvous.host, rendezvous.port, is_master=serves, **options)
             store = PrefixStore("lightkit/check", store)
-            is_first = store.add(f"came/{meeting.rank}", 1) == 1
+            is_first = store.add(f"came/{rendezvous.rank}", 1) == 1
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         if "EADDRINUSE" in reason:
             reason = "another program on node 0 uses the port; choose another one everywhere"
         elif not serves:
             raise CheckError(f"{no_check} ({reason})") from error
-        raise CheckError(f"node {meeting.rank} cannot meet the others at {meeting.endpoint}: {reason}") from error
+        raise CheckError(f"{cannot_meet}: {reason}") from error
     if not is_first:
-        raise CheckError(f"another node has come as node {meeting.rank} too: give each machine its own --node-rank")
+        raise CheckError(f"another node has come as node {rendezvous.rank} too: give each machine its own --node-rank")
     return store
 
 
-def _agree(store: Any, meeting: Meeting, end: float) -> None:
-    """Sees to it that all nodes wait for as many others: who does not leaves word for those that miss it."""
+def _agree(store: Store, rendezvous: CheckRendezvous, end: float) -> None:
+    """Checks that all nodes were told the same number of nodes; a differing node leaves a message for the others."""
     try:
-        if meeting.rank == 0:
-            store.set("nodes", str(meeting.nodes))
+        if rendezvous.rank == 0:
+            store.set("nodes", str(rendezvous.nodes))
         store.wait(["nodes"], timedelta(seconds=max(end - time.monotonic(), 0.1)))
         nodes = int(store.get("nodes"))
-        if meeting.nodes != nodes:
-            word = (
-                f"node {meeting.rank} was told of {meeting.nodes} nodes and node 0 of {nodes}: pass the same --nodes "
-                "everywhere"
+        if rendezvous.nodes != nodes:
+            message = (
+                f"node {rendezvous.rank} was told of {rendezvous.nodes} nodes and node 0 of {nodes}: pass the same "
+                "--nodes everywhere"
             )
-            store.set("disagreement", word)
-            raise CheckError(word)
+            store.set("disagreement", message)
+            raise CheckError(message)
     except RuntimeError as error:
-        raise CheckError(f"node 0 did not come within {meeting.timeout:g} s, or did not stay") from error
+        raise CheckError(f"node 0 did not come within {rendezvous.timeout:g} s, or did not stay") from error
 
 
-def _exchange(store: Any, phase: str, mine: Facts, end: float, until: str) -> list[Facts]:
-    """Gives all nodes what this one knows, and returns what all of them know."""
+def _exchange(store: Store, phase: str, mine: NodeReport, end: float, until: str) -> list[NodeReport]:
+    """Sends the report of this node to all nodes, and returns the reports of all nodes."""
     keys = [f"{phase}/{rank}" for rank in range(mine.nodes)]
     try:
         store.set(keys[mine.rank], json.dumps(asdict(mine)))
         store.wait(keys, timedelta(seconds=max(end - time.monotonic(), 0.1)))
-        return [Facts(**json.loads(value)) for value in store.multi_get(keys)]
+        return [NodeReport(**json.loads(value)) for value in store.multi_get(keys)]
     except RuntimeError as error:
         raise CheckError(_missing(store, keys, until)) from error
 
 
-def _missing(store: Any, keys: list[str], until: str) -> str:
+def _missing(store: Store, keys: list[str], until: str) -> str:
     try:
         if store.check(["disagreement"]):
             return store.get("disagreement").decode()
@@ -195,7 +210,7 @@ def _missing(store: Any, keys: list[str], until: str) -> str:
 
 
 class _Listener:
-    """Takes connections on a port of the kernel's choice, as gloo and NCCL do, and answers with the time."""
+    """A listener on a port of the kernel's choice, like those of gloo and NCCL, which answers token and time."""
 
     def __init__(self) -> None:
         self._server = socket.create_server(("", 0), backlog=128)
@@ -214,20 +229,20 @@ class _Listener:
             try:
                 connection, _ = self._server.accept()
             except OSError:
-                # Closed.
+                # `__exit__` has closed the socket.
                 return
             with connection:
                 try:
-                    connection.settimeout(CONNECT)
+                    connection.settimeout(CONNECT_TIMEOUT)
                     connection.recv(1)
                     connection.sendall(json.dumps([self.token, time.time()]).encode())
                 except OSError:
-                    # The other node tells what it saw of that.
+                    # The other node reports the failure.
                     continue
 
 
-def _connect_to_all(mine: Facts, facts: list[Facts]) -> None:
-    others = [node for node in facts if node.rank != mine.rank]
+def _connect_to_all(mine: NodeReport, reports: list[NodeReport]) -> None:
+    others = [node for node in reports if node.rank != mine.rank]
     if not others:
         return
     with ThreadPoolExecutor(min(len(others), 32)) as pool:
@@ -235,41 +250,51 @@ def _connect_to_all(mine: Facts, facts: list[Facts]) -> None:
             if reason is not None:
                 mine.unreachable[str(node.rank)] = reason
             if node.rank == 0:
-                mine.clock = clock
+                mine.clock_offset = clock
 
 
-def _connect(node: Facts) -> tuple[str | None, float | None]:
-    """Why a node is not reached, and by how many seconds this one's clock is ahead of its."""
+def _connect(node: NodeReport) -> tuple[str | None, float | None]:
+    """Connects to a node.
+
+    Returns:
+        The reason why the node is not reachable, or None; and the seconds by which this node's clock is ahead of its
+        clock, or None.
+    """
     if addresses.is_loopback(node.address):
-        # That would be this machine itself.
+        # The connection would reach this machine itself.
         return "it is known by a loopback address", None
     try:
-        with socket.create_connection((node.address, node.port), timeout=CONNECT) as connection:
-            connection.settimeout(CONNECT)
-            before = time.time()
-            connection.sendall(b"?")
-            answer = connection.makefile("rb").read()
-            after = time.time()
-        token, their_time = json.loads(answer)
+        token, offset = _request_token(node)
     except TimeoutError:
-        return "no answer, as from behind a firewall", None
+        return "no answer; a firewall may drop packets", None
     except OSError as error:
         return error.strerror or str(error), None
-    except ValueError:
-        token = None
+    except (ValueError, TypeError):
+        token, offset = None, None
     if token != node.token:
-        return "another program answered, so that the address is not its own", None
-    return None, (before + after) / 2 - their_time
+        return "another program answered: the address is not that node's own", None
+    return None, offset
 
 
-def _all_reduce(store: Any, mine: Facts, nodes: int) -> None:
-    """Times gloo."""
+def _request_token(node: NodeReport) -> tuple[object, float]:
+    with socket.create_connection((node.address, node.port), timeout=CONNECT_TIMEOUT) as connection:
+        connection.settimeout(CONNECT_TIMEOUT)
+        before = time.time()
+        connection.sendall(b"?")
+        answer = connection.makefile("rb").read()
+        after = time.time()
+    token, their_time = json.loads(answer)
+    return token, (before + after) / 2 - their_time
+
+
+def _all_reduce(store: Store, mine: NodeReport, nodes: int) -> None:
+    """Measures gloo's all_reduce, and adds the result to the report."""
     import torch
     import torch.distributed as dist
 
-    # As the commands of lightkit.launch do.
+    # The commands of lightkit.launch set it too.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", mine.interface)
-    limit = timedelta(seconds=_REDUCE / 2)
+    limit = timedelta(seconds=_REDUCE_TIMEOUT / 2)
     try:
         dist.init_process_group("gloo", store=store, rank=mine.rank, world_size=nodes, timeout=limit)
         mine.milliseconds = 1e3 * _median_seconds(torch.zeros(1))
@@ -282,7 +307,7 @@ def _all_reduce(store: Any, mine: Facts, nodes: int) -> None:
             dist.destroy_process_group()
 
 
-def _median_seconds(tensor: Any) -> float:
+def _median_seconds(tensor: Tensor) -> float:
     import torch.distributed as dist
 
     times = []
@@ -290,21 +315,21 @@ def _median_seconds(tensor: Any) -> float:
         started = time.perf_counter()
         dist.all_reduce(tensor)
         times.append(time.perf_counter() - started)
-    # The first one connects.
+    # The first all_reduce connects the processes.
     return statistics.median(times[1:])
 
 
-def _leave(store: Any, meeting: Meeting) -> None:
-    """Node 0 holds the store: it stays until the others need it no more."""
-    store.set(f"left/{meeting.rank}", "")
-    if meeting.rank == 0:
+def _leave(store: Store, rendezvous: CheckRendezvous) -> None:
+    """Leaves the check; node 0, which serves the store, waits for the others."""
+    store.set(f"left/{rendezvous.rank}", "")
+    if rendezvous.rank == 0:
         with suppress(RuntimeError):
-            store.wait([f"left/{rank}" for rank in range(meeting.nodes)], timedelta(seconds=_LEAVE))
+            store.wait([f"left/{rank}" for rank in range(rendezvous.nodes)], timedelta(seconds=_LEAVE_TIMEOUT))
 
 
 @contextmanager
 def _watchdog(seconds: float, message: str) -> Iterator[None]:
-    """Ends the process after so long, whatever it waits for."""
+    """Ends the process after ``seconds``, whatever it waits for."""
 
     def end() -> None:
         print(f"error: {message}", file=sys.stderr, flush=True)
@@ -319,13 +344,13 @@ def _watchdog(seconds: float, message: str) -> Iterator[None]:
         timer.cancel()
 
 
-def table(facts: list[Facts]) -> Table:
-    """What the nodes said, a row each."""
+def table(reports: list[NodeReport]) -> Table:
+    """Returns the reports as a table, with a row for each node."""
     names = ["node", "host", "interface", "address", "python", "torch", "lightning", "lightkit", "GPUs", "clock"]
     columns = [*names, "reaches", "all_reduce"]
     rows = Table(*columns)
-    for node in facts:
-        reached = [str(other.rank) for other in facts if other.rank != node.rank]
+    for node in reports:
+        reached = [str(other.rank) for other in reports if other.rank != node.rank]
         reached = [rank for rank in reached if rank not in node.unreachable]
         speed = "-"
         if node.milliseconds is not None and node.megabytes_per_second is not None:
@@ -337,8 +362,8 @@ def table(facts: list[Facts]) -> Table:
             node.address,
             *node.versions.values(),
             str(node.gpus),
-            "0" if node.rank == 0 else "-" if node.clock is None else f"{node.clock:+.3f} s",
-            f"{len(reached)} of {len(facts) - 1}",
+            "0" if node.rank == 0 else "-" if node.clock_offset is None else f"{node.clock_offset:+.3f} s",
+            f"{len(reached)} of {len(reports) - 1}",
             speed,
         )
     return rows

@@ -1,4 +1,4 @@
-"""A manifest for Kubernetes: an Indexed Job of one pod a node, and the Service that gives the pods their names."""
+"""A manifest for Kubernetes: an Indexed Job with a pod for each node, and the Service that names the pods."""
 
 from __future__ import annotations
 
@@ -8,25 +8,29 @@ from typing import Any
 import yaml
 
 from lightkit.errors import ConfigError
-from lightkit.launch.job import Job, script
+from lightkit.launch.launch_spec import LaunchSpec
+from lightkit.launch.torchrun import node_script
 
-# A job that its pods carry the id of, which no other job ever has.
+# The label of the pods with the unique id of the job.
 _RUN_ID = "metadata.labels['batch.kubernetes.io/controller-uid']"
 
-# Seconds for all pods to be there. One that gave up on another, which waits for a machine or loads its image, would
-# count as failed.
-_PATIENCE = 3600
+# Seconds for all pods to join. A pod that gave up while another one waits for a machine or pulls its image would count
+# as failed.
+_JOIN_TIMEOUT = 3600
 
 
 @dataclass(frozen=True)
 class Kubernetes:
-    """What Kubernetes alone asks for.
+    """The settings of Kubernetes.
 
     Args:
-        image: of the container, with lightkit in it.
-        gpus: in each pod.
-        volume_claim: a claim on a volume that all pods share: the runs lie on it, and so does what they go on from.
-        namespace: None for that of the context.
+        image: the container image, with lightkit installed.
+        gpus: the number of GPUs of each pod.
+        volume_claim: a claim on a volume that all pods share, for runs and checkpoints.
+        namespace: the namespace; None for that of kubectl's context.
+
+    Raises:
+        ConfigError: a value is out of range.
     """
 
     image: str
@@ -41,13 +45,13 @@ class Kubernetes:
             raise ConfigError(f"--gpus {self.gpus}: expected 0 or more")
 
 
-def manifest(job: Job, kubernetes: Kubernetes) -> str:
-    """The manifest, for ``kubectl apply``."""
-    return yaml.dump_all(_documents(job, kubernetes), Dumper=_Dumper, sort_keys=False, width=1000)
+def manifest(spec: LaunchSpec, kubernetes: Kubernetes) -> str:
+    """Returns the manifest, for ``kubectl apply``."""
+    return yaml.dump_all(_documents(spec, kubernetes), Dumper=_Dumper, sort_keys=False, width=1000)
 
 
-def _documents(job: Job, kubernetes: Kubernetes) -> list[dict[str, Any]]:
-    metadata = {"name": job.name, "labels": {"app.kubernetes.io/name": "lightkit"}}
+def _documents(spec: LaunchSpec, kubernetes: Kubernetes) -> list[dict[str, Any]]:
+    metadata = {"name": spec.name, "labels": {"app.kubernetes.io/name": "lightkit"}}
     if kubernetes.namespace:
         metadata["namespace"] = kubernetes.namespace
     service = {
@@ -56,10 +60,10 @@ def _documents(job: Job, kubernetes: Kubernetes) -> list[dict[str, Any]]:
         "metadata": metadata,
         "spec": {
             "clusterIP": "None",
-            # The pods must find each other to become ready.
+            # The pods need each other's names before they are ready.
             "publishNotReadyAddresses": True,
-            "selector": {"batch.kubernetes.io/job-name": job.name},
-            "ports": [{"name": "rendezvous", "port": job.port}],
+            "selector": {"batch.kubernetes.io/job-name": spec.name},
+            "ports": [{"name": "rendezvous", "port": spec.port}],
         },
     }
     indexed_job = {
@@ -68,16 +72,16 @@ def _documents(job: Job, kubernetes: Kubernetes) -> list[dict[str, Any]]:
         "metadata": metadata,
         "spec": {
             "completionMode": "Indexed",
-            "completions": job.nodes,
-            "parallelism": job.nodes,
-            "backoffLimit": job.max_restarts * job.nodes,
+            "completions": spec.nodes,
+            "parallelism": spec.nodes,
+            "backoffLimit": spec.max_restarts * spec.nodes,
             "template": {
                 "metadata": {"labels": metadata["labels"]},
                 "spec": {
-                    # With the name of the Service, each pod is found as NAME-INDEX.NAME.
-                    "subdomain": job.name,
+                    # With the name of the Service, the name of a pod is NAME-INDEX.NAME.
+                    "subdomain": spec.name,
                     "restartPolicy": "OnFailure",
-                    "containers": [_container(job, kubernetes)],
+                    "containers": [_container(spec, kubernetes)],
                     "volumes": _volumes(kubernetes),
                 },
             },
@@ -86,23 +90,23 @@ def _documents(job: Job, kubernetes: Kubernetes) -> list[dict[str, Any]]:
     return [service, indexed_job]
 
 
-def _container(job: Job, kubernetes: Kubernetes) -> dict[str, Any]:
-    node = script(
-        job,
-        host=f"{job.name}-0.{job.name}",
+def _container(spec: LaunchSpec, kubernetes: Kubernetes) -> dict[str, Any]:
+    node = node_script(
+        spec,
+        host=f"{spec.name}-0.{spec.name}",
         is_host="$((JOB_COMPLETION_INDEX == 0))",
         run_id='"$LIGHTKIT_RUN_ID"',
-        patience=_PATIENCE,
+        join_timeout=_JOIN_TIMEOUT,
     )
     mounts = [{"name": "shared-memory", "mountPath": "/dev/shm"}]
     container: dict[str, Any] = {
         "name": "train",
         "image": kubernetes.image,
         "command": ["bash", "-euo", "pipefail", "-c"],
-        # Kubernetes itself would put its variables in for $(NAME).
+        # Kubernetes would replace $(NAME) by its own variables.
         "args": [node.replace("$", "$$")],
         "env": [{"name": "LIGHTKIT_RUN_ID", "valueFrom": {"fieldRef": {"fieldPath": _RUN_ID}}}],
-        "ports": [{"containerPort": job.port}],
+        "ports": [{"containerPort": spec.port}],
     }
     if kubernetes.volume_claim:
         mounts.append({"name": "work", "mountPath": "/work"})
@@ -114,7 +118,7 @@ def _container(job: Job, kubernetes: Kubernetes) -> dict[str, Any]:
 
 
 def _volumes(kubernetes: Kubernetes) -> list[dict[str, Any]]:
-    # A container's own has 64 MB, which NCCL and the workers of a data loader soon fill.
+    # The default of 64 MB is too small for NCCL and the workers of a data loader.
     volumes: list[dict[str, Any]] = [{"name": "shared-memory", "emptyDir": {"medium": "Memory"}}]
     if kubernetes.volume_claim:
         volumes.append({"name": "work", "persistentVolumeClaim": {"claimName": kubernetes.volume_claim}})
@@ -122,7 +126,7 @@ def _volumes(kubernetes: Kubernetes) -> list[dict[str, Any]]:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes scripts as a person would, and nothing by reference to what was written before."""
+    """A YAML dumper that writes scripts as blocks, and writes no anchors."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

@@ -1,4 +1,4 @@
-"""A batch script for SLURM: one task a node, which is torchrun's."""
+"""A batch script for SLURM, with one task for each node, which runs torchrun."""
 
 from __future__ import annotations
 
@@ -6,23 +6,27 @@ import shlex
 from dataclasses import dataclass
 
 from lightkit.errors import ConfigError
-from lightkit.launch.job import Job, script
+from lightkit.launch.launch_spec import LaunchSpec
+from lightkit.launch.torchrun import node_script
 
-# Seconds in which the nodes must have come to the check: each first loads torch, all of them from one file system.
-_CHECK = 120
+# Seconds for the nodes to come to the check: all of them load torch before, from one file system.
+_CHECK_TIMEOUT = 120
 
 
 @dataclass(frozen=True)
 class Slurm:
-    """What SLURM alone asks for.
+    """The settings of SLURM.
 
     Args:
-        gpus: on each node.
-        cpus: on each node; None for SLURM's own choice.
-        time: the limit, as SLURM writes it; None for that of the partition.
-        partition: None for SLURM's own choice.
-        setup: a command that the script runs first, on the first node, such as one that activates an environment: the
+        gpus: the number of GPUs of each node.
+        cpus: the number of CPUs of each node; None for SLURM's default.
+        time: the time limit in SLURM's format; None for that of the partition.
+        partition: the partition; None for SLURM's default.
+        setup: a command that the script runs first, on the first node, such as the activation of an environment. The
             programs on all nodes inherit its variables.
+
+    Raises:
+        ConfigError: a value is out of range.
     """
 
     gpus: int = 0
@@ -41,33 +45,33 @@ class Slurm:
                 raise ConfigError(f"{value!r}: expected one word, as sbatch takes it")
 
 
-def batch_script(job: Job, slurm: Slurm) -> str:
-    """The script, for ``sbatch``."""
+def batch_script(spec: LaunchSpec, slurm: Slurm) -> str:
+    """Returns the script, for ``sbatch``."""
     options = {
-        "job-name": job.name,
-        "nodes": job.nodes,
+        "job-name": spec.name,
+        "nodes": spec.nodes,
         "ntasks-per-node": 1,
         "gpus-per-node": slurm.gpus or None,
         "cpus-per-task": slurm.cpus,
         "time": slurm.time,
         "partition": slurm.partition,
-        "output": f"{job.name}-%j.log",
-        # What is written before and after a requeue is one log.
+        "output": f"{spec.name}-%j.log",
+        # A requeued job appends to its log.
         "open-mode": "append",
     }
     lines = ["#!/bin/bash", *(f"#SBATCH --{name}={value}" for name, value in options.items() if value is not None)]
-    # Under the same id, which a requeued job keeps, it goes on with its run.
+    # A requeued job has the same id, and continues its run.
     lines += ["#SBATCH --requeue"]
-    if job.is_elastic:
+    if spec.is_elastic:
         lines += ["#SBATCH --no-kill"]
     lines += [""]
     if slurm.setup:
-        # Before bash is made strict: what conda and modules do there uses variables that are not set.
+        # Before `set -u`: conda and modules use variables that are not set.
         lines += [slurm.setup]
     lines += ["set -euo pipefail"]
     if slurm.cpus is not None:
         lines += [
-            "# Since SLURM 22.05 srun does not take it over from sbatch.",
+            "# Since SLURM 22.05 srun does not inherit it from sbatch.",
             f"export SRUN_CPUS_PER_TASK={slurm.cpus}",
         ]
     lines += [
@@ -76,16 +80,16 @@ def batch_script(job: Job, slurm: Slurm) -> str:
         "export first=${nodes%%$'\\n'*}",
         "",
     ]
-    if not job.is_elastic:
-        # With a node missing, an elastic job is to go on.
-        interface = f" --interface={job.interface}" if job.interface else ""
+    if not spec.is_elastic:
+        # An elastic job starts without a missing node, which would fail the check.
+        interface = f" --interface={spec.interface}" if spec.interface else ""
         lines += [
-            "# Says what is wrong with the network, instead of a job that waits.",
-            f'srun python -m lightkit.launch check --nodes={job.nodes} --endpoint="$first:{job.port}" '
-            f"--timeout={_CHECK}{interface}",
+            "# Reports faults of the network, for which the job would wait.",
+            f'srun python -m lightkit.launch check --nodes={spec.nodes} --endpoint="$first:{spec.port}" '
+            f"--timeout={_CHECK_TIMEOUT}{interface}",
             "",
         ]
-    node = script(job, host="$first", is_host="$((SLURM_NODEID == 0))", run_id="$SLURM_JOB_ID")
-    keep = " --no-kill --kill-on-bad-exit=0" if job.is_elastic else ""
+    node = node_script(spec, host="$first", is_host="$((SLURM_NODEID == 0))", run_id="$SLURM_JOB_ID")
+    keep = " --no-kill --kill-on-bad-exit=0" if spec.is_elastic else ""
     lines += [f"srun{keep} bash -euo pipefail -c {shlex.quote(node)}", ""]
     return "\n".join(lines)

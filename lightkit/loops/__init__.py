@@ -1,7 +1,7 @@
-"""The training loop between two of Lightning's own steps."""
+"""A training loop that runs most steps without Lightning's overhead, and CUDA graphs of its passes."""
 
-from lightkit.loops.graphs import PassGraphs
+from lightkit.loops.cuda_graphs import PassGraphs
 from lightkit.loops.lean import LeanRun
-from lightkit.loops.obstacle import graph_obstacle, obstacle
+from lightkit.loops.support import graph_unsupported_reason, unsupported_reason
 
-__all__ = ["LeanRun", "PassGraphs", "graph_obstacle", "obstacle"]
+__all__ = ["LeanRun", "PassGraphs", "graph_unsupported_reason", "unsupported_reason"]

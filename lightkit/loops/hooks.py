@@ -1,4 +1,4 @@
-"""The hooks of a training step that somebody has an implementation of."""
+"""The hooks of a training step, called only where a callback or the module overrides them."""
 
 from __future__ import annotations
 
@@ -17,18 +17,21 @@ from lightning.pytorch.callbacks import (
 )
 
 from lightkit._lightning.callbacks import checkpoint_is_due, logging_is_due, timer_is_due
+from lightkit._lightning.loops import connected
 from lightkit._lightning.module import CURRENT_HOOK
 
-# A person sees no more than this many seconds between two states of a progress bar.
-_REFRESH = 0.1
+# Seconds between two updates of a progress bar: ten a second look continuous.
+_REFRESH_INTERVAL = 0.1
 
 
 class Hooks:
-    """One hook of all callbacks and of the module, called in Lightning's order; those that are empty are left out.
+    """Calls one hook of all callbacks and of the module in Lightning's order, and leaves out empty implementations.
+
+    The object is False if the hook has no implementation.
 
     Args:
-        trainer: whose callbacks and module.
-        name: of the hook.
+        trainer: a trainer with its callbacks and its module.
+        name: the name of the hook.
     """
 
     def __init__(self, trainer: pl.Trainer, name: str) -> None:
@@ -36,36 +39,38 @@ class Hooks:
         self._module = trainer.lightning_module
         self._attributes = vars(self._module)
         self._name = name
-        self._callbacks = [(c, _due(c, name)) for c in trainer.callbacks if is_implemented(name, c, Callback)]
-        self._is_own = is_implemented(name, self._module, pl.LightningModule)
+        self._callbacks = [
+            (c, _condition(c, name)) for c in connected(trainer).callbacks if is_overridden(name, c, Callback)
+        ]
+        self._module_overrides = is_overridden(name, self._module, pl.LightningModule)
 
     def __bool__(self) -> bool:
-        return bool(self._callbacks) or self._is_own
+        return bool(self._callbacks) or self._module_overrides
 
     def __call__(self, *args: Any) -> None:
-        """Calls the callbacks for which something is due, and the module."""
+        """Calls the callbacks that have something to do now, then the module."""
         attributes = self._attributes
         before = attributes[CURRENT_HOOK]
-        # What is logged in a hook is logged under its name.
+        # The module logs under the name of the hook.
         attributes[CURRENT_HOOK] = self._name
         for callback, is_due in self._callbacks:
             if is_due is None or is_due(self._trainer, callback):
                 getattr(callback, self._name)(self._trainer, self._module, *args)
-        if self._is_own:
+        if self._module_overrides:
             getattr(self._module, self._name)(*args)
         attributes[CURRENT_HOOK] = before
 
 
-def is_implemented(name: str, instance: Any, parent: type) -> bool:
-    """Whether an object's method is another than that of a class it is derived from, be it wrapped or a mock."""
+def is_overridden(name: str, instance: object, parent: type) -> bool:
+    """Returns True if a method of `instance` is not that of `parent`; wrappers and mocks count as other methods."""
     return name in vars(instance) or getattr(type(instance), name) is not getattr(parent, name)
 
 
-def _due(callback: Callback, hook: str) -> Callable[[pl.Trainer, Any], bool] | None:
-    """When a callback of Lightning's has something to do in a hook, or None for one that is called in every step."""
+def _condition(callback: Callback, hook: str) -> Callable[[pl.Trainer, Any], bool] | None:
+    """Returns the function that says whether a callback of Lightning's acts in this step; None for "in every step"."""
     implementation = None if hook in vars(callback) else getattr(type(callback), hook)
-    for cls, name, is_due in _DUE:
-        # By function: a subclass with one of its own may do anything.
+    for cls, name, is_due in _CONDITIONS:
+        # A subclass with an implementation of its own is called in every step.
         if name == hook and implementation is getattr(cls, name):
             return is_due
     return None
@@ -76,13 +81,13 @@ def _bar_is_due(trainer: pl.Trainer, callback: TQDMProgressBar | RichProgressBar
     if rate <= 0 or trainer.fit_loop.epoch_loop.batch_progress.current.ready % rate != 0:
         return False
     now = time.monotonic()
-    if now - getattr(callback, "_lightkit_refreshed", 0.0) < _REFRESH:
+    if now - vars(callback).get("_lightkit_refreshed", 0.0) < _REFRESH_INTERVAL:
         return False
-    callback._lightkit_refreshed = now
+    vars(callback)["_lightkit_refreshed"] = now
     return True
 
 
-_DUE: tuple[tuple[type[Callback], str, Callable[[pl.Trainer, Any], bool]], ...] = (
+_CONDITIONS: tuple[tuple[type[Callback], str, Callable[[pl.Trainer, Any], bool]], ...] = (
     (ModelCheckpoint, "on_train_batch_end", checkpoint_is_due),
     (TQDMProgressBar, "on_train_batch_end", _bar_is_due),
     (RichProgressBar, "on_train_batch_end", _bar_is_due),

@@ -1,4 +1,4 @@
-"""Lightning's training loop, with most of its steps taken by `LeanStep`."""
+"""A replacement for ``run`` of Lightning's training loop that takes most steps by `LeanStep`."""
 
 from __future__ import annotations
 
@@ -8,27 +8,28 @@ from lightkit._lightning.loops import (
     DataFetcher,
     TrainingEpochLoop,
     batch_has_started,
+    connected,
     results_of,
     skips_backward,
     validates_in_epoch,
 )
 from lightkit._lightning.step import STEP_FUNCTIONS
 from lightkit._util.stand_in import StandIn
-from lightkit.loops.graphs import PassGraphs
-from lightkit.loops.log import StepLogger, fast_log
+from lightkit.loops.cuda_graphs import PassGraphs
 from lightkit.loops.step import LeanStep
+from lightkit.loops.step_logging import StepLogger, fast_log
 
 
 class LeanRun:
-    """Stands for ``run`` of Lightning's training loop, and runs an epoch the same, with less work between the steps.
+    """Replaces ``run`` of Lightning's training loop: it runs the same epoch with less work between the steps.
 
-    The first and the last batch of an epoch, the batch before a validation, the last step of a training and
-    everything at a restart go through Lightning's own code. What lies between is taken by `LeanStep`, which calls
-    the same hooks in the same order where somebody implements them. The loop stays Lightning's own object and class.
+    Lightning's own code runs the first and the last batch of an epoch, the batch before a validation, the last step
+    of a training and everything at a restart. `LeanStep` runs the batches between. It calls the same hooks in the same
+    order where a callback or the module overrides them. The loop keeps its identity and its class.
 
     Args:
-        loop: of a fit for which there is no `obstacle`.
-        graphs: take the passes of the steps between, where they can; None for none. Kept as an attribute.
+        loop: the epoch loop of a fit without an `unsupported_reason`.
+        graphs: the CUDA graphs of forward and backward; None for none. Kept as an attribute.
     """
 
     def __init__(self, loop: TrainingEpochLoop, graphs: PassGraphs | None = None) -> None:
@@ -37,7 +38,7 @@ class LeanRun:
         self._stand_in = StandIn(loop, "run", self)
 
     def undo(self) -> None:
-        """Makes the loop's ``run`` Lightning's again."""
+        """Restores the loop's own ``run`` and releases the graphs."""
         if self.graphs is not None:
             self.graphs.release()
         self._stand_in.undo()
@@ -47,12 +48,12 @@ class LeanRun:
         loop = self._loop
         loop.reset()
         loop.on_run_start(data_fetcher)
-        log = StepLogger(loop.trainer)
+        logger = StepLogger(loop.trainer)
         while not loop.done:
             try:
-                ahead = self._lean_steps_ahead(data_fetcher)
-                if ahead > 0:
-                    self._take(LeanStep(loop.trainer, log, self.graphs), ahead, data_fetcher)
+                count = self._count_lean_steps(data_fetcher)
+                if count > 0:
+                    self._run_lean_steps(LeanStep(loop.trainer, logger, self.graphs), count, data_fetcher)
                 else:
                     loop.advance(data_fetcher)
                     loop.on_advance_end(data_fetcher)
@@ -61,8 +62,8 @@ class LeanRun:
             finally:
                 loop.on_iteration_done()
 
-    def _take(self, step: LeanStep, count: int, data_fetcher: DataFetcher) -> None:
-        """Takes steps, until something is due that Lightning or another `LeanStep` must see."""
+    def _run_lean_steps(self, step: LeanStep, count: int, data_fetcher: DataFetcher) -> None:
+        """Runs up to `count` steps; stops early if Lightning or a new `LeanStep` must run the next one."""
         loop, trainer = self._loop, self._loop.trainer
         try:
             with fast_log(trainer.lightning_module, results_of(loop)):
@@ -75,36 +76,36 @@ class LeanRun:
                     if not step.is_current():
                         break
         except BaseException:
-            # What went wrong is to be seen, and not what comes of a step that was left in the middle.
+            # An error of the cleanup must not hide the error of the step.
             with suppress(Exception):
                 step.finish_after_error()
             raise
         step.finish()
         if trainer.should_stop or trainer.received_sigterm:
-            # Lightning knows what follows from these.
+            # Lightning's code handles both.
             loop.on_advance_end(data_fetcher)
 
-    def _lean_steps_ahead(self, data_fetcher: DataFetcher) -> int:
-        """Returns how many batches lie before the next one that Lightning must see."""
-        loop, trainer = self._loop, self._loop.trainer
+    def _count_lean_steps(self, data_fetcher: DataFetcher) -> int:
+        """Returns the number of batches before the next one that Lightning must run."""
+        loop, trainer = self._loop, connected(self._loop.trainer)
         done = loop.batch_progress.current.ready
         # Lightning resets running values at the first batch, which may also be the first after a restart.
         if loop.restarting or done == 0 or not batch_has_started(trainer):
             return 0
         if trainer.should_stop or trainer.fast_dev_run or not STEP_FUNCTIONS.are_in_place():
             return 0
-        # Without backward, as where batch norms are only to see the data, a step is another one.
+        # A step without backward, by which batch norms are calibrated, differs from a lean step.
         if skips_backward(trainer):
             return 0
-        # Which batch is the last must be known before it is there.
+        # A loader without a length does not announce its last batch.
         if data_fetcher.length is None:
             return 0
-        ahead = min(trainer.num_training_batches - done, data_fetcher.length - data_fetcher.fetched) - 1
-        if validates_in_epoch(loop) and trainer.val_check_batch != float("inf"):
-            every = trainer.val_check_batch
+        count = min(trainer.num_training_batches - done, data_fetcher.length - data_fetcher.fetched) - 1
+        every = trainer.val_check_batch
+        if validates_in_epoch(loop) and every is not None and every != float("inf"):
             passed = loop.batch_progress.total.ready if trainer.check_val_every_n_epoch is None else done
-            ahead = min(ahead, every - 1 - passed % every)
+            count = min(count, every - 1 - passed % every)
         if loop.max_steps != -1:
             # Each step takes at least one batch.
-            ahead = min(ahead, loop.max_steps - 1 - loop.global_step)
-        return int(ahead)
+            count = min(count, loop.max_steps - 1 - loop.global_step)
+        return int(count)

@@ -1,4 +1,4 @@
-"""Slices batches out of a TensorDataset, where a DataLoader would fetch them item by item."""
+"""Batches of a DataLoader over a TensorDataset by slicing, instead of by fetching and collating single items."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ from lightkit._util.stand_in import StandIn
 
 
 def fetch_slices(loader: Any, iterators: Iterable[Any] = ()) -> Callable[[], None] | None:
-    """Makes a DataLoader take a batch by one indexing operation for each tensor, in place.
+    """Makes a DataLoader cut each batch by one indexing operation a tensor, in place.
 
-    The batches, their order and the random numbers drawn for it stay the same: samplers are left alone. That goes
-    where the data set is a plain ``TensorDataset``, collated as by default, without worker processes. The data set
-    is not touched: other loaders of it are as they were.
+    The batches, their order and the random numbers drawn for it stay the same. The loader must have a plain
+    ``TensorDataset``, the default collation and no worker processes. Other loaders of the data set stay as they are.
 
     Args:
-        loader: a ``DataLoader``, or anything else, which stays as it is.
-        iterators: those of them that the loader has made already take slices from now on too.
+        loader: a ``DataLoader``, or any other object, which stays as it is.
+        iterators: iterators that may be the loader's; those that are cut slices from now on, too.
 
     Returns:
-        A function that makes the loader as it was, or None if nothing has been changed.
+        A function that undoes the change, or None if nothing was changed.
     """
     if (
         type(loader) is not DataLoader
@@ -42,28 +41,28 @@ def fetch_slices(loader: Any, iterators: Iterable[Any] = ()) -> Callable[[], Non
         return None
     for iterator in iterators:
         if type(iterator) is _SingleProcessDataLoaderIter and iterator._dataset is loader.dataset:
-            # The data set of another loader may be the same, but not what that makes of it.
+            # Another loader may share the data set, except for the sampler and the collation.
             if iterator._index_sampler is loader.batch_sampler and iterator._collate_fn is default_collate:
-                iterator._dataset_fetcher = _Slices(loader.dataset)
-    # A copy of the loader is as any other.
+                vars(iterator)["_dataset_fetcher"] = _SliceFetcher(loader.dataset)
+    # A copy of the loader does not slice.
     return StandIn(loader, "_get_iterator", partial(_slicing_iterator, loader)).undo
 
 
-def _slicing_iterator(loader: DataLoader) -> Any:
-    iterator = DataLoader._get_iterator(loader)
-    iterator._dataset_fetcher = _Slices(loader.dataset)
+def _slicing_iterator(loader: DataLoader[Any]) -> Any:
+    iterator: Any = DataLoader._get_iterator(loader)
+    iterator._dataset_fetcher = _SliceFetcher(loader.dataset)
     return iterator
 
 
-class _Slices:
-    """What an iterator of a DataLoader asks for its batches."""
+class _SliceFetcher:
+    """Replaces the fetcher of a DataLoader's iterator."""
 
-    def __init__(self, dataset: TensorDataset) -> None:
-        self._dataset = dataset
+    def __init__(self, dataset: Any) -> None:
+        self._dataset: TensorDataset = dataset
 
     def fetch(self, indices: Iterable[int]) -> list[Tensor]:
-        """The samples at these indices, as default_collate has them: a list of new, contiguous tensors."""
-        # A batch sampler may yield anything that can be iterated over.
+        """Returns the samples at `indices` as default_collate does: a list of new, contiguous tensors."""
+        # A batch sampler may yield any iterable.
         chosen = torch.as_tensor(indices if isinstance(indices, (list, Tensor)) else list(indices))
-        # Not index_select: a sampler may count from the end.
+        # index_select would refuse negative indices, which a sampler may yield.
         return [tensor[chosen].contiguous() for tensor in self._dataset.tensors]

@@ -1,7 +1,8 @@
-"""One training step as Lightning takes it, with all that is the same in every step looked up beforehand."""
+"""A training step that looks up once what is the same in every step."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,7 +18,9 @@ from lightkit._lightning.loops import (
     BATCHES_THAT_STEPPED,
     CLIPPING_METHODS,
     DataFetcher,
+    batch_counters,
     clip_gradients_of,
+    connected,
     logger_connector,
     owner_of_data_hook,
     results_of,
@@ -30,30 +33,32 @@ from lightkit._lightning.module import CURRENT_HOOK, batch_transfer_of
 from lightkit._lightning.step import STEP_FUNCTIONS
 from lightkit._util.originals import Originals
 from lightkit._util.strategy_traits import StepObserver
-from lightkit.loops.graphs import CapturedPasses, PassGraphs
-from lightkit.loops.hooks import Hooks, is_implemented
-from lightkit.loops.log import ShownMetrics, StepLogger
-from lightkit.loops.watch import Watch
+from lightkit.loops.cuda_graphs import CapturedPasses, PassGraphs
+from lightkit.loops.hooks import Hooks, is_overridden
+from lightkit.loops.side_effects import SideEffectRecorder
+from lightkit.loops.step_logging import StepLogger, StepMetrics
 
 ZERO_GRAD = Originals((torch,), torch.optim.Optimizer, "zero_grad", "profile_hook_step")
 
 
 class LeanStep:
-    """Takes a batch from the data to the updated weights, and keeps Lightning's books.
+    """Runs one batch from the data loader to the updated weights, and updates Lightning's progress and metrics.
 
     It does what ``_TrainingEpochLoop.advance`` of Lightning 2.6 does for automatic optimization with the strategies
-    that `obstacle` knows, in the same order, for a batch that is neither the first nor the last of an epoch.
+    that `lightkit.loops.support` knows, in the same order, for a batch that is neither the first nor the last of an
+    epoch.
 
     Args:
-        trainer: in the middle of a fit for which there is no `obstacle`.
-        log: hands what was logged to the loggers.
-        graphs: take the passes where they can, or None.
+        trainer: a trainer within a fit that has no `unsupported_reason`.
+        logger: hands the metrics of a step to the loggers.
+        graphs: the CUDA graphs of forward and backward, or None.
     """
 
-    def __init__(self, trainer: pl.Trainer, log: StepLogger, graphs: PassGraphs | None = None) -> None:
-        self._trainer = trainer
-        self._log = log
+    def __init__(self, trainer: pl.Trainer, logger: StepLogger, graphs: PassGraphs | None = None) -> None:
+        self._trainer = connected(trainer)
+        self._logger = logger
         self._module = module = trainer.lightning_module
+        # A write past nn.Module's __setattr__ does not look whether the value is a parameter.
         self._attributes = vars(module)
         self._loop = loop = trainer.fit_loop.epoch_loop
         self._loop_attributes = vars(loop)
@@ -62,69 +67,74 @@ class LeanStep:
         self._results = results_of(loop)
         self._precision = trainer.precision_plugin
         self._optimizer = trainer.optimizers[0]
-        self._zeroes_plainly = ZERO_GRAD.are_in_place() and not is_implemented(
+        self._zeroes_inline = ZERO_GRAD.are_in_place() and not is_overridden(
             "zero_grad", self._optimizer, torch.optim.Optimizer
         )
-        # What is looked up here once is looked up anew when one of these has changed.
-        self._callbacks = list(trainer.callbacks)
-        self._parts = [module, self._optimizer, loop, loop.automatic_optimization, trainer.strategy, *self._callbacks]
-        self._sizes: list[int] = []
-        self._shown = ShownMetrics(self._results)
+        # `is_current` compares the number of their attributes: a new attribute may override a method.
+        self._callbacks = list(self._trainer.callbacks)
+        self._participants = [
+            *(module, self._optimizer, loop, loop.automatic_optimization, trainer.strategy),
+            *self._callbacks,
+        ]
+        self._attribute_counts: list[int] = []
+        self._step_metrics = StepMetrics(self._results)
         self._progress = loop.batch_progress
+        self._counters = batch_counters(loop)
         self._step_progress = loop.automatic_optimization.optim_progress.optimizer.step
         self._zero_grad_progress = loop.automatic_optimization.optim_progress.optimizer.zero_grad
         self._takes_index = training_step_takes_index(loop)
-        self._clips = any(
-            is_implemented(name, module, pl.LightningModule)
+        self._overrides_clipping = any(
+            is_overridden(name, module, pl.LightningModule)
             for name in ("configure_gradient_clipping", "clip_gradients")
-        ) or any(is_implemented(name, self._precision, Precision) for name in CLIPPING_METHODS)
+        ) or any(is_overridden(name, self._precision, Precision) for name in CLIPPING_METHODS)
         self._clip_gradients = clip_gradients_of(self._precision)
-        self._steps_schedulers = any(c.interval == "step" for c in trainer.lr_scheduler_configs)
-        self._batch_start = Hooks(trainer, "on_train_batch_start")
-        self._before_zero_grad = Hooks(trainer, "on_before_zero_grad")
-        self._before_backward = Hooks(trainer, "on_before_backward")
-        self._after_backward = Hooks(trainer, "on_after_backward")
-        self._before_step = Hooks(trainer, "on_before_optimizer_step")
-        self._batch_end = Hooks(trainer, "on_train_batch_end")
+        self._has_step_schedulers = any(c.interval == "step" for c in trainer.lr_scheduler_configs)
+        self._on_batch_start = Hooks(trainer, "on_train_batch_start")
+        self._on_before_zero_grad = Hooks(trainer, "on_before_zero_grad")
+        self._on_before_backward = Hooks(trainer, "on_before_backward")
+        self._on_after_backward = Hooks(trainer, "on_after_backward")
+        self._on_before_step = Hooks(trainer, "on_before_optimizer_step")
+        self._on_batch_end = Hooks(trainer, "on_train_batch_end")
         self._transfer = _Transfer(trainer)
-        # What is the strategy's.
         strategy = trainer.strategy
-        self._is_alone = trainer.world_size == 1
+        self._is_single_process = trainer.world_size == 1
         self._is_wrapped = strategy.model is not module
-        # Where the model is wrapped, by its forward.
-        self._takes_step = strategy if self._is_wrapped else module
-        starts = is_implemented("on_train_batch_start", strategy, Strategy)
-        self._strategy_start = strategy.on_train_batch_start if starts else None
+        # The strategy's step calls forward of the wrapper.
+        self._owner_of_step: Strategy | pl.LightningModule = strategy if self._is_wrapped else module
+        starts = is_overridden("on_train_batch_start", strategy, Strategy)
+        self._strategy_on_batch_start = strategy.on_train_batch_start if starts else None
         self._after_step = strategy.after_step if isinstance(strategy, StepObserver) else None
-        self._unsynchronized = strategy.block_backward_sync if isinstance(strategy, ParallelStrategy) else nullcontext
-        # Lightning asks whether process 0 was sent one, the strategies here look for themselves.
-        met = not self._is_alone and dist.is_available() and dist.is_initialized()
-        self._stop_if_told = sigterm_check(loop) if met else None
+        self._no_sync: Callable[[], AbstractContextManager[Any]] = (
+            strategy.block_backward_sync if isinstance(strategy, ParallelStrategy) else nullcontext
+        )
+        # Lightning broadcasts whether process 0 received SIGTERM; lightkit's strategies replace this check.
+        has_peers = not self._is_single_process and dist.is_available() and dist.is_initialized()
+        self._check_sigterm = sigterm_check(loop) if has_peers else None
         self._graphs = graphs
-        if graphs is not None and graphs.obstacle is None:
+        if graphs is not None and graphs.unsupported_reason is None:
             self._check_for_graphs(graphs)
             graphs.start()
-        # Of the batch at hand.
+        # The state of the present batch.
         self._batch: Any = None
         self._batch_idx = 0
-        self._outputs: dict[str, Any] = {}
+        self._outputs: dict[str, Any] | None = {}
 
     def __call__(self, data_fetcher: DataFetcher) -> None:
         """Fetches a batch and trains on it.
 
         Raises:
-            StopIteration: there is none.
+            StopIteration: there is no batch left.
         """
-        if self._stop_if_told is not None:
-            self._stop_if_told()
+        if self._check_sigterm is not None:
+            self._check_sigterm()
         batch, _, _ = next(data_fetcher)
-        total, current = self._progress.total, self._progress.current
+        total, current = self._counters
         self._batch_idx = current.ready
         self._progress.is_last_batch = data_fetcher.done
         self._batch = batch = self._transfer(batch)
         total.ready += 1
         current.ready += 1
-        # What the connector does at the start of a batch that is not the first; it would look for these results.
+        # The connector's on_batch_start does this for a batch that is not the first, after a search for the results.
         self._connector_attributes[FIRST_ITERATION] = False
         self._results.batch, self._results.batch_size, self._results.dataloader_idx = batch, None, None
         if batch is None:
@@ -133,86 +143,86 @@ class LeanStep:
             )
             self._outputs = None
         else:
-            if self._batch_start:
-                self._batch_start(batch, self._batch_idx)
-            if self._strategy_start is not None:
-                self._strategy_start(batch, self._batch_idx)
+            if self._on_batch_start:
+                self._on_batch_start(batch, self._batch_idx)
+            if self._strategy_on_batch_start is not None:
+                self._strategy_on_batch_start(batch, self._batch_idx)
             total.started += 1
             current.started += 1
             self._optimize()
         total.processed += 1
         current.processed += 1
-        if self._steps_schedulers:
+        if self._has_step_schedulers:
             self._loop.update_lr_schedulers("step", update_plateau_schedulers=False)
-        if self._batch_end:
-            self._batch_end(self._outputs, batch, self._batch_idx)
-        # Lightning's connector computes every metric here; those who want one ask for it.
+        if self._on_batch_end:
+            self._on_batch_end(self._outputs, batch, self._batch_idx)
+        # Lightning's connector computes every metric here. A lean step leaves that to those who read one.
         self._results.batch = self._results.batch_size = None
-        self._shown.note()
+        self._step_metrics.record()
         self._batch = self._outputs = None
         total.completed += 1
         current.completed += 1
-        self._log()
+        self._logger()
 
     def advance_end(self) -> None:
-        """What follows a batch that is not followed by a validation."""
-        if self._steps_schedulers:
+        """Ends a batch after which no validation comes."""
+        if self._has_step_schedulers:
             self._loop.update_lr_schedulers("step", update_plateau_schedulers=True)
         if not self._accumulates():
             self._loop_attributes[BATCHES_THAT_STEPPED] += 1
 
     def begin(self) -> None:
-        """Prepares for the first step, when the module logs by `FastLog` already."""
-        self._sizes = self._sizes_of_parts()
-        self._shown.note()
+        """Prepares the first step. Call it when the module logs by `FastLog`, which adds attributes."""
+        self._attribute_counts = self._count_attributes()
+        self._step_metrics.record()
 
     def is_current(self) -> bool:
-        """Returns False if what was looked up beforehand may have changed since `begin`.
+        """Returns False if something that `__init__` looked up may have changed since `begin`.
 
-        That is where Lightning's own functions were patched, the optimizer or a callback is another one, or somebody
-        has put an attribute on one of those that take part, which may be a method.
+        That is the case if a function of Lightning was patched, if the optimizer or a callback was replaced, or if a
+        participant of the step got a new attribute, which may override a method.
         """
         trainer = self._trainer
         return (
             STEP_FUNCTIONS.are_in_place()
             and trainer.callbacks == self._callbacks
             and trainer.optimizers[0] is self._optimizer
-            and self._sizes_of_parts() == self._sizes
-            and (not self._zeroes_plainly or ZERO_GRAD.are_in_place())
+            and self._count_attributes() == self._attribute_counts
+            and (not self._zeroes_inline or ZERO_GRAD.are_in_place())
         )
 
-    def _sizes_of_parts(self) -> list[int]:
-        return [len(vars(part)) for part in self._parts]
+    def _count_attributes(self) -> list[int]:
+        return [len(vars(participant)) for participant in self._participants]
 
     def finish(self) -> None:
-        """Leaves what Lightning's own step leaves, where that or nothing follows."""
+        """Leaves the metrics and files that Lightning's own step leaves."""
         self._connector.on_batch_end()
-        self._log.save()
+        self._logger.save()
 
     def finish_after_error(self) -> None:
-        """Leaves what Lightning's own step leaves when it fails: the metrics of the step before."""
-        self._shown.collect(self._connector)
-        self._log.save()
+        """Leaves the metrics that Lightning's own step leaves when it fails: those of the step before."""
+        self._step_metrics.restore(self._connector)
+        self._logger.save()
 
     def _check_for_graphs(self, graphs: PassGraphs) -> None:
-        mine = set(self._module.parameters())
-        if self._before_zero_grad:
-            graphs.give_up("somebody implements on_before_zero_grad, which comes between the passes")
-        elif not all(p in mine for group in self._optimizer.param_groups for p in group["params"]):
-            graphs.give_up("the optimizer has parameters that are not the module's")
+        parameters = set(self._module.parameters())
+        if self._on_before_zero_grad:
+            graphs.disable("on_before_zero_grad is overridden, which comes between the passes")
+        elif not all(p in parameters for group in self._optimizer.param_groups for p in group["params"]):
+            graphs.disable("the optimizer has parameters that are not the module's")
 
     def _accumulates(self) -> bool:
         return self._progress.current.ready % self._trainer.accumulate_grad_batches != 0
 
     def _optimize(self) -> None:
         if self._accumulates():
-            with self._unsynchronized():
+            with self._no_sync():
                 self._forward_backward()
             return
         self._step_progress.increment_ready()
-        # The optimizer calls it, as with Lightning: some do so more than once.
-        before = self._enter("optimizer_step")
-        self._optimizer.step(closure=self._closure)
+        # As in Lightning, the optimizer calls the closure; some optimizers call it more than once.
+        before = self._set_hook("optimizer_step")
+        self._optimizer.step(closure=self._closure)  # pyright: ignore[reportArgumentType, reportCallIssue]
         self._attributes[CURRENT_HOOK] = before
         if self._after_step is not None:
             self._after_step(self._optimizer)
@@ -220,10 +230,10 @@ class LeanStep:
 
     def _closure(self) -> Tensor | None:
         loss = self._forward_backward()
-        if self._before_step:
-            self._before_step(self._optimizer)
+        if self._on_before_step:
+            self._on_before_step(self._optimizer)
         trainer = self._trainer
-        if self._clips or trainer.gradient_clip_val is not None:
+        if self._overrides_clipping or trainer.gradient_clip_val is not None:
             self._clip_gradients(
                 self._module,
                 self._optimizer,
@@ -235,20 +245,20 @@ class LeanStep:
     @torch.enable_grad()
     def _forward_backward(self) -> Tensor | None:
         graphs = self._graphs
-        if graphs is None or graphs.obstacle is not None or self._trainer.accumulate_grad_batches != 1:
-            return self._passes(None)
+        if graphs is None or graphs.unsupported_reason is not None or self._trainer.accumulate_grad_batches != 1:
+            return self._run_passes(None)
         if (captured := graphs.get(self._batch, self._forward)) is not None:
             return self._replay(captured)
-        with graphs.watching(self._batch, self._batch_idx) as watch:
-            return self._passes(watch)
+        with graphs.recording(self._batch, self._batch_idx) as recorder:
+            return self._run_passes(recorder)
 
-    def _passes(self, watch: Watch | None) -> Tensor | None:
-        context = nullcontext() if watch is None else watch
+    def _run_passes(self, recorder: SideEffectRecorder | None) -> Tensor | None:
+        context = nullcontext() if recorder is None else recorder
         with context:
-            index = self._batch_idx if watch is None else watch.index
+            index = self._batch_idx if recorder is None else recorder.index
             loss, self._outputs = self._forward(self._batch, index)
-        if watch is not None:
-            watch.look_at_outputs(self._outputs)
+        if recorder is not None:
+            recorder.check_outputs(self._outputs)
         if loss is None:
             Closure.warning_cache.warn(
                 "`training_step` returned `None`. If this was on purpose, ignore this warning..."
@@ -256,64 +266,64 @@ class LeanStep:
         if self._batch_idx % self._trainer.accumulate_grad_batches == 0:
             self._zero_grad()
         if loss is not None:
-            if self._before_backward:
-                self._before_backward(loss)
-            before = self._enter("backward")
+            if self._on_before_backward:
+                self._on_before_backward(loss)
+            before = self._set_hook("backward")
             with context:
                 loss.backward()
             self._attributes[CURRENT_HOOK] = before
-            if self._after_backward:
-                self._after_backward()
+            if self._on_after_backward:
+                self._on_after_backward()
         return self._outputs.get("loss")
 
     def _replay(self, captured: CapturedPasses) -> Tensor:
-        """Both passes at once; the hook before backward comes after them."""
+        """Runs both passes from a graph, then the hooks that come before and after backward."""
         self._zero_grad()
         self._outputs = outputs = captured(self._batch)
-        before = self._enter("training_step")
+        before = self._set_hook("training_step")
         for name, value, arguments, options in captured.log_calls:
             self._module.log(name, value, *arguments, **options)
         self._attributes[CURRENT_HOOK] = before
-        if self._before_backward:
-            self._before_backward(outputs["loss"])
-        if self._after_backward:
-            self._after_backward()
+        if self._on_before_backward:
+            self._on_before_backward(outputs["loss"])
+        if self._on_after_backward:
+            self._on_after_backward()
         return outputs["loss"]
 
     def _forward(self, batch: Any, batch_idx: int) -> tuple[Tensor | None, dict[str, Any]]:
-        """The loss that backward starts from, and what training_step returned, as Lightning keeps it."""
+        """Returns the loss for backward, divided by the accumulated batches, and training_step's outputs by name."""
         accumulate = self._trainer.accumulate_grad_batches
-        before = self._enter("training_step")
+        before = self._set_hook("training_step")
         with self._forward_context():
-            training_step = self._takes_step.training_step
+            training_step = self._owner_of_step.training_step
             output = training_step(batch, batch_idx) if self._takes_index else training_step(batch)
         self._attributes[CURRENT_HOOK] = before
-        if output is None and not self._is_alone:
+        if output is None and not self._is_single_process:
             raise RuntimeError("training_step returned None: with several processes no batch can be left out")
         if type(output) is Tensor and accumulate == 1:
             return output, {"loss": output.detach().clone()}
         result = ClosureResult.from_training_step_output(output, accumulate)
         return result.closure_loss, {} if result.loss is None else result.asdict()
 
-    def _enter(self, hook: str) -> str | None:
-        """Has what is logged from now on logged by a hook; returns which one it was before."""
+    def _set_hook(self, hook: str) -> str | None:
+        """Makes the module log under a hook, and returns the hook of before."""
         before = self._attributes[CURRENT_HOOK]
         self._attributes[CURRENT_HOOK] = hook
         return before
 
-    def _forward_context(self) -> AbstractContextManager:
-        # The base class's is one that does nothing, in two layers. A strategy's step has its own.
-        plain = self._is_wrapped or type(self._precision) is Precision
-        return nullcontext() if plain else self._precision.train_step_context()
+    def _forward_context(self) -> AbstractContextManager[Any]:
+        # The context of the base class does nothing in two layers. The step of a strategy enters its own.
+        is_empty = self._is_wrapped or type(self._precision) is Precision
+        return nullcontext() if is_empty else self._precision.train_step_context()
 
     def _zero_grad(self) -> None:
         progress = self._zero_grad_progress
         progress.increment_ready()
-        if self._before_zero_grad:
-            self._before_zero_grad(self._optimizer)
+        if self._on_before_zero_grad:
+            self._on_before_zero_grad(self._optimizer)
         progress.increment_started()
-        if self._zeroes_plainly and not torch.autograd._profiler_enabled():
-            # What Optimizer.zero_grad does, which also tells the profiler.
+        if self._zeroes_inline and not torch.autograd._profiler_enabled():
+            # Optimizer.zero_grad does this, and opens a range of the profiler.
             for group in self._optimizer.param_groups:
                 for parameter in group["params"]:
                     parameter.grad = None
@@ -323,43 +333,44 @@ class LeanStep:
 
 
 class _Transfer:
-    """Brings a batch to the device, through the hooks of data module and module that are implemented."""
+    """Moves a batch to the device, and calls only the transfer hooks that module and data module override."""
 
     def __init__(self, trainer: pl.Trainer) -> None:
         self._strategy = trainer.strategy
         self._module = trainer.lightning_module
+        self._attributes = vars(self._module)
         self._convert = None
         if type(trainer.precision_plugin).convert_input is not Precision.convert_input:
             self._convert = trainer.precision_plugin.convert_input
-        self._attributes = vars(self._module)
-        self._transfer = batch_transfer_of(self._module)
-        self._after = _implemented(trainer, "on_after_batch_transfer")
+        self._before_transfer = batch_transfer_of(self._module)
+        self._after_transfer = _overridden_data_hook(trainer, "on_after_batch_transfer")
         moving = ("on_before_batch_transfer", "transfer_batch_to_device")
-        is_moved = any(_implemented(trainer, hook) is not None for hook in moving)
+        overrides_moving = any(_overridden_data_hook(trainer, hook) is not None for hook in moving)
         self._device = trainer.strategy.root_device
-        self._may_stay = self._device.type in ("cpu", "cuda") and not is_moved
+        self._may_stay = self._device.type in ("cpu", "cuda") and not overrides_moving
 
     def __call__(self, batch: Any) -> Any:
         if self._convert is not None:
             batch = self._convert(batch)
         if not (self._may_stay and _is_on(self._device, batch)):
-            batch = self._transfer(batch, dataloader_idx=0)
+            batch = self._before_transfer(batch, dataloader_idx=0)
             return self._strategy.batch_to_device(batch, dataloader_idx=0)
-        if self._after is not None:
+        if self._after_transfer is not None:
             before, self._attributes[CURRENT_HOOK] = self._attributes[CURRENT_HOOK], "on_after_batch_transfer"
-            batch = self._after(batch, 0)
+            batch = self._after_transfer(batch, 0)
             self._attributes[CURRENT_HOOK] = before
         return batch
 
 
-def _implemented(trainer: pl.Trainer, hook: str) -> Any:
-    instance = owner_of_data_hook(trainer, hook)
-    parent = pl.LightningModule if isinstance(instance, pl.LightningModule) else pl.LightningDataModule
-    return getattr(instance, hook) if is_implemented(hook, instance, parent) else None
+def _overridden_data_hook(trainer: pl.Trainer, hook: str) -> Callable[..., Any] | None:
+    """Returns the implementation of a data hook, or None if it is Lightning's default."""
+    owner = owner_of_data_hook(trainer, hook)
+    parent = pl.LightningModule if isinstance(owner, pl.LightningModule) else pl.LightningDataModule
+    return getattr(owner, hook) if is_overridden(hook, owner, parent) else None
 
 
 def _is_on(device: torch.device, batch: Any) -> bool:
-    """Whether a batch is a flat sequence of tensors that need not be moved."""
+    """Returns True if a batch is a tensor, or a flat sequence of tensors, on a device."""
     if type(batch) is Tensor:
         return batch.device == device
     return type(batch) in (tuple, list) and all(type(t) is Tensor and t.device == device for t in batch)

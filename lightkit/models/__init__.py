@@ -1,4 +1,4 @@
-"""Plain nn.Modules, free of Lightning."""
+"""Models as plain ``nn.Module`` classes, without Lightning."""
 
 from lightkit.models.cnn import CNN
 from lightkit.models.language_model import LanguageModel

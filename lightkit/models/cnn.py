@@ -1,4 +1,4 @@
-"""The convolutional classifier of small images."""
+"""A convolutional classifier of small images."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ _BLOCKS = ("fused", "torch")
 
 
 class CNN(nn.Module):
-    """Conv 32 - pool - Conv 64 - pool - Conv 64 - Dense 64 - Dense ``num_classes``.
+    """A classifier: Conv 32 - pool - Conv 64 - pool - Conv 64 - Dense 64 - Dense ``num_classes``.
 
-    The convolutions are 3x3 without padding, the pools take the maximum of 2x2, and a ReLU follows every layer
-    but the last. For 28x28 images of one channel and ten classes it has 93,322 parameters. Returns logits:
-    softmax belongs to the loss.
+    The convolutions are 3x3 without padding, the pools are 2x2 maxima, and a ReLU follows every layer except the last.
+    With 28x28 images of one channel and ten classes the model has 93,322 parameters. It returns logits; the softmax is
+    part of the loss.
 
     Args:
-        in_channels: channels of an image.
-        num_classes: number of logits.
+        in_channels: the channels of an image.
+        num_classes: the number of logits, C.
         image_size: height and width of an image in pixels, at least 18.
         blocks: ``"fused"`` runs the layers as one operation where that is faster, `lightkit.ops.layer_chain`;
-            ``"torch"`` runs them one by one. Parameters, state dict and results are the same but for
-            rounding; see `lightkit.nn.FusedSequential`. Both may be chosen for the weights of the other.
+            ``"torch"`` runs them one by one. Parameters and state dict are the same, results the same except for
+            rounding: see `lightkit.nn.FusedSequential`.
 
     Shape:
         ``(N, in_channels, image_size, image_size)`` -> ``(N, num_classes)``, floating point.
@@ -63,7 +63,7 @@ class CNN(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """The logits of a batch of images."""
+        """Returns the logits ``(N, num_classes)`` of images ``(N, in_channels, image_size, image_size)``."""
         if images.dim() != 4 or images.shape[1:] != self.image_shape:
             expected = ", ".join(map(str, self.image_shape))
             raise ValueError(f"CNN takes images of shape (N, {expected}), got {tuple(images.shape)}")

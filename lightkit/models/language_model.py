@@ -1,4 +1,4 @@
-"""What all language models are: an embedding of tokens, a body that looks back, and a head that makes logits."""
+"""The base of language models: an embedding, a body that reads the tokens before, and a head."""
 
 from __future__ import annotations
 
@@ -8,27 +8,26 @@ from torch import Tensor, nn
 
 
 class LanguageModel(nn.Module):
-    """Predicts each token of a text from those before it.
+    """Predicts each token of a text from the tokens before it.
 
-    `hidden` has everything but the head, for losses that need no logits (`lightkit.ops.linear_cross_entropy`) and
-    for text made token by token: the state that it returns stands for all that has been read, so that reading on
-    costs no second look at it.
+    `hidden` runs everything except the head. It serves losses without logits (`lightkit.ops.linear_cross_entropy`) and
+    generation: the state that it returns represents the tokens that were read, which need not be read again.
 
     Args:
-        vocab_size: number of different tokens, V.
-        embedding_size: values that the body reads of a token.
-        hidden_size: values that the body says of a token, D.
+        vocab_size: the number of different tokens, V.
+        embedding_size: the size of an embedding, the input of the body.
+        hidden_size: the size of a hidden state, the output of the body, D.
         body: maps ``(embedded (N, T, embedding_size), state or None)`` to ``(hidden (N, T, D), state)``.
-        tie_weights: the head's weight is the embedding's, see [1]_. It stands in the state dict under both names.
-        context: most tokens that the body can look back on, or None if there is no such bound.
+        tie_weights: use the embedding's weight in the head [1]_. The state dict has it under both names.
+        context: the largest number of tokens that the body can read, or None without a limit.
 
     Shape:
         Tokens ``(N, T)``, int64 in ``[0, V)`` -> logits ``(N, T, V)``.
 
     Raises:
-        ValueError: an argument is out of its range; an input of another shape, or without a token, or longer than
-            ``context``; a token that is not in the vocabulary, which is named (on a GPU, where looking would mean
-            waiting, torch fails an assertion on the device instead).
+        ValueError: an argument is out of its range; the input has another shape, no token, more than ``context`` tokens
+            or a token outside of the vocabulary, which is named. On a GPU a check of the tokens would wait for the
+            device: there torch fails an assertion on the device.
 
     References:
         .. [1] Press and Wolf, Using the Output Embedding to Improve Language Models, EACL 2017.
@@ -61,24 +60,29 @@ class LanguageModel(nn.Module):
             self.head.weight = self.embedding.weight
 
     def hidden(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        """Hidden states ``(N, T, D)`` of tokens ``(N, T)`` that follow those behind ``state``, and the state after."""
+        """Returns the hidden states ``(N, T, D)`` of tokens ``(N, T)`` and the state after them.
+
+        Args:
+            tokens: int64 in ``[0, V)``.
+            state: the state after the tokens before, as this method returned it; None at the beginning of a text.
+        """
         if tokens.dim() != 2 or tokens.shape[1] == 0:
             raise ValueError(f"tokens must have the shape (N, T) with T at least 1, got {tuple(tokens.shape)}")
         try:
             embedded = self.embedding(tokens)
         except IndexError as error:
-            # torch has looked at every token already, and says no more than that one is wrong.
+            # torch has checked every token, except that its error does not name the wrong one.
             wrong = tokens[(tokens < 0) | (tokens >= self.vocab_size)]
             raise ValueError(f"token {int(wrong[0])} is not in the vocabulary of {self.vocab_size}") from error
         return self.body(embedded, state)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """The logits of the token after each."""
+        """Returns the logits ``(N, T, V)`` of the token after each of ``(N, T)``."""
         return self.head(self.hidden(tokens)[0])
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compiles the body in place, see ``nn.Module.compile``: both `hidden` and `forward` run it.
+        """Compiles the body in place, see ``nn.Module.compile``. Both `hidden` and `forward` run the compiled body.
 
-        The embedding stays outside, where it names a wrong token, and the head belongs to the loss.
+        The embedding is not compiled, so that errors name a wrong token; the head is part of the loss.
         """
         self.body.compile(*args, **kwargs)

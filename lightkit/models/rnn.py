@@ -1,37 +1,39 @@
-"""The recurrent network that makes one prediction of a whole sequence."""
+"""A recurrent network that makes one prediction for a whole sequence."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-_CELLS = {"lstm": nn.LSTM, "gru": nn.GRU, "elman": nn.RNN}
+_CELLS: dict[str, Callable[..., nn.RNNBase]] = {"lstm": nn.LSTM, "gru": nn.GRU, "elman": nn.RNN}
 
 
 class RNN(nn.Module):
-    """Recurrent layers, and a linear map of the state in which the last one ends.
+    """Recurrent layers and a linear map of the final state of the last layer.
 
-    A classifier of sequences with one output a class, a forecaster with one output a step ahead. Sequences of
-    different lengths are padded to that of the longest: with ``lengths`` each ends in the state after its own last
-    step, or, against the direction of time, after its own first one. What stands in the padding changes nothing.
+    With one output a class the model classifies sequences, with one output a step ahead it forecasts. Sequences of
+    different lengths are padded to the longest. With ``lengths`` the final state of a sequence is that after its own
+    last step; in the reverse direction it is that after its first step. The padding does not change the result.
 
     Args:
-        input_size: values of one step, F.
-        hidden_size: values of the state of a layer and direction.
-        num_outputs: values predicted of a sequence.
-        num_layers: recurrent layers, each reading the states of the one before.
-        cell: ``"lstm"`` [1]_, ``"gru"`` [2]_ or ``"elman"`` [3]_, the plain one with tanh.
-        bidirectional: a second set of layers reads from the end; the outputs see the states of both.
-        dropout: share of the states zeroed in training, between the layers and before the outputs.
+        input_size: the size of a step, F.
+        hidden_size: the size of the state of a layer and direction.
+        num_outputs: the values that are predicted for a sequence.
+        num_layers: the number of recurrent layers.
+        cell: ``"lstm"`` [1]_, ``"gru"`` [2]_ or ``"elman"`` [3]_ with tanh.
+        bidirectional: add layers that read in reverse; the linear map reads the final states of both directions.
+        dropout: the dropout probability between the layers and before the linear map.
 
     Shape:
-        Sequences ``(N, T, F)``, floating point, and lengths ``(N)``, int64, from 1 to T, or None if all have T
-        steps -> ``(N, num_outputs)``.
+        Sequences ``(N, T, F)``, floating point, and lengths ``(N)``, int64 from 1 to T, or None if all have T steps
+        -> ``(N, num_outputs)``.
 
     Raises:
-        ValueError: an argument is out of its range; an input of another shape, without a step, or with a length
-            that is not from 1 to T (names the row).
+        ValueError: an argument is out of its range; the input has another shape, no step, or a length outside of 1 to
+            T, whose row is named.
 
     References:
         .. [1] Hochreiter and Schmidhuber, Long Short-Term Memory, Neural Computation 1997.
@@ -58,7 +60,7 @@ class RNN(nn.Module):
         self.head = nn.Linear(hidden_size * (2 if bidirectional else 1), num_outputs)
 
     def forward(self, sequences: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """The outputs for a batch of sequences."""
+        """Returns the outputs ``(N, num_outputs)`` for sequences ``(N, T, F)`` and lengths ``(N)``."""
         if sequences.dim() != 3 or sequences.shape[2] != self.input_size:
             raise ValueError(f"RNN takes sequences of shape (N, T, {self.input_size}), got {tuple(sequences.shape)}")
         if sequences.shape[1] == 0:
@@ -66,12 +68,12 @@ class RNN(nn.Module):
         if lengths is None:
             _, state = self.core(sequences)
         else:
-            # Packing takes lengths on the CPU, wherever the sequences are.
+            # pack_padded_sequence takes lengths on the CPU, wherever the sequences are.
             lengths = lengths.cpu()
             _check_lengths(lengths, sequences)
             packed = pack_padded_sequence(sequences, lengths, batch_first=True, enforce_sorted=False)
             _, state = self.core(packed)
-        # (layers and directions, N, hidden_size): of an LSTM the hidden state, not the cell's.
+        # (num_layers * directions, N, hidden_size). An LSTM returns the hidden state and the cell state.
         ends = state[0] if isinstance(state, tuple) else state
         last = torch.cat((ends[-2], ends[-1]), dim=1) if self.core.bidirectional else ends[-1]
         return self.head(self.dropout(last))
@@ -80,7 +82,7 @@ class RNN(nn.Module):
 def recurrent_layers(
     cell: str, input_size: int, hidden_size: int, num_layers: int, dropout: float, bidirectional: bool = False
 ) -> nn.RNNBase:
-    """Recurrent layers of torch that read ``(N, T, input_size)``, with dropout between them; see `RNN`.
+    """Builds recurrent layers of torch for ``(N, T, input_size)``, with dropout between them; see `RNN`.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -98,7 +100,7 @@ def recurrent_layers(
         hidden_size,
         num_layers,
         batch_first=True,
-        # torch warns of a dropout between one layer and nothing.
+        # torch warns of dropout with one layer.
         dropout=dropout if num_layers > 1 else 0.0,
         bidirectional=bidirectional,
     )

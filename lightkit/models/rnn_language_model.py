@@ -1,4 +1,4 @@
-"""The recurrent language model."""
+"""A recurrent language model."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ class RNNLanguageModel(LanguageModel):
     """Recurrent layers between an embedding and a head, see [1]_.
 
     Args:
-        vocab_size: number of different tokens.
-        hidden_size: values of the state of a layer.
-        embedding_size: values of the embedding of a token. Default: ``hidden_size``.
-        num_layers: recurrent layers.
+        vocab_size: the number of different tokens.
+        hidden_size: the size of the state of a layer.
+        embedding_size: the size of an embedding. Default: ``hidden_size``.
+        num_layers: the number of recurrent layers.
         cell: ``"lstm"``, ``"gru"`` or ``"elman"``, see `lightkit.models.RNN`.
-        dropout: share zeroed in training, of the embeddings and after every layer.
-        tie_weights: the head's weight is the embedding's; needs both to be of one size.
+        dropout: the dropout probability of the embeddings and after every layer.
+        tie_weights: use the embedding's weight in the head; ``embedding_size`` must equal ``hidden_size``.
 
-    Shape, state and errors: see `LanguageModel`. The state is that of torch's own recurrent layers.
+    Shape, state and errors: see `LanguageModel`. The state is that of torch's recurrent layers.
 
     References:
         .. [1] Mikolov et al., Recurrent Neural Network Based Language Model, Interspeech 2010.
@@ -41,12 +41,13 @@ class RNNLanguageModel(LanguageModel):
         embedding_size = hidden_size if embedding_size is None else embedding_size
         body = _Recurrent(recurrent_layers(cell, embedding_size, hidden_size, num_layers, dropout), dropout)
         super().__init__(vocab_size, embedding_size, hidden_size, body, tie_weights)
-        # As small as what torch gives the layers: as a tied head, torch's embedding would start with a loss of dozens.
+        # torch draws the layers from this range. Its standard normal embedding, as a tied head, would start with a loss
+        # of dozens.
         nn.init.uniform_(self.embedding.weight, -(hidden_size**-0.5), hidden_size**-0.5)
 
 
 class _Recurrent(nn.Module):
-    """The layers, with dropout before the first and after the last."""
+    """Recurrent layers with dropout before the first and after the last."""
 
     def __init__(self, core: nn.RNNBase, dropout: float) -> None:
         super().__init__()

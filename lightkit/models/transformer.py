@@ -1,4 +1,4 @@
-"""The transformer that reads from left to right."""
+"""A transformer decoder."""
 
 from __future__ import annotations
 
@@ -8,34 +8,35 @@ from torch import Tensor, nn
 
 from lightkit.models.language_model import LanguageModel
 
-# Keys and values of each layer, (N, heads, tokens so far, head size).
+# The keys and values of each layer, (N, heads, tokens so far, head size).
 State = list[tuple[Tensor, Tensor]]
 
-# GPT-2's deviation of 0.02 belongs to its width of 768: narrower maps need larger weights for values as large.
+# GPT-2 draws weights with a deviation of 0.02 for its width of 768. Narrower maps need larger weights for outputs of
+# the same size.
 _INIT_STD, _INIT_DIM = 0.02, 768
 
 
 class Transformer(LanguageModel):
-    """A decoder [1]_ as it is built today: normalised before each block [2]_, rotary positions [3]_, SwiGLU [4]_.
+    """A decoder [1]_ with RMSNorm before each block [2]_, rotary positions [3]_ and SwiGLU [4]_.
 
-    The linear maps have no biases. Weights start as in GPT-2 [5]_: normal, with a deviation of
-    ``0.02 * sqrt(768 / dim)``, and by ``sqrt(2 * num_layers)`` less in the two maps of a layer that add to the
-    residual stream. With D = ``dim`` and F = ``feed_forward_size`` it has
-    ``num_layers * (4 D^2 + 3 D F + 2 D) + D`` parameters in the body, and ``vocab_size * D`` in the embedding and,
-    unless tied, as many in the head.
+    The linear maps have no biases. The initial weights are those of GPT-2 [5]_: normal with a deviation of
+    ``0.02 * sqrt(768 / dim)``, divided by ``sqrt(2 * num_layers)`` in the two maps of a layer whose output is added to
+    the residual stream. With D = ``dim`` and F = ``feed_forward_size`` the body has
+    ``num_layers * (4 D^2 + 3 D F + 2 D) + D`` parameters, the embedding ``vocab_size * D``, and the head as many unless
+    it is tied.
 
     Args:
-        vocab_size: number of different tokens.
-        dim: width of the residual stream, a multiple of ``2 * num_heads``.
-        num_layers: layers, each of attention and feed-forward.
-        num_heads: heads of attention in a layer.
-        context: most tokens it can look at, those behind the state included.
-        feed_forward_size: inner width of the feed-forward blocks. Default: 8/3 of ``dim``, which makes their three
-            maps as large as the usual two, rounded up to a multiple of 32.
-        dropout: share zeroed in training: of the embeddings, of the attention, and of what a block adds.
-        tie_weights: the head's weight is the embedding's.
+        vocab_size: the number of different tokens.
+        dim: the width of the residual stream, a multiple of ``2 * num_heads``.
+        num_layers: the number of layers, each of attention and feed-forward.
+        num_heads: the number of attention heads of a layer.
+        context: the largest number of tokens, including those of the state.
+        feed_forward_size: the inner width of the feed-forward blocks. Default: 8/3 of ``dim`` rounded up to a multiple
+            of 32, with which the three maps are as large as the two of width ``4 * dim`` in [1]_.
+        dropout: the dropout probability of the embeddings, of the attention, and of the output of a block.
+        tie_weights: use the embedding's weight in the head.
 
-    Shape, state and errors: see `LanguageModel`. The state holds the keys and values of what has been read.
+    Shape, state and errors: see `LanguageModel`. The state holds the keys and values of the tokens that were read.
 
     References:
         .. [1] Vaswani et al., Attention Is All You Need, NeurIPS 2017.
@@ -64,13 +65,15 @@ class Transformer(LanguageModel):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=deviation)
-        for layer in body.layers:
-            for onto_residual in (layer.attention.out, layer.feed_forward.out):
-                nn.init.normal_(onto_residual.weight, std=deviation / (2 * num_layers) ** 0.5)
+        for module in body.modules():
+            if isinstance(module, (_Attention, _SwiGLU)):
+                nn.init.normal_(module.out.weight, std=deviation / (2 * num_layers) ** 0.5)
 
 
 class _Decoder(nn.Module):
-    """The layers, and a norm after the last."""
+    """Layers, and a norm after the last."""
+
+    rotation: Tensor
 
     def __init__(
         self, dim: int, num_layers: int, num_heads: int, context: int, feed_forward_size: int, dropout: float
@@ -82,7 +85,7 @@ class _Decoder(nn.Module):
                 raise ValueError(f"{name} must be positive, got {value}")
         if dim < 1 or dim % (2 * num_heads) != 0:
             raise ValueError(
-                f"dim must be a multiple of 2 * num_heads = {2 * num_heads}, for rotations take pairs; got {dim}"
+                f"dim must be a multiple of 2 * num_heads = {2 * num_heads}, since rotations take pairs; got {dim}"
             )
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
@@ -90,14 +93,14 @@ class _Decoder(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(_Layer(dim, num_heads, feed_forward_size, dropout) for _ in range(num_layers))
         self.norm = nn.RMSNorm(dim)
-        # Recomputed wherever the model is built: no part of what has been learnt.
+        # A constant, which is computed when the model is built and not saved.
         self.register_buffer("rotation", rotation(context, dim // num_heads), persistent=False)
 
     def forward(self, embedded: Tensor, state: State | None) -> tuple[Tensor, State]:
         start = 0 if state is None else state[0][0].shape[2]
         end = start + embedded.shape[1]
         if end > self.context:
-            raise ValueError(f"the transformer looks at {self.context} tokens at most, got {end}")
+            raise ValueError(f"the transformer reads {self.context} tokens at most, got {end}")
         rotation = self.rotation[:, start:end]
         hidden = self.dropout(embedded)
         after = []
@@ -108,7 +111,7 @@ class _Decoder(nn.Module):
 
 
 class _Layer(nn.Module):
-    """Attention, then feed-forward, each added to what it has read."""
+    """Attention and feed-forward, each with a residual connection."""
 
     def __init__(self, dim: int, num_heads: int, feed_forward_size: int, dropout: float) -> None:
         super().__init__()
@@ -121,13 +124,13 @@ class _Layer(nn.Module):
     def forward(
         self, hidden: Tensor, rotation: Tensor, past: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        seen, kept = self.attention(self.attention_norm(hidden), rotation, past)
-        hidden = hidden + self.dropout(seen)
+        attended, kept = self.attention(self.attention_norm(hidden), rotation, past)
+        hidden = hidden + self.dropout(attended)
         return hidden + self.dropout(self.feed_forward(self.feed_forward_norm(hidden))), kept
 
 
 class _Attention(nn.Module):
-    """Causal attention of several heads with rotary positions."""
+    """Causal multi-head attention with rotary positions."""
 
     def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
         super().__init__()
@@ -146,18 +149,18 @@ class _Attention(nn.Module):
         mask = None
         if past is not None:
             key, value = torch.cat((past[0], key), dim=2), torch.cat((past[1], value), dim=2)
-            # is_causal would align the first query with the first key; here the last ones belong together.
+            # is_causal aligns the first query with the first key; here the last query belongs to the last key.
             if steps > 1:
                 mask = torch.ones(steps, key.shape[2], dtype=torch.bool, device=key.device)
                 mask = mask.tril(key.shape[2] - steps)
-        seen = F.scaled_dot_product_attention(
+        attended = F.scaled_dot_product_attention(
             query, key, value, mask, self.dropout if self.training else 0.0, is_causal=past is None
         )
-        return self.out(seen.transpose(1, 2).reshape(batch, steps, dim)), (key, value)
+        return self.out(attended.transpose(1, 2).reshape(batch, steps, dim)), (key, value)
 
 
 class _SwiGLU(nn.Module):
-    """Two maps, one of which gates the other, and one back."""
+    """A feed-forward block: ``out(silu(gate(x)) * value(x))``."""
 
     def __init__(self, dim: int, size: int) -> None:
         super().__init__()
@@ -170,19 +173,19 @@ class _SwiGLU(nn.Module):
 
 
 def rotation(steps: int, size: int, base: float = 10_000.0) -> Tensor:
-    """Cosines and sines ``(2, steps, size / 2)`` of the angles by which `rotate` turns the pairs at each position."""
-    # In float64: a float32 angle of some thousand radians has lost what tells neighbours apart.
+    """Returns the cosines and sines ``(2, steps, size / 2)`` of the angles of `rotate`, float32."""
+    # float64: float32 angles of some thousand radians are the same for neighbouring positions.
     frequencies = base ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
     angles = torch.arange(steps, dtype=torch.float64)[:, None] * frequencies
     return torch.stack((angles.cos(), angles.sin())).float()
 
 
 def rotate(vectors: Tensor, rotation: Tensor) -> Tensor:
-    """Turns vectors ``(..., T, size)`` by their positions: dot products then depend on distances alone.
+    """Rotates vectors ``(..., T, size)`` by their positions, so that dot products depend on distances only.
 
-    A pair is a value of the first half and the one at its place in the second.
+    A pair consists of the values at one index of the first and of the second half.
     """
-    # Half precision would round positions that are near each other to the same angle.
+    # Half precision would round neighbouring positions to one angle.
     first, second = vectors.float().chunk(2, dim=-1)
     cos, sin = rotation
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1).to(vectors.dtype)

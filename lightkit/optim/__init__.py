@@ -1,4 +1,4 @@
-"""Optimizers with the signatures of torch.optim, on lightkit's kernels."""
+"""Optimizers on lightkit's kernels, with the signatures of torch.optim."""
 
 from lightkit.optim.adam import Adam, AdamW
 from lightkit.optim.convert import convert

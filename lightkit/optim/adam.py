@@ -1,4 +1,4 @@
-"""Adam and AdamW, one native call a step."""
+"""Adam and AdamW with one native call a step."""
 
 from __future__ import annotations
 
@@ -14,31 +14,30 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
 class Adam(FusedStep, torch.optim.Adam):
-    """A drop-in for :class:`torch.optim.Adam` [1]_: one pass over all parameters, in one native call.
+    """A drop-in for :class:`torch.optim.Adam` [1]_: one native call updates all parameters in one pass.
 
-    For what all optimizers here have in common, the arguments from ``foreach`` on among it, see `FusedStep`. The
-    moments of half-precision parameters are kept in float32: in half precision a second moment would stand still,
-    since 0.999 times a value rounds to that value.
+    `FusedStep` describes the arguments that all optimizers here share. The moments of half-precision parameters are
+    float32: in half precision 0.999 times a second moment rounds to that moment, which would never decay.
 
     Args:
         params: parameters, or dicts that define parameter groups.
         lr: learning rate, a float or a one-element tensor.
-        betas: what remains in a step of the running means of the gradient and of its square.
+        betas: decay rates of the running means of the gradient and of its square.
         eps: added to the denominator.
-        weight_decay: L2 penalty, or decoupled [2]_ with ``decoupled_weight_decay=True``.
+        weight_decay: L2 penalty, or decoupled weight decay [2]_ with ``decoupled_weight_decay=True``.
         amsgrad: divide by the largest second moment so far [3]_.
-        foreach: see `FusedStep`, as for ``differentiable`` and ``fused``.
-        maximize: ascend instead of descend.
-        capturable: count the steps on the GPU, where the parameters are on one.
-        differentiable: not supported.
-        fused: for a ``GradScaler``.
+        foreach: see `FusedStep`.
+        maximize: maximize the objective instead of minimizing it.
+        capturable: count the steps on the GPU if the parameters are on one.
+        differentiable: must be False, see `FusedStep`.
+        fused: True lets a ``GradScaler`` leave unscaling to the step, see `FusedStep`.
         decoupled_weight_decay: see ``weight_decay``.
-        max_grad_norm: see `FusedStep`, as for all that follow: clips within the step.
-        skip_nonfinite: leaves out steps with NaN or infinite gradients.
-        ema_decay: keeps averaged parameters.
-        master_weights: keeps float32 copies of half-precision parameters.
-        stochastic_rounding: of bfloat16 parameters.
-        rounding_seed: of that.
+        max_grad_norm: clip the gradients to this norm within the step, see `FusedStep`.
+        skip_nonfinite: skip steps with NaN or infinite gradients, see `FusedStep`.
+        ema_decay: decay rate of averaged parameters, see `FusedStep`.
+        master_weights: keep float32 copies of half-precision parameters, see `FusedStep`.
+        stochastic_rounding: round bfloat16 parameters at random, see `FusedStep`.
+        rounding_seed: seed of the stochastic rounding, see `FusedStep`.
 
     Raises:
         ValueError: values out of range, or ``differentiable=True``.
@@ -79,7 +78,7 @@ class Adam(FusedStep, torch.optim.Adam):
         self._init(
             params,
             lr,
-            # From a configuration they come as a list.
+            # A configuration gives a list.
             tuple(betas),
             eps,
             weight_decay,
@@ -103,19 +102,19 @@ class Adam(FusedStep, torch.optim.Adam):
         return super()._unrounded(entry) | {name for name in _MOMENTS if isinstance(entry.get(name), Tensor)}
 
     def _is_plain(self, optimizer: torch.optim.Optimizer) -> bool:
-        # torch's step would want the moments of half-precision parameters in half precision.
+        # torch's step needs the moments of half-precision parameters in half precision.
         halves = (torch.bfloat16, torch.float16)
         has_halves = any(p.dtype in halves for group in optimizer.param_groups for p in group["params"])
         return super()._is_plain(optimizer) and not has_halves
 
     @classmethod
     def release(cls, state: dict[Tensor, dict[str, Any]]) -> None:
-        """Rounds the moments of half-precision parameters to what torch keeps."""
+        """Rounds the moments of half-precision parameters to half precision, as torch keeps them."""
         to_parameter_dtype(state, _MOMENTS)
 
 
 class AdamW(Adam, torch.optim.AdamW):
-    """A drop-in for :class:`torch.optim.AdamW`: `Adam` with decoupled weight decay, 0.01 unless told otherwise."""
+    """A drop-in for :class:`torch.optim.AdamW`: `Adam` with decoupled weight decay of 0.01 by default."""
 
     _torch_class = torch.optim.AdamW
 

@@ -1,4 +1,4 @@
-"""Has an optimizer of torch's step on lightkit's kernels, in place."""
+"""Conversion of torch's optimizers, in place, to steps on lightkit's kernels."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightkit._util.originals import Originals
 from lightkit.optim.adam import Adam, AdamW
-from lightkit.optim.fused import FusedStep, is_watched
+from lightkit.optim.fused import FusedStep, is_observed
 from lightkit.optim.sgd import SGD
 
-# Each class has the groups and the state of the one whose steps it takes.
+# The class of torch, and the class of lightkit with the same groups and state that takes its steps.
 REPLACEMENTS: dict[type[Optimizer], type[FusedStep]] = {
     torch.optim.SGD: SGD,
     torch.optim.Adam: Adam,
     torch.optim.AdamW: AdamW,
 }
 
-# What a step of torch's calls. torch.optim does not keep the names of its modules.
+# The functions that torch's step calls. torch.optim deletes the names of its modules.
 _MODULES = types.SimpleNamespace(
     sgd=sys.modules["torch.optim.sgd"], adam=sys.modules["torch.optim.adam"], own=torch.optim
 )
@@ -38,34 +38,34 @@ _conversions: weakref.WeakKeyDictionary[Optimizer, _Conversion] = weakref.WeakKe
 
 
 def convert(optimizer: Optimizer) -> Callable[[], None]:
-    """Has an optimizer of torch's take its steps on lightkit's kernels.
+    """Makes an optimizer of torch take its steps on lightkit's kernels, in place.
 
-    It stays the same object of the same class, with its parameter groups, state and hooks: learning-rate schedulers,
-    gradient scalers and whatever else refers to it need not know. All that it gets is an attribute ``step`` of its own.
-    Copies and pickles of it are torch's. Where somebody patches ``step`` on its class, or what torch's step calls, that
-    is called; so is torch's step under torch.compile.
+    The optimizer keeps its identity, class, parameter groups, state and hooks, so that learning-rate schedulers and
+    gradient scalers keep working. It gets the attributes ``step`` and ``__getstate__``. Copies and pickles are torch's.
+    If ``step`` of its class or a function that torch's step calls is patched, the patch is called; under torch.compile
+    torch's step is.
 
     Args:
-        optimizer: one without an `obstacle`.
+        optimizer: an optimizer without an `unsupported_reason`.
 
     Returns:
-        A function that ends it; the state that has come together meanwhile stays, as torch's class has it.
+        A function that ends the conversion; the state stays, in the form of torch's class.
 
     Raises:
-        ValueError: it cannot be converted; says why.
+        ValueError: the optimizer cannot be converted; says why.
     """
-    if (cause := obstacle(optimizer)) is not None:
-        raise ValueError(f"{type(optimizer).__name__} cannot be converted: {cause}")
+    if (reason := unsupported_reason(optimizer)) is not None:
+        raise ValueError(f"{type(optimizer).__name__} cannot be converted: {reason}")
     conversion = _conversions[optimizer] = _Conversion(optimizer)
     return functools.partial(conversion.revert, weakref.ref(optimizer))
 
 
 def is_converted(optimizer: Optimizer) -> bool:
-    """Returns True between `convert` and its end."""
+    """Returns True from `convert` until the function that it returned is called."""
     return optimizer in _conversions
 
 
-def obstacle(optimizer: Optimizer) -> str | None:
+def unsupported_reason(optimizer: Optimizer) -> str | None:
     """Returns why an optimizer cannot be converted, or None."""
     cls = type(optimizer)
     if cls not in REPLACEMENTS:
@@ -79,7 +79,7 @@ def obstacle(optimizer: Optimizer) -> str | None:
         return "it is on lightkit's kernels already"
     if not _has_step_of(optimizer, cls.step):
         return "its method step has been replaced"
-    if not _called(cls).are_in_place():
+    if not _step_functions(cls).are_in_place():
         return f"step of torch.optim.{cls.__name__}, or what it calls, has been replaced"
     for group in optimizer.param_groups:
         if group.get("differentiable"):
@@ -93,47 +93,47 @@ def obstacle(optimizer: Optimizer) -> str | None:
 
 
 class _Conversion:
-    """Takes the steps of one optimizer. It does not keep the optimizer alive."""
+    """The conversion of one optimizer, which takes its steps. It does not keep the optimizer alive."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         cls = type(optimizer)
         self._class = cls
-        # Never initialized: it has no groups of its own, and of each option what its class says.
+        # Not initialized: it has no groups, and the class attributes as options.
         self._kernels = REPLACEMENTS[cls].__new__(REPLACEMENTS[cls])
-        self._called = _called(cls)
-        self._is_on = True
+        self._step_functions = _step_functions(cls)
+        self._is_active = True
         self._loaded: dict[str, Any] = {}
         self._handles = [
             optimizer.register_load_state_dict_pre_hook(self._before_loading),
             optimizer.register_load_state_dict_post_hook(self._after_loading),
         ]
 
-        # A function, as schedulers that are made later want to wrap one.
+        # Schedulers that are made later wrap a function.
         @functools.wraps(cls.step)
         def step(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
             return self.step(optimizer, *args, **kwargs)
 
         self._function = step
-        is_tracked = "step" in vars(optimizer)
-        optimizer.step = _tracked(optimizer, step) if is_tracked else _Method(optimizer, step)
-        # Asked for by copies and pickles.
-        optimizer.__getstate__ = _Method(optimizer, self._state_as_torch_has_it)
+        has_scheduler = "step" in vars(optimizer)
+        optimizer.step = _wrapped_for_schedulers(optimizer, step) if has_scheduler else _WeakMethod(optimizer, step)
+        # Copies and pickles call it.
+        optimizer.__getstate__ = _WeakMethod(optimizer, self._state_as_torch_has_it)
 
     def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        """Takes a step on the kernels; or calls the class's, where that is not torch's any more, and after the end."""
-        if not self._is_on or not self._called.are_in_place() or torch.compiler.is_compiling():
+        """Takes a step on the kernels; calls the class's step after the end, under torch.compile or if patched."""
+        if not self._is_active or not self._step_functions.are_in_place() or torch.compiler.is_compiling():
             self._kernels.release(optimizer.state)
             return type(optimizer).step(optimizer, *args, **kwargs)
-        if is_watched(optimizer):
+        if is_observed(optimizer):
             return Optimizer.profile_hook_step(self._kernels.step_for)(optimizer, *args, **kwargs)
         return self._kernels.step_for(optimizer, *args, **kwargs)
 
     def revert(self, reference: weakref.ref[Optimizer]) -> None:
-        """Makes the optimizer torch's again. A step that somebody else has wrapped stays, and leads to torch's."""
+        """Ends the conversion. A step that another program has wrapped stays, and calls torch's step."""
         optimizer = reference()
-        if optimizer is None or not self._is_on:
+        if optimizer is None or not self._is_active:
             return
-        self._is_on = False
+        self._is_active = False
         del _conversions[optimizer]
         for handle in self._handles:
             handle.remove()
@@ -141,8 +141,8 @@ class _Conversion:
         vars(optimizer).pop("__getstate__", None)
         if _has_step_of(optimizer, self._function):
             own = vars(optimizer).pop("step")
-            if _is_tracked(own):
-                optimizer.step = _tracked(optimizer, type(optimizer).step)
+            if _is_wrapped_for_schedulers(own):
+                optimizer.step = _wrapped_for_schedulers(optimizer, type(optimizer).step)
 
     def _state_as_torch_has_it(self, optimizer: Optimizer) -> dict[str, Any]:
         state = type(optimizer).__getstate__(optimizer)
@@ -158,8 +158,8 @@ class _Conversion:
         self._loaded = {}
 
 
-class _Method:
-    """Stands for a method bound to an optimizer that does not keep the optimizer alive."""
+class _WeakMethod:
+    """A method bound to an optimizer by a weak reference."""
 
     def __init__(self, optimizer: Optimizer, function: Callable[..., Any]) -> None:
         self._reference = weakref.ref(optimizer)
@@ -178,35 +178,38 @@ class _Method:
         return self.__func__(self._reference(), *args, **kwargs)
 
 
-def _called(cls: type[Optimizer]) -> Originals:
+def _step_functions(cls: type[Optimizer]) -> Originals:
     methods = (f"own.{cls.__name__}.{name}" for name in _METHODS)
     return Originals((torch,), _MODULES, *methods, _FUNCTIONS[cls])
 
 
 def _has_step_of(optimizer: Optimizer, function: Callable[..., Any]) -> bool:
-    """Returns True if the optimizer's own ``step`` is `function`, be it wrapped by learning-rate schedulers."""
+    """Returns True if the optimizer's ``step`` is `function`, or `function` wrapped by learning-rate schedulers."""
     step = vars(optimizer).get("step")
-    if isinstance(step, _Method):
+    if isinstance(step, _WeakMethod):
         return step.__func__ is function
-    return (step is None and function is type(optimizer).step) or (_is_tracked(step) and step.__wrapped__ is function)
+    if step is None:
+        return function is type(optimizer).step
+    return _is_wrapped_for_schedulers(step) and step.__wrapped__ is function
 
 
-def _is_tracked(step: Any) -> bool:
+def _is_wrapped_for_schedulers(step: Any) -> bool:
     return hasattr(step, "_wrapped_by_lr_sched") and hasattr(step, "__wrapped__")
 
 
-def _tracked(optimizer: Optimizer, step: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns `step` as learning-rate schedulers wrap it, to warn where they are stepped before the optimizer.
+def _wrapped_for_schedulers(optimizer: Optimizer, step: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `step` wrapped as by learning-rate schedulers, which warn if they are stepped before the optimizer.
 
-    Theirs is bound to the function that the class had when they were made.
+    The schedulers' own wrapper calls the function that the class had when they were made.
     """
     reference = weakref.ref(optimizer)
 
     @functools.wraps(step)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         owner = reference()
-        owner._opt_called = True
+        assert owner is not None
+        vars(owner)["_opt_called"] = True
         return step.__get__(owner, type(owner))(*args, **kwargs)
 
-    wrapper._wrapped_by_lr_sched = True
+    vars(wrapper)["_wrapped_by_lr_sched"] = True
     return wrapper

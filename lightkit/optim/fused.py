@@ -1,10 +1,10 @@
-"""What lightkit's optimizers have in common: one native call a step, and what that can do beside."""
+"""The base of the optimizers: one native call a step, with clipping, averaging and master weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from torch import Tensor
@@ -14,56 +14,58 @@ from lightkit import native
 from lightkit._util.compiler import undisguised
 from lightkit.optim.reference import Rule, step_reference
 
-# What the parameter groups have beside torch's options. Those of a converted optimizer lack them.
+# Options of parameter groups in addition to torch's. The groups of a converted optimizer lack them.
 _GROUP_DEFAULTS = ("ema_decay", "master_weights", "stochastic_rounding", "rounding_seed")
 
-# What an optimizer has beside its groups; kept by copies and pickles.
+# Attributes of an optimizer that copies and pickles keep.
 _ATTRIBUTES = ("max_grad_norm", "skip_nonfinite", "_grad_norm", "skipped_steps", "_step_supports_amp_scaling")
 
 
 class FusedStep(torch.optim.Optimizer):
-    """The base of `SGD`, `Adam` and `AdamW`, each of which is also derived from torch's optimizer of that name.
+    """The base of `SGD`, `Adam` and `AdamW`, each of which also derives from torch's optimizer of that name.
 
-    Arguments, defaults, parameter groups and state dict are those of torch's, in both directions. The update is
-    computed in float32 (float64 for float64) and rounded once, whatever the parameter's dtype. On an x86 CPU,
-    numbers below the smallest normal one (1e-38 in float32) count as 0. Parameters may be frozen, unfrozen, moved
-    or re-pointed between steps; their state follows.
+    Arguments, defaults, parameter groups and state dicts are torch's; each loads the other's state dict. The update is
+    computed in float32 (float64 for float64) and rounded once to the parameter's dtype. On an x86 CPU denormal numbers
+    (below 1e-38 in float32) count as 0. Parameters may be frozen, unfrozen, moved or re-pointed between steps; their
+    state follows.
 
-    What the kernels do not cover (sparse gradients, complex parameters, tensor subclasses such as DTensor,
-    memory with gaps, devices without kernels, clipping over several devices) is done by torch's operations. On a GPU
-    only ``skip_nonfinite`` waits for the device, once a step. ``foreach`` is accepted as torch's: there is one
-    implementation. So is ``fused``; as in torch, ``True`` lets a ``GradScaler`` leave unscaling and the skipping of
-    overflowed steps to the optimizer, which saves a pass over the gradients. On a GPU the kernels themselves read the
-    scale, the overflow and a learning rate that is a float32 tensor there: nothing waits for the device. A step can be
-    captured in a CUDA graph; one of Adam must count its steps on the GPU for that (``capturable``).
-    ``differentiable`` is not supported.
+    Torch's operations take the steps that the kernels do not cover: sparse gradients, complex parameters, tensor
+    subclasses such as DTensor, memory with gaps, devices without kernels, clipping over several devices. On a GPU only
+    ``skip_nonfinite`` waits for the device, once a step. ``foreach`` has no effect, since there is one implementation.
+    ``fused=True`` lets a ``GradScaler`` leave unscaling and the skipping of overflowed steps to the optimizer, as in
+    torch, which saves a pass over the gradients. On a GPU the kernels read the scale, the overflow and a float32 tensor
+    learning rate on the device, without a wait. A CUDA graph can capture a step; Adam must count its steps on the GPU
+    for that (``capturable``). ``differentiable`` is not supported.
 
     Args:
-        max_grad_norm: scale the gradients of all groups down where their 2-norm is larger, as
-            :func:`torch.nn.utils.clip_grad_norm_` does before a step, without writing them. The norm before
-            scaling is then in ``grad_norm``.
-        skip_nonfinite: leave everything as it is where some gradient is NaN or infinite. ``skipped_steps``
-            counts these steps, and those that a ``GradScaler`` skips, if not on a GPU.
+        max_grad_norm: scale the gradients of all groups down to this 2-norm if theirs is larger, as
+            :func:`torch.nn.utils.clip_grad_norm_` does before a step, without writing them. ``grad_norm`` is the norm
+            before scaling.
+        skip_nonfinite: change nothing in a step with NaN or infinite gradients. ``skipped_steps`` counts these steps,
+            and those that a ``GradScaler`` skips, except on a GPU.
         ema_decay: keep an exponential moving average of each parameter in float32 (float64 for float64),
-            ``average = decay * average + (1 - decay) * parameter``, that starts with the first step's result;
-            see `averaged_parameters`. A group may have its own.
-        master_weights: keep a float32 copy of each bfloat16 and float16 parameter, of which the parameter is
-            the rounding, and the state in float32. What others write into a parameter goes into its copy.
-        stochastic_rounding: round bfloat16 parameters up or down at random, such that updates too small to
-            change a parameter change it on average. Not with ``master_weights``.
-        rounding_seed: of that randomness; the groups' entry of this name counts on from it, so that a resumed
-            run rounds as one that was not interrupted. Default: :func:`torch.initial_seed`.
+            ``average = decay * average + (1 - decay) * parameter``, which starts with the result of the first step; see
+            `averaged_parameters`. A group may have its own decay.
+        master_weights: keep a float32 copy of each bfloat16 and float16 parameter, and the state in float32; the
+            parameter is the rounded copy. The copy adopts values that a program writes into the parameter.
+        stochastic_rounding: round bfloat16 parameters up or down at random, so that updates too small for bfloat16
+            take effect on average. Excludes ``master_weights``.
+        rounding_seed: the seed of the stochastic rounding. The group's entry of this name increases by one a step, so
+            that a resumed run rounds like an uninterrupted one. Default: :func:`torch.initial_seed`.
+
+    Attributes:
+        skipped_steps: the number of skipped steps.
 
     Raises:
         ValueError: values out of range, or ``differentiable=True``.
     """
 
-    # The class of torch's whose place is taken, the native plan, and the update in torch's operations.
+    # The class of torch that this one replaces, the name of the native plan, and the update in torch's operations.
     _torch_class: ClassVar[type[torch.optim.Optimizer]]
     _plan_name: ClassVar[str]
     _rule: ClassVar[Rule]
 
-    # As class attributes they hold for a converted optimizer too, whose __init__ was torch's: see `convert`.
+    # Class attributes serve converted optimizers, whose __init__ was torch's: see `convert`.
     max_grad_norm: float | None = None
     skip_nonfinite: bool = False
     _grad_norm: float | Tensor | None = None
@@ -84,7 +86,7 @@ class FusedStep(torch.optim.Optimizer):
         fused: bool | None,
         **options: Any,
     ) -> None:
-        """Makes torch's optimizer of its arguments, and adds what it does not have."""
+        """Initializes torch's optimizer with its arguments, and adds the options of this class."""
         if differentiable:
             raise ValueError(
                 "differentiable=True is not supported: the native step is not recorded by autograd; "
@@ -108,13 +110,13 @@ class FusedStep(torch.optim.Optimizer):
         self._step_supports_amp_scaling = bool(fused)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, which takes the optimizer's defaults for what it does not say."""
+        """Adds a parameter group; the optimizer's defaults fill the options that it lacks."""
         undisguised(super().add_param_group)(param_group)
         group = self.param_groups[-1]
-        # While the optimizer is being made, torch fills in what it knows of alone.
+        # During __init__ torch fills in its own options only.
         for name, value in getattr(self, "_extra_defaults", {}).items():
             group.setdefault(name, value)
-        # The groups of a converted optimizer have none of these.
+        # The groups of a converted optimizer have none of these options.
         decay = group.get("ema_decay")
         if decay is not None and not 0 <= decay < 1:
             raise ValueError(f"ema_decay must be at least 0 and less than 1, got {decay}")
@@ -127,7 +129,7 @@ class FusedStep(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            # A state dict of torch's does not know these; nor does a converted optimizer.
+            # The groups in a state dict of torch lack these options, as do those of a converted optimizer.
             for name in _GROUP_DEFAULTS:
                 if name in self.defaults:
                     group.setdefault(name, self.defaults[name])
@@ -135,13 +137,13 @@ class FusedStep(torch.optim.Optimizer):
             self._step_supports_amp_scaling = type(self)._step_supports_amp_scaling
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns torch's state dict with ``skipped_steps``, which torch's own `load_state_dict` passes over."""
+        """Returns torch's state dict and ``skipped_steps``, which torch's own `load_state_dict` ignores."""
         return {**undisguised(super().state_dict)(), "skipped_steps": self.skipped_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` of this class or of torch's returned; torch's has skipped no steps."""
+        """Loads a state dict of this class or of torch's, which has no ``skipped_steps``."""
         amp_scaling = self._step_supports_amp_scaling
-        # After those of others, which may have changed it.
+        # This hook runs after those of the user, which may replace the state dict.
         loaded: list[dict[str, Any]] = [state_dict]
         hook = self.register_load_state_dict_pre_hook(lambda optimizer, changed: loaded.append(changed))
         try:
@@ -154,18 +156,20 @@ class FusedStep(torch.optim.Optimizer):
 
     @classmethod
     def restore_unrounded(cls, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-        """Gives an optimizer the saved state that keeps its dtype; torch has rounded all to that of the parameters."""
+        """Copies the saved state that keeps its own dtype, which torch rounded to that of the parameters."""
         for own, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
             for parameter, index in zip(own["params"], saved["params"], strict=True):
                 entry = state_dict["state"].get(index, {})
-                # None where another thread has loaded another state meanwhile: asked for, it would be made, half.
+                # None if another thread has loaded another state meanwhile; state[parameter] would make an empty entry.
                 state = optimizer.state.get(parameter)
-                for name in cls._unrounded(entry) if state is not None else ():
+                if state is None:
+                    continue
+                for name in cls._unrounded(entry):
                     state[name] = entry[name].detach().to(parameter.device, copy=True)
 
     @classmethod
     def _unrounded(cls, entry: dict[str, Any]) -> set[str]:
-        """What of a parameter's saved state has a dtype of its own."""
+        """Returns the names of a parameter's saved state that keep their own dtype."""
         return {"master_weight", "average"} & entry.keys()
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -175,16 +179,16 @@ class FusedStep(torch.optim.Optimizer):
             closure: reevaluates the model and returns the loss.
 
         Returns:
-            What the closure returned, or None without one.
+            The loss from the closure, or None without a closure.
         """
-        return self._watched_step(closure) if is_watched(self) else self.step_for(self, closure)
+        return self._observed_step(closure) if is_observed(self) else self.step_for(self, closure)
 
-    # torch would wrap every step, to run hooks and to name it to a profiler: of a small model that takes as long as the
-    # step itself. So it is done where there is somebody to see it.
+    # torch wraps the step of every class without this mark, to run hooks and open a profiler range. With a small model
+    # that takes as long as the step. `step` calls the wrapper only if there are hooks or a profiler.
     step.hooked = True
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets the gradients, or makes them zeros."""
+        """Sets the gradients to None, or to zero if ``set_to_none`` is False."""
         if not set_to_none or torch.autograd._profiler_enabled():
             undisguised(super().zero_grad)(set_to_none)
             return
@@ -194,25 +198,25 @@ class FusedStep(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step_for(self, optimizer: torch.optim.Optimizer, closure: Callable[[], float] | None = None) -> float | None:
-        """Takes a step of an optimizer, itself or a converted one, without the hooks around it.
+        """Takes a step of this optimizer or of a converted one, without the hooks around a step.
 
         Args:
-            optimizer: its groups and state are used.
+            optimizer: the optimizer with the groups and the state.
             closure: reevaluates the model and returns the loss.
 
         Returns:
-            What the closure returned, or None without one.
+            The loss from the closure, or None without a closure.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # A GradScaler sets these for the time of a step.
+        # A GradScaler sets these attributes during a step.
         grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         options = (optimizer.param_groups, optimizer.state, self.max_grad_norm, self.skip_nonfinite)
         plan = self._plan
         if plan is None and (module := native.load()) is not None:
-            # One for all threads: whichever makes it first, they take their steps in turn.
+            # All threads share one plan, which runs one step at a time.
             plan = vars(self).setdefault("_plan", getattr(module, self._plan_name)())
 
         outcome = None
@@ -222,14 +226,14 @@ class FusedStep(torch.optim.Optimizer):
             if found_inf is not None and found_inf.item() != 0:
                 self.skipped_steps += 1
                 return loss
-            options += (1.0 if grad_scale is None else 1.0 / float(grad_scale),)
+            inverse_scale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
             if plan is not None:
-                outcome = plan.step(*options, None, None)
+                outcome = plan.step(*options, inverse_scale, None, None)
         if outcome is None:
             if found_inf is None and grad_scale is None and self._is_plain(optimizer):
                 self._take_torch_step(optimizer)
                 return loss
-            outcome = step_reference(type(self)._rule, *options)
+            outcome = step_reference(type(self)._rule, *options, inverse_scale)
         norm, skipped = outcome
         if norm is not None:
             self._grad_norm = norm
@@ -241,19 +245,19 @@ class FusedStep(torch.optim.Optimizer):
         return loss
 
     @torch.optim.Optimizer.profile_hook_step
-    def _watched_step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def _observed_step(self, closure: Callable[[], float] | None = None) -> float | None:
         return self.step_for(self, closure)
 
     @property
     def grad_norm(self) -> float | None:
-        """The norm of the last step's gradients before clipping; to ask for it may wait for the device."""
+        """The norm of the last step's gradients before clipping; reading it may wait for the device."""
         return None if self._grad_norm is None else float(self._grad_norm)
 
     @contextmanager
     def averaged_parameters(self) -> Iterator[None]:
-        """Within this context the parameters have their averages' values (see ``ema_decay``).
+        """Sets the parameters to their averages (see ``ema_decay``) within the context.
 
-        Afterwards they have their own again, whatever was written into them in between. Parameters without an
+        Afterwards the parameters have their own values again, whatever was written into them. Parameters without an
         average keep their values.
         """
         own = {p: p.detach().clone() for p, entry in list(self.state.items()) if "average" in entry}
@@ -268,7 +272,7 @@ class FusedStep(torch.optim.Optimizer):
                     parameter.copy_(value)
 
     def _is_plain(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether nothing is asked that torch's optimizer does not do."""
+        """Returns True if no option is set that torch's optimizer lacks."""
         extras = ("master_weights", "stochastic_rounding")
         return (
             self.max_grad_norm is None
@@ -277,11 +281,11 @@ class FusedStep(torch.optim.Optimizer):
         )
 
     def _take_torch_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Takes torch's own step, without the hooks that it runs around it: the caller's step has run them."""
+        """Takes torch's own step without its hooks, which the caller's step runs."""
         step = self._torch_class.step
         if getattr(step, "hooked", False):
             step = step.__wrapped__
-        # Not the fused one, which a state dict may ask for: it takes neither sparse gradients nor gaps, and SGD's
+        # A state dict may ask for torch's fused step. That takes neither sparse gradients nor gaps, and the one of SGD
         # leaves half-precision parameters on a CPU nearly unchanged (2.13).
         fused = [group.get("fused") for group in optimizer.param_groups]
         try:
@@ -294,11 +298,11 @@ class FusedStep(torch.optim.Optimizer):
 
     @classmethod
     def release(cls, state: dict[Tensor, dict[str, Any]]) -> None:
-        """Makes the state of an optimizer one that torch's class goes on with: see `convert`."""
+        """Converts the state of an optimizer to that of torch's class, in place: see `convert`."""
 
 
-def is_watched(optimizer: torch.optim.Optimizer) -> bool:
-    """Returns True if somebody wants to see a step: a profiler, or the owner of a hook around it."""
+def is_observed(optimizer: torch.optim.Optimizer) -> bool:
+    """Returns True if a profiler runs or a hook around the step is registered."""
     return bool(
         torch.autograd._profiler_enabled()
         or optimizer._optimizer_step_pre_hooks
@@ -308,13 +312,13 @@ def is_watched(optimizer: torch.optim.Optimizer) -> bool:
     )
 
 
-def _is_on_gpu(number: Tensor | None) -> bool:
-    """Whether a number is one that the kernels read where it lies."""
+def _is_on_gpu(number: Tensor | None) -> TypeGuard[Tensor]:
+    """Returns True for a float32 scalar on a GPU, which the kernels read there."""
     return number is not None and number.is_cuda and number.dtype == torch.float32 and number.numel() == 1
 
 
 def to_parameter_dtype(state: dict[Tensor, dict[str, Any]], names: tuple[str, ...]) -> None:
-    """Rounds some entries of an optimizer's state to the dtypes of the parameters, as torch keeps them."""
+    """Rounds the entries ``names`` of an optimizer's state to the dtypes of the parameters, in place."""
     for parameter, entry in list(state.items()):
         for name in names:
             if isinstance(entry.get(name), Tensor):

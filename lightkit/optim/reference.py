@@ -1,4 +1,4 @@
-"""The steps of lightkit's optimizers in terms of torch's operations, for what their kernels do not cover."""
+"""Reference steps of the optimizers in torch's operations, for parameters that the kernels do not cover."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Moves a value, of the accumulation type, by its gradient, with the state and the options of its parameter. The
-# state is kept in the accumulation type where the last argument says so.
+# Updates a value in place by its gradient, both of the accumulation type. The other arguments are the parameter's
+# state, its group, and the dtype in which the state is kept.
 Rule = Callable[[Tensor, Tensor, dict[str, Any], dict[str, Any], torch.dtype], None]
 
 
@@ -21,23 +21,22 @@ def step_reference(
     skip_nonfinite: bool,
     inverse_scale: float,
 ) -> tuple[float | Tensor | None, bool]:
-    """One step, with the options and the state of `lightkit.optim.FusedStep`.
+    """Takes one step with the options and the state of `lightkit.optim.FusedStep`.
 
     Args:
-        rule: of the algorithm.
-        param_groups: those of the optimizer.
-        state: the optimizer's, with what the rule keeps of a parameter, ``master_weight`` and ``average``.
-        max_grad_norm: larger gradients are scaled down to this norm.
-        skip_nonfinite: change nothing if some gradient is NaN or infinite.
-        inverse_scale: factor of every gradient.
+        rule: the update rule of the algorithm.
+        param_groups: the groups of the optimizer.
+        state: the state of the optimizer: that of the rule, ``master_weight`` and ``average`` of each parameter.
+        max_grad_norm: scale the gradients down to this norm if theirs is larger.
+        skip_nonfinite: change nothing if a gradient is NaN or infinite.
+        inverse_scale: multiply every gradient by this factor.
 
     Returns:
-        The norm of the gradients, or None where neither clipping nor skipping asks for it; and whether the step
-        was skipped. The norm is a tensor where the gradients are not on a CPU: nothing waits for the device, but
-        ``skip_nonfinite``, which must know whether to go on.
+        The norm of the gradients, or None if neither clipping nor skipping needs it, and True if the step was skipped.
+        The norm is a tensor for gradients on other devices than a CPU: only ``skip_nonfinite`` waits for the device.
 
     Raises:
-        ValueError: some gradient is sparse.
+        ValueError: a gradient is sparse.
     """
     gradients = [p.grad for group in param_groups for p in group["params"] if p.grad is not None]
     if any(g.is_sparse for g in gradients):
@@ -64,7 +63,7 @@ def step_reference(
 def sgd_rule(
     value: Tensor, gradient: Tensor, entry: dict[str, Any], group: dict[str, Any], state_dtype: torch.dtype
 ) -> None:
-    """The update of `lightkit.optim.SGD`."""
+    """Applies the update rule of `lightkit.optim.SGD`: see :class:`torch.optim.SGD`."""
     if group["weight_decay"] != 0:
         gradient = gradient + group["weight_decay"] * value
     if group["momentum"] != 0:
@@ -81,7 +80,7 @@ def sgd_rule(
 def adam_rule(
     value: Tensor, gradient: Tensor, entry: dict[str, Any], group: dict[str, Any], state_dtype: torch.dtype
 ) -> None:
-    """The update of `lightkit.optim.Adam` and `AdamW`, whose state is never in half precision."""
+    """Applies the update rule of `lightkit.optim.Adam` and `AdamW`. The state is never in half precision."""
     step = entry.setdefault("step", torch.zeros((), dtype=torch.float32))
     step += 1
     count, (beta1, beta2) = float(step), map(float, group["betas"])
@@ -100,11 +99,11 @@ def adam_rule(
 
 
 def _norm(gradients: list[Tensor]) -> float | Tensor:
-    """The 2-norm of all gradients together, left on their device."""
+    """Returns the 2-norm of all gradients together: a float on a CPU, else a tensor on their device."""
     if not gradients:
         return 0.0
     device = gradients[0].device
-    # Others than CPUs and GPUs may know no float64, or emulate it.
+    # Devices other than CPUs and GPUs may lack float64 or emulate it.
     dtype = torch.float64 if device.type in ("cpu", "cuda") else torch.float32
     norms = [torch.linalg.vector_norm(g, dtype=dtype).to(device) for g in gradients]
     norm = torch.linalg.vector_norm(torch.stack(norms))
@@ -114,12 +113,13 @@ def _norm(gradients: list[Tensor]) -> float | Tensor:
 def _update(
     rule: Rule, parameter: Tensor, entry: dict[str, Any], group: dict[str, Any], factor: float | Tensor
 ) -> None:
-    """The step of one parameter."""
+    """Takes the step of one parameter with a gradient."""
+    assert parameter.grad is not None
     dtype = torch.promote_types(parameter.dtype, torch.float32)
     mastered = bool(group.get("master_weights")) and dtype != parameter.dtype
     if mastered:
         value = entry.setdefault("master_weight", parameter.detach().to(dtype))
-        # Where somebody else has written. Chosen on the device: to ask whether somebody has would wait for it.
+        # Adopts values that a program wrote into the parameter. torch.where does not wait for the device.
         value.copy_(torch.where(value.to(parameter.dtype) == parameter, value, parameter.to(dtype)))
     else:
         value = parameter.detach().to(dtype, copy=True)
@@ -140,7 +140,7 @@ def _update(
 
 
 def _rounded_stochastically(value: Tensor) -> Tensor:
-    """float32 values as bfloat16, up or down at random so that the expected result is the value."""
+    """Rounds float32 values up or down to bfloat16 at random, such that the expected result is the value."""
     noise = torch.randint(0, 1 << 16, value.shape, dtype=torch.int32, device=value.device)
     rounded = ((value.view(torch.int32) + noise) & -65536).view(torch.float32)
     return torch.where(value.isfinite(), rounded, value).to(torch.bfloat16)

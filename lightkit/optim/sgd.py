@@ -1,4 +1,4 @@
-"""Stochastic gradient descent, one native call a step."""
+"""Stochastic gradient descent with one native call a step."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ from lightkit.optim.reference import sgd_rule
 
 
 class SGD(FusedStep, torch.optim.SGD):
-    """A drop-in for :class:`torch.optim.SGD`: one pass over all parameters, in one native call.
+    """A drop-in for :class:`torch.optim.SGD`: one native call updates all parameters in one pass.
 
-    For what all optimizers here have in common, the arguments from ``foreach`` on among it, see `FusedStep`.
+    `FusedStep` describes the arguments that all optimizers here share.
 
     Args:
         params: parameters, or dicts that define parameter groups.
         lr: learning rate, a float or a one-element tensor.
-        momentum: factor of the momentum buffer; Nesterov's variant with ``nesterov=True`` [1]_.
+        momentum: factor of the momentum buffer.
         dampening: the gradient enters the momentum buffer with the factor ``1 - dampening``.
         weight_decay: L2 penalty.
-        nesterov: see ``momentum``.
-        maximize: ascend instead of descend.
-        foreach: see `FusedStep`, as for all that follow.
-        differentiable: not supported.
-        fused: for a ``GradScaler``.
-        max_grad_norm: clips within the step.
-        skip_nonfinite: leaves out steps with NaN or infinite gradients.
-        ema_decay: keeps averaged parameters.
-        master_weights: keeps float32 copies; the momentum is in float32 then, else of the parameter's dtype.
-        stochastic_rounding: of bfloat16 parameters.
-        rounding_seed: of that.
+        nesterov: use Nesterov's momentum [1]_.
+        maximize: maximize the objective instead of minimizing it.
+        foreach: see `FusedStep`.
+        differentiable: must be False, see `FusedStep`.
+        fused: True lets a ``GradScaler`` leave unscaling to the step, see `FusedStep`.
+        max_grad_norm: clip the gradients to this norm within the step, see `FusedStep`.
+        skip_nonfinite: skip steps with NaN or infinite gradients, see `FusedStep`.
+        ema_decay: decay rate of averaged parameters, see `FusedStep`.
+        master_weights: keep float32 copies of half-precision parameters and float32 momentum; the momentum has the
+            parameter's dtype otherwise. See `FusedStep`.
+        stochastic_rounding: round bfloat16 parameters at random, see `FusedStep`.
+        rounding_seed: seed of the stochastic rounding, see `FusedStep`.
 
     Raises:
         ValueError: values out of range, or ``differentiable=True``.

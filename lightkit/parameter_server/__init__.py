@@ -1,22 +1,39 @@
-"""Parameters and optimizer state on servers; workers push gradients and pull parameters [1]_.
+"""Parameters and optimizer states live on servers; workers push gradients and pull parameters [1]_.
 
-A server is a process of its own, ``python -m lightkit.parameter_server``, or several of them with a part of the
-parameters each; `Client` is a worker's side. Each worker has a TCP connection of its own to each server, so that who
-dies, or sends what it should not, takes nobody along. Nothing here knows of Lightning: the strategy that does is
+A server is a process, ``python -m lightkit.parameter_server``. Several servers hold a shard of the parameters each. A
+worker trains through a `Client`, which opens one TCP connection to each server, so that the failure of one peer leaves
+the other connections untouched. This package imports neither Lightning nor Hydra; the strategy for Lightning is
 `lightkit.strategies.ParameterServer`.
 
-Both sides of a connection prove that they know the secret before anything else is said (see
-`lightkit.parameter_server.rendezvous`), and sign what they send, except the elements of tensors. Nothing is encrypted:
-who can read the network between them can read the parameters, and who can change packets can change numbers in them.
-Whoever has the secret can train the model badly, and take a worker's place when it is free; it cannot end the server.
+Both sides of a connection prove that they know a shared secret (see `lightkit.parameter_server.rendezvous`), and sign
+all that they send, except the elements of tensors. Nothing is encrypted: an attacker who reads the network reads the
+parameters, and an attacker who changes packets changes elements of gradients. An attacker who knows the secret can
+train the model badly and take the place of an absent worker; the attacker cannot end the server.
 
 References:
     .. [1] Li et al., Scaling distributed machine learning with the parameter server, OSDI 2014; Ho et al., More
        effective distributed ML via a stale synchronous parallel parameter server, NIPS 2013 (``bounded``).
 """
 
-from lightkit.parameter_server.client import Client
-from lightkit.parameter_server.job import MODES, Job, Table
+from lightkit._util.deprecated import renamed
+from lightkit.parameter_server.client import Client, Clipping
+from lightkit.parameter_server.hyperparameters import group_options
 from lightkit.parameter_server.server import Server
+from lightkit.parameter_server.status import ServerStatus, WorkerStatus
+from lightkit.parameter_server.training_spec import MODES, OptimizerSpec, TrainingSpec
 
-__all__ = ["MODES", "Client", "Job", "Server", "Table"]
+__all__ = [
+    "MODES",
+    "Client",
+    "Clipping",
+    "OptimizerSpec",
+    "Server",
+    "ServerStatus",
+    "TrainingSpec",
+    "WorkerStatus",
+    "group_options",
+]
+
+__getattr__ = renamed(
+    __name__, {"Job": f"{__name__}.training_spec.TrainingSpec", "Table": f"{__name__}.training_spec.OptimizerSpec"}
+)

@@ -1,4 +1,4 @@
-"""``python -m lightkit.parameter_server --host HOST --port PORT``: one server of a job, until its workers have left."""
+"""``python -m lightkit.parameter_server --host HOST --port PORT``: runs one server until its workers have left."""
 
 from __future__ import annotations
 
@@ -11,35 +11,37 @@ import threading
 import torch
 
 from lightkit.errors import LightkitError
-from lightkit.parameter_server.rendezvous import SECRET
+from lightkit.parameter_server.rendezvous import SECRET_VARIABLE
 from lightkit.parameter_server.server import Server
 
 
 def main() -> int:
-    """Runs a server; 0 when the job has come to its end."""
+    """Runs a server; returns 0 after the end of the training, 1 after an error and 2 without a secret."""
     parser = argparse.ArgumentParser(
         prog="python -m lightkit.parameter_server",
-        description=f"A parameter server for one job. Workers must have the same {SECRET} in their environment. Both "
-        "sides prove that they know it, and sign what they send, except the elements of tensors; nothing is encrypted: "
-        "the network between them must be one that is trusted, or a tunnel.",
+        description=f"Runs a parameter server for one training. Workers need the same {SECRET_VARIABLE} in their "
+        "environment. Both sides prove that they know the secret, and sign all that they send, except the elements of "
+        "tensors. Nothing is encrypted: use a trusted network or a tunnel.",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address that workers reach (default: this machine alone)")
-    parser.add_argument("--port", type=int, default=29600, help="0 for any free one (default: 29600)")
-    parser.add_argument("--directory", help="where its snapshots and log go, and where it comes back from")
-    parser.add_argument("--timeout", type=float, default=30.0, help="seconds without a worker's sign of life")
-    parser.add_argument("--threads", type=int, default=1, help="of the optimizer's step (default: 1)")
+    parser.add_argument("--port", type=int, default=29600, help="0 for any free port (default: 29600)")
+    parser.add_argument("--directory", help="directory of the snapshots and the log; the server recovers from it")
+    parser.add_argument("--timeout", type=float, default=30.0, help="seconds without a heartbeat of a worker (30)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of the optimizer step (default: 1)")
     parser.add_argument(
         "--recover-until-damage",
         action="store_true",
-        help="where the log in --directory is damaged and updates follow the damage: go on from the last update before "
-        "it, and keep the rest of the log there as damaged-log-*.bin (default: an error, and nothing is changed)",
+        help="recover from a damaged log: use the updates before the damage, and keep the rest of the log in "
+        "--directory as damaged-log-*.bin (default: an error that changes nothing)",
     )
     parser.add_argument("--leave-with-parent", action="store_true", help="end when standard input is closed")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="parameter server: %(message)s")
-    secret = os.environ.get(SECRET, "")
+    secret = os.environ.get(SECRET_VARIABLE, "")
     if not secret:
-        print(f"error: {SECRET} is not set: choose a secret, and give it to servers and workers", file=sys.stderr)
+        print(
+            f"error: {SECRET_VARIABLE} is not set: choose a secret, and give it to servers and workers", file=sys.stderr
+        )
         return 2
     if options.threads < 1:
         parser.error(f"--threads must be at least 1, got {options.threads}")
@@ -61,7 +63,7 @@ def main() -> int:
 
 
 def _leave_with_parent() -> None:
-    # Past Python's own buffer, whose lock would be held when the interpreter ends.
+    # os.read bypasses the buffer of sys.stdin, whose lock this thread would hold at the end of the interpreter.
     while os.read(0, 4096):
         pass
     os._exit(0)
@@ -71,5 +73,5 @@ if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Connections may still be waited on in threads, which would keep an orderly end from coming.
+    # Threads may still wait for connections, and an orderly exit would wait for the threads.
     os._exit(status)

@@ -1,4 +1,4 @@
-"""Refuses what the memory of this machine has no room for, before anything is allocated."""
+"""A check of the available memory before large allocations."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 from lightkit.errors import LightkitError
 
 
-def check_memory(wanted: int) -> None:
-    """Checks that so many bytes can be had; systems without ``/proc`` do not say, and are not asked.
+def check_memory(required: int) -> None:
+    """Checks that ``required`` bytes of memory are available; does nothing on systems without ``/proc/meminfo``.
 
     Raises:
-        LightkitError: there are not so many.
+        LightkitError: fewer bytes are available.
     """
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -20,5 +20,5 @@ def check_memory(wanted: int) -> None:
     for line in lines:
         if line.startswith("MemAvailable:"):
             available = int(line.split()[1]) << 10
-            if wanted > available:
-                raise LightkitError(f"{wanted} bytes are wanted and the server has {available} bytes of memory left")
+            if required > available:
+                raise LightkitError(f"the server needs {required} bytes of memory, and {available} are available")

@@ -1,4 +1,4 @@
-"""A worker's side: pushes gradients to the servers, and has the parameters that come back."""
+"""A worker's client: pushes gradients to all servers of a training, and receives the parameters."""
 
 from __future__ import annotations
 
@@ -8,27 +8,31 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from lightkit._util.deprecated import renamed_parameters
 from lightkit.errors import ConfigError, LightkitError
-from lightkit.parameter_server.channel import Channel
-from lightkit.parameter_server.job import Job, views_of
+from lightkit.parameter_server.flat_tensors import view_flat
+from lightkit.parameter_server.hyperparameters import GroupOptions
 from lightkit.parameter_server.protocol import Request
+from lightkit.parameter_server.server_session import ServerSession
+from lightkit.parameter_server.shard import ParameterState
+from lightkit.parameter_server.training_spec import TrainingSpec
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Clipping:
-    """What is done to gradients before a step: in ``sync`` to their mean, else to each worker's own.
+    """Gradient clipping before a step: of the mean gradient in ``sync``, else of each worker's gradient.
 
     Args:
-        max_norm: of all of them together, as in :func:`torch.nn.utils.clip_grad_norm_`.
-        max_value: of each element, in absolute value.
-        skip_nonfinite: the step is left out where a gradient is NaN or infinite.
+        max_norm: the norm of all gradients together, as in :func:`torch.nn.utils.clip_grad_norm_`.
+        max_value: the absolute value of each element.
+        skip_nonfinite: skips the step if a gradient is NaN or infinite.
     """
 
     max_norm: float | None = None
@@ -37,86 +41,106 @@ class Clipping:
 
     @property
     def needs_norm(self) -> bool:
-        """Whether the norm must be known."""
+        """True if `factor` depends on the norm."""
         return self.max_norm is not None or self.skip_nonfinite
 
     def factor(self, norm: float) -> float:
-        """By what gradients of this norm are multiplied; below 0 where the step is left out."""
+        """Returns the factor of gradients with that norm; a negative factor skips the step."""
         if self.skip_nonfinite and not math.isfinite(norm):
             return -1.0
         return 1.0 if self.max_norm is None or norm < self.max_norm else self.max_norm / (norm + 1e-6)
 
 
-class Client:
-    """Connections to all servers of a job.
+class OptimizerState(NamedTuple):
+    """The servers' state of one optimizer.
 
     Args:
-        addresses: ``HOST:PORT`` of each; in the same order at every worker.
-        secret: that the servers know.
-        rank: of this worker; 0 brings the parameters.
-        job: what is trained, the same at every worker.
-        timeout: seconds without a word after which a server counts as gone.
-        patience: seconds for servers to come up, and to come back.
-
-    Raises:
-        ConfigError: no address.
+        values: the parameters, in the order of the optimizer's groups.
+        state: the optimizer's state of each parameter.
+        rounding_seeds: ``rounding_seed`` by the index of the group, for groups that have one.
     """
 
+    values: list[Tensor]
+    state: list[ParameterState]
+    rounding_seeds: dict[int, int]
+
+
+class Client:
+    """Connections of one worker to all servers of a training.
+
+    Args:
+        addresses: ``HOST:PORT`` of each server, in the same order at every worker.
+        secret: the secret of the servers.
+        rank: the rank of this worker; worker 0 brings the parameters.
+        spec: the specification of the training, the same at every worker.
+        timeout: seconds without a byte of a server after which it counts as gone.
+        patience: seconds for servers to come up, and to come back.
+
+    Attributes:
+        norm: the norm of the latest gradient that was clipped or checked: in ``sync`` of the mean gradient, else of
+            this worker's gradient. None before.
+
+    Raises:
+        ConfigError: ``addresses`` is empty, or names a server twice.
+    """
+
+    @renamed_parameters(job="spec")
     def __init__(
         self,
         addresses: Sequence[str],
         secret: str,
         rank: int,
-        job: Job,
+        spec: TrainingSpec,
         timeout: float = 30.0,
         patience: float = 60.0,
     ) -> None:
         if not addresses or len(set(addresses)) != len(addresses):
             raise ConfigError(f"addresses must name each parameter server once, got {list(addresses)}")
-        self._job = job
-        who = {"rank": rank, "incarnation": secrets.token_hex(8), "timeout": timeout}
+        self._spec = spec
+        join_request = {"rank": rank, "incarnation": secrets.token_hex(8), "timeout": timeout}
         self._ended = threading.Event()
-        self._channels = [
-            Channel(address, secret, {**who, "job": part.to_json()}, part, timeout, patience, self._ended)
-            for address, part in zip(addresses, job.parts(len(addresses)), strict=True)
+        self._sessions = [
+            ServerSession(
+                address, secret, {**join_request, "job": shard.to_json()}, shard, timeout, patience, self._ended
+            )
+            for address, shard in zip(addresses, spec.shards(len(addresses)), strict=True)
         ]
-        self._positions = [_positions(job, channel.job) for channel in self._channels]
-        self._pool = ThreadPoolExecutor(len(self._channels), "lightkit-parameter-server")
-        # Reads a mean's norm, which nobody clips by then.
+        self._positions = [_positions(spec, session.spec) for session in self._sessions]
+        self._pool = ThreadPoolExecutor(len(self._sessions), "lightkit-parameter-server")
         self.norm: float | None = None
-        self._signs = threading.Thread(target=self._send_heartbeats, daemon=True)
-        self._signs.start()
+        self._heartbeats = threading.Thread(target=self._send_heartbeats, daemon=True)
+        self._heartbeats.start()
 
     @property
     def traffic(self) -> tuple[int, int]:
-        """Bytes of pushes that were sent so far, and of parameters that were received."""
-        sent = sum(channel.bytes_sent for channel in self._channels)
-        return sent, sum(channel.bytes_received for channel in self._channels)
+        """The bytes of pushes sent so far, and the bytes of parameters received so far."""
+        sent = sum(session.bytes_sent for session in self._sessions)
+        return sent, sum(session.bytes_received for session in self._sessions)
 
     def start(
         self,
-        options: list[list[dict[str, Any]]],
+        options: list[list[GroupOptions]],
         values: list[list[Tensor]],
-        state: list[list[dict[str, Any]]] | None = None,
+        state: list[list[ParameterState]] | None = None,
     ) -> bool:
-        """Joins the job; worker 0 begins it, where that has not been done.
+        """Joins the training. Worker 0 begins it if the servers have none; other workers wait for that.
 
         Args:
-            options: of the optimizers' groups; as the next two, by table.
-            values: of the parameters.
-            state: of the optimizers, for each parameter.
+            options: for each optimizer the options of its groups, as `group_options` returns them.
+            values: for each optimizer its parameters.
+            state: for each optimizer the state of each parameter; None for new optimizers.
 
         Returns:
-            Whether this worker has begun it: else the servers go on with the parameters that they have.
+            True if this worker has begun the training; False if the servers continue with their own parameters.
 
         Raises:
-            ConfigError: a server refuses: another secret, model, version or mode.
+            ConfigError: a server refuses the worker, which has another secret, model, version or mode.
             LightkitError: a server cannot be reached.
         """
         states = state or [[] for _ in values]
 
-        def start(channel: Channel, positions: list[list[int]]) -> bool:
-            return channel.start(
+        def start(session: ServerSession, positions: list[list[int]]) -> bool:
+            return session.start(
                 {
                     "options": options,
                     "values": [[v[i] for i in own] for v, own in zip(values, positions, strict=True)],
@@ -124,114 +148,122 @@ class Client:
                 }
             )
 
-        return any(self._all(start))
+        return any(self._for_all(start))
 
-    def pull(self, table: int) -> list[Tensor]:
-        """The parameters as they are now: see `parameters`."""
-        self._all(lambda channel, _: channel.pull(table))
-        return self.parameters(table)
+    @renamed_parameters(table="optimizer_index")
+    def pull(self, optimizer_index: int) -> list[Tensor]:
+        """Returns the current parameters of an optimizer: views, as of `parameters`."""
+        self._for_all(lambda session, _: session.pull(optimizer_index))
+        return self.parameters(optimizer_index)
 
+    @renamed_parameters(table="optimizer_index")
     def push(
         self,
-        table: int,
+        optimizer_index: int,
         gradients: Sequence[Tensor | None],
-        groups: Sequence[dict[str, Any]],
+        groups: Sequence[GroupOptions],
         clipping: Clipping | None = None,
-    ) -> Exchange:
-        """Sends gradients; they may be written to when this returns.
+    ) -> PendingPush:
+        """Sends gradients. The caller may overwrite them after the return, and must wait before the next push.
 
         Args:
-            table: number of the optimizer.
-            gradients: of its parameters; None for those that have none.
-            groups: the optimizer's, with the options of this step.
-            clipping: see there.
+            optimizer_index: the index of the optimizer.
+            gradients: one for each parameter of the optimizer; None for a parameter without a gradient.
+            groups: the optimizer's ``param_groups``, whose numbers the step uses.
+            clipping: gradient clipping of this step.
 
-        Returns:
-            To wait for, before the next push of this table.
+        Raises:
+            ConfigError: an option of a group is not a number any more.
         """
         clipping = clipping or Clipping()
-        local = self._job.mode != "sync"
-        for channel, positions in zip(self._channels, self._positions, strict=True):
-            channel.load(table, [gradients[i] for i in positions[table]])
-        skip = local and not self._clip_own(table, clipping)
-        facts = [skip, 0.0 if local else clipping.max_value or 0.0, not local and clipping.needs_norm]
-        for channel in self._channels:
-            channel.encode(table, facts, groups, skip)
-        norms = _Norms(len(self._channels), clipping, self)
+        clips_here = self._spec.mode != "sync"
+        for session, positions in zip(self._sessions, self._positions, strict=True):
+            session.load(optimizer_index, [gradients[i] for i in positions[optimizer_index]])
+        skip = clips_here and not self._clip(optimizer_index, clipping)
+        flags = [
+            float(skip),
+            0.0 if clips_here else clipping.max_value or 0.0,
+            float(not clips_here and clipping.needs_norm),
+        ]
+        for session in self._sessions:
+            session.encode(optimizer_index, flags, groups, skip)
+        reduction = _NormReduction(len(self._sessions), clipping, self)
 
-        def exchange(channel: Channel) -> None:
+        def exchange(session: ServerSession) -> None:
             try:
-                channel.push(table, norms.factor)
-                norms.go_on_without(channel)
+                session.push(optimizer_index, reduction.factor)
+                reduction.add_missing(session.address)
             except BaseException as error:
-                norms.fail(error)
+                reduction.fail(error)
                 raise
 
-        futures = [self._pool.submit(exchange, channel) for channel in self._channels]
-        return Exchange(futures, lambda: self.parameters(table))
+        futures = [self._pool.submit(exchange, session) for session in self._sessions]
+        return PendingPush(futures, lambda: self.parameters(optimizer_index))
 
-    def state(self) -> list[tuple[list[Tensor], list[dict[str, Any]], dict[int, int]]]:
-        """By table: the parameters, the optimizer's state of each, and the groups' ``rounding_seed``s."""
-        found = self._all(lambda channel, _: channel.state())
+    def state(self) -> list[OptimizerState]:
+        """Returns the servers' parameters and optimizer states, for each optimizer."""
+        found = self._for_all(lambda session, _: session.state())
         whole = []
-        for t, table in enumerate(self._job.tables):
-            values: list[Any] = [None] * len(table.parameters)
-            state: list[Any] = [None] * len(table.parameters)
+        for o, spec in enumerate(self._spec.optimizers):
+            values: dict[int, Tensor] = {}
+            state: dict[int, ParameterState] = {}
             seeds: dict[int, int] = {}
-            for channel, positions, parts in zip(self._channels, self._positions, found, strict=True):
-                own = channel.job.tables[t].parameters
-                views = views_of(parts[t]["flats"], own)
-                for i, view, entry in zip(positions[t], views, parts[t]["state"], strict=True):
+            for session, positions, parts in zip(self._sessions, self._positions, found, strict=True):
+                own = session.spec.optimizers[o].parameters
+                views = view_flat(parts[o]["flats"], own)
+                for i, view, entry in zip(positions[o], views, parts[o]["state"], strict=True):
                     values[i], state[i] = view, entry
-                groups = sorted({p.group for p in own})
-                seeds |= {g: s for g, s in zip(groups, parts[t]["seeds"], strict=True) if s is not None}
-            whole.append((values, state, seeds))
+                indices = sorted({p.group_index for p in own})
+                seeds |= {g: s for g, s in zip(indices, parts[o]["seeds"], strict=True) if s is not None}
+            order = range(len(spec.parameters))
+            whole.append(OptimizerState([values[i] for i in order], [state[i] for i in order], seeds))
         return whole
 
     def finish(self) -> None:
-        """Says that this worker pushes no more, and waits until no worker does; those that are lost do not count."""
-        self._all(lambda channel, _: channel.ask(Request.FINISH))
+        """Tells the servers that this worker pushes no more, and waits until no worker pushes; lost workers do not."""
+        self._for_all(lambda session, _: session.send(Request.FINISH))
 
     def leave(self) -> None:
-        """Ends the connections, once `finish` has returned; without that, the servers take the worker for lost."""
+        """Closes the connections after `finish`; without `finish` the servers take the worker for lost."""
         if not self._ended.is_set():
             self._ended.set()
             self._pool.shutdown()
-            # Not to be met by the end of the interpreter while it sends.
-            self._signs.join()
-            for channel in self._channels:
-                channel.leave()
+            # The interpreter must not end while the thread sends.
+            self._heartbeats.join()
+            for session in self._sessions:
+                session.leave()
 
     def abandon(self) -> None:
-        """Ends without a word, whatever is under way: the servers take the worker for lost."""
+        """Closes the connections at once, during a push too: the servers take the worker for lost."""
         self._ended.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
-        for channel in self._channels:
-            channel.abandon()
+        for session in self._sessions:
+            session.abandon()
 
-    def _all(self, action: Callable[[Channel, list[list[int]]], T]) -> list[T]:
-        pairs = list(zip(self._channels, self._positions, strict=True))
-        futures = [self._pool.submit(action, channel, positions) for channel, positions in pairs]
+    @renamed_parameters(table="optimizer_index")
+    def parameters(self, optimizer_index: int) -> list[Tensor]:
+        """Returns the parameters of the latest reply: views of buffers that the next pull or push overwrites."""
+        found: dict[int, Tensor] = {}
+        for session, positions in zip(self._sessions, self._positions, strict=True):
+            views = session.buffers[optimizer_index].reply_views
+            found.update(zip(positions[optimizer_index], views, strict=True))
+        return [found[i] for i in range(len(found))]
+
+    def _for_all(self, action: Callable[[ServerSession, list[list[int]]], T]) -> list[T]:
+        pairs = list(zip(self._sessions, self._positions, strict=True))
+        futures = [self._pool.submit(action, session, positions) for session, positions in pairs]
         return [future.result() for future in futures]
 
-    def parameters(self, table: int) -> list[Tensor]:
-        """What came last: views of memory that the next pull or push writes to."""
-        parameters: list[Any] = [None] * len(self._job.tables[table].parameters)
-        for channel, positions in zip(self._channels, self._positions, strict=True):
-            for i, view in zip(positions[table], channel.places[table].reply_views, strict=True):
-                parameters[i] = view
-        return parameters
-
-    def _clip_own(self, table: int, clipping: Clipping) -> bool:
-        """Clips this worker's gradients; False where the step is to be left out."""
-        places = [channel.places[table] for channel in self._channels]
-        flats = [flat for place in places for flat in place.flats]
+    def _clip(self, optimizer_index: int, clipping: Clipping) -> bool:
+        """Clips this worker's gradients; returns False if the step is to be skipped."""
+        every = [session.buffers[optimizer_index] for session in self._sessions]
+        flats = [flat for buffers in every for flat in buffers.flats]
         if clipping.max_value is not None:
             torch._foreach_clamp_max_(flats, clipping.max_value)
             torch._foreach_clamp_min_(flats, -clipping.max_value)
         if not clipping.needs_norm:
             return True
-        views = [view for place in places for view in place.views]
+        views = [view for buffers in every for view in buffers.views]
         self.norm = math.sqrt(math.fsum(norm.double().item() ** 2 for norm in torch._foreach_norm(views)))
         factor = clipping.factor(self.norm)
         if factor >= 0 and factor != 1:
@@ -239,74 +271,80 @@ class Client:
         return factor >= 0
 
     def _send_heartbeats(self) -> None:
-        while not self._ended.wait(min(channel.heartbeat for channel in self._channels)):
-            for channel in self._channels:
-                channel.send_heartbeat()
+        while not self._ended.wait(min(session.heartbeat_interval for session in self._sessions)):
+            for session in self._sessions:
+                session.send_heartbeat()
 
 
-class Exchange:
-    """A push on its way."""
+class PendingPush:
+    """A push whose replies have not arrived from all servers."""
 
-    def __init__(self, futures: list[Future], parameters: Callable[[], list[Tensor]]) -> None:
+    def __init__(self, futures: list[Future[None]], parameters: Callable[[], list[Tensor]]) -> None:
         self._futures, self._parameters = futures, parameters
 
     def result(self) -> list[Tensor]:
-        """Waits for the parameters after the step, as of `Client.pull`.
+        """Waits for the replies; returns the parameters after the step, as `Client.parameters`.
 
         Raises:
-            LightkitError: a server is gone, or refuses what was pushed.
+            LightkitError: a server is gone, or refuses the push.
         """
         errors = [error for future in self._futures if (error := future.exception()) is not None]
         if errors:
-            # Rather the first cause than that another server has one.
-            raise min(errors, key=lambda error: isinstance(error, _OtherFailedError))
+            # The cause, before its effects on the pushes to other servers.
+            raise min(errors, key=lambda error: isinstance(error, _OtherServerError))
         return self._parameters()
 
 
-class _OtherFailedError(LightkitError):
-    """Of a push to one server, because that to another failed."""
+class _OtherServerError(LightkitError):
+    """The error of a push to one server after the push to another one has failed."""
 
 
-class _Norms:
-    """Brings together the servers' parts of a norm."""
+class _NormReduction:
+    """The sum of the servers' parts of the norm of a mean gradient."""
 
-    def __init__(self, count: int, clipping: Clipping, client: Client) -> None:
-        self._missing = count
+    def __init__(self, servers: int, clipping: Clipping, client: Client) -> None:
+        self._servers = servers
         self._clipping, self._client = clipping, client
         self._squares: dict[str, float] = {}
         self._changed = threading.Condition()
         self._error: BaseException | None = None
 
     def factor(self, address: str, square: float) -> float:
-        """Waits for the other parts; a server that asks again has come back."""
+        """Returns the factor of the mean gradient, after the parts of all servers have arrived.
+
+        A restarted server sends its part again.
+
+        Raises:
+            LightkitError: the push to another server has failed.
+        """
         with self._changed:
             self._squares[address] = square
             self._changed.notify_all()
-            while len(self._squares) < self._missing and self._error is None:
+            while len(self._squares) < self._servers and self._error is None:
                 self._changed.wait()
             if self._error is not None:
-                raise _OtherFailedError("another parameter server failed") from self._error
+                raise _OtherServerError("another parameter server failed") from self._error
             norm = math.sqrt(math.fsum(self._squares.values()))
         self._client.norm = norm
         return self._clipping.factor(norm)
 
-    def go_on_without(self, channel: Channel) -> None:
-        """That server has made the step: it came back after another worker had told it the factor."""
+    def add_missing(self, address: str) -> None:
+        """Adds 0 for a server that has made the step without asking: another worker had sent the factor before."""
         with self._changed:
-            self._squares.setdefault(channel.address, 0.0)
+            self._squares.setdefault(address, 0.0)
             self._changed.notify_all()
 
     def fail(self, error: BaseException) -> None:
-        """One of the servers will not answer."""
+        """Ends the waiting: the push to a server has failed."""
         with self._changed:
             self._error = error
             self._changed.notify_all()
 
 
-def _positions(job: Job, part: Job) -> list[list[int]]:
-    """By table, where in the job the parameters of a part are."""
+def _positions(spec: TrainingSpec, shard: TrainingSpec) -> list[list[int]]:
+    """Returns for each optimizer the positions of a shard's parameters among all parameters of the optimizer."""
     found = []
-    for table, own in zip(job.tables, part.tables, strict=True):
-        numbers = {parameter.name: index for index, parameter in enumerate(table.parameters)}
-        found.append([numbers[parameter.name] for parameter in own.parameters])
+    for whole, own in zip(spec.optimizers, shard.optimizers, strict=True):
+        indices = {parameter.name: index for index, parameter in enumerate(whole.parameters)}
+        found.append([indices[parameter.name] for parameter in own.parameters])
     return found

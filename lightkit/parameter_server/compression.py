@@ -1,4 +1,4 @@
-"""What of a gradient is sent, and what the other side makes of it."""
+"""Compression of pushes: codecs between a flat gradient and the tensors that are sent."""
 
 from __future__ import annotations
 
@@ -10,50 +10,54 @@ from torch import Tensor
 COMPRESSIONS = ("none", "bf16", "topk")
 
 
-class Whole:
-    """All of it.
+class Codec:
+    """A codec that sends the gradient as it is; the base class of the compressing codecs.
 
     Args:
-        flat: the gradients, one-dimensional; ``encode`` reads them, ``decode`` writes them.
+        flat: the gradient, one-dimensional; ``encode`` reads it, ``decode`` writes it.
 
     Attributes:
-        wire: the tensors that are sent.
+        payload: the tensors that are sent.
     """
 
     def __init__(self, flat: Tensor) -> None:
         self.flat = flat
-        self.wire = [flat]
+        self.payload = [flat]
 
     def encode(self) -> None:
-        """Puts what ``flat`` holds on the wire."""
+        """Writes the gradient to ``payload``."""
 
-    def encode_nothing(self) -> None:
-        """Puts zeros on the wire, whatever ``flat`` holds."""
-        for tensor in self.wire:
+    def encode_zeros(self) -> None:
+        """Writes zeros to ``payload``, whatever the gradient is."""
+        for tensor in self.payload:
             tensor.zero_()
 
     def decode(self) -> None:
-        """Puts what was on the wire into ``flat``."""
+        """Writes the content of ``payload`` to ``flat``."""
 
 
-class BFloat16(Whole):
-    """Rounded to bfloat16, half the bytes of float32."""
+class BFloat16Codec(Codec):
+    """A codec that rounds to bfloat16, which halves the bytes of float32."""
 
     def __init__(self, flat: Tensor) -> None:
         super().__init__(flat)
-        self.wire = [torch.empty(flat.shape, dtype=torch.bfloat16)]
+        self.payload = [torch.empty(flat.shape, dtype=torch.bfloat16)]
 
     def encode(self) -> None:
-        """Rounds."""
-        self.wire[0].copy_(self.flat)
+        """Rounds the gradient."""
+        self.payload[0].copy_(self.flat)
 
     def decode(self) -> None:
-        """Widens."""
-        self.flat.copy_(self.wire[0])
+        """Widens the payload."""
+        self.flat.copy_(self.payload[0])
 
 
-class TopK(Whole):
-    """The largest in absolute value; what was not sent is added to the next gradient [1]_.
+class TopKCodec(Codec):
+    """A codec that sends the elements that are largest in absolute value, and adds the rest to the next gradient [1]_.
+
+    Args:
+        flat: the gradient, one-dimensional.
+        fraction: the fraction of the elements that are sent.
 
     References:
         .. [1] Stich, Cordonnier, Jaggi, Sparsified SGD with memory, NeurIPS 2018.
@@ -62,33 +66,38 @@ class TopK(Whole):
     def __init__(self, flat: Tensor, fraction: float) -> None:
         super().__init__(flat)
         count = max(1, math.ceil(fraction * flat.numel()))
-        # Positions of 32 bits while they suffice: they are half of what is sent.
-        positions = torch.int32 if flat.numel() <= 2**31 else torch.int64
-        self.wire = [torch.zeros(count, dtype=positions), torch.zeros(count, dtype=flat.dtype)]
-        self._left: Tensor | None = None
+        # Indices are half of what is sent: 32 bits while they suffice.
+        index_dtype = torch.int32 if flat.numel() <= 2**31 else torch.int64
+        self.payload = [torch.zeros(count, dtype=index_dtype), torch.zeros(count, dtype=flat.dtype)]
+        self._residual: Tensor | None = None
 
     def encode(self) -> None:
-        """Picks the largest of the gradient and what was left of earlier ones."""
-        if self._left is None:
-            self._left = torch.zeros_like(self.flat)
-        self._left.add_(self.flat)
-        positions = self._left.abs().topk(len(self.wire[0]), sorted=False).indices
-        self.wire[0].copy_(positions)
-        torch.index_select(self._left, 0, positions, out=self.wire[1])
-        self._left.index_fill_(0, positions, 0)
-        if not self.wire[1].isfinite().all():
-            # They count as the largest. What of them was not sent would be in every push to come.
-            self._left.nan_to_num_(0.0, 0.0, 0.0)
+        """Selects the largest elements of the sum of the gradient and the residual of earlier ones."""
+        if self._residual is None:
+            self._residual = torch.zeros_like(self.flat)
+        self._residual.add_(self.flat)
+        indices, values = self.payload
+        largest = self._residual.abs().topk(len(indices), sorted=False).indices
+        indices.copy_(largest)
+        torch.index_select(self._residual, 0, largest, out=values)
+        self._residual.index_fill_(0, largest, 0)
+        if not values.isfinite().all():
+            # NaN and infinity count as the largest. A rest of them in the residual would spoil every later push.
+            self._residual.nan_to_num_(0.0, 0.0, 0.0)
 
     def decode(self) -> None:
-        """Zeros, with the numbers at their positions; a position out of range is an IndexError."""
-        self.flat.zero_().index_copy_(0, self.wire[0].long(), self.wire[1])
+        """Writes the values to their indices, and zeros elsewhere.
+
+        Raises:
+            IndexError: an index is out of range.
+        """
+        self.flat.zero_().index_copy_(0, self.payload[0].long(), self.payload[1])
 
 
-def codec(flat: Tensor, compression: str, fraction: float) -> Whole:
-    """What sends or receives such gradients. Those that are no longer than bfloat16 are not rounded to it."""
+def make_codec(flat: Tensor, compression: str, fraction: float) -> Codec:
+    """Returns the codec of a flat gradient. A dtype of two bytes or fewer is not rounded to bfloat16."""
     if compression == "topk" and flat.numel():
-        return TopK(flat, fraction)
+        return TopKCodec(flat, fraction)
     if compression == "bf16" and flat.element_size() > 2:
-        return BFloat16(flat)
-    return Whole(flat)
+        return BFloat16Codec(flat)
+    return Codec(flat)

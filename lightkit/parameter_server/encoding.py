@@ -1,4 +1,4 @@
-"""JSON with tensors in it, as text and tensors: what messages and files are made of. Never a pickle."""
+"""JSON with tensors, as a text and a list of tensors: the encoding of messages and files. Never a pickle."""
 
 from __future__ import annotations
 
@@ -10,101 +10,101 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The key of the dictionary that stands for a tensor in the text; its value is the tensor's position.
+# The key of the dictionary that stands for a tensor in the text; its value is the tensor's index.
 _TENSOR = "__tensor__"
 
 # More than any tensor has.
-_MOST_DIMENSIONS = 64
+_MAX_DIMENSIONS = 64
 
-_WHOLE = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+_INTEGER_DTYPES = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
 
 def encode(value: Any) -> tuple[bytes, list[Tensor]]:
-    """Returns a value as UTF-8 JSON and the tensors in it, detached, on the CPU, without gaps.
+    """Returns a value as UTF-8 JSON, and its tensors: detached, contiguous, on the CPU.
 
     Args:
-        value: containers, strings, numbers and None, with tensors of any shapes and dtypes; tuples come back as lists.
+        value: containers, strings, numbers and None, with tensors of any shapes and dtypes. `decode` returns a tuple
+            as a list.
     """
     tensors: list[Tensor] = []
-    described = _take_out(value, tensors)
-    forms = [[str(tensor.dtype).partition(".")[2], list(tensor.shape)] for tensor in tensors]
-    return json.dumps([described, forms]).encode(), tensors
+    body = _extract_tensors(value, tensors)
+    types = [[str(tensor.dtype).partition(".")[2], list(tensor.shape)] for tensor in tensors]
+    return json.dumps([body, types]).encode(), tensors
 
 
-def decode(text: bytes, most: int, fill: Callable[[list[Tensor]], None]) -> Any:
-    """Returns the value that `encode` was given.
+def decode(text: bytes, max_bytes: int, fill: Callable[[list[Tensor]], None]) -> Any:
+    """Returns the value that `encode` received.
 
     Args:
-        text: the JSON, of whoever sent it: it may be anything.
-        most: bytes that its tensors may take together; nothing is allocated where they would take more.
-        fill: gets the tensors, empty, and writes their elements.
+        text: the JSON of an untrusted peer.
+        max_bytes: the limit of the bytes of all tensors, checked before an allocation.
+        fill: writes the elements of the tensors that it receives.
 
     Raises:
-        ValueError: the text is not one of `encode`, or announces more than `most` bytes.
+        ValueError: the text is not one of `encode`, or its tensors exceed ``max_bytes``.
     """
     try:
-        described, forms = json.loads(text)
-        dtypes = [dtype_named(name) for name, _ in forms]
-        shapes = [checked_shape(shape) for _, shape in forms]
+        body, types = json.loads(text)
+        dtypes = [dtype_named(name) for name, _ in types]
+        shapes = [checked_shape(shape) for _, shape in types]
     except (TypeError, RecursionError) as error:
         raise ValueError(f"this is no message: {error}") from None
-    needed = sum(prod(shape) * dtype.itemsize for dtype, shape in zip(dtypes, shapes, strict=True))
-    if needed > most:
-        raise ValueError(f"tensors of {needed} bytes are announced, at most {most} are taken")
+    required = sum(prod(shape) * dtype.itemsize for dtype, shape in zip(dtypes, shapes, strict=True))
+    if required > max_bytes:
+        raise ValueError(f"its tensors have {required} bytes, at most {max_bytes} are accepted")
     tensors = [torch.empty(shape, dtype=dtype) for dtype, shape in zip(dtypes, shapes, strict=True)]
     fill(tensors)
     try:
-        return _put_back(described, tensors)
+        return _insert_tensors(body, tensors)
     except (TypeError, IndexError, RecursionError) as error:
         raise ValueError(f"this is no message: {error}") from None
 
 
-def dtype_named(name: Any) -> torch.dtype:
-    """Returns the dtype of that name.
+def dtype_named(name: object) -> torch.dtype:
+    """Returns the dtype with a name such as ``float32``.
 
     Raises:
-        ValueError: there is none whose elements are single numbers.
+        ValueError: torch has no such dtype, or its elements are not single numbers.
     """
     dtype = getattr(torch, name, None) if isinstance(name, str) else None
-    known = isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex or dtype in _WHOLE)
-    if not known:
-        raise ValueError(f"{name!r} is not a dtype of numbers")
-    return dtype
+    if isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex or dtype in _INTEGER_DTYPES):
+        return dtype
+    raise ValueError(f"{name!r} is not a dtype of numbers")
 
 
 def checked_shape(shape: Any) -> list[int]:
-    """Returns a shape that somebody else has sent.
+    """Returns the shape that an untrusted peer sent.
 
     Raises:
-        ValueError: it is not a list of sizes.
+        ValueError: ``shape`` is not a list of sizes.
     """
-    good = isinstance(shape, list) and len(shape) <= _MOST_DIMENSIONS
-    if not good or not all(type(size) is int and 0 <= size < 1 << 48 for size in shape):
+    is_short = isinstance(shape, list) and len(shape) <= _MAX_DIMENSIONS
+    if not is_short or not all(type(size) is int and 0 <= size < 1 << 48 for size in shape):
         raise ValueError(f"{str(shape)[:100]} is not a shape")
     return shape
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """Returns the memory of a tensor on the CPU without gaps, to be read or written."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    """Returns the writable memory of a contiguous tensor on the CPU."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def _take_out(value: Any, tensors: list[Tensor]) -> Any:
+def _extract_tensors(value: Any, tensors: list[Tensor]) -> Any:
     if isinstance(value, Tensor):
         tensors.append(value.detach().cpu().contiguous())
         return {_TENSOR: len(tensors) - 1}
     if isinstance(value, dict):
-        return {key: _take_out(entry, tensors) for key, entry in value.items()}
+        return {key: _extract_tensors(entry, tensors) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_take_out(entry, tensors) for entry in value]
+        return [_extract_tensors(entry, tensors) for entry in value]
     return value
 
 
-def _put_back(value: Any, tensors: list[Tensor]) -> Any:
+def _insert_tensors(value: Any, tensors: list[Tensor]) -> Any:
     if isinstance(value, dict):
         if _TENSOR not in value:
-            return {key: _put_back(entry, tensors) for key, entry in value.items()}
-        if type(position := value[_TENSOR]) is not int or position < 0:
-            raise TypeError(f"{str(position)[:100]} is no position of a tensor")
-        return tensors[position]
-    return [_put_back(entry, tensors) for entry in value] if isinstance(value, list) else value
+            return {key: _insert_tensors(entry, tensors) for key, entry in value.items()}
+        if type(index := value[_TENSOR]) is not int or index < 0:
+            raise TypeError(f"{str(index)[:100]} is no index of a tensor")
+        return tensors[index]
+    return [_insert_tensors(entry, tensors) for entry in value] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""What workers and servers say to each other: the numbers in headers, hellos, and what a push has beside gradients."""
+"""Messages between workers and servers: the numbers in headers, the join request, and the metadata of a push."""
 
 from __future__ import annotations
 
@@ -7,59 +7,63 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
-from lightkit.parameter_server.job import MOST_WORKERS, Job
+from lightkit.parameter_server.training_spec import MAX_WORKERS, TrainingSpec
 from lightkit.parameter_server.transport import ProtocolError
 
-# What a push says of itself, before the optimizer's options and which gradients there are: whether the gradient is to
-# be left out; what the mean is clamped to, 0 for no clamping; whether its norm is wanted before the step.
-PUSH_FACTS = 3
-
+# The metadata of a push begin with so many flags: 1 if the gradient is to be skipped; the absolute value that the mean
+# is clamped to, or 0; 1 if the workers need its norm before the step. The hyperparameters follow, and for each
+# parameter 1 if it has a gradient.
+PUSH_FLAGS = 3
 
 # More characters than an incarnation has.
-_LONGEST_INCARNATION = 64
+_MAX_INCARNATION = 64
 
-# Seconds: a worker that takes a longer silence of the server is none.
-_LONGEST_TIMEOUT = 1e7
+# A longer silence of the server than so many seconds is no timeout.
+_MAX_TIMEOUT = 1e7
 
 
 @dataclass(frozen=True)
-class Hello:
-    """What a worker says of itself once it has shown that it knows the secret.
+class JoinRequest:
+    """The first message of a worker after the handshake.
 
     Args:
-        rank: of the worker, from 0.
-        incarnation: another one is another process that has its place.
-        timeout: seconds without a word after which it takes the server for gone.
-        job: what it trains, and how.
+        rank: the rank of the worker, from 0.
+        incarnation: a random string of the worker's process; a process that replaces the worker has another one.
+        timeout: seconds without a heartbeat after which the worker takes the server for gone.
+        spec: the worker's part of the training that this server has.
     """
 
     rank: int
     incarnation: str
     timeout: float
-    job: Job
+    spec: TrainingSpec
 
     @classmethod
-    def read(cls, message: Any) -> Hello:
-        """Returns what a message of a worker says.
+    def from_message(cls, message: Any) -> JoinRequest:
+        """Returns the join request of an untrusted message.
 
         Raises:
-            ProtocolError: it is no hello.
-            ConfigError: its job is none.
+            ProtocolError: ``message`` is no join request.
+            ConfigError: its specification is invalid.
         """
         if not isinstance(message, dict) or message.keys() != {"rank", "incarnation", "timeout", "job"}:
             raise ProtocolError("a worker's first message must say rank, incarnation, timeout and job")
         rank, incarnation, timeout = message["rank"], message["incarnation"], message["timeout"]
-        if type(rank) is not int or not 0 <= rank < MOST_WORKERS:
-            raise ProtocolError(f"rank must be a whole number from 0 to {MOST_WORKERS - 1}, got {repr(rank)[:100]}")
-        if not isinstance(incarnation, str) or not 0 < len(incarnation) <= _LONGEST_INCARNATION:
+        if type(rank) is not int or not 0 <= rank < MAX_WORKERS:
+            raise ProtocolError(f"rank must be a whole number from 0 to {MAX_WORKERS - 1}, got {repr(rank)[:100]}")
+        if not isinstance(incarnation, str) or not 0 < len(incarnation) <= _MAX_INCARNATION:
             raise ProtocolError(f"incarnation must be a short string, got {repr(incarnation)[:100]}")
-        if type(timeout) not in (int, float) or not 0 < timeout <= _LONGEST_TIMEOUT or not math.isfinite(timeout):
+        if type(timeout) not in (int, float) or not 0 < timeout <= _MAX_TIMEOUT or not math.isfinite(timeout):
             raise ProtocolError(f"timeout must be a number of seconds above 0, got {repr(timeout)[:100]}")
-        return cls(rank, incarnation, float(timeout), Job.from_json(message["job"]))
+        return cls(rank, incarnation, float(timeout), TrainingSpec.from_json(message["job"]))
 
 
 class Request(IntEnum):
-    """The first number of a worker's header; the others: table, number of the push, version that it is based on."""
+    """The first number of a worker's header.
+
+    The other three are the index of the optimizer, the sequence number of the push, and the version of the parameters
+    that the gradient was computed with.
+    """
 
     BEGIN = 1
     PULL = 2
@@ -69,8 +73,8 @@ class Request(IntEnum):
     LEAVE = 6
 
 
-class Answer(IntEnum):
-    """The first number of a server's header; the second: version of the table."""
+class Reply(IntEnum):
+    """The first number of a server's header; the second is the version of the optimizer's parameters."""
 
     OK = 1
     WAIT = 2

@@ -1,7 +1,8 @@
-"""Records of a file: each with a checksum, and found again behind damage.
+"""Records of a file: each with a checksum, and found again behind damaged bytes.
 
-A record is a head with a mark, a text, the bytes of tensors, and a tail: the checksum of all before it, and the mark
-with its bits turned. A log has a mark of its own, so that nothing that was pushed can look like a record.
+A record is a header that begins with a magic, a text, the bytes of tensors, and a trailer: the CRC-32 of all bytes
+before it, and the complement of the magic. Each log has a random magic of its own, so that no pushed bytes can look
+like a record.
 """
 
 from __future__ import annotations
@@ -12,98 +13,106 @@ import zlib
 from collections.abc import Iterable
 from typing import BinaryIO, NamedTuple
 
-# Of a record: mark, number, bytes of its text, bytes of its tensors.
-_HEAD = struct.Struct("<8sQQQ")
-# Checksum, turned mark.
-_TAIL = struct.Struct("<I8s")
+# Magic, sequence number, bytes of the text, bytes of the tensors.
+_HEADER = struct.Struct("<8sQQQ")
+# Checksum, complement of the magic.
+_TRAILER = struct.Struct("<I8s")
 
-MARK_BYTES = 8
+MAGIC_BYTES = 8
 
 # Bytes read at a time.
 _CHUNK = 1 << 20
 
 
 class Record(NamedTuple):
-    """A whole record in a file: its number, and where its text, its tensors and its tail begin and end."""
+    """A complete record of a file.
 
-    number: int
+    Args:
+        sequence: its sequence number.
+        text: the offset of its text.
+        body: the offset of the bytes of its tensors.
+        trailer: the offset of its trailer.
+        end: the offset after its trailer.
+    """
+
+    sequence: int
     text: int
     body: int
-    tail: int
+    trailer: int
     end: int
 
 
-def write_record(stream: BinaryIO, mark: bytes, number: int, text: bytes, parts: Iterable[memoryview]) -> None:
-    """Writes a record at the place of the stream.
+def write_record(stream: BinaryIO, magic: bytes, sequence: int, text: bytes, parts: Iterable[memoryview]) -> None:
+    """Writes a record at the position of the stream.
 
     Args:
-        stream: of the file.
-        mark: of its records, 8 bytes.
-        number: of the record.
+        stream: the file.
+        magic: the magic of its records, 8 bytes.
+        sequence: the sequence number of the record.
         text: its text.
         parts: the bytes of its tensors.
     """
     parts = list(parts)
     checksum = 0
-    for part in (_HEAD.pack(mark, number, len(text), sum(map(len, parts))), text, *parts):
+    for part in (_HEADER.pack(magic, sequence, len(text), sum(map(len, parts))), text, *parts):
         checksum = zlib.crc32(part, checksum)
         stream.write(part)
-    stream.write(_TAIL.pack(checksum, _turned(mark)))
+    stream.write(_TRAILER.pack(checksum, _complement(magic)))
 
 
-def find_record(stream: BinaryIO, start: int, mark: bytes) -> Record | None:
-    """Returns the record at an offset, or None where there is none, or one that is not as it was written."""
+def find_record(stream: BinaryIO, start: int, magic: bytes) -> Record | None:
+    """Returns the record at an offset, or None if there is no record, an incomplete one or a damaged one."""
     size = os.fstat(stream.fileno()).st_size
     stream.seek(start)
-    head = stream.read(_HEAD.size)
-    if len(head) < _HEAD.size or not head.startswith(mark):
+    header = stream.read(_HEADER.size)
+    if len(header) < _HEADER.size or not header.startswith(magic):
         return None
-    _, number, text_bytes, body_bytes = _HEAD.unpack(head)
-    text = start + _HEAD.size
-    body, tail = text + text_bytes, text + text_bytes + body_bytes
-    if tail + _TAIL.size > size:
+    _, sequence, text_bytes, body_bytes = _HEADER.unpack(header)
+    text = start + _HEADER.size
+    body, trailer = text + text_bytes, text + text_bytes + body_bytes
+    if trailer + _TRAILER.size > size:
         return None
-    checksum, left = zlib.crc32(head), tail - text
+    checksum, left = zlib.crc32(header), trailer - text
     while left:
         part = stream.read(min(left, _CHUNK))
         if not part:
             return None
         checksum = zlib.crc32(part, checksum)
         left -= len(part)
-    if stream.read(_TAIL.size) != _TAIL.pack(checksum, _turned(mark)):
+    if stream.read(_TRAILER.size) != _TRAILER.pack(checksum, _complement(magic)):
         return None
-    return Record(number, text, body, tail, tail + _TAIL.size)
+    return Record(sequence, text, body, trailer, trailer + _TRAILER.size)
 
 
-def find_record_after(stream: BinaryIO, start: int, mark: bytes, number: int) -> Record | None:
-    """Returns the first whole record that begins at an offset or later and has a higher number, or None."""
-    while (start := _find(stream, start, mark)) >= 0:
-        record = find_record(stream, start, mark)
-        if record is not None and record.number > number:
+def find_record_after(stream: BinaryIO, start: int, magic: bytes, sequence: int) -> Record | None:
+    """Returns the first complete record at or after an offset whose sequence number is higher, or None."""
+    while (start := _find(stream, start, magic)) >= 0:
+        record = find_record(stream, start, magic)
+        if record is not None and record.sequence > sequence:
             return record
         start += 1
     return None
 
 
-def ends_in_a_tail(stream: BinaryIO, mark: bytes) -> bool:
-    """Returns whether the last record of the file was written to its end, whatever has become of it."""
+def ends_in_trailer(stream: BinaryIO, magic: bytes) -> bool:
+    """Returns True if the file ends in a trailer: the last record was written to its end, damaged or not."""
     end = stream.seek(0, os.SEEK_END)
-    stream.seek(max(0, end - len(mark)))
-    return stream.read() == _turned(mark)
+    stream.seek(max(0, end - len(magic)))
+    return stream.read() == _complement(magic)
 
 
-def _turned(mark: bytes) -> bytes:
-    return bytes(255 - byte for byte in mark)
+def _complement(magic: bytes) -> bytes:
+    return bytes(255 - byte for byte in magic)
 
 
-def _find(stream: BinaryIO, start: int, mark: bytes) -> int:
+def _find(stream: BinaryIO, start: int, magic: bytes) -> int:
     stream.seek(start)
     kept = b""
     while part := stream.read(_CHUNK):
         kept += part
-        if (found := kept.find(mark)) >= 0:
+        if (found := kept.find(magic)) >= 0:
             return start + found
-        # It may lie across two parts.
-        start += len(kept) - len(mark) + 1 if len(kept) >= len(mark) else 0
-        kept = kept[-len(mark) + 1 :]
+        # The magic may lie across two chunks.
+        start += len(kept) - len(magic) + 1 if len(kept) >= len(magic) else 0
+        kept = kept[-len(magic) + 1 :]
     return -1

@@ -1,11 +1,11 @@
-"""How a worker and a server meet: on one TCP connection, on which each shows the other that it knows the secret.
+"""Rendezvous of workers and servers: a TCP connection and a handshake in which both prove that they know the secret.
 
-The server speaks first and sends a greeting with its version and a nonce; the worker answers with a nonce of its own
-and a proof; the server answers with its proof. A proof is an HMAC of greeting and nonce under the secret. All three
-have fixed sizes, and nothing else is read from a peer before its proof.
+The server sends a challenge with its version and a nonce. The worker sends a response: a nonce of its own and a proof.
+The server sends a verdict with its own proof. A proof is an HMAC of challenge and nonce under the secret. The three
+messages have fixed sizes, and a peer reads nothing else before the proof of the other.
 
-Who records a handshake can try secrets against it: a secret should be one that nobody guesses, as
-``python -c "import secrets; print(secrets.token_hex(16))"`` prints it.
+An attacker who records a handshake can try secrets against it: choose a secret that nobody guesses, such as the output
+of ``python -c "import secrets; print(secrets.token_hex(16))"``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import struct
 import time
 from collections import Counter, deque
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NoReturn
 
 import lightkit
 from lightkit.errors import ConfigError
@@ -27,134 +27,145 @@ from lightkit.parameter_server.transport import Connection, TransportError
 
 _log = logging.getLogger(__name__)
 
-# In the environment of workers and servers, where nobody else gives it to them.
-SECRET = "LIGHTKIT_SECRET"
+# The environment variable of workers and servers with the secret.
+SECRET_VARIABLE = "LIGHTKIT_SECRET"
 
-# Seconds in which two processes that have connected show each other that they know the secret.
-HANDSHAKE = 10.0
+# Seconds from the connection to the end of the handshake.
+HANDSHAKE_TIMEOUT = 10.0
 
-# Connections that have not shown that they know the secret. When one more comes, the oldest of the address that has
-# most of them goes: a worker needs a round trip to the server, so that it is through before many others have come.
-MOST_REQUESTS = 128
+# The most connections before the end of their handshake. One more drops the oldest connection of the address that has
+# the most: a worker needs one round trip, so that its handshake ends before many others arrive.
+MAX_CONNECT_REQUESTS = 128
 
 _MAGIC = b"lightkit/ps2"
-_GREETING = struct.Struct("<12s32s32s")  # magic, version, nonce
-_HELLO = struct.Struct("<32s32s")  # nonce, proof
-_ANSWER = struct.Struct("<B32s")  # verdict, proof
-_ACCEPTED, _OTHER_SECRET = range(2)
+_CHALLENGE = struct.Struct("<12s32s32s")  # magic, version, nonce
+_RESPONSE = struct.Struct("<32s32s")  # nonce, proof
+_VERDICT = struct.Struct("<B32s")  # verdict, proof
+_ACCEPTED, _WRONG_SECRET = range(2)
+
+Side = Literal["worker", "server"]
 
 
 @dataclass(frozen=True)
 class Handshake:
-    """What has been said when a worker and a server prove that they know the secret.
+    """The values that both proofs and both keys are derived from.
 
     Args:
-        secret: the one that the process at this side knows.
-        greeting: the server's, whole.
-        nonce: the worker's, 32 bytes.
+        secret: the secret of this side.
+        challenge: the server's challenge.
+        nonce: the worker's nonce, 32 bytes.
     """
 
     secret: str
-    greeting: bytes
+    challenge: bytes
     nonce: bytes
 
-    def proof(self, side: str) -> bytes:
-        """Returns the 32 bytes by which the ``worker`` or the ``server`` shows that it knows the secret."""
+    def proof(self, side: Side) -> bytes:
+        """Returns the 32 bytes by which a side proves that it knows the secret."""
         return self._derive(f"{side} knows")
 
-    def keys(self, side: str) -> tuple[bytes, bytes]:
-        """Returns the keys by which that side signs and checks what follows."""
-        keys = {sender: self._derive(f"{sender} signs") for sender in ("worker", "server")}
-        return keys[side], keys["server" if side == "worker" else "worker"]
+    def keys(self, side: Side) -> tuple[bytes, bytes]:
+        """Returns the keys by which a side signs what it sends, and checks what it receives."""
+        worker, server = self._derive("worker signs"), self._derive("server signs")
+        return (worker, server) if side == "worker" else (server, worker)
 
-    def _derive(self, what: str) -> bytes:
-        return hmac.digest(self.secret.encode(), what.encode() + b"\0" + self.greeting + self.nonce, "sha256")
+    def _derive(self, purpose: str) -> bytes:
+        return hmac.digest(self.secret.encode(), purpose.encode() + b"\0" + self.challenge + self.nonce, "sha256")
 
 
 class ConnectRequest:
-    """A peer that has connected and not shown yet that it knows the secret."""
+    """A connection of a peer that has not proved yet that it knows the secret.
+
+    Args:
+        connected: the socket of the connection.
+        host: the address of the peer.
+
+    Raises:
+        OSError: the peer is gone.
+    """
 
     def __init__(self, connected: socket.socket, host: str) -> None:
         self.socket, self.host = connected, host
-        self.until = time.monotonic() + HANDSHAKE
-        self.greeting = _GREETING.pack(_MAGIC, _version(), secrets.token_bytes(32))
-        self.heard = b""
+        self.deadline = time.monotonic() + HANDSHAKE_TIMEOUT
+        self._challenge = _CHALLENGE.pack(_MAGIC, _version(), secrets.token_bytes(32))
+        self._response = b""
         connected.setblocking(False)
-        # It fits into the empty buffer of a connection that has just come.
-        connected.sendall(self.greeting)
+        # The challenge fits into the empty buffer of a new connection.
+        connected.sendall(self._challenge)
 
     def read(self) -> bool:
-        """Takes what has come; returns whether that is the whole hello.
+        """Reads the bytes that have arrived; returns True when the response is complete.
 
         Raises:
             OSError: the peer is gone.
         """
-        part = self.socket.recv(_HELLO.size - len(self.heard))
+        part = self.socket.recv(_RESPONSE.size - len(self._response))
         if not part:
             raise ConnectionError("it closed the connection")
-        self.heard += part
-        return len(self.heard) == _HELLO.size
+        self._response += part
+        return len(self._response) == _RESPONSE.size
 
-    def answer(self, secret: str) -> Handshake | None:
-        """Answers the hello; returns the handshake, or None if the peer does not know the secret.
+    def verify(self, secret: str) -> Handshake | None:
+        """Sends the verdict; returns the handshake, or None if the peer does not know the secret.
 
         Raises:
             OSError: the peer is gone.
         """
-        nonce, proof = _HELLO.unpack(self.heard)
-        handshake = Handshake(secret, self.greeting, nonce)
+        nonce, proof = _RESPONSE.unpack(self._response)
+        handshake = Handshake(secret, self._challenge, nonce)
         if not hmac.compare_digest(proof, handshake.proof("worker")):
-            self.socket.sendall(_ANSWER.pack(_OTHER_SECRET, b""))
+            self.socket.sendall(_VERDICT.pack(_WRONG_SECRET, b""))
             return None
-        self.socket.sendall(_ANSWER.pack(_ACCEPTED, handshake.proof("server")))
+        self.socket.sendall(_VERDICT.pack(_ACCEPTED, handshake.proof("server")))
         return handshake
 
 
 class Listener:
-    """The address at which workers find a server.
+    """The listening socket of a server, and the handshakes of its peers.
 
-    It has no thread and no connection beyond `MOST_REQUESTS` of its own, whoever comes: `accept` does the work.
+    A listener has no thread, and at most `MAX_CONNECT_REQUESTS` connections, however many peers connect: `accept` does
+    the work.
 
     Args:
-        host: of this machine, to be reached by the workers; ``127.0.0.1`` for those on this machine alone.
-        port: 0 for any free one.
-        secret: that workers must know.
-        silence: see `lightkit.parameter_server.transport.Connection`.
+        host: an address of this machine that the workers reach; ``127.0.0.1`` for workers on this machine alone.
+        port: the port; 0 for any free one.
+        secret: the secret that workers must know.
+        timeout: the timeout of a `Connection`, in seconds.
 
     Raises:
         ConfigError: the address is not one of this machine, or the port is in use.
     """
 
-    def __init__(self, host: str, port: int, secret: str, silence: float) -> None:
-        self._secret, self._silence = secret, silence
+    def __init__(self, host: str, port: int, secret: str, timeout: float) -> None:
+        self._secret, self._timeout = secret, timeout
         self._requests: dict[socket.socket, ConnectRequest] = {}
         self._accepted: deque[Connection] = deque()
         self._selector = selectors.DefaultSelector()
-        self._unsaid, self._said_at = 0, -1.0
+        self._unlogged, self._logged_at = 0, -1.0
         self._socket = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         self._socket.setblocking(False)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.host, self.port = host, port
         try:
             self._socket.bind((host, port))
-            self.port = self._socket.getsockname()[1]
+            self.port = int(self._socket.getsockname()[1])
         except (OSError, OverflowError) as error:
-            self._give_up(error)
+            self._fail(error)
 
     def listen(self) -> None:
-        """Takes connections from here on; until then they are refused.
+        """Begins to accept connections; the system refuses them before.
 
         Raises:
-            ConfigError: another process has come before.
+            ConfigError: another process listens on the port.
         """
         try:
             self._socket.listen(4096)
         except OSError as error:
-            self._give_up(error)
+            self._fail(error)
         self._selector.register(self._socket, selectors.EVENT_READ)
 
     def accept(self, seconds: float) -> Connection | None:
-        """Returns the next peer that has shown that it knows the secret, or None if there is none for so long."""
+        """Returns the next connection whose handshake has ended, or None after ``seconds``."""
         end = time.monotonic() + seconds
         while not self._accepted:
             now = time.monotonic()
@@ -163,13 +174,13 @@ class Listener:
             for key, _ in self._selector.select(end - now):
                 if key.fileobj is self._socket:
                     self._admit()
-                elif key.fileobj in self._requests:
-                    self._go_on_with(self._requests[key.fileobj])
-            self._drop_the_late()
+                elif isinstance(key.fileobj, socket.socket) and key.fileobj in self._requests:
+                    self._continue(self._requests[key.fileobj])
+            self._drop_late_requests()
         return self._accepted.popleft()
 
     def close(self) -> None:
-        """Stops listening, and drops who has not been accepted."""
+        """Stops listening, and drops the connections whose handshake has not ended."""
         for request in list(self._requests.values()):
             self._drop(request)
         self._selector.close()
@@ -181,12 +192,12 @@ class Listener:
         except BlockingIOError:
             return
         except OSError as error:
-            # It has gone again, or there is no descriptor left: let go of those that have waited longest.
-            self._note(f"a connection could not be accepted: {error.strerror}")
+            # The peer is gone, or no descriptor is left: drop the oldest request.
+            self._warn(f"a connection could not be accepted: {error.strerror}")
             self._drop_one()
             time.sleep(0.01)
             return
-        if len(self._requests) >= MOST_REQUESTS:
+        if len(self._requests) >= MAX_CONNECT_REQUESTS:
             self._drop_one()
         try:
             request = ConnectRequest(connected, address[0])
@@ -196,26 +207,26 @@ class Listener:
         self._requests[connected] = request
         self._selector.register(connected, selectors.EVENT_READ)
 
-    def _go_on_with(self, request: ConnectRequest) -> None:
+    def _continue(self, request: ConnectRequest) -> None:
         try:
             if not request.read():
                 return
-            handshake = request.answer(self._secret)
+            handshake = request.verify(self._secret)
         except OSError:
             self._drop(request)
             return
         if handshake is None:
-            self._note("a worker came with another secret")
+            self._warn("a worker came with another secret")
             self._drop(request)
             return
         self._forget(request)
-        self._accepted.append(Connection(request.socket, handshake.keys("server"), self._silence))
+        self._accepted.append(Connection(request.socket, handshake.keys("server"), self._timeout))
 
-    def _drop_the_late(self) -> None:
-        # They are in the order in which they came.
+    def _drop_late_requests(self) -> None:
+        # The dictionary has the requests in the order of their arrival.
         now = time.monotonic()
-        while self._requests and (oldest := next(iter(self._requests.values()))).until < now:
-            self._note(f"a connection did not show in {HANDSHAKE:g} s that it knows the secret")
+        while self._requests and (oldest := next(iter(self._requests.values()))).deadline < now:
+            self._warn(f"a connection did not prove within {HANDSHAKE_TIMEOUT:g} s that it knows the secret")
             self._drop(oldest)
 
     def _drop_one(self) -> None:
@@ -232,50 +243,50 @@ class Listener:
         self._selector.unregister(request.socket)
         del self._requests[request.socket]
 
-    def _note(self, message: str) -> None:
-        """Logs, once a second: whoever comes must not be able to fill the disk by it."""
-        self._unsaid += 1
-        if (now := time.monotonic()) - self._said_at >= 1.0:
-            others = f" (and {self._unsaid - 1} others were dropped)" if self._unsaid > 1 else ""
+    def _warn(self, message: str) -> None:
+        """Logs at most one warning a second: strangers must not be able to fill the disk."""
+        self._unlogged += 1
+        if (now := time.monotonic()) - self._logged_at >= 1.0:
+            others = f" ({self._unlogged - 1} similar warnings were left out)" if self._unlogged > 1 else ""
             _log.warning("%s%s", message, others)
-            self._unsaid, self._said_at = 0, now
+            self._unlogged, self._logged_at = 0, now
 
-    def _give_up(self, error: Exception) -> None:
+    def _fail(self, error: Exception) -> NoReturn:
         self._socket.close()
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"a parameter server cannot listen on {self.host}:{self.port}: {reason}") from None
 
 
-def connect(address: str, secret: str, who: dict[str, Any], patience: float, silence: float) -> Connection:
-    """Connects with a server.
+def connect(address: str, secret: str, request: dict[str, Any], patience: float, timeout: float) -> Connection:
+    """Connects to a server, and sends the join request.
 
     Args:
         address: ``HOST:PORT``.
-        secret: the server's.
-        who: what it is told of this worker.
-        patience: seconds in which it must have come up.
-        silence: seconds without an answer after which it counts as gone.
+        secret: the secret of the server.
+        request: the message of `lightkit.parameter_server.protocol.JoinRequest`.
+        patience: seconds in which the server must have come up.
+        timeout: seconds without a byte of the server after which it counts as gone.
 
     Raises:
-        TransportError: it cannot be reached, or does not answer as a parameter server.
-        ConfigError: another secret or version, an address that is none.
+        TransportError: the server cannot be reached, or is no parameter server.
+        ConfigError: the address is invalid, or the server has another secret or version.
     """
     host, port = split_address(address)
     connected = _reach(host, port, time.monotonic() + patience, address)
     try:
-        connection = Connection(connected, _shake_hands(connected, address, secret).keys("worker"), silence)
+        connection = Connection(connected, _shake_hands(connected, address, secret).keys("worker"), timeout)
     except BaseException:
         connected.close()
         raise
-    connection.send_message(who)
+    connection.send_message(request)
     return connection
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """Returns host and port.
+    """Returns host and port of ``HOST:PORT``.
 
     Raises:
-        ConfigError: it is not ``HOST:PORT``.
+        ConfigError: ``address`` has another form.
     """
     host, _, port = str(address).rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
@@ -284,43 +295,44 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def _shake_hands(connected: socket.socket, address: str, secret: str) -> Handshake:
-    end = time.monotonic() + HANDSHAKE
+    deadline = time.monotonic() + HANDSHAKE_TIMEOUT
     try:
-        greeting = _read(connected, _GREETING.size, end)
-        magic, version, _ = _GREETING.unpack(greeting)
+        challenge = _read(connected, _CHALLENGE.size, deadline)
+        magic, version, _ = _CHALLENGE.unpack(challenge)
         if magic != _MAGIC:
-            raise ConnectionError(f"it said {greeting[:16]!r}")
+            raise ConnectionError(f"it sent {challenge[:16]!r}")
         if version != _version():
             raise ConfigError(
                 f"the parameter server at {address} refuses this worker: the worker has lightkit "
-                f"{lightkit.__version__}, the server {_text(version)}"
+                f"{lightkit.__version__}, the server {_printable(version)}"
             )
-        handshake = Handshake(secret, greeting, secrets.token_bytes(32))
-        connected.sendall(_HELLO.pack(handshake.nonce, handshake.proof("worker")))
-        verdict, proof = _ANSWER.unpack(_read(connected, _ANSWER.size, end))
+        handshake = Handshake(secret, challenge, secrets.token_bytes(32))
+        connected.sendall(_RESPONSE.pack(handshake.nonce, handshake.proof("worker")))
+        verdict, proof = _VERDICT.unpack(_read(connected, _VERDICT.size, deadline))
     except OSError as error:
         raise TransportError(
             f"the parameter server at {address} does not answer as one: {error.strerror or error}; is that another "
             "program?"
         ) from None
-    if verdict == _OTHER_SECRET:
+    if verdict == _WRONG_SECRET:
         raise ConfigError(
-            f"the parameter server at {address} refuses this worker: the secret is not that of the server ({SECRET})"
+            f"the parameter server at {address} refuses this worker: the secret is not that of the server "
+            f"({SECRET_VARIABLE})"
         )
     if verdict != _ACCEPTED or not hmac.compare_digest(proof, handshake.proof("server")):
-        raise ConfigError(f"whoever listens at {address} does not know the secret ({SECRET})")
+        raise ConfigError(f"the program that listens at {address} does not know the secret ({SECRET_VARIABLE})")
     return handshake
 
 
-def _read(connected: socket.socket, count: int, end: float) -> bytes:
-    """Returns so many bytes; an OSError where they do not come in time."""
+def _read(connected: socket.socket, count: int, deadline: float) -> bytes:
+    """Returns ``count`` bytes; raises an OSError where they do not arrive before the deadline."""
     data = b""
     while len(data) < count:
-        connected.settimeout(max(end - time.monotonic(), 0.001))
+        connected.settimeout(max(deadline - time.monotonic(), 0.001))
         try:
             part = connected.recv(count - len(data))
         except TimeoutError:
-            raise TimeoutError(f"nothing came for {HANDSHAKE:g} s") from None
+            raise TimeoutError(f"nothing came for {HANDSHAKE_TIMEOUT:g} s") from None
         if not part:
             raise ConnectionError("it closed the connection")
         data += part
@@ -333,13 +345,13 @@ def _reach(host: str, port: int, end: float, address: str) -> socket.socket:
             connected = socket.create_connection((host, port), timeout=max(end - time.monotonic(), 0.1))
             if connected.getsockname() != connected.getpeername():
                 return connected
-            # Where nobody listens, a connection within a machine may meet itself.
+            # Without a listener on the same machine, a TCP connection may connect to itself.
             connected.close()
             reason = "Connection refused"
         except OSError as error:
             reason = error.strerror or str(error) or type(error).__name__
             if isinstance(error, socket.gaierror):
-                # A name that does not resolve will not do so in a minute.
+                # A second try would not resolve the name either.
                 end = 0.0
         if time.monotonic() >= end:
             raise TransportError(f"the parameter server at {address} cannot be reached: {reason}") from None
@@ -350,6 +362,6 @@ def _version() -> bytes:
     return lightkit.__version__.encode()[:32].ljust(32, b"\0")
 
 
-def _text(version: bytes) -> str:
-    """Returns a version to be shown, of whoever has sent it: nothing in it controls a terminal."""
+def _printable(version: bytes) -> str:
+    """Returns the version of an untrusted peer without characters that control a terminal."""
     return "".join(c for c in version.rstrip(b"\0").decode("ascii", "replace") if c.isprintable())

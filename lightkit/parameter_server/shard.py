@@ -1,4 +1,4 @@
-"""A server's part of the parameters of an optimizer, and that optimizer."""
+"""A server's shard of an optimizer's parameters, and the optimizer that steps them."""
 
 from __future__ import annotations
 
@@ -12,94 +12,104 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torch.utils._pytree import tree_map
 
-from lightkit.config import find_class
 from lightkit.errors import ConfigError
-from lightkit.parameter_server.job import Table, allocate, write_numbers
+from lightkit.parameter_server.flat_tensors import allocate_flat
+from lightkit.parameter_server.hyperparameters import GroupOptions, write_hyperparameters
+from lightkit.parameter_server.training_spec import OptimizerSpec
+from lightkit.targets import find_class
+
+ParameterState = dict[str, Any]
+"""The optimizer's state of one parameter, such as ``{"momentum_buffer": Tensor}``."""
 
 
 class Shard:
     """Parameters and their optimizer.
 
     Args:
-        table: the parameters, and the class of the optimizer.
-        options: of its groups, also of those that have no parameter here.
+        spec: the parameters, and the class of the optimizer.
+        options: the options of all parameter groups, also of groups without a parameter in this shard.
+
+    Attributes:
+        flats: the parameters, one flat tensor for each dtype.
+        parameters: views of ``flats`` that the optimizer steps.
 
     Raises:
-        ConfigError: the class is not one of a trusted package, or does not work with such options.
+        ConfigError: the class is not allowed, or does not accept such options.
     """
 
-    def __init__(self, table: Table, options: list[dict[str, Any]]) -> None:
-        self.flats, views = allocate(table.parameters)
+    def __init__(self, spec: OptimizerSpec, options: list[GroupOptions]) -> None:
+        self.flats, views = allocate_flat(spec.parameters)
         self.parameters = [nn.Parameter(view) for view in views]
-        # Groups keep their numbers: a worker may have some whose parameters are all on other servers.
-        self._groups = sorted({p.group for p in table.parameters})
-        self._numbers = table.numbers
-        self.optimizer = self._make_optimizer(table, options) if self.parameters else None
+        # The indices of the groups that have a parameter in this shard.
+        self._group_indices = sorted({p.group_index for p in spec.parameters})
+        self._hyperparameters = spec.hyperparameters
+        self.optimizer = self._make_optimizer(spec, options) if self.parameters else None
 
-    def _make_optimizer(self, table: Table, options: list[dict[str, Any]]) -> Optimizer:
-        cls = find_class(table.optimizer)
+    def _make_optimizer(self, spec: OptimizerSpec, options: list[GroupOptions]) -> Optimizer:
+        cls = find_class(spec.optimizer)
         if not issubclass(cls, Optimizer) or issubclass(cls, LBFGS):
             raise ConfigError(
-                f"{table.optimizer} cannot be the optimizer of a parameter server: it does not step once "
-                "for each gradient"
+                f"{spec.optimizer} cannot be the optimizer of a parameter server: it does not step once for each "
+                "gradient"
             )
-        if not all(0 <= group < len(options) == len(table.numbers) for group in self._groups):
-            raise ConfigError(f"there are options of {len(options)} groups, and parameters in group {self._groups[-1]}")
-        for number in self._groups:
-            for name, position in table.numbers[number]:
-                option = options[number].get(name)
-                if not (_is_within(position, option) if position >= 0 else isinstance(option, (int, float))):
-                    raise ConfigError(f"the options of group {number} have no number {name!r} at {position}")
-        groups = []
-        for number in self._groups:
-            given = {k: tuple(v) if isinstance(v, list) else v for k, v in options[number].items()}
-            members = [p for p, spec in zip(self.parameters, table.parameters, strict=True) if spec.group == number]
+        if not all(0 <= index < len(options) == len(spec.hyperparameters) for index in self._group_indices):
+            last = self._group_indices[-1]
+            raise ConfigError(f"there are options of {len(options)} groups, and parameters in group {last}")
+        for index in self._group_indices:
+            for name, position in spec.hyperparameters[index]:
+                option = options[index].get(name)
+                if not (_has_index(option, position) if position >= 0 else isinstance(option, (int, float))):
+                    raise ConfigError(f"the options of group {index} have no number {name!r} at {position}")
+        groups: list[dict[str, Any]] = []
+        for index in self._group_indices:
+            given = {k: tuple(v) if isinstance(v, list) else v for k, v in options[index].items()}
+            members = [p for p, s in zip(self.parameters, spec.parameters, strict=True) if s.group_index == index]
             groups.append({**given, "params": members})
-        # Arguments without a default have no say: each group brings its own.
-        taken = inspect.signature(cls).parameters
-        needed = {n for n, p in taken.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+        # A required argument must be passed, although each group overrides its value.
+        arguments = inspect.signature(cls).parameters
+        required = {n for n, p in arguments.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
         try:
-            return cls(groups, **{name: groups[0][name] for name in (needed - {"params"}) & groups[0].keys()})
+            return cls(groups, **{name: groups[0][name] for name in (required - {"params"}) & groups[0].keys()})
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"the server cannot make {table.optimizer}: {error}") from None
+            raise ConfigError(f"the server cannot make {spec.optimizer}: {error}") from None
 
-    def count_numbers(self) -> int:
-        """How many numbers come with a push to say what the optimizer's options are."""
-        return sum(len(self._numbers[number]) for number in self._groups)
+    def count_hyperparameters(self) -> int:
+        """Returns how many hyperparameters a push to this shard carries."""
+        return sum(len(self._hyperparameters[index]) for index in self._group_indices)
 
-    def step(self, gradients: Sequence[Tensor], present: Sequence[bool], numbers: Sequence[float]) -> None:
+    def step(self, gradients: Sequence[Tensor], present: Sequence[bool], hyperparameters: Sequence[float]) -> None:
         """Updates the parameters that have a gradient.
 
         Args:
-            gradients: one for each parameter.
-            present: which of them there are.
-            numbers: the options of the groups here, one after the other as `read_numbers` gives them.
+            gradients: one tensor for each parameter.
+            present: for each parameter False if its gradient is to be ignored.
+            hyperparameters: the numbers of all groups of this shard, in the order of `read_hyperparameters`.
         """
         if self.optimizer is None:
             return
-        for parameter, gradient, there in zip(self.parameters, gradients, present, strict=True):
-            parameter.grad = gradient if there else None
-        remaining = iter(numbers)
-        for number, group in zip(self._groups, self.optimizer.param_groups, strict=True):
-            where = self._numbers[number]
-            write_numbers(group, where, itertools.islice(remaining, len(where)))
+        for parameter, gradient, is_present in zip(self.parameters, gradients, present, strict=True):
+            parameter.grad = gradient if is_present else None
+        remaining = iter(hyperparameters)
+        for index, group in zip(self._group_indices, self.optimizer.param_groups, strict=True):
+            paths = self._hyperparameters[index]
+            write_hyperparameters(group, paths, itertools.islice(remaining, len(paths)))
         self.optimizer.step()
 
-    def state(self) -> list[dict[str, Any]]:
-        """The optimizer's state of each parameter."""
+    def state(self) -> list[ParameterState]:
+        """Returns the optimizer's state of each parameter."""
         if self.optimizer is None:
             return []
         return [dict(self.optimizer.state.get(parameter, {})) for parameter in self.parameters]
 
-    def seeds(self) -> list[int | None]:
-        """Of each group here, what its random numbers go on from."""
+    def rounding_seeds(self) -> list[int | None]:
+        """Returns the ``rounding_seed`` of each group of this shard; None for a group without one."""
         return [group.get("rounding_seed") for group in self.optimizer.param_groups] if self.optimizer else []
 
-    def load(self, values: Sequence[Tensor] | None, state: Sequence[dict[str, Any]] | None = None) -> None:
-        """Sets the parameters, and the optimizer's state of them where there is one.
+    def load(self, values: Sequence[Tensor] | None, state: Sequence[ParameterState] | None = None) -> None:
+        """Sets the parameters, and the optimizer's state of each parameter that has one.
 
         Raises:
-            ConfigError: they do not fit.
+            ConfigError: a value has another shape than its parameter.
         """
         with torch.no_grad():
             if values is not None:
@@ -109,19 +119,19 @@ class Shard:
                     parameter.copy_(value)
         if not state or self.optimizer is None:
             return
-        numbers = {id(p): index for index, p in enumerate(self.parameters)}
+        indices = {id(p): index for index, p in enumerate(self.parameters)}
         groups = self.optimizer.state_dict()["param_groups"]
-        order = [numbers[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
-        entries = {place: state[number] for place, number in enumerate(order) if state[number]}
+        order = [indices[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
+        entries = {place: state[index] for place, index in enumerate(order) if state[index]}
         self.optimizer.load_state_dict({"state": entries, "param_groups": groups})
 
     def snapshot(self) -> dict[str, Any]:
-        """All of it, to be written to a file."""
+        """Returns copies of the parameters (``flats``), the optimizer's ``state`` and the rounding ``seeds``."""
         copied = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, self.state())
-        return {"flats": [flat.clone() for flat in self.flats], "state": copied, "seeds": self.seeds()}
+        return {"flats": [flat.clone() for flat in self.flats], "state": copied, "seeds": self.rounding_seeds()}
 
     def restore(self, snapshot: dict[str, Any]) -> None:
-        """Sets what `snapshot` gave."""
+        """Restores what `snapshot` returned."""
         for flat, saved in zip(self.flats, snapshot["flats"], strict=True):
             flat.copy_(saved)
         self.load(None, snapshot["state"])
@@ -130,5 +140,5 @@ class Shard:
                 group["rounding_seed"] = seed
 
 
-def _is_within(position: int, option: Any) -> bool:
+def _has_index(option: object, position: int) -> bool:
     return isinstance(option, (list, tuple)) and position < len(option)

@@ -1,9 +1,9 @@
-"""A connection between a worker and a server: signed frames over a TCP socket.
+"""Connections between workers and servers: signed frames over a TCP socket.
 
-Every size is checked before a byte of the frame's content is read, so that what one side sends wrongly costs its own
-connection and nothing else. The head of each frame is signed with a key of this connection, and with it the content,
-except the bytes of tensors: whoever can change packets on their way can change numbers in a gradient or read it, and
-cannot add, repeat, leave out or reorder a frame.
+A receiver checks every size before it reads the content of a frame, so that a bad peer costs its own connection and
+nothing else. The header of each frame is signed with a key of the connection, together with the content, except the
+bytes of tensors: an attacker who changes packets can read and change elements of a gradient, and cannot add, repeat,
+drop or reorder frames.
 """
 
 from __future__ import annotations
@@ -23,40 +23,39 @@ from torch import Tensor
 from lightkit.errors import LightkitError
 from lightkit.parameter_server.encoding import bytes_of, decode, encode
 
-# Whole numbers in the header of a request or an answer; what they mean is in the protocol.
+# Integers in the header of a request or a reply: see `lightkit.parameter_server.protocol`.
 HEADER = struct.Struct("<4q")
 
-# A frame: what it is, bytes of its content, signature.
+# Kind of the frame, bytes of its content, signature.
 _FRAME = struct.Struct("<BQ16s")
+# The signed part: sequence number, kind, bytes of the content.
 _SIGNED = struct.Struct("<QBQ")
 
-# Bytes of a message beside its tensors: a description of 100,000 parameters takes about as many.
-_LONGEST = 1 << 24
+# The most bytes of a message without its tensors: a description of 100,000 parameters takes about as many.
+_MAX_TEXT_BYTES = 1 << 24
 
-# Bytes a second: a frame that comes slower than this, beyond the seconds of silence that are allowed, does not come.
-_SLOWEST = 1 << 20
+# A frame may take its bytes over this rate in seconds, beyond the timeout.
+_MIN_BYTES_PER_SECOND = 1 << 20
 
-# Longest seconds between two signs of life, however long a silence is allowed.
-_LONGEST_HEARTBEAT = 60.0
-
-# Shortest, however short a silence is allowed.
-_SHORTEST_HEARTBEAT = 0.05
+# Bounds of the seconds between two heartbeats, whatever the timeout is.
+_MIN_HEARTBEAT_INTERVAL = 0.05
+_MAX_HEARTBEAT_INTERVAL = 60.0
 
 
 class TransportError(LightkitError, ConnectionError):
-    """The other side of a connection is gone, is silent, or cannot be understood."""
+    """The peer is gone, is silent, or cannot be understood."""
 
 
 class SilenceError(TransportError):
-    """The other side of a connection said nothing, or took nothing, for too long."""
+    """The peer sent nothing, or received nothing, for longer than the timeout."""
 
 
 class ProtocolError(TransportError):
-    """The other side of a connection sent something else than was expected."""
+    """The peer sent something else than was expected."""
 
 
-class Frame(IntEnum):
-    """The kinds of frames. A heartbeat has no content; a header has that of `HEADER`; a message has JSON."""
+class FrameKind(IntEnum):
+    """The kinds of frames. A heartbeat is empty; a header has the content of `HEADER`; a message has JSON."""
 
     HEARTBEAT = 0
     HEADER = 1
@@ -65,68 +64,71 @@ class Frame(IntEnum):
 
 
 class Connection:
-    """Sends and receives frames, in order.
+    """A connection that sends and receives frames in order.
 
-    One thread at a time receives; one sends, and another one may send heartbeats. After an error the connection is of
-    no use: the caller closes it.
+    One thread at a time may receive, one thread may send, and another one may send heartbeats. After an error the
+    caller has to close the connection.
 
     Args:
-        connected: a TCP socket on which each side has shown the other that it knows the secret.
-        keys: to sign what is sent, and to check what is received: 32 bytes each.
-        silence: seconds without a sign of life from the other side after which it counts as gone.
+        connected: a TCP socket after the handshake.
+        keys: the key that signs sent frames, and the key that checks received frames: 32 bytes each.
+        timeout: seconds without a byte of the peer after which the peer counts as gone.
 
     Attributes:
-        heartbeat: seconds after which the other side wants to hear again that this one is there.
-        last_sent: when something was sent, by `time.monotonic`.
+        heartbeat_interval: the seconds after which the peer needs the next heartbeat.
+        last_sent: the `time.monotonic` of the latest sent frame.
     """
 
-    def __init__(self, connected: socket.socket, keys: tuple[bytes, bytes], silence: float) -> None:
+    def __init__(self, connected: socket.socket, keys: tuple[bytes, bytes], timeout: float) -> None:
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connected.settimeout(silence)
+        connected.settimeout(timeout)
         self._socket = connected
         self._sending_key, self._receiving_key = keys
-        self._silence = silence
+        self._timeout = timeout
         self._sent = self._received = 0
         self._sending = threading.Lock()
-        self._head = memoryview(bytearray(_FRAME.size))
-        self._head_filled = 0
-        self._last_heard = time.monotonic()
+        self._header = memoryview(bytearray(_FRAME.size))
+        self._header_filled = 0
+        self._last_received = time.monotonic()
         self._readable, self._writable = select.poll(), select.poll()
         self._readable.register(connected, select.POLLIN)
         self._writable.register(connected, select.POLLOUT)
-        self.heartbeat = heartbeat_of(silence)
+        self.heartbeat_interval = heartbeat_interval(timeout)
         self.last_sent = time.monotonic()
 
     # Sending.
 
     def send(self, *tensors: Tensor) -> None:
-        """Sends tensors whose dtypes and shapes the other side knows; they must lie on a CPU without gaps.
+        """Sends contiguous CPU tensors whose dtypes and shapes the peer knows.
 
         Raises:
-            TransportError: the connection is gone, or the other side takes nothing.
+            TransportError: the connection is gone, or the peer receives nothing.
         """
         for tensor in tensors:
             if tensor.numel():
-                self._send(Frame.TENSOR, bytes_of(tensor))
+                self._send(FrameKind.TENSOR, bytes_of(tensor))
 
     def send_header(self, *numbers: int) -> None:
-        """Sends up to four whole numbers of 64 bits; those that are left out are 0."""
-        self._send(Frame.HEADER, memoryview(HEADER.pack(*numbers, *[0] * (4 - len(numbers)))))
+        """Sends up to four 64-bit integers, padded with zeros."""
+        self._send(FrameKind.HEADER, memoryview(HEADER.pack(*numbers, *[0] * (4 - len(numbers)))))
 
     def send_message(self, value: Any) -> None:
-        """Sends what JSON can say, with tensors of any shapes and dtypes in it; tuples arrive as lists.
+        """Sends a value of JSON with tensors of any shapes and dtypes; the peer receives tuples as lists.
 
         Raises:
-            TransportError: as `send`; also where the message would be longer than the other side takes.
+            ProtocolError: the message is longer than a peer accepts.
+            TransportError: as `send`.
         """
         text, tensors = encode(value)
-        if len(text) > _LONGEST:
-            raise ProtocolError(f"a message of {len(text)} bytes beside its tensors is too long: at most {_LONGEST}")
-        self._send(Frame.MESSAGE, memoryview(text))
+        if len(text) > _MAX_TEXT_BYTES:
+            raise ProtocolError(
+                f"a message of {len(text)} bytes without its tensors is too long: at most {_MAX_TEXT_BYTES}"
+            )
+        self._send(FrameKind.MESSAGE, memoryview(text))
         self.send(*tensors)
 
     def send_heartbeat(self) -> None:
-        """Gives a sign of life, from any thread. Does nothing while something else is sent: that is one too.
+        """Sends a heartbeat, from any thread; does nothing while another thread sends a frame.
 
         Raises:
             TransportError: the connection is gone.
@@ -134,21 +136,21 @@ class Connection:
         if not self._sending.acquire(blocking=False):
             return
         try:
-            # Where there is no room, enough is under way.
+            # A full buffer already holds bytes that serve as heartbeats.
             if self._writable.poll(0):
-                self._write(Frame.HEARTBEAT, memoryview(b""))
+                self._write(FrameKind.HEARTBEAT, memoryview(b""))
         finally:
             self._sending.release()
 
-    def _send(self, kind: Frame, content: memoryview) -> None:
+    def _send(self, kind: FrameKind, content: memoryview) -> None:
         with self._sending:
             self._write(kind, content)
 
-    def _write(self, kind: Frame, content: memoryview) -> None:
+    def _write(self, kind: FrameKind, content: memoryview) -> None:
         signature = self._sign(self._sending_key, self._sent, kind, len(content), content)
         self._sent += 1
         parts = [memoryview(_FRAME.pack(kind, len(content), signature)), content]
-        end = self._end_for(len(content))
+        deadline = self._deadline(len(content))
         try:
             while parts:
                 count = self._socket.sendmsg(parts)
@@ -156,137 +158,139 @@ class Connection:
                     count -= len(parts.pop(0))
                 if parts:
                     parts[0] = parts[0][count:]
-                    self._check_time(end, "took")
+                    self._check_deadline(deadline, "received")
         except OSError as error:
-            # A part of a frame may be under way: nothing can follow it.
+            # The peer may have a part of a frame: nothing can follow it.
             self.close()
-            raise _explained(error, "took", self._silence) from None
+            raise _transport_error(error, "received", self._timeout) from None
         self.last_sent = time.monotonic()
 
     # Receiving.
 
     def receive(self, *tensors: Tensor) -> None:
-        """Fills tensors, which must lie on a CPU without gaps.
+        """Fills contiguous CPU tensors.
 
         Raises:
-            ProtocolError: something else came, or a tensor of another size.
-            TransportError: the connection is gone, or nothing came for too long.
+            ProtocolError: the peer sent no tensor, or a tensor of another size.
+            TransportError: the connection is gone, or nothing came within the timeout.
         """
         for tensor in tensors:
             if tensor.numel():
-                length, signature = self._receive_head(Frame.TENSOR)
+                length, signature = self._receive_header(FrameKind.TENSOR)
                 if length != tensor.nbytes:
                     raise ProtocolError(f"a tensor of {length} bytes came where one of {tensor.nbytes} was expected")
-                self._check(signature, Frame.TENSOR, length, memoryview(b""))
-                self._fill(bytes_of(tensor), self._end_for(length))
+                self._check_signature(signature, FrameKind.TENSOR, length, memoryview(b""))
+                self._fill(bytes_of(tensor), self._deadline(length))
 
     def receive_header(self) -> list[int]:
-        """Returns the numbers of a header.
+        """Returns the four integers of a header.
 
         Raises:
             TransportError: as `receive`.
         """
-        return list(HEADER.unpack(self._receive_content(Frame.HEADER, HEADER.size, HEADER.size)))
+        return list(HEADER.unpack(self._receive_content(FrameKind.HEADER, HEADER.size, HEADER.size)))
 
-    def receive_message(self, most: int = 0) -> Any:
-        """Returns what the other side gave to `send_message`.
+    def receive_message(self, max_bytes: int = 0) -> Any:
+        """Returns the value that the peer gave to `send_message`.
 
         Args:
-            most: bytes that the tensors in it may take together.
+            max_bytes: the limit of the bytes of all its tensors.
 
         Raises:
-            ProtocolError: it is none, or has more tensors.
+            ProtocolError: the peer sent no message, or more bytes of tensors.
             TransportError: as `receive`.
         """
-        text = self._receive_content(Frame.MESSAGE, 1, _LONGEST)
+        text = self._receive_content(FrameKind.MESSAGE, 1, _MAX_TEXT_BYTES)
         try:
-            return decode(text, most, lambda tensors: self.receive(*tensors))
+            return decode(text, max_bytes, lambda tensors: self.receive(*tensors))
         except (ValueError, RuntimeError) as error:
-            # RuntimeError: of torch, which has no memory for it.
+            # torch raises a RuntimeError where it cannot allocate the tensors.
             raise ProtocolError(f"a message cannot be read: {error}") from None
 
     def poll(self) -> None:
-        """Takes the heartbeats that have come, without waiting: for a side that has nothing else to receive now.
+        """Receives the heartbeats that have arrived, without waiting, at a time when the peer may send nothing else.
 
         Raises:
-            ProtocolError: something else came.
-            TransportError: the connection is gone, or there was no sign of life for too long.
+            ProtocolError: the peer sent another frame.
+            TransportError: the connection is gone, or nothing came within the timeout.
         """
         while self._readable.poll(0):
             try:
-                if not self._fill_head():
+                if not self._fill_header():
                     continue
             except OSError as error:
-                raise _explained(error, "said", self._silence) from None
-            kind, length, signature = self._take_head()
-            if kind != Frame.HEARTBEAT:
+                raise _transport_error(error, "sent", self._timeout) from None
+            kind, length, signature = self._take_header()
+            if kind != FrameKind.HEARTBEAT:
                 raise ProtocolError(f"a frame of kind {kind} came where only heartbeats were expected")
-            self._check(signature, kind, length, memoryview(b""))
-        if time.monotonic() - self._last_heard > self._silence:
-            raise SilenceError(f"the other side said nothing for {self._silence:g} s")
+            self._check_signature(signature, kind, length, memoryview(b""))
+        if time.monotonic() - self._last_received > self._timeout:
+            raise SilenceError(f"the peer sent nothing for {self._timeout:g} s")
 
-    def _receive_content(self, kind: Frame, least: int, most: int) -> bytes:
-        length, signature = self._receive_head(kind)
-        if not least <= length <= most:
-            raise ProtocolError(f"{length} bytes of a {kind.name.lower()} were announced, at most {most} are taken")
+    def _receive_content(self, kind: FrameKind, min_length: int, max_length: int) -> bytes:
+        length, signature = self._receive_header(kind)
+        if not min_length <= length <= max_length:
+            raise ProtocolError(
+                f"a {kind.name.lower()} of {length} bytes was announced, at most {max_length} are accepted"
+            )
         content = bytearray(length)
-        self._fill(memoryview(content), self._end_for(length))
-        self._check(signature, kind, length, memoryview(content))
+        self._fill(memoryview(content), self._deadline(length))
+        self._check_signature(signature, kind, length, memoryview(content))
         return bytes(content)
 
-    def _receive_head(self, wanted: Frame) -> tuple[int, bytes]:
+    def _receive_header(self, expected: FrameKind) -> tuple[int, bytes]:
         """Returns length and signature of the next frame that is no heartbeat."""
         while True:
-            end = time.monotonic() + self._silence
+            deadline = time.monotonic() + self._timeout
             try:
-                while not self._fill_head():
-                    self._check_time(end, "said")
+                while not self._fill_header():
+                    self._check_deadline(deadline, "sent")
             except OSError as error:
-                raise _explained(error, "said", self._silence) from None
-            kind, length, signature = self._take_head()
-            if kind == wanted:
+                raise _transport_error(error, "sent", self._timeout) from None
+            kind, length, signature = self._take_header()
+            if kind == expected:
                 return length, signature
-            if kind != Frame.HEARTBEAT:
-                raise ProtocolError(f"a frame of kind {kind} came where one of kind {int(wanted)} was expected")
-            self._check(signature, kind, length, memoryview(b""))
+            if kind != FrameKind.HEARTBEAT:
+                raise ProtocolError(f"a frame of kind {kind} came where one of kind {int(expected)} was expected")
+            self._check_signature(signature, kind, length, memoryview(b""))
 
-    def _fill_head(self) -> bool:
-        """Reads once; returns whether the head is whole."""
-        self._head_filled += self._read(self._head[self._head_filled :])
-        return self._head_filled == _FRAME.size
+    def _fill_header(self) -> bool:
+        """Reads once; returns True when the header of a frame is complete."""
+        self._header_filled += self._read(self._header[self._header_filled :])
+        return self._header_filled == _FRAME.size
 
-    def _take_head(self) -> tuple[int, int, bytes]:
-        self._head_filled = 0
-        return _FRAME.unpack(self._head)
+    def _take_header(self) -> tuple[int, int, bytes]:
+        self._header_filled = 0
+        return _FRAME.unpack(self._header)
 
-    def _fill(self, room: memoryview, end: float) -> None:
+    def _fill(self, buffer: memoryview, deadline: float) -> None:
         try:
-            while room:
-                room = room[self._read(room) :]
-                if room:
-                    self._check_time(end, "said")
+            while buffer:
+                buffer = buffer[self._read(buffer) :]
+                if buffer:
+                    self._check_deadline(deadline, "sent")
         except OSError as error:
-            raise _explained(error, "said", self._silence) from None
+            raise _transport_error(error, "sent", self._timeout) from None
 
-    def _read(self, room: memoryview) -> int:
-        count = self._socket.recv_into(room)
+    def _read(self, buffer: memoryview) -> int:
+        count = self._socket.recv_into(buffer)
         if count == 0:
-            raise TransportError("the other side closed the connection")
-        self._last_heard = time.monotonic()
+            raise TransportError("the peer closed the connection")
+        self._last_received = time.monotonic()
         return count
 
     # Both.
 
     def close(self) -> None:
-        """Ends the connection, from any thread; whoever waits for something on either side of it finds it gone."""
+        """Ends the connection, from any thread; threads that wait for it on either side get an error."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def release(self, seconds: float = 0.0) -> None:
-        """Ends the connection and gives back its descriptor, for the thread that receives.
+        """Ends the connection and releases its descriptor; only the receiving thread may call this.
 
         Args:
-            seconds: in which the other side may still read what was sent last: what it sends meanwhile is thrown away.
+            seconds: the time in which the peer may read the latest frames; frames of the peer are discarded.
         """
         end = time.monotonic() + seconds
         with contextlib.suppress(OSError):
@@ -299,33 +303,33 @@ class Connection:
         with self._sending:
             self._socket.close()
 
-    def _check(self, signature: bytes, kind: int, length: int, content: memoryview) -> None:
+    def _check_signature(self, signature: bytes, kind: int, length: int, content: memoryview) -> None:
         expected = self._sign(self._receiving_key, self._received, kind, length, content)
         self._received += 1
         if not hmac.compare_digest(signature, expected):
-            raise ProtocolError("a frame is not signed by the other side")
+            raise ProtocolError("a frame is not signed by the peer")
 
     @staticmethod
-    def _sign(key: bytes, number: int, kind: int, length: int, content: memoryview) -> bytes:
-        signed = b"" if kind == Frame.TENSOR else content
-        return hmac.digest(key, b"".join([_SIGNED.pack(number, kind, length), signed]), "sha256")[:16]
+    def _sign(key: bytes, sequence: int, kind: int, length: int, content: memoryview) -> bytes:
+        signed = b"" if kind == FrameKind.TENSOR else content
+        return hmac.digest(key, b"".join([_SIGNED.pack(sequence, kind, length), signed]), "sha256")[:16]
 
-    def _end_for(self, length: int) -> float:
-        return time.monotonic() + self._silence + length / _SLOWEST
+    def _deadline(self, length: int) -> float:
+        return time.monotonic() + self._timeout + length / _MIN_BYTES_PER_SECOND
 
-    def _check_time(self, end: float, verb: str) -> None:
-        if time.monotonic() > end:
-            raise SilenceError(f"the other side {verb} too little for {self._silence:g} s")
-
-
-def heartbeat_of(silence: float) -> float:
-    """Returns after how many seconds to give a sign of life to who takes so many of silence for an end."""
-    return min(max(silence / 5, _SHORTEST_HEARTBEAT), _LONGEST_HEARTBEAT)
+    def _check_deadline(self, deadline: float, verb: str) -> None:
+        if time.monotonic() > deadline:
+            raise SilenceError(f"the peer {verb} too little for {self._timeout:g} s")
 
 
-def _explained(error: OSError, verb: str, silence: float) -> TransportError:
+def heartbeat_interval(timeout: float) -> float:
+    """Returns the seconds between two heartbeats to a peer with that timeout."""
+    return min(max(timeout / 5, _MIN_HEARTBEAT_INTERVAL), _MAX_HEARTBEAT_INTERVAL)
+
+
+def _transport_error(error: OSError, verb: str, timeout: float) -> TransportError:
     if isinstance(error, TransportError):
         return error
     if isinstance(error, TimeoutError):
-        return SilenceError(f"the other side {verb} nothing for {silence:g} s")
+        return SilenceError(f"the peer {verb} nothing for {timeout:g} s")
     return TransportError(error.strerror or str(error) or type(error).__name__)

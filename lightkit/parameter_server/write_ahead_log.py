@@ -1,4 +1,4 @@
-"""What a server needs to come back: a snapshot now and then, and a log of every update since."""
+"""A write-ahead log: snapshots of a server's state, and a log of the updates since the latest snapshot."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from lightkit._util.atomic_write import write_atomically
 from lightkit.errors import CheckpointError, ConfigError
 from lightkit.parameter_server.encoding import bytes_of, decode, encode
 from lightkit.parameter_server.records import (
-    MARK_BYTES,
-    ends_in_a_tail,
+    MAGIC_BYTES,
+    ends_in_trailer,
     find_record,
     find_record_after,
     write_record,
@@ -29,33 +29,33 @@ from lightkit.parameter_server.records import (
 
 _log = logging.getLogger(__name__)
 
-# A log that is so many times as long as a snapshot is followed by one, whatever the number of its updates; not one that
-# is shorter than so many bytes.
+# A log that is so many times as long as the snapshot asks for a new snapshot, unless it has fewer bytes than the second
+# number.
 _LOG_TO_SNAPSHOT = 8
-_LOG_LEAST = 1 << 28
+_MIN_LOG_BYTES = 1 << 28
 
-_SNAPSHOT_MARK = b"lksnap02"
+_SNAPSHOT_MAGIC = b"lksnap02"
 
 
 class WriteAheadLog:
-    """A directory with the newest snapshot, and the log that goes on from it.
+    """A directory with the latest snapshot and the log of the updates after it.
 
-    An update is in the log before the worker that pushed it hears of it. It survives the end of the process, however
-    that comes; what a machine that loses power had not written to the disk yet is lost.
+    The log has an update before the worker that pushed it gets the reply. An update survives the end of the process,
+    however that happens. It is lost if the machine loses power before the system has written it to the disk.
 
-    Everything has a checksum, which is looked at before anything is used. A log that ends within a record, or in zeros,
-    is one whose end was not written: that record is left out. One that is damaged otherwise is an error, and stays as
-    it is, unless the caller wants to go on without what follows the damage.
+    Snapshots and updates have checksums, which are checked before use. A log that ends in an incomplete record or in
+    zeros was not written to its end: that record is left out. Other damage is an error that changes nothing, unless
+    ``recover_until_damage`` is set.
 
     Args:
-        directory: of this server alone; made, for this user alone, if it is not there.
-        recover_until_damage: moves what follows damage of the log to ``damaged-log-N-from-byte-M.bin`` in the
-            directory, and goes on from the last update before it. The server never removes that file.
+        directory: a directory for this server alone; created with access for this user alone.
+        recover_until_damage: moves the rest of a damaged log to ``damaged-log-N-from-byte-M.bin`` in the directory, and
+            continues from the last update before the damage. The server never removes that file.
 
     Raises:
-        ConfigError: another server has it.
-        CheckpointError: it is of an earlier release, whose files have no checksums.
-        OSError: it cannot be written.
+        ConfigError: another server uses the directory.
+        CheckpointError: the directory is of an earlier release, whose files have no checksums.
+        OSError: the directory is not writable.
     """
 
     def __init__(self, directory: str | Path, recover_until_damage: bool = False) -> None:
@@ -75,88 +75,90 @@ class WriteAheadLog:
                 "the release that began it, or choose another directory"
             )
         self._log: BinaryIO | None = None
-        self._mark = b""
-        self._next = 0
+        self._log_magic = b""
+        self._next_sequence = 0
         self._snapshot_bytes = 0
-        found = [_number_of(path) for path in self._directory.glob("snapshot-*.bin")]
-        self._number = max(found, default=-1)
+        # Snapshot and log with the same generation belong together.
+        self._generation = max((_generation_of(path) for path in self._directory.glob("snapshot-*.bin")), default=-1)
 
     def __str__(self) -> str:
         return str(self._directory)
 
     @property
     def is_long(self) -> bool:
-        """Whether the log has become so long that a snapshot takes less of the disk."""
-        return self._log is not None and self._log.tell() > max(_LOG_TO_SNAPSHOT * self._snapshot_bytes, _LOG_LEAST)
+        """True if the log is so long that a snapshot would need much less space."""
+        limit = max(_LOG_TO_SNAPSHOT * self._snapshot_bytes, _MIN_LOG_BYTES)
+        return self._log is not None and self._log.tell() > limit
 
     def load(self) -> Any:
-        """Returns the newest snapshot, or None, and removes what a server left that ended in the middle of one.
+        """Returns the latest snapshot or None, and removes the files of an interrupted snapshot.
 
         Raises:
-            CheckpointError: it is damaged; nothing has been removed.
+            CheckpointError: the snapshot is damaged; nothing was removed.
         """
-        state = None if self._number < 0 else self._load(self._path("snapshot"))
-        self._remove_all_but(self._number)
+        state = None if self._generation < 0 else self._load(self._path("snapshot"))
+        self._remove_all_except(self._generation)
         return state
 
     def _load(self, path: Path) -> Any:
         try:
             with path.open("rb") as stream:
                 self._snapshot_bytes = os.fstat(stream.fileno()).st_size
-                record = find_record(stream, 0, _SNAPSHOT_MARK)
-                if record is None or record.end != self._snapshot_bytes or record.number != self._number:
-                    raise ValueError("its checksum is not that of what it holds")
+                record = find_record(stream, 0, _SNAPSHOT_MAGIC)
+                if record is None or record.end != self._snapshot_bytes or record.sequence != self._generation:
+                    raise ValueError("its checksum is wrong")
                 stream.seek(record.text)
                 text = stream.read(record.body - record.text)
-                saved = decode(text, record.tail - record.body, lambda tensors: _read_into(stream, tensors))
-                self._mark = bytes.fromhex(saved["mark"])
+                saved = decode(text, record.trailer - record.body, lambda tensors: _read_into(stream, tensors))
+                self._log_magic = bytes.fromhex(saved["mark"])
                 return saved["state"]
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
             raise CheckpointError(
-                f"the snapshot {path} is damaged: {error}; the server cannot come back from it: begin anew in another "
+                f"the snapshot {path} is damaged: {error}; the server cannot recover from it: begin anew in another "
                 "directory, from a checkpoint of the training"
             ) from None
 
     def replay(self) -> Iterator[tuple[dict[str, Any], bytes]]:
-        """Yields the updates since the snapshot, each with its tensors' bytes; then the log goes on from there.
+        """Yields the updates since the snapshot with the bytes of their tensors; then opens the log to append to it.
 
         Raises:
-            CheckpointError: the log is damaged, or not there.
+            CheckpointError: the log is damaged or missing.
         """
         path = self._path("log")
         if not path.exists():
             if not self._recover_until_damage:
-                raise CheckpointError(f"the log {path} is not there, with the updates after the snapshot{_way_on()}")
+                raise CheckpointError(f"the log {path} is missing, with the updates after the snapshot{_advice()}")
             path.touch()
         with path.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
             end = 0
-            while (record := find_record(stream, end, self._mark)) is not None and record.number == self._next:
+            while True:
+                record = find_record(stream, end, self._log_magic)
+                if record is None or record.sequence != self._next_sequence:
+                    break
                 stream.seek(record.text)
-                text, body = stream.read(record.body - record.text), stream.read(record.tail - record.body)
+                text, body = stream.read(record.body - record.text), stream.read(record.trailer - record.body)
                 yield json.loads(text), body
                 end = record.end
-                self._next += 1
+                self._next_sequence += 1
             if end < size:
-                self._set_aside(stream, end, size)
+                self._check_rest(stream, end, size)
         os.truncate(path, end)
         self._log = path.open("ab")
 
-    def _set_aside(self, stream: BinaryIO, end: int, size: int) -> None:
-        """Judges what of the log is no record: an end that was not written, or damage."""
-        # Also a record that should be here and comes later, or one that is here for the second time.
+    def _check_rest(self, stream: BinaryIO, end: int, size: int) -> None:
+        """Decides whether the bytes after the last record are an incomplete record or damage."""
+        # A complete record with the next sequence number at a later place, or a repeated one, is damage too.
         following, place = 0, end
-        while (record := find_record_after(stream, place, self._mark, self._next - 1)) is not None:
+        while (record := find_record_after(stream, place, self._log_magic, self._next_sequence - 1)) is not None:
             following, place = following + 1, record.end
-        if not following and not ends_in_a_tail(stream, self._mark):
-            _log.warning(
-                "the log in %s ends in %d bytes of an update that was not written whole: left out", self, size - end
-            )
+        if not following and not ends_in_trailer(stream, self._log_magic):
+            _log.warning("the log in %s ends in %d bytes of an incomplete update: left out", self, size - end)
             return
         damage = f"the log {self._path('log')} is damaged at byte {end} of {size}; {following} whole updates follow"
         if not self._recover_until_damage:
-            raise CheckpointError(f"{damage}, which workers have been answered. Nothing was removed{_way_on()}")
-        aside = self._directory / f"damaged-log-{self._number}-from-byte-{end}.bin"
+            raise CheckpointError(f"{damage}, which workers have a reply for. Nothing was removed{_advice()}")
+        aside = self._directory / f"damaged-log-{self._generation}-from-byte-{end}.bin"
 
         def copy(target: BinaryIO) -> None:
             stream.seek(end)
@@ -167,79 +169,88 @@ class WriteAheadLog:
         _log.warning("%s: they are left out, and kept in %s", damage, aside)
 
     def snapshot(self, state: dict[str, Any]) -> None:
-        """Writes a snapshot, from which on a new log counts."""
-        number, mark = self._number + 1, secrets.token_bytes(MARK_BYTES)
-        text, tensors = encode({"mark": mark.hex(), "state": state})
+        """Writes a snapshot, and begins a new log after it.
+
+        Raises:
+            OSError: the disk is full or gone; the earlier snapshot and its log are as they were.
+        """
+        generation, magic = self._generation + 1, secrets.token_bytes(MAGIC_BYTES)
+        text, tensors = encode({"mark": magic.hex(), "state": state})
         parts = [bytes_of(tensor) for tensor in tensors if tensor.numel()]
-        # Before the snapshot, which without its log would be one whose updates are gone.
-        log = (self._directory / f"log-{number}.bin").open("wb")
-        path = self._directory / f"snapshot-{number}.bin"
+        # The log comes first: a snapshot without a log would look like one whose updates are lost.
+        log = (self._directory / f"log-{generation}.bin").open("wb")
+        path = self._directory / f"snapshot-{generation}.bin"
         try:
-            write_atomically(path, lambda stream: write_record(stream, _SNAPSHOT_MARK, number, text, parts))
+            write_atomically(path, lambda stream: write_record(stream, _SNAPSHOT_MAGIC, generation, text, parts))
         except BaseException:
             log.close()
             os.unlink(log.name)
             raise
-        self._number, self._mark, self._next = number, mark, 0
+        self._generation, self._log_magic, self._next_sequence = generation, magic, 0
         self._snapshot_bytes = path.stat().st_size
         if self._log is not None:
             self._log.close()
         self._log = log
-        self._remove_all_but(self._number)
+        self._remove_all_except(generation)
 
     def append(self, update: dict[str, Any], tensors: Sequence[Tensor]) -> None:
-        """Adds an update to the log.
+        """Appends an update to the log; a `snapshot` or a `replay` must have opened the log.
+
+        Args:
+            update: JSON values.
+            tensors: contiguous CPU tensors.
 
         Raises:
-            OSError: the disk is full, or gone; the log is as it was.
+            OSError: the disk is full or gone; the log is as it was.
         """
+        assert self._log is not None
         start = self._log.tell()
         parts = [bytes_of(tensor) for tensor in tensors if tensor.numel()]
         try:
-            write_record(self._log, self._mark, self._next, json.dumps(update).encode(), parts)
-            # To the system, which keeps it when this process ends.
+            write_record(self._log, self._log_magic, self._next_sequence, json.dumps(update).encode(), parts)
+            # To the system, which keeps it after the end of this process.
             self._log.flush()
         except OSError:
-            # What follows a torn record would count as damage.
+            # A record after an incomplete one would count as damage.
             self._log = _reopen(self._log, start)
             raise
-        self._next += 1
+        self._next_sequence += 1
 
     def close(self) -> None:
-        """Leaves the directory to another server."""
+        """Closes the files, and leaves the directory to another server."""
         if self._log is not None:
             self._log.close()
         self._lock.close()
 
     def clear(self) -> None:
-        """Removes what is there: the job has come to its end."""
+        """Removes all files, and the directory if it is empty then: the training has ended."""
         if self._log is not None:
             self._log.close()
-        self._remove_all_but(None)
+        self._remove_all_except(None)
         (self._directory / "lock").unlink(missing_ok=True)
-        # Unless somebody else keeps something there.
         with contextlib.suppress(OSError):
             self._directory.rmdir()
 
-    def _remove_all_but(self, number: int | None) -> None:
-        kept = {f"snapshot-{number}.bin", f"log-{number}.bin"}
+    def _remove_all_except(self, generation: int | None) -> None:
+        kept = {f"snapshot-{generation}.bin", f"log-{generation}.bin"}
         for pattern in ("snapshot-*.bin", "log-*.bin", ".snapshot-*.bin.*"):
             for path in self._directory.glob(pattern):
                 if path.name not in kept:
                     path.unlink(missing_ok=True)
 
     def _path(self, name: str) -> Path:
-        return self._directory / f"{name}-{self._number}.bin"
+        return self._directory / f"{name}-{self._generation}.bin"
 
 
 def fill(tensors: Sequence[Tensor], body: bytes) -> None:
-    """Puts the bytes of an update into tensors like those that were given to `WriteAheadLog.append`.
+    """Writes the bytes of an update to contiguous CPU tensors like those that `WriteAheadLog.append` received.
 
     Raises:
-        ValueError: they are not so many.
+        ValueError: the tensors have another number of bytes.
     """
-    if len(body) != sum(tensor.nbytes for tensor in tensors):
-        raise ValueError(f"an update has {len(body)} bytes, and its parameters other ones")
+    expected = sum(tensor.nbytes for tensor in tensors)
+    if len(body) != expected:
+        raise ValueError(f"an update has {len(body)} bytes, and its parameters have {expected}")
     start = 0
     for tensor in tensors:
         end = start + tensor.nbytes
@@ -247,26 +258,26 @@ def fill(tensors: Sequence[Tensor], body: bytes) -> None:
         start = end
 
 
-def _way_on() -> str:
+def _advice() -> str:
     return (
-        ". To go on from the last update before the damage, start the server with --recover-until-damage "
-        "(Server(recover_until_damage=True)), which keeps what follows in another file"
+        ". To continue from the last update before the damage, start the server with --recover-until-damage "
+        "(Server(recover_until_damage=True)), which keeps the rest in another file"
     )
 
 
-def _number_of(path: Path) -> int:
-    number = path.stem.partition("-")[2]
-    return int(number) if number.isdecimal() else -1
+def _generation_of(path: Path) -> int:
+    generation = path.stem.partition("-")[2]
+    return int(generation) if generation.isdecimal() else -1
 
 
 def _read_into(stream: BinaryIO, tensors: Sequence[Tensor]) -> None:
     for tensor in tensors:
-        if tensor.numel() and stream.readinto(bytes_of(tensor)) != tensor.nbytes:
+        if tensor.numel() and stream.readinto(bytes_of(tensor)) != tensor.nbytes:  # type: ignore[attr-defined]
             raise ValueError("it ends too early")
 
 
 def _reopen(log: BinaryIO, length: int) -> BinaryIO:
-    """Returns the log of that length: its own buffer may still hold what could not be written."""
+    """Returns the log, cut to ``length`` bytes: the buffer of the old stream may hold bytes that did not fit."""
     path = log.name
     with contextlib.suppress(OSError):
         log.close()

@@ -1,7 +1,7 @@
-"""Strategies for several processes, and for a TPU; to import this registers their names for the Trainer."""
+"""Strategies for several processes and for a TPU. An import of this package registers their names for the Trainer."""
 
 from lightning.pytorch.accelerators import AcceleratorRegistry
-from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
 from lightkit._util.strategy_traits import StrategyTraits
 from lightkit.strategies.data_parallel import DataParallel
@@ -12,8 +12,8 @@ from lightkit.strategies.tpu import TorchTPU, TorchTPUAccelerator
 
 __all__ = ["DataParallel", "DiLoCo", "LocalSGD", "ParameterServer", "StrategyTraits", "TorchTPU", "TorchTPUAccelerator"]
 
-# Lightning compares in lower case.
-_NAMES = {
+# Lightning compares names in lower case.
+_NAMES: dict[str, tuple[type[Strategy], dict[str, str]]] = {
     "data_parallel": (DataParallel, {}),
     "data_parallel_fp16": (DataParallel, {"compression": "fp16"}),
     "data_parallel_bf16": (DataParallel, {"compression": "bf16"}),
@@ -26,10 +26,15 @@ _NAMES = {
     "torch_tpu": (TorchTPU, {}),
 }
 
+
+def _summary(cls: type) -> str:
+    return (cls.__doc__ or "").partition("\n")[0]
+
+
 for _name, (_strategy, _arguments) in _NAMES.items():
-    # A reloaded module registers its new classes.
-    StrategyRegistry.register(_name, _strategy, _strategy.__doc__.splitlines()[0], override=True, **_arguments)
+    # override: a reloaded module registers its new classes.
+    StrategyRegistry.register(_name, _strategy, _summary(_strategy), override=True, **_arguments)
 
 AcceleratorRegistry.register(
-    TorchTPUAccelerator.name(), TorchTPUAccelerator, TorchTPUAccelerator.__doc__.splitlines()[0], override=True
+    TorchTPUAccelerator.name(), TorchTPUAccelerator, _summary(TorchTPUAccelerator), override=True
 )

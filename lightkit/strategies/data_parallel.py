@@ -1,4 +1,4 @@
-"""Data parallel training whose gradients may be compressed on their way, on CPUs too."""
+"""Data parallel training with compressed gradients, on CPUs too."""
 
 from __future__ import annotations
 
@@ -23,25 +23,26 @@ _COMPRESSIONS = ("none", "fp16", "bf16", "powersgd")
 
 _HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
-# PowerSGD starts from gradients that have settled a little; until then they are sent whole.
+# The first steps send whole gradients: PowerSGD approximates gradients well once they change slowly.
 _POWERSGD_START = 10
 
 
 class DataParallel(Parallel):
-    """Each process takes its part of every batch; gradients are averaged in every step.
+    """Averages the gradients of all processes in every step; each process trains on its shard of the data.
 
-    Lightning's ``DDPStrategy``, with communication hooks on every device (Lightning leaves them out where there is
-    no CUDA) and without its broadcast before each batch.
+    It is Lightning's ``DDPStrategy``, with communication hooks on every device (Lightning registers them for CUDA
+    alone) and without the broadcast before each batch.
 
     Args:
-        compression: of gradients on their way: ``none``; ``fp16`` and ``bf16``, half the bytes; ``powersgd``, their
-            approximation of rank 1 with error feedback [1]_ from the tenth step on. The error that is fed back is not
-            part of a checkpoint: a resumed run begins with none.
-        find_unused_parameters: for models that leave out some parameters in some steps.
-        **options: of Lightning's ``DDPStrategy``, a ``ddp_comm_hook`` of one's own among them.
+        compression: compression of the sent gradients: ``none``; ``fp16`` and ``bf16``, which halve the bytes of
+            float32; ``powersgd``, an approximation of rank 1 with error feedback [1]_ from the tenth step on. A
+            checkpoint does not have the fed back error: a resumed run begins with zero error.
+        find_unused_parameters: supports models that leave out some parameters in some steps.
+        **options: arguments of Lightning's ``DDPStrategy``, such as an own ``ddp_comm_hook``.
 
     Raises:
-        ConfigError: an unknown compression; at the start of a training, processes with different numbers of batches.
+        ConfigError: the compression is unknown; at the start of a training, the processes have different numbers of
+            batches.
 
     References:
         .. [1] Vogels et al., PowerSGD: practical low-rank gradient compression for distributed optimization,
@@ -63,7 +64,7 @@ class DataParallel(Parallel):
     def configure_ddp(self) -> None:
         """Wraps the module."""
         super().configure_ddp()
-        self._wrap(self.model)
+        self._wrap(self.trained_module)
 
     def _wrap(self, module: nn.Module) -> None:
         self._trained = [p for p in module.parameters() if p.requires_grad]
@@ -73,14 +74,14 @@ class DataParallel(Parallel):
         self._register_ddp_hooks()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Between epochs somebody may have frozen parameters or thawed some, which torch's wrapper does not notice."""
+        """Wraps the module anew after a callback has frozen or thawed parameters, which torch's wrapper ignores."""
         if batch_idx == 0 and isinstance(self.model, DistributedDataParallel):
-            trained = [p for p in self.lightning_module.parameters() if p.requires_grad]
+            trained = [p for p in self.trained_module.parameters() if p.requires_grad]
             if len(trained) != len(self._trained) or any(
                 a is not b for a, b in zip(trained, self._trained, strict=True)
             ):
                 module, self.model = self.model.module, None
-                # Its hooks at the parameters must be gone before there are others.
+                # The old wrapper's hooks at the parameters must go before the new ones come.
                 gc.collect()
                 self._wrap(module)
 
@@ -89,30 +90,32 @@ class DataParallel(Parallel):
             self._ddp_comm_state, self._ddp_comm_hook = _HALF[self.compression], _average_in
         elif self.compression == "powersgd":
             self._ddp_comm_hook = powerSGD_hook.powerSGD_hook
-            # Anew for each fit: the state counts steps, and keeps a tensor for each bucket of this model.
-            self._ddp_comm_state = powerSGD_hook.PowerSGDState(
+            # One state for each fit: it counts steps, and has a tensor for each bucket of this model.
+            self._powersgd_state = powerSGD_hook.PowerSGDState(
                 process_group=None, matrix_approximation_rank=1, start_powerSGD_iter=_POWERSGD_START
             )
+            self._ddp_comm_state = self._powersgd_state
+        assert isinstance(self.model, DistributedDataParallel)
         register_ddp_comm_hook(self.model, self._ddp_comm_state, self._ddp_comm_hook, self._ddp_comm_wrapper)
 
     def after_step(self, optimizer: Optimizer) -> None:
-        """Counts it; its gradients were averaged in the backward pass."""
+        """Counts the step and the bytes of its gradients, which the backward pass has averaged."""
         if isinstance(self.model, DistributedDataParallel):
             self.count_step()
             self.count_bytes(self._reduced_bytes())
 
     def _reduced_bytes(self) -> float:
-        """Bytes of gradients in the step just taken, as they were sent."""
+        """Returns the bytes of the gradients that the latest step has reduced, after compression."""
         if self.compression in _HALF:
             return 2 * self._gradient_count
         if self.compression == "powersgd" and self._steps_counted > _POWERSGD_START:
-            state = self._ddp_comm_state
+            state = self._powersgd_state
             share = state.total_numel_after_compression / max(state.total_numel_before_compression, 1)
             return self._gradient_bytes * share
         return self._gradient_bytes
 
     def check_work(self, batches: list[float]) -> None:
-        """Every process must take part in every step."""
+        """Rejects different numbers of batches: every process takes part in every step."""
         if len(set(batches)) > 1:
             counts = ", ".join(f"{count:g}" for count in batches)
             raise ConfigError(
@@ -121,11 +124,12 @@ class DataParallel(Parallel):
             )
 
 
-# Without annotations: torch looks at them, and does not know them as strings.
+# torch checks the annotations of hooks, and does not understand strings: this function has none.
 def _average_in(dtype, bucket):
-    """A communication hook: averages gradients in another dtype. torch's own for bfloat16 is for NCCL alone."""
+    """Averages the gradients of a bucket in another dtype; torch's own hook for bfloat16 needs NCCL."""
     gradients = bucket.buffer()
-    # Divided first: the sum of many would leave the range of float16.
+    # Divides first: the sum of many float16 gradients may overflow.
     sent = gradients.to(dtype).div_(dist.get_world_size())
-    done = dist.all_reduce(sent, async_op=True).get_future()
-    return done.then(lambda future: gradients.copy_(future.value()[0]))
+    work = dist.all_reduce(sent, async_op=True)
+    assert work is not None
+    return work.get_future().then(lambda future: gradients.copy_(future.value()[0]))

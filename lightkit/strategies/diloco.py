@@ -1,4 +1,4 @@
-"""DiLoCo: local training with an outer optimizer that steps along what the workers have learnt."""
+"""DiLoCo: local training with an outer optimizer."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from lightkit.errors import CheckpointError, ConfigError
 from lightkit.optim import SGD
 from lightkit.strategies.local_sgd import LocalSGD
 
-# Where a checkpoint keeps the state of the outer optimizer.
+# The key of a checkpoint with the state of the outer optimizer.
 OUTER_KEY = "lightkit_outer_optimizer"
 
 
 class DiLoCo(LocalSGD):
-    """Local training whose averages are taken as gradients by an outer SGD with Nesterov momentum [1]_.
+    """Trains locally, and steps an outer SGD with Nesterov momentum along the workers' mean change [1]_.
 
-    After a period the mean of how far the workers have come from the weights that they share, with its sign turned,
-    is the gradient of an outer step from those; its result is what all go on with. With ``outer_lr=1`` and
-    ``outer_momentum=0`` that is `LocalSGD`, which also says what else happens when: every average there is an outer
-    step here. A period that a validation or a checkpoint cuts short makes a step of little gradient and full
-    momentum; choose a period that their distance is a multiple of.
+    After each period the outer optimizer steps from the shared weights; its gradient is the negated mean of the
+    workers' changes. All workers continue with the result. With ``outer_lr=1`` and ``outer_momentum=0`` the strategy
+    equals `LocalSGD`, which also describes the rest: every average of `LocalSGD` is an outer step here. A validation
+    or a checkpoint within a period causes an outer step with a small gradient and the full momentum: choose a period
+    that divides the distance between them.
 
-    The outer momentum is in the checkpoint; the shared weights are the checkpoint's own.
+    A checkpoint has the outer momentum; the shared weights are those of the checkpoint.
 
     Args:
         period: steps of a worker from one outer step to the next.
-        outer_lr: learning rate of the outer optimizer.
-        outer_momentum: its Nesterov momentum; 0 for none.
+        outer_lr: the learning rate of the outer optimizer.
+        outer_momentum: the Nesterov momentum of the outer optimizer; 0 for none.
         **options: see `LocalSGD`.
 
     Raises:
-        ConfigError: values out of range, and what `LocalSGD` refuses.
+        ConfigError: a value is out of range, or as `LocalSGD`.
 
     References:
         .. [1] Douillard et al., DiLoCo: distributed low-communication training of language models, 2023.
@@ -58,7 +58,7 @@ class DiLoCo(LocalSGD):
         super()._collect()
         if self._trained is before:
             return
-        # Other parameters than before begin without outer momentum.
+        # New parameters begin without outer momentum.
         for buffer in self._parameters:
             buffer.load()
         self._shared = [nn.Parameter(buffer.flat.clone()) for buffer in self._parameters]
@@ -84,21 +84,21 @@ class DiLoCo(LocalSGD):
             self.count_bytes(buffer.nbytes)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Writes a checkpoint that holds the outer optimizer's state as well."""
+        """Writes a checkpoint with the state of the outer optimizer."""
         if "optimizer_states" in checkpoint:
             checkpoint[OUTER_KEY] = self._outer.state_dict()
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Restores the outer momentum too, where the checkpoint is of a run that had one."""
+        """Restores the optimizers, and the outer momentum if the checkpoint has one."""
         super().load_optimizer_state_dict(checkpoint)
         if (state := checkpoint.get(OUTER_KEY)) is None:
             return
         buffers = [entry["momentum_buffer"] for entry in state["state"].values() if "momentum_buffer" in entry]
         sizes = [b.numel() for b in buffers if isinstance(b, Tensor)]
         if sizes and sizes != [shared.numel() for shared in self._shared]:
-            raise CheckpointError("the outer optimizer in the checkpoint is one of other parameters")
+            raise CheckpointError("the outer optimizer in the checkpoint has other parameters")
         self._outer.load_state_dict(state)
         for group in self._outer.param_groups:
-            # Of this run's configuration.
+            # The configuration of this run counts, not that of the checkpoint's run.
             group.update(lr=self.outer_lr, momentum=self.outer_momentum, nesterov=self.outer_momentum > 0)

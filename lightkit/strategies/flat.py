@@ -1,4 +1,4 @@
-"""Many tensors as one, so that one call sends them all."""
+"""Flat buffers: many tensors side by side, which one call reduces."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from torch import Tensor
 
 
 class FlatBuffer:
-    """Room for the values of tensors of one dtype and device, side by side.
+    """A one-dimensional buffer for the values of tensors.
 
     Args:
-        tensors: at least one, of one dtype and device; of any strides.
+        tensors: at least one tensor; all of one dtype and device, with any strides.
+
+    Attributes:
+        flat: the buffer.
     """
 
     def __init__(self, tensors: list[Tensor]) -> None:
@@ -26,19 +29,19 @@ class FlatBuffer:
 
     @property
     def nbytes(self) -> int:
-        """Its size in bytes."""
+        """Bytes of the buffer."""
         return self.flat.nbytes
 
     def load(self) -> None:
-        """Takes the values of the tensors."""
+        """Copies the values of the tensors to the buffer."""
         torch._foreach_copy_(self._parts, self._tensors)
 
     def store(self) -> None:
-        """Gives the tensors their values."""
+        """Copies the buffer to the tensors."""
         torch._foreach_copy_(self._tensors, self._parts)
 
     def average(self, counts: bool, workers: int) -> None:
-        """Makes ``flat`` the mean over those processes that count, ``workers`` in all."""
+        """Sets the buffer to its mean over the ``workers`` processes for which ``counts`` is True."""
         if not counts:
             self.flat.zero_()
         dist.all_reduce(self.flat)
@@ -46,7 +49,7 @@ class FlatBuffer:
 
 
 def flat_buffers(tensors: Iterable[Tensor]) -> list[FlatBuffer]:
-    """One buffer for each dtype and device."""
+    """Returns one buffer for each dtype and device."""
     kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = defaultdict(list)
     for tensor in tensors:
         kinds[tensor.dtype, tensor.device].append(tensor.detach())

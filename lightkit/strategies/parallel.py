@@ -1,4 +1,4 @@
-"""What the strategies here share: no collective for signals in every step, counted bytes, equal work checked."""
+"""The base class of the data parallel strategies: local signal handling, byte counts, a check of equal work."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import signal
 import threading
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -23,13 +23,14 @@ from lightkit.errors import ConfigError
 
 
 class Parallel(DDPStrategy):
-    """One process a device, each with the whole model.
+    """Runs one process for each device, each with the whole model.
 
-    Lightning 2.6 asks before every batch, by a broadcast, whether process 0 was sent a SIGTERM. Here each process
-    listens for its own: whoever ends a job (torchrun, SLURM, Kubernetes) tells all of them.
+    Lightning 2.6 broadcasts before every batch whether process 0 has received a SIGTERM. Here each process handles its
+    own SIGTERM: torchrun, SLURM and Kubernetes send it to all processes of a job.
 
     Args:
-        **options: of Lightning's ``DDPStrategy``, such as ``process_group_backend`` (gloo, nccl) and ``timeout``.
+        **options: arguments of Lightning's ``DDPStrategy``, such as ``process_group_backend`` (gloo, nccl) and
+            ``timeout``.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -38,11 +39,16 @@ class Parallel(DDPStrategy):
         self._bytes_sent = 0.0
 
     @property
-    def communication(self) -> dict[str, float]:
-        """What this process sent to train: ``communication/megabytes`` in all, and ``communication/bytes_per_step``.
+    def trained_module(self) -> pl.LightningModule:
+        """The module of the running Trainer."""
+        assert self.lightning_module is not None
+        return self.lightning_module
 
-        As a ring sends it: of ``n`` processes each sends ``2 (n - 1) / n`` of the bytes that are reduced. Empty
-        before the first step.
+    @property
+    def communication(self) -> dict[str, float]:
+        """The megabytes that this process has sent to train, and the bytes for each step; empty before the first step.
+
+        The count is that of a ring all-reduce: each of ``n`` processes sends ``2 (n - 1) / n`` of the reduced bytes.
         """
         if self._steps_counted == 0:
             return {}
@@ -50,16 +56,16 @@ class Parallel(DDPStrategy):
         return {"communication/megabytes": sent / 1e6, "communication/bytes_per_step": sent / self._steps_counted}
 
     def count_bytes(self, reduced: float) -> None:
-        """Counts the bytes of tensors that were reduced over all processes."""
+        """Counts bytes of tensors that all processes have reduced."""
         self._bytes_sent += reduced * 2 * (self.world_size - 1) / self.world_size
 
     def count_step(self) -> None:
-        """Counts a step of the optimizer."""
+        """Counts an optimizer step."""
         self._steps_counted += 1
 
     def configure_ddp(self) -> None:
-        """Refuses modules that are spread over processes by themselves."""
-        for name, module in self.lightning_module.named_modules():
+        """Rejects modules that are sharded or wrapped already."""
+        for name, module in self.trained_module.named_modules():
             wrapped = isinstance(module, DistributedDataParallel) or is_instance(
                 module, "torch.distributed.fsdp", "FullyShardedDataParallel"
             )
@@ -70,53 +76,52 @@ class Parallel(DDPStrategy):
                 )
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **options: Any) -> Any:
-        """A step, and what belongs to it."""
+        """Steps the optimizer, and calls `after_step`."""
         output = super().optimizer_step(optimizer, closure, *args, **options)
         self.after_step(optimizer)
         return output
 
     def after_step(self, optimizer: Optimizer) -> None:
-        """What follows a step of an optimizer, whoever has called that."""
+        """Acts after an optimizer step; Lightning's loop and the lean loop both cause the call."""
 
     def on_train_start(self) -> None:
-        """Puts the process's own listening in place of Lightning's; the handlers of signals are set just before."""
-        trainer = self.lightning_module.trainer
+        """Replaces Lightning's handling of SIGTERM, which it has just set up, and checks the numbers of batches."""
+        trainer = self.trained_module.trainer
         if self.world_size > 1:
-            _listen_alone(trainer)
-            self.check_work(_gather_numbers(trainer.num_training_batches, self.root_device))
+            _handle_sigterm_locally(trainer)
+            self.check_work(_gather_floats(trainer.num_training_batches, self.root_device))
 
     def check_work(self, batches: list[float]) -> None:
-        """Looks at how many batches each process has in an epoch; infinite where that is not known."""
+        """Checks the number of batches of each process in an epoch; an unknown number is infinite."""
 
 
-def _listen_alone(trainer: pl.Trainer) -> None:
-
-    def stop_if_told() -> None:
+def _handle_sigterm_locally(trainer: pl.Trainer) -> None:
+    def stop_if_received() -> None:
         if trainer.received_sigterm:
             raise SIGTERMException
 
-    replace_sigterm_check(trainer.fit_loop.epoch_loop, stop_if_told)
+    replace_sigterm_check(trainer.fit_loop.epoch_loop, stop_if_received)
     if threading.current_thread() is not threading.main_thread():
         return
     before = original_signal_handlers(trainer).get(signal.SIGTERM)
 
-    def note(signum: int, frame: FrameType | None) -> None:
-        # Lightning's own broadcasts from here, in the middle of whatever else is being sent.
+    def handle(signum: int, frame: FrameType | None) -> None:
+        # Lightning's handler broadcasts here, in the middle of another collective.
         set_received_sigterm(trainer)
         if trainer.strategy.launcher is not None:
             trainer.strategy.launcher.kill(signum)
         if callable(before):
-            before(signum, frame)
+            cast("Callable[[int, FrameType | None], Any]", before)(signum, frame)
 
-    # Lightning's teardown brings back what there was before.
-    signal.signal(signal.SIGTERM, note)
+    # Lightning's teardown restores the original handler.
+    signal.signal(signal.SIGTERM, handle)
 
 
-def _gather_numbers(value: float, device: torch.device) -> list[float]:
+def _gather_floats(value: float, device: torch.device) -> list[float]:
     mine = torch.tensor([float(value)], device=device)
-    everyone: list[Tensor] = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, mine)
-    return [number.item() for number in everyone]
+    gathered: list[Tensor] = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, mine)
+    return [entry.item() for entry in gathered]
 
 
 def _is_sharded(parameter: Tensor) -> bool:

@@ -1,17 +1,12 @@
-"""Training with a parameter server: optimizers step on servers, workers push gradients and pull parameters."""
+"""Training with parameter servers: optimizers step on servers, workers push gradients and pull parameters."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
-import json
-import math
 import os
 import secrets
-from collections.abc import Callable, Mapping, Sequence
-from datetime import timedelta
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,72 +14,68 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor
-from torch.distributed import PrefixStore, Store, TCPStore
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
 from lightkit._lightning.strategies import SubprocessScriptLauncher
 from lightkit._util.deprecated import RenamedAttribute
 from lightkit._util.strategy_traits import StrategyTraits
 from lightkit.errors import ConfigError
-from lightkit.parameter_server import Client, Job, Table
-from lightkit.parameter_server.client import Clipping, Exchange
-from lightkit.parameter_server.job import options_of
-from lightkit.parameter_server.local import LocalServers
-from lightkit.parameter_server.rendezvous import SECRET, split_address
+from lightkit.parameter_server import Client, OptimizerSpec, TrainingSpec
+from lightkit.parameter_server.local_servers import LocalServers
+from lightkit.parameter_server.rendezvous import SECRET_VARIABLE, split_address
+from lightkit.strategies.remote_optimizers import RemoteOptimizers, parameters_of
+from lightkit.strategies.worker_rendezvous import WorkerRendezvous
 
-# Seconds for the processes of a job to come up, and for servers to put things in order at the end.
-_TOGETHER = timedelta(minutes=10)
-_ORDER = 10.0
-
-# Of the strategies that meet others, in the order of the program, which is that of all workers.
-_numbers = itertools.count()
+# Seconds for servers to end by themselves after the training.
+_SHUTDOWN_TIMEOUT = 10.0
 
 
 class ParameterServer(ParallelStrategy):
-    """Parameters and optimizers live on servers, to which the workers send their gradients [1]_.
+    """Keeps parameters and optimizers on servers, to which the workers send their gradients [1]_.
 
-    A worker is one of the Trainer's processes. Each takes its part of the training data; where it would step, it pushes
-    the gradient, and goes on with the parameters that come back. The optimizer's class must be one that a
-    configuration may build, and steps on the servers; schedulers and hooks stay with the workers.
+    A worker is a process of the Trainer. Each worker trains on its shard of the training data. Instead of a step it
+    pushes the gradient, and continues with the parameters that come back. The servers step the optimizer, whose class
+    must be one that a configuration may build; schedulers and hooks stay with the workers.
 
-    Workers do not wait for each other but in those steps (``sync``, ``bounded``), at the beginning and at the end. So
-    each validates on all of the validation data, and decides by itself to stop early; what is logged and saved is
-    worker 0's. A checkpoint has the parameters and the optimizers' state that the servers have: it is an ordinary one.
-    Running statistics and other buffers are each worker's own, in the checkpoint worker 0's.
+    Workers wait for each other in ``sync`` and ``bounded`` steps, at the beginning and at the end of the training, and
+    nowhere else. So each worker validates on the whole validation set, and decides by itself to stop early; worker 0
+    logs and saves. A checkpoint has the parameters and the optimizer states of the servers, and is an ordinary one.
+    Running statistics and other buffers are each worker's own; a checkpoint has those of worker 0.
 
-    Workers may end at any time, and others may take their places: they are then not counted, or begin with the
-    parameters of the time. A server that dies comes back, from a snapshot and a log of what has been pushed since:
-    every push that was answered counts, and counts once. Where the Trainer starts its processes itself, worker 0 also
-    starts the servers, and starts them again. Elsewhere they are ``python -m lightkit.parameter_server`` on any host.
+    A worker may end at any time, and another one may take its place: the servers continue without it, and the
+    replacement begins with the current parameters. A restarted server recovers from a snapshot and a log: each push
+    that a worker has a reply for counts, and counts once. Where the Trainer starts the processes itself, worker 0 also
+    starts the servers, and restarts them. Elsewhere they are ``python -m lightkit.parameter_server`` on any host.
 
-    The norm to clip to is that of the mean gradient in ``sync``, as in data parallel training, and else that of each
-    worker's gradient; likewise for ``max_grad_norm`` and ``skip_nonfinite`` of lightkit's optimizers.
+    Gradient clipping by norm uses the norm of the mean gradient in ``sync``, as in data parallel training, and else
+    the norm of each worker's gradient; the same holds for ``max_grad_norm`` and ``skip_nonfinite`` of lightkit's
+    optimizers.
 
     Args:
-        mode: ``sync``, ``async`` or ``bounded``: see `lightkit.parameter_server.Job`, also for the next three.
-        staleness: pushes that a worker may be ahead of the slowest in ``bounded``.
-        compression: of pushes: ``none``, ``bf16`` or ``topk``.
-        fraction: that ``topk`` sends.
-        overlap: goes on with the next batch while a push is under way, which makes a worker's parameters older by one
-            of its own steps. Default: in ``async`` and ``bounded``; not for ``sync``.
-        servers: how many worker 0 starts, if there are no ``addresses``.
-        snapshot_every: updates from one snapshot of a server to the next; 0: a server that dies ends the job.
-        directory: where servers that are started here keep those. Default: below the Trainer's ``default_root_dir``.
-        addresses: ``HOST:PORT`` of servers that run already, a list or with commas in between. Their secret is in
-            ``LIGHTKIT_SECRET``.
-        worker: number of this process, where nobody starts the workers together; with ``workers`` and ``addresses``.
-        workers: how many those are, which the training data are dealt out to.
-        timeout: seconds without a sign of life after which a worker or server counts as gone; longer than a push
-            takes on its way.
+        mode: ``sync``, ``async`` or ``bounded``: see `lightkit.parameter_server.TrainingSpec`.
+        staleness: the most pushes that a worker may be ahead of the slowest worker in ``bounded``.
+        compression: compression of pushes: ``none``, ``bf16`` or ``topk``.
+        fraction: the fraction of the gradient's elements that ``topk`` sends.
+        overlap: computes the next batch while a push is under way, with parameters that are older by one step of this
+            worker. Default: True in ``async`` and ``bounded``; ``sync`` does not allow it.
+        servers: the number of servers that worker 0 starts, without ``addresses``.
+        snapshot_every: updates from one snapshot of a server to the next; with 0 the end of a server ends the job.
+        directory: the directory of snapshots and logs of servers that are started here. Default: a directory below the
+            Trainer's ``default_root_dir``.
+        addresses: ``HOST:PORT`` of running servers: a list, or a string with commas. The environment variable
+            ``LIGHTKIT_SECRET`` has their secret.
+        worker: the rank of this process, for processes that are started one by one; goes with ``workers`` and
+            ``addresses``.
+        workers: the number of processes that are started one by one, which share the training data.
+        timeout: seconds without a heartbeat after which a worker or a server counts as gone; longer than a push takes.
 
     Raises:
-        ConfigError: values out of range or that do not go together; at the start of a training, what cannot work with
-            it (``16-mixed``, ``LBFGS``, parameters of two optimizers), and what a server refuses.
+        ConfigError: an argument is out of range, or arguments exclude each other; at the start of a training, a feature
+            is not supported (``16-mixed``, ``LBFGS``, a parameter of two optimizers), or a server refuses the worker.
 
     References:
         .. [1] Li et al., Scaling distributed machine learning with the parameter server, OSDI 2014.
@@ -112,15 +103,8 @@ class ParameterServer(ParallelStrategy):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self._settings = {
-            "mode": mode,
-            "staleness": staleness,
-            "compression": compression,
-            "fraction": fraction,
-            "snapshot_every": snapshot_every,
-        }
-        # Looked at here and not at the first step.
-        Job([], **self._settings)
+        # Checks the values here, before the first step.
+        self._spec = TrainingSpec([], 1, mode, staleness, compression, fraction, snapshot_every)
         if overlap and mode == "sync":
             raise ConfigError("overlap=True: in mode sync a worker needs the parameters of the step before it goes on")
         if not isinstance(servers, int) or isinstance(servers, bool) or servers < 1:
@@ -129,39 +113,29 @@ class ParameterServer(ParallelStrategy):
             raise ConfigError(f"timeout must be a number of seconds above 0, got {timeout!r}")
         if (worker is None) != (workers is None) or (worker is not None and addresses is None):
             raise ConfigError("worker, workers and addresses belong together: give all three of them")
-        if worker is not None and not 0 <= worker < workers:
+        if worker is not None and workers is not None and not 0 <= worker < workers:
             raise ConfigError(f"worker must be from 0 to workers - 1, got worker={worker}, workers={workers}")
-        self._overlap = mode != "sync" if overlap is None else overlap
-        self._servers_wanted, self._directory = servers, directory
         if isinstance(addresses, str):
             addresses = addresses.split(",")
         for address in addresses or ():
             split_address(address)
         self._addresses = None if addresses is None else list(addresses)
+        self._server_count, self._directory = servers, directory
         self._worker, self._workers = worker, workers
         self._timeout = timeout
         self._num_nodes = 1
-        self._store: Store | None = None
-        self._meetings = 0
-        # Between them, the workers agree on nothing: see `broadcast`.
+        self._rendezvous: WorkerRendezvous | None = None
+        # During the training the workers agree on nothing: see `broadcast`.
         self._is_training = False
         self._has_trained = False
-        self._client: Client | None = None
-        self._servers: LocalServers | None = None
-        self._pending: dict[int, Exchange] = {}
-        # By table, the versions of the parameters after the servers' were taken.
-        self._taken: dict[int, list[int]] = {}
-        self._clipping: dict[int, Clipping] = {}
-        self._restored: list[Any] | None = None
-        self._fetched: list[Any] | None = None
-        self._steps_counted = 0
-        self._traffic = (0, 0)
+        self._local_servers: LocalServers | None = None
+        self._remote = RemoteOptimizers(overlap=mode != "sync" if overlap is None else overlap)
 
     # Processes.
 
     @property
     def num_nodes(self) -> int:
-        """Machines with workers of this Trainer."""
+        """The number of machines with workers of this Trainer."""
         return self._num_nodes
 
     @num_nodes.setter
@@ -170,135 +144,112 @@ class ParameterServer(ParallelStrategy):
 
     @property
     def num_processes(self) -> int:
-        """Workers on this machine."""
+        """The number of workers on this machine."""
         return len(self.parallel_devices) if self.parallel_devices is not None else 0
 
     @property
     def is_distributed(self) -> bool:
-        """Has Lightning deal out the samples of a DataLoader."""
+        """True: Lightning shards the samples of a DataLoader by `distributed_sampler_kwargs`."""
         return True
 
     @property
     def root_device(self) -> torch.device:
-        """This worker's."""
+        """The device of this worker."""
+        assert self.parallel_devices is not None
         return self.parallel_devices[self.local_rank]
 
     @property
     def global_rank(self) -> int:
-        """This worker's number."""
+        """The rank of this worker."""
         return super().global_rank if self._worker is None else self._worker
 
     @property
     def world_size(self) -> int:
-        """The workers that the job begins with."""
+        """The number of workers that begin the job."""
         return super().world_size if self._workers is None else self._workers
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, int]:
-        """Which part of the samples is this worker's: of the training data; all of the others."""
+        """The arguments that select this worker's samples: a shard for training, all samples for evaluation."""
         if self.lightning_module is not None and not self.lightning_module.trainer.training:
             return {"num_replicas": 1, "rank": 0}
         return {"num_replicas": self.world_size, "rank": self.global_rank}
 
     def _configure_launcher(self) -> None:
         if self._worker is None:
+            assert self.cluster_environment is not None
             self._launcher = SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
         elif self.num_processes * self.num_nodes != 1:
             raise ConfigError(f"worker={self._worker} is one process: set the Trainer's devices and num_nodes to 1")
 
     def setup_environment(self) -> None:
-        """Meets the other workers, and has the servers started."""
+        """Sets the ranks, and opens the rendezvous of the workers."""
         super().setup_environment()
+        assert self.lightning_module is not None
         if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
             self._has_trained = False
         reset_seed()
         self.set_world_ranks()
-        if self._worker is None and self.world_size > 1 and self._store is None:
-            self._store = self._meet()
+        if self._worker is None and self.world_size > 1 and self._rendezvous is None:
+            assert self.cluster_environment is not None
+            self._rendezvous = WorkerRendezvous(self.cluster_environment, self.global_rank, self.world_size)
 
     def set_world_ranks(self) -> None:
-        """Numbers this worker; the Trainer asks for it as soon as it has made the strategy."""
-        if self._worker is None:
+        """Sets the rank of this worker; the Trainer calls this once it has made the strategy."""
+        if self._worker is None and self.cluster_environment is not None:
             self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
             self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
-        rank_zero_only.rank = fabric_rank_zero_only.rank = self.global_rank
-
-    def _meet(self) -> Store:
-        environment = self.cluster_environment
-        # torchrun, and lightkit.train, serve the store themselves.
-        served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        store = TCPStore(
-            environment.main_address,
-            environment.main_port,
-            is_master=self.global_rank == 0 and not served,
-            wait_for_workers=False,
-            timeout=_TOGETHER,
-            # Another strategy may have one there already.
-            multi_tenant=True,
-        )
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return PrefixStore(f"lightkit/parameter_server/{attempt}/{next(_numbers)}", store)
+        for function in (rank_zero_only, fabric_rank_zero_only):
+            vars(function)["rank"] = self.global_rank
 
     def barrier(self, name: str | None = None) -> None:
-        """Waits for all workers before the training, for worker 0 after it, and for nobody in between."""
-        if self._store is None or self._is_training:
+        """Waits for all workers before the training, for worker 0 after it, and for none during it."""
+        if self._rendezvous is None or self._is_training:
             return
-        key = self._next_key()
         if self._has_trained:
-            # Others may have been lost.
-            self._say_or_hear(key, None)
-            return
-        if self._store.add(key, 1) == self.world_size:
-            self._store.set(f"{key}/all", "")
-        self._store.wait([f"{key}/all"], _TOGETHER)
+            self._rendezvous.wait_for(0)
+        else:
+            self._rendezvous.wait_for_all()
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """What that worker has; in the training, where no worker waits for another, each its own.
+        """Returns ``src``'s object. During training nothing is synchronized, so each worker returns its own.
 
         Raises:
-            ConfigError: it is not what JSON can say.
+            ConfigError: the object is not one of JSON.
         """
-        if self._store is None or self._is_training:
+        if self._rendezvous is None or self._is_training:
             return obj
-        return self._say_or_hear(self._next_key(), obj, src)
-
-    def _say_or_hear(self, key: str, obj: Any, src: int = 0) -> Any:
-        if self.global_rank == src:
-            try:
-                self._store.set(key, json.dumps(obj, default=os.fspath))
-            except TypeError as error:
-                raise ConfigError(f"a parameter server's workers share what JSON can say alone: {error}") from None
-        self._store.wait([key], timedelta(days=365))
-        return json.loads(self._store.get(key))
-
-    def _next_key(self) -> str:
-        self._meetings += 1
-        return f"meeting/{self._meetings}"
+        return self._rendezvous.broadcast(obj, src)
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """This worker's own."""
+        """Returns this worker's tensor: workers do not synchronize."""
         return tensor
 
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        """This worker's own."""
+        """Returns this worker's tensor: workers do not synchronize."""
         return tensor
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        """This worker's own."""
+        """Returns this worker's decision: workers do not synchronize."""
         return decision
 
     # The model.
 
     def model_to_device(self) -> None:
-        """Moves it to this worker's device."""
+        """Moves the model to the device of this worker."""
+        assert self.model is not None
         self.model.to(self.root_device)
 
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
-        """Makes the optimizers, whose steps are the servers' from here on."""
+        """Makes the optimizers, and replaces their steps by pushes.
+
+        Raises:
+            ConfigError: the Trainer has a callback, a precision or an optimizer that is not supported.
+        """
         super().setup_optimizers(trainer)
         if self._layer_sync is not None:
-            raise ConfigError("ParameterServer: sync_batchnorm has the workers wait for each other; turn it off")
-        for callback in trainer.callbacks:
+            raise ConfigError("ParameterServer: sync_batchnorm makes the workers wait for each other; turn it off")
+        for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
             if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
                 raise ConfigError(
                     f"ParameterServer: {type(callback).__name__} writes to weights that are the servers'; for an "
@@ -309,42 +260,39 @@ class ParameterServer(ParallelStrategy):
                 "ParameterServer: precision 16-mixed scales gradients by a factor of each worker's own; use bf16-mixed "
                 "or 32-true"
             )
-        for index, optimizer in enumerate(self.optimizers):
-            if isinstance(optimizer, LBFGS):
-                raise ConfigError("ParameterServer: LBFGS evaluates the model several times in a step")
-            step = Optimizer.profile_hook_step(_step_on_servers)
-            optimizer.step = MethodType(step, optimizer)
-            # So that schedulers find it as they made it.
-            optimizer.step.__func__._wrapped_by_lr_sched = True
-            optimizer.lightkit_push = (self, index)
+        self._remote.attach(self.optimizers)
 
     @contextlib.contextmanager
-    def block_backward_sync(self) -> Any:
-        """Nothing is sent in a backward pass."""
+    def block_backward_sync(self) -> Generator[None, None, None]:
+        """Does nothing: a backward pass sends nothing."""
         yield
 
     # Training.
 
     def on_train_start(self) -> None:
-        """Joins the servers; worker 0 gives them the parameters, and the optimizers' state of a checkpoint."""
-        names = {parameter: name for name, parameter in self.lightning_module.named_parameters()}
-        seen: set[Tensor] = set()
-        for parameter in (p for o in self.optimizers for p in _parameters_of(o)):
-            if parameter not in names:
-                raise ConfigError("ParameterServer: an optimizer has a parameter that is not the module's")
-            if parameter in seen:
-                raise ConfigError(f"ParameterServer: {names[parameter]} is a parameter of two optimizers")
-            seen.add(parameter)
-        tables = [Table.of(optimizer, names) for optimizer in self.optimizers]
-        # Of a training within this one, such as the search for a learning rate.
+        """Joins the servers; worker 0 begins the training with its parameters and the states of a checkpoint.
+
+        Raises:
+            ConfigError: an optimizer has a parameter that is not the module's or is another optimizer's, or the servers
+                are in the middle of a training and worker 0 has a checkpoint.
+            LightkitError: a server cannot be reached, or refuses this worker.
+        """
+        optimizers = self._specify_optimizers()
+        # A training within this one, such as a search for a learning rate, has left its client and servers.
         self._leave()
         addresses, secret = self._find_servers()
-        job = Job(tables, workers=self.world_size, **self._settings)
-        self._client = Client(addresses, secret, self.global_rank, job, self._timeout)
-        values = [[p.detach() for p in _parameters_of(optimizer)] for optimizer in self.optimizers]
-        options = [options_of(optimizer) for optimizer in self.optimizers]
-        if not self._client.start(options, values, self._restored) and self.is_global_zero:
-            if self._restored is not None:
+        spec = TrainingSpec(
+            optimizers,
+            self.world_size,
+            self._spec.mode,
+            self._spec.staleness,
+            self._spec.compression,
+            self._spec.fraction,
+            self._spec.snapshot_every,
+        )
+        has_begun = self._remote.start(Client(addresses, secret, self.global_rank, spec, self._timeout))
+        if not has_begun and self.is_global_zero:
+            if self._remote.has_restored_states:
                 raise ConfigError(
                     f"the parameter servers at {', '.join(addresses)} are in the middle of a training already, and "
                     "would go on with that instead of with the checkpoint: start them anew, without what their "
@@ -354,226 +302,122 @@ class ParameterServer(ParallelStrategy):
                 f"the parameter servers at {', '.join(addresses)} are in the middle of a training: going on with the "
                 "parameters that they have"
             )
-        self._restored = self._fetched = None
-        for table in range(len(tables)):
-            self._take(table, self._client.pull(table))
-        self._record_clipping()
+        self._remote.pull()
+        # Lightning clips by the precision plugin.
+        vars(self.precision_plugin)["clip_gradients"] = self._remote.clip_gradients
         self._is_training = True
 
+    def _specify_optimizers(self) -> list[OptimizerSpec]:
+        assert self.lightning_module is not None
+        names: dict[Tensor, str] = {p: name for name, p in self.lightning_module.named_parameters()}
+        seen: set[Tensor] = set()
+        for parameter in (p for optimizer in self.optimizers for p in parameters_of(optimizer)):
+            if parameter not in names:
+                raise ConfigError("ParameterServer: an optimizer has a parameter that is not the module's")
+            if parameter in seen:
+                raise ConfigError(f"ParameterServer: {names[parameter]} is a parameter of two optimizers")
+            seen.add(parameter)
+        return [OptimizerSpec.from_optimizer(optimizer, names) for optimizer in self.optimizers]
+
     def _find_servers(self) -> tuple[list[str], str]:
-        own = os.environ.get(SECRET, "")
+        """Returns the addresses of the servers and their secret; worker 0 starts servers if no address is given."""
+        own_secret = os.environ.get(SECRET_VARIABLE, "")
         if self._addresses is not None:
-            if not own:
-                raise ConfigError(f"addresses need the servers' secret in the environment: {SECRET}")
-            return self._addresses, own
-        if self.num_nodes > 1 and not own:
+            if not own_secret:
+                raise ConfigError(f"addresses need the servers' secret in the environment: {SECRET_VARIABLE}")
+            return self._addresses, own_secret
+        if self.num_nodes > 1 and not own_secret:
             raise ConfigError(
-                f"a parameter server that other machines reach needs a secret in the environment of all: {SECRET}"
+                f"a parameter server that other machines reach needs a secret in the environment of all: "
+                f"{SECRET_VARIABLE}"
             )
         found = None
         if self.is_global_zero:
-            secret = own or secrets.token_hex(16)
-            host = "127.0.0.1" if self.num_nodes == 1 else self.cluster_environment.main_address
-            self._servers = LocalServers(
-                self._servers_wanted, secret, self._directory_for_snapshots(), host, self._timeout
+            secret = own_secret or secrets.token_hex(16)
+            host = "127.0.0.1"
+            if self.num_nodes > 1 and self.cluster_environment is not None:
+                host = self.cluster_environment.main_address
+            self._local_servers = LocalServers(
+                self._server_count, secret, self._snapshot_directory(), host, self._timeout
             )
-            # Anybody can read what is told here: one that was chosen stays untold, one made up is for servers that
-            # this machine alone can reach.
-            found = [self._servers.addresses, "" if own else secret]
+            # Anyone can read the store: a chosen secret is not broadcast. A random one is for servers that only this
+            # machine reaches.
+            found = [self._local_servers.addresses, "" if own_secret else secret]
         addresses, secret = self.broadcast(found)
-        return addresses, secret or own
+        return addresses, secret or own_secret
 
-    def _directory_for_snapshots(self) -> Path | None:
-        if not self._settings["snapshot_every"]:
+    def _snapshot_directory(self) -> Path | None:
+        if not self._spec.snapshot_every:
             return None
+        assert self.lightning_module is not None
         root = self._directory or Path(self.lightning_module.trainer.default_root_dir) / "parameter_servers"
-        # Not what an earlier run has left, which would be taken up.
+        # A new directory: the servers must not recover from the files of an earlier run.
         return Path(root) / secrets.token_hex(4)
 
-    def _record_clipping(self) -> None:
-        """Has Lightning's clipping done where the gradients are those of the step."""
-
-        def clip_gradients(optimizer: Optimizer, clip_val: float = 0.0, gradient_clip_algorithm: Any = "norm") -> None:
-            if clip_val <= 0:
-                return
-            inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-            name = "max_value" if gradient_clip_algorithm == "value" else "max_norm"
-            self._clipping[self.optimizers.index(inner)] = Clipping(**{name: float(clip_val)})
-
-        self.precision_plugin.clip_gradients = clip_gradients
-
     def push(self, index: int, optimizer: Optimizer) -> None:
-        """Sends the gradients of an optimizer's parameters, and takes what comes back."""
-        if self._client is None:
-            raise ConfigError("ParameterServer: an optimizer was stepped before the training began")
-        self._check_unwritten(index, optimizer)
-        self._drain(index)
-        self._fetched = None
-        clipping = self._clipping.pop(index, Clipping())
-        own_norm = getattr(optimizer, "max_grad_norm", None)
-        norms = [norm for norm in (clipping.max_norm, own_norm) if norm is not None]
-        clipping = Clipping(
-            min(norms, default=None), clipping.max_value, bool(getattr(optimizer, "skip_nonfinite", False))
-        )
-        gradients = []
-        for parameter in _parameters_of(optimizer):
-            if parameter.grad is not None and parameter.grad.is_sparse:
-                raise ConfigError("ParameterServer: gradients must be dense; use sparse=False in embeddings")
-            gradients.append(parameter.grad)
-        self._pending[index] = self._client.push(index, gradients, optimizer.param_groups, clipping)
-        if index == 0:
-            self._steps_counted += 1
-        if not self._overlap:
-            self._drain(index)
-        if own_norm is not None and self._client.norm is not None:
-            optimizer._grad_norm = self._client.norm
-        if clipping.skip_nonfinite and not math.isfinite(self._client.norm):
-            optimizer.skipped_steps += 1
+        """Pushes the gradients of the optimizer with that index, and copies the parameters that come back.
 
-    def _check_unwritten(self, index: int, optimizer: Optimizer) -> None:
-        """What somebody wrote to the parameters would be gone with the next answer of the servers."""
-        parameters = _parameters_of(optimizer)
-        taken = self._taken[index]
-        if len(parameters) != len(taken):
-            raise ConfigError(
-                "ParameterServer: the optimizer has got other parameters since the training began, of which the "
-                "servers know nothing"
-            )
-        for number, (parameter, version) in enumerate(zip(parameters, taken, strict=True)):
-            if parameter._version == version:
-                continue
-            # Swapped out for a while, and back: what was taken last is at hand while no push is under way.
-            same = index not in self._pending and torch.equal(parameter.cpu(), self._client.parameters(index)[number])
-            if not same:
-                raise ConfigError(
-                    "ParameterServer: between two steps somebody wrote to the parameters of the optimizer, which the "
-                    "servers have and would not hear of"
-                )
-
-    def _drain(self, index: int | None = None) -> None:
-        """Waits for what is under way, and takes it."""
-        for table in list(self._pending) if index is None else [index]:
-            if (pending := self._pending.pop(table, None)) is not None:
-                self._take(table, pending.result())
-
-    @torch.no_grad()
-    def _take(self, table: int, values: Sequence[Tensor]) -> None:
-        parameters = _parameters_of(self.optimizers[table])
-        torch._foreach_copy_([p.detach() for p in parameters], list(values))
-        self._taken[table] = [p._version for p in parameters]
+        Raises:
+            ConfigError: the training has not begun, the parameters were written to, or a gradient is sparse.
+            LightkitError: a server is gone.
+        """
+        self._remote.push(index, optimizer)
 
     def on_validation_start(self) -> None:
-        """What is validated has all that this worker has pushed."""
-        self._drain()
+        """Waits for the pending pushes: the validated parameters include them."""
+        self._remote.drain()
 
     def on_train_end(self) -> None:
-        """Waits until no worker pushes any more, and leaves all of them with what came of it."""
-        self._drain()
-        self._client.finish()
-        # Others may have pushed since the last checkpoint.
-        self._fetched = None
-        self._fetch()
-        if not self.is_global_zero:
-            self._load_states()
+        """Waits until no worker pushes any more, and copies the final parameters and optimizer states."""
+        self._remote.finish()
         self._is_training, self._has_trained = False, True
 
     @property
     def communication(self) -> dict[str, float]:
-        """What this worker sent and received: in all, and a step. Empty before the first step."""
-        if self._steps_counted == 0:
+        """The megabytes sent and received, and the bytes sent for each step; empty before the first step."""
+        if self._remote.steps == 0:
             return {}
-        sent, received = self._traffic if self._client is None else self._client.traffic
+        sent, received = self._remote.traffic
         return {
             "communication/megabytes": sent / 1e6,
-            "communication/bytes_per_step": sent / self._steps_counted,
+            "communication/bytes_per_step": sent / self._remote.steps,
             "communication/received_megabytes": received / 1e6,
         }
 
     # Checkpoints.
 
-    def _fetch(self) -> None:
-        """Has what the servers have: the parameters in the module, the optimizers' state in the optimizers."""
-        if self._client is None or self._fetched is not None:
-            return
-        self._drain()
-        self._fetched = self._client.state()
-        for table, (values, _, _) in enumerate(self._fetched):
-            self._take(table, values)
-        self._load_states()
-
-    def _load_states(self) -> None:
-        for optimizer, (_, state, seeds) in zip(self.optimizers, self._fetched or [], strict=True):
-            optimizer.state.clear()
-            for parameter, entry in zip(_parameters_of(optimizer), state, strict=True):
-                if entry:
-                    optimizer.state[parameter] = {
-                        name: value.to(parameter.device) if isinstance(value, Tensor) and value.dim() else value
-                        for name, value in entry.items()
-                    }
-            for group, seed in seeds.items():
-                optimizer.param_groups[group]["rounding_seed"] = seed
-
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """With the servers' parameters, at worker 0 whose checkpoint it is."""
+        """Returns the state dict of the module; worker 0, which saves it, copies the servers' parameters before."""
         if self._is_training and self.is_global_zero:
-            self._fetch()
+            self._remote.fetch()
         return super().lightning_module_state_dict()
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Restores the groups here; the state goes to the servers when the training starts."""
+        """Restores the optimizers; the servers get their states when the training starts."""
         super().load_optimizer_state_dict(checkpoint)
         if self.is_global_zero:
-            self._restored = [
-                [dict(optimizer.state.get(p, {})) for p in _parameters_of(optimizer)] for optimizer in self.optimizers
-            ]
+            self._remote.restore_states()
 
     # Ends.
 
     def on_exception(self, exception: BaseException) -> None:
-        """Leaves the servers to the other workers; those that were started here end."""
-        if self._client is not None:
-            self._client.abandon()
-        self._stop(0.0)
+        """Abandons the servers, which continue with the other workers, and stops those that were started here."""
+        self._remote.abandon()
+        self._stop_local_servers(0.0)
 
     def teardown(self) -> None:
-        """Leaves the servers."""
+        """Leaves the servers, and restores the optimizers and the precision plugin."""
         self._leave()
-        for optimizer in self.optimizers:
-            vars(optimizer).pop("step", None)
-            vars(optimizer).pop("lightkit_push", None)
+        self._remote.detach()
         vars(self.precision_plugin).pop("clip_gradients", None)
         self._is_training = False
-        self._restored = self._fetched = None
         super().teardown()
 
     def _leave(self) -> None:
-        if self._client is not None:
-            self._traffic = self._client.traffic
-            self._client.leave()
-            self._client = None
-        self._stop(_ORDER)
-        self._pending.clear()
-        self._clipping.clear()
-        self._taken.clear()
+        self._remote.leave()
+        self._stop_local_servers(_SHUTDOWN_TIMEOUT)
 
-    def _stop(self, seconds: float) -> None:
-        if self._servers is not None:
-            self._servers.stop(seconds)
-            self._servers = None
-
-
-# A method of an optimizer, while it is trained by a parameter server.
-def _step_on_servers(optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
-    loss = None
-    if closure is not None:
-        with torch.enable_grad():
-            loss = closure()
-    strategy, index = optimizer.lightkit_push
-    # Schedulers look whether the optimizer has stepped before them.
-    optimizer._opt_called = True
-    strategy.push(index, optimizer)
-    return loss
-
-
-def _parameters_of(optimizer: Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    def _stop_local_servers(self, seconds: float) -> None:
+        if self._local_servers is not None:
+            self._local_servers.stop(seconds)
+            self._local_servers = None

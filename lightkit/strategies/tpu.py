@@ -1,9 +1,8 @@
-"""Training on a TPU by the package torch_tpu, and which package there is for TPUs at all. Not run on hardware.
+"""Strategy and accelerator for a TPU by the package torch_tpu, and the choice of the package. Not run on hardware.
 
-Lightning 2.6 knows TPUs by torch_xla. Its successor torch_tpu, a beta in version 0.2, makes a TPU the device ``tpu`` of
-torch itself, in the place that torch keeps for devices of others (PrivateUse1). The device is registered when torch or
-torch_tpu is imported, is then what `torch.accelerator` stands for, and belongs to one process. Nothing else of it is
-relied upon here.
+Lightning 2.6 supports TPUs by torch_xla. Its successor torch_tpu, a beta in version 0.2, registers a TPU as the device
+``tpu`` of torch (PrivateUse1). This module relies on three properties of torch_tpu: an import of torch or torch_tpu
+registers the device, `torch.accelerator` returns the device, and the device belongs to one process.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import importlib
 from importlib.util import find_spec
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import CheckpointIO, MixedPrecision, Precision
@@ -20,14 +18,14 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightkit._util.deprecated import RenamedAttribute
 from lightkit._util.strategy_traits import StrategyTraits
-from lightkit.checkpoints import on_cpu
+from lightkit.checkpoints import to_cpu
 from lightkit.errors import ConfigError
 
 _DEVICE = "tpu"
 
 
-def missing() -> str | None:
-    """Why torch_tpu has no TPU here, or None where it has."""
+def unavailable_reason() -> str | None:
+    """Returns the reason why torch_tpu has no TPU on this machine, or None."""
     if find_spec("torch_tpu") is None:
         return "the package torch_tpu is not installed: pip install torch_tpu"
     try:
@@ -39,30 +37,30 @@ def missing() -> str | None:
 
 
 class TorchTPUAccelerator(Accelerator):
-    """The TPU of torch_tpu: ``Trainer(accelerator="torch_tpu", strategy="torch_tpu")``. Not run on hardware."""
+    """A TPU by torch_tpu: ``Trainer(accelerator="torch_tpu", strategy="torch_tpu")``. Not run on hardware."""
 
     def setup_device(self, device: torch.device) -> None:
-        """Checks that it is one; a process need not choose, as it has no other.
+        """Checks that the device is a TPU. A process has one TPU, and needs no choice.
 
         Raises:
-            ConfigError: it is not.
+            ConfigError: the device is no TPU.
         """
         if device.type != _DEVICE:
             raise ConfigError(f"the accelerator torch_tpu goes with the strategy torch_tpu, not with one on {device}")
 
     def get_device_stats(self, device: torch.device | str | int) -> dict[str, Any]:
-        """Nothing: what torch_tpu tells of its memory is not settled yet."""
+        """Returns no statistics: torch_tpu has no stable interface for them."""
         return {}
 
     def teardown(self) -> None:
-        """Leaves nothing to do."""
+        """Does nothing."""
 
     @staticmethod
     def parse_devices(devices: int | str | list[int]) -> int:
-        """How many, which must be one.
+        """Returns the number of devices, which must be 1.
 
         Raises:
-            ConfigError: it is another number, or a list of certain ones.
+            ConfigError: ``devices`` is another number, or a list.
         """
         if devices not in (1, "1"):
             raise ConfigError(f"devices={devices}: torch_tpu gives a process one TPU; several are not supported yet")
@@ -70,37 +68,37 @@ class TorchTPUAccelerator(Accelerator):
 
     @staticmethod
     def get_parallel_devices(devices: int) -> list[torch.device]:
-        """The process's own."""
+        """Returns the TPU of the process."""
         return [torch.device(_DEVICE)]
 
     @staticmethod
     def auto_device_count() -> int:
-        """One, if there is any."""
-        return int(missing() is None)
+        """Returns 1 if torch_tpu finds a TPU, else 0."""
+        return int(unavailable_reason() is None)
 
     @staticmethod
     def is_available() -> bool:
-        """Whether torch_tpu is installed and finds a TPU."""
-        return missing() is None
+        """Returns True if torch_tpu is installed and finds a TPU."""
+        return unavailable_reason() is None
 
     @staticmethod
     def name() -> str:
-        """What it is registered as."""
+        """Returns the name for the Trainer."""
         return "torch_tpu"
 
 
 class TorchTPU(SingleDeviceStrategy):
-    """One process on one TPU, by torch_tpu. Not run on hardware.
+    """Runs one process on one TPU, by torch_tpu. Not run on hardware.
 
-    Checkpoints hold tensors of the CPU, and load anywhere. ``bf16-mixed`` is autocast of the TPU.
+    Checkpoints have CPU tensors, and load on any machine. ``bf16-mixed`` autocasts on the TPU.
 
     Args:
-        accelerator: set by the Trainer, as the rest.
-        checkpoint_io: writes the checkpoints.
-        precision_plugin: decides on the numbers.
+        accelerator: the accelerator; the Trainer sets all three arguments.
+        checkpoint_io: the plug-in that writes checkpoints.
+        precision_plugin: the plug-in that sets the precision.
 
     Raises:
-        ConfigError: there is no TPU, or precision is ``16-mixed``.
+        ConfigError: torch_tpu finds no TPU, or the precision is ``16-mixed``.
     """
 
     strategy_name = "torch_tpu"
@@ -109,42 +107,44 @@ class TorchTPU(SingleDeviceStrategy):
 
     def __init__(
         self,
-        accelerator: pl.accelerators.Accelerator | None = None,
+        accelerator: Accelerator | None = None,
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
     ) -> None:
-        if (cause := missing()) is not None:
-            raise ConfigError(cause)
+        if (reason := unavailable_reason()) is not None:
+            raise ConfigError(reason)
         super().__init__(_DEVICE, accelerator, checkpoint_io, precision_plugin)
 
     @property
     def precision_plugin(self) -> Precision:
-        """The plug-in, which autocasts on the TPU: Lightning's own choice is for a GPU wherever it is not a CPU."""
+        """The precision plug-in, which autocasts on the TPU: Lightning's choice would autocast on a GPU."""
         return super().precision_plugin
 
     @precision_plugin.setter
-    def precision_plugin(self, plugin: Precision | None) -> None:
+    def precision_plugin(self, precision_plugin: Precision | None) -> None:
+        plugin = precision_plugin
         if isinstance(plugin, MixedPrecision) and plugin.device != _DEVICE:
             if plugin.scaler is not None:
                 raise ConfigError("precision 16-mixed needs a GradScaler, which a TPU has none of; use bf16-mixed")
-            plugin = MixedPrecision(plugin.precision, _DEVICE)
+            # The precision is bf16-mixed: 16-mixed has a scaler.
+            plugin = MixedPrecision("bf16-mixed", _DEVICE)
         self._precision_plugin = plugin
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Writes a checkpoint that needs no TPU to be read."""
-        super().save_checkpoint(on_cpu(checkpoint), filepath, storage_options)
+        """Writes a checkpoint with CPU tensors."""
+        super().save_checkpoint(to_cpu(checkpoint), filepath, storage_options)
 
 
 def choose() -> dict[str, Any]:
-    """The arguments ``accelerator`` and ``strategy`` of a Trainer for one TPU, by the package that is installed.
+    """Returns the arguments ``accelerator`` and ``strategy`` of a Trainer for one TPU, by the installed package.
 
-    That is Lightning's own for torch_xla, if both are.
+    torch_xla comes before torch_tpu.
 
     Raises:
-        ConfigError: neither is, or torch_tpu is and finds no TPU.
+        ConfigError: neither package is installed, or torch_tpu finds no TPU.
     """
     if find_spec("torch_xla") is not None:
-        # By name Lightning cannot build its own strategy; what it chooses, it can.
+        # Lightning cannot build its strategy for one TPU by name, and builds it for "auto".
         return {"accelerator": _DEVICE, "strategy": "auto"}
     if find_spec("torch_tpu") is not None:
         return {"accelerator": TorchTPUAccelerator.name(), "strategy": TorchTPU()}

@@ -1,9 +1,8 @@
-"""Classification: one class out of several for each input."""
+"""A task of classification: one class for each input."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,17 +17,19 @@ from lightkit.tasks.task import Task
 class ClassificationTask(Task):
     """Trains any model that maps inputs to logits of shape ``(N, C)``.
 
-    A batch ends with the labels ``(N)`` in ``[0, C)``; what stands before them is what the model takes: images, or
-    sequences and their lengths. Logs ``train/loss`` every step, and ``val/loss``, ``test/loss`` and every metric as
-    ``val/NAME`` and ``test/NAME``.
+    The last entry of a batch is the labels ``(N)`` in ``[0, C)``; the entries before it are the model's inputs: images,
+    or sequences and their lengths. The task logs ``train/loss`` every step, and ``val/loss``, ``test/loss`` and every
+    metric as ``val/NAME`` and ``test/NAME``.
 
     Args:
         model: the network.
-        optimizer: makes the optimizer of an iterable of parameters, such as ``partial(SGD, lr=0.1)``.
-        scheduler: makes the learning-rate scheduler of the optimizer; stepped once an epoch.
-        loss: of ``(logits, labels)``. Default: `lightkit.nn.CrossEntropyLoss`.
-        metrics: torchmetrics metrics by name, fed with ``(logits, labels)``.
+        optimizer: returns an optimizer of the given parameters, such as ``partial(SGD, lr=0.1)``.
+        scheduler: returns a learning-rate scheduler of the given optimizer, which Lightning steps once an epoch.
+        loss: maps ``(logits, labels)`` to a scalar. Default: `lightkit.nn.CrossEntropyLoss`.
+        metrics: torchmetrics metrics by name, updated with ``(logits, labels)``.
     """
+
+    loss: nn.Module
 
     def __init__(
         self,
@@ -41,26 +42,26 @@ class ClassificationTask(Task):
         super().__init__(model, CrossEntropyLoss() if loss is None else loss, optimizer, scheduler, metrics)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Logits ``(N, C)``."""
+        """Returns logits ``(N, C)``."""
         return self.model(*inputs)
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
-        """The loss of a batch."""
+        """Returns and logs the loss of a batch."""
         *inputs, labels = batch
         loss = self.loss(self.model(*inputs), labels)
         self.log("train/loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(labels))
         return loss
 
     def validation_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
-        """Feeds the validation metrics."""
+        """Updates the validation metrics."""
         self._evaluate(batch, "val", self.val_metrics)
 
     def test_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> dict[str, Tensor]:
-        """Feeds the test metrics; returns ``logits`` and ``labels``."""
+        """Updates the test metrics; returns ``logits`` ``(N, C)`` and ``labels`` ``(N)``."""
         return {"logits": self._evaluate(batch, "test", self.test_metrics), "labels": batch[-1]}
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Class probabilities ``(N, C)`` of one tensor of inputs, or of a batch whose labels are not looked at."""
+    def predict_step(self, batch: Tensor | Sequence[Tensor], batch_idx: int) -> Tensor:
+        """Returns class probabilities ``(N, C)`` for a tensor of inputs, or for a batch, whose labels are ignored."""
         inputs = batch[:-1] if isinstance(batch, (tuple, list)) else (batch,)
         return self.model(*inputs).float().softmax(dim=1)
 

@@ -1,9 +1,9 @@
-"""Forecasting: the next values of a series, with intervals, out of the last ones."""
+"""A task of forecasting: the next values of a series, with prediction intervals."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,35 +20,43 @@ from lightkit.tasks.task import Task
 class ForecastTask(Task):
     """Trains any model that maps histories of shape ``(N, T, 1)`` to forecasts of shape ``(N, horizon)``.
 
-    A batch is ``(history, target)`` in the units of the series, as `lightkit.data.SeriesDataModule` serves it. The
-    model sees standardised numbers. Logs ``train/loss``, ``val/loss`` and ``test/loss`` of those, the metrics as
-    ``val/NAME`` and ``test/NAME`` in the units of the series, and ``test/coverage``, the share of values that came to
-    lie in their intervals.
+    A batch is ``(history, target)`` in the units of the series, as from `lightkit.data.SeriesDataModule`; the model
+    reads and returns standardised values. The task logs ``train/loss``, ``val/loss`` and ``test/loss`` of standardised
+    values, the metrics as ``val/NAME`` and ``test/NAME`` in the units of the series, and ``test/coverage``, the share
+    of targets within their intervals.
 
-    The intervals are those of split conformal prediction [1]_: for each step of the horizon, forecast plus and minus
-    the ``level``-quantile of the absolute errors of the last validation; infinite where it was too short for that
-    level. They hold at that level if the errors to come are like those of the validation, which a series that changes
-    its ways does not promise: look at ``test/coverage``.
+    The intervals are those of split conformal prediction [1]_: for each step of the horizon, the forecast plus and
+    minus the ``level``-quantile of the absolute errors of the last validation. They are infinite if the validation is
+    too short for the level. The level holds for errors like those of the validation; a series may change, so compare
+    ``test/coverage``.
 
-    What the model's numbers mean stands in the state dict, and so in every checkpoint: ``center`` and ``scale`` from
-    the data module's training part, and ``half_width``, ``(horizon)``, of the intervals.
+    The state dict, and thus every checkpoint, has ``center`` and ``scale`` of the data module's training part, and
+    ``half_width`` ``(horizon)`` of the intervals.
 
     Args:
         model: the network.
-        horizon: values that it forecasts.
-        optimizer: makes the optimizer of an iterable of parameters, such as ``partial(Adam, lr=0.001)``.
-        scheduler: makes the learning-rate scheduler of the optimizer; stepped once an epoch.
-        loss: of forecasts and targets, both standardised. Default: `lightkit.nn.MSELoss`.
-        metrics: torchmetrics metrics by name, fed with ``(forecast, target)``.
-        relative: the model sees how far each value of a history is from the last one, and forecasts how far the next
-            ones will be. It then knows no levels: a series that climbs stays what it was trained on. A loss of 1 is
-            that of forecasting no change. Without it, numbers are those of the series, standardised.
-        level: of the intervals, between 0 and 1.
+        horizon: the values that it forecasts.
+        optimizer: returns an optimizer of the given parameters, such as ``partial(Adam, lr=0.001)``.
+        scheduler: returns a learning-rate scheduler of the given optimizer, which Lightning steps once an epoch.
+        loss: maps standardised forecasts and targets to a scalar. Default: `lightkit.nn.MSELoss`.
+        metrics: torchmetrics metrics by name, updated with ``(forecast, target)``.
+        relative: True makes the model read and forecast differences to the last value of the history. It then does not
+            depend on the level of the series, which may rise beyond the training part, and a loss of 1 is that of the
+            naive forecast. False makes it read and forecast the standardised values.
+        level: the share of targets that the intervals are to contain, between 0 and 1.
+
+    Raises:
+        ConfigError: ``level`` is out of its range, the model returns another shape, or the precision is too low.
 
     References:
         .. [1] Lei, G'Sell, Rinaldo, Tibshirani and Wasserman, Distribution-free predictive inference for regression,
            Journal of the American Statistical Association 113, 2018.
     """
+
+    loss: nn.Module
+    center: Tensor
+    scale: Tensor
+    half_width: Tensor
 
     def __init__(
         self,
@@ -67,28 +75,29 @@ class ForecastTask(Task):
         self.horizon = horizon
         self.relative = relative
         self.level = level
-        # float64, as the series: a level of a billion and changes of one leave nothing to float32.
+        # float64, as the series: float32 cannot represent changes of one at a level of a billion.
         self.register_buffer("center", torch.zeros((), dtype=torch.float64))
         self.register_buffer("scale", torch.ones((), dtype=torch.float64))
         self.register_buffer("half_width", torch.full((horizon,), math.inf, dtype=torch.float64))
         self._errors = CatMetric(nan_strategy="disable")
 
     def setup(self, stage: str) -> None:
-        """Takes center and scale from the data module, if it has any; a checkpoint's come later and win."""
+        """Copies center and scale from the data module, if it has them; a checkpoint replaces them later."""
         if self.trainer.precision in ("16-true", "bf16-true"):
-            raise ConfigError("a series cannot be told in half precision: use trainer.precision=bf16-mixed")
-        if stage == "fit" and hasattr(self.trainer.datamodule, "scale"):
-            center, scale = self.trainer.datamodule.scale(self.relative)
+            raise ConfigError("a series cannot be represented in half precision: use trainer.precision=bf16-mixed")
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if stage == "fit" and hasattr(data, "scale"):
+            center, scale = data.scale(self.relative)
             self.center.copy_(center)
             self.scale.copy_(scale)
 
     def forward(self, history: Tensor) -> Tensor:
-        """Forecasts ``(N, horizon)`` of histories ``(N, T, 1)``, in the units of the series."""
+        """Returns forecasts ``(N, horizon)`` for histories ``(N, T, 1)``, in the units of the series."""
         base = self._base(history)
         return base + self.scale * self._forecast(history, base)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """The loss of a batch."""
+        """Returns and logs the loss of a batch."""
         history, target = batch
         base = self._base(history)
         loss = self.loss(self._forecast(history, base), self._standardised(target, base))
@@ -96,21 +105,21 @@ class ForecastTask(Task):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        """Forgets the errors of the validation before."""
+        """Drops the errors of the previous validation."""
         self._errors.reset()
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Feeds the validation metrics, and keeps the errors for the intervals."""
+        """Updates the validation metrics, and keeps the errors for the intervals."""
         forecast = self._evaluate(batch, "val", self.val_metrics)
         self._errors.update((forecast - batch[1]).abs())
 
     def on_validation_epoch_end(self) -> None:
-        """Makes the intervals that belong to the weights as they are, before a checkpoint is written."""
+        """Computes the intervals of the present weights, before a checkpoint is written."""
         if not self.trainer.sanity_checking:
             self.half_width.copy_(conformal_quantile(self._errors.compute(), self.level))
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """Feeds the test metrics; returns ``forecast``, ``target``, ``lower`` and ``upper``, each ``(N, horizon)``."""
+        """Updates the test metrics; returns ``forecast``, ``target``, ``lower``, ``upper``, each ``(N, horizon)``."""
         target = batch[1]
         forecast = self._evaluate(batch, "test", self.test_metrics)
         found = self._with_interval(forecast)
@@ -118,8 +127,8 @@ class ForecastTask(Task):
         self.log("test/coverage", inside.double().mean(), batch_size=len(target), sync_dist=True)
         return {**found, "target": target}
 
-    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """``forecast``, ``lower`` and ``upper`` of histories, or of a batch whose targets are not looked at."""
+    def predict_step(self, batch: Tensor | Sequence[Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Returns ``forecast``, ``lower`` and ``upper`` for histories, or for a batch, whose targets are ignored."""
         return self._with_interval(self(batch[0] if isinstance(batch, (tuple, list)) else batch))
 
     def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str, metrics: MetricCollection) -> Tensor:
@@ -129,7 +138,7 @@ class ForecastTask(Task):
         loss = self.loss(standardised, self._standardised(target, base))
         self.log(f"{stage}/loss", loss, prog_bar=True, batch_size=len(target), sync_dist=True)
         forecast = base + self.scale * standardised
-        # Windows are views of the series, and torchmetrics takes views of those.
+        # Windows are strided views of the series, and torchmetrics calls view() on its inputs.
         metrics.update(forecast, target.contiguous())
         self.log_dict(metrics, prog_bar=True, batch_size=len(target))
         return forecast
@@ -138,11 +147,11 @@ class ForecastTask(Task):
         return {"forecast": forecast, "lower": forecast - self.half_width, "upper": forecast + self.half_width}
 
     def _base(self, history: Tensor) -> Tensor:
-        """What the model's zero stands for: ``(N, 1)``, or a scalar."""
+        """Returns the value that standardises to zero: ``(N, 1)``, or a scalar."""
         return history[:, -1] if self.relative else self.center
 
     def _forecast(self, history: Tensor, base: Tensor) -> Tensor:
-        """The model's forecast, standardised."""
+        """Returns the model's standardised forecast ``(N, horizon)``."""
         forecast = self.model(self._standardised(history, base.unsqueeze(-1)))
         if forecast.shape != (len(history), self.horizon):
             raise ConfigError(
@@ -152,22 +161,22 @@ class ForecastTask(Task):
         return forecast
 
     def _standardised(self, values: Tensor, base: Tensor) -> Tensor:
-        # The difference is taken in float64 and then small enough for the model's precision.
+        # The difference is computed in float64; it is then small enough for the model's precision.
         return ((values - base) / self.scale).to(next(self.model.parameters()).dtype)
 
 
 def conformal_quantile(errors: Tensor, level: float) -> Tensor:
-    """The error that one more of its kind stays within, with probability ``level`` at least.
+    """Returns the bound that a new error of the same distribution stays below with probability ``level`` at least.
 
     Args:
-        errors: absolute, ``(N, horizon)``.
+        errors: absolute errors ``(N, horizon)``.
         level: between 0 and 1.
 
     Returns:
-        ``(horizon)``: for each step the ``ceil((N + 1) level)``-th smallest error; infinite if there are too few.
+        ``(horizon)``: the ``ceil((N + 1) level)``-th smallest error of each step; infinite if there are too few.
     """
     count = len(errors)
-    # Rounded first: 0.7 * 10 is a little more than 7.
+    # Rounding: 0.7 * 10 is slightly more than 7 in floating point.
     rank = math.ceil(round((count + 1) * level, 9))
     if rank > count:
         return errors.new_full(errors.shape[1:], math.inf)

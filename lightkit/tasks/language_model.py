@@ -1,4 +1,4 @@
-"""Language modelling: each token of a text from those before it."""
+"""A task of language modelling: each token of a text from the tokens before it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import MetricCollection
 from torchmetrics.aggregation import MeanMetric
 
 from lightkit._util.compiler import never_compile
@@ -16,31 +17,33 @@ from lightkit.models import LanguageModel
 from lightkit.ops import linear_cross_entropy
 from lightkit.tasks.task import Task
 
-# Targets that count for nothing, such as padding.
+# Targets that are ignored, such as padding.
 _IGNORED = -100
 
-# Tokens of the test set whose losses are handed on: some 16 MB.
+# The number of tokens of the test set whose losses `test_step` returns: 16 MB in float32.
 _RECORDED_TOKENS = 1 << 22
 
 
 class LanguageModelTask(Task):
     """Trains a `lightkit.models.LanguageModel`.
 
-    A batch holds tokens and their successors, both int64 ``(N, T)``; a target of -100 counts for nothing. The loss
-    is taken from the hidden states and the weight of the head, so that the logits of a batch, V values for each
-    token, need never be there as a whole.
+    A batch is ``(tokens, targets)``, both int64 ``(N, T)``; the target of a token is the next one, and a target of -100
+    is ignored. The loss is computed from the hidden states and the head's weight: the logits of a batch, V values a
+    token, are never in memory as a whole.
 
-    Logs ``train/loss`` every step, in nats and with what smoothing and z-loss add; of validation and test ``loss``,
-    ``perplexity`` and ``bits_per_byte``, each over all targets alike, without such additions. The last holds for
-    texts whose tokens are bytes.
+    The task logs ``train/loss`` every step, in nats and with label smoothing and z-loss. It logs ``loss``,
+    ``perplexity`` and ``bits_per_byte`` of validation and test as means over all targets, without smoothing and z-loss.
+    ``bits_per_byte`` assumes that tokens are bytes.
 
     Args:
         model: the language model.
-        optimizer: makes the optimizer of an iterable of parameters, such as ``partial(AdamW, lr=1e-3)``.
-        scheduler: makes the learning-rate scheduler of the optimizer; stepped once an epoch.
-        label_smoothing: in training, between 0 and 1.
-        z_loss: in training, the coefficient of the squared log-partition function, see
-            `lightkit.ops.cross_entropy`.
+        optimizer: returns an optimizer of the given parameters, such as ``partial(AdamW, lr=1e-3)``.
+        scheduler: returns a learning-rate scheduler of the given optimizer, which Lightning steps once an epoch.
+        label_smoothing: the label smoothing in training, between 0 and 1.
+        z_loss: the coefficient of the squared log-partition function in training, see `lightkit.ops.cross_entropy`.
+
+    Raises:
+        ValueError: ``model`` is no `lightkit.models.LanguageModel`.
     """
 
     model: LanguageModel
@@ -62,40 +65,42 @@ class LanguageModelTask(Task):
         self._recorded = 0
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits ``(N, T, V)``."""
+        """Returns logits ``(N, T, V)`` of tokens ``(N, T)``."""
         return self.model(tokens)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """The loss of a batch."""
+        """Returns and logs the loss of a batch."""
         loss = self._loss(batch, "mean", label_smoothing=self.label_smoothing, z_loss=self.z_loss)
         self.log("train/loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(batch[0]))
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Feeds the validation metrics."""
+        """Updates the validation metrics."""
         self._evaluate(batch, self.val_metrics)
 
     def on_test_start(self) -> None:
-        """Starts to record anew."""
+        """Resets the count of returned losses."""
         self._recorded = 0
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor] | None:
-        """Feeds the test metrics; returns ``losses`` ``(N, T)`` in nats, of the first millions of tokens."""
+        """Updates the test metrics; returns ``losses`` ``(N, T)`` in nats for the first 4 million tokens, then None."""
         losses = self._evaluate(batch, self.test_metrics)
         if self._recorded >= _RECORDED_TOKENS:
             return None
         self._recorded += losses.numel()
         return {"losses": losses}
 
-    def _evaluate(self, batch: tuple[Tensor, Tensor], metrics: nn.Module) -> Tensor:
+    def _evaluate(self, batch: tuple[Tensor, Tensor], metrics: MetricCollection) -> Tensor:
         losses = self._loss(batch, "none").float()
         count = (batch[1] != _IGNORED).sum()
-        # Weighed by its targets: the mean over batches of different sizes is that over all targets.
+        # A batch is weighted by its targets, so that the mean is that over all targets.
         metrics.update(losses.sum() / count.clamp(min=1), count)
         self.log_dict(metrics, prog_bar=True, batch_size=len(batch[0]))
         return losses.view_as(batch[1])
 
-    def _loss(self, batch: tuple[Tensor, Tensor], reduction: str, **options: float) -> Tensor:
+    def _loss(
+        self, batch: tuple[Tensor, Tensor], reduction: str, label_smoothing: float = 0.0, z_loss: float = 0.0
+    ) -> Tensor:
         inputs, targets = batch
         hidden, _ = self.model.hidden(inputs)
         head = self.model.head
@@ -106,7 +111,8 @@ class LanguageModelTask(Task):
             linear_bias=head.bias,
             ignore_index=_IGNORED,
             reduction=reduction,
-            **options,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
         )
 
     @torch.inference_mode()
@@ -120,21 +126,21 @@ class LanguageModelTask(Task):
     ) -> Tensor:
         """Continues a text token by token.
 
-        A model with a bound on what it looks at reads the last half of that anew whenever it is full, so that it
-        always sees between half of its context and all of it, at places that it knows from training.
+        When the context of the model is full, the model reads the last half of it again. It thus always sees between
+        half of its context and all of it, at positions that it knows from training.
 
         Args:
-            prompt: what the text starts with, int64 ``(P)`` with P at least 1, on any device.
-            length: tokens to add.
-            temperature: divides the logits: below 1 makes likely tokens likelier, 0 takes the likeliest one.
-            top_k: choose among that many of the likeliest tokens. Default: all.
-            generator: of the random choices. Default: torch's own.
+            prompt: the beginning of the text, int64 ``(P)`` with P at least 1, on any device.
+            length: the number of tokens to add.
+            temperature: divides the logits: values below 1 make likely tokens likelier, 0 takes the likeliest token.
+            top_k: choose among this number of the likeliest tokens. Default: all.
+            generator: the generator of the random choices. Default: torch's global one.
 
         Returns:
-            The tokens that were added, int64 ``(length)``, on the device of the model.
+            The added tokens, int64 ``(length)``, on the device of the model.
 
         Raises:
-            ValueError: an empty prompt, an argument out of its range, a token that is not in the vocabulary.
+            ValueError: the prompt is empty, an argument is out of its range, or a token is not in the vocabulary.
         """
         if prompt.dim() != 1 or len(prompt) == 0:
             raise ValueError(f"the prompt must be of shape (P) with P at least 1, got {tuple(prompt.shape)}")
@@ -147,7 +153,7 @@ class LanguageModelTask(Task):
         was_training = self.training
         self.eval()
         try:
-            # Compiling for every length of the state would take longer than all of it.
+            # torch.compile would compile for every length of the state, which takes longer than the generation.
             with never_compile():
                 self._continue(tokens, len(prompt), temperature, top_k, generator)
         finally:
@@ -157,9 +163,9 @@ class LanguageModelTask(Task):
     def _continue(
         self, tokens: Tensor, given: int, temperature: float, top_k: int | None, generator: torch.Generator | None
     ) -> None:
-        """Fills tokens up from the first ones, that many of which are given."""
+        """Fills ``tokens`` in place after the first ``given`` ones."""
         context = self.model.context or len(tokens)
-        # Of the window at hand: where it starts, and what of it stands behind the state.
+        # The start of the present window, the number of its tokens that the state represents, and the state.
         start, read, state = max(0, given - context), 0, None
         for end in range(given, len(tokens)):
             if end - start > context:
@@ -171,7 +177,7 @@ class LanguageModelTask(Task):
 
 
 def _choose(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
-    """A token by its logits ``(V)``."""
+    """Draws a token from logits ``(V)``; returns an int64 scalar."""
     if temperature == 0:
         return logits.argmax()
     if top_k is not None and top_k < len(logits):
@@ -180,14 +186,14 @@ def _choose(logits: Tensor, temperature: float, top_k: int | None, generator: to
 
 
 class _Perplexity(MeanMetric):
-    """The exponential of the mean loss, which is not the mean of exponentials."""
+    """The exponential of the mean loss."""
 
     def compute(self) -> Tensor:
         return super().compute().exp()
 
 
 class _BitsPerByte(MeanMetric):
-    """The mean loss in bits."""
+    """The mean loss in bits instead of nats."""
 
     def compute(self) -> Tensor:
         return super().compute() / math.log(2)

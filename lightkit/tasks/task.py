@@ -1,13 +1,12 @@
-"""What all tasks share: the parts of a job bound together, optimizer, scheduler, metrics."""
+"""The base of tasks: a model, a loss, an optimizer, a scheduler and metrics."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRScheduler
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -15,17 +14,17 @@ from torchmetrics import Metric, MetricCollection
 
 
 class Task(pl.LightningModule):
-    """Binds a model, a loss, an optimizer and metrics.
+    """A LightningModule of a model, a loss, an optimizer and metrics.
 
-    A task defines the steps. By convention it logs ``train/loss`` every step, and ``val/loss``, ``test/loss`` and
-    every metric as ``val/NAME`` and ``test/NAME``; its ``test_step`` returns a dict of tensors with one entry a
-    sample, for whoever looks at single predictions (`lightkit.callbacks.TestRecorder`).
+    A subclass defines the steps. By convention it logs ``train/loss`` every step, and ``val/loss``, ``test/loss`` and
+    every metric as ``val/NAME`` and ``test/NAME``. Its ``test_step`` returns a dict of tensors with one entry a sample,
+    which `lightkit.callbacks.TestRecorder` collects.
 
     Args:
         model: the network.
-        loss: the loss module, or None for a task that has it from a function.
-        optimizer: makes the optimizer of an iterable of parameters, such as ``partial(SGD, lr=0.1)``.
-        scheduler: makes the learning-rate scheduler of the optimizer; stepped once an epoch.
+        loss: the loss module, or None if the task computes the loss by a function.
+        optimizer: returns an optimizer of the given parameters, such as ``partial(SGD, lr=0.1)``.
+        scheduler: returns a learning-rate scheduler of the given optimizer, which Lightning steps once an epoch.
         metrics: torchmetrics metrics by name.
     """
 
@@ -47,12 +46,12 @@ class Task(pl.LightningModule):
         self.test_metrics = collection.clone(prefix="test/")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer, and the scheduler where there is one."""
+        """Returns the optimizer, and the scheduler if there is one."""
         optimizer = self._make_optimizer(self.parameters())
         if self._make_scheduler is None:
             return optimizer
         scheduler = self._make_scheduler(optimizer)
-        entry: dict[str, Any] = {"scheduler": scheduler, "interval": "epoch"}
+        entry: LRSchedulerConfigType = {"scheduler": scheduler, "interval": "epoch"}
         if isinstance(scheduler, ReduceLROnPlateau):
             entry["monitor"] = "val/loss"
         return {"optimizer": optimizer, "lr_scheduler": entry}

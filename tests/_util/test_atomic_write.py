@@ -21,8 +21,8 @@ from lightkit._util.atomic_write import (
     write_text_atomically,
 )
 from lightkit.app import hydra_patches, run_files
-from lightkit.app.prediction.images import Image, Images
-from lightkit.app.prediction.series import Forecast, Step
+from lightkit.app.prediction.images import ImagePrediction, ImagePredictions
+from lightkit.app.prediction.series import Forecast, ForecastStep
 from lightkit.app.prediction.text import Continuation
 from lightkit.app.report import figures
 
@@ -36,8 +36,8 @@ WRITERS = {
     "config.yaml": lambda path: run_files.write_config(path.parent, OmegaConf.create({"seed": 1})),
     "environment.json": lambda path: run_files.write_json(path, {"python": "3"}),
     "curves.png": draw,
-    "images.csv": lambda path: Images([Image(Path("a.png"), "7", 0.5, None)]).write(path),
-    "series.csv": lambda path: Forecast("x", 0.8, [Step(1, 2.0, 1.0, 3.0)]).write(path),
+    "images.csv": lambda path: ImagePredictions([ImagePrediction(Path("a.png"), "7", 0.5, None)]).write(path),
+    "series.csv": lambda path: Forecast("x", 0.8, [ForecastStep(1, 2.0, 1.0, 3.0)]).write(path),
     "text.txt": lambda path: Continuation(b"\xff", b"b").write(path),
     "report.html": lambda path: write_text_atomically(path, "<html>"),
     "hydra.yaml": lambda path: hydra_patches._save_atomically(OmegaConf.create({"a": 1}), path.name, path.parent),

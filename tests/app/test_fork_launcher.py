@@ -162,7 +162,7 @@ def test_where_no_process_can_fork(monkeypatch, why):
 @linux
 def test_threads_are_refused(monkeypatch):
     """Whoever has left a thread in the process reads its name."""
-    monkeypatch.setattr(preload, "_LEAVING", 0.01)
+    monkeypatch.setattr(preload, "_THREAD_EXIT_TIMEOUT", 0.01)
     done = threading.Event()
     thread = threading.Thread(target=done.wait, name="the progress of something")
     thread.start()

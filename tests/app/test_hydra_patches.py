@@ -15,6 +15,6 @@ def test_groups_are_what_hydra_lists():
         loader = GlobalHydra.instance().config_loader()
         for group in ("", "data", "hydra", "hydra/launcher", "nothing"):
             for kind in (ObjectType.CONFIG, ObjectType.GROUP, None):
-                listed = hydra_patches._get_group_options_at_once(loader, group, kind)
+                listed = hydra_patches._get_group_options_uncopied(loader, group, kind)
                 assert listed == hydra_patches._get_group_options(loader, group, kind)
-        assert "mnist_5k" in hydra_patches._get_group_options_at_once(loader, "data")
+        assert "mnist_5k" in hydra_patches._get_group_options_uncopied(loader, "data")

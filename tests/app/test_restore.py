@@ -142,9 +142,9 @@ def test_loss_and_metrics_are_for_evaluation_alone(save, picture):
     path = save(CNN, task__loss={"_target_": WRITER}, task__metrics={"x": {"_target_": WRITER}})
     assert predict(path, input=str(picture)).images
     with pytest.raises(CheckpointError, match="loss of the checkpoint"):
-        restore(path, evaluates=True)
+        restore(path, for_evaluation=True)
     with pytest.raises(CheckpointError, match="metric of the checkpoint"):
-        restore(save(CNN, task__metrics={"x": {"_target_": WRITER}}), evaluates=True)
+        restore(save(CNN, task__metrics={"x": {"_target_": WRITER}}), for_evaluation=True)
     weighted = {**weights_of(CNN), "loss.weight": torch.ones(10)}
     assert predict(save(CNN, weighted), input=str(picture)).images
 
@@ -173,14 +173,14 @@ def test_metrics_of_terabytes(save):
     for arguments in ({"num_classes": 10**6}, {"num_classes": 3, "validate_args": False}, {"num_classes": [3] * 2000}):
         confusion = {"_target_": "torchmetrics.classification.MulticlassConfusionMatrix", **arguments}
         with pytest.raises(CheckpointError, match="x must have numbers up to 1000 and no validate_args"):
-            restore(save(CNN, task__metrics={"x": confusion}), evaluates=True)
+            restore(save(CNN, task__metrics={"x": confusion}), for_evaluation=True)
     table = {"_target_": "torchmetrics.classification.MulticlassAUROC", "num_classes": 1000, "thresholds": 1000}
     with pytest.raises(CheckpointError, match=r"takes [0-9,]+ bytes"):
-        restore(save(CNN, task__metrics={str(number): table for number in range(50)}), evaluates=True)
+        restore(save(CNN, task__metrics={str(number): table for number in range(50)}), for_evaluation=True)
     with pytest.raises(CheckpointError, match="must be a mapping of 50 at most"):
-        restore(save(CNN, task__metrics={str(number): ACCURACY for number in range(51)}), evaluates=True)
+        restore(save(CNN, task__metrics={str(number): ACCURACY for number in range(51)}), for_evaluation=True)
     with pytest.raises(CheckpointError, match=r"has the name 'a.*x1b'"):
-        restore(save(CNN, task__metrics={"a\x1b": ACCURACY}), evaluates=True)
+        restore(save(CNN, task__metrics={"a\x1b": ACCURACY}), for_evaluation=True)
 
 
 def test_one_number_that_stands_for_terabytes(save):
@@ -189,7 +189,7 @@ def test_one_number_that_stands_for_terabytes(save):
     weights = weights_of(config)
     for name in ("model.embedding.weight", "model.head.weight"):
         weights[name] = torch.zeros(1, 1).expand(10**11, 8)
-    with pytest.raises(CheckpointError, match=r"takes [0-9,]+ bytes, and its file explains"):
+    with pytest.raises(CheckpointError, match=r"takes [0-9,]+ bytes, and a file of this size may describe"):
         restore(save(config, weights, model__vocab_size=10**11))
 
 
@@ -230,7 +230,7 @@ def test_weights_are_plain_tensors(save, value):
 def test_parts_that_do_not_go_together(save, picture, tmp_path):
     """Each may be built by itself; where they meet is one clear error, not a traceback."""
     with pytest.raises(
-        CheckpointError, match=r"does not fit itself: the data has 10 classes but model\.num_classes is 7"
+        CheckpointError, match=r"of the checkpoint do not fit: the data has 10 classes but model\.num_classes is 7"
     ):
         seven = {**CNN, "model": {"_target_": "lightkit.models.CNN", "num_classes": 7}}
         predict(save(seven), input=str(picture))

@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from lightkit.app import run_records
-from lightkit.app.run_records import Run, differences, find_last, find_unfinished
+from lightkit.app.run_records import Run, config_differences, find_last, find_unfinished
 from lightkit.errors import CheckpointError
 
 CONFIG = {
@@ -135,8 +135,10 @@ def test_jobs_of_a_sweep(make):
 def test_a_group_that_is_swept():
     """Its choice counts, not what else was set in it."""
     one, other = mine(choices={"optim": "sgd"}), mine(choices={"optim": "sgd"}, config={"optim": {"lr": 7}})
-    assert differences(one, other, ["optim"]) == []
-    assert differences(one, replace(other, choices={"optim": "adam"}), ["optim"]) == [("optim", '"sgd"', '"adam"')]
+    assert config_differences(one, other, ["optim"]) == []
+    assert config_differences(one, replace(other, choices={"optim": "adam"}), ["optim"]) == [
+        ("optim", '"sgd"', '"adam"')
+    ]
 
 
 def test_unfinished(make):

@@ -10,10 +10,10 @@ import torch
 from side_effects import watched
 
 import lightkit.app.restore  # noqa: F401  What restoring imports is imported before anybody watches.
-from lightkit.app.untrusted import ADMITTED, build, check_plain
+from lightkit.app.untrusted import ALLOWED_CLASSES, build, check_plain
 from lightkit.config import build as build_own
 from lightkit.errors import CheckpointError, ConfigError
-from lightkit.targets import _PACKAGES, exported_classes, find_class
+from lightkit.targets import _PUBLIC_PACKAGES, exported_classes, find_class
 
 # What each class needs, beside what the caller gives.
 ARGUMENTS = {
@@ -37,15 +37,17 @@ def arguments_of(target):
     return given
 
 
-@pytest.mark.parametrize(("place", "target"), [(place, target) for place in ADMITTED for target in ADMITTED[place]])
-def test_building_an_admitted_class_does_nothing_but_compute(place, target):
+@pytest.mark.parametrize(
+    ("role", "target"), [(role, target) for role in ALLOWED_CLASSES for target in ALLOWED_CLASSES[role]]
+)
+def test_building_an_admitted_class_does_nothing_but_compute(role, target):
     """No file is opened, not even for reading, no socket, no process, and no module beyond the known packages."""
     cls, extra = find_class(target), {}
-    if place == "task":
+    if role == "task":
         model = "lightkit.models.RNNLanguageModel" if "Language" in target else "lightkit.models.CNN"
         extra["model"] = build("model", {"_target_": model, **arguments_of(model)})
     with watched() as acts:
-        built = build(place, {"_target_": target, **arguments_of(target)}, **extra)
+        built = build(role, {"_target_": target, **arguments_of(target)}, **extra)
     assert type(built) is cls
     assert acts == []
 
@@ -61,13 +63,13 @@ def test_the_watch_sees():
 
 
 @pytest.mark.parametrize(
-    ("place", "target"),
+    ("role", "target"),
     [
         ("model", "lightning.fabric.plugins.precision.utils._ClassReplacementContextManager"),
         ("model", "lightning.fabric.loggers.csv_logs._ExperimentWriter"),
-        ("model", "lightkit.parameter_server.journal.Journal"),
+        ("model", "lightkit.parameter_server.write_ahead_log.WriteAheadLog"),
         ("model", "lightkit.parameter_server.Server"),
-        ("model", "lightkit.parameter_server.local.LocalServers"),
+        ("model", "lightkit.parameter_server.local_servers.LocalServers"),
         ("model", "lightkit.data.Text"),
         ("model", "torch.nn.Sequential"),
         ("model", "lightkit.models.cnn.CNN"),
@@ -81,10 +83,10 @@ def test_the_watch_sees():
         ("data", "\x1b[2J"),
     ],
 )
-def test_a_place_admits_its_own_classes_alone(place, target):
-    """Whatever is not listed there, private, of another place or by another path, is refused and named."""
-    with pytest.raises(CheckpointError, match=f"^{place} of the checkpoint: .* is not among the classes") as error:
-        build(place, {"_target_": target, "num_classes": 3})
+def test_a_place_admits_its_own_classes_alone(role, target):
+    """Whatever is not listed there, private, of another role or by another path, is refused and named."""
+    with pytest.raises(CheckpointError, match=f"^{role} of the checkpoint: .* is not among the classes") as error:
+        build(role, {"_target_": target, "num_classes": 3})
     assert str(error.value).isprintable()
 
 
@@ -163,7 +165,7 @@ def test_only_a_bounded_tree_of_plain_values(config, message):
 
 
 def test_packages_of_the_users_own(monkeypatch, tmp_path):
-    """What LIGHTKIT_TARGETS names is admitted in every place and within itself; its private names are not."""
+    """What LIGHTKIT_TARGETS names is admitted in every role and within itself; its private names are not."""
     (tmp_path / "own_models.py").write_text(
         "import torch\nclass Net(torch.nn.Module):\n    def __init__(self, inner):\n        super().__init__()\n"
         "        self.inner = inner\nclass _Hidden(Net):\n    pass\n"
@@ -189,9 +191,9 @@ def test_packages_of_the_users_own(monkeypatch, tmp_path):
         "lightning.fabric.loggers.csv_logs._ExperimentWriter",
         "lightning.pytorch.loggers.csv_logs.ExperimentWriter",
         "lightning.pytorch.cli.LightningCLI",
-        "lightkit.parameter_server.journal.Journal",
+        "lightkit.parameter_server.write_ahead_log.WriteAheadLog",
         "lightkit.parameter_server.Server",
-        "lightkit.parameter_server.local.LocalServers",
+        "lightkit.parameter_server.local_servers.LocalServers",
         "torchmetrics.text.BERTScore",
         "torch.nn.modules._functions.SyncBatchNorm",
         "torch.nn.parallel.DistributedDataParallel",
@@ -211,7 +213,7 @@ def test_public_classes_by_the_path_that_defines_them():
         find_class("torch.optim.sgd.Adam")
 
 
-@pytest.mark.parametrize("package", _PACKAGES)
+@pytest.mark.parametrize("package", _PUBLIC_PACKAGES)
 def test_constructors_of_the_command_line_do_nothing_to_files_or_processes(package):
     """Every exported class that can be built without arguments is, under watch."""
     acted = {}

@@ -1,4 +1,4 @@
-"""A LightningModule as people write them, and what trains it: nothing in this file knows of lightkit."""
+"""A usual LightningModule and its training, without an import of lightkit."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Plain(pl.LightningModule):
 
 
 def make(cls=Plain, *arguments, **options):
-    """A module with the same weights every time."""
+    """Returns a module with the same weights every time."""
     torch.manual_seed(0)
     return cls(*arguments, **options)
 

@@ -1,4 +1,4 @@
-"""The latest checkpoint is the latest one, also after a validation that was not the best."""
+"""last.ckpt is the latest checkpoint, also after a validation that was not the best."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class GetsWorse(pl.LightningModule):
 
 @pytest.mark.parametrize(("options", "last"), [({}, 3), ({"every_n_epochs": 2}, 2), ({"save_last": False}, None)])
 def test_last_is_the_latest(tmp_path, options, last):
-    """best.ckpt stays that of the first validation it looked at; last.ckpt follows, as often as asked for."""
+    """best.ckpt stays that of the first validation; last.ckpt follows at every configured interval."""
     settings = {"filename": "best", "monitor": "val/loss", "mode": "min", "save_last": True, **options}
     batches = DataLoader(torch.ones(2, 1), batch_size=2)
     callback = Checkpoint(tmp_path, **settings)
@@ -46,7 +46,7 @@ def test_last_is_the_latest(tmp_path, options, last):
     "elsewhere", ["{0}/precious.ckpt", "{0}/run/../precious.ckpt", "memory://precious", "http://x"]
 )
 def test_a_strangers_state_names_no_file_of_the_users(tmp_path, elsewhere):
-    """A checkpoint of somebody else cannot have files removed or read that lie elsewhere, nor anything be fetched."""
+    """An untrusted state cannot make Lightning remove, read or fetch a file elsewhere."""
     (tmp_path / "stranger").mkdir()
     precious = tmp_path / "precious.ckpt"
     precious.write_text("mine")

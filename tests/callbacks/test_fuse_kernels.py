@@ -1,4 +1,4 @@
-"""FuseKernels in real Trainers: modules that know nothing of lightkit train as before, on its kernels."""
+"""FuseKernels in real Trainers: modules without lightkit train as before, on its kernels."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CODE = F.cross_entropy.__code__
 
 @pytest.fixture(autouse=True)
 def nothing_stays():
-    """Every test leaves torch as it was."""
+    """Checks that every test leaves torch as it was."""
     yield
     assert F.cross_entropy.__code__ is CODE and not patch._threads
 
@@ -66,7 +66,7 @@ def weights(module):
 
 
 class Watch(Callback):
-    """Keeps, while batches run, whether the optimizers are on lightkit's kernels; their class is torch's."""
+    """Records during batches whether the optimizers are on lightkit's kernels; their class is torch's."""
 
     def __init__(self):
         self.converted = set()
@@ -78,7 +78,7 @@ class Watch(Callback):
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_same_training_on_the_kernels(loss, calls):
-    """However cross-entropy is called, losses and weights are those of torch, and lightkit computed them."""
+    """Losses and weights are torch's for any way to call cross-entropy, and lightkit computed them."""
     plain, fused, watch = make(loss=loss), make(loss=loss), Watch()
     trainer().fit(plain, batches())
     assert calls == []
@@ -92,7 +92,7 @@ def test_same_training_on_the_kernels(loss, calls):
 
 
 def test_every_stage(calls):
-    """Validation, test and prediction run on the kernels too, sanity check included, with the same results."""
+    """Validation, test and prediction run on the kernels with the same results, the sanity check too."""
     results = []
     for callbacks in ([], [FuseKernels()]):
         module, runner = make(), trainer(*callbacks, max_epochs=1)
@@ -108,7 +108,7 @@ def test_every_stage(calls):
 
 
 class Many(Plain):
-    """Several optimizers and losses."""
+    """A module with several optimizers and losses."""
 
     class Mine(torch.optim.SGD):
         pass
@@ -156,7 +156,7 @@ class Many(Plain):
 
 
 def test_report(caplog, calls):
-    """Everything found is named with what became of it, in one log message; and the module trains as before."""
+    """One log message names every component and its outcome, and the module trains as before."""
     plain, fused = make(Many), make(Many)
     trainer().fit(plain, batches())
     keys = list(plain.state_dict())
@@ -203,7 +203,7 @@ def test_nothing_without_native_kernels(monkeypatch, calls):
 
 
 def test_no_native_library_warns_once(monkeypatch):
-    """Where it cannot be built, the cause is told once, not by the library and the callback."""
+    """A failed build is reported once, and not by both the library and the callback."""
     monkeypatch.setattr(native, "_loaded", (None, "there is no C++ compiler"))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -215,7 +215,7 @@ def test_no_native_library_warns_once(monkeypatch):
 @pytest.mark.parametrize("where", ["training_step", "validation_step", "setup", "on_train_epoch_end"])
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_undone_after_an_exception(where, error):
-    """Whatever ends the run, wherever it happens, optimizer and function are torch's again."""
+    """Optimizer and function are torch's again, whatever ends the run and wherever."""
     module, made = make(), []
 
     def fail(*_, **__):
@@ -237,7 +237,7 @@ def test_undone_after_an_exception(where, error):
 
 
 def test_fits_in_a_row(calls):
-    """The same trainer and callback again, and once more after a failure: each fit runs on the kernels."""
+    """Each fit of one trainer and callback runs on the kernels, also after a failure."""
     callback, watch = FuseKernels(), Watch()
     plain, fused = make(), make()
     for module, callbacks in ((plain, []), (fused, [callback, watch])):
@@ -260,7 +260,7 @@ def test_fits_in_a_row(calls):
 
 
 def test_an_optimizer_that_outlives_the_fit():
-    """One kept in the module is torch's between fits, keeps its momentum, and can be pickled without lightkit."""
+    """An optimizer of the module is torch's between fits, keeps its momentum, and can be pickled without lightkit."""
 
     class Keeping(Plain):
         def configure_optimizers(self):
@@ -284,7 +284,7 @@ def test_an_optimizer_that_outlives_the_fit():
 
 @pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": False}], ids=str)
 def test_resume_is_exact(tmp_path, options):
-    """Stopped and resumed, a run ends where it would have, in every combination with and without the callback."""
+    """A resumed run ends as an uninterrupted one, in every combination with and without the callback."""
     ends = {}
     for first in (False, True):
         for second in (False, True):
@@ -335,7 +335,7 @@ assert not any(name.startswith("lightkit") for name in sys.modules)
 
 @pytest.mark.slow
 def test_checkpoints_need_no_lightkit(tmp_path):
-    """A checkpoint saved in the midst of a fit, hyperparameters included, goes on where lightkit is not installed."""
+    """A checkpoint from within a fit, with its hyperparameters, resumes without lightkit."""
 
     class Save(Callback):
         def on_train_epoch_end(self, trainer, pl_module):
@@ -367,7 +367,7 @@ def test_checkpoints_need_no_lightkit(tmp_path):
     ids=str,
 )
 def test_trainer_options(options, calls):
-    """Clipping, accumulation and precisions do to the training what they do without the callback."""
+    """Clipping, accumulation and precisions have the same effect as without the callback."""
     plain, fused = make(), make()
     trainer(**options).fit(plain, batches())
     trainer(FuseKernels(), **options).fit(fused, batches())
@@ -378,7 +378,7 @@ def test_trainer_options(options, calls):
 
 @pytest.mark.parametrize("fused", [None, True])
 def test_gradient_scaler(fused):
-    """Gradients are unscaled once and overflowing steps are skipped, also where torch's fused step would unscale."""
+    """Gradients are unscaled once and overflowing steps are skipped, also if torch's fused step would unscale."""
     ends = []
     # torch's loop is the measure of both: after an overflow in the first step, its fused step goes on with a momentum
     # buffer that nobody has written (2.13).
@@ -394,7 +394,7 @@ def test_gradient_scaler(fused):
 
 
 def test_schedulers_and_hooks():
-    """Schedulers made before and during the fit, hooks and the optimizer itself stay connected."""
+    """Schedulers from before and during the fit, hooks and the optimizer stay connected."""
     events = []
 
     class Scheduled(Plain):
@@ -432,7 +432,7 @@ def test_schedulers_and_hooks():
 
 
 def test_a_scheduler_made_during_the_fit_outlives_it():
-    """It wraps lightkit's step; the optimizer steps with torch's once it is torch's again."""
+    """It wraps lightkit's step; after the fit the optimizer takes torch's steps."""
 
     class Late(Plain):
         def configure_optimizers(self):
@@ -471,7 +471,7 @@ def test_an_optimizer_that_comes_wrapped():
 
 
 def test_deepcopy_and_pickle_during_the_fit(calls):
-    """Copies of the module made in the midst of a fit are whole, plain, and run after it."""
+    """Copies of the module from within a fit are complete, torch's, and run after it."""
     copies = []
 
     class Copy(Callback):
@@ -490,7 +490,7 @@ def test_deepcopy_and_pickle_during_the_fit(calls):
 
 
 def test_copies_of_a_fused_sequential_are_torchs():
-    """So are pickles, the hyperparameters in a checkpoint among them, and what is traced."""
+    """Copies, pickles, hyperparameters of a checkpoint and traces are torch's."""
 
     seen = []
 
@@ -520,7 +520,7 @@ def test_copies_of_a_fused_sequential_are_torchs():
 
 
 def test_compiled_submodules_stay_torchs(calls):
-    """A loss in a compiled submodule is torch's, in the graph and in the report; the one outside is not."""
+    """A loss in a compiled submodule is torch's in the graph and in the report; a loss outside is not."""
 
     class Network(nn.Module):
         def __init__(self):
@@ -560,7 +560,7 @@ def test_compiled_lightning_module(calls):
 
 
 def test_nested_trainers(calls):
-    """A trainer in a callback of another, with the same callback: the outer one goes on where it was."""
+    """A trainer within a callback of another may have the same callback; the outer run continues unchanged."""
     shared, watch = FuseKernels(), Watch()
 
     class Inner(Callback):
@@ -572,7 +572,7 @@ def test_nested_trainers(calls):
 
 
 def test_two_callbacks_in_one_trainer(calls):
-    """A second one finds nothing to do, and disturbs nothing."""
+    """The second callback finds nothing to replace and changes nothing."""
 
     class Second(FuseKernels):
         pass
@@ -584,7 +584,7 @@ def test_two_callbacks_in_one_trainer(calls):
 
 
 def test_other_threads_keep_torchs(calls):
-    """Code in a thread of its own computes with torch's function while a trainer runs."""
+    """Another thread computes with torch's function while a trainer runs."""
     values = []
 
     class Aside(Callback):
@@ -601,7 +601,7 @@ def test_other_threads_keep_torchs(calls):
 
 
 def test_threads_of_autograd(calls):
-    """Threads that Python has not started, which recompute checkpointed losses for a GPU, have the same kernel."""
+    """Autograd's threads, which recompute checkpointed losses for a GPU, have the same kernel."""
 
     class Aside(Callback):
         def on_train_start(self, *_):
@@ -619,7 +619,7 @@ def test_threads_of_autograd(calls):
 
 
 def test_checkpointed_losses(calls):
-    """Recomputed in the backward pass, the loss comes from the same kernel as in the forward pass."""
+    """The recomputed loss comes from the same kernel as in the forward pass."""
 
     def loss(logits, labels):
         # The exponential's result must be recomputed, and with it the loss.
@@ -635,7 +635,7 @@ def test_checkpointed_losses(calls):
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn"])
 def test_two_processes(tmp_path, strategy):
-    """Data parallel over two processes, each replaces and undoes; the weights are those of torch."""
+    """Each of two data-parallel processes replaces and restores; the weights are torch's."""
     script = tmp_path / "train.py"
     script.write_text(_TWO_PROCESSES)
     path = os.pathsep.join([str(Path(lightkit.__file__).parents[1]), str(Path(__file__).parent)])

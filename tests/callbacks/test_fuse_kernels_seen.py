@@ -1,4 +1,4 @@
-"""What a program sees of FuseKernels during a run: classes, patched methods, copies; and the table of what differs."""
+"""What a program sees of FuseKernels during a run: classes, patched methods, copies; and the table of differences."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def batches():
 
 
 class Looking(Callback):
-    """Runs a function in the middle of a run."""
+    """Calls a function within a run."""
 
     def __init__(self, look):
         self.look, self.found = look, []
@@ -63,7 +63,7 @@ class Looking(Callback):
 
 
 def during(look, *callbacks, module=None):
-    """What `look` returns in the middle of a run."""
+    """Returns the result of `look` within a run."""
     torch.manual_seed(0)
     looking = Looking(look)
     trainer(*callbacks, looking, max_epochs=1).fit(Network() if module is None else module, batches())
@@ -79,7 +79,7 @@ def kind_of(thing):
 
 
 def test_classes_are_the_users():
-    """type, match, repr, the summary and Lightning's wrapper show torch's classes; the kernels run all the same."""
+    """type, match, repr, the summary and Lightning's wrapper show torch's classes, and the kernels run."""
 
     def look(trainer, module):
         (optimizer,) = trainer.optimizers
@@ -118,7 +118,7 @@ def attributes(trainer, module):
 
 
 def test_the_table_of_differences():
-    """Beside these there are none in what a program holds of optimizer and net; the docstring has them all."""
+    """The docstring's table has every difference of optimizer and net."""
     stock, fused = during(attributes), during(attributes, FuseKernels())
     different = {name: fused[name] - stock[name] for name in stock}
     assert different == {
@@ -149,7 +149,7 @@ def test_the_table_of_differences():
 )
 @pytest.mark.parametrize("when", ["before", "meanwhile"])
 def test_patched_methods_are_called(monkeypatch, owner, name, when):
-    """A method patched on torch's class, on its base, or a function, is called as often as without the callback."""
+    """A method patched on torch's class or its base, or a function, is called as often as without the callback."""
     counts = []
     for callbacks in ([], [FuseKernels()]):
         calls, original = [], getattr(owner, name)
@@ -180,7 +180,7 @@ def by_cloudpickle(thing):
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, by_pickle, by_cloudpickle])
 def test_copies_of_the_trainer(duplicate):
-    """A trainer copied during a run trains by itself, on the kernels, and the run goes on as if it had not been."""
+    """A trainer that is copied during a run trains by itself on the kernels, and the run continues."""
 
     def look(trainer, module):
         copied = duplicate(trainer)
@@ -201,7 +201,7 @@ def test_copies_of_the_trainer(duplicate):
 
 
 def test_other_ways_into_a_fused_net():
-    """torch.jit, torch.fx, torch.export and torch.compile see torch's layers, and what is compiled meanwhile stays."""
+    """torch.jit, torch.fx, torch.export and torch.compile see torch's layers; compiled code stays torch's."""
     images = torch.randn(2, 1, 8, 8)
 
     def look(trainer, module):
@@ -251,7 +251,7 @@ def test_other_ways_into_a_fused_net():
     ids=lambda images: "None" if images is None else f"{tuple(images.shape)} {images.dtype}",
 )
 def test_errors_are_torchs(images):
-    """A fused net refuses what a Sequential refuses, with the same class; what torch takes it takes."""
+    """A fused net accepts what a Sequential accepts, and rejects the rest with the same class."""
 
     def run(net):
         try:
@@ -286,7 +286,7 @@ def test_imports_register_nothing():
 
 
 def test_a_checkpoint_during_a_run_has_torchs_names():
-    """What is saved in the middle names nothing of lightkit."""
+    """A checkpoint from within a run names nothing of lightkit."""
 
     def look(trainer, module):
         file = io.BytesIO()

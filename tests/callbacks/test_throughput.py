@@ -1,4 +1,4 @@
-"""Throughput counts what was trained, and its parts of a step add up to the time that it took."""
+"""Throughput counts samples and operations, and the parts of a step add up to its time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PLAIN_STEP = 2 * (3 * (4 * 8 + 8 * 3) - 4 * 8)
 
 @pytest.fixture(autouse=True)
 def nothing_compiled():
-    """What other tests give to torch.compile is not in use here, and nothing goes on watching."""
+    """Resets torch.compile before the test, and checks that no dispatch mode is left after it."""
     torch._dynamo.reset()
     yield
     assert watching() == 0
@@ -29,7 +29,7 @@ def watching():
 
 
 class Slow(Plain):
-    """Sleeps in known places."""
+    """Sleeps at known places."""
 
     def training_step(self, batch, batch_idx):
         time.sleep(0.02)
@@ -43,7 +43,7 @@ class Slow(Plain):
 
 
 class Clock(Callback):
-    """The time of an epoch without its validation."""
+    """Measures the time of an epoch without its validation."""
 
     def on_train_epoch_start(self, trainer, pl_module):
         self.started = time.perf_counter()
@@ -54,7 +54,7 @@ class Clock(Callback):
 
 @pytest.mark.parametrize("lean", [False, True])
 def test_parts_of_a_step(lean):
-    """Each part has the time that passed in it, validation has none, and together they are the whole."""
+    """Each part has its own time, validation has none, and the sum is the whole."""
     throughput, clock = Throughput(), Clock()
     callbacks = [clock, throughput, *([LeanLoop()] if lean else [])]
     assert throughput.total is None and throughput.step is None
@@ -70,7 +70,7 @@ def test_parts_of_a_step(lean):
 
 
 class Watched(Plain):
-    """Knows in which steps somebody watches the operators."""
+    """Records in which steps a dispatch mode is active."""
 
     def __init__(self, **options):
         super().__init__(**options)
@@ -87,13 +87,13 @@ class Watched(Plain):
 @pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}], ids=["", "accumulating"])
 @pytest.mark.parametrize("lean", [False, True])
 def test_operations(lean, options):
-    """Those of one step are counted, of forward and backward, and told a second and against a matrix product."""
+    """Forward and backward of one step are counted, and related to the time and to a matrix product."""
     throughput, lean_loop = Throughput(), LeanLoop()
     module = make(Watched)
     job = trainer(throughput, *([lean_loop] if lean else []), **options)
     assert throughput.flops_per_second is None
     job.fit(module, batches(), batches())
-    assert lean_loop.obstacle is None
+    assert lean_loop.unsupported_reason is None
     assert module.watched == [1] + [0] * 9
     assert throughput.flops_per_sample == PLAIN_STEP
     assert throughput.flops_per_second == pytest.approx(PLAIN_STEP * throughput.total)
@@ -123,7 +123,7 @@ class Convolutional(Plain):
 )
 @pytest.mark.parametrize("fused", [False, True])
 def test_counting_changes_nothing(cls, options, fused):
-    """Losses and weights are the same to the bit, whichever kernels run."""
+    """Losses and weights are the same to the bit with either kernels."""
     outcomes = []
     for counted in (False, True):
         throughput = Throughput()
@@ -138,7 +138,7 @@ def test_counting_changes_nothing(cls, options, fused):
 
 
 class Skips(Watched):
-    """Two steps without a loss, then some with."""
+    """Returns no loss in two steps, then a loss."""
 
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
@@ -166,7 +166,7 @@ class Stops(Watched):
 
 @pytest.mark.parametrize("lean", [False, True])
 def test_a_step_without_backward(lean):
-    """It is not a step to judge others by: the next one with a loss is counted."""
+    """The next step with a loss is counted."""
     throughput, module = Throughput(), make(Skips)
     trainer(throughput, *([LeanLoop()] if lean else [])).fit(module, batches())
     assert module.watched == [1, 1, 1] + [0] * 7
@@ -175,7 +175,7 @@ def test_a_step_without_backward(lean):
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, StopIteration])
 def test_a_step_that_fails(error):
-    """Nobody watches afterwards (see the fixture), and the next fit is counted."""
+    """No dispatch mode is left (see the fixture), and the next fit is counted."""
     throughput = Throughput()
     try:
         trainer(throughput).fit(make(Fails, error=error), batches())
@@ -201,7 +201,7 @@ class Manual(Watched):
 
 
 class Repeats(Plain):
-    """An optimizer that goes through forward and backward several times a step."""
+    """An optimizer that runs forward and backward several times a step."""
 
     def configure_optimizers(self):
         return torch.optim.LBFGS(self.parameters(), max_iter=3)
@@ -215,7 +215,7 @@ class Compiled(Watched):
 
 @pytest.mark.parametrize("cls", [Manual, Repeats, Compiled])
 def test_steps_that_cannot_be_counted(cls):
-    """Nothing is said of operations then, and compiled code runs unwatched."""
+    """No operations are logged, and compiled code runs without a dispatch mode."""
     throughput, module = Throughput(), make(cls)
     job = trainer(throughput)
     job.fit(module, batches())
@@ -226,7 +226,7 @@ def test_steps_that_cannot_be_counted(cls):
 
 
 def test_an_epoch_that_goes_on_in_the_middle(tmp_path):
-    """Its time is that of the batches that are left: the clock does not count from some time long ago."""
+    """A resumed epoch has the time of its remaining batches only."""
     saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
     trainer(saving, max_epochs=1, enable_checkpointing=True).fit(make(), batches())
     throughput, started = Throughput(), time.perf_counter()

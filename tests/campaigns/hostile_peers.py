@@ -27,7 +27,7 @@ sys.path[:0] = [str(HERE.parents[1] / "parameter_server"), str(HERE.parents[2] /
 
 import hostile  # noqa: E402
 from rows import append  # noqa: E402
-from workers import SECRET, ServerProcess, Training, job_of, network  # noqa: E402
+from workers import SECRET, ServerProcess, Training, network, spec_of  # noqa: E402
 
 from lightkit.errors import LightkitError  # noqa: E402
 
@@ -41,9 +41,9 @@ def plain(parameters):
 def description(rng):
     """What a hostile worker says of itself: of a rank that is not the honest worker's."""
     model = network()
-    job = job_of(model, plain(model.parameters()), mode="async", snapshot_every=1000)
+    spec = spec_of(model, plain(model.parameters()), mode="async", snapshot_every=1000)
     who = {"rank": rng.randrange(1, 40), "incarnation": f"{rng.getrandbits(64):x}", "timeout": SILENCE}
-    return {**who, "job": job.to_json()}
+    return {**who, "job": spec.to_json()}
 
 
 def attack(address, rng):
@@ -54,8 +54,8 @@ def attack(address, rng):
             name = rng.choice(sorted(hostile.STRANGERS))
             hostile.STRANGERS[name](address, rng)
         elif kind == "hello":
-            hellos = hostile.hellos(description(rng))
-            connection = hostile.connect(address, SECRET, hellos[rng.choice(sorted(hellos))], 5.0, SILENCE)
+            requests = hostile.join_requests(description(rng))
+            connection = hostile.connect(address, SECRET, requests[rng.choice(sorted(requests))], 5.0, SILENCE)
             connection.receive_header()
             connection.release()
         else:

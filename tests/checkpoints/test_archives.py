@@ -1,4 +1,4 @@
-"""Files that are made to hang, end or fill the process that loads them: they are refused before torch reads them."""
+"""Files that would hang, end or fill the process that loads them are rejected before torch reads them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from lightkit.checkpoints import load_checkpoint
-from lightkit.checkpoints.archives import find_trick
+from lightkit.checkpoints.archives import find_unsafe_content
 from lightkit.errors import CheckpointError
 
 
 @pytest.fixture
 def archive(tmp_path):
-    """Writes a checkpoint with a pickle of choice; returns its path."""
+    """Returns a function that writes a checkpoint with a given pickle and returns its path."""
 
     def write(pickle, **records):
         path = tmp_path / "crafted.ckpt"
@@ -54,22 +54,22 @@ LARGE = b"\x80\x02cbuiltins\nbytearray\n\x8a\x05" + (4 * 10**9).to_bytes(5, "lit
     ids=lambda value: value[:20] if isinstance(value, str) else "",
 )
 def test_tricks_of_a_pickle(archive, pickle, message):
-    """What would hang, end the process or take any memory is said in one line, and torch is not asked."""
+    """One line names what would hang or end the process or take any memory, and torch does not read the file."""
     with pytest.raises(CheckpointError, match=f"damaged or not a checkpoint: .*{message}"):
-        load_checkpoint(archive(pickle), is_strangers=True)
+        load_checkpoint(archive(pickle), untrusted=True)
 
 
 def test_tricks_of_an_archive(tmp_path):
-    """Two directories, of which readers see different ones; names that differ by case alone; compressed records."""
+    """Two directories, names that differ in case only and compressed records are rejected."""
     path = tmp_path / "plain.ckpt"
     torch.save({"state_dict": {"w": torch.zeros(1000)}}, path)
     plain = path.read_bytes()
-    assert load_checkpoint(path, is_strangers=True)["state_dict"]["w"].shape == (1000,)
+    assert load_checkpoint(path, untrusted=True)["state_dict"]["w"].shape == (1000,)
 
     def trick(content):
         path.write_bytes(content)
         with open(path, "rb") as file:
-            return find_trick(file)
+            return find_unsafe_content(file)
 
     directory = plain.index(b"PK\1\2")
     assert "more than one directory" in trick(plain[:-22] + plain[directory:-22] + plain[-22:])
@@ -85,7 +85,7 @@ def test_tricks_of_an_archive(tmp_path):
 
 
 def test_plain_data_of_all_kinds(tmp_path):
-    """Whatever torch.save writes of plain data and tensors is let through: states, dtypes, sizes, tied weights."""
+    """Everything that torch.save writes for plain data and tensors is accepted: states, dtypes, tied weights."""
     tied = torch.zeros(3)
     values = {
         "state_dict": collections.OrderedDict(
@@ -102,9 +102,9 @@ def test_plain_data_of_all_kinds(tmp_path):
     }
     path = tmp_path / "plain.ckpt"
     torch.save(values, path)
-    assert load_checkpoint(path, is_strangers=True)["numbers"] == values["numbers"]
+    assert load_checkpoint(path, untrusted=True)["numbers"] == values["numbers"]
     optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(3))], lr=0.1)
     optimizer.param_groups[0]["params"][0].grad = torch.ones(3)
     optimizer.step()
     torch.save({"state_dict": {}, "optimizer_states": [optimizer.state_dict()]}, path)
-    assert load_checkpoint(path, is_strangers=True)["optimizer_states"]
+    assert load_checkpoint(path, untrusted=True)["optimizer_states"]

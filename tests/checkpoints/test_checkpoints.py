@@ -1,4 +1,4 @@
-"""Files and checkpoints: what was there survives any failure, what is damaged is said to be."""
+"""Files and checkpoints: the previous one survives any failure, and damage is an error."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightkit.errors import CheckpointError
 
 
 def test_replaces_all_at_once(tmp_path):
-    """A failure while writing leaves the old content and no litter."""
+    """A failed write leaves the old content and no other file."""
     path = tmp_path / "deep" / "file"
     write_atomically(path, lambda f: f.write(b"old"))
 
@@ -31,7 +31,7 @@ def test_replaces_all_at_once(tmp_path):
 
 
 def test_mode_follows_the_umask(tmp_path):
-    """Others may read what the user lets them read."""
+    """The permissions are those of the umask."""
     old = os.umask(0o027)
     try:
         write_atomically(tmp_path / "file", lambda f: f.write(b"x"))
@@ -52,7 +52,7 @@ io.save_checkpoint({"state_dict": {"w": torch.ones(100000)}}, sys.argv[1])
 
 
 def test_full_disk_keeps_the_previous_checkpoint(tmp_path):
-    """When the disk takes no more, the error says so and the checkpoint before is intact."""
+    """The error names the full disk, and the previous checkpoint is intact."""
     path = tmp_path / "last.ckpt"
     result = subprocess.run([sys.executable, "-c", FULL_DISK, str(path)], capture_output=True, text=True)
     assert result.returncode != 0
@@ -72,7 +72,7 @@ def test_full_disk_keeps_the_previous_checkpoint(tmp_path):
     ],
 )
 def test_damaged_checkpoints(tmp_path, content, message):
-    """Empty, foreign and cut-off files are named."""
+    """The error names empty, foreign and truncated files."""
     path = tmp_path / "x.ckpt"
     if content == "truncated":
         torch.save({"state_dict": {"w": torch.zeros(10000)}}, path)
@@ -92,7 +92,7 @@ class Evil:
 
 
 def test_a_checkpoint_cannot_run_code(tmp_path, monkeypatch):
-    """Loading a checkpoint with code in it is refused, and the code does not run."""
+    """A checkpoint with code is rejected, and the code does not run."""
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": {}, "x": Evil()}, "evil.ckpt")
     with pytest.raises(CheckpointError):
@@ -103,7 +103,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path, monkeypatch):
 
 
 def test_checkpoint_of_another_model():
-    """What differs is said, for shapes and for names."""
+    """The error has the differences in shapes and names."""
     checkpoint = {"state_dict": nn.Linear(3, 4).state_dict()}
     with pytest.raises(CheckpointError, match=r"another model: .*weight is \(4, 3\), expected \(2, 3\)"):
         check_weights(nn.Linear(3, 2), checkpoint, "x.ckpt")

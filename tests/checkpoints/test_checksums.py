@@ -1,4 +1,4 @@
-"""A checkpoint of which a bit has changed is not loaded; one that is whole is, whoever wrote it."""
+"""A checkpoint with a changed bit is not loaded; an intact one is, whoever wrote it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CONTENT = {
 
 
 def same(one, other):
-    """Both have the same tensors, numbers and texts at the same places."""
+    """Returns True if both have the same tensors, numbers and strings at the same places."""
     if isinstance(other, torch.Tensor):
         return isinstance(one, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(other, dict):
@@ -36,14 +36,14 @@ def same(one, other):
 
 @pytest.fixture(params=["ours", "stock"])
 def saved(request, tmp_path):
-    """A checkpoint, written here or by stock Lightning, and what it must be loaded as."""
+    """Returns a checkpoint, written by lightkit or by stock Lightning, and its content."""
     path = tmp_path / "x.ckpt"
     (AtomicCheckpointIO() if request.param == "ours" else TorchCheckpointIO()).save_checkpoint(CONTENT, path)
     return path
 
 
 def test_any_flipped_bit_is_noticed(saved):
-    """Each of 2,000 bits all over the file, 600 of them in its headers, is noticed, or loads the very same content."""
+    """Each of 2,000 bits, 600 of them in headers, is detected, or the same content is loaded."""
     whole, chance, noticed = bytearray(saved.read_bytes()), random.Random(0), 0
     assert same(load_checkpoint(saved), CONTENT)
     everywhere = chance.sample(range(8 * len(whole)), 1400)
@@ -62,7 +62,7 @@ def test_any_flipped_bit_is_noticed(saved):
 
 @pytest.mark.parametrize("weights_only", [None, True, False])
 def test_the_trainer_notices_too(tmp_path, weights_only):
-    """Whichever way the plug-in loads."""
+    """Both ways in which the plug-in loads detect damage."""
     path = tmp_path / "x.ckpt"
     AtomicCheckpointIO().save_checkpoint(CONTENT, path)
     assert same(AtomicCheckpointIO().load_checkpoint(path, weights_only=weights_only), CONTENT)
@@ -76,7 +76,7 @@ def test_the_trainer_notices_too(tmp_path, weights_only):
 
 
 def test_others_load_ours(tmp_path):
-    """Stock Lightning and torch, mapped into memory or not, and Python's zip module find nothing unusual."""
+    """Stock Lightning, torch, memory-mapped or not, and Python's zip module load the file."""
     path = tmp_path / "x.ckpt"
     AtomicCheckpointIO().save_checkpoint(CONTENT, path)
     assert same(TorchCheckpointIO().load_checkpoint(path), CONTENT)
@@ -86,7 +86,7 @@ def test_others_load_ours(tmp_path):
 
 
 def test_those_without_checksums_load(tmp_path):
-    """torch's old format has none, and its new one can be told to leave them out."""
+    """torch's old format has no checksums, and its new one can be written without."""
     path = tmp_path / "x.ckpt"
     torch.save(CONTENT, path, _use_new_zipfile_serialization=False)
     assert same(load_checkpoint(path), CONTENT)
@@ -100,7 +100,7 @@ def test_those_without_checksums_load(tmp_path):
 
 
 def test_larger_than_what_is_read_at_once(tmp_path, monkeypatch):
-    """The checksum of a file is the same in whatever pieces it is read."""
+    """The checksum does not depend on the size of the chunks."""
     path = tmp_path / "x.ckpt"
     AtomicCheckpointIO().save_checkpoint(CONTENT, path)
     for chunk in (1, 7, 1 << 10):

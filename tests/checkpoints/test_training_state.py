@@ -1,4 +1,4 @@
-"""States of a training that somebody else wrote: they fit the training that goes on, or are refused in one line."""
+"""Untrusted states fit the training that resumes from them, or one line rejects them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightkit.errors import CheckpointError
 
 
 class Net(pl.LightningModule):
-    """Two weights, an optimizer of choice and a scheduler."""
+    """A module with two weights, a given optimizer and a scheduler."""
 
     def __init__(self, optimizer):
         super().__init__()
@@ -46,7 +46,7 @@ OPTIMIZERS = {
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A checkpoint of each optimizer after an epoch."""
+    """Returns a checkpoint of each optimizer after an epoch."""
     folder = tmp_path_factory.mktemp("saved")
     for name, optimizer in OPTIMIZERS.items():
         fit(optimizer, 1).save_checkpoint(folder / f"{name}.ckpt")
@@ -55,9 +55,9 @@ def saved(tmp_path_factory):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_training_of_ones_own_goes_on(saved, name):
-    """Nothing of an ordinary state is refused, whatever the shapes of the optimizer's states."""
+    """A usual state is accepted, whatever the shapes of the optimizer's states."""
     path = saved / f"{name}.ckpt"
-    check_training_state(load_checkpoint(path, is_strangers=True), path)
+    check_training_state(load_checkpoint(path, untrusted=True), path)
     assert fit(OPTIMIZERS[name], 2, path, [CheckTrainingState(path)]).global_step == 4
 
 
@@ -85,7 +85,7 @@ def changed(saved, name, change, tmp_path):
     ids=["short", "empty", "sparse", "index", "name", "lr", "betas", "group"],
 )
 def test_states_that_do_not_fit_the_parameters(saved, tmp_path, change):
-    """Kernels of torch's optimizers would read beyond them."""
+    """Kernels of torch's optimizers would read beyond such states: they are rejected."""
 
     def apply(checkpoint):
         state = checkpoint["optimizer_states"][0]
@@ -97,14 +97,14 @@ def test_states_that_do_not_fit_the_parameters(saved, tmp_path, change):
 
 
 def test_a_file_does_not_say_how_a_step_is_computed(saved, tmp_path):
-    """`fused` and its kind are the configuration's, though torch takes them from the state."""
+    """`fused` and similar options are those of the present run, although torch loads them from the state."""
     path = changed(saved, "adam", lambda c: c["optimizer_states"][0]["param_groups"][0].update(fused=True), tmp_path)
     trainer = fit(OPTIMIZERS["adam"], 2, path, [CheckTrainingState(path)])
     assert not trainer.optimizers[0].param_groups[0]["fused"]
 
 
 def test_schedulers_keep_their_methods(saved, tmp_path):
-    """torch makes every key of the state an attribute."""
+    """torch would make every key of the state an attribute: unknown keys are rejected."""
     path = changed(saved, "sgd", lambda c: c["lr_schedulers"][0].update(get_lr=3), tmp_path)
     with pytest.raises(CheckpointError, match="StepLR has no such get_lr"):
         fit(OPTIMIZERS["sgd"], 2, path, [CheckTrainingState(path)])
@@ -126,11 +126,11 @@ def test_schedulers_keep_their_methods(saved, tmp_path):
             r"its loops\.fit_loop\.epoch_progress\.current\.completed is -1000000000000000000",
         ),
         (lambda c: c.update(state_dict=[]), "its state_dict is a list"),
-        (lambda c: c["state_dict"].update(x=torch.zeros(2).to_sparse()), "x is not a plain tensor of the CPU"),
+        (lambda c: c["state_dict"].update(x=torch.zeros(2).to_sparse()), "x must be a plain tensor on the CPU"),
     ],
 )
 def test_entries_of_other_kinds(saved, change, message):
-    """Each is named, before a training hangs on it or ends in a traceback."""
+    """The error names the entry, before a training hangs or fails with a traceback."""
     checkpoint = copy.deepcopy(load_checkpoint(saved / "adam.ckpt"))
     change(checkpoint)
     with pytest.raises(CheckpointError, match=message):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightkit.data import TensorBatches
-from lightkit.data.batches import near_training
+from lightkit.data.batches import to_training_device
 from lightkit.errors import DataError
 
 
@@ -20,7 +20,7 @@ def numbers(batches):
 
 @given(total=st.integers(0, 50), size=st.integers(1, 60), shuffle=st.booleans())
 def test_every_sample_once(total, size, shuffle):
-    """An epoch holds each sample once, in batches of the asked size but for the last."""
+    """An epoch has each sample once, in batches of the given size except the last."""
     batches = TensorBatches([torch.arange(total)], size, shuffle=shuffle)
     sizes = [len(batch) for (batch,) in batches]
     assert sorted(numbers(batches)) == list(range(total))
@@ -29,7 +29,7 @@ def test_every_sample_once(total, size, shuffle):
 
 
 def test_order_is_that_of_seed_and_epoch():
-    """Epochs differ, seeds differ, and each can be had again."""
+    """Epochs differ, seeds differ, and each order can be repeated."""
     make = lambda seed: TensorBatches([torch.arange(100)], 7, shuffle=True, seed=seed)  # noqa: E731
     first, same, other = make(0), make(0), make(1)
     one, two = numbers(first), numbers(first)
@@ -49,7 +49,7 @@ def test_tensors_stay_together():
 
 @given(total=st.integers(1, 40), world=st.integers(1, 5), size=st.integers(1, 8))
 def test_processes_share_the_samples(total, world, size):
-    """In training all processes have equally many batches and together every sample; in evaluation no doubles."""
+    """In training all processes have equally many batches and every sample; in evaluation none is repeated."""
     training = [
         TensorBatches([torch.arange(total)], size, shuffle=True, rank=r, world_size=world) for r in range(world)
     ]
@@ -64,7 +64,7 @@ def test_processes_share_the_samples(total, world, size):
 
 @pytest.mark.parametrize("taken", [0, 1, 3, 5])
 def test_resume_anywhere(taken):
-    """A loader with the saved position hands out what was left of the epoch, and then the next epoch."""
+    """A loader with the saved position serves the rest of the epoch, then the next epoch."""
     original = TensorBatches([torch.arange(20)], 4, shuffle=True, seed=3)
     numbers(original)
     iterator = iter(original)
@@ -84,7 +84,7 @@ def test_resume_anywhere(taken):
 
 
 def test_next_epoch_after_resuming_at_the_end_of_one():
-    """At the end of an epoch there is no rest: the epoch that Lightning names begins at its start."""
+    """A position at the end of an epoch has no rest: the next epoch begins at its start."""
     original = TensorBatches([torch.arange(20)], 4, shuffle=True, seed=3)
     numbers(original)
     resumed = TensorBatches([torch.arange(20)], 4, shuffle=True, seed=3)
@@ -94,7 +94,7 @@ def test_next_epoch_after_resuming_at_the_end_of_one():
 
 
 def test_resume_with_another_batch_size():
-    """A place in the middle of an epoch is not mistaken for another; at the end of one the size may change."""
+    """A position within an epoch is rejected; at the end of an epoch the size may change."""
     original = TensorBatches([torch.arange(20)], 4, shuffle=True)
     iterator = iter(original)
     next(iterator)
@@ -111,9 +111,9 @@ def test_resume_with_another_batch_size():
     ("before", "after"), [((1, 8), (2, 4)), ((2, 4), (1, 8)), ((2, 4), (1, 4)), ((1, 4), (2, 4)), ((4, 2), (2, 2))]
 )
 def test_resume_with_another_number_of_processes(before, after, shuffle_seed):
-    """What is left of the epoch is dealt out anew: no sample is left out, none comes twice.
+    """The rest of the epoch is dealt out again: no sample is left out, none is repeated.
 
-    But for a part of a batch, where the place is none of the new batches'.
+    An exception is part of a batch, if the position is within a new batch.
     """
     total = 64
 
@@ -156,14 +156,14 @@ def test_resume_with_another_number_of_processes(before, after, shuffle_seed):
     ],
 )
 def test_wrong_arguments(tensors, size, message):
-    """What cannot be batched is refused at once."""
+    """The constructor rejects impossible arguments."""
     with pytest.raises(ValueError, match=message):
         TensorBatches(tensors, size)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_batches_are_where_the_tensors_are(world_size):
-    """Indices follow the tensors to their device, for which "meta" stands here."""
+    """Indices follow the tensors to their device, here "meta"."""
     tensors = (torch.empty(10, 3, device="meta"), torch.empty(10, device="meta"))
     batches = list(TensorBatches(tensors, 4, shuffle=True, world_size=world_size))
     assert [(b.device.type, b.shape) for b in batches[0]] == [("meta", (4, 3)), ("meta", (4,))]
@@ -175,11 +175,11 @@ def test_batches_are_where_the_tensors_are(world_size):
     ids=["fits", "too large", "no GPU"],
 )
 def test_data_go_to_a_gpu_with_room_for_them(device, free, moved, monkeypatch):
-    """Where they take a quarter of it or less; a GPU is full for other reasons."""
+    """Tensors are copied if they take a quarter of the free memory or less."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 1000))
     device = torch.device(device, 0)
     trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=device))
     tensors = [SimpleNamespace(nbytes=size, to=lambda to, size=size: (size, to)) for size in (4, 6)]
     expected = ((4, device), (6, device)) if moved else tuple(tensors)
-    assert near_training(trainer, tensors) == expected
-    assert near_training(None, tensors) == tuple(tensors)
+    assert to_training_device(trainer, tensors) == expected
+    assert to_training_device(None, tensors) == tuple(tensors)

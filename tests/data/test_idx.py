@@ -1,4 +1,4 @@
-"""IDX files: right ones are read, damaged ones are named with what is wrong."""
+"""IDX files: valid ones are read, and errors name the damage of others."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GOOD = idx_bytes((2, 3), range(6))
 @pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("sizes", [(6,), (2, 3), (1, 2, 3), (0, 28, 28)])
 def test_reads(tmp_path, compressed, sizes):
-    """Any number of dimensions, compressed or not, told apart by content."""
+    """Files of any number of dimensions are read, compressed or not; the content decides."""
     count = torch.Size(sizes).numel()
     path = tmp_path / "file"
     data = idx_bytes(sizes, range(count))
@@ -56,7 +56,7 @@ def test_damaged(tmp_path, content, message):
 
 
 def test_no_more_is_unpacked_than_the_header_says(tmp_path, monkeypatch):
-    """A small file may hold any amount: of 200 MB no more than the 6 bytes of its header are unpacked, or nothing."""
+    """Of a file of 200 MB, only the 6 bytes in its header are unpacked, or nothing."""
     path = tmp_path / "file.gz"
     path.write_bytes(gzip.compress(GOOD + bytes(200 << 20), compresslevel=1))
     unpacked = []
@@ -72,7 +72,7 @@ def test_no_more_is_unpacked_than_the_header_says(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("sizes", [(0, 2**32 - 1, 2**32 - 1, 2**32 - 1), (2**32 - 1, 0, 2**32 - 1, 2**32 - 1)])
 def test_empty_shapes_beyond_any_tensor(tmp_path, sizes):
-    """A shape of no values whose other sizes overflow is one clear error."""
+    """A shape without values whose other sizes overflow is one clear error."""
     path = tmp_path / "file"
     path.write_bytes(idx_bytes(sizes, ()))
     with pytest.raises(DataError, match="which no tensor can have"):
@@ -80,7 +80,7 @@ def test_empty_shapes_beyond_any_tensor(tmp_path, sizes):
 
 
 def test_reads_regular_files_alone(tmp_path):
-    """A pipe would keep its reader waiting, and a device has no end: both are named at once."""
+    """A read of a pipe or a device might not end: both are errors."""
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("/dev/zero")
     for path, kind in ((tmp_path / "pipe", "a pipe"), (tmp_path / "link", "a device"), (tmp_path, "a folder")):
@@ -89,6 +89,6 @@ def test_reads_regular_files_alone(tmp_path):
 
 
 def test_missing(tmp_path):
-    """A file that is not there is named."""
+    """The error names a missing file."""
     with pytest.raises(DataError, match="nothing-here"):
         read_idx(tmp_path / "nothing-here")

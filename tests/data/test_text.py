@@ -1,4 +1,4 @@
-"""Text as bytes: every target once, no text in two parts, and no file that stops it."""
+"""Text as bytes: every target once, no text in two parts, and no file that stops the reader."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightkit.errors import DataError
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
-    """A cache of its own for each test."""
+    """Gives each test a cache of its own."""
     directory = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("LIGHTKIT_CACHE_DIR", str(directory))
     return directory
@@ -26,7 +26,7 @@ def cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Forty files of random bytes in two folders."""
+    """Returns a folder with forty files of random bytes in two subfolders."""
     generator = torch.Generator().manual_seed(0)
     root = tmp_path / "texts"
     (root / "sub").mkdir(parents=True)
@@ -37,13 +37,13 @@ def folder(tmp_path):
 
 
 def served(loader, data):
-    """The bytes that a loader's batches predict, in order."""
+    """Returns the targets of a loader's batches in order."""
     batches = [data.on_after_batch_transfer(batch, 0) for batch in loader]
     return bytes(torch.cat([targets.flatten() for _, targets in batches]).tolist())
 
 
 def test_every_target_once(tmp_path):
-    """In order and but for less than a window at the end, inputs and targets are the text and the text one on."""
+    """Inputs and targets are the text and the text one byte on, in order, except a rest shorter than a window."""
     content = bytes(torch.randint(0, 256, (1000,)).tolist())
     (tmp_path / "a").write_bytes(content)
     data = Text(str(tmp_path / "a"), context=16, eval_batch_size=3, validation_share=0.2, test_share=0.3)
@@ -61,7 +61,7 @@ def test_every_target_once(tmp_path):
 
 
 def test_batches_are_copies_of_what_was_chosen(tmp_path):
-    """Windows overlap in memory; a batch takes its own and no more, and changing it changes no text."""
+    """Windows overlap in memory; a batch is a copy of its own, and writing to it changes no text."""
     (tmp_path / "a").write_bytes(bytes(range(256)) * 40)
     data = Text(str(tmp_path / "a"), context=16, batch_size=4)
     data.setup()
@@ -74,7 +74,7 @@ def test_batches_are_copies_of_what_was_chosen(tmp_path):
 
 
 def test_a_folder_is_split_by_file(folder):
-    """Each file is whole in one part, files are apart by a zero byte, and one more file moves no other."""
+    """Each file is in one part as a whole, a zero byte separates two, and a new file moves no other."""
 
     def parts():
         data = Text(str(folder), context=8, validation_share=0.2, test_share=0.2)
@@ -95,7 +95,7 @@ def bytes_of(tensor):
 
 
 def test_the_split_is_that_of_every_machine():
-    """The part of a file is a matter of its path and the shares, pinned here."""
+    """The part of a file depends on its path and the shares only; the values here are fixed."""
     data = Text(validation_share=0.25, test_share=0.25)
     parts = [data._part_of(f"json/file{index}.py") for index in range(12)]
     assert parts == [
@@ -118,7 +118,7 @@ def test_the_split_is_that_of_every_machine():
 
 
 def test_joined_once_per_content(folder, cache, monkeypatch):
-    """The joined text is cached under what is in it; a changed file makes another, a torn one is written anew."""
+    """The cached text is named by its content: a changed file makes another, a damaged one is written again."""
     first = Text(str(folder), context=8)
     first.setup()
     (cached,) = (cache / "data").iterdir()
@@ -136,7 +136,7 @@ def test_joined_once_per_content(folder, cache, monkeypatch):
 
 
 def test_without_a_cache(folder, monkeypatch):
-    """Where nothing can be kept, the text is held in memory, with a warning, and is the same."""
+    """Without a writable cache the text is held in memory, with a warning."""
     kept = Text(str(folder), context=8)
     kept.setup()
     monkeypatch.setenv("LIGHTKIT_CACHE_DIR", str(folder / "00.txt"))
@@ -147,7 +147,7 @@ def test_without_a_cache(folder, monkeypatch):
 
 
 def test_the_standard_library_is_the_default():
-    """Its sources without tests and what is installed beside it: enough to train on, in every part."""
+    """Its sources, without tests and installed packages, are enough for every part."""
     data = Text()
     data.setup()
     names = {file.name for file in library_files(data._root())}
@@ -157,7 +157,7 @@ def test_the_standard_library_is_the_default():
 
 
 def test_odd_files(folder):
-    """Links in a circle, links to a file that is there already, pipes, hidden and empty files stop and add nothing."""
+    """Cyclic links, links to files of the folder, pipes, hidden and empty files add nothing."""
     plain = [file.name for file in text_files(folder)]
     assert len(plain) == 40 and plain == sorted(plain)
     (folder / "circle").symlink_to(folder)
@@ -173,7 +173,7 @@ def test_odd_files(folder):
 
 
 def test_bytes_are_taken_as_they_are(tmp_path):
-    """What is no UTF-8 comes through unchanged, and any text can be encoded and back."""
+    """Bytes that are no UTF-8 stay unchanged, and any text can be encoded and decoded."""
     content = bytes(range(256)) * 2
     (tmp_path / "binary").write_bytes(content)
     data = Text(str(tmp_path / "binary"), context=8, validation_share=0, test_share=0.5)
@@ -186,7 +186,7 @@ def test_bytes_are_taken_as_they_are(tmp_path):
 
 
 def test_large_file_is_not_read_at_once(tmp_path):
-    """A file larger than memory is mapped: 8 TB of holes take no time."""
+    """A file larger than the memory is mapped: 8 TB of holes take no time."""
     with open(tmp_path / "huge", "wb") as file:
         try:
             file.truncate(8 << 40)
@@ -203,7 +203,7 @@ def windows(text, context=4):
 
 
 def test_bigram_by_hand():
-    """On a text of two bytes the baselines are what a few fractions give."""
+    """The baselines of a text of two different bytes equal those computed by hand."""
     train, test = windows(b"abababaab"), windows(b"abbab")
     # Targets of training: b a b a b a a b; pairs: ab 4, ba 3, aa 1.
     total = 8 + 256
@@ -220,7 +220,7 @@ def test_bigram_by_hand():
 
 @given(text=st.binary(min_size=30, max_size=300), context=st.integers(1, 9))
 def test_bigram_is_a_distribution(text, context):
-    """No byte is impossible, and pairs are counted within windows, each target once, whatever the chunks."""
+    """No byte has probability 0, and pairs are counted within windows, once each, for any chunks."""
     chunk, bigram._CHUNK = bigram._CHUNK, 20
     try:
         part = windows(text, context)
@@ -234,7 +234,7 @@ def test_bigram_is_a_distribution(text, context):
 
 
 def test_baselines_are_of_the_test(folder):
-    """Both are there by name, and on random bytes neither knows anything."""
+    """Both baselines have their names, and random bytes take 8 bits."""
     data = Text(str(folder), context=8)
     data.setup()
     found = data.baselines()
@@ -255,13 +255,13 @@ def test_baselines_are_of_the_test(folder):
     ],
 )
 def test_wrong_arguments(options, named):
-    """Sizes and shares that cannot be are refused when the module is made."""
+    """The constructor rejects impossible sizes and shares."""
     with pytest.raises(DataError, match=named):
         Text(**options)
 
 
 def test_nothing_there(tmp_path):
-    """A path that leads nowhere, to a folder without text, or to a device is named."""
+    """The error names a path without text: missing, an empty folder or a device."""
     for path, message in (
         (tmp_path / "nowhere", "there is no text at"),
         (tmp_path, "holds no text"),
@@ -272,7 +272,7 @@ def test_nothing_there(tmp_path):
 
 
 def test_too_short(tmp_path, folder):
-    """A part with less than a window is named with its size, those of the others, and what a window takes."""
+    """The error of a part shorter than a window has the sizes of all parts and of a window."""
     (tmp_path / "short").write_bytes(b"x" * 1000)
     with pytest.raises(DataError, match=r"the validation part of .*short has 50 bytes, .* = 129; .* test 50$"):
         Text(str(tmp_path / "short")).setup()
@@ -284,7 +284,7 @@ def test_too_short(tmp_path, folder):
 
 
 def test_links_that_lead_nowhere(folder):
-    """A link to nothing, in a circle, to a pipe or to a device costs one line, and the files beside it are read."""
+    """One warning names dangling and cyclic links and links to pipes and devices; other files are read."""
     plain = [file.name for file in text_files(folder)]
     (folder / "dangling.txt").symlink_to(folder / "nowhere")
     (folder / "circle.txt").symlink_to(folder / "circle.txt")
@@ -296,7 +296,7 @@ def test_links_that_lead_nowhere(folder):
 
 
 def test_unreadable_file(folder):
-    """A file in a folder that cannot be looked at is named."""
+    """The error names a file that cannot be read."""
     if os.geteuid() != 0:
         (folder / "00.txt").chmod(0)
         with pytest.raises(DataError, match=r"00\.txt cannot be read: Permission denied"):

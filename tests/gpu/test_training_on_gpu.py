@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightkit.callbacks import FuseKernels, LeanLoop
 from lightkit.data.batches import TensorBatches
-from lightkit.loops.graphs import CapturedPasses
+from lightkit.loops.cuda_graphs import CapturedPasses
 from lightkit.optim import SGD, Adam
 from lightkit.tasks import ClassificationTask
 
@@ -119,7 +119,7 @@ def test_graphs_are_lightnings_to_the_bit(options, make_data, replays):
     own = train(Plain(), data=data, **options)
     lean = LeanLoop(cuda_graphs=True)
     ours = train(Plain(), lean, data=data, **options)
-    assert lean.obstacle is None and lean.graph_obstacle is None
+    assert lean.unsupported_reason is None and lean.graph_unsupported_reason is None
     # But for the first and last batch of each epoch, and the first that is watched.
     assert len(replays) == 3 * ((9 if "limit_train_batches" in options else 16) - 2) - 1
     assert_equal(ours, own)
@@ -148,7 +148,7 @@ def test_what_cannot_be_replayed_is_not(step, cause, replays):
     lean = LeanLoop(cuda_graphs=True)
     ours = train(Plain(step), lean)
     own = train(Plain(step))
-    assert cause in lean.graph_obstacle
+    assert cause in lean.graph_unsupported_reason
     assert not replays
     assert_equal(ours, own)
 
@@ -167,7 +167,7 @@ def test_a_history_that_is_kept_is_noticed(replays):
     """It would break the capture."""
     lean = LeanLoop(cuda_graphs=True)
     assert_equal(train(Plain(), KeepsHistory(), lean), train(Plain(), KeepsHistory()))
-    assert "must be detached" in lean.graph_obstacle
+    assert "must be detached" in lean.graph_unsupported_reason
     assert not replays
 
 
@@ -187,7 +187,7 @@ def test_weights_that_move_are_captured_anew(replays):
     own = train(Plain(), Moves())
     lean = LeanLoop(cuda_graphs=True)
     ours = train(Plain(), Moves(), lean)
-    assert lean.graph_obstacle is None and replays
+    assert lean.graph_unsupported_reason is None and replays
     assert_equal(ours, own)
 
 

@@ -16,8 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lightkit.parameter_server import Client, Job, Table
-from lightkit.parameter_server.job import options_of
+from lightkit.parameter_server import Client, OptimizerSpec, TrainingSpec, group_options
 
 SECRET = "of pushing.py"
 TENSORS = 4
@@ -39,10 +38,14 @@ def main() -> None:
     torch.set_num_threads(1)
     model = nn.ParameterDict({f"{i}": nn.Parameter(torch.zeros(options.numbers // TENSORS)) for i in range(TENSORS)})
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    table = Table.of(optimizer, {parameter: name for name, parameter in model.named_parameters()})
-    job = Job([table], workers=options.workers, mode=options.mode, snapshot_every=options.snapshot_every)
-    client = Client(options.addresses.split(","), os.environ["LIGHTKIT_SECRET"], options.rank, job, options.timeout)
-    client.start([options_of(optimizer)], [[parameter.detach() for parameter in model.values()]])
+    optimizer_spec = OptimizerSpec.from_optimizer(
+        optimizer, {parameter: name for name, parameter in model.named_parameters()}
+    )
+    spec = TrainingSpec(
+        [optimizer_spec], workers=options.workers, mode=options.mode, snapshot_every=options.snapshot_every
+    )
+    client = Client(options.addresses.split(","), os.environ["LIGHTKIT_SECRET"], options.rank, spec, options.timeout)
+    client.start([group_options(optimizer)], [[parameter.detach() for parameter in model.values()]])
     ones = [torch.ones_like(parameter) for parameter in model.values()]
     with options.diary.open("w", buffering=1) as diary:
         while not options.until.exists():

@@ -199,7 +199,7 @@ def test_folder_with_a_text_file(call, tmp_path, checkpoint):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "readme.txt").write_text("hello")
     result = call("predict", f"ckpt_path={checkpoint}", "input=in", cwd=tmp_path)
-    assert_fails(result, "not PNG or JPEG pictures: readme.txt")
+    assert_fails(result, "not PNG or JPEG images: readme.txt")
 
 
 @pytest.mark.parametrize(

@@ -257,7 +257,7 @@ def test_several_machines_need_torchrun():
         (4, 2, 1, (2, 2)),
         (4, 2, "auto", (2, 2)),
         (3, 3, 3, (3, 1)),
-        (3, 2, 1, "does not divide"),
+        (3, 2, 1, "is no multiple of the 2 on this node"),
         (4, 2, 4, "devices=4"),
     ],
 )

@@ -107,7 +107,7 @@ def test_optuna_under_torchrun(tmp_path):
 def test_no_such_objective(tmp_path, processes):
     """One line that says which key is wrong, and where the right names are, after the first trial."""
     result = sweep(tmp_path, *several(processes), *OPTUNA, "objective=val/los", "-m", "seed=1,2", status=1)
-    assert "objective=val/los: the job has logged no such figure" in the_error(result)
+    assert "objective=val/los: the job has logged no such metric" in the_error(result)
     assert len(trials(tmp_path, processes)) == 1
 
 

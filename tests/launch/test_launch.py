@@ -1,4 +1,4 @@
-"""The launcher: what it prints is run or parsed, what it refuses is said in one line, and faults are told apart."""
+"""The launcher: tests run or parse its output, and check the errors and the diagnosis of faults."""
 
 from __future__ import annotations
 
@@ -19,33 +19,34 @@ from torch.distributed import HashStore
 from lightkit.errors import ConfigError
 from lightkit.launch import addresses, diagnosis
 from lightkit.launch.__main__ import main
-from lightkit.launch.check import CheckError, Meeting, _agree, _exchange
-from lightkit.launch.facts import Facts, collect
-from lightkit.launch.job import Job, line, parse_endpoint, parse_nodes
+from lightkit.launch.check import CheckError, CheckRendezvous, _agree, _exchange
+from lightkit.launch.launch_spec import LaunchSpec, parse_endpoint, parse_nodes
+from lightkit.launch.node_report import NodeReport, report_self
+from lightkit.launch.torchrun import command_line
 
 ARGUMENTS = ("+experiment=cnn", 'text="it\'s $HOME"')
 TORCHRUN = ("torchrun", "--nodes=2", "--id=job")
-JOB = Job(arguments=ARGUMENTS, nodes=2, min_nodes=2, processes=4)
+SPEC = LaunchSpec(arguments=ARGUMENTS, nodes=2, min_nodes=2, processes=4)
 
-# In place of a program: says how it was called.
-SAY = '#!/bin/bash\nprintf "%s\\n" "$GLOO_SOCKET_IFNAME $TORCH_DISABLE_SHARE_RDZV_TCP_STORE" "$@"\n'
+# A stand-in for a program, which prints its arguments.
+PRINT_ARGUMENTS = '#!/bin/bash\nprintf "%s\\n" "$GLOO_SOCKET_IFNAME $TORCH_DISABLE_SHARE_RDZV_TCP_STORE" "$@"\n'
 
 
 def options_of(words):
-    """The options of a torchrun command, and the words after them."""
+    """Returns the options of a torchrun command, and the words after them."""
     end = words.index("-m")
     return dict(word.removeprefix("--").split("=", 1) for word in words[:end]), words[end:]
 
 
 @pytest.fixture
 def programs(tmp_path, monkeypatch):
-    """A path on which torchrun and SLURM's programs only say what they were asked for."""
+    """A directory on PATH with stand-ins of torchrun and SLURM's programs, which print their arguments."""
     directory = tmp_path / "bin"
     directory.mkdir()
     stubs = {
-        "torchrun": SAY,
+        "torchrun": PRINT_ARGUMENTS,
         "scontrol": "#!/bin/bash\nprintf 'first\\nsecond\\n'\n",
-        # Two nodes, one after the other.
+        # Runs the command of two nodes, one after the other.
         "srun": '#!/bin/bash\nwhile [[ "$1" == --* ]]; do shift; done\n'
         'for node in 0 1; do SLURM_NODEID=$node "$@"; done\n',
         "python": "#!/bin/bash\n"
@@ -61,13 +62,13 @@ def programs(tmp_path, monkeypatch):
 
 
 def printed(capsys, *words):
-    """What the launcher prints for a command line that is right."""
+    """Returns the output of the launcher for a valid command line."""
     assert main(list(words)) == 0, capsys.readouterr().err
     return capsys.readouterr().out
 
 
 def bash(text, **environment):
-    """The lines that a script of bash writes."""
+    """Returns the lines that a bash script prints."""
     result = subprocess.run(
         ["bash", "-c", text], env={**os.environ, **environment}, capture_output=True, text=True, timeout=60
     )
@@ -76,8 +77,8 @@ def bash(text, **environment):
 
 
 def test_torchrun_line(programs):
-    """One line of the shell, with all that restarts between machines need, and the arguments as they were given."""
-    text = line(JOB, host="10.0.0.1", address="10.0.0.2", interface="eth1", node_rank=1, run_id="my job")
+    """The output is one shell line, with the environment of restarts and the unchanged arguments."""
+    text = command_line(SPEC, host="10.0.0.1", address="10.0.0.2", interface="eth1", node_rank=1, run_id="my job")
     assert "\n" not in text
     variables, *words = bash(text)
     assert variables == "eth1 1"
@@ -96,18 +97,18 @@ def test_torchrun_line(programs):
 
 
 def test_elastic_line():
-    """A job that may lose nodes says so, and does not wait long for one that is gone."""
-    elastic = replace(JOB, min_nodes=1)
-    text = line(elastic, host="first", address="10.0.0.1", interface="eth1", node_rank=0, run_id="x")
+    """The options name the smallest number of nodes, and a short wait for another node."""
+    elastic = replace(SPEC, min_nodes=1)
+    text = command_line(elastic, host="first", address="10.0.0.1", interface="eth1", node_rank=0, run_id="x")
     options, _ = options_of(shlex.split(text)[4:])
     assert options["nnodes"] == "1:2"
     assert options["rdzv-conf"] == "is_host=1,last_call_timeout=10"
 
 
 def test_slurm_script(capsys, programs, tmp_path):
-    """A valid script; each of its nodes gets a torchrun of its own, and only the first one holds the rendezvous."""
+    """The script is valid, runs torchrun on each node, and serves the rendezvous on the first node alone."""
     words = ["slurm", "--nodes=2", "--processes=4", "--gpus=4", "--cpus=8", "--name=check", "--time=1:00:00"]
-    # As conda's, the command may use variables that are not set.
+    # The command may use variables that are not set, as that of conda does.
     words += ["--setup=echo ready $NOBODY_SETS_THIS"]
     text = printed(capsys, *words, "--", *ARGUMENTS)
     (tmp_path / "job.sh").write_text(text)
@@ -143,14 +144,14 @@ def test_slurm_script(capsys, programs, tmp_path):
 
 
 def test_slurm_script_of_an_elastic_job(capsys):
-    """It is not ended with the node that it loses, and does not ask for all nodes to be there."""
+    """The job survives the loss of a node, and skips the check, which needs all nodes."""
     text = printed(capsys, "slurm", "--nodes=1:4", "--", *ARGUMENTS)
     assert "#SBATCH --nodes=4\n" in text and "#SBATCH --no-kill\n" in text
     assert "--nnodes=1:4" in text and "launch check" not in text
 
 
 def test_kubernetes_manifest(capsys, programs):
-    """An Indexed Job and a headless Service that agree in names and ports; the container's command is run here."""
+    """The Indexed Job and the headless Service agree in names and ports; the container's command runs here."""
     words = ["--nodes=2", "--name=job", "--image=registry/image:1", "--gpus=8", "--volume-claim=disk", "--port=29500"]
     service, job = yaml.safe_load_all(printed(capsys, "kubernetes", *words, "--", *ARGUMENTS))
     assert service["spec"]["clusterIP"] == "None"
@@ -163,11 +164,11 @@ def test_kubernetes_manifest(capsys, programs):
     assert container["image"] == "registry/image:1"
     assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
-    # Kubernetes puts a variable in for $(NAME), and one dollar for two.
+    # Kubernetes replaces $(NAME) by a variable, and $$ by $.
     (script,) = container["args"]
     assert "$" not in script.replace("$$", "")
     script = script.replace("$$", "$")
-    # A pod that gave up on another one would count as failed.
+    # A pod that gave up waiting for another one would count as failed.
     assert '--endpoint="job-0.job:29500" --wait --timeout=3600)' in script
     for index in (0, 1):
         variables = {"JOB_COMPLETION_INDEX": str(index), "LIGHTKIT_RUN_ID": "uid-1"}
@@ -208,7 +209,7 @@ def test_kubernetes_manifest(capsys, programs):
     ],
 )
 def test_bad_input(capsys, monkeypatch, words, expected):
-    """One line that names the option."""
+    """The error is one line, and names the option."""
     for name in ("GROUP_RANK", "SLURM_NODEID", "JOB_COMPLETION_INDEX", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
     assert main(words) == 1
@@ -217,7 +218,7 @@ def test_bad_input(capsys, monkeypatch, words, expected):
 
 
 def test_parse():
-    """Numbers of nodes and endpoints in every form that torchrun knows."""
+    """The parsers accept every form of torchrun."""
     assert parse_nodes("4") == (4, 4) and parse_nodes("1:4") == (1, 4)
     assert parse_endpoint("host") == ("host", 29400)
     assert parse_endpoint("10.0.0.1:5") == ("10.0.0.1", 5)
@@ -227,7 +228,7 @@ def test_parse():
 
 
 def test_own_address():
-    """The loopback interface is found by its name and by the way to it."""
+    """The loopback interface is found by its name and by the route to it."""
     loopback = next(name for name, address in addresses.interfaces().items() if address == "127.0.0.1")
     assert addresses.interface_and_address(loopback, "ignored") == (loopback, "127.0.0.1")
     assert addresses.interface_and_address(None, "127.0.0.1") == (loopback, "127.0.0.1")
@@ -235,7 +236,7 @@ def test_own_address():
 
 
 def test_waiting_for_a_port():
-    """Until somebody listens there, or the time is over."""
+    """The wait ends when a program listens on the port, or when the time is over."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
@@ -247,7 +248,7 @@ def test_waiting_for_a_port():
 
 @pytest.fixture
 def names(monkeypatch):
-    """A name that means what it does on node 0, where the machine's own name is loopback, and on another one."""
+    """Makes this machine node 0 with the name ``here``, beside a machine with the name ``there``."""
     resolve = addresses.resolve
     known = {"here": ["10.0.0.1"], "there": ["10.0.0.2"]}
     monkeypatch.setattr(addresses, "resolve", lambda host, *rest: known.get(host) or resolve(host, *rest))
@@ -258,7 +259,7 @@ def names(monkeypatch):
 
 
 def test_address_waits_for_node_0(capsys, names):
-    """Node 0 itself, where nobody listens yet, goes on; the others wait, and say in the end that it did not come."""
+    """Node 0 continues although it does not listen yet; another node waits for it, and reports a timeout."""
     assert printed(capsys, "address", "--endpoint=here", "--wait") == "eth0 10.0.0.1\n"
     assert printed(capsys, "address", "--endpoint=there") == "eth0 10.0.0.1\n"
     assert main(["address", "--endpoint=there", "--wait", "--timeout=7"]) == 1
@@ -266,8 +267,8 @@ def test_address_waits_for_node_0(capsys, names):
 
 
 def node(rank, **changes):
-    """A node of a network of three in which nothing is wrong."""
-    facts = Facts(
+    """Returns the report of a node in a network of three nodes without a fault, except for ``changes``."""
+    report = NodeReport(
         rank=rank,
         nodes=3,
         host=f"host{rank}",
@@ -280,55 +281,59 @@ def node(rank, **changes):
         versions={"python": "3.11.7", "torch": "2.13.0", "lightning": "2.6.6", "lightkit": "0.1.0"},
         gpus=8,
         port=4000 + rank,
-        clock=0.01 * rank,
+        clock_offset=0.01 * rank,
     )
-    return replace(facts, **changes)
+    return replace(report, **changes)
 
 
 def faults_of(*changed):
-    """The faults of the network in which some nodes were changed."""
-    facts = [next((other for other in changed if other.rank == rank), node(rank)) for rank in range(3)]
-    found = diagnosis.before_connecting(facts, "first"), diagnosis.of_connections(facts), diagnosis.of_all_reduce(facts)
+    """Returns the faults of the network of three nodes with some changed reports."""
+    reports = [next((other for other in changed if other.rank == rank), node(rank)) for rank in range(3)]
+    found = (
+        diagnosis.before_connecting(reports, "first"),
+        diagnosis.of_connections(reports),
+        diagnosis.of_all_reduce(reports),
+    )
     return [fault for part in found for fault in part]
 
 
 def test_no_fault():
-    """Nothing is made up."""
+    """A network without a fault has an empty diagnosis."""
     assert faults_of() == []
 
 
 @pytest.mark.parametrize(
     "changed",
     [
-        # Debian's /etc/hosts: the machine's own name is loopback for itself, but the job uses the interface.
+        # Debian's /etc/hosts: the machine's own name is loopback for itself, and the job uses the interface.
         node(0, endpoint=["127.0.1.1"]),
         node(1, variables={"GLOO_SOCKET_IFNAME": "eth0,lo", "NCCL_SOCKET_IFNAME": "ib,eth"}),
         node(1, variables={"GLOO_SOCKET_IFNAME": "", "NCCL_SOCKET_IFNAME": "^docker"}),
     ],
 )
 def test_no_fault_either(changed):
-    """What looks like a fault, and keeps nobody away."""
+    """Some unusual settings are harmless."""
     assert faults_of(changed) == []
 
 
 def test_several_interfaces_of_gloo(monkeypatch):
-    """The address of the first one is what the others are given."""
+    """The other nodes get the address of the first interface."""
     monkeypatch.setattr(addresses, "interfaces", lambda: {"lo": "127.0.0.1", "eth1": "10.0.0.7"})
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth1,lo")
-    facts = collect(0, 1, "127.0.0.1", None, 0.0)
-    assert (facts.interface, facts.published) == ("eth1", "10.0.0.7")
+    report = report_self(0, 1, "127.0.0.1", None, 0.0)
+    assert (report.interface, report.published) == ("eth1", "10.0.0.7")
 
 
 def test_different_numbers_of_nodes():
-    """Who was told of another number than node 0 says so, and so do those that it leaves waiting."""
+    """A node with another number than node 0 reports it, and so do the nodes that wait for it."""
     store, end = HashStore(), time.monotonic() + 5
-    _agree(store, Meeting("first", 1, rank=0, nodes=3), end)
-    _agree(store, Meeting("first", 1, rank=1, nodes=3), end)
+    _agree(store, CheckRendezvous("first", 1, rank=0, nodes=3), end)
+    _agree(store, CheckRendezvous("first", 1, rank=1, nodes=3), end)
     expected = "node 2 was told of 4 nodes and node 0 of 3: pass the same --nodes everywhere"
     with pytest.raises(CheckError, match=expected):
-        _agree(store, Meeting("first", 1, rank=2, nodes=4), end)
+        _agree(store, CheckRendezvous("first", 1, rank=2, nodes=4), end)
     with pytest.raises(CheckError, match=expected):
-        _exchange(store, "facts", node(0), time.monotonic() + 0.1, "in time")
+        _exchange(store, "reports", node(0), time.monotonic() + 0.1, "in time")
 
 
 OTHER = {"python": "3.11.7", "torch": "2.9.0", "lightning": "2.6.6", "lightkit": "0.1.0"}
@@ -349,26 +354,26 @@ OTHER = {"python": "3.11.7", "torch": "2.9.0", "lightning": "2.6.6", "lightkit":
         (node(1, variables={"NCCL_SOCKET_IFNAME": "=eth"}), "NCCL_SOCKET_IFNAME==eth on node 1 names no interface"),
         (node(1, versions=OTHER), "torch is 2.9.0 on node 1 and 2.13.0 on the others"),
         (node(2, gpus=7), "node 2 has 7 GPUs and the others 8"),
-        (node(2, clock=-20.0), "the clock of node 2 is 20 s behind node 0's"),
+        (node(2, clock_offset=-20.0), "the clock of node 2 is 20 s behind node 0's"),
         (node(2, unreachable={"1": "no answer"}), "node 2 (10.0.0.3) does not reach node 1 (10.0.0.2:4001): no answer"),
         (node(1, address="10.0.0.3"), "nodes 1 and 2 have the same address 10.0.0.3"),
         (node(1, error="Connection reset"), "gloo failed on node 1"),
     ],
 )
 def test_each_fault_alone(changed, expected):
-    """One fault is told as one, of the node that has it."""
+    """One fault gives one line, which names the node."""
     (fault,) = faults_of(changed)
     assert fault.startswith(expected)
 
 
 def test_loopback_endpoint(capsys):
-    """Another node than the first cannot find that one at its own address: told at once, not after the timeout."""
+    """A node other than node 0 cannot use a loopback endpoint: the error comes at once, before the timeout."""
     assert main(["--check", "--endpoint=127.0.0.1", "--nodes=2", "--node-rank=1", "--timeout=300"]) == 1
     assert capsys.readouterr().err.startswith("error: the endpoint 127.0.0.1:29400 is node 1 itself")
 
 
 def test_help(capsys):
-    """It names every command."""
+    """The help names every command."""
     with pytest.raises(SystemExit) as stopped:
         main(["--help"])
     assert stopped.value.code == 0
@@ -377,7 +382,7 @@ def test_help(capsys):
 
 
 def test_loading_torch_takes_no_time_of_the_check():
-    """A minute of it, from a slow file system, would be two timeouts."""
+    """The timeout begins after the import of torch, which takes a minute from a slow file system."""
     code = (
         "import sys, time, lightkit.launch.check as check\n"
         "assert 'torch' not in sys.modules\n"
@@ -385,13 +390,13 @@ def test_loading_torch_takes_no_time_of_the_check():
         "    def monotonic():\n"
         "        sys.exit('torch' not in sys.modules)\n"
         "check.time = Clock\n"
-        "check.check(check.Meeting('127.0.0.1', 1, 0, 1))\n"
+        "check.check(check.CheckRendezvous('127.0.0.1', 1, 0, 1))\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 def test_starts_without_torch():
-    """Scripts ask for the address on every node: that must not take seconds."""
+    """The scripts call the launcher on every node: it must not take the seconds of an import of torch."""
     code = (
         "import sys; from lightkit.launch.__main__ import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
     )

@@ -1,6 +1,6 @@
-"""Trainings in two processes, each with Lightning's own loop and with the lean one; run as ``python FILE DIRECTORY``.
+"""Fits in two processes with Lightning's loop and with the lean one; run as ``python FILE DIRECTORY``.
 
-Each rank writes what it has of both, for the tests to compare.
+Each rank writes the outcome of both, which the tests compare.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lightkit.strategies import DiLoCo, LocalSGD, ParameterServer
 
 
 class Logging(Module):
-    """Logs what all processes have, in steps and over epochs."""
+    """Logs values that all processes share, in steps and over epochs."""
 
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
@@ -29,7 +29,7 @@ class Logging(Module):
 
 
 class Skipping(Module):
-    """Leaves out a batch, which Lightning refuses in several processes."""
+    """Returns None for a batch, which Lightning rejects with several processes."""
 
     def training_step(self, batch, batch_idx):
         return None if batch_idx == 3 else super().training_step(batch, batch_idx)
@@ -59,7 +59,7 @@ SCENARIOS = {
 
 
 def compare(strategy, module=Module, **options):
-    """Both outcomes, and how many steps were lean."""
+    """Returns both outcomes and the number of lean steps."""
     outcomes = []
     for callbacks in ([], [LeanLoop()]):
         steps = []

@@ -1,4 +1,4 @@
-"""The lean loop against Lightning's own: the same run twice, compared to the bit, to the counter and to the call."""
+"""Compares a run of the lean loop with one of Lightning's loop to the bit, to the counter and to the call."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ HOOKS = (
 
 
 class MemoryLogger(Logger):
-    """Keeps what it is given."""
+    """Keeps the metrics that it is given."""
 
     def __init__(self):
         super().__init__()
@@ -67,7 +67,7 @@ class MemoryLogger(Logger):
 
 
 class Watcher(Callback):
-    """Implements every hook of a step and writes down when it was called, with what, and what could be seen then."""
+    """Overrides every hook of a step and records each call, its arguments and the visible state."""
 
     def __init__(self):
         self.calls = []
@@ -93,7 +93,7 @@ for _hook in HOOKS:
 
 
 class Module(pl.LightningModule):
-    """As people write them: dropout, a metric, several ways to log."""
+    """A usual module: dropout, a metric, several ways to log."""
 
     def __init__(self, interval="step", output="tensor"):
         super().__init__()
@@ -144,14 +144,14 @@ def loader(count=44, batch_size=4, seed=1):
 
 
 def bare_trainer(lean, *callbacks, **options):
-    """A trainer of one epoch that writes and shows nothing."""
+    """Returns a trainer of one epoch that writes and shows nothing."""
     nothing = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     callbacks = [*callbacks, *([LeanLoop()] if lean else [])]
     return pl.Trainer(**{"accelerator": "cpu", "max_epochs": 1, **nothing, "callbacks": callbacks, **options})
 
 
 def run(lean, directory, make=Module, callbacks=(), ckpt_path=None, checkpoints=None, train=None, **options):
-    """Trains once; returns everything that can be compared."""
+    """Trains once; returns everything that the tests compare."""
     pl.seed_everything(3, verbose=False)
     module = make()
     logger, watcher, loop = MemoryLogger(), Watcher(), LeanLoop()
@@ -197,7 +197,7 @@ def run(lean, directory, make=Module, callbacks=(), ckpt_path=None, checkpoints=
         "files": sorted(os.listdir(directory)),
         "best": saving.best_model_score,
         "steps": trainer.global_step,
-    }, (steps, loop.obstacle)
+    }, (steps, loop.unsupported_reason)
 
 
 def assert_same(tmp_path, **options):
@@ -210,7 +210,7 @@ def assert_same(tmp_path, **options):
 
 
 def assert_equal(ours, own, where=""):
-    """Equal to the bit; names the place of the first difference."""
+    """Asserts equality to the bit; names the first difference."""
     assert type(ours) is type(own), where
     if isinstance(own, dict):
         assert sorted(ours, key=str) == sorted(own, key=str), where
@@ -268,12 +268,12 @@ def assert_equal(ours, own, where=""):
     ],
 )
 def test_a_run_is_the_same_to_the_bit(tmp_path, options):
-    """Weights, optimizer, counters, log, checkpoints and every call of a hook are those of Lightning's own loop."""
+    """Weights, optimizer, counters, log, checkpoints and every call of a hook are those of Lightning's loop."""
     assert_same(tmp_path, **options)
 
 
 class Normalized(Module):
-    """With a batch norm, whose statistics stochastic weight averaging takes anew in an epoch without backward."""
+    """Has a batch norm, whose statistics stochastic weight averaging computes in an epoch without backward."""
 
     def __init__(self):
         super().__init__("epoch")
@@ -282,13 +282,13 @@ class Normalized(Module):
 
 @pytest.mark.parametrize("limit_val_batches", [0, 1.0])
 def test_weight_averaging_with_batch_norm(tmp_path, limit_val_batches):
-    """The epoch that only shows the data to the batch norms changes no weight."""
+    """The epoch that only updates batch norms changes no weight."""
     averaging = [lambda: StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1)]
     assert_same(tmp_path, make=Normalized, callbacks=averaging, max_epochs=3, limit_val_batches=limit_val_batches)
 
 
 class Wrapping(Callback):
-    """Puts an instrumented hook on the module and a stand-in for one on a callback, as tests and tracers do."""
+    """Puts an instrumented hook on the module and a mock on a callback, as tests and tracers do."""
 
     def setup(self, trainer, pl_module, stage):
         original = pl_module.on_before_zero_grad
@@ -308,7 +308,7 @@ class Wrapping(Callback):
 
 
 def test_wrapped_hooks_are_called():
-    """A hook that is a wrapper of an empty one, or a mock, is called in every step."""
+    """A wrapper of an empty hook, or a mock, is called in every step."""
     seen = []
     for lean in (False, True):
         module = Module()
@@ -318,7 +318,7 @@ def test_wrapped_hooks_are_called():
 
 
 class Copying(Callback):
-    """Copies the module in the middle of an epoch, as a hand-written average of the weights does."""
+    """Copies the module within an epoch, as a hand-written weight average does."""
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if batch_idx == 5:
@@ -327,7 +327,7 @@ class Copying(Callback):
 
 
 def test_a_copy_of_the_module_is_free_of_the_run(tmp_path):
-    """A module copied or pickled during a step logs as any other, and has nothing of the trainer."""
+    """A module that is copied or pickled during a step logs like any other and has no trainer."""
     copying = Copying()
     run(True, tmp_path, callbacks=[lambda: copying])
     for module in (copying.copy, pickle.loads(copying.pickled)):
@@ -352,7 +352,7 @@ def test_data_of_another_kind_or_shared(tmp_path):
 
 
 class StopAt(Callback):
-    """Asks the trainer to stop at some step, from a hook of the batch."""
+    """Makes the trainer stop at a step, from a hook of the batch."""
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.global_step == 6:
@@ -361,7 +361,7 @@ class StopAt(Callback):
 
 @pytest.mark.parametrize("min_epochs", [None, 2])
 def test_a_callback_may_stop_a_run_at_any_step(tmp_path, min_epochs):
-    """`should_stop` ends the epoch at that step, with the validation that follows it, or goes on to min_epochs."""
+    """`should_stop` ends the epoch at that step with a validation, or continues up to min_epochs."""
     ours = assert_same(tmp_path, callbacks=[StopAt], min_epochs=min_epochs, max_epochs=3)
     assert ours["steps"] == (6 if min_epochs is None else 22)
 
@@ -373,7 +373,7 @@ class Boom(Callback):
 
 
 def test_the_row_of_the_step_that_stops(tmp_path):
-    """Is logged, whether or not it was due."""
+    """The last step is logged even between two logging steps."""
 
     class Stop(Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
@@ -384,7 +384,7 @@ def test_the_row_of_the_step_that_stops(tmp_path):
 
 
 def test_a_batch_size_by_position(tmp_path):
-    """Which is another one at each step."""
+    """A positional batch size may differ in each step."""
 
     class Positional(Module):
         def training_step(self, batch, batch_idx):
@@ -396,7 +396,7 @@ def test_a_batch_size_by_position(tmp_path):
 
 
 def test_an_exception_leaves_lightnings_loop_behind(tmp_path):
-    """The loop and the module are as they were when a step fails, and the counters say which step it was."""
+    """Loop and module are restored after an error, and the counters show the step."""
     trainers = []
     for lean in (False, True):
         pl.seed_everything(3, verbose=False)
@@ -411,7 +411,7 @@ def test_an_exception_leaves_lightnings_loop_behind(tmp_path):
 
 
 def test_an_exception_loses_no_logged_row(tmp_path):
-    """Loggers write their files once a second; what they have is written when a run fails, too."""
+    """Loggers write their files once a second, and also when a run fails."""
     logger = CSVLogger(tmp_path, name="", version="")
     trainer = bare_trainer(True, Boom(), logger=logger, log_every_n_steps=1)
     with pytest.raises(RuntimeError, match="boom"):
@@ -427,7 +427,7 @@ class Terminate(Callback):
 
 
 def test_sigterm_ends_a_run_at_the_next_step(tmp_path):
-    """A cluster's signal is seen after the step in which it arrives, as without the lean loop."""
+    """A cluster's signal takes effect after the step in which it arrives, as without the lean loop."""
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     for lean in (False, True):
@@ -438,7 +438,7 @@ def test_sigterm_ends_a_run_at_the_next_step(tmp_path):
 
 
 class Stateful:
-    """A loader that can be resumed in the middle of an epoch."""
+    """A loader that resumes within an epoch."""
 
     def __init__(self):
         self.batches = list(DataLoader(loader().dataset, batch_size=4))
@@ -461,7 +461,7 @@ class Stateful:
 
 
 def test_a_checkpoint_of_one_loop_goes_on_in_the_other(tmp_path):
-    """Saved in the middle of an epoch by either loop and resumed by either, the runs end the same."""
+    """Runs that either loop saved within an epoch and either loop resumed end the same."""
     saving = {"every_n_train_steps": 5, "save_top_k": -1, "filename": "{step}"}
 
     class Deterministic(Module):
@@ -506,7 +506,7 @@ class Unsized(IterableDataset):
 
 
 class OwnStrategy(DDPStrategy):
-    """Of somebody who may do more in a step than the class it comes from."""
+    """A subclass of a known strategy, whose step may differ."""
 
 
 @pytest.mark.parametrize(
@@ -521,21 +521,21 @@ class OwnStrategy(DDPStrategy):
     ],
 )
 def test_what_is_not_lightnings_step_stays_as_it_is(tmp_path, leaves_no_process_group, cause, options):
-    """Where a part of the step is another's, no lean step is taken, and the callback says why."""
+    """If a part of the step is replaced, no lean step runs, and the callback has a reason."""
     _, (steps, obstacle) = run(True, tmp_path, **options)
     assert cause in obstacle
     assert steps == 0
 
 
 def test_another_release_of_lightning_is_left_alone(tmp_path, monkeypatch):
-    """The loop is not a public interface: a release that it was not compared with keeps its own."""
+    """Lightning runs the loop of a release that lean steps were not compared with."""
     monkeypatch.setattr(pl, "__version__", "2.7.0")
     _, (steps, obstacle) = run(True, tmp_path)
     assert steps == 0 and "2.7.0" in obstacle
 
 
 def test_log_refuses_what_lightnings_refuses(tmp_path):
-    """A value of several elements, or options that change, fail at any step as they do at the first."""
+    """A value of several elements, or changed options, fail at any step as at the first."""
 
     class Wrong(Module):
         def training_step(self, batch, batch_idx):
@@ -558,13 +558,13 @@ def test_log_refuses_what_lightnings_refuses(tmp_path):
 
 
 def test_progress_bar_shows_the_end_of_an_epoch(tmp_path, capsys):
-    """A bar that is redrawn by time still ends at the last batch."""
+    """The last batch redraws a bar that is redrawn by time."""
     run(True, tmp_path, enable_progress_bar=True, callbacks=[])
     assert "11/11" in capsys.readouterr().out
 
 
 def test_loaders_are_let_go_of():
-    """A new data set each epoch: the old one does not stay to the end of the fit."""
+    """A data set of one epoch is freed before the end of the fit."""
     alive = []
 
     class Reloading(Module):

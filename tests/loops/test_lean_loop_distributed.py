@@ -1,4 +1,4 @@
-"""The lean loop in two real processes against Lightning's own, to the bit, with each strategy that it knows."""
+"""Compares the lean loop in two processes with Lightning's loop to the bit, for each supported strategy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What each of the two ranks has of each scenario."""
+    """Returns the outcome of each scenario on both ranks."""
     directory = tmp_path_factory.mktemp("lean")
     run_python(lean_scenarios.__file__, directory, environment=python_path(), status=0)
     return [torch.load(directory / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
@@ -21,7 +21,7 @@ def ranks(tmp_path_factory):
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("name", [name for name in lean_scenarios.SCENARIOS if name != "skipping"])
 def test_same_to_the_bit(ranks, name, rank):
-    """Weights after every step, the optimizer's state, logged values and the bytes that were sent."""
+    """Weights after every step, the optimizer's state, logged values and the number of sent bytes are the same."""
     stock, lean = ranks[rank][name]
     assert "error" not in stock and "error" not in lean, (stock, lean)
     assert stock["lean"] == 0 and lean["lean"] > 0
@@ -35,6 +35,6 @@ def test_same_to_the_bit(ranks, name, rank):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_no_batch_can_be_left_out(ranks, rank):
-    """An error on each rank, and not one that waits for the other."""
+    """Each rank raises an error, and none waits for the other."""
     for outcome in ranks[rank]["skipping"]:
         assert outcome["error"].startswith("RuntimeError: ")

@@ -1,4 +1,4 @@
-"""What a program sees of the lean loop: after errors, in copies, through patched functions; against Lightning's."""
+"""Compares what a program sees of the lean loop with Lightning's: after errors, in copies, with patched functions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import _Result
 from test_lean_loop import MemoryLogger, Module, assert_equal, bare_trainer, loader
 
 from lightkit.callbacks import LeanLoop
-from lightkit.loops.deferred import DeferredMetric
+from lightkit.loops.lazy_metrics import LazyMetric
 from lightkit.loops.step import LeanStep
 
 pytestmark = pytest.mark.filterwarnings(
@@ -45,7 +45,7 @@ PLACES = {
 
 
 class Failing(Module):
-    """Fails once, in some place of a step."""
+    """Fails once, at a chosen place of a step."""
 
     def __init__(self, place, error):
         super().__init__()
@@ -107,7 +107,7 @@ class FailingLoader:
 
 
 class Reading(Callback):
-    """Looks at the metrics of a trainer, at some time."""
+    """Reads the metrics of a trainer at a chosen time."""
 
     def __init__(self, when):
         self.when, self.seen = when, []
@@ -182,7 +182,7 @@ def test_after_an_error(place, error, when):
 
 
 class Looking(Callback):
-    """Runs a function in the middle of an epoch, in a lean step."""
+    """Calls a function within a lean step."""
 
     def __init__(self, look):
         self.look, self.found = look, []
@@ -200,7 +200,7 @@ DIFFERENCES = {
     "attributes of the training loop": {"run", "__getstate__"},
     "attributes of the module": {"log", "__getstate__"},
     "attributes of the loader": {"_get_iterator", "__getstate__"},
-    "classes of running values": {DeferredMetric},
+    "classes of running values": {LazyMetric},
 }
 
 
@@ -217,7 +217,7 @@ def what_is_seen(trainer):
 
 
 def test_the_table_of_differences():
-    """Classes are Lightning's; what is not is in the table, which the docstring has, and gone after the run."""
+    """Classes are Lightning's. The docstring's table has every difference, and none remains after the run."""
     seen = []
     for lean in (False, True):
         looking = Looking(what_is_seen)
@@ -227,13 +227,13 @@ def test_the_table_of_differences():
     stock, stock_after, lean, lean_after = seen
     assert {name: lean[name] - stock[name] for name in lean} == DIFFERENCES
     assert lean_after == stock_after
-    for name in ("run", "log", "_get_iterator", "DeferredMetric"):
+    for name in ("run", "log", "_get_iterator", "LazyMetric"):
         assert f"``{name}``" in LeanLoop.__doc__
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda trainer: pickle.loads(pickle.dumps(trainer))])
 def test_copies_of_a_trainer_in_the_middle_of_a_step(duplicate):
-    """A trainer can be copied and pickled; the copy has nothing of the run, trains by itself, and the run goes on."""
+    """A copied or pickled trainer has nothing of the run and trains by itself; the run continues."""
     steps = []
     looking = Looking(duplicate)
     pl.seed_everything(3, verbose=False)
@@ -279,7 +279,7 @@ def test_copies_of_a_trainer_in_the_middle_of_a_step(duplicate):
 )
 @pytest.mark.parametrize("when", ["before", "meanwhile"])
 def test_patched_functions_are_called(monkeypatch, owner, name, when):
-    """Whoever patches a function that a step calls, before a run or in the middle of an epoch, has it called."""
+    """A patched function of a step is called, whether it was patched before the run or within an epoch."""
     counts = []
     for lean in (False, True):
         calls, original = [], getattr(owner, name)
@@ -300,7 +300,7 @@ def test_patched_functions_are_called(monkeypatch, owner, name, when):
 
 
 def test_what_is_exchanged_in_the_middle_of_an_epoch():
-    """Hooks, a training_step and callbacks that are put there take part from the next step on."""
+    """New hooks, a new training_step and new callbacks take part from the next step on."""
     seen = []
     for lean in (False, True):
         calls = []
@@ -322,7 +322,7 @@ def test_what_is_exchanged_in_the_middle_of_an_epoch():
 
 
 def test_a_profiler_sees_the_gradients_reset():
-    """torch's profiler is told of ``zero_grad`` in every step."""
+    """torch's profiler has a range of ``zero_grad`` in every step."""
 
     class Profiled(Looking):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):

@@ -1,4 +1,4 @@
-"""A DataLoader that slices gives the batches that one does that collates, to the bit and in the same order."""
+"""A DataLoader that slices yields the batches of one that collates, to the bit and in the same order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def dataset():
 
 
 class FromTheEnd:
-    """A sampler that counts from the end."""
+    """A sampler that yields negative indices."""
 
     def __len__(self):
         return 23
@@ -39,7 +39,7 @@ class FromTheEnd:
     ids=str,
 )
 def test_same_batches(options):
-    """Whatever the sampler: order, dtypes, layout and types are those of the default collation."""
+    """Order, dtypes, layout and types are those of the default collation, for any sampler."""
     epochs = []
     for slicing in (False, True):
         torch.manual_seed(3)
@@ -55,7 +55,7 @@ def test_same_batches(options):
 
 
 def test_an_iterator_that_exists_already():
-    """One made before takes slices from then on, one made while slicing goes on when it is undone."""
+    """An existing iterator slices from then on; one that slices continues after the undo."""
     loader, expected = DataLoader(dataset(), batch_size=4), list(DataLoader(dataset(), batch_size=4))
     iterator = iter(loader)
     got = [next(iterator)]
@@ -70,7 +70,7 @@ def test_an_iterator_that_exists_already():
 
 
 def test_other_loaders_of_the_same_data_are_as_they_were():
-    """Of a data set that several loaders share, one may slice and the others collate, before and after."""
+    """One loader of a shared data set may slice while the others collate."""
     shared = dataset()
     others = [
         lambda: DataLoader(shared, batch_size=5),
@@ -87,7 +87,7 @@ def test_other_loaders_of_the_same_data_are_as_they_were():
 
 
 def test_tensors_that_are_replaced():
-    """A data set that is given other tensors between two epochs serves those."""
+    """A data set whose tensors are replaced between two epochs serves the new ones."""
     loader = DataLoader(dataset(), batch_size=23)
     fetch_slices(loader)
     list(loader)
@@ -115,7 +115,7 @@ class Own(Dataset):
     ],
 )
 def test_other_loaders_are_left_alone(loader):
-    """A data set, a collation or a loader of somebody's own may do anything."""
+    """A subclass of a data set, a collation or a loader may do anything."""
     made = loader()
     before = dict(vars(made)) if hasattr(made, "__dict__") else made
     assert fetch_slices(made) is None
@@ -123,7 +123,7 @@ def test_other_loaders_are_left_alone(loader):
 
 
 def test_an_index_out_of_range_is_an_error():
-    """A sampler that runs past the end fails as it does item by item."""
+    """An index beyond the end fails as it does with single items."""
     loader = DataLoader(dataset(), batch_sampler=[[0, 23]])
     fetch_slices(loader)
     with pytest.raises(IndexError):

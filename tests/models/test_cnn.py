@@ -40,20 +40,20 @@ def test_any_image_size(channels, classes, size):
 
 @pytest.mark.parametrize("shape", [(4, 28, 28), (4, 3, 28, 28), (4, 1, 27, 28), (28, 28)])
 def test_wrong_input(shape):
-    """An image of another shape is named with what was expected."""
+    """The error names the shape of the image and the expected one."""
     with pytest.raises(ValueError, match=r"\(N, 1, 28, 28\), got"):
         CNN()(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("arguments", [{"image_size": 17}, {"in_channels": 0}, {"num_classes": -1}, {"blocks": "fast"}])
 def test_wrong_arguments(arguments):
-    """A network that cannot be is refused when it is made."""
+    """The constructor rejects impossible arguments."""
     with pytest.raises(ValueError, match=next(iter(arguments))):
         CNN(**arguments)
 
 
 def twins(**arguments) -> tuple[CNN, CNN]:
-    """A network on fused blocks and one of torch's layers, with the same weights."""
+    """Returns a CNN of fused blocks and one of torch's layers with the same weights."""
     fused, plain = CNN(**arguments, blocks="fused"), CNN(**arguments, blocks="torch")
     plain.load_state_dict(fused.state_dict())
     return fused, plain
@@ -61,7 +61,7 @@ def twins(**arguments) -> tuple[CNN, CNN]:
 
 @pytest.mark.parametrize(("channels", "size"), [(1, 28), (3, 33)])
 def test_blocks_agree(channels, size):
-    """Fused blocks and torch's layers give the same logits and gradients from one state dict, either way round."""
+    """Fused blocks and torch's layers give the same logits and gradients from one state dict, in both directions."""
     torch.manual_seed(0)
     fused, plain = twins(in_channels=channels, image_size=size)
     assert fused.state_dict().keys() == plain.state_dict().keys()
@@ -77,7 +77,7 @@ def test_blocks_agree(channels, size):
 
 
 def test_fused_blocks_are_used(monkeypatch):
-    """All layers go through one operation; as "torch" none does."""
+    """One operation runs all layers; with "torch" none does."""
     calls = []
 
     def recorded(input, layers):
@@ -94,13 +94,13 @@ def test_fused_blocks_are_used(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")
 def test_trace():
-    """torch.jit.trace takes the network as torch's layers."""
+    """torch.jit.trace records torch's layers."""
     model, images = CNN(), torch.randn(3, 1, 28, 28)
     torch.testing.assert_close(torch.jit.trace(model, images)(images), model(images))
 
 
 def test_compile_fullgraph():
-    """The whole network is one compiled graph, and the fused blocks are in it."""
+    """The whole network is one compiled graph that contains the fused blocks."""
     torch._dynamo.reset()
     recorder = AotEagerAndRecordGraphs()
     model = CNN()

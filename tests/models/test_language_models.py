@@ -1,4 +1,4 @@
-"""The language models: what each sees, that reading on is reading all, and what they refuse."""
+"""The language models: causality, states, and errors."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def seeded():
 
 @MODELS
 def test_the_future_changes_nothing(make):
-    """Logits depend on what stands before them and on all of it, not on what comes after."""
+    """Logits depend on all tokens before them and on none after."""
     model = make().eval()
     text = tokens()
     logits = model(text)
@@ -60,7 +60,7 @@ def test_the_future_changes_nothing(make):
 @MODELS
 @pytest.mark.parametrize("cuts", [(1,) * 10, (10,), (4, 6), (3, 1, 4, 2)], ids=str)
 def test_reading_on_is_reading_all(make, cuts):
-    """In pieces, each behind the state of those before, a text gets the hidden states of the whole."""
+    """A text in pieces, each with the state of those before, gets the hidden states of the whole."""
     model = make().eval()
     text = tokens()
     whole, _ = model.hidden(text)
@@ -83,7 +83,7 @@ def test_a_state_can_be_continued_twice(make):
 
 
 def test_rotary_positions_are_relative():
-    """Turned vectors have the dot product of their distance, wherever they stand, and their length."""
+    """Dot products of rotated vectors depend on their distance only, and lengths stay the same."""
     table = rotation(40, 8)
     query, key = torch.randn(2, 8)
     turned_query, turned_key = (rotate(vector.expand(40, 8), table) for vector in (query, key))
@@ -98,7 +98,7 @@ def test_rotary_positions_are_relative():
 
 @pytest.mark.parametrize("make", [transformer, lstm])
 def test_tied_weights(make):
-    """A tied head is the embedding: one storage, counted once, also after loading; untied they are two."""
+    """A tied head shares the embedding's storage and counts once, also after loading; an untied one does not."""
     model, untied = make(tie_weights=True), make(tie_weights=False)
     assert model.head.weight is model.embedding.weight
     parameters = sum(p.numel() for p in model.parameters())
@@ -115,7 +115,7 @@ def test_tied_weights(make):
 @pytest.mark.parametrize(("dim", "layers", "size"), [(16, 2, 64), (48, 1, 128), (128, 4, 352)])
 @pytest.mark.parametrize("tied", [True, False])
 def test_parameters_of_the_transformer(dim, layers, size, tied):
-    """As many as its documentation says, with the inner width 8/3 of the outer, rounded up."""
+    """The number of parameters is the documented one; the inner width is 8/3 of the outer, rounded up."""
     model = transformer(dim=dim, num_layers=layers, tie_weights=tied)
     assert model.body.layers[0].feed_forward.out.in_features == size
     expected = layers * (4 * dim**2 + 3 * dim * size + 2 * dim) + dim + VOCABULARY * dim * (1 if tied else 2)
@@ -136,7 +136,7 @@ def test_start_of_the_transformer():
 @MODELS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_parameter_learns(make, dtype):
-    """Each gets a finite gradient that is not zero, also under autocast and with dropout."""
+    """Each parameter gets a finite nonzero gradient, also under autocast and with dropout."""
     model = make(dropout=0.1)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         loss = model(tokens()).float().logsumexp(dim=-1).sum()
@@ -157,7 +157,7 @@ def test_dropout_is_for_training(make):
 @MODELS
 @pytest.mark.parametrize("wrong", [-1, VOCABULARY, 1000])
 def test_token_outside_the_vocabulary(make, wrong):
-    """It is named, with the size of the vocabulary."""
+    """The error names the token and the size of the vocabulary."""
     text = tokens()
     text[1, 4] = wrong
     with pytest.raises(ValueError, match=f"token {wrong} is not in the vocabulary of {VOCABULARY}"):
@@ -167,18 +167,18 @@ def test_token_outside_the_vocabulary(make, wrong):
 @MODELS
 @pytest.mark.parametrize("shape", [(5,), (2, 0), (2, 3, 4)])
 def test_wrong_shape(make, shape):
-    """Tokens of another shape are refused with what was expected."""
+    """The error names the shape of the tokens and the expected one."""
     with pytest.raises(ValueError, match=r"shape \(N, T\) with T at least 1, got"):
         make()(torch.zeros(shape, dtype=torch.long))
 
 
 def test_more_than_the_context():
-    """The transformer says how far it looks, whether the text comes at once or behind a state."""
+    """The error names the limit, for one text and for a text after a state."""
     model = transformer()
-    with pytest.raises(ValueError, match="looks at 12 tokens at most, got 13"):
+    with pytest.raises(ValueError, match="reads 12 tokens at most, got 13"):
         model(tokens(13))
     _, state = model.hidden(tokens(10))
-    with pytest.raises(ValueError, match="looks at 12 tokens at most, got 13"):
+    with pytest.raises(ValueError, match="reads 12 tokens at most, got 13"):
         model.hidden(tokens(3), state)
 
 
@@ -198,13 +198,13 @@ def test_more_than_the_context():
     ],
 )
 def test_wrong_arguments(make, options, named):
-    """A model that cannot be is refused when it is made, with the argument."""
+    """The constructor rejects impossible arguments and names them."""
     with pytest.raises(ValueError, match=named):
         make(**options)
 
 
 def test_compile_is_of_what_training_runs():
-    """compile() covers `hidden`, which the loss is taken from, as one graph; the parameters keep their names."""
+    """compile() compiles `hidden`, which the loss reads, as one graph; the parameters keep their names."""
     torch._dynamo.reset()
     model = transformer()
     names = list(model.state_dict())
@@ -218,7 +218,7 @@ def test_compile_is_of_what_training_runs():
 
 
 def test_any_body():
-    """A body of one's own makes a language model."""
+    """Any body of the documented signature makes a language model."""
 
     class Last(nn.Module):
         def forward(self, embedded, state):

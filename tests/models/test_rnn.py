@@ -1,4 +1,4 @@
-"""The recurrent network: what it reads, what it must not look at, and what it refuses."""
+"""The recurrent network: what it reads, what it ignores, and what it rejects."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ VARIANTS = [
 
 
 def sequences(lengths, features=3):
-    """Padded sequences with NaN for padding, so that nobody looks at it unnoticed, and their lengths."""
+    """Returns sequences padded with NaN, which any read would reveal, and their lengths."""
     lengths = torch.tensor(lengths)
     padded = torch.randn(len(lengths), int(lengths.max()), features)
     padded[torch.arange(padded.shape[1]) >= lengths[:, None]] = torch.nan
@@ -37,7 +37,7 @@ def test_padding_changes_nothing(variant):
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(map(str, v.values())))
 def test_reads_the_whole_sequence(variant):
-    """The outputs depend on every step, the first and the last included, and on their order."""
+    """The outputs depend on every step and on the order."""
     torch.manual_seed(0)
     inputs = torch.randn(1, 6, 3, requires_grad=True)
     model = RNN(3, 8, 4, **variant)
@@ -47,7 +47,7 @@ def test_reads_the_whole_sequence(variant):
 
 
 def test_last_state_of_both_directions():
-    """A bidirectional network's outputs see the state after the last step and, backwards, after the first."""
+    """The outputs of a bidirectional network read the state after the last step and, in reverse, after the first."""
     torch.manual_seed(0)
     model = RNN(3, 8, 4, bidirectional=True, num_layers=2)
     inputs = torch.randn(2, 5, 3)
@@ -79,20 +79,20 @@ def test_dropout_is_for_training():
     ],
 )
 def test_wrong_arguments(arguments, named):
-    """A network that cannot be is refused when it is made."""
+    """The constructor rejects impossible arguments."""
     with pytest.raises(ValueError, match=named):
         RNN(**{"input_size": 3, "hidden_size": 8, "num_outputs": 4, **arguments})
 
 
 @pytest.mark.parametrize("shape", [(2, 5), (2, 5, 4), (2, 1, 5, 3)])
 def test_wrong_shape(shape):
-    """Sequences of another shape are named with what was expected."""
+    """The error names the shape of the sequences and the expected one."""
     with pytest.raises(ValueError, match=r"\(N, T, 3\), got"):
         RNN(3, 8, 4)(torch.zeros(shape))
 
 
 def test_no_step():
-    """Of a sequence without a step there is nothing to say."""
+    """A sequence without a step is rejected."""
     with pytest.raises(ValueError, match="have no step"):
         RNN(3, 8, 4)(torch.zeros(2, 0, 3))
 
@@ -107,6 +107,6 @@ def test_no_step():
     ],
 )
 def test_wrong_lengths(lengths, named):
-    """Lengths that no sequence of the batch can have are refused, with the row."""
+    """The error names the row of a length that no sequence of the batch can have."""
     with pytest.raises(ValueError, match=named):
         RNN(3, 8, 4)(torch.zeros(3, 5, 3), lengths)

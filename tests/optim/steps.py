@@ -12,7 +12,7 @@ def make_parameters(sizes, dtype=torch.float32, seed=0):
 
 
 def set_gradients(parameters, step, scale=1.0):
-    """Those of some step."""
+    """Sets the gradients of one step."""
     generator = torch.Generator().manual_seed(1000 + step)
     for parameter in parameters:
         parameter.grad = (torch.randn(parameter.shape, generator=generator) * scale).to(parameter.dtype)

@@ -1,4 +1,4 @@
-"""Adam and AdamW against torch's own loop and float64; what all optimizers share is tested with SGD."""
+"""Adam and AdamW against torch's own loop and float64; the tests of SGD cover what all optimizers share."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def run(optimizer, steps=5, first=0):
 
 
 def assert_same(ours, theirs, dtype=torch.float32):
-    """Equal up to a few roundings of values of about 1."""
+    """Asserts equality up to a few roundings of values of about 1."""
     tolerance = {"rtol": 16 * torch.finfo(dtype).eps, "atol": 16 * torch.finfo(dtype).eps}
     for own, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(own, other, **tolerance)
@@ -92,7 +92,7 @@ def test_half_precision_is_more_exact_than_torch(options, dtype):
 
 
 def test_the_second_moment_of_half_precision_does_not_stand_still():
-    """After 500 equal gradients it is at (1 - 0.999^500) g^2, where one kept in bfloat16 stops on the way."""
+    """After 500 equal gradients it is (1 - 0.999^500) g^2; one in bfloat16 stops on the way."""
     (parameter,) = make_parameters([64], torch.bfloat16)
     optimizer = Adam([parameter], lr=1e-3)
     for _ in range(500):
@@ -113,7 +113,7 @@ def test_the_second_moment_of_half_precision_does_not_stand_still():
     seed=st.integers(0, 1000),
 )
 def test_any_options_as_torch(sizes, lr, betas, eps, weight_decay, amsgrad, pair, seed):
-    """Hyperparameters and sizes in any combination."""
+    """Any combination of hyperparameters and sizes gives torch's result."""
     options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
     ours, theirs = (make_parameters(sizes, torch.float64, seed) for _ in range(2))
     run(pair[0](ours, **options), 3)
@@ -137,7 +137,7 @@ def test_any_options_as_torch(sizes, lr, betas, eps, weight_decay, amsgrad, pair
 )
 @pytest.mark.parametrize("own_class", [Adam, AdamW])
 def test_kernel_and_reference_agree(own_class, extras, dtype):
-    """With the options that torch does not have: parameters and every entry of the state, dtypes included."""
+    """Parameters and every entry of the state agree with the options that torch lacks, dtypes included."""
     results = []
     for native in (True, False):
         parameters = make_parameters([3, 513], dtype)
@@ -162,7 +162,7 @@ def test_kernel_and_reference_agree(own_class, extras, dtype):
 
 
 def test_skipped_steps_do_not_count():
-    """A step with an infinite gradient leaves everything as it is, the count for the bias correction too."""
+    """A step with an infinite gradient changes nothing, not even the count for the bias correction."""
     ours, theirs = make_parameters([10]), make_parameters([10])
     optimizer, reference = Adam(ours, lr=0.1, skip_nonfinite=True), torch.optim.Adam(theirs, lr=0.1)
     for step in range(4):
@@ -179,7 +179,7 @@ def test_skipped_steps_do_not_count():
 
 @pytest.mark.sanitized
 def test_each_parameter_counts_its_own_steps():
-    """One unfrozen late is corrected as at its first step."""
+    """A parameter that is unfrozen late is corrected as in its first step."""
     results = []
     for optimizer_class in (Adam, torch.optim.Adam):
         parameters = make_parameters([8, 9])
@@ -224,7 +224,7 @@ def _zero_the_moments(optimizer, state_dict):
 
 
 def test_hooks_change_what_is_loaded():
-    """What a hook before loading makes of a state dict is what is loaded, in any dtype."""
+    """A hook before loading may replace the state dict, in any dtype."""
     for dtype in (torch.float32, torch.bfloat16):
         state = run(Adam(make_parameters([17], dtype))).state_dict()
         optimizer = Adam(make_parameters([17], dtype))
@@ -237,7 +237,7 @@ def test_hooks_change_what_is_loaded():
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["copy", "pickle"])
 def test_copies_are_independent(duplicate):
-    """A copied or pickled optimizer goes on with its own parameters, moments and counts."""
+    """A copied or pickled optimizer continues with its own parameters, moments and counts."""
     parameters = make_parameters([12])
     optimizer = run(Adam(parameters, lr=0.1))
     twin = duplicate(optimizer)
@@ -251,7 +251,7 @@ def test_copies_are_independent(duplicate):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("own_class", "torch_class"), PAIRS)
 def test_conversion_in_the_middle(own_class, torch_class, dtype):
-    """torch's optimizer steps on the kernels for a while, and finds a state afterwards that it can go on with."""
+    """torch's optimizer takes some steps on the kernels, and continues with the state afterwards."""
     changing, plain = make_parameters([40], dtype), make_parameters([40], dtype)
     optimizer, reference = torch_class(changing, lr=0.01), torch_class(plain, lr=0.01)
     run(optimizer, 2)
@@ -285,7 +285,7 @@ def test_conversion_in_the_middle(own_class, torch_class, dtype):
     ids=["complex", "with gaps", "transposed"],
 )
 def test_what_the_kernel_does_not_take(make):
-    """Complex parameters and memory with gaps are torch's work; any other order in memory is the kernel's."""
+    """Torch steps complex parameters and memory with gaps; the kernel steps any other memory layout."""
     torch.manual_seed(0)
     own = make()
     other = nn.Parameter(own.detach().clone(memory_format=torch.preserve_format))
@@ -299,7 +299,7 @@ def test_what_the_kernel_does_not_take(make):
 
 
 def test_sparse_gradients_are_refused_as_by_torch():
-    """SparseAdam is what torch has for these."""
+    """Sparse gradients are an error, as in torch, which has SparseAdam."""
     parameter = nn.Parameter(torch.randn(5))
     parameter.grad = torch.zeros(5).to_sparse()
     with pytest.raises(RuntimeError, match="sparse"):
@@ -318,13 +318,13 @@ def test_sparse_gradients_are_refused_as_by_torch():
     ],
 )
 def test_wrong_arguments(options, message):
-    """A value that cannot be is refused when the optimizer is made."""
+    """The constructor rejects impossible values."""
     with pytest.raises(ValueError, match=message):
         Adam(make_parameters([3]), **options)
 
 
 def test_betas_from_a_configuration():
-    """They may come as a list."""
+    """The betas may be a list."""
     optimizer = run(Adam(make_parameters([3]), betas=[0.8, 0.9]), 1)
     assert optimizer.param_groups[0]["betas"] == (0.8, 0.9)
 
@@ -341,7 +341,7 @@ def test_bit_identical_across_threads():
 
 
 def test_means_that_fade_away_become_zero():
-    """Of a parameter without gradients the running mean ends at 0, not at numbers that take a processor long."""
+    """The running mean of a parameter without gradients ends at 0, not at slow denormal numbers."""
     (parameter,) = make_parameters([100])
     optimizer = Adam([parameter], lr=1e-3)
     for step in range(1500):
@@ -354,7 +354,7 @@ def test_means_that_fade_away_become_zero():
 
 @pytest.mark.parametrize("optimizer_class", [Adam, AdamW])
 def test_gradient_scaler(optimizer_class):
-    """With fused=True a scaler leaves unscaling to the step, and an overflow at the first one does no harm."""
+    """With fused=True a scaler leaves unscaling to the step, and an overflow at the first step does no harm."""
     ours, theirs = make_parameters([20]), make_parameters([20])
     optimizer = optimizer_class(ours, lr=0.1, fused=True)
     reference = optimizer_class(theirs, lr=0.1)

@@ -1,4 +1,4 @@
-"""Conversion of torch's optimizers in place, at any time of their lives, and back."""
+"""Conversion of torch's optimizers in place, at any time, and back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lightkit.optim import SGD, FusedStep, convert
-from lightkit.optim.convert import REPLACEMENTS, is_converted, obstacle
+from lightkit.optim.convert import REPLACEMENTS, is_converted, unsupported_reason
 
 OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
 
@@ -40,7 +40,7 @@ def parameter_of(optimizer):
 
 @pytest.fixture
 def kernel_steps(monkeypatch):
-    """The optimizers that took a step on the kernels, in order."""
+    """Returns the optimizers that took a step on the kernels, in order."""
     taken = []
     original = FusedStep.step_for
 
@@ -55,7 +55,7 @@ def kernel_steps(monkeypatch):
 
 
 def test_back_and_forth_between_steps(kernel_steps):
-    """The momentum goes through every conversion, the steps are torch's, and so is the class all the time."""
+    """Momentum, steps and class are torch's through every conversion."""
     changing, plain = make(), make()
     revert = None
     for seed in range(8):
@@ -95,7 +95,7 @@ def test_groups_and_state_stay(flags):
 
 
 def test_fallback_does_not_take_torchs_fused_step():
-    """What the kernel cannot do is done by torch's loop also where the group asks for the fused step."""
+    """torch's loop takes the steps that the kernel cannot, even if the group asks for the fused step."""
     torch.manual_seed(0)
     embedding = nn.Embedding(10, 3, sparse=True)
     optimizer = torch.optim.SGD(embedding.parameters(), lr=0.1, fused=True)
@@ -123,7 +123,7 @@ def test_a_scheduler_keeps_no_optimizer_alive():
 
 
 def test_reverting_leaves_other_peoples_changes_alone():
-    """A step that somebody has wrapped meanwhile stays wrapped; inside of it torch's step is called again."""
+    """A step that was wrapped meanwhile stays wrapped and calls torch's step again."""
     optimizer, plain = make(), make()
     revert = convert(optimizer)
     inner, calls = optimizer.step, []
@@ -154,16 +154,16 @@ class Derived(torch.optim.SGD):
     ],
 )
 def test_refused(made, cause):
-    """What cannot be converted says why, and stays what it is."""
+    """An optimizer that cannot be converted has a reason and stays unchanged."""
     optimizer = made(nn.Parameter(torch.ones(3)))
     cls = type(optimizer)
     with pytest.raises(ValueError, match=f"{cls.__name__} cannot be converted: .*{cause}"):
         convert(optimizer)
-    assert cause in obstacle(optimizer) and type(optimizer) is cls
+    assert cause in unsupported_reason(optimizer) and type(optimizer) is cls
 
 
 def test_every_replacement_fits():
-    """What the table promises: a subclass that does without what its own __init__ sets."""
+    """Each class in the table works without the attributes that its own __init__ sets."""
     for original, replacement in REPLACEMENTS.items():
         assert issubclass(replacement, original)
         plain, own = original([nn.Parameter(torch.ones(1))]), replacement([nn.Parameter(torch.ones(1))])
@@ -173,7 +173,7 @@ def test_every_replacement_fits():
 
 @pytest.mark.parametrize("cls", list(REPLACEMENTS))
 def test_groups_that_are_added_or_loaded_while_converted(cls):
-    """A converted optimizer takes further groups and state dicts, and nothing of ours is in it afterwards."""
+    """A converted optimizer takes new groups and state dicts, and is torch's afterwards."""
     optimizer = cls([nn.Parameter(torch.randn(3))], lr=0.1)
     revert = convert(optimizer)
     optimizer.add_param_group({"params": [nn.Parameter(torch.randn(2))], "lr": 0.2})
@@ -186,7 +186,7 @@ def test_groups_that_are_added_or_loaded_while_converted(cls):
 
 
 def test_attributes_of_a_converted_optimizer():
-    """All that a program can see of the conversion: two attributes, which copies and pickles do not have."""
+    """The conversion shows in two attributes, which copies and pickles lack."""
     optimizer, plain = make(), make()
     convert(optimizer)
     assert vars(optimizer).keys() - vars(plain).keys() == {"step", "__getstate__"}
@@ -203,7 +203,7 @@ def test_attributes_of_a_converted_optimizer():
 @pytest.mark.parametrize("name", ["step", "_init_group"])
 @pytest.mark.parametrize("before", [True, False], ids=["patched before", "patched meanwhile"])
 def test_methods_patched_on_the_class(monkeypatch, cls, name, before):
-    """A method that somebody has replaced on torch's class, or on its base, is called."""
+    """A method that is patched on torch's class or on its base is called."""
     dtype = torch.bfloat16 if cls is not torch.optim.SGD else torch.float32
     optimizer = cls([nn.Parameter(torch.ones(3, dtype=dtype))], lr=0.1)
     optimizer.zero_grad()
@@ -218,7 +218,7 @@ def test_methods_patched_on_the_class(monkeypatch, cls, name, before):
 
     if before:
         monkeypatch.setattr(owner, name, patched)
-        assert "has been replaced" in obstacle(optimizer)
+        assert "has been replaced" in unsupported_reason(optimizer)
         return
     revert = convert(optimizer)
     optimizer.step()
@@ -233,7 +233,7 @@ def test_methods_patched_on_the_class(monkeypatch, cls, name, before):
 
 
 def test_functions_of_torchs_step_that_are_patched(monkeypatch):
-    """So is the function that torch's step calls."""
+    """A patched function that torch's step calls is called."""
     module = sys.modules["torch.optim.sgd"]
     original, calls = module.sgd, []
     optimizer = make()
@@ -244,7 +244,7 @@ def test_functions_of_torchs_step_that_are_patched(monkeypatch):
 
 
 def test_hooks_and_schedulers_made_meanwhile(kernel_steps):
-    """They see the optimizer and the arguments that torch shows them; a scheduler finds a step to wrap."""
+    """Hooks see torch's optimizer and arguments; a new scheduler finds a step to wrap."""
     seen = []
 
     def train(optimizer):
@@ -270,7 +270,7 @@ def test_hooks_and_schedulers_made_meanwhile(kernel_steps):
 
 
 def test_the_profiler_names_the_users_class():
-    """A profiler sees a step of torch's class."""
+    """A profiler shows a step of torch's class."""
     optimizer = make()
     convert(optimizer)
     with torch.profiler.profile() as profile:
@@ -279,7 +279,7 @@ def test_the_profiler_names_the_users_class():
 
 
 def test_no_optimizer_is_kept_alive():
-    """A converted optimizer is gone with the last reference to it, and its end is nobody's trouble."""
+    """A converted optimizer is freed with the last reference to it, without an error."""
     optimizer = make()
     revert = convert(optimizer)
     step(optimizer, 0)

@@ -1,4 +1,4 @@
-"""SGD against torch's own loop and float64, and through everything that may happen between two steps."""
+"""SGD against torch's own loop and float64, with changes of parameters and state between two steps."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SIZES = [0, 1, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 1000, 32767,
 
 
 def run(optimizer_class, parameters, steps=4, **options):
-    """The parameters after some steps with gradients that are the same for every optimizer."""
+    """Returns the parameters after some steps with gradients that are the same for every optimizer."""
     optimizer = optimizer_class(parameters, lr=0.1, **options)
     for step in range(steps):
         set_gradients(parameters, step)
@@ -42,7 +42,7 @@ def run(optimizer_class, parameters, steps=4, **options):
 
 
 def assert_same(ours, theirs, dtype=torch.float32):
-    """Equal up to a few roundings: torch rounds after each operation, we once."""
+    """Asserts equality up to a few roundings: torch rounds after each operation, lightkit once."""
     tolerance = {"rtol": 8 * torch.finfo(dtype).eps, "atol": 8 * torch.finfo(dtype).eps}
     for own, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(own, other, **tolerance)
@@ -96,7 +96,7 @@ def test_half_precision_is_at_least_as_exact_as_torch(dtype, options):
     seed=st.integers(0, 1000),
 )
 def test_any_options_as_torch(sizes, lr, momentum, dampening, weight_decay, maximize, seed):
-    """Hyperparameters and sizes in any combination."""
+    """Any combination of hyperparameters and sizes gives torch's result."""
     options = {
         "lr": lr,
         "momentum": momentum,
@@ -115,7 +115,7 @@ def test_any_options_as_torch(sizes, lr, momentum, dampening, weight_decay, maxi
 
 @pytest.mark.sanitized
 def test_groups_and_changes_at_any_time():
-    """Groups have options of their own, which a scheduler or a person may change between steps."""
+    """Groups have options of their own, which a scheduler or a program may change between steps."""
     results = []
     for optimizer_class in (SGD, torch.optim.SGD):
         parameters = make_parameters([10, 20, 30])
@@ -172,7 +172,7 @@ def test_state_dict_exchange(first_class, second_class):
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["copy", "pickle"])
 def test_copies_are_independent(duplicate):
-    """A copied or pickled optimizer goes on with its own parameters and buffers."""
+    """A copied or pickled optimizer continues with its own parameters and buffers."""
     parameters = make_parameters([12])
     optimizer = run(SGD, parameters, momentum=0.9)
     twin = duplicate(optimizer)
@@ -188,7 +188,7 @@ def test_copies_are_independent(duplicate):
 
 @pytest.mark.sanitized
 def test_missing_late_and_returning_gradients():
-    """Parameters without a gradient rest, buffer and all; one unfrozen late starts as at its first step."""
+    """Parameters without a gradient rest with their buffers; one that is unfrozen late has a first step."""
     results = []
     for optimizer_class in (SGD, torch.optim.SGD):
         parameters = make_parameters([8, 9, 10])
@@ -238,7 +238,7 @@ def test_parameters_that_share_memory():
 @pytest.mark.sanitized
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_any_memory_layout(momentum):
-    """Channels-last, transposed and strided parameters, with gradients laid out like them or not."""
+    """Channels-last, transposed and strided parameters work, with gradients of the same or another layout."""
 
     def tensors():
         torch.manual_seed(3)
@@ -273,7 +273,7 @@ def test_mixed_dtypes_in_one_group():
 
 
 def test_sparse_gradients_as_torch():
-    """Sparse gradients are not for the kernel; torch's loop takes the step."""
+    """torch's loop takes the steps with sparse gradients."""
     results = []
     for optimizer_class in (SGD, torch.optim.SGD):
         torch.manual_seed(0)
@@ -286,7 +286,7 @@ def test_sparse_gradients_as_torch():
 
 
 def test_hooks_run_once_on_torchs_loop():
-    """Where torch's loop takes the step, hooks are not called a second time."""
+    """Hooks are called once if torch's loop takes the step."""
     torch.optim.SGD(make_parameters([1]))
     embedding = nn.Embedding(4, 2, sparse=True)
     optimizer = SGD(embedding.parameters(), lr=0.1)
@@ -298,7 +298,7 @@ def test_hooks_run_once_on_torchs_loop():
 
 
 def test_negated_gradients():
-    """A gradient whose negation is still to be applied is applied negated."""
+    """A lazily negated gradient is applied negated."""
     parameter = nn.Parameter(torch.zeros(3))
     parameter.grad = torch._neg_view(torch.ones(3))
     SGD([parameter], lr=1.0).step()
@@ -307,7 +307,7 @@ def test_negated_gradients():
 
 @pytest.mark.sanitized
 def test_interleaved_parameters_in_one_storage():
-    """Parameters with gaps that overlap get all their updates."""
+    """Interleaved parameters in one storage get all their updates."""
     storage = torch.zeros(8)
     first, second = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
     first.data, second.data = storage[0:6:2], storage[2:8:2]
@@ -317,7 +317,7 @@ def test_interleaved_parameters_in_one_storage():
 
 
 def test_modules_can_be_converted_by_swapping():
-    """The optimizer does not stand in the way of swap_tensors, which modules may use to move."""
+    """swap_tensors, by which modules may move, works with the optimizer."""
     module = nn.Linear(2, 2)
     optimizer = SGD(module.parameters(), lr=0.1, momentum=0.9)
     module(torch.ones(1, 2)).sum().backward()
@@ -334,7 +334,7 @@ def test_modules_can_be_converted_by_swapping():
 
 
 def test_tensor_subclasses_go_to_torch():
-    """A parameter whose memory is elsewhere, such as a DTensor, is left to torch's loop."""
+    """torch's loop takes the steps of a parameter whose memory is elsewhere, such as a DTensor."""
     from torch.testing._internal.two_tensor import TwoTensor
 
     parameter = nn.Parameter(TwoTensor(torch.ones(4), torch.ones(4)))
@@ -344,7 +344,7 @@ def test_tensor_subclasses_go_to_torch():
 
 
 def test_groups_need_not_be_lists():
-    """Parameters in a tuple are parameters, and what is no tensor is an error."""
+    """Parameters may be in a tuple, and an object that is no tensor is an error."""
     parameter = nn.Parameter(torch.zeros(2))
     parameter.grad = torch.ones(2)
     optimizer = SGD([parameter], lr=1.0)
@@ -357,7 +357,7 @@ def test_groups_need_not_be_lists():
 
 
 def test_infinite_parameters_and_unwritten_buffers_stay_out():
-    """A term that is switched off does not turn Inf into NaN."""
+    """A term with factor 0 does not turn Inf into NaN."""
     parameter = nn.Parameter(torch.tensor([float("inf"), 1.0]))
     parameter.grad = torch.ones(2)
     SGD([parameter], lr=0.1).step()
@@ -365,7 +365,7 @@ def test_infinite_parameters_and_unwritten_buffers_stay_out():
 
 
 def test_closure():
-    """The closure runs with gradients enabled, and its loss comes back."""
+    """The closure runs with gradients enabled, and the step returns its loss."""
     parameter = nn.Parameter(torch.tensor([2.0]))
     optimizer = SGD([parameter], lr=0.25)
 
@@ -380,7 +380,7 @@ def test_closure():
 
 
 def test_autograd_notices_the_step():
-    """A tensor that autograd saved cannot be changed behind its back."""
+    """A step on a tensor that autograd saved makes backward an error."""
     weight = nn.Parameter(torch.ones(3))
     weight.grad = torch.ones(3)
     product = (weight * weight).sum()
@@ -400,7 +400,7 @@ def test_hooks_run():
 
 
 def test_hooks_of_all_optimizers_run():
-    """Those too that are registered for every optimizer, for as long as they are."""
+    """Global step hooks are called while they are registered."""
     calls = []
     optimizer = SGD(make_parameters([3]), lr=0.1)
     handles = [
@@ -415,7 +415,7 @@ def test_hooks_of_all_optimizers_run():
 
 
 def test_profilers_see_the_step():
-    """Under the name that torch gives it."""
+    """A profiler shows the step under torch's name."""
     optimizer = SGD(make_parameters([3]), lr=0.1)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         optimizer.step()
@@ -426,7 +426,7 @@ def test_profilers_see_the_step():
 
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_zero_grad(set_to_none):
-    """Gradients are gone, or zeros in the same memory."""
+    """Gradients are None, or zeros in the same memory."""
     parameters = make_parameters([3, 2])
     gradients = [torch.ones_like(parameter) for parameter in parameters]
     for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -439,7 +439,7 @@ def test_zero_grad(set_to_none):
 
 @pytest.mark.sanitized
 def test_replaced_state_is_seen():
-    """A buffer that somebody replaces or clears between steps is the one that counts."""
+    """A buffer that a program replaces or clears between steps takes effect."""
     parameter = nn.Parameter(torch.zeros(4))
     optimizer = SGD([parameter], lr=1.0, momentum=0.5)
     parameter.grad = torch.ones(4)
@@ -462,14 +462,14 @@ def test_replaced_state_is_seen():
     ],
 )
 def test_wrong_arguments(options, message):
-    """What torch refuses is refused, and what the kernel cannot do says so."""
+    """Arguments that torch rejects are rejected, and errors name what the kernel cannot do."""
     with pytest.raises(ValueError, match=message):
         SGD(make_parameters([3]), **options)
 
 
 @pytest.mark.sanitized
 def test_gradient_of_another_shape():
-    """A parameter re-pointed to another shape with its old gradient is an error, not a read past the end."""
+    """A parameter of a new shape with its old gradient is an error and not a read past the end."""
     parameter = nn.Parameter(torch.zeros(10))
     parameter.grad = torch.ones(10)
     parameter.data = torch.zeros(20)
@@ -494,7 +494,7 @@ def test_scaler_skips_the_first_overflowing_step():
 
 
 def test_without_the_native_library(monkeypatch):
-    """Where there is no compiler torch's loop takes the steps."""
+    """Without a compiler torch's loop takes the steps."""
     monkeypatch.setattr("lightkit.native.load", lambda: None)
     ours, theirs = make_parameters([40]), make_parameters([40])
     run(SGD, ours, momentum=0.9)

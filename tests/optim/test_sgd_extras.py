@@ -1,4 +1,4 @@
-"""What lightkit.optim.SGD does beside torch's SGD: clipping, skipping, averages, master weights, random rounding."""
+"""Options of lightkit.optim.SGD that torch's lacks: clipping, skipping, averages, master weights, random rounding."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def train(parameters, steps=4, **options):
 
 
 def train_in_float64(parameters, steps=4, max_grad_norm=None, ema_decay=None, **options):
-    """The same training from the same values in float64, with torch's SGD and separate passes; and the averages."""
+    """Returns the same training in float64 by torch's SGD and separate passes, with the averages."""
     exact = [nn.Parameter(p.detach().double().clone()) for p in parameters]
     optimizer = torch.optim.SGD(exact, foreach=False, **options)
     averages = None
@@ -70,7 +70,7 @@ def assert_close(own, exact, dtype, factor=8.0):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("max_grad_norm", [0.5, 1e6])
 def test_clipping_is_that_of_torch(dtype, max_grad_norm):
-    """The norm, its effect on every element, and gradients that keep their values."""
+    """The norm and the clipped step are torch's, and gradients keep their values."""
     parameters = make_parameters(dtype=dtype)
     options = {"lr": 0.1, "momentum": 0.9, "max_grad_norm": max_grad_norm}
     exact, _ = train_in_float64(parameters, **options)
@@ -85,7 +85,7 @@ def test_clipping_is_that_of_torch(dtype, max_grad_norm):
 
 
 def test_clipping_of_huge_gradients():
-    """Squares beyond float32 do not make an infinite norm, which would make every update 0."""
+    """Squares beyond float32 do not make the norm infinite, with which every update would be 0."""
     parameter = nn.Parameter(torch.zeros(4))
     optimizer = SGD([parameter], lr=1.0, max_grad_norm=1.0)
     parameter.grad = torch.full((4,), 1e30)
@@ -109,7 +109,7 @@ def test_norm_does_not_depend_on_threads():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("place", [(0, 0), (3, 16384), (3, 16400)])
 def test_steps_with_nonfinite_gradients_are_skipped_and_counted(bad, dtype, place):
-    """One bad element anywhere leaves parameters and state as they were, at the first step and later."""
+    """One NaN or infinite element leaves parameters and state unchanged, at the first step and later."""
     parameters = make_parameters([3, 0, 20, 16401], dtype)
     optimizer = SGD(parameters, lr=0.1, momentum=0.9, ema_decay=0.5, skip_nonfinite=True)
     for step in range(4):
@@ -128,7 +128,7 @@ def test_steps_with_nonfinite_gradients_are_skipped_and_counted(bad, dtype, plac
 @pytest.mark.sanitized
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_averages_follow_the_formula(dtype):
-    """average = decay * average + (1 - decay) * parameter, from the first step's result on, in float32 or better."""
+    """average = decay * average + (1 - decay) * parameter, from the first step on, in float32 or better."""
     parameters = make_parameters(dtype=dtype)
     _, averages = train_in_float64(parameters, lr=0.1, momentum=0.9, nesterov=True, ema_decay=0.75)
     optimizer = train(parameters, lr=0.1, momentum=0.9, nesterov=True, ema_decay=0.75)
@@ -138,7 +138,7 @@ def test_averages_follow_the_formula(dtype):
 
 
 def test_averaged_parameters_come_and_go():
-    """Inside the context the averages, outside the parameters, also after an error and a write in between."""
+    """The context has the averages, and restores the parameters also after an error and a write."""
     parameters = make_parameters([5, 6])
     optimizer = train(parameters, lr=0.1, ema_decay=0.5)
     own = copy.deepcopy(parameters)
@@ -152,7 +152,7 @@ def test_averaged_parameters_come_and_go():
 @pytest.mark.sanitized
 @pytest.mark.parametrize("dtype", HALF)
 def test_master_weights_train_as_in_float32(dtype):
-    """Updates far below the rounding of a half-precision parameter add up; the parameter is the copy's rounding."""
+    """Updates far below the rounding of a half-precision parameter add up; the parameter is the rounded copy."""
     parameters = make_parameters(dtype=dtype)
     options = {"lr": 1e-4, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True}
     exact, _ = train_in_float64(parameters, steps=50, **options)
@@ -164,7 +164,7 @@ def test_master_weights_train_as_in_float32(dtype):
 
 
 def test_master_weights_follow_what_others_write():
-    """A weight loaded between two steps is what the next step starts from."""
+    """The next step starts from a weight that was loaded between two steps."""
     parameter = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
     optimizer = SGD([parameter], lr=0.5, master_weights=True)
     parameter.grad = torch.ones(3, dtype=torch.bfloat16)
@@ -177,7 +177,7 @@ def test_master_weights_follow_what_others_write():
 
 
 def test_stochastic_rounding_is_unbiased():
-    """The mean over many elements is the exact result within five standard errors, where rounding moves none."""
+    """The mean over many elements is the exact result within five standard errors."""
     n, update = 1 << 20, 2**-11
     parameter = nn.Parameter(torch.ones(n, dtype=torch.bfloat16))
     optimizer = SGD([parameter], lr=1.0, stochastic_rounding=True, rounding_seed=3)
@@ -195,7 +195,7 @@ def test_stochastic_rounding_is_unbiased():
 
 @pytest.mark.sanitized
 def test_stochastic_rounding_is_seeded():
-    """The same seed gives the same bits on any number of threads and after a resume; steps and parameters differ."""
+    """The same seed gives the same bits for any number of threads and after a resume; steps and parameters differ."""
 
     def moved(seed, threads=2, resume=False):
         torch.set_num_threads(threads)
@@ -226,7 +226,7 @@ def test_stochastic_rounding_is_seeded():
 
 
 def test_stochastic_rounding_keeps_infinity_and_nan():
-    """Random bits make no NaN of an infinite parameter, and no number of NaN."""
+    """Infinite parameters and NaN stay what they are."""
     parameter = nn.Parameter(torch.tensor([math.inf, -math.inf, math.nan] * 100, dtype=torch.bfloat16))
     parameter.grad = torch.zeros_like(parameter)
     SGD([parameter], lr=1.0, stochastic_rounding=True).step()
@@ -247,7 +247,7 @@ def test_stochastic_rounding_keeps_infinity_and_nan():
     master_weights=st.booleans(),
 )
 def test_kernel_and_reference_agree(dtype, sizes, momentum, nesterov, max_grad_norm, **options):
-    """Any combination of options: parameters and every buffer in the state."""
+    """Parameters and every buffer of the state agree for any combination of options."""
     options |= {"lr": 0.1, "momentum": momentum, "nesterov": nesterov and momentum > 0}
     results = []
     for native in (True, False):
@@ -270,7 +270,7 @@ def test_kernel_and_reference_agree(dtype, sizes, momentum, nesterov, max_grad_n
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_state_dict_brings_back_every_bit(dtype):
-    """A resumed run is bit for bit the one that went on, float32 buffers of half-precision parameters included."""
+    """A resumed run equals an uninterrupted one bit for bit, with float32 buffers of half-precision parameters."""
     options = {"lr": 0.01, "momentum": 0.9, "master_weights": True, "ema_decay": 0.9, "max_grad_norm": 1.0}
     parameters = make_parameters(dtype=dtype)
     optimizer = train(parameters, **options)
@@ -289,7 +289,7 @@ def test_state_dict_brings_back_every_bit(dtype):
 
 
 def test_state_dicts_exchange_with_torch():
-    """torch's SGD loads ours, extras and all; ours loads torch's and keeps its own options."""
+    """torch's SGD loads lightkit's state dict with its extras, and the other way round."""
     parameters = make_parameters()
     optimizer = train(parameters, lr=0.01, momentum=0.9, ema_decay=0.9)
     theirs = torch.optim.SGD(copy.deepcopy(parameters), lr=0.01, momentum=0.9)
@@ -304,7 +304,7 @@ def test_state_dicts_exchange_with_torch():
 
 
 def test_copies_keep_the_options():
-    """deepcopy and pickling bring clipping, skipping and their counts along."""
+    """deepcopy and pickling keep clipping, skipping and their counts."""
     optimizer = SGD(make_parameters([3]), lr=0.1, max_grad_norm=2.0, skip_nonfinite=True, fused=True)
     optimizer.skipped_steps = 4
     for copied in (copy.deepcopy(optimizer), torch.load(_saved(optimizer), weights_only=False)):
@@ -321,7 +321,7 @@ def _saved(thing):
 
 @pytest.mark.sanitized
 def test_groups_have_their_own_extras():
-    """Averages for one group and not for the other, also for one that is added later."""
+    """One group may have averages and another none, also a group that is added later."""
     first, second, third = make_parameters([4, 5, 6])
     optimizer = SGD([{"params": [first], "ema_decay": 0.5}, {"params": [second]}], lr=0.1)
     optimizer.add_param_group({"params": [third], "ema_decay": 0.25})
@@ -332,7 +332,7 @@ def test_groups_have_their_own_extras():
 
 @pytest.mark.parametrize("fused", [True, None])
 def test_loss_scaling(fused):
-    """With a GradScaler: the same steps as without; an overflow at the first step leaves no trace but a count."""
+    """Steps with a GradScaler equal those without; an overflow at the first step only adds to a count."""
     parameters, plain = make_parameters([5, 300]), make_parameters([5, 300])
     optimizer = SGD(parameters, lr=0.1, momentum=0.9, fused=fused, max_grad_norm=1.0)
     expected = SGD(plain, lr=0.1, momentum=0.9, max_grad_norm=1.0)
@@ -357,7 +357,7 @@ def test_loss_scaling(fused):
 
 
 def test_extras_refuse_sparse_gradients():
-    """Rather than ignoring an option."""
+    """Sparse gradients with such an option are an error, so that no option is ignored."""
     embedding = nn.Embedding(10, 3, sparse=True)
     optimizer = SGD(embedding.parameters(), lr=0.1, max_grad_norm=1.0)
     embedding(torch.tensor([1])).sum().backward()
@@ -376,7 +376,7 @@ def test_extras_refuse_sparse_gradients():
     ],
 )
 def test_wrong_arguments(options, message):
-    """Errors at construction that name the argument and its value."""
+    """The constructor's errors name the argument and its value."""
     with pytest.raises(ValueError, match=message):
         SGD(make_parameters([1]), lr=0.1, **options)
 
@@ -384,7 +384,7 @@ def test_wrong_arguments(options, message):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "nesterov": True, "weight_decay": 1e-3}, {"momentum": 0.9}])
 def test_trajectory_of_a_thousand_steps(dtype, options):
-    """After 1,000 steps towards a minimum we are no further from float64 than torch's foreach is."""
+    """After 1,000 steps towards a minimum the error against float64 is not above that of torch's foreach."""
     target = torch.linspace(-2, 2, 257, dtype=torch.float64)
     results = {}
     for name, make, kind in (
@@ -406,7 +406,7 @@ def test_trajectory_of_a_thousand_steps(dtype, options):
 @pytest.mark.parametrize("optimizer_class", [SGD, Adam])
 @pytest.mark.parametrize("dtype", HALF)
 def test_what_is_written_past_autograd_counts_too(optimizer_class, dtype):
-    """A parameter that is clamped, or re-pointed, through .data takes its master weight along, element by element."""
+    """A master weight adopts a clamp of its parameter through .data, element by element."""
     (parameter,) = make_parameters([700], dtype=dtype)
     optimizer = optimizer_class([parameter], lr=1e-3, master_weights=True)
     set_gradients([parameter], 0)
@@ -427,7 +427,7 @@ def test_what_is_written_past_autograd_counts_too(optimizer_class, dtype):
 
 @pytest.mark.parametrize("own_class", [SGD, Adam])
 def test_skipped_steps_in_the_state_dict(own_class):
-    """Their count survives saving and loading; torch's class loads the state dict, and ours that of torch's."""
+    """The count is saved and loaded; torch's class loads the state dict, and lightkit's loads torch's."""
     torch_class = own_class._torch_class
 
     def made(cls, **options):

@@ -1,4 +1,4 @@
-"""Optimizers that several threads step, read, save, load, extend and convert: no memory is lost, and no step."""
+"""Optimizers that several threads step, read, save, load, extend and convert: no memory and no step is lost."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ RACES = (RuntimeError, ValueError, KeyError, AttributeError, IndexError, TypeErr
 
 @pytest.fixture(autouse=True)
 def frequent_switches() -> Iterator[None]:
-    """Threads take turns far more often than by default."""
+    """Makes threads take turns far more often than by default."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield
@@ -44,7 +44,7 @@ def frequent_switches() -> Iterator[None]:
 
 @contextmanager
 def running(*targets: Callable[[], None]) -> Iterator[None]:
-    """Runs functions on threads of their own, which begin together; their exceptions are raised afterwards."""
+    """Runs functions on threads that start together; raises their exceptions afterwards."""
     barrier = threading.Barrier(len(targets))
     errors = []
 
@@ -74,9 +74,9 @@ def with_gradients() -> list[torch.nn.Parameter]:
 
 @pytest.mark.parametrize(("cls", "options"), CASES, ids=lambda value: getattr(value, "__name__", str(value)))
 def test_first_steps_of_several_threads_are_steps_one_after_the_other(cls, options) -> None:
-    """The state that one thread makes is there for the next: the result is bit for bit that of one thread's steps.
+    """The state that one thread makes is there for the next: the result is bit for bit that of one thread.
 
-    Before, a thread rebuilt the plan whose entries another one wrote into: the heap was corrupted in most runs.
+    In an earlier version a thread rebuilt the plan that another one wrote into, which corrupted the heap in most runs.
     """
     alone = with_gradients()
     expected = cls(alone, **options)
@@ -101,7 +101,7 @@ def test_first_steps_of_several_threads_are_steps_one_after_the_other(cls, optio
 
 @pytest.mark.parametrize("cls", [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD])
 def test_everything_at_once(cls) -> None:
-    """Steps, saving, loading, new groups, reading and conversion, each on a thread, leave an optimizer that works."""
+    """Threads that step, save, load, add groups, read and convert leave an optimizer that works."""
     options = {"momentum": 0.9} if cls is torch.optim.SGD else {"amsgrad": True}
     optimizer = cls(with_gradients(), lr=1e-3, **options)
     saved = [copy.deepcopy(optimizer.state_dict())]
@@ -161,7 +161,7 @@ def test_everything_at_once(cls) -> None:
 
 
 def test_a_step_may_take_another_step() -> None:
-    """A number that steps the optimizer when it is read finds a plan that nobody else works on, and does not wait."""
+    """A number whose read steps the optimizer finds a free plan and does not wait."""
     parameters = with_gradients()
     optimizer = Adam(parameters, lr=0.01)
 
@@ -184,7 +184,7 @@ def test_a_step_may_take_another_step() -> None:
 
 
 def test_groups_may_grow_while_a_step_reads_them() -> None:
-    """A parameter whose hash adds groups to the optimizer, as another thread may, does not lead beyond the list."""
+    """A parameter whose hash adds groups, as another thread may, causes no read beyond the list."""
 
     class Growing(torch.nn.Parameter):
         def __hash__(self) -> int:

@@ -10,16 +10,16 @@ import struct
 import torch
 
 from lightkit.parameter_server import rendezvous
-from lightkit.parameter_server.protocol import PUSH_FACTS, Request
+from lightkit.parameter_server.protocol import PUSH_FLAGS, Request
 from lightkit.parameter_server.rendezvous import connect
-from lightkit.parameter_server.transport import Frame, TransportError
+from lightkit.parameter_server.transport import FrameKind, TransportError
 
 # What other programs say first.
 GREETINGS = {
     "http": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
     "tls": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
     "ssh": b"SSH-2.0-OpenSSH_9.6\r\n",
-    "store": b"\x00" + struct.pack("<I", 0x3C85F7CE) + b"\x0b" + struct.pack("<Q", 14) + b"lightkit/door/",
+    "store": b"\x00" + struct.pack("<I", 0x3C85F7CE) + b"\x0b" + struct.pack("<Q", 14) + b"lightkit/port/",
     "zeros": b"\0" * 100_000,
     "pickle": b"\x80\x04c__builtin__\nexit\n(tR.",
 }
@@ -31,9 +31,9 @@ def stranger(address: str) -> socket.socket:
     return socket.create_connection((host, int(port)), timeout=5)
 
 
-def greeting_of(connected: socket.socket) -> bytes:
+def challenge_of(connected: socket.socket) -> bytes:
     """Returns what the server says first."""
-    return connected.recv(rendezvous._GREETING.size, socket.MSG_WAITALL)
+    return connected.recv(rendezvous._CHALLENGE.size, socket.MSG_WAITALL)
 
 
 def says(text: bytes):
@@ -59,30 +59,30 @@ def resets(address: str, rng: random.Random) -> None:
     connected.close()
 
 
-def half_a_hello(address: str, rng: random.Random) -> None:
+def half_a_response(address: str, rng: random.Random) -> None:
     with stranger(address) as connected:
-        greeting_of(connected)
-        connected.sendall(rng.randbytes(rng.randrange(rendezvous._HELLO.size)))
+        challenge_of(connected)
+        connected.sendall(rng.randbytes(rng.randrange(rendezvous._RESPONSE.size)))
 
 
 def guesses(address: str, rng: random.Random) -> None:
     with stranger(address) as connected:
-        greeting_of(connected)
-        connected.sendall(rng.randbytes(rendezvous._HELLO.size))
-        verdict, proof = rendezvous._ANSWER.unpack(connected.recv(rendezvous._ANSWER.size, socket.MSG_WAITALL))
-        assert verdict == rendezvous._OTHER_SECRET and proof == bytes(32)
+        challenge_of(connected)
+        connected.sendall(rng.randbytes(rendezvous._RESPONSE.size))
+        verdict, proof = rendezvous._VERDICT.unpack(connected.recv(rendezvous._VERDICT.size, socket.MSG_WAITALL))
+        assert verdict == rendezvous._WRONG_SECRET and proof == bytes(32)
         _until_closed(connected)
 
 
 def does_not_wait(address: str, rng: random.Random) -> None:
     """Sends a hello and frames at once, with no proof."""
     with stranger(address) as connected, contextlib.suppress(OSError):
-        connected.sendall(rng.randbytes(rendezvous._HELLO.size) + rng.randbytes(rng.randrange(5000)))
+        connected.sendall(rng.randbytes(rendezvous._RESPONSE.size) + rng.randbytes(rng.randrange(5000)))
         _until_closed(connected)
 
 
 STRANGERS = {f"says {name}": says(text) for name, text in GREETINGS.items()}
-STRANGERS |= {f.__name__: f for f in (goes_away, resets, half_a_hello, guesses, does_not_wait)}
+STRANGERS |= {f.__name__: f for f in (goes_away, resets, half_a_response, guesses, does_not_wait)}
 
 
 # Seconds that a stranger waits for the server to end the connection.
@@ -99,18 +99,18 @@ def _until_closed(connected: socket.socket) -> None:
 class Joined:
     """A worker that has joined, and says what it wants from then on."""
 
-    def __init__(self, address, secret, who, silence=5.0):
-        self.connection = connect(address, secret, who, 5.0, silence)
+    def __init__(self, address, secret, who, timeout=5.0):
+        self.connection = connect(address, secret, who, 5.0, timeout)
         self.connection.receive_header()
         self.answer = self.connection.receive_message(1 << 20)
-        (table,) = who["job"]["tables"]
-        self.count = sum(torch.Size(p["shape"]).numel() for p in table["parameters"])
-        numbers = sum(map(len, table["numbers"]))
-        self.facts = torch.zeros(PUSH_FACTS + numbers + len(table["parameters"]), dtype=torch.float64)
+        (optimizer,) = who["job"]["tables"]
+        self.count = sum(torch.Size(p["shape"]).numel() for p in optimizer["parameters"])
+        hyperparameters = sum(map(len, optimizer["numbers"]))
+        self.metadata = torch.zeros(PUSH_FLAGS + hyperparameters + len(optimizer["parameters"]), dtype=torch.float64)
 
-    def push(self, number=1, version=0, table=0, count=None):
-        self.connection.send_header(Request.PUSH, table, number, version)
-        self.connection.send(self.facts, torch.zeros(self.count if count is None else count))
+    def push(self, push_seq=1, version=0, optimizer_index=0, count=None):
+        self.connection.send_header(Request.PUSH, optimizer_index, push_seq, version)
+        self.connection.send(self.metadata, torch.zeros(self.count if count is None else count))
 
     def frame(self, kind, length, content=b"", signed=True):
         """Sends a frame that says another length than it has."""
@@ -138,8 +138,8 @@ def small_push(peer, rng):
     peer.push(count=rng.randrange(1, peer.count))
 
 
-def large_facts(peer, rng):
-    peer.facts = torch.zeros(1_000_000, dtype=torch.float64)
+def large_metadata(peer, rng):
+    peer.metadata = torch.zeros(1_000_000, dtype=torch.float64)
     peer.push()
 
 
@@ -150,25 +150,27 @@ def push_of_another_kind(peer, rng):
 
 def half_a_push(peer, rng):
     peer.connection.send_header(Request.PUSH, 0, 1, 0)
-    peer.connection.send(peer.facts)
-    peer.frame(Frame.TENSOR, 4 * peer.count, bytes(rng.randrange(4 * peer.count)))
+    peer.connection.send(peer.metadata)
+    peer.frame(FrameKind.TENSOR, 4 * peer.count, bytes(rng.randrange(4 * peer.count)))
 
 
 def huge_frame(peer, rng):
-    peer.frame(rng.choice([Frame.HEADER, Frame.MESSAGE, Frame.TENSOR]), rng.choice([1 << 30, 1 << 62, 2**64 - 1]))
+    peer.frame(
+        rng.choice([FrameKind.HEADER, FrameKind.MESSAGE, FrameKind.TENSOR]), rng.choice([1 << 30, 1 << 62, 2**64 - 1])
+    )
 
 
 def huge_tensor(peer, rng):
     peer.connection.send_header(Request.PUSH, 0, 1, 0)
-    peer.frame(Frame.TENSOR, 1 << 40)
+    peer.frame(FrameKind.TENSOR, 1 << 40)
 
 
 def empty_frames(peer, rng):
-    peer.frame(rng.choice([Frame.HEADER, Frame.MESSAGE, Frame.TENSOR]), 0)
+    peer.frame(rng.choice([FrameKind.HEADER, FrameKind.MESSAGE, FrameKind.TENSOR]), 0)
 
 
 def heartbeat_with_content(peer, rng):
-    peer.frame(Frame.HEARTBEAT, 100, bytes(100))
+    peer.frame(FrameKind.HEARTBEAT, 100, bytes(100))
 
 
 def unknown_frame(peer, rng):
@@ -176,7 +178,7 @@ def unknown_frame(peer, rng):
 
 
 def unsigned_frame(peer, rng):
-    peer.frame(rng.choice([Frame.HEARTBEAT, Frame.HEADER, Frame.TENSOR]), 32, bytes(32), signed=False)
+    peer.frame(rng.choice([FrameKind.HEARTBEAT, FrameKind.HEADER, FrameKind.TENSOR]), 32, bytes(32), signed=False)
 
 
 def repeated_frame(peer, rng):
@@ -194,7 +196,7 @@ def unknown_request(peer, rng):
     peer.connection.send_header(rng.choice([0, 7, 99, -1, -(2**63), 2**63 - 1]))
 
 
-def unknown_table(peer, rng):
+def unknown_optimizer(peer, rng):
     peer.connection.send_header(rng.choice([Request.PUSH, Request.PULL]), rng.choice([-1, 1, 10**6, -(2**63)]), 1, 0)
 
 
@@ -206,7 +208,7 @@ def begins_again(peer, rng):
 def begins_with_too_much(peer, rng):
     peer.connection.send_header(Request.BEGIN)
     text = b'[{"__tensor__": 0}, [["float32", [1000000, 1000000]]]]'
-    peer.frame(Frame.MESSAGE, len(text), text)
+    peer.frame(FrameKind.MESSAGE, len(text), text)
 
 
 def message_that_is_none(peer, rng):
@@ -226,7 +228,7 @@ def message_that_is_none(peer, rng):
             b"1" * 5000,
         ]
     )
-    peer.frame(Frame.MESSAGE, len(text), text)
+    peer.frame(FrameKind.MESSAGE, len(text), text)
 
 
 def request_before_the_answer(peer, rng):
@@ -253,7 +255,7 @@ WORKERS = {
     for f in (
         large_push,
         small_push,
-        large_facts,
+        large_metadata,
         push_of_another_kind,
         half_a_push,
         huge_frame,
@@ -265,7 +267,7 @@ WORKERS = {
         repeated_frame,
         rubbish,
         unknown_request,
-        unknown_table,
+        unknown_optimizer,
         begins_again,
         begins_with_too_much,
         message_that_is_none,
@@ -277,7 +279,7 @@ WORKERS = {
 }
 
 
-def hellos(who):
+def join_requests(who):
     """Returns what a worker may say of itself that is not so, by what is wrong with it."""
     job = who["job"]
     (table,) = job["tables"]

@@ -189,7 +189,7 @@ def test_damage_of_the_last_update(whole, tmp_path):
 def test_a_log_that_is_gone(whole, tmp_path):
     """Nobody takes the snapshot alone for all there was, unless told to."""
     copy_of(whole[0], tmp_path / "server").unlink()
-    with pytest.raises(CheckpointError, match=r"log-0\.bin is not there.*--recover-until-damage"):
+    with pytest.raises(CheckpointError, match=r"log-0\.bin is missing.*--recover-until-damage"):
         replayed(tmp_path / "server")
     assert replayed(tmp_path / "server", recover_until_damage=True) == []
 
@@ -270,7 +270,7 @@ def test_a_snapshot_of_something_else(tmp_path, state):
     """Whole, and no state of a server: one error, whatever it is."""
     with opened(tmp_path / "server") as log:
         log.snapshot(state)
-    with pytest.raises(CheckpointError, match="cannot be taken up") as caught:
+    with pytest.raises(CheckpointError, match="cannot recover from the snapshot") as caught:
         Server(directory=tmp_path / "server")
     assert "\n" not in str(caught.value)
 
@@ -296,7 +296,7 @@ def test_a_server_comes_back_from_a_log_that_ends_in_zeros(trained, tmp_path):
         stream.write(bytes(5000))
     server = Server(directory=tmp_path / "server")
     server.listener.close()
-    assert server._versions == [6] and torch.equal(server._shards[0].flats[0], weights)
+    assert server.status().versions == (6,) and torch.equal(server._training.state.shards[0].flats[0], weights)
 
 
 def test_a_server_stops_at_damage(trained, tmp_path):
@@ -316,5 +316,24 @@ def test_a_server_stops_at_damage(trained, tmp_path):
         Server(directory=path.parent)
     server = Server(directory=path.parent, recover_until_damage=True)
     server.listener.close()
-    assert server._versions[0] in (2, 3)
+    assert server.status().versions[0] in (2, 3)
     assert len(list(path.parent.glob("damaged-log-*.bin"))) == 1
+
+
+def test_keys_of_the_files(trained, tmp_path):
+    """Snapshots and logs keep their keys from release to release: a new server recovers from old files."""
+    copy_of(trained[0], tmp_path / "server")
+    with opened(tmp_path / "server") as log:
+        state = log.load()
+        (update, *_) = [update for update, _ in log.replay()]
+    assert state.keys() == {"job", "options", "shards", "versions", "workers"}
+    settings = {"workers", "mode", "staleness", "compression", "fraction", "snapshot_every"}
+    assert state["job"].keys() == {"tables", *settings}
+    (optimizer,) = state["job"]["tables"]
+    assert optimizer.keys() == {"optimizer", "parameters", "numbers"}
+    assert optimizer["parameters"][0] == {"name": "0.weight", "shape": [8, 5], "dtype": "float32", "group": 0}
+    assert optimizer["numbers"] == [[[name, -1] for name in ("dampening", "lr", "momentum", "weight_decay")]]
+    assert state["shards"][0].keys() == {"flats", "state", "seeds"}
+    assert state["workers"]["0"].keys() == {"incarnation", "pushes", "ahead", "finished", "left"}
+    assert update.keys() == {"table", "skip", "numbers", "present", "pushes"}
+    assert update["pushes"]["0"] == [state["workers"]["0"]["incarnation"], 1, [0]]

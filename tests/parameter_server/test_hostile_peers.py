@@ -13,9 +13,8 @@ import pytest
 import torch
 
 from lightkit.errors import ConfigError, LightkitError
-from lightkit.parameter_server import Client
-from lightkit.parameter_server.job import options_of
-from lightkit.parameter_server.protocol import Answer, Request
+from lightkit.parameter_server import Client, group_options
+from lightkit.parameter_server.protocol import Reply, Request
 from lightkit.parameter_server.rendezvous import Listener
 from lightkit.parameter_server.transport import TransportError
 
@@ -26,10 +25,10 @@ from workers import (
     ServerProcess,
     Serving,
     Training,
-    job_of,
     network,
     reference,
     sgd,
+    spec_of,
     stop_serving,
     together,
 )
@@ -44,8 +43,8 @@ def servers_end():
 def description(rank=1, **settings):
     """What a worker of the tests says of itself."""
     model = network()
-    job = job_of(model, sgd(model.parameters()), **settings)
-    return {"rank": rank, "incarnation": secrets.token_hex(8), "timeout": 5.0, "job": job.to_json()}
+    spec = spec_of(model, sgd(model.parameters()), **settings)
+    return {"rank": rank, "incarnation": secrets.token_hex(8), "timeout": 5.0, "job": spec.to_json()}
 
 
 def until(condition, seconds=10.0):
@@ -63,8 +62,7 @@ def test_a_push_of_another_size(numbers):
         honest = Training([server.address], 0, workers=2, mode="async")
         honest.step(0)
         bad = Training([server.address], 1, workers=2, mode="async", patience=1.0)
-        place = bad.client._channels[0].places[0]
-        place.wire = [torch.zeros(numbers)]
+        bad.client._sessions[0].buffers[0].payload = [torch.zeros(numbers)]
         with pytest.raises(ConfigError, match=rf"a tensor of {4 * numbers} bytes came where one of 300 was expected"):
             together(lambda: bad.client.push(0, bad.gradients(0), bad.optimizer.param_groups).result(), timeout=10)
         bad.client.abandon()
@@ -90,16 +88,16 @@ def test_a_worker_that_does_not_do_what_it_should(what, seed):
     for step in range(1, 12):
         honest.step(step)
     # It sends no signs of life: what has not been sent away ends by that.
-    until(lambda: server._links.keys() == {0})
+    until(lambda: server.status().connected == {0})
     peer.connection.close()
-    until(lambda: server._sessions == 1)
+    until(lambda: server.status().sessions == 1)
     weights, _ = honest.end()
     assert torch.equal(weights, reference()[0])
     serving.threads[0].join(10)
-    assert not serving.threads[0].is_alive() and server._versions == [12]
+    assert not serving.threads[0].is_alive() and server.status().versions == (12,)
 
 
-@pytest.mark.parametrize("what", ["large_push", "unknown_request", "unknown_table", "begins_again", "huge_tensor"])
+@pytest.mark.parametrize("what", ["large_push", "unknown_request", "unknown_optimizer", "begins_again", "huge_tensor"])
 def test_it_is_told_why(what):
     """A worker that is sent away hears what was wrong, where it reads."""
     serving = Serving(1)
@@ -111,7 +109,7 @@ def test_it_is_told_why(what):
     else:
         hostile.WORKERS[what](peer, random.Random(0))
     answer = peer.hear()
-    assert answer is None or answer[0] == Answer.REFUSED
+    assert answer is None or answer[0] == Reply.REFUSED
     honest.end()
 
 
@@ -120,14 +118,14 @@ def test_hellos_that_are_none():
     serving = Serving(1)
     (server,) = serving.servers
     honest = Training(serving.addresses, 0, workers=2, mode="async")
-    for name, who in hostile.hellos(description(workers=2, mode="async")).items():
+    for name, who in hostile.join_requests(description(workers=2, mode="async")).items():
         started = time.monotonic()
         with pytest.raises((TransportError, KeyError, AssertionError)):
             connection = hostile.connect(serving.addresses[0], SECRET, who, 5.0, 5.0)
-            assert connection.receive_header()[0] == Answer.OK, name
+            assert connection.receive_header()[0] == Reply.OK, name
         assert time.monotonic() - started < 5, name
-    until(lambda: server._links.keys() == {0})
-    assert server._workers.keys() == {0}
+    until(lambda: server.status().connected == {0})
+    assert server.status().workers.keys() == {0}
     together(lambda: honest.step(0))
     second = Training(serving.addresses, 1, workers=2, mode="async")
     together(lambda: second.step(1))
@@ -160,15 +158,15 @@ def test_a_job_that_cannot_begin(change, tmp_path):
     model = network()
     start = {
         "job": good["job"],
-        "options": [options_of(sgd(model.parameters()))],
+        "options": [group_options(sgd(model.parameters()))],
         "values": [[p.detach() for p in model.parameters()]],
         "state": [[]],
     }
     peer.connection.send_header(Request.BEGIN)
     peer.connection.send_message({**start, **change})
     answer = peer.hear()
-    assert answer is None or answer[0] == Answer.REFUSED
-    until(lambda: not serving.servers[0]._links)
+    assert answer is None or answer[0] == Reply.REFUSED
+    until(lambda: not serving.servers[0].status().connected)
     training = Training(serving.addresses, 0)
     assert training.begun
     training.step(0)
@@ -185,9 +183,9 @@ def test_pushes_again_and_of_any_number():
         peer.push(number)
         peer.connection.receive_header()
         peer.connection.receive(torch.zeros(peer.count))
-    assert server._versions == [1]
+    assert server.status().versions == (1,)
     peer.push(2**63 - 1)
-    until(lambda: server._versions == [2])
+    until(lambda: server.status().versions == (2,))
     together(lambda: [honest.step(step) for step in range(3)])
     honest.end()
 
@@ -199,10 +197,10 @@ def test_who_leaves_in_the_middle_does_not_end_the_job(tmp_path):
     honest.step(0)
     peer = hostile.Joined(serving.addresses[0], SECRET, description(workers=1, mode="async"))
     peer.connection.send_header(Request.LEAVE)
-    until(lambda: serving.servers[0]._links.keys() == {0})
+    until(lambda: serving.servers[0].status().connected == {0})
     # Its network breaks for a moment.
-    honest.client._channels[0]._connection.close()
-    until(lambda: not serving.servers[0]._links)
+    honest.client._sessions[0]._connection.close()
+    until(lambda: not serving.servers[0].status().connected)
     time.sleep(0.5)
     assert serving.threads[0].is_alive() and list((tmp_path / "server").glob("snapshot-*"))
     honest.step(1)
@@ -217,13 +215,13 @@ def test_a_push_of_a_worker_that_has_finished():
     training.client.finish()
     with pytest.raises(LightkitError, match="pushes no more"):
         training.step(1)
-    assert serving.servers[0]._versions == [1]
+    assert serving.servers[0].status().versions == (1,)
     training.client.abandon()
 
 
 def test_a_trickle_is_no_push(monkeypatch):
     """A byte now and then is not a sign of life for ever: the others of a sync step go on without it."""
-    monkeypatch.setattr("lightkit.parameter_server.transport._SLOWEST", 1 << 40)
+    monkeypatch.setattr("lightkit.parameter_server.transport._MIN_BYTES_PER_SECOND", 1 << 40)
     serving = Serving(1, timeout=1.0)
     honest = Training(serving.addresses, 0, workers=2, timeout=1.0)
     peer = hostile.Joined(serving.addresses[0], SECRET, description(workers=2))
@@ -232,7 +230,7 @@ def test_a_trickle_is_no_push(monkeypatch):
 
     def trickle():
         try:
-            peer.frame(hostile.Frame.TENSOR, peer.facts.nbytes)
+            peer.frame(hostile.FrameKind.TENSOR, peer.metadata.nbytes)
             while not over.wait(0.2):
                 peer.connection._socket.sendall(b"\0")
         except OSError:
@@ -251,13 +249,13 @@ def test_waits_are_said_also_where_much_changes():
     serving = Serving(1, timeout=1.0)
     busy = Training(serving.addresses, 0, workers=2, mode="async", timeout=1.0)
     waits = Training(serving.addresses, 1, workers=2, mode="async", timeout=1.0)
-    before = waits.client._channels[0]._connection
+    before = waits.client._sessions[0]._connection
     waiting = threading.Thread(target=waits.client.finish, daemon=True)
     waiting.start()
     end = time.monotonic() + 2.5
     while time.monotonic() < end:
         busy.step(0)
-    assert waits.client._channels[0]._connection is before
+    assert waits.client._sessions[0]._connection is before
     busy.client.finish()
     waiting.join(10)
     waits.client.leave()
@@ -274,29 +272,31 @@ def test_a_failed_step_is_not_in_the_log(tmp_path, monkeypatch):
     training.step(0)
     real = Shard.step
 
-    def fails(shard, gradients, present, numbers):
-        if numbers[0] == 0.125:
+    def fails(shard, gradients, present, hyperparameters):
+        if hyperparameters[0] == 0.125:
             raise ZeroDivisionError("float division by zero")
-        real(shard, gradients, present, numbers)
+        real(shard, gradients, present, hyperparameters)
 
     monkeypatch.setattr(Shard, "step", fails)
     peer = hostile.Joined(serving.addresses[0], SECRET, description(mode="async"))
-    peer.facts[3] = 0.125
-    peer.facts[-4:] = 1
+    peer.metadata[3] = 0.125
+    peer.metadata[-4:] = 1
     peer.push()
-    assert peer.hear()[0] == Answer.REFUSED
+    assert peer.hear()[0] == Reply.REFUSED
     training.step(1)
     serving.stop()
     again = Server(secret=SECRET, directory=tmp_path / "server")
-    assert again._versions == [2]
-    assert torch.equal(again._shards[0].flats[0], torch.cat([p.detach().flatten() for p in training.parameters]))
+    assert again.status().versions == (2,)
+    assert torch.equal(
+        again._training.state.shards[0].flats[0], torch.cat([p.detach().flatten() for p in training.parameters])
+    )
     again.listener.close()
     training.client.abandon()
 
 
 def test_no_more_connections_than_it_can_have(monkeypatch):
     """One more is sent away, also of those that have the secret, and a place is free again when one goes."""
-    monkeypatch.setattr("lightkit.parameter_server.server._MOST_SESSIONS", 3)
+    monkeypatch.setattr("lightkit.parameter_server.server._MAX_SESSIONS", 3)
     serving = Serving(1)
     honest = Training(serving.addresses, 0, workers=1, mode="async")
     who = description(workers=1, mode="async")
@@ -305,7 +305,7 @@ def test_no_more_connections_than_it_can_have(monkeypatch):
         hostile.Joined(serving.addresses[0], SECRET, {**who, "rank": 3})
     honest.step(0)
     peers[0].connection.close()
-    until(lambda: serving.servers[0]._sessions == 2)
+    until(lambda: serving.servers[0].status().sessions == 2)
     third = hostile.Joined(serving.addresses[0], SECRET, {**who, "rank": 3})
     for peer in (third, peers[1]):
         peer.connection.close()
@@ -342,9 +342,9 @@ class Impostor:
         self.thread.join(5)
 
 
-def joined(connection, **facts):
-    connection.send_header(Answer.OK)
-    connection.send_message({"begun": True, "pushes": [0], "timeout": 1.0, **facts})
+def joined(connection, **fields):
+    connection.send_header(Reply.OK)
+    connection.send_message({"begun": True, "pushes": [0], "timeout": 1.0, **fields})
 
 
 def answers(*send):
@@ -361,15 +361,15 @@ IMPOSTORS = {
     "closes": lambda connection: connection.close(),
     "says nothing": lambda connection: None,
     "unknown answer": lambda connection: connection.send_header(77),
-    "refuses without a reason": lambda connection: (connection.send_header(Answer.REFUSED), connection.send_message(7)),
-    "refuses with rubbish": lambda connection: (connection.send_header(Answer.REFUSED), connection.send_header(1)),
-    "joined a list": lambda connection: (connection.send_header(Answer.OK), connection.send_message([1])),
+    "refuses without a reason": lambda connection: (connection.send_header(Reply.REFUSED), connection.send_message(7)),
+    "refuses with rubbish": lambda connection: (connection.send_header(Reply.REFUSED), connection.send_header(1)),
+    "joined a list": lambda connection: (connection.send_header(Reply.OK), connection.send_message([1])),
     "joined timeout": lambda connection: joined(connection, timeout="x"),
     "joined timeout NaN": lambda connection: joined(connection, timeout=float("nan")),
-    "large reply": answers(lambda c: c.send_header(Answer.OK, 1), lambda c: c.send(torch.zeros(5_000_000))),
-    "small reply": answers(lambda c: c.send_header(Answer.OK, 1), lambda c: c.send(torch.zeros(3))),
-    "no reply": answers(lambda c: c.send_header(Answer.OK, 1)),
-    "norm of a pull": answers(lambda c: c.send_header(Answer.NORM)),
+    "large reply": answers(lambda c: c.send_header(Reply.OK, 1), lambda c: c.send(torch.zeros(5_000_000))),
+    "small reply": answers(lambda c: c.send_header(Reply.OK, 1), lambda c: c.send(torch.zeros(3))),
+    "no reply": answers(lambda c: c.send_header(Reply.OK, 1)),
+    "norm of a pull": answers(lambda c: c.send_header(Reply.NORM)),
     "message": answers(lambda c: c.send_message({"x": 1})),
     "rubbish": answers(lambda c: c._socket.sendall(bytes(range(256)) * 10)),
 }
@@ -378,16 +378,16 @@ IMPOSTORS = {
 @pytest.mark.parametrize("what", sorted(IMPOSTORS))
 def test_a_server_that_does_not_do_what_it_should(what, monkeypatch):
     """A worker ends with one error, in the time that it has patience for."""
-    monkeypatch.setattr("lightkit.parameter_server.channel._MOST_ATTEMPTS", 3)
+    monkeypatch.setattr("lightkit.parameter_server.server_session._MAX_ATTEMPTS", 3)
     impostor = Impostor(IMPOSTORS[what])
     clients = []
 
     def work():
         model = network()
         optimizer = sgd(model.parameters())
-        client = Client([impostor.address], SECRET, 0, job_of(model, optimizer), timeout=0.5, patience=1.0)
+        client = Client([impostor.address], SECRET, 0, spec_of(model, optimizer), timeout=0.5, patience=1.0)
         clients.append(client)
-        client.start([options_of(optimizer)], [[p.detach() for p in model.parameters()]])
+        client.start([group_options(optimizer)], [[p.detach() for p in model.parameters()]])
         client.pull(0)
 
     try:
@@ -415,18 +415,18 @@ STATES = {
 @pytest.mark.parametrize("what", sorted(STATES))
 def test_a_state_that_is_none(what, monkeypatch):
     """What goes into a checkpoint is what the job has."""
-    monkeypatch.setattr("lightkit.parameter_server.channel._MOST_ATTEMPTS", 2)
+    monkeypatch.setattr("lightkit.parameter_server.server_session._MAX_ATTEMPTS", 2)
 
     def act(connection):
         joined(connection)
         connection.receive_header()
-        connection.send_header(Answer.OK)
+        connection.send_header(Reply.OK)
         connection.send_message(STATES[what])
 
     impostor = Impostor(act)
     model = network()
     optimizer = sgd(model.parameters())
-    client = Client([impostor.address], SECRET, 0, job_of(model, optimizer), timeout=1.0, patience=1.0)
+    client = Client([impostor.address], SECRET, 0, spec_of(model, optimizer), timeout=1.0, patience=1.0)
     try:
         with pytest.raises(LightkitError, match=r"broke 2 connections in a row"):
             client.state()
@@ -445,7 +445,7 @@ def test_an_old_connection_is_not_taken_for_the_new_one():
     with pytest.raises(TransportError):
         first.connection.receive_header()
     second.push()
-    assert second.connection.receive_header()[0] == Answer.OK
+    assert second.connection.receive_header()[0] == Reply.OK
     second.connection.close()
     with pytest.raises(ConfigError, match="refuses"):
         Training(serving.addresses, 0, workers=2, mode="async", patience=1.0)

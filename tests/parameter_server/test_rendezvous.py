@@ -19,6 +19,7 @@ from torch.distributed import TCPStore
 from lightkit.errors import ConfigError
 from lightkit.parameter_server import Server
 from lightkit.parameter_server import rendezvous as module
+from lightkit.parameter_server.durable_state import DurableState
 from lightkit.parameter_server.rendezvous import Handshake, Listener, connect
 from lightkit.parameter_server.transport import ProtocolError, TransportError
 
@@ -34,9 +35,9 @@ def servers_end():
 
 
 @contextlib.contextmanager
-def listening(secret="the secret", silence=5.0):
+def listening(secret="the secret", timeout=5.0):
     """Yields the address of a listener that a thread serves, and what has been accepted."""
-    listener, accepted, over = Listener("127.0.0.1", 0, secret, silence), [], threading.Event()
+    listener, accepted, over = Listener("127.0.0.1", 0, secret, timeout), [], threading.Event()
     listener.listen()
 
     def run():
@@ -78,7 +79,7 @@ def test_strangers(what, monkeypatch):
     (server,) = serving.servers
     training = Training(serving.addresses, 0)
     training.step(0)
-    monkeypatch.setattr(module, "HANDSHAKE", 0.2)
+    monkeypatch.setattr(module, "HANDSHAKE_TIMEOUT", 0.2)
     threads = threading.active_count()
     for seed in range(5):
         hostile.STRANGERS[what](serving.addresses[0], random.Random(seed))
@@ -86,10 +87,10 @@ def test_strangers(what, monkeypatch):
     for step in range(1, 12):
         training.step(step)
     assert torch.equal(training.end()[0], reference()[0])
-    assert set(server._workers) == {0}
+    assert set(server.status().workers) == {0}
 
 
-@pytest.mark.parametrize("count", [module.MOST_REQUESTS, 3 * module.MOST_REQUESTS])
+@pytest.mark.parametrize("count", [module.MAX_CONNECT_REQUESTS, 3 * module.MAX_CONNECT_REQUESTS])
 def test_strangers_that_stay(count):
     """However many connections wait without a word, they have no thread, and a worker comes in between them."""
     serving = Serving(1)
@@ -99,7 +100,7 @@ def test_strangers_that_stay(count):
         for _ in range(count):
             stack.enter_context(hostile.stranger(serving.addresses[0]))
         end = time.monotonic() + 10
-        while len(listener._requests) < module.MOST_REQUESTS:
+        while len(listener._requests) < module.MAX_CONNECT_REQUESTS:
             assert time.monotonic() < end
             time.sleep(0.01)
         assert threading.active_count() == threads
@@ -108,7 +109,7 @@ def test_strangers_that_stay(count):
         training.step(0)
         # It does not wait for those before it to be given up.
         assert time.monotonic() - started < 8
-        assert len(listener._requests) <= module.MOST_REQUESTS
+        assert len(listener._requests) <= module.MAX_CONNECT_REQUESTS
     training.end()
 
 
@@ -116,10 +117,12 @@ def test_the_busiest_address_makes_room():
     """Where there are too many, those of the address that has most of them go first."""
     with listening() as (listener, _, _):
         patient = socket.create_connection(("127.0.0.1", listener.port), source_address=("127.0.0.2", 0))
-        hostile.greeting_of(patient)
-        others = [socket.create_connection(("127.0.0.1", listener.port)) for _ in range(2 * module.MOST_REQUESTS)]
+        hostile.challenge_of(patient)
+        others = [
+            socket.create_connection(("127.0.0.1", listener.port)) for _ in range(2 * module.MAX_CONNECT_REQUESTS)
+        ]
         # The last one has been taken in.
-        assert hostile.greeting_of(others[-1]) and len(listener._requests) >= module.MOST_REQUESTS - 1
+        assert hostile.challenge_of(others[-1]) and len(listener._requests) >= module.MAX_CONNECT_REQUESTS - 1
         assert patient.getsockname() in [r.socket.getpeername() for r in list(listener._requests.values())]
         for connected in (patient, *others):
             connected.close()
@@ -127,16 +130,16 @@ def test_the_busiest_address_makes_room():
 
 def test_a_stranger_has_so_much_time(monkeypatch, caplog):
     """Whoever does not show in time that it knows the secret is sent away, also where it sends a byte now and then."""
-    monkeypatch.setattr(module, "HANDSHAKE", 0.5)
+    monkeypatch.setattr(module, "HANDSHAKE_TIMEOUT", 0.5)
     with listening() as (listener, address, _), hostile.stranger(address) as connected:
-        hostile.greeting_of(connected)
+        hostile.challenge_of(connected)
         started = time.monotonic()
         with pytest.raises(OSError):
             while time.monotonic() - started < 5:
                 connected.sendall(b"x")
                 time.sleep(0.05)
         assert time.monotonic() - started < 3 and not listener._requests
-    assert "did not show in 0.5 s that it knows the secret" in caplog.text
+    assert "did not prove within 0.5 s that it knows the secret" in caplog.text
 
 
 def test_what_is_logged_of_strangers_is_bounded(caplog):
@@ -155,33 +158,33 @@ def test_a_proof_cannot_be_used_again():
     """Neither one that was seen, nor the server's own sent back to it."""
     with listening() as (_, address, accepted):
         with hostile.stranger(address) as connected:
-            greeting = hostile.greeting_of(connected)
-            handshake = Handshake("the secret", greeting, bytes(32))
-            hello = module._HELLO.pack(bytes(32), handshake.proof("worker"))
+            challenge = hostile.challenge_of(connected)
+            handshake = Handshake("the secret", challenge, bytes(32))
+            hello = module._RESPONSE.pack(bytes(32), handshake.proof("worker"))
             connected.sendall(hello)
-            answer = connected.recv(module._ANSWER.size, socket.MSG_WAITALL)
-            assert module._ANSWER.unpack(answer) == (module._ACCEPTED, handshake.proof("server"))
+            answer = connected.recv(module._VERDICT.size, socket.MSG_WAITALL)
+            assert module._VERDICT.unpack(answer) == (module._ACCEPTED, handshake.proof("server"))
         for proof in (handshake.proof("worker"), handshake.proof("server"), b"", b"\xff" * 32):
             with hostile.stranger(address) as connected:
-                hostile.greeting_of(connected)
-                connected.sendall(module._HELLO.pack(bytes(32), proof))
-                answer = connected.recv(module._ANSWER.size, socket.MSG_WAITALL)
-                assert module._ANSWER.unpack(answer) == (module._OTHER_SECRET, bytes(32))
+                hostile.challenge_of(connected)
+                connected.sendall(module._RESPONSE.pack(bytes(32), proof))
+                answer = connected.recv(module._VERDICT.size, socket.MSG_WAITALL)
+                assert module._VERDICT.unpack(answer) == (module._WRONG_SECRET, bytes(32))
     assert len(accepted) == 1
 
 
 def test_who_passes_a_handshake_on_can_say_nothing(monkeypatch):
     """A stranger between a worker and a server that lets both show the secret has no key to sign with."""
-    with listening(silence=2.0) as (_, address, accepted):
+    with listening(timeout=2.0) as (_, address, accepted):
         between = socket.create_server(("127.0.0.1", 0))
 
         def pass_on():
             worker, _ = between.accept()
             with hostile.stranger(address) as server:
                 for one, other, count in (
-                    (server, worker, module._GREETING.size),
-                    (worker, server, module._HELLO.size),
-                    (server, worker, module._ANSWER.size),
+                    (server, worker, module._CHALLENGE.size),
+                    (worker, server, module._RESPONSE.size),
+                    (server, worker, module._VERDICT.size),
                 ):
                     other.sendall(one.recv(count, socket.MSG_WAITALL))
                 forged = b"\x00" + bytes(8) + bytes(16)
@@ -191,7 +194,7 @@ def test_who_passes_a_handshake_on_can_say_nothing(monkeypatch):
 
         together(pass_on, lambda: connect(f"127.0.0.1:{between.getsockname()[1]}", "the secret", {}, 5, 5))
         between.close()
-        with pytest.raises(ProtocolError, match="not signed by the other side"):
+        with pytest.raises(ProtocolError, match="not signed by the peer"):
             accepted[0].receive_header()
 
 
@@ -202,16 +205,16 @@ def test_nobody_comes_before_it_has_recovered(tmp_path, monkeypatch):
     training = Training(serving.addresses, 0)
     training.step(0)
     serving.stop()
-    recover, refused = Server._recover, []
+    recover, refused = DurableState.recover, []
 
-    def slowly(server, snapshot):
+    def slowly(state):
         with pytest.raises(ConnectionRefusedError):
             hostile.stranger(f"127.0.0.1:{port}")
         refused.append(True)
         time.sleep(0.5)
-        recover(server, snapshot)
+        return recover(state)
 
-    monkeypatch.setattr(Server, "_recover", slowly)
+    monkeypatch.setattr(DurableState, "recover", slowly)
 
     def come_back():
         server = Server(port=port, secret=SECRET, timeout=5.0, directory=tmp_path / "server")
@@ -236,9 +239,9 @@ def test_a_stranger_that_takes_every_proof():
         def lie():
             connected, _ = other.accept()
             with connected:
-                connected.sendall(module._GREETING.pack(module._MAGIC, module._version(), bytes(32)))
-                connected.recv(module._HELLO.size, socket.MSG_WAITALL)
-                connected.sendall(module._ANSWER.pack(module._ACCEPTED, b"guessed"))
+                connected.sendall(module._CHALLENGE.pack(module._MAGIC, module._version(), bytes(32)))
+                connected.recv(module._RESPONSE.size, socket.MSG_WAITALL)
+                connected.sendall(module._VERDICT.pack(module._ACCEPTED, b"guessed"))
 
         def work():
             with pytest.raises(ConfigError, match="does not know the secret"):
@@ -284,7 +287,7 @@ def test_another_program_that_answers(text):
 
 def test_another_program_at_the_port(monkeypatch):
     """Something that listens but is no parameter server does not make the worker wait for ever."""
-    monkeypatch.setattr(module, "HANDSHAKE", 1.0)
+    monkeypatch.setattr(module, "HANDSHAKE_TIMEOUT", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as other:
         started = time.monotonic()
         with pytest.raises(TransportError, match="does not answer as one"):

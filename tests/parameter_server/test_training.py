@@ -14,8 +14,8 @@ import torch.nn.functional as F
 
 import lightkit.optim
 from lightkit.errors import ConfigError, LightkitError
-from lightkit.parameter_server.client import Clipping
-from lightkit.parameter_server.job import write_numbers
+from lightkit.parameter_server import Clipping
+from lightkit.parameter_server.hyperparameters import HyperparameterPath, write_hyperparameters
 
 sys.path.insert(0, str(Path(__file__).parent))
 from workers import (
@@ -180,7 +180,7 @@ def test_options_come_with_the_push(make_optimizer, schedule):
 def test_whole_numbers_stay_whole(before, value, after):
     """An option that counts something is still a count on the server, where its value is one."""
     group = {"option": before}
-    write_numbers(group, [["option", 0 if isinstance(before, tuple) else -1]], [value])
+    write_hyperparameters(group, [HyperparameterPath("option", 0 if isinstance(before, tuple) else -1)], [value])
     assert repr(group["option"]) == repr(after)
 
 
@@ -332,8 +332,8 @@ def test_workers_come_and_go():
             steps_together.wait()
             training.step(step)
         # As when its process dies: the connections break.
-        for channel in training.client._channels:
-            channel._connection.close()
+        for session in training.client._sessions:
+            session._connection.close()
         training.client.abandon()
         left.set()
         time.sleep(0.5)
@@ -370,12 +370,11 @@ def test_who_takes_a_place_begins_to_count_anew():
         waits.wait(20)
         # Its third push is there, but not the other worker's, when it goes.
         training.client.push(0, training.gradients(2), training.optimizer.param_groups)
-        while 1 not in server._rounds[0].pushes:
+        while not server.status().workers[1].pending:
             time.sleep(0.01)
         training.client.abandon()
-        training.client._channels.clear()
-        with server._changed:
-            server._remove(1, server._links[1])
+        while 1 in server.status().connected:
+            time.sleep(0.01)
         again = Training(serving.addresses, 1, workers=2)
         goes_on.set()
         # The other one pushes first, and waits for this one.
@@ -385,7 +384,7 @@ def test_who_takes_a_place_begins_to_count_anew():
         return again.end()
 
     (weights, _), _ = together(stays, comes_and_goes)
-    assert server._workers[1].pushes == [3] and server._versions == [5]
+    assert server.status().workers[1].pushes == (3,) and server.status().versions == (5,)
     # Both have been part of every step.
     torch.testing.assert_close(weights, reference(steps=5)[0], rtol=0, atol=1e-6)
 
@@ -551,7 +550,7 @@ def test_refusals():
         Training(serving.addresses, 1, make_optimizer=adam, workers=2)
     with pytest.raises(ConfigError, match="mode is async at this worker and sync at the others"):
         Training(serving.addresses, 1, workers=2, mode="async")
-    with pytest.raises(ConfigError, match="other options of its optimizer are numbers"):
+    with pytest.raises(ConfigError, match="other options that are numbers"):
         Training(serving.addresses, 1, make_optimizer=other_numbers, workers=2)
     with pytest.raises(ConfigError, match="there is a worker 0 already"):
         Training(serving.addresses, 0, workers=2)

@@ -21,9 +21,9 @@ GRADIENT = [torch.arange(1000.0)]
 
 
 def updates(directory):
-    journal = WriteAheadLog(directory)
-    journal.load()
-    return [update["number"] for update, _ in journal.replay()]
+    log = WriteAheadLog(directory)
+    log.load()
+    return [update["number"] for update, _ in log.replay()]
 
 
 def test_one_server_a_directory(tmp_path):
@@ -37,19 +37,19 @@ def test_one_server_a_directory(tmp_path):
 
 def test_for_this_user_alone(tmp_path):
     """Parameters are nobody else's to read."""
-    journal = WriteAheadLog(tmp_path / "place")
-    journal.snapshot({})
+    log = WriteAheadLog(tmp_path / "place")
+    log.snapshot({})
     assert (tmp_path / "place").stat().st_mode & 0o077 == 0
 
 
 def test_what_an_end_in_the_middle_leaves(tmp_path):
     """Between a new snapshot and the removal of the old one: it does not come back, in this job or the next."""
-    journal = WriteAheadLog(tmp_path)
-    journal.snapshot({"number": 0})
-    journal.append({"number": 1}, GRADIENT)
+    log = WriteAheadLog(tmp_path)
+    log.snapshot({"number": 0})
+    log.append({"number": 1}, GRADIENT)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    journal.snapshot({"number": 2})
-    journal._lock.close()
+    log.snapshot({"number": 2})
+    log._lock.close()
     for name, content in before.items():
         (tmp_path / name).write_bytes(content)
     (tmp_path / ".snapshot-8.bin.abcd").write_bytes(b"half")
@@ -83,22 +83,21 @@ class Full:
 @pytest.mark.parametrize("room", [0, 10, 50, 2000])
 def test_a_full_disk(tmp_path, room):
     """An update that did not fit is an error, and hides none of those that come after it."""
-    journal = WriteAheadLog(tmp_path)
-    journal.snapshot({})
-    journal.append({"number": 1}, GRADIENT)
-    log = journal._log
-    journal._log = Full(log, room)
+    log = WriteAheadLog(tmp_path)
+    log.snapshot({})
+    log.append({"number": 1}, GRADIENT)
+    log._log = Full(log._log, room)
     with pytest.raises(OSError, match="No space left"):
-        journal.append({"number": 2}, GRADIENT)
-    journal.append({"number": 3}, GRADIENT)
-    journal._lock.close()
+        log.append({"number": 2}, GRADIENT)
+    log.append({"number": 3}, GRADIENT)
+    log._lock.close()
     assert updates(tmp_path) == [1, 3]
 
 
 def test_a_snapshot_that_does_not_fit(tmp_path, monkeypatch):
     """The one before it is still the one to come back from, with its log."""
-    journal = WriteAheadLog(tmp_path)
-    journal.snapshot({"number": 0})
+    log = WriteAheadLog(tmp_path)
+    log.snapshot({"number": 0})
 
     def full(*unused):
         raise OSError(28, "No space left on device")
@@ -106,9 +105,9 @@ def test_a_snapshot_that_does_not_fit(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(module, "write_atomically", full)
         with pytest.raises(OSError, match="No space left"):
-            journal.snapshot({"number": 1})
-    journal.append({"number": 2}, GRADIENT)
-    journal._lock.close()
+            log.snapshot({"number": 1})
+    log.append({"number": 2}, GRADIENT)
+    log._lock.close()
     again = WriteAheadLog(tmp_path)
     assert again.load() == {"number": 0}
     assert [update for update, _ in again.replay()] == [{"number": 2}]
@@ -116,7 +115,7 @@ def test_a_snapshot_that_does_not_fit(tmp_path, monkeypatch):
 
 def test_the_log_does_not_fill_the_disk(tmp_path, monkeypatch):
     """Long before 1000 updates a snapshot takes its place, and a server comes back from there."""
-    monkeypatch.setattr(module, "_LOG_LEAST", 0)
+    monkeypatch.setattr(module, "_MIN_LOG_BYTES", 0)
     serving = Serving(directory=tmp_path / "server")
     try:
         training = Training(serving.addresses, 0, mode="async", snapshot_every=1000)
@@ -130,7 +129,8 @@ def test_the_log_does_not_fill_the_disk(tmp_path, monkeypatch):
         shutil.copytree(tmp_path / "server", tmp_path / "copy")
         recovered = Server(directory=tmp_path / "copy")
         flat = torch.cat([p.detach().flatten() for p in training.parameters])
-        assert torch.equal(recovered._shards[0].flats[0], flat) and recovered._versions == [150]
+        assert torch.equal(recovered._training.state.shards[0].flats[0], flat)
+        assert recovered.status().versions == (150,)
         training.end()
         serving.threads[0].join(20)
     finally:

@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightkit.parameter_server import Client, Job, Server, Table
-from lightkit.parameter_server.job import options_of
+from lightkit.parameter_server import Client, OptimizerSpec, Server, TrainingSpec, group_options
 
 SECRET = "a secret of the tests"
 STEPS, BATCH = 12, 12
@@ -40,9 +39,9 @@ def sgd(parameters):
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.01)
 
 
-def job_of(model, optimizer, **settings) -> Job:
+def spec_of(model, optimizer, **settings) -> TrainingSpec:
     names = {parameter: name for name, parameter in model.named_parameters()}
-    return Job([Table.of(optimizer, names)], **settings)
+    return TrainingSpec([OptimizerSpec.from_optimizer(optimizer, names)], **settings)
 
 
 class Training:
@@ -52,10 +51,10 @@ class Training:
         self.model = network()
         self.optimizer = make_optimizer(self.model.parameters())
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        job = job_of(self.model, self.optimizer, **settings)
-        self.rank, self.workers = rank, job.workers
-        self.client = Client(addresses, secret, rank, job, timeout, patience)
-        self.begun = self.client.start([options_of(self.optimizer)], [[p.detach() for p in self.parameters]])
+        spec = spec_of(self.model, self.optimizer, **settings)
+        self.rank, self.workers = rank, spec.workers
+        self.client = Client(addresses, secret, rank, spec, timeout, patience)
+        self.begun = self.client.start([group_options(self.optimizer)], [[p.detach() for p in self.parameters]])
         self.take(self.client.pull(0))
 
     @torch.no_grad()

@@ -168,7 +168,7 @@ def train(directory, **options):
         "weights": {name: value.cpu() for name, value in module.state_dict().items()},
         "report": [str(found) for found in fuse.report],
         "warnings": [str(w.message) for w in caught],
-        "obstacle": lean.obstacle,
+        "obstacle": lean.unsupported_reason,
         "rate": throughput.total,
         "reads": counter.counts,
         "path": checkpoint.best_model_path,

@@ -234,7 +234,7 @@ def test_swapped_and_back():
     [
         ({"callbacks": [EMAWeightAveraging()]}, "EMAWeightAveraging writes to weights that are the servers'"),
         ({"callbacks": [StochasticWeightAveraging(0.1)]}, "StochasticWeightAveraging writes to weights"),
-        ({"sync_batchnorm": True, "module": Module(norm=True)}, "sync_batchnorm has the workers wait"),
+        ({"sync_batchnorm": True, "module": Module(norm=True)}, "sync_batchnorm makes the workers wait"),
     ],
 )
 def test_what_cannot_work_with_it(options, expected):

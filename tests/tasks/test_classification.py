@@ -52,7 +52,7 @@ def test_metrics_weigh_batches_by_their_size():
 
 
 def test_plateau_scheduler_watches_the_validation_loss():
-    """ReduceLROnPlateau, which needs a value to watch, works without further settings."""
+    """ReduceLROnPlateau, which needs a monitored value, works without further settings."""
     inputs, labels = separable_batches()
     task = ClassificationTask(
         nn.Linear(3, 3), scheduler=partial(torch.optim.lr_scheduler.ReduceLROnPlateau, patience=0, threshold=10.0)
@@ -63,7 +63,7 @@ def test_plateau_scheduler_watches_the_validation_loss():
 
 
 def test_predict_gives_probabilities():
-    """Prediction takes inputs alone or with labels, and returns probabilities."""
+    """Prediction takes inputs with or without labels and returns probabilities."""
     inputs, labels = separable_batches(10)
     task = ClassificationTask(nn.Linear(3, 3))
     alone, paired = task.predict_step(inputs, 0), task.predict_step((inputs, labels), 0)
@@ -72,7 +72,7 @@ def test_predict_gives_probabilities():
 
 
 def test_sequences_of_different_lengths():
-    """A model of sequences gets them and their lengths; what stands in the padding is never looked at."""
+    """A model of sequences gets them and their lengths, and the padding has no effect."""
     torch.manual_seed(0)
     lengths = torch.randint(1, 9, (200,))
     labels = torch.randint(0, 2, (200,))

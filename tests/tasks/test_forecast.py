@@ -19,7 +19,7 @@ from lightkit.tasks.forecast import conformal_quantile
 
 
 class Affine(nn.Module):
-    """A linear map of the history; counts nothing but its weights."""
+    """A linear map of the history."""
 
     def __init__(self, history, horizon):
         super().__init__()
@@ -32,7 +32,7 @@ class Affine(nn.Module):
 
 @pytest.fixture(scope="module")
 def noise(tmp_path_factory):
-    """The path of 4,000 independent normal numbers around 1,000 with a deviation of 5."""
+    """Returns the path of 4,000 independent normal numbers around 1,000 with a deviation of 5."""
     values = 1000 + 5 * torch.randn(4000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     path = tmp_path_factory.mktemp("noise") / "noise.csv"
     path.write_text("x\n" + "\n".join(map(str, values.tolist())) + "\n")
@@ -51,7 +51,7 @@ def task(**options):
 
 @pytest.mark.parametrize("relative", [False, True])
 def test_learns_and_measures_in_the_units_of_the_series(noise, relative):
-    """Metrics are those of `forward` on the test windows; of noise, no error is below its deviation by much."""
+    """Metrics are those of `forward` on the test windows; errors on noise are not far below its deviation."""
     torch.manual_seed(0)
     module, data = task(relative=relative), data_of(noise)
     runner = bare_trainer(max_epochs=8)
@@ -66,7 +66,7 @@ def test_learns_and_measures_in_the_units_of_the_series(noise, relative):
 
 
 def test_intervals_hold_at_their_level(noise):
-    """Where the test is like the validation, the share of values inside is the level."""
+    """If the test is like the validation, the share of targets in the intervals is the level."""
     torch.manual_seed(0)
     for level in (0.5, 0.9):
         module, data = task(level=level), data_of(noise)
@@ -81,7 +81,7 @@ def test_intervals_hold_at_their_level(noise):
 
 
 def test_quantile_by_hand():
-    """The ceil((n + 1) level)-th smallest of each column, and infinity where there are too few."""
+    """The bound is the ceil((n + 1) level)-th smallest error of each column, and infinite if there are too few."""
     errors = torch.tensor([[4.0, 40.0], [1.0, 10.0], [3.0, 30.0], [2.0, 20.0]])
     assert conformal_quantile(errors, 0.5).tolist() == [3.0, 30.0]
     assert conformal_quantile(errors, 0.8).tolist() == [4.0, 40.0]
@@ -90,7 +90,7 @@ def test_quantile_by_hand():
 
 
 def test_relative_forecasts_move_with_the_level():
-    """Another level of the whole history moves the forecast by as much, and nothing else."""
+    """Another level of the whole history moves the forecast by the same amount."""
     module = task()
     history = torch.randn(5, 4, 1, dtype=torch.float64)
     with torch.no_grad():
@@ -99,7 +99,7 @@ def test_relative_forecasts_move_with_the_level():
 
 
 def test_checkpoint_forecasts_by_itself(noise, tmp_path):
-    """Scale and intervals are in the state dict: a fresh task with it forecasts the same, on any data."""
+    """Scale and intervals are in the state dict: a new task that loads it forecasts the same on any data."""
     module, data = task(relative=False), data_of(noise)
     runner = bare_trainer()
     runner.fit(module, datamodule=data)
@@ -121,13 +121,13 @@ def test_lean_steps_change_nothing(noise):
         torch.manual_seed(0)
         module = task()
         bare_trainer(*callbacks, max_epochs=2).fit(module, datamodule=data_of(noise))
-        assert not callbacks or callbacks[0].obstacle is None
+        assert not callbacks or callbacks[0].unsupported_reason is None
         weights.append(module.state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_wrong_horizon_precision_and_level(noise):
-    """A model of another horizon, a precision that cannot tell the values apart, and a level of nothing."""
+    """A model of another horizon, half precision and a level of 0 or 1 are errors."""
     module = ForecastTask(Affine(4, 2), 3)
     with pytest.raises(ConfigError, match=r"has the shape \(50, 2\), but horizon is 3"):
         bare_trainer(num_sanity_val_steps=0).fit(module, datamodule=data_of(noise))

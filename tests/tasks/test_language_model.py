@@ -1,4 +1,4 @@
-"""The language-model task in a real Trainer, and the texts it makes."""
+"""The language-model task in a real Trainer, and its generation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def lstm():
 
 
 def cycles(count=50, steps=8):
-    """Texts in which the successor of each token is the next number: the first one says all."""
+    """Returns texts in which the successor of each token is the next number."""
     starts = torch.randint(0, VOCABULARY, (count, 1), generator=torch.Generator().manual_seed(0))
     text = (starts + torch.arange(steps + 1)) % VOCABULARY
     return text[:, :-1], text[:, 1:]
@@ -43,7 +43,7 @@ def seeded():
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("make", [transformer, lstm])
 def test_learns(make, precision):
-    """Both models learn a rule, on lean steps and in mixed precision, and every figure is logged under its name."""
+    """Both models learn a rule, on lean steps and in mixed precision, and every metric is logged under its name."""
     inputs, targets = cycles()
     task = LanguageModelTask(make(), partial(AdamW, lr=0.02))
     lean = LeanLoop()
@@ -58,7 +58,7 @@ def test_learns(make, precision):
 
 
 def test_figures_are_of_all_targets_alike():
-    """Over uneven batches with targets that do not count, in training's smoothing or not, they are one exact mean."""
+    """Metrics are exact means over all targets that are not ignored, in uneven batches and without smoothing."""
     inputs, targets = cycles(10)
     targets = targets.clone()
     targets[3:, 5:] = -100
@@ -72,7 +72,7 @@ def test_figures_are_of_all_targets_alike():
 
 
 def test_loss_of_training():
-    """It is the cross-entropy of the model's logits, with smoothing and z-loss, and reaches every parameter."""
+    """The loss is the cross-entropy of the model's logits with smoothing and z-loss, and reaches every parameter."""
     inputs, targets = cycles(4)
     task = LanguageModelTask(transformer(), label_smoothing=0.2, z_loss=0.01)
     task.log = lambda *_, **__: None
@@ -87,7 +87,7 @@ def test_loss_of_training():
 
 
 def test_losses_of_single_targets_are_recorded():
-    """The test hands on the loss of every target in its place."""
+    """test_step returns the loss of every target in its place."""
     inputs, targets = cycles(10)
     recorder = TestRecorder()
     task = LanguageModelTask(lstm())
@@ -97,7 +97,7 @@ def test_losses_of_single_targets_are_recorded():
 
 
 def test_not_more_losses_than_are_looked_at(monkeypatch):
-    """Of a large test set the first windows are recorded, all of them measured."""
+    """Of a large test set the first losses are returned, and all are in the metrics."""
     monkeypatch.setattr("lightkit.tasks.language_model._RECORDED_TOKENS", 40)
     inputs, targets = cycles(10)
     recorder = TestRecorder()
@@ -106,7 +106,7 @@ def test_not_more_losses_than_are_looked_at(monkeypatch):
 
 
 def test_generates_as_from_the_whole_text():
-    """With states token by token, the likeliest continuation is that of reading everything anew each time."""
+    """The likeliest continuation with states equals that of reading the whole text for each token."""
     for model in (transformer(context=16), lstm()):
         task = LanguageModelTask(model).eval()
         text = torch.tensor([1, 4, 2])
@@ -116,7 +116,7 @@ def test_generates_as_from_the_whole_text():
 
 
 def test_generates_beyond_the_context():
-    """A full window is read anew from its last half, and every token is the one that the window seen then gives."""
+    """A full window is read again from its last half, and each token follows from the window then."""
     task = LanguageModelTask(transformer(context=8)).eval()
     prompt = torch.arange(12) % VOCABULARY
     text = torch.cat((prompt, task.generate(prompt, 20, temperature=0)))
@@ -127,7 +127,7 @@ def test_generates_beyond_the_context():
 
 
 def test_choices():
-    """The generator decides; temperature 0 and top_k=1 take the likeliest; top_k excludes the rest."""
+    """The generator decides; temperature 0 and top_k=1 take the likeliest token; top_k excludes the others."""
     task = LanguageModelTask(lstm())
     with torch.no_grad():
         task.model.head.weight.mul_(5)
@@ -146,7 +146,7 @@ def test_choices():
 
 
 def test_generation_leaves_the_task_as_it_was():
-    """A task in training is in training afterwards, and dropout has no part in the text."""
+    """A task in training mode is in training mode afterwards, and dropout does not affect the text."""
     model = RNNLanguageModel(VOCABULARY, 16, dropout=0.9)
     task = LanguageModelTask(model).train()
     first, second = (task.generate(torch.tensor([1]), 30, temperature=0) for _ in range(2))
@@ -166,12 +166,12 @@ def test_generation_leaves_the_task_as_it_was():
     ],
 )
 def test_wrong_arguments(arguments, named):
-    """What cannot be continued is refused with what was expected."""
+    """The error names the invalid argument and the expected one."""
     with pytest.raises(ValueError, match=named):
         LanguageModelTask(lstm()).generate(**{"prompt": torch.tensor([1]), "length": 3, **arguments})
 
 
 def test_takes_language_models_alone():
-    """A model without hidden states is refused when the task is made."""
+    """The constructor rejects a model without hidden states."""
     with pytest.raises(ValueError, match="takes a LanguageModel, got Linear"):
         LanguageModelTask(nn.Linear(2, 2))

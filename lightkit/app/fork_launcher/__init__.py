@@ -1,18 +1,18 @@
-"""``hydra/launcher=fork``: the jobs of a sweep fork from one process that has imported everything they need."""
+"""``hydra/launcher=fork``: a launcher that forks the jobs of a sweep from one process with all imports done."""
 
 from __future__ import annotations
 
 from hydra.core.plugins import Plugins
 
-# As conf/hydra/launcher/fork.yaml has it.
+# The same name as in conf/hydra/launcher/fork.yaml.
 _TARGET = "hydra_plugins.lightkit.ForkLauncher"
 
 
 def register() -> None:
-    """Makes the launcher known to Hydra in this process.
+    """Registers the launcher with Hydra in this process.
 
-    Hydra instantiates launchers by names within the package ``hydra_plugins`` alone, every module of which every
-    program with Hydra imports at its start. So the class stands under such a name in Hydra's table, and in no file.
+    Hydra accepts launchers from the package ``hydra_plugins`` alone, and every program with Hydra imports all modules
+    of that package at its start. The function enters the class under such a name in Hydra's table, without a file.
     """
     from lightkit.app.fork_launcher.launcher import ForkLauncher
 

@@ -1,4 +1,4 @@
-"""One job of a sweep in a process forked from this one: how it starts, and what is known of it in the end."""
+"""One job of a sweep in a forked process: its start, its signals and its result."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import random
 import signal
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import Any, BinaryIO
@@ -18,20 +18,20 @@ import torch
 from hydra.core.utils import JobReturn, JobStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lightkit.app.messages import explain, user_errors
+from lightkit.app.messages import explain, user_error_types
 from lightkit.errors import CarriedError, LightkitError, Terminated
 from lightkit.runtime.worker import end_by_signal, leave_process_group
 
-# Of Linux's prctl.h.
+# From Linux's prctl.h.
 _PR_SET_PDEATHSIG = 1
 
 
 class JobError(RuntimeError):
-    """A fault of the program in a job; its cause shows the traceback."""
+    """A fault of the program in a job; ``__cause__`` shows the traceback of the job's process."""
 
 
 class _JobTraceback(Exception):
-    """Stands for an error in another process, whose traceback is its message."""
+    """The traceback of an error in another process, as the message of an exception."""
 
     def __str__(self) -> str:
         return f"\n{self.args[0]}"
@@ -39,36 +39,36 @@ class _JobTraceback(Exception):
 
 @dataclass
 class _Outcome:
-    """What a job tells the process that it forked from.
+    """The result that a job's process sends to its parent.
 
     Args:
-        job_return: Hydra's account of a job whose function came to its end, or failed by a fault of the program.
-        refusal: the message of an error in the input.
-        fault: the name and the message of a fault of the program.
+        job_return: Hydra's record of a job that returned, or that failed by a fault of the program.
+        input_error: the message of an error in the input.
+        program_error: the type and the message of a fault of the program.
         status: the argument of a `SystemExit`.
-        trace: the traceback of whatever went wrong.
+        trace: the traceback of the error.
     """
 
     job_return: JobReturn | None = None
-    refusal: str | None = None
-    fault: str | None = None
+    input_error: str | None = None
+    program_error: str | None = None
     status: Any = None
     trace: str = ""
 
 
 class JobProcess:
-    """A job that runs in a process of its own.
+    """A job that runs in a forked process.
 
-    The process is in a session of its own, so that Ctrl-C at the terminal reaches its parent alone, who passes it on
-    once. It ends when its parent does. Its standard input is empty, and functions registered by `atexit` are not
-    called at its end before Python 3.13.
+    The process has a session of its own, so that Ctrl-C at the terminal reaches the parent alone, which forwards it
+    once. The process ends when the parent ends. Its standard input is empty. Before Python 3.13 the process does not
+    call the functions registered by `atexit`.
 
     Args:
-        name: of the job, for messages.
-        overrides: the words of the command line that are the job's own.
-        run: does the job.
-        mask: the signals that were blocked before the parent blocked those that it waits for.
-        threads: that torch computes with at most; None for as many as it chooses.
+        name: the name of the job in messages.
+        overrides: the job's own overrides on the command line.
+        run: runs the job.
+        mask: the signal mask that the process restores; the parent has blocked further signals.
+        threads: the largest number of threads for torch; None keeps torch's choice.
     """
 
     def __init__(
@@ -76,59 +76,61 @@ class JobProcess:
         name: str,
         overrides: Sequence[str],
         run: Callable[[], JobReturn],
-        mask: set[signal.Signals],
+        mask: Collection[int],
         threads: int | None,
     ) -> None:
         self._name = name
         self._overrides = list(overrides)
-        # A file and no pipe, which would have to be read while the job runs.
+        # A pipe has a small buffer, so that the parent would have to read while the job runs; a file does not.
         self._outcome = tempfile.TemporaryFile()
-        # Python seeds the module's generator anew in a forked process.
+        # Python reseeds its random module in a forked process.
         state = random.getstate()
         arguments = (run, self._outcome, os.getpid(), state, mask, threads)
         self._process = get_context("fork").Process(target=_run, args=arguments, name=name)
         self._process.start()
 
     def has_ended(self) -> bool:
-        """Returns whether the process has."""
+        """Returns True if the process has ended."""
         return self._process.exitcode is not None
 
     def send(self, number: signal.Signals) -> None:
-        """Sends the process a signal, if it is still there."""
-        if not self.has_ended():
-            os.kill(self._process.pid, number)
+        """Sends a signal to the process, unless the process has ended."""
+        pid = self._process.pid
+        if pid is not None and not self.has_ended():
+            os.kill(pid, number)
 
     def kill(self) -> None:
-        """Ends the process at once, and forgets it."""
+        """Kills the process and releases its resources."""
         self._process.kill()
         self._process.join()
         self._process.close()
         self._outcome.close()
 
     def result(self) -> JobReturn:
-        """Returns what Hydra knows of a job whose process has ended.
+        """Returns Hydra's record of the job after the end of its process.
 
-        A process that was killed or that crashed is a job that failed.
+        If the process was killed or crashed, the job has failed.
 
         Raises:
-            CarriedError: an error in the input, which ends the sweep.
-            JobError: a fault of the program outside of the job's own function.
-            SystemExit: somebody has called `sys.exit` in the job.
+            CarriedError: the input has an error, which ends the sweep.
+            JobError: the program has a fault outside of the job's own function.
+            SystemExit: the job called `sys.exit`.
         """
         status = self._process.exitcode
+        assert status is not None, "the process has not ended"
         self._process.close()
         with self._outcome as file:
             file.seek(0)
             content = file.read()
         if status != 0 or not content:
             job_return = JobReturn(self._overrides, status=JobStatus.FAILED)
-            job_return.return_value = LightkitError(self._ending(status))
+            job_return.return_value = LightkitError(self._describe_exit(status))
             return job_return
         outcome: _Outcome = pickle.loads(content)
-        if outcome.refusal is not None:
-            raise _caused(CarriedError(LightkitError(outcome.refusal)), outcome.trace)
-        if outcome.fault is not None:
-            error = _caused(JobError(f"{self._name}: {outcome.fault}"), outcome.trace)
+        if outcome.input_error is not None:
+            raise _with_cause(CarriedError(LightkitError(outcome.input_error)), outcome.trace)
+        if outcome.program_error is not None:
+            error = _with_cause(JobError(f"{self._name}: {outcome.program_error}"), outcome.trace)
             if outcome.job_return is None:
                 raise error
             outcome.job_return.return_value = error
@@ -136,7 +138,7 @@ class JobProcess:
             raise SystemExit(outcome.status)
         return outcome.job_return
 
-    def _ending(self, status: int) -> str:
+    def _describe_exit(self, status: int) -> str:
         if status >= 0:
             return f"{self._name} ended with status {status} and no result"
         hint = "; the machine may be out of memory" if status == -signal.SIGKILL else ""
@@ -146,7 +148,7 @@ class JobProcess:
         )
 
 
-def _caused(error: BaseException, trace: str) -> BaseException:
+def _with_cause(error: BaseException, trace: str) -> BaseException:
     error.__cause__ = _JobTraceback(trace)
     return error
 
@@ -156,10 +158,10 @@ def _run(
     file: BinaryIO,
     parent: int,
     state: tuple[Any, ...],
-    mask: set[signal.Signals],
+    mask: Collection[int],
     threads: int | None,
 ) -> None:
-    """Does the job in the forked process, and writes down what came of it."""
+    """Runs the job in the forked process and writes the `_Outcome` to ``file``."""
     os.setsid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
@@ -168,7 +170,7 @@ def _run(
     random.setstate(state)
     if threads is not None:
         torch.set_num_threads(min(threads, torch.get_num_threads()))
-        # For what the job starts in turn.
+        # The processes that the job starts read the variable.
         os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     pickle.dump(_outcome_of(run), file)
     file.flush()
@@ -176,10 +178,11 @@ def _run(
 
 
 def _outcome_of(run: Callable[[], JobReturn]) -> _Outcome:
+    """Runs the job and returns its outcome; a signal ends the process instead."""
     try:
         job_return = run()
-    except (CarriedError, *user_errors()) as error:
-        return _Outcome(refusal=explain(error, "train"), trace=traceback.format_exc())
+    except (CarriedError, *user_error_types()) as error:
+        return _Outcome(input_error=explain(error, "train"), trace=traceback.format_exc())
     except (SIGTERMException, Terminated):
         end_by_signal(signal.SIGTERM)
     except KeyboardInterrupt:
@@ -187,14 +190,14 @@ def _outcome_of(run: Callable[[], JobReturn]) -> _Outcome:
     except SystemExit as error:
         return _Outcome(status=error.code)
     except Exception as error:
-        return _Outcome(fault=_described(error), trace=traceback.format_exc())
+        return _Outcome(program_error=_describe(error), trace=traceback.format_exc())
     if job_return.status != JobStatus.FAILED:
         return _Outcome(job_return)
-    # The error itself may be one that cannot be sent.
+    # The error may be of a class that cannot be pickled.
     error, job_return.return_value = job_return._return_value, None
     trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    return _Outcome(job_return, fault=_described(error), trace=trace)
+    return _Outcome(job_return, program_error=_describe(error), trace=trace)
 
 
-def _described(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""The launcher as Hydra sees it: it composes the jobs, lets them run, and returns what came of each."""
+"""Hydra's launcher interface: `ForkLauncher` composes the jobs, runs them and returns their results."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,31 +24,31 @@ from lightkit.errors import CarriedError, ConfigError, Terminated
 
 log = logging.getLogger(__name__)
 
-# Seconds that jobs have for putting things in order: a little longer than each gives the processes that it started.
-_PATIENCE = {signal.SIGINT: 9.0, signal.SIGTERM: 26.0}
+# Seconds that jobs have to end after a signal: a little more than each job gives to the processes that it started.
+_GRACE_PERIODS = {signal.SIGINT: 9.0, signal.SIGTERM: 26.0}
 
-# Seconds between two looks at the jobs, should a signal be missed.
-_LOOK = 1.0
+# Seconds between two polls of the jobs, in case a SIGCHLD is lost.
+_POLL_INTERVAL = 1.0
 
 
 class ForkLauncher(Launcher):
-    """Runs each job of a sweep in a process that forks from this one, which has imported everything.
+    """A launcher that forks each job of a sweep from this process, which has done all imports.
 
-    A job that is killed or crashes counts as one that failed by a fault of the program: the others run, and the error
-    comes after the last of them. An error in the input ends the sweep, once the jobs that run have come to their end.
+    A job that is killed or crashes has failed by a fault of the program: the other jobs run, and Hydra raises the error
+    after the last of them. An error in the input ends the sweep after the running jobs.
 
     Args:
-        jobs: how many run at the same time, each with its share of the cores.
+        jobs: the number of jobs that run at the same time, each with an equal share of the cores.
     """
 
     def __init__(self, jobs: int = 1) -> None:
         self._jobs = jobs
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Takes what Hydra has for a launcher.
+        """Receives the context, the function of a job and the configuration of the sweep from Hydra.
 
         Raises:
-            ConfigError: ``jobs`` is no number of jobs, or this process cannot fork.
+            ConfigError: ``jobs`` is not a positive int, or this process cannot fork.
         """
         if type(self._jobs) is not int or self._jobs < 1:
             raise ConfigError(f"hydra.launcher.jobs must be a whole number of at least 1, got {self._jobs!r}")
@@ -58,14 +58,18 @@ class ForkLauncher(Launcher):
         self._config = config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Runs jobs, and returns what Hydra knows of each, in their order.
+        """Runs jobs and returns Hydra's records of them, in the order of the jobs.
+
+        Args:
+            job_overrides: the overrides of each job.
+            initial_job_idx: the number of the first job.
 
         Raises:
             ConfigError: this process cannot fork; no job has started.
-            CarriedError: an error in the input of a job.
-            JobError: a fault of Hydra's, before or after the job itself.
-            KeyboardInterrupt: Ctrl-C, which was passed on to the jobs that were running.
-            Terminated: SIGTERM, likewise.
+            CarriedError: the input of a job has an error.
+            JobError: Hydra failed before or after the function of a job.
+            KeyboardInterrupt: Ctrl-C, after the running jobs received it and ended.
+            Terminated: SIGTERM, after the running jobs received it and ended.
         """
         setup_globals()
         configure_log(self._config.hydra.hydra_logging, self._config.hydra.verbose)
@@ -73,13 +77,19 @@ class ForkLauncher(Launcher):
         preload(self._config)
         at_once = f", {self._jobs} at the same time" if self._jobs > 1 else ""
         log.info(f"Launching {len(job_overrides)} jobs, forked from this process{at_once}")
-        with _hold_signals() as (held, mask):
-            return self._launch(list(enumerate(job_overrides, initial_job_idx)), held, mask)
+        with _block_signals() as (blocked, mask):
+            return self._launch(list(enumerate(job_overrides, initial_job_idx)), blocked, mask)
 
     def _launch(
-        self, waiting: list[tuple[int, Sequence[str]]], held: set[signal.Signals], mask: set[signal.Signals]
+        self, waiting: list[tuple[int, Sequence[str]]], blocked: Collection[int], mask: Collection[int]
     ) -> list[JobReturn]:
-        """Runs the jobs while the signals ``held`` are blocked, which it waits for."""
+        """Runs the jobs and waits for the blocked signals.
+
+        Args:
+            waiting: the number and the overrides of each job.
+            blocked: the signals that this process has blocked.
+            mask: the signal mask for the jobs.
+        """
         running: dict[int, JobProcess] = {}
         returns: dict[int, JobReturn] = {}
         error: BaseException | None = None
@@ -91,8 +101,8 @@ class ForkLauncher(Launcher):
                         running[number] = self._start(number, overrides, mask)
                 except Exception as raised:
                     error = raised
-                if running and (received := _wait(held)) is not None:
-                    _end_in_order(list(running.values()), received, held)
+                if running and (received := _wait_for_signal(blocked)) is not None:
+                    _shut_down(list(running.values()), received, blocked)
                 for number in [number for number, job in running.items() if job.has_ended()]:
                     try:
                         returns[number] = running.pop(number).result()
@@ -106,8 +116,8 @@ class ForkLauncher(Launcher):
             raise error
         return [returns[number] for number in sorted(returns)]
 
-    def _start(self, number: int, overrides: Sequence[str], mask: set[signal.Signals]) -> JobProcess:
-        """Composes the configuration of a job, and lets it run."""
+    def _start(self, number: int, overrides: Sequence[str], mask: Collection[int]) -> JobProcess:
+        """Composes the configuration of a job and starts the job's process."""
         log.info(f"\t#{number} : {' '.join(filter_overrides(overrides))}")
         config = self._context.config_loader.load_sweep_config(self._config, list(overrides))
         with open_dict(config):
@@ -122,44 +132,49 @@ class ForkLauncher(Launcher):
             job_subdir_key="hydra.sweep.subdir",
         )
         check_threads()
-        # A full collection would write to every object that there is, and so copy what the processes share: after one,
-        # a job of +debug=quick had 162 MiB of its own, and has 77 so.
+        # A full collection in a job writes to every object and so copies the pages that the processes share. Without
+        # gc.freeze a job of +debug=quick had 162 MiB of memory of its own after a collection, with it 77 MiB.
         gc.freeze()
         threads = max(1, len(os.sched_getaffinity(0)) // self._jobs) if self._jobs > 1 else None
         return JobProcess(f"job {number}", filter_overrides(overrides), run, mask, threads)
 
 
 @contextmanager
-def _hold_signals() -> Iterator[tuple[set[signal.Signals], set[signal.Signals]]]:
-    """Blocks the signals that say that a job has ended, or should; yields these, and those blocked before.
+def _block_signals() -> Iterator[tuple[Collection[int], Collection[int]]]:
+    """Blocks SIGCHLD, SIGINT and SIGTERM; yields the blocked signals, and the signal mask from before.
 
-    Nothing is interrupted between the start of a process and the note of it. What a shell has this process ignore
-    stays ignored.
+    No signal then interrupts this process between the start of a job and its entry in the list of jobs. A signal that
+    this process ignores stays ignored.
     """
     ends = (signal.SIGINT, signal.SIGTERM)
-    held = {signal.SIGCHLD, *(number for number in ends if signal.getsignal(number) != signal.SIG_IGN)}
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, held)
+    blocked = {signal.SIGCHLD, *(number for number in ends if signal.getsignal(number) != signal.SIG_IGN)}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
     try:
-        yield held, mask
+        yield blocked, mask
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _wait(held: set[signal.Signals]) -> signal.Signals | None:
-    """Waits until a job may have ended; returns the signal that asks for the end of all, if one has come."""
-    received = signal.sigtimedwait(held, _LOOK)
+def _wait_for_signal(blocked: Collection[int]) -> signal.Signals | None:
+    """Waits for a blocked signal, at most `_POLL_INTERVAL`; returns SIGINT or SIGTERM, and None otherwise."""
+    received = signal.sigtimedwait(blocked, _POLL_INTERVAL)
     return None if received is None or received.si_signo == signal.SIGCHLD else signal.Signals(received.si_signo)
 
 
-def _end_in_order(jobs: list[JobProcess], received: signal.Signals, held: set[signal.Signals]) -> NoReturn:
-    """Passes a signal on, waits until the jobs have put things in order, and ends the sweep as the signal would."""
+def _shut_down(jobs: list[JobProcess], received: signal.Signals, blocked: Collection[int]) -> NoReturn:
+    """Forwards a signal to the jobs, waits for their ends within the grace period, and raises the signal's exception.
+
+    Raises:
+        KeyboardInterrupt: ``received`` is SIGINT.
+        Terminated: ``received`` is SIGTERM.
+    """
     for job in jobs:
         job.send(received)
-    end = time.monotonic() + _PATIENCE[received]
+    end = time.monotonic() + _GRACE_PERIODS[received]
     while not all(job.has_ended() for job in jobs) and time.monotonic() < end:
-        _wait(held)
-    # Some send it twice; the second one must not end this process in the middle.
-    while signal.sigtimedwait(held, 0) is not None:
+        _wait_for_signal(blocked)
+    # A second signal must not interrupt this process when the mask is restored.
+    while signal.sigtimedwait(blocked, 0) is not None:
         pass
     if received == signal.SIGINT:
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""Imports everything that a job needs, and checks that the process may fork afterwards."""
+"""The imports of a job, done before the fork, and checks that the process can fork."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lightkit.app.log_filters import quiet_lightning
+from lightkit.app.log_filters import import_lightning_silently
 from lightkit.app.schema import top_level
 from lightkit.config import find_class
 from lightkit.errors import ConfigError, LightkitError
 from lightkit.runtime.environment import is_under_torchrun
 
-# What jobs import, some of it only at the part that needs it.
-_MODULES = (
+# Modules that jobs import, some of them only when a job needs them.
+_JOB_MODULES = (
     "lightkit.app.training",
     "lightkit.memory",
     "lightkit.app.report.classification",
@@ -41,19 +41,19 @@ _MODULES = (
     "torchmetrics.regression",
 )
 
-_TASKS = Path("/proc/self/task")
+_THREADS_DIRECTORY = Path("/proc/self/task")
 
-# Seconds in which a thread that has been waited for leaves the kernel's list.
-_LEAVING = 1.0
+# Seconds that the kernel may take to remove a joined thread from its list.
+_THREAD_EXIT_TIMEOUT = 1.0
 
 _ADVICE = "leave hydra/launcher=fork out to run the jobs in this process, one after the other"
 
 
 def check_platform() -> None:
-    """Refuses to fork where that cannot work.
+    """Rejects ``hydra/launcher=fork`` in a process that cannot fork.
 
     Raises:
-        ConfigError: this is not Linux, torchrun has started the process, or CUDA is initialized.
+        ConfigError: the platform is not Linux, torchrun started the process, or CUDA is initialized.
     """
     if not sys.platform.startswith("linux"):
         raise ConfigError(f"hydra/launcher=fork works on Linux alone, and this is {sys.platform}: {_ADVICE}")
@@ -65,16 +65,16 @@ def check_platform() -> None:
 
 
 def preload(config: DictConfig) -> None:
-    """Imports what a job imports, loads the native library, and composes what every job is compared with.
+    """Imports the modules of a job, loads the native library, and reads the top-level keys of ``conf/train.yaml``.
 
-    None of this starts a thread that a fork would lose. Python's random numbers, which sweepers draw from, stay as
-    they were.
+    None of this starts a thread, which a fork would lose. The function preserves the state of Python's random
+    generator, from which sweepers draw.
 
     Args:
-        config: of the sweep; the classes that it names are imported, too.
+        config: the configuration of the sweep; the function imports the classes that it names.
 
     Raises:
-        LightkitError: the native library is required and cannot be had.
+        LightkitError: the native library is required and not available.
     """
     state = random.getstate()
     try:
@@ -84,41 +84,41 @@ def preload(config: DictConfig) -> None:
 
 
 def _import_all(config: DictConfig) -> None:
-    quiet_lightning()
-    for name in _MODULES:
+    import_lightning_silently()
+    for name in _JOB_MODULES:
         try:
             importlib.import_module(name)
         except ImportError:
-            # Of an extra that is not installed: the job that needs it says so.
+            # An extra is not installed; the job that needs it raises the error.
             continue
     from lightkit import native
 
     native.load()
     top_level("train")
-    for target in _targets(OmegaConf.to_container(config, resolve=False)):
+    for target in _target_names(OmegaConf.to_container(config, resolve=False)):
         try:
             find_class(target)
         except (LightkitError, ImportError):
-            # The job that builds it says so.
+            # The job that builds the class raises the error.
             continue
 
 
 def check_threads() -> None:
-    """Refuses to fork a process that has threads, of which the fork would have none, while it keeps their locks.
+    """Rejects a process with several threads; a forked process has their locks and none of the threads.
 
-    OpenBLAS (a copy each in NumPy and SciPy) starts its threads at import. It ends them before any fork, and starts
-    them again when it needs them; so does the first fork here, of a process that ends at once.
+    NumPy and SciPy each have an OpenBLAS, which starts threads at import, joins them before every fork and starts them
+    again when it needs them. The function therefore first forks a process that ends at once.
 
     Raises:
-        ConfigError: there are others; names them.
+        ConfigError: the process has other threads; the message has their names.
     """
-    if len(os.listdir(_TASKS)) > 1:
+    if len(os.listdir(_THREADS_DIRECTORY)) > 1:
         process = os.fork()
         if process == 0:
             os._exit(0)
         os.waitpid(process, 0)
-    end = time.monotonic() + _LEAVING
-    while (is_threaded := len(os.listdir(_TASKS)) > 1) and time.monotonic() < end:
+    end = time.monotonic() + _THREAD_EXIT_TIMEOUT
+    while (is_threaded := len(os.listdir(_THREADS_DIRECTORY)) > 1) and time.monotonic() < end:
         time.sleep(0.001)
     if is_threaded:
         raise ConfigError(
@@ -128,20 +128,20 @@ def check_threads() -> None:
 
 
 def _other_threads() -> Iterator[str]:
-    """Yields the names of all threads except the main one: Python's, or else the kernel's."""
+    """Yields the names of all threads except the main one: Python's name, or the kernel's for other threads."""
     names = {str(thread.native_id): thread.name for thread in threading.enumerate()}
-    for task in _TASKS.iterdir():
+    for task in _THREADS_DIRECTORY.iterdir():
         if task.name != str(os.getpid()):
             yield names.get(task.name) or (task / "comm").read_text().strip()
 
 
-def _targets(node: Any) -> Iterator[str]:
-    """Yields the names of the classes in a configuration."""
+def _target_names(node: Any) -> Iterator[str]:
+    """Yields the ``_target_`` of every node of a configuration."""
     if isinstance(node, dict):
         if isinstance(node.get("_target_"), str):
             yield node["_target_"]
         for value in node.values():
-            yield from _targets(value)
+            yield from _target_names(value)
     elif isinstance(node, list):
         for value in node:
-            yield from _targets(value)
+            yield from _target_names(value)

@@ -1,17 +1,19 @@
-"""Predicts with the model of a checkpoint, whatever kind of task it is: what `lightkit.predict` does."""
+"""Predictions with the model of a checkpoint of any task, for `lightkit.predict`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Protocol
 
+import lightning.pytorch as pl
+
 from lightkit.app.prediction.request import PredictionRequest
-from lightkit.app.restore import Restored, errors_of_a_model
+from lightkit.app.restore import RestoredTask, model_errors_as_checkpoint_errors
 from lightkit.errors import ConfigError
 from lightkit.tasks import ClassificationTask, ForecastTask, LanguageModelTask
 
-# The fields of a request that concern one kind of task alone.
-_FIELDS_OF = {
+# The fields of a request that concern one kind of input alone.
+_FIELDS_BY_KIND = {
     "images": ("invert", "batch_size"),
     "series": ("column", "horizon"),
     "text": ("text", "length", "temperature", "top_k", "seed"),
@@ -22,36 +24,48 @@ class Prediction(Protocol):
     """The output of a model for one request."""
 
     def show(self) -> None:
-        """Prints it for a person."""
+        """Prints the output, or the beginning of it."""
 
     def write(self, path: Path) -> None:
-        """Writes all of it to a file."""
+        """Writes the whole output to a file."""
 
 
-def predict(restored: Restored, request: PredictionRequest) -> Prediction:
+def predict(restored: RestoredTask, request: PredictionRequest) -> Prediction:
     """Predicts with the model of a checkpoint.
+
+    Args:
+        restored: the task of the checkpoint.
+        request: the input and the options.
 
     Raises:
         LightkitError: the input cannot be used, or a field of the request is for another kind of task.
     """
-    kind = _kind(restored)
-    for other, keys in _FIELDS_OF.items():
+    task = restored.task
+    kind = _input_kind(task)
+    for other, keys in _FIELDS_BY_KIND.items():
         given = [key for key in keys if getattr(request, key) is not None]
         if other != kind and given:
             raise ConfigError(f"{', '.join(given)}: the checkpoint is of a model for {kind}, these are for {other}")
-    if kind != "text" and request.input is None:
-        raise ConfigError(f"input=PATH must say which {kind} the prediction is for")
+    if kind != "text":
+        request.require_input(kind)
     from lightkit.app.prediction import images, series, text
 
-    with errors_of_a_model():
-        return {"images": images.predict, "series": series.predict, "text": text.predict}[kind](restored, request)
+    with model_errors_as_checkpoint_errors():
+        data = restored.build_data()
+        if isinstance(task, ClassificationTask):
+            return images.predict(task, data, request)
+        if isinstance(task, ForecastTask):
+            return series.predict(task, data, request)
+        assert isinstance(task, LanguageModelTask)
+        return text.predict(task, data, request)
 
 
-def _kind(restored: Restored) -> str:
-    if isinstance(restored.task, ClassificationTask):
+def _input_kind(task: pl.LightningModule) -> str:
+    """Returns the kind of input of a task, a key of `_FIELDS_BY_KIND`."""
+    if isinstance(task, ClassificationTask):
         return "images"
-    if isinstance(restored.task, ForecastTask):
+    if isinstance(task, ForecastTask):
         return "series"
-    if isinstance(restored.task, LanguageModelTask):
+    if isinstance(task, LanguageModelTask):
         return "text"
-    raise ConfigError(f"there is no prediction with a {type(restored.task).__name__}")
+    raise ConfigError(f"there is no prediction with a {type(task).__name__}")

@@ -1,26 +1,30 @@
-"""What a prediction is asked for, beside the checkpoint."""
+"""The input and the options of a prediction."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
+from lightkit.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class PredictionRequest:
-    """The keys of ``conf/predict.yaml`` that say what to predict; None leaves the choice to the kind of task.
+    """The input and the options of a prediction, which are keys of ``conf/predict.yaml``.
+
+    None selects the default of the task.
 
     Args:
-        input: the file or folder of images, the CSV file, or the file of text.
-        invert: for images: dark on light becomes light on dark; ``"auto"`` decides by the border.
-        batch_size: for images: classified at a time.
-        column: for a series: the column of the CSV file.
-        horizon: for a series: the number of steps to forecast.
-        text: for text: the text to continue, instead of ``input``.
-        length: for text: the number of bytes to add.
-        temperature: for text: of the sampling; 0 takes the likeliest byte.
-        top_k: for text: sample among the likeliest bytes only.
-        seed: for text: of the sampling.
+        input: the file or folder of images, the CSV file of a series, or the file of a text.
+        invert: images: invert the brightness; ``"auto"`` inverts an image of another size with a bright border.
+        batch_size: images: the number of images in a batch.
+        column: series: the column of the CSV file.
+        horizon: series: the number of steps to forecast.
+        text: text: the text to continue, instead of ``input``.
+        length: text: the number of bytes to add.
+        temperature: text: the sampling temperature; 0 takes the most probable byte.
+        top_k: text: the number of most probable bytes to sample from.
+        seed: text: the seed of the sampling.
     """
 
     input: str | None = None
@@ -33,3 +37,16 @@ class PredictionRequest:
     temperature: float | None = None
     top_k: int | None = None
     seed: int | None = None
+
+    def require_input(self, kind: str) -> str:
+        """Returns ``input``.
+
+        Args:
+            kind: the kind of input, for the message.
+
+        Raises:
+            ConfigError: ``input`` is None.
+        """
+        if self.input is None:
+            raise ConfigError(f"input=PATH must say which {kind} the prediction is for")
+        return self.input

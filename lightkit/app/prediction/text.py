@@ -1,4 +1,4 @@
-"""Continues a text."""
+"""Continuation of a text."""
 
 from __future__ import annotations
 
@@ -6,75 +6,89 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import lightning.pytorch as pl
 import torch
 
 from lightkit._util.atomic_write import write_atomically
 from lightkit._util.printable import printable
 from lightkit._util.regular_files import open_regular
 from lightkit.app.prediction.request import PredictionRequest
-from lightkit.app.restore import Restored
 from lightkit.data.text import SEPARATOR, Text
 from lightkit.errors import ConfigError
+from lightkit.tasks import LanguageModelTask
 
-_LENGTH = 400
-_TEMPERATURE = 0.8
+_DEFAULT_LENGTH = 400
+_DEFAULT_TEMPERATURE = 0.8
 
-# Bytes of a file to go on from.
-_MOST_BYTES = 16 << 20
+# The largest number of bytes that a prompt takes from a file.
+_MAX_PROMPT_BYTES = 16 << 20
 
-# Seeds that torch takes.
-_SEEDS = 2**64
+# torch accepts the seeds below this limit.
+_SEED_LIMIT = 2**64
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """A text, as bytes: what was given and what the model has added."""
+    """A text and its continuation.
+
+    Args:
+        prompt: the given bytes.
+        added: the bytes that the model added.
+    """
 
     prompt: bytes
     added: bytes
 
     def show(self) -> None:
-        """Prints all of it, with replacement characters for what is no text and escapes for control characters."""
+        """Prints the text as UTF-8, with replacement characters for invalid bytes and escaped control characters."""
         print(printable((self.prompt + self.added).decode(errors="replace"), keep="\n\t"))
         sys.stdout.flush()
 
     def write(self, path: Path) -> None:
-        """Writes the bytes as they are."""
+        """Writes the unchanged bytes."""
         write_atomically(path, lambda stream: stream.write(self.prompt + self.added))
 
 
-def predict(restored: Restored, request: PredictionRequest) -> Continuation:
-    """Continues the text of a file or of the command line; an empty one as a file begins."""
-    data = restored.build_data()
+def predict(task: LanguageModelTask, data: pl.LightningDataModule, request: PredictionRequest) -> Continuation:
+    """Continues the text of a file or of the command line; an empty text begins like a file of the training set.
+
+    Args:
+        task: the task in evaluation mode.
+        data: the data module of the checkpoint, which encodes and decodes text.
+        request: ``input`` or ``text``, ``length``, ``temperature``, ``top_k`` and ``seed``.
+
+    Raises:
+        ConfigError: an option is wrong, or the data module has no text.
+        DataError: the file cannot be read.
+    """
     if not isinstance(data, Text):
         raise ConfigError(f"the checkpoint is of a model for {type(data).__name__}, which is not text")
-    length = _LENGTH if request.length is None else request.length
-    temperature = _TEMPERATURE if request.temperature is None else request.temperature
+    length = _DEFAULT_LENGTH if request.length is None else request.length
+    temperature = _DEFAULT_TEMPERATURE if request.temperature is None else request.temperature
     if length < 1:
         raise ConfigError(f"length must be at least 1, got {length}")
     if temperature < 0:
         raise ConfigError(f"temperature must be at least 0, got {temperature}")
     if request.top_k is not None and request.top_k < 1:
         raise ConfigError(f"top_k must be at least 1, got {request.top_k}")
-    if request.seed is not None and not 0 <= request.seed < _SEEDS:
-        raise ConfigError(f"seed must be from 0 to {_SEEDS - 1}, got {request.seed}")
-    prompt = _prompt(request)
+    if request.seed is not None and not 0 <= request.seed < _SEED_LIMIT:
+        raise ConfigError(f"seed must be from 0 to {_SEED_LIMIT - 1}, got {request.seed}")
+    prompt = _read_prompt(request)
     generator = torch.Generator()
     if request.seed is None:
         generator.seed()
     else:
         generator.manual_seed(request.seed)
-    added = restored.task.generate(
-        data.encode(prompt or SEPARATOR), length, temperature, request.top_k, generator=generator
-    )
+    encoded = data.encode(prompt or SEPARATOR)
+    added = task.generate(encoded, length, temperature, request.top_k, generator=generator)
     return Continuation(prompt, data.decode(added))
 
 
-def _prompt(request: PredictionRequest) -> bytes:
-    given = [key for key in ("input", "text") if getattr(request, key) is not None]
-    if len(given) != 1:
-        raise ConfigError(f"input=FILE or text=TEXT says what is to be continued: give one of them, not {len(given)}")
-    if request.text is None:
-        with open_regular(request.input, _MOST_BYTES, name=f"input={request.input}") as file:
-            return file.read(_MOST_BYTES)
-    return request.text.encode(errors="surrogateescape")
+def _read_prompt(request: PredictionRequest) -> bytes:
+    if request.text is not None and request.input is None:
+        return request.text.encode(errors="surrogateescape")
+    if request.input is not None and request.text is None:
+        with open_regular(request.input, _MAX_PROMPT_BYTES, name=f"input={request.input}") as file:
+            return file.read(_MAX_PROMPT_BYTES)
+    given = 0 if request.text is None else 2
+    raise ConfigError(f"input=FILE or text=TEXT is the text to continue: give one of them, not {given}")

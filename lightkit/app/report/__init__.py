@@ -1,4 +1,4 @@
-"""The report of a run: figures as PNG, and one page that holds them all."""
+"""The report of a run: figures as PNG files, and one HTML page with all of them."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def write(
     """Writes the figures and ``report.html`` into a run directory.
 
     Args:
-        run_dir: with ``config.yaml``, ``environment.json`` and ``metrics.csv`` in it.
-        metrics: the final metrics.
-        task: what was trained; its kind decides what is shown of single predictions.
-        data: what the run was about; an image data module gets its mistakes shown.
-        recorded: what `lightkit.callbacks.TestRecorder` has of the test.
+        run_dir: the directory, with ``config.yaml``, ``environment.json`` and ``metrics.csv``.
+        metrics: the final metrics by name.
+        task: the trained task, whose class decides which sections the report has.
+        data: the data module of the run.
+        recorded: the tensors of the test that `lightkit.callbacks.TestRecorder` recorded, by name.
 
     Returns:
-        The page, or None where matplotlib is not installed.
+        The path of ``report.html``; None if matplotlib is not installed.
     """
     try:
         from lightkit.app.report import figures

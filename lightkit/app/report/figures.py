@@ -1,4 +1,4 @@
-"""How the figures of a report are drawn, and the one that every report has: the learning curves."""
+"""The style and the files of a report's figures, and the learning curves, which every report has."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import matplotlib
 import numpy as np
@@ -16,12 +16,15 @@ from lightkit._util.atomic_write import write_atomically
 from lightkit._util.printable import printable
 from lightkit.loggers import read_rows
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 BLUE, ORANGE, GREEN, GREY = "#2563eb", "#ea580c", "#15803d", "#94a3b8"
 
-# Characters of a name in a figure.
-LONGEST_NAME = 24
+# The largest number of characters of a name in a figure.
+MAX_NAME_LENGTH = 24
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -36,46 +39,43 @@ _STYLE = {
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Writes a figure as PNG; returns the path."""
-    # Laid out once, here: savefig lays out twice a figure that still has a layout engine, and a third time to look for
-    # borders (bbox_inches="tight"), which the layout keeps already.
-    figure.get_layout_engine().execute(figure)
+    """Writes a figure as PNG and returns the path."""
+    # savefig runs the layout engine twice, and a third time for bbox_inches="tight". One run suffices.
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)
     figure.set_layout_engine("none")
-    options = {"format": "png", "dpi": 144, "facecolor": "white"}
-    write_atomically(path, lambda stream: figure.savefig(stream, **options))
+    write_atomically(path, lambda stream: figure.savefig(stream, format="png", dpi=144, facecolor="white"))
     return path
 
 
-def styled(draw: Callable[..., Figure | None]) -> Callable[..., Figure | None]:
-    """Draws in the style of the report without changing that of the process."""
+def styled(draw: Callable[P, T]) -> Callable[P, T]:
+    """Decorates a function that draws: it draws in the style of the report and keeps the process's style unchanged."""
 
     @functools.wraps(draw)
-    def wrapper(*args: Any, **options: Any) -> Figure | None:
+    def draw_in_style(*args: P.args, **kwargs: P.kwargs) -> T:
         with matplotlib.rc_context(_STYLE):
-            return draw(*args, **options)
+            return draw(*args, **kwargs)
 
-    return wrapper
+    return draw_in_style
 
 
-def grid(width: float, height: float, **layout: int) -> tuple[Figure, np.ndarray]:
-    """A figure of that many inches and the axes in it, ``nrows`` by ``ncols``."""
-    # A Figure of its own needs no display and leaves no global state, as pyplot would.
+def grid(width: float, height: float, nrows: int, ncols: int) -> tuple[Figure, np.ndarray]:
+    """Returns a figure of ``width`` by ``height`` inches and its axes, an array ``(nrows, ncols)``."""
+    # Unlike pyplot, a Figure object needs no display and leaves no global state.
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(squeeze=False, **layout)
+    return figure, figure.subplots(nrows, ncols, squeeze=False)
 
 
-def plain(name: str) -> str:
-    """Returns a name as matplotlib draws it as it is: between dollars it would read a formula.
-
-    Of one that is too long to stand beside an axis, the beginning.
-    """
+def escape_name(name: str) -> str:
+    """Returns a name in a form that matplotlib draws literally: shortened, without control characters or formulas."""
     shown = printable(name)
-    shown = shown if len(shown) <= LONGEST_NAME else f"{shown[: LONGEST_NAME - 1]}…"
+    shown = shown if len(shown) <= MAX_NAME_LENGTH else f"{shown[: MAX_NAME_LENGTH - 1]}…"
     return shown.replace("$", r"\$")
 
 
 def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """The columns of ``metrics.csv`` as (step, value) pairs, without the empty cells."""
+    """Returns the columns of ``metrics.csv`` by name, as (step, value) pairs without the empty cells."""
     series: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for row in read_rows(path):
         for name, value in row.items():
@@ -86,7 +86,14 @@ def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
 
 @styled
 def learning_curves(path: Path) -> Figure | None:
-    """Loss, and accuracy where it was measured, against the optimizer step."""
+    """Draws loss, and accuracy if the run measured it, over the optimizer step.
+
+    Args:
+        path: ``metrics.csv`` of the run.
+
+    Returns:
+        The figure; None if the file has no loss.
+    """
     series = read_metrics(path)
     if not series.get("train/loss_step") and not series.get("val/loss"):
         return None

@@ -1,4 +1,4 @@
-"""What the report of a forecast shows: forecasts on the series, the error step by step, the intervals in figures."""
+"""Report sections of a forecast: forecasts over time, the error of each step, and a table of the intervals."""
 
 from __future__ import annotations
 
@@ -11,22 +11,32 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lightkit.app.report.figures import BLUE, GREY, ORANGE, grid, plain, save, styled
+from lightkit.app.report.figures import BLUE, GREY, ORANGE, escape_name, grid, save, styled
 from lightkit.app.report.section import Section
 from lightkit.data import SeriesDataModule
+from lightkit.data.columns import Column
+from lightkit.data.series import Windows
 from lightkit.tasks import ForecastTask
 
-# How many forecasts, one after the other, a row of the figure has room for.
-_SHOWN = 6
+# The largest number of consecutive forecasts in the figure.
+_MAX_FORECASTS = 6
 
-# How many steps of the horizon the table has lines for.
-_LINES = 13
+# The largest number of steps of the horizon in the table.
+_MAX_TABLE_ROWS = 13
 
 
 def sections(
     run_dir: Path, task: ForecastTask, data: pl.LightningDataModule, recorded: dict[str, Tensor]
 ) -> list[Section]:
-    """The sections of a test whose ``forecast``, ``target``, ``lower`` and ``upper`` ``(N, horizon)`` were recorded."""
+    """Returns the sections of a test.
+
+    Args:
+        run_dir: the directory for the figures.
+        task: the trained task.
+        data: the data module after `setup`; without a series the report has no sections.
+        recorded: ``forecast``, ``target``, ``lower`` and ``upper``, each ``(N, horizon)``, of the first N windows of
+            the test set, or nothing.
+    """
     if not recorded or not isinstance(data, SeriesDataModule):
         return []
     over_time, by_step = forecasts(data, recorded, task.level), error_by_step(data, recorded)
@@ -39,18 +49,26 @@ def sections(
 
 @styled
 def forecasts(data: SeriesDataModule, recorded: dict[str, Tensor], level: float) -> Figure:
-    """The series, and the forecasts from a few origins that follow on one another at the end of the test."""
-    origins = data.test.origins[: len(recorded["forecast"])].tolist()
-    # From the last one back, each ends where the next begins; a gap may have taken the exact one out.
+    """Draws the series and consecutive forecasts at the end of the test set.
+
+    Args:
+        data: the data module after `setup`.
+        recorded: see `sections`.
+        level: the nominal coverage of the intervals, from 0 to 1.
+    """
+    series, test = _series_and_test(data)
+    origins = test.origins[: len(recorded["forecast"])].tolist()
+    # Backwards from the last forecast, each forecast ends at or before the origin of the next: a gap in the series may
+    # leave no forecast that ends exactly there.
     chosen: list[int] = []
     for index in reversed(range(len(origins))):
-        if len(chosen) < _SHOWN and (not chosen or origins[index] + data.horizon <= origins[chosen[-1]]):
+        if len(chosen) < _MAX_FORECASTS and (not chosen or origins[index] + data.horizon <= origins[chosen[-1]]):
             chosen.append(index)
     begin = max(0, origins[chosen[-1]] - data.history)
     end = origins[chosen[0]] + data.horizon
     figure, axes = grid(10, 4.2, nrows=1, ncols=1)
     axis = axes[0, 0]
-    axis.plot(range(begin, end), data.series.values[begin:end].numpy(), color="#334155", linewidth=1.3, label="series")
+    axis.plot(range(begin, end), series.values[begin:end].numpy(), color="#334155", linewidth=1.3, label="series")
     for number, index in enumerate(reversed(chosen)):
         steps = np.arange(origins[index], origins[index] + data.horizon)
         lower, upper = recorded["lower"][index].numpy(), recorded["upper"][index].numpy()
@@ -60,8 +78,8 @@ def forecasts(data: SeriesDataModule, recorded: dict[str, Tensor], level: float)
             axis.fill_between(steps, lower, upper, color=BLUE, alpha=0.18, linewidth=0, label=label)
         axis.plot(steps, recorded["forecast"][index].numpy(), color=BLUE, label="forecast" if first else None)
         axis.axvline(steps[0] - 0.5, color=GREY, linewidth=0.8, linestyle=":", label="origins" if first else None)
-    axis.set(ylabel=plain(data.series.name), xlim=(begin, end - 1))
-    _label_times(axis, data, begin, end)
+    axis.set(ylabel=escape_name(series.name), xlim=(begin, end - 1))
+    _label_times(axis, series, begin, end)
     axis.legend(loc="upper left", ncols=4)
     axis.margins(y=0.18)
     return figure
@@ -69,12 +87,18 @@ def forecasts(data: SeriesDataModule, recorded: dict[str, Tensor], level: float)
 
 @styled
 def error_by_step(data: SeriesDataModule, recorded: dict[str, Tensor]) -> Figure:
-    """The mean absolute error against how far ahead the forecast looks, next to the simplest rules."""
+    """Draws the mean absolute error over the steps ahead, for the model and for the naive forecasts.
+
+    Args:
+        data: the data module after `setup`.
+        recorded: see `sections`.
+    """
     count = len(recorded["forecast"])
-    target = data.test.target[:count]
-    lines = {"model": (recorded["forecast"], BLUE), "last value": (data.naive(data.test)[:count], GREY)}
+    _, test = _series_and_test(data)
+    target = test.target[:count]
+    lines = {"model": (recorded["forecast"], BLUE), "last value": (data.naive(test)[:count], GREY)}
     if data.season is not None:
-        lines["last season"] = (data.seasonal_naive(data.test)[:count], ORANGE)
+        lines["last season"] = (data.seasonal_naive(test)[:count], ORANGE)
     figure, axes = grid(7, 3.8, nrows=1, ncols=1)
     axis = axes[0, 0]
     steps = range(1, data.horizon + 1)
@@ -88,35 +112,48 @@ def error_by_step(data: SeriesDataModule, recorded: dict[str, Tensor]) -> Figure
 
 
 def step_table(recorded: dict[str, Tensor], level: float) -> str:
-    """Mean absolute error, bias, width and coverage of the intervals, by step of the horizon."""
+    """Returns an HTML table of mean absolute error, bias, and width and coverage of the intervals, by step.
+
+    Args:
+        recorded: see `sections`.
+        level: the nominal coverage of the intervals, from 0 to 1.
+    """
     forecast, target = recorded["forecast"], recorded["target"]
     error = forecast - target
     inside = ((recorded["lower"] <= target) & (target <= recorded["upper"])).float().mean(dim=0)
     half_width = (recorded["upper"] - forecast).mean(dim=0)
     horizon = error.shape[1]
     rows = []
-    for step in sorted({round(x) for x in torch.linspace(1, horizon, min(horizon, _LINES)).tolist()}):
+    for step in sorted({round(x) for x in torch.linspace(1, horizon, min(horizon, _MAX_TABLE_ROWS)).tolist()}):
         of_step = error[:, step - 1]
         cells = (f"{of_step.abs().mean():.4g}", f"{of_step.mean():+.4g}", f"± {half_width[step - 1]:.4g}")
-        rows.append(_row(str(step), *cells, f"{inside[step - 1]:.1%}"))
+        rows.append(_table_row(str(step), *cells, f"{inside[step - 1]:.1%}"))
     mean_width = half_width.mean()
     rows.append(
-        _row("all", f"{error.abs().mean():.4g}", f"{error.mean():+.4g}", f"± {mean_width:.4g}", f"{inside.mean():.1%}")
+        _table_row(
+            "all", f"{error.abs().mean():.4g}", f"{error.mean():+.4g}", f"± {mean_width:.4g}", f"{inside.mean():.1%}"
+        )
     )
     names = ("steps ahead", "mean absolute error", "bias", f"{level:.0%} interval", "values in it")
     head = "".join(f"<th>{name}</th>" for name in names)
     return f'<table class="classes"><tr>{head}</tr>{"".join(rows)}</table>'
 
 
-def _row(*cells: str) -> str:
+def _table_row(*cells: str) -> str:
     return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
 
-def _label_times(axis: Axes, data: SeriesDataModule, begin: int, end: int) -> None:
-    """Says when instead of which row, where the data knows."""
-    times = data.series.times
+def _series_and_test(data: SeriesDataModule) -> tuple[Column, Windows]:
+    """Returns the series and the test windows of a data module after `setup`."""
+    assert data.series is not None and data.test is not None, "call setup first"
+    return data.series, data.test
+
+
+def _label_times(axis: Axes, series: Column, begin: int, end: int) -> None:
+    """Labels the x axis with the times of the rows, or with the row numbers if the series has no times."""
+    times = series.times
     if times is None:
         axis.set_xlabel("row")
         return
     positions = np.linspace(begin, end - 1, num=7).round().astype(int)
-    axis.set_xticks(positions, [plain(times[position]) for position in positions])
+    axis.set_xticks(positions, [escape_name(times[position]) for position in positions])

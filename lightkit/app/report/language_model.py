@@ -1,4 +1,4 @@
-"""What the report of a language model shows: texts it makes, and what surprises it in those that people wrote."""
+"""Report sections of a language model: bits per byte, generated texts, and the bits of each character of a passage."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from lightkit.app.report.section import Section
 from lightkit.data.text import Text
 from lightkit.tasks import LanguageModelTask
 
-# Bytes shown: of a held-out text to go on from, of what the model makes of it, and of the coloured passage.
-_PROMPT, _ADDED, _PASSAGE = 80, 240, 1600
-_SAMPLES = 3
+# The number of bytes of a prompt from the test set, of its continuation, and of the coloured passage.
+_PROMPT_BYTES, _CONTINUATION_BYTES, _PASSAGE_BYTES = 80, 240, 1600
+_SAMPLE_COUNT = 3
 _TEMPERATURE = 0.8
 
-# Of what was given: lighter than what was made, and dark enough to be read.
-_GIVEN = "#64748b"
+# The text colour of a prompt, lighter than the black of the continuation.
+_PROMPT_COLOR = "#64748b"
 
-# Bits at which a character has the strongest colour: those of a byte of which nothing is known.
-_STRONGEST = 8
+# A character of this many bits or more gets the strongest colour; a uniform model needs 8 bits for a byte.
+_MAX_COLOR_BITS = 8
 _PRE = '<pre style="white-space: pre-wrap; overflow-wrap: anywhere">'
 
 
@@ -40,25 +40,41 @@ def sections(
     data: pl.LightningDataModule,
     recorded: dict[str, Tensor],
 ) -> list[Section]:
-    """The sections of a test whose ``losses`` ``(N, T)``, in nats, were recorded, of its first N windows."""
+    """Returns the sections of a test.
+
+    Args:
+        run_dir: the directory for the figures.
+        metrics: the final metrics by name.
+        task: the trained task.
+        data: the data module after `setup`.
+        recorded: ``losses`` ``(N, T)`` in nats of the first N windows of the test set, or nothing.
+    """
     if not recorded:
         return []
     bits = recorded["losses"] / math.log(2)
-    found = []
+    result = []
     if (bars := bits_per_byte(metrics)) is not None:
-        found.append(Section("Bits a byte of the test", figure=save(bars, run_dir / "bits_per_byte.png")))
-    found.append(Section("By place in the window", figure=save(by_position(bits), run_dir / "by_position.png")))
+        result.append(Section("Bits a byte of the test", figure=save(bars, run_dir / "bits_per_byte.png")))
+    result.append(Section("By place in the window", figure=save(by_position(bits), run_dir / "by_position.png")))
     if isinstance(data, Text):
+        assert data.test is not None, "call setup first"
         windows = data.test[: len(bits)]
-        found.append(Section("What it writes", html=samples(task, data, windows)))
-        found.append(Section("What surprises it", html=passage(windows, bits)))
-        found.append(Section("Where the bits go", html=costs(windows, bits)))
-    return found
+        result.append(Section("What it writes", html=samples(task, data, windows)))
+        result.append(Section("What surprises it", html=passage(windows, bits)))
+        result.append(Section("Where the bits go", html=costs(windows, bits)))
+    return result
 
 
 @styled
 def bits_per_byte(metrics: dict[str, Any]) -> Figure | None:
-    """The model next to what counting reaches on the same targets."""
+    """Draws the bits per byte of the model and of the baselines that count bytes.
+
+    Args:
+        metrics: ``test/bits_per_byte`` and ``baseline/<name>_bits_per_byte``.
+
+    Returns:
+        The figure; None if one of them is missing.
+    """
     suffix = "_bits_per_byte"
     named = {name: value for name, value in metrics.items() if name.startswith("baseline/") and name.endswith(suffix)}
     if not named or "test/bits_per_byte" not in metrics:
@@ -77,7 +93,11 @@ def bits_per_byte(metrics: dict[str, Any]) -> Figure | None:
 
 @styled
 def by_position(bits: Tensor) -> Figure:
-    """Mean bits of a target against how many tokens stand before it."""
+    """Draws the mean bits of a target over the number of tokens before it.
+
+    Args:
+        bits: ``(N, T)``, the bits of each target of each window.
+    """
     figure, axes = grid(7, 3.2, nrows=1, ncols=1)
     axis = axes[0, 0]
     means = bits.mean(dim=0).numpy()
@@ -87,29 +107,40 @@ def by_position(bits: Tensor) -> Figure:
 
 
 def samples(task: LanguageModelTask, data: Text, windows: Tensor) -> str:
-    """Continuations of passages of the test, each behind what it goes on from."""
+    """Returns HTML with continuations of passages of the test set, each after its prompt.
+
+    Args:
+        task: the trained task.
+        data: the data module.
+        windows: tokens ``(N, T + 1)`` of the test set.
+    """
     generator = torch.Generator(task.device).manual_seed(0)
     parts = []
-    for place in range(_SAMPLES):
-        window = windows[(2 * place + 1) * len(windows) // (2 * _SAMPLES)]
-        prompt = window[:_PROMPT].long()
-        added = task.generate(prompt, _ADDED, temperature=_TEMPERATURE, generator=generator)
+    for sample in range(_SAMPLE_COUNT):
+        window = windows[(2 * sample + 1) * len(windows) // (2 * _SAMPLE_COUNT)]
+        prompt = window[:_PROMPT_BYTES].long()
+        added = task.generate(prompt, _CONTINUATION_BYTES, temperature=_TEMPERATURE, generator=generator)
         given, made = (_escape(data.decode(part).decode(errors="replace")) for part in (prompt, added))
-        parts.append(f'{_PRE}<span style="color: {_GIVEN}">{given}</span>{made}</pre>')
+        parts.append(f'{_PRE}<span style="color: {_PROMPT_COLOR}">{given}</span>{made}</pre>')
     note = f"<p>Grey is from the test set, black is what the model adds, at temperature {_TEMPERATURE}.</p>"
     return note + "".join(parts)
 
 
 def passage(windows: Tensor, bits: Tensor) -> str:
-    """A passage of the test, each character in the strength of its surprise."""
-    count = min(len(windows), max(1, _PASSAGE // bits.shape[1]))
+    """Returns HTML with a passage of the test set; the background of a character shows its bits.
+
+    Args:
+        windows: tokens ``(N, T + 1)`` of the test set.
+        bits: ``(N, T)``, the bits of each target of each window.
+    """
+    count = min(len(windows), max(1, _PASSAGE_BYTES // bits.shape[1]))
     start = (len(windows) - count) // 2
     chosen = slice(start, start + count)
     tokens = windows[chosen, 1:].flatten().tolist()
     spans: list[str] = []
-    for text, cost in _characters(tokens, bits[chosen].flatten().tolist()):
-        # Few strengths: neighbours of the same one share a span, and the page stays small.
-        strength = round(min(cost / _STRONGEST, 1.0) * 8) / 8
+    for text, cost in _decode_characters(tokens, bits[chosen].flatten().tolist()):
+        # Nine strengths suffice; neighbours of one strength share a span, which keeps the page small.
+        strength = round(min(cost / _MAX_COLOR_BITS, 1.0) * 8) / 8
         style = f'<span style="background: rgba(234, 88, 12, {strength * 0.8:.2g})">'
         if spans and spans[-1].startswith(style):
             spans[-1] += _escape(text)
@@ -117,14 +148,20 @@ def passage(windows: Tensor, bits: Tensor) -> str:
             spans.append(style + _escape(text))
     note = (
         f"<p>Windows {start + 1} to {start + count} of the test set. The stronger the colour, the more bits a "
-        f"character takes: none at 0, the full one at {_STRONGEST} or more. Each window of {bits.shape[1]} bytes "
+        f"character takes: none at 0, the full one at {_MAX_COLOR_BITS} or more. Each window of {bits.shape[1]} bytes "
         "starts without memory.</p>"
     )
     return f"{note}{_PRE}{'</span>'.join(spans)}</span></pre>"
 
 
 def costs(windows: Tensor, bits: Tensor, rows: int = 12) -> str:
-    """The bytes that most of the bits go into."""
+    """Returns an HTML table of the bytes with the largest total of bits.
+
+    Args:
+        windows: tokens ``(N, T + 1)`` of the test set.
+        bits: ``(N, T)``, the bits of each target of each window.
+        rows: the largest number of bytes in the table.
+    """
     targets = windows[:, 1:].flatten().long()
     total = torch.zeros(256, dtype=torch.float64).index_add_(0, targets, bits.flatten().double())
     count = targets.bincount(minlength=256)
@@ -144,8 +181,8 @@ def _escape(text: str) -> str:
     return html.escape(printable(text, keep="\n\t"))
 
 
-def _characters(tokens: list[int], bits: list[float]) -> Iterator[tuple[str, float]]:
-    """The characters that bytes of UTF-8 encode, each with the bits of its bytes together."""
+def _decode_characters(tokens: list[int], bits: list[float]) -> Iterator[tuple[str, float]]:
+    """Yields the characters that bytes of UTF-8 encode, each with the sum of the bits of its bytes."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     cost = 0.0
     for token, value in zip(tokens, bits, strict=True):

@@ -1,4 +1,4 @@
-"""The page of a report: one HTML file that needs nothing beside it."""
+"""The page of a report: one HTML file that refers to no other file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightkit.app.report.section import Section
 
 _TEMPLATE = Path(__file__).with_name("template.html")
 
-# The figures a person looks for first, and how to write them.
+# The most important metrics: name, label and format.
 _CARDS = (
     ("test/accuracy", "test accuracy", "{:.2%}"),
     ("test/mae", "mean absolute test error", "{:.4g}"),
@@ -35,7 +35,13 @@ _CARDS = (
 
 
 def render(run_dir: Path, metrics: dict[str, Any], sections: Iterable[Section]) -> str:
-    """The whole page."""
+    """Returns the HTML of the page.
+
+    Args:
+        run_dir: the run directory with ``config.yaml`` and ``environment.json``.
+        metrics: the final metrics by name.
+        sections: the sections of the report.
+    """
     cards = "".join(
         f'<div class="card"><b>{form.format(metrics[key])}</b><span>{label}</span></div>'
         for key, label, form in _CARDS

@@ -1,4 +1,4 @@
-"""A part of a report: a title, and a figure or a piece of HTML."""
+"""A section of a report."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Section:
-    """What stands under one heading of the page. ``html`` is put in as it is: escape what comes from outside."""
+    """A section of the page.
+
+    Args:
+        title: the heading.
+        figure: a PNG file, which the page embeds.
+        html: HTML, which the page includes unchanged: names from data must be escaped in it.
+    """
 
     title: str
     figure: Path | None = None

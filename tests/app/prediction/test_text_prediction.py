@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from lightkit._util.printable import printable
 from lightkit.app import prediction
 from lightkit.app.factory import build_task
-from lightkit.app.restore import Restored
+from lightkit.app.restore import RestoredTask
 from lightkit.errors import ConfigError, DataError
 
 
@@ -25,7 +25,7 @@ def restored():
             "data": {"_target_": "lightkit.data.Text"},
         }
     )
-    return Restored(OmegaConf.to_container(config), build_task(config).eval(), {})
+    return RestoredTask(OmegaConf.to_container(config), build_task(config).eval(), {})
 
 
 def predict(restored, **given):

@@ -1,4 +1,4 @@
-"""Data that were parsed once and are kept in the cache directory, for this user alone to believe."""
+"""Parsed data in the cache directory, which count only if no other user can have written them."""
 
 from __future__ import annotations
 
@@ -12,32 +12,36 @@ from lightkit._util.cache_dir import cache_root
 from lightkit._util.ownership import find_stranger
 
 
-def kept_path(name: str) -> Path:
-    """Returns where the data of a name are kept, there or not."""
+def cache_path(name: str) -> Path:
+    """Returns the path of a file of parsed data, whether it exists or not."""
     return cache_root() / "data" / name
 
 
-def is_kept(path: Path) -> bool:
-    """Returns whether data are there that nobody else could have written; says so in a line if others could."""
+def is_trusted(path: Path) -> bool:
+    """Returns True if the file exists and only this user can write to it; warns if another user can."""
     if not path.is_file():
         return False
     for place in (path, path.parent):
         if (reason := find_stranger(place)) is not None:
-            refuse(path, f"{place} {reason}" if place != path else reason)
+            warn_of_rebuild(path, f"{place} {reason}" if place != path else reason)
             return False
     return True
 
 
-def refuse(path: Path, reason: str) -> None:
-    """Says in a line why data are made anew."""
+def warn_of_rebuild(path: Path, reason: str) -> None:
+    """Warns that a cached file is parsed again, and why."""
     warnings.warn(f"{path} is not used, and made anew: {reason}", stacklevel=3)
 
 
-def keep(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Keeps what ``write`` puts into the stream it is given, for this user alone to write.
+def store(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Writes a file of the cache atomically, with mode 0644.
+
+    Args:
+        path: a path from `cache_path`.
+        write: writes the content into the binary stream that it is given.
 
     Raises:
-        OSError: it cannot be kept, or others could change it.
+        OSError: the file cannot be written, or another user can write to its directory.
     """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if (reason := find_stranger(path.parent)) is not None:

@@ -1,4 +1,4 @@
-"""Data in the cache directory are believed if they are whole, and if nobody else could have put them there."""
+"""Data in the cache directory count if they are intact and no other user could have written them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture(params=["digits", "text"])
 def read(request, tmp_path, cache):
-    """Reads data that are kept, as one tensor; once already."""
+    """Returns a function that reads cached data as one tensor, after a first call."""
     if request.param == "text":
         (tmp_path / "texts").mkdir()
         for number in range(30):
@@ -46,7 +46,7 @@ def quietly(read):
 
 
 def test_any_flipped_bit_is_noticed(read, cache):
-    """It is made anew, with one line that names the file."""
+    """The file is made again, with one warning that names it."""
     (kept,) = cache.iterdir()
     whole, expected, chance = kept.read_bytes(), quietly(read), random.Random(0)
     for _ in range(8):
@@ -61,7 +61,7 @@ def test_any_flipped_bit_is_noticed(read, cache):
 
 @pytest.mark.parametrize("mode", [0o664, 0o646])
 def test_a_file_that_others_may_write_to(read, cache, mode):
-    """It is made anew, for this user alone to write."""
+    """The file is made again, with permissions for this user only."""
     (kept,) = cache.iterdir()
     expected = quietly(read)
     kept.chmod(mode)
@@ -73,7 +73,7 @@ def test_a_file_that_others_may_write_to(read, cache, mode):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
 def test_a_file_of_another_user(read, cache):
-    """It is made anew, whatever is in it."""
+    """The file is made again, whatever its content."""
     (kept,) = cache.iterdir()
     expected = quietly(read)
     os.chown(kept, SOMEBODY_ELSE, -1)
@@ -83,7 +83,7 @@ def test_a_file_of_another_user(read, cache):
 
 
 def test_a_folder_that_others_may_write_to(read, cache):
-    """Nothing is read from it, nor kept there: what is put there could be exchanged."""
+    """Nothing is read from the folder or written to it, since other users could replace files."""
     (kept,) = cache.iterdir()
     expected, content = quietly(read), kept.read_bytes()
     kept.write_bytes(b"anything")
@@ -100,7 +100,7 @@ def test_a_folder_that_others_may_write_to(read, cache):
 
 
 def test_a_liberal_umask(cache, monkeypatch):
-    """Where a user's files can be written by the group, those that are kept cannot, and are used the next time."""
+    """Cached files are not writable by the group under any umask, and are used the next time."""
     before = os.umask(0o002)
     try:
         mnist_5k.read_digits()
@@ -111,7 +111,7 @@ def test_a_liberal_umask(cache, monkeypatch):
 
 
 def test_downloads_are_those_that_were_published(cache, monkeypatch):
-    """A file that has changed since it was downloaded is downloaded again."""
+    """A file that has changed since its download is downloaded again."""
     content = {name: name.encode() for name in mnist._FILES}
     monkeypatch.setattr(mnist.MNIST, "md5", {name: mnist._md5(data) for name, data in content.items()})
     monkeypatch.setattr(mnist.MNIST, "directory_name", "none-of-the-system")

@@ -1,4 +1,4 @@
-"""What a node tells the others about itself in a check."""
+"""The report of one node in a check: its own network, and the other nodes as it sees them."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from lightkit import __version__
 from lightkit.errors import ConfigError
 from lightkit.launch import addresses
 
-# Variables that decide which way gloo and NCCL go; torchrun's processes inherit them.
+# Variables that choose the network of gloo and NCCL; torchrun's processes inherit them.
 VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_IB_DISABLE", "NCCL_P2P_DISABLE", "TP_SOCKET_IFNAME")
 
 
 @dataclass
-class Facts:
-    """One node, as it sees itself and the others.
+class NodeReport:
+    """The report of one node.
 
     Args:
-        rank: of the node.
-        nodes: how many it was told there are.
-        host: its name.
-        interface: by which it reaches the first node.
-        address: of that interface, which the others were asked to connect to.
+        rank: the rank of the node.
+        nodes: the number of nodes that it was told.
+        host: its host name.
+        interface: the interface by which it reaches the first node.
+        address: the address of that interface, which the other nodes connect to.
         published: the address that gloo would publish.
-        endpoint: the addresses that the endpoint's name stands for.
-        interfaces: all it has.
-        variables: those of `VARIABLES` that are set.
-        versions: by package.
-        gpus: how many.
-        port: where it listens in the check.
-        token: what it answers there.
-        unreachable: by the other node's rank, why it was not reached.
-        clock: seconds that its clock is ahead of the first node's; None if that is unknown.
-        error: what went wrong in the all_reduce.
-        milliseconds: of an all_reduce of one number.
-        megabytes_per_second: of an all_reduce of many, counted as bytes reduced.
+        endpoint: the addresses that the endpoint's name resolves to.
+        interfaces: the names of all its interfaces.
+        variables: the variables of `VARIABLES` that are set.
+        versions: versions by package.
+        gpus: the number of GPUs.
+        port: the port where it listens in the check.
+        token: the token that it answers there.
+        unreachable: the reason why it does not reach another node, by that node's rank.
+        clock_offset: seconds by which its clock is ahead of the first node's; None if unknown.
+        error: the error of the all_reduce.
+        milliseconds: the time of an all_reduce of one number.
+        megabytes_per_second: the rate of an all_reduce of many numbers, in reduced bytes.
     """
 
     rank: int
@@ -55,28 +55,35 @@ class Facts:
     port: int = 0
     token: str = ""
     unreachable: dict[str, str] = field(default_factory=dict)
-    clock: float | None = None
+    clock_offset: float | None = None
     error: str | None = None
     milliseconds: float | None = None
     megabytes_per_second: float | None = None
 
 
-def collect(rank: int, nodes: int, endpoint: str, interface: str | None, seconds: float) -> Facts:
-    """What this node knows before it has met the others.
+def report_self(rank: int, nodes: int, endpoint: str, interface: str | None, seconds: float) -> NodeReport:
+    """Returns the report of this node before it has connected to the others.
+
+    Args:
+        rank: the rank of this node.
+        nodes: the number of nodes.
+        endpoint: the host of the endpoint.
+        interface: the interface of the job's network; None for the interface that leads to the endpoint.
+        seconds: the time in which the endpoint's name must resolve.
 
     Raises:
-        ConfigError: there is no such interface, or no way to the first node.
+        ConfigError: the interface does not exist, or no route leads to the endpoint.
     """
     import torch
 
     have = addresses.interfaces()
-    # It may name several, of which gloo publishes each.
+    # The variable may name several interfaces, of which gloo publishes each.
     first = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
-    # One that names nothing here is a fault that all nodes are to hear of.
+    # An unknown name is a fault, which all nodes report: it must not end the check here.
     chosen = interface or (first if first in have else None)
     resolved = addresses.resolve(endpoint, seconds)
     name, address = addresses.interface_and_address(chosen, endpoint)
-    return Facts(
+    return NodeReport(
         rank=rank,
         nodes=nodes,
         host=socket.gethostname(),
@@ -97,7 +104,7 @@ def collect(rank: int, nodes: int, endpoint: str, interface: str | None, seconds
 
 
 def _address_of_own_name() -> str:
-    """What gloo takes without an interface: the machine's own name, else loopback."""
+    """Returns the address that gloo takes without an interface: that of the machine's own name, else loopback."""
     try:
         found = addresses.resolve(socket.gethostname())[0]
     except ConfigError:

@@ -1,4 +1,4 @@
-"""What keeps a run from taking lean steps: everything that could make Lightning's step another one."""
+"""Which runs can take lean steps and CUDA graphs; the others have a reason why not."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from lightkit._lightning.loops import (
     AutomaticOptimization,
     TrainingEpochLoop,
     averages_model,
+    connected,
     logger_connector,
     training_step_takes_iterator,
     validates_by_time,
@@ -22,18 +23,18 @@ from lightkit._lightning.loops import (
 from lightkit._lightning.module import is_compiled
 from lightkit._lightning.step import RELEASES, STEP_FUNCTIONS
 from lightkit._util.strategy_traits import traits_of
-from lightkit.loops.hooks import is_implemented
+from lightkit.loops.hooks import is_overridden
 
-# Lightning's strategies whose part in a step is known; others declare it by `StrategyTraits`. By type: one
-# derived from them may do anything.
+# Lightning's strategies whose part in a step is known; others declare it by `StrategyTraits`. Subclasses may change any
+# part, so that types are compared, not instances.
 _STRATEGIES = (SingleDeviceStrategy, DDPStrategy)
 
-# What a module may override to take over a part of the step, instead of watching it.
-_TAKEN_OVER = ("on_train_batch_start", "optimizer_step", "optimizer_zero_grad", "backward")
+# The methods by which a module replaces a part of the step instead of observing it.
+_REPLACING_METHODS = ("on_train_batch_start", "optimizer_step", "optimizer_zero_grad", "backward")
 
 
-def obstacle(trainer: pl.Trainer) -> str | None:
-    """Why this run cannot take lean steps, or None. To be asked in ``on_train_start``: all is set up then."""
+def unsupported_reason(trainer: pl.Trainer) -> str | None:
+    """Returns why a fit cannot take lean steps, or None. Call it in ``on_train_start``, when everything is set up."""
     module = trainer.lightning_module
     loop = trainer.fit_loop.epoch_loop
     if not pl.__version__.startswith(RELEASES):
@@ -42,15 +43,16 @@ def obstacle(trainer: pl.Trainer) -> str | None:
         return f"{STEP_FUNCTIONS.first_replaced()} of Lightning has been replaced"
     if not module.automatic_optimization:
         return "the module optimizes manually (automatic_optimization is False)"
-    if (cause := _strategy_obstacle(trainer.strategy, module)) is not None:
-        return cause
-    if not isinstance(trainer.profiler, PassThroughProfiler):
-        return f"{type(trainer.profiler).__name__} measures every part of Lightning's own step"
-    for name in _TAKEN_OVER:
-        if is_implemented(name, module, pl.LightningModule):
+    if (reason := _strategy_reason(trainer.strategy, module)) is not None:
+        return reason
+    profiler = connected(trainer).profiler
+    if not isinstance(profiler, PassThroughProfiler):
+        return f"{type(profiler).__name__} measures every part of Lightning's own step"
+    for name in _REPLACING_METHODS:
+        if is_overridden(name, module, pl.LightningModule):
             return f"{type(module).__name__}.{name} takes over a part of the step"
-    if (cause := _precision_obstacle(trainer.precision_plugin)) is not None:
-        return cause
+    if (reason := _precision_reason(trainer.precision_plugin)) is not None:
+        return reason
     if type(loop) is not TrainingEpochLoop:
         return f"the training loop is {type(loop).__name__}, which may do something else"
     for part in (
@@ -60,27 +62,21 @@ def obstacle(trainer: pl.Trainer) -> str | None:
         trainer.precision_plugin,
         logger_connector(trainer),
     ):
-        if (name := _own_method(part)) is not None:
+        if (name := _instance_method(part)) is not None:
             return f"{type(part).__name__} has a method {name} of its own"
     if type(loop.automatic_optimization) is not AutomaticOptimization:
         return f"the optimization loop is {type(loop.automatic_optimization).__name__}, which may do something else"
     if training_step_takes_iterator(trainer):
         return "training_step takes dataloader_iter"
     if trainer.num_training_batches == float("inf"):
-        return "how many batches an epoch has is known only at its end"
+        return "the number of batches of an epoch is known only at its end"
     if validates_by_time(trainer):
         return "validation comes by the clock (val_check_interval is a time)"
     return None
 
 
-def _own_method(part: object) -> str | None:
-    """Returns the name of a method that an object has in place of its class's, or None."""
-    cls = type(part)
-    return next((name for name in vars(part) if isinstance(getattr(cls, name, None), types.FunctionType)), None)
-
-
-def graph_obstacle(trainer: pl.Trainer) -> str | None:
-    """Why a run with lean steps on a GPU cannot have its passes in CUDA graphs, or None."""
+def graph_unsupported_reason(trainer: pl.Trainer) -> str | None:
+    """Returns why a fit with lean steps on a GPU cannot run its passes from CUDA graphs, or None."""
     module = trainer.lightning_module
     if trainer.world_size > 1:
         return "there are several processes"
@@ -95,12 +91,18 @@ def graph_obstacle(trainer: pl.Trainer) -> str | None:
     return None
 
 
-def _strategy_obstacle(strategy: Strategy, module: pl.LightningModule) -> str | None:
+def _instance_method(part: object) -> str | None:
+    """Returns the name of a method of its class that an object has replaced by an attribute, or None."""
+    cls = type(part)
+    return next((name for name in vars(part) if isinstance(getattr(cls, name, None), types.FunctionType)), None)
+
+
+def _strategy_reason(strategy: Strategy, module: pl.LightningModule) -> str | None:
     if type(strategy) not in _STRATEGIES and not traits_of(strategy).supports_lean_loop:
         known = ", ".join(cls.__name__ for cls in _STRATEGIES)
         return (
-            f"the strategy is {type(strategy).__name__}; what one does in a step is known of {known} "
-            "and of those in lightkit.strategies"
+            f"the strategy is {type(strategy).__name__}; lean steps know {known} and the strategies of "
+            "lightkit.strategies"
         )
     if averages_model(strategy):
         return "the strategy averages the model (model_averaging_period)"
@@ -110,11 +112,11 @@ def _strategy_obstacle(strategy: Strategy, module: pl.LightningModule) -> str | 
     return None
 
 
-def _precision_obstacle(plugin: Precision) -> str | None:
+def _precision_reason(plugin: Precision) -> str | None:
     cls = type(plugin)
     if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
         return "a GradScaler decides which steps are taken (precision 16-mixed)"
-    changed = [
-        n for n in PRECISION_METHODS if getattr(cls, n) not in (getattr(Precision, n), getattr(MixedPrecision, n))
-    ]
-    return f"the precision plug-in {cls.__name__} has its own {changed[0]}" if changed else None
+    for name in PRECISION_METHODS:
+        if getattr(cls, name) not in (getattr(Precision, name), getattr(MixedPrecision, name)):
+            return f"the precision plug-in {cls.__name__} has its own {name}"
+    return None

@@ -1,6 +1,6 @@
-"""What a watched step shows, and what stands around a graph; graphs themselves are tested on a GPU (tests/gpu).
+"""Tests of side effects and of the handling of CUDA graphs on a CPU; tests/gpu has those of real graphs.
 
-In the place of a graph is a stand-in that takes the passes on memory of its own, as a graph does.
+A stand-in replaces a graph. Like a graph it runs the passes on memory of its own.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightkit.callbacks import LeanLoop
-from lightkit.loops import PassGraphs, graphs
-from lightkit.loops.watch import Recorder
+from lightkit.loops import PassGraphs, cuda_graphs
+from lightkit.loops.side_effects import LogRecorder
 
 
 class Module(pl.LightningModule):
-    """Batch norm, several ways to log, and a step of the test's own."""
+    """A module with a batch norm, several ways to log, and a step that the test gives."""
 
     def __init__(self, step=lambda module, batch_idx, logits: None):
         super().__init__()
@@ -51,7 +51,7 @@ class Module(pl.LightningModule):
 
 
 class Calls(pl.Callback):
-    """Counts the calls of hooks: of all but the one that no graph goes with."""
+    """Counts the calls of every hook except the one that excludes graphs."""
 
     def __init__(self):
         self.made = []
@@ -62,7 +62,7 @@ for _hook in set(HOOKS) - {"on_before_zero_grad"}:
 
 
 class StandIn:
-    """Takes the passes on its own inputs, with the numbers that Python had at first, and logs as it did at first."""
+    """Runs the passes on its own inputs, with the Python numbers and the log calls of the first step."""
 
     replays = 0
 
@@ -83,7 +83,7 @@ class StandIn:
         module.load_state_dict(state)
 
     def _run(self):
-        log, recorder = self._module.log, Recorder()
+        log, recorder = self._module.log, LogRecorder()
         vars(self._module)["log"] = recorder
         for parameter in self._module.parameters():
             parameter.grad = None
@@ -112,7 +112,7 @@ class StandIn:
 
 
 class Graphed(LeanLoop):
-    """Has graphs where there is no GPU."""
+    """A LeanLoop with graphs on a machine without a GPU."""
 
     def on_train_start(self, trainer, pl_module):
         super().on_train_start(trainer, pl_module)
@@ -121,13 +121,13 @@ class Graphed(LeanLoop):
 
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch):
-    monkeypatch.setattr(graphs, "CapturedPasses", StandIn)
+    monkeypatch.setattr(cuda_graphs, "CapturedPasses", StandIn)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(StandIn, "replays", 0)
 
 
 def fit(module, *callbacks, train=None, **options):
-    """Everything that can be compared."""
+    """Returns everything that the tests compare."""
     torch.manual_seed(0)
     logger, calls = MemoryLogger(), Calls()
     trainer = pl.Trainer(
@@ -167,16 +167,16 @@ def module(step=lambda module, batch_idx, logits: None):
     ids=str,
 )
 def test_a_run_with_graphs_is_lightnings_to_the_bit(options):
-    """Weights, running values, logged rows, counters and calls of hooks."""
+    """Weights, running values, logged rows, counters and calls of hooks are the same."""
     own = fit(module(), **options)
     lean = Graphed()
     assert_equal(fit(module(), lean, **options), own)
-    assert lean.graph_obstacle is None
+    assert lean.graph_unsupported_reason is None
     assert (StandIn.replays == 0) == ("accumulate_grad_batches" in options)
 
 
 def test_a_batch_of_another_shape_has_a_graph_of_its_own():
-    """As sequences of several lengths have; those beyond the eighth are taken as before."""
+    """Each of the first eight shapes has a graph; Python runs batches of other shapes."""
 
     def batches():
         generator = torch.Generator().manual_seed(0)
@@ -230,7 +230,7 @@ CAUSES = {
     "batch_idx logged": (lambda m, i, z: m.log("x", i), "uses batch_idx"),
     "the step": (lambda m, i, z: m.log("x", z.mean() * m.global_step), "reads trainer.global_step"),
     "the epoch": (lambda m, i, z: m.current_epoch, "reads trainer.current_epoch"),
-    "a metric": (lambda m, i, z: m.log("x", m.accuracy), "logs 'x', which is no tensor but a MulticlassAccuracy"),
+    "a metric": (lambda m, i, z: m.log("x", m.accuracy), "logs 'x', which is a MulticlassAccuracy and no tensor"),
     "a metric fed": (lambda m, i, z: m.accuracy.update(z, z.argmax(1)), "changes self.accuracy."),
     "Python's random": (lambda m, i, z: random.random(), "draws random numbers on the CPU"),
     "NumPy's random": (lambda m, i, z: np.random.rand(), "draws random numbers on the CPU"),
@@ -244,7 +244,7 @@ class Meter:
 
 
 def equipped(step):
-    """A module with things of its own."""
+    """Returns a module with attributes of several kinds."""
     made = module(step)
     if step in (_append_deeper, CAUSES["a list in a dict"][0]):
         made.kept = {"outputs": []}
@@ -257,16 +257,16 @@ def equipped(step):
 
 @pytest.mark.parametrize(("step", "cause"), CAUSES.values(), ids=CAUSES)
 def test_what_a_graph_would_leave_out_is_noticed(step, cause):
-    """The run says so, takes no graph, and is Lightning's to the bit."""
+    """A side effect disables the graphs with a reason, and the run is Lightning's to the bit."""
     own = fit(equipped(step))
     lean = Graphed()
     assert_equal(fit(equipped(step), lean), own)
-    assert cause in lean.graph_obstacle
+    assert cause in lean.graph_unsupported_reason
     assert StandIn.replays == 0
 
 
 def test_what_stays_the_same_may_be_read():
-    """Constants of the trainer, attributes set to what they are, warnings of the module."""
+    """A step may read constants of the trainer, set an attribute to its own value, and warn."""
 
     def step(module, batch_idx, logits):
         module.calls = module.trainer.world_size - 1
@@ -275,11 +275,11 @@ def test_what_stays_the_same_may_be_read():
     lean = Graphed()
     with pytest.warns(UserWarning, match="mine"):
         fit(module(step), lean)
-    assert lean.graph_obstacle is None and StandIn.replays > 0
+    assert lean.graph_unsupported_reason is None and StandIn.replays > 0
 
 
 def test_a_batch_that_a_graph_cannot_hold():
-    """Numbers and strings in a batch are not there in a replay."""
+    """A replay has no numbers and strings of a batch: they disable the graphs."""
     batches = [(torch.randn(4, 4), torch.randint(3, (4,)))] * 6
 
     class Named(Module):
@@ -288,11 +288,11 @@ def test_a_batch_that_a_graph_cannot_hold():
 
     lean = Graphed()
     fit(Named(), lean, train=DataLoader([{"data": b, "name": "one"} for b in batches], batch_size=None))
-    assert lean.graph_obstacle == "the batch has a str in it"
+    assert lean.graph_unsupported_reason == "the batch has a str in it"
 
 
 def test_a_history_that_is_kept_is_noticed():
-    """It would break the capture of a graph on a GPU."""
+    """A live autograd history would break the capture on a GPU: it disables the graphs."""
 
     class Keeps(pl.Callback):
         def __init__(self):
@@ -304,11 +304,11 @@ def test_a_history_that_is_kept_is_noticed():
     own = fit(module(), Keeps())
     lean = Graphed()
     assert_equal(fit(module(), Keeps(), lean), own)
-    assert "must be detached" in lean.graph_obstacle
+    assert "must be detached" in lean.graph_unsupported_reason
 
 
 class Anneals(pl.Callback):
-    """Sets a number that the module's loss is multiplied by, every so many batches."""
+    """Sets a number, by which the module multiplies its loss, every few batches."""
 
     def __init__(self, every):
         self.every = every
@@ -330,39 +330,39 @@ class Annealed(Module):
 
 @pytest.mark.parametrize("every", [4, 5, 11])
 def test_an_attribute_that_a_callback_sets_now_and_then(every):
-    """The graph is captured anew."""
+    """The passes are captured again."""
     torch.manual_seed(1)
     own = fit(Annealed(), Anneals(every), max_epochs=1)
     torch.manual_seed(1)
     lean = Graphed()
     assert_equal(fit(Annealed(), Anneals(every), lean, max_epochs=1), own)
-    assert lean.graph_obstacle is None
+    assert lean.graph_unsupported_reason is None
     assert StandIn.replays > 0
 
 
 def test_an_attribute_that_a_callback_sets_all_the_time():
-    """There is no graph for long, and the run says why."""
+    """The graphs are disabled with a reason after a few changes."""
     torch.manual_seed(1)
     own = fit(Annealed(), Anneals(1))
     torch.manual_seed(1)
     lean = Graphed()
     assert_equal(fit(Annealed(), Anneals(1), lean), own)
-    assert lean.graph_obstacle == "something changes Annealed.factor between the steps, again and again"
+    assert lean.graph_unsupported_reason == "something changes Annealed.factor between the steps, again and again"
 
 
 def test_an_attribute_that_a_callback_sets_in_a_long_run():
-    """Changes with many steps between them are worth a graph each, however many they are."""
+    """Any number of changes with many replays between them keeps the graphs."""
     torch.manual_seed(1)
     own = fit(Annealed(), Anneals(20), train=loader(600), max_epochs=1)
     torch.manual_seed(1)
     lean = Graphed()
     assert_equal(fit(Annealed(), Anneals(20), lean, train=loader(600), max_epochs=1), own)
-    assert lean.graph_obstacle is None
+    assert lean.graph_unsupported_reason is None
     assert StandIn.replays > 100
 
 
 class Temperature(nn.Module):
-    """A part with a number and a buffer."""
+    """A submodule with a number and a buffer."""
 
     def __init__(self):
         super().__init__()
@@ -411,7 +411,7 @@ def _another_parameter(part, step):
     ],
 )
 def test_a_part_that_a_callback_changes_within_an_epoch(change, every):
-    """Whatever a part of the module holds: the graph is made anew, or given up."""
+    """A change of any attribute of a submodule leads to a new capture or disables the graphs."""
 
     class Changes(pl.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
@@ -428,11 +428,11 @@ def test_a_part_that_a_callback_changes_within_an_epoch(change, every):
     own = fit(make(), Changes())
     lean = Graphed()
     assert_equal(fit(make(), Changes(), lean), own)
-    assert (lean.graph_obstacle is None) == (every == 12)
+    assert (lean.graph_unsupported_reason is None) == (every == 12)
 
 
 def test_a_tensor_that_changes_after_it_was_logged():
-    """What is logged is what it was then."""
+    """The value at the time of the call is logged."""
 
     def step(module, batch_idx, logits):
         loss = logits.square().mean()
@@ -442,11 +442,11 @@ def test_a_tensor_that_changes_after_it_was_logged():
     own = fit(module(step), log_every_n_steps=1)
     lean = Graphed()
     assert_equal(fit(module(step), lean, log_every_n_steps=1), own)
-    assert lean.graph_obstacle is None
+    assert lean.graph_unsupported_reason is None
 
 
 class Hidden(Module):
-    """Has a parameter that its modules do not know of."""
+    """Has a parameter that its submodules do not register."""
 
     def __init__(self):
         super().__init__()
@@ -491,17 +491,17 @@ class BeforeZeroGrad(Module):
     ],
 )
 def test_modules_that_no_graph_goes_with(cls, cause):
-    """They are Lightning's to the bit, and the run says why."""
+    """They train as with Lightning to the bit, and the callback has a reason."""
     runs = []
     for lean in ([], [Graphed()]):
         torch.manual_seed(1)
         runs.append(fit(cls(), *lean))
     assert_equal(*runs)
-    assert cause in lean[0].graph_obstacle
+    assert cause in lean[0].graph_unsupported_reason
 
 
 def test_sparse_batches():
-    """They have no strides to go by."""
+    """Sparse tensors have no strides: they disable the graphs."""
 
     class Sparse(Module):
         def training_step(self, batch, batch_idx):
@@ -510,11 +510,11 @@ def test_sparse_batches():
     batches = [(torch.randn(4, 4).to_sparse_csr(), torch.randint(3, (4,))) for _ in range(6)]
     lean = Graphed()
     fit(Sparse(), lean, train=DataLoader(batches, batch_size=None))
-    assert "sparse" in lean.graph_obstacle
+    assert "sparse" in lean.graph_unsupported_reason
 
 
 class AtEpochs(pl.Callback):
-    """Changes parts of the module where an epoch begins."""
+    """Changes submodules at the start of an epoch."""
 
     def on_train_epoch_start(self, trainer, pl_module):
         pl_module.net[1].inplace = trainer.current_epoch % 2 == 1
@@ -523,30 +523,32 @@ class AtEpochs(pl.Callback):
 
 
 def test_parts_that_change_between_epochs():
-    """Numbers of layers, and tensors on the CPU that are written to."""
+    """Numbers of layers and CPU tensors that are written to take effect."""
     torch.manual_seed(1)
     own = fit(Annealed(), AtEpochs(), max_epochs=3)
     torch.manual_seed(1)
     lean = Graphed()
     assert_equal(fit(Annealed(), AtEpochs(), lean, max_epochs=3), own)
-    assert lean.graph_obstacle is None and StandIn.replays > 0
+    assert lean.graph_unsupported_reason is None and StandIn.replays > 0
 
 
 def test_a_capture_that_fails(monkeypatch):
-    """The step is taken without, and so are those that follow."""
+    """Python runs this step and all later ones."""
 
     def fail(*arguments):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    monkeypatch.setattr(graphs, "CapturedPasses", fail)
+    monkeypatch.setattr(cuda_graphs, "CapturedPasses", fail)
     own = fit(module())
     lean = Graphed()
     assert_equal(fit(module(), lean), own)
-    assert lean.graph_obstacle.endswith("cannot be captured: operation not permitted when stream is capturing")
+    assert lean.graph_unsupported_reason.endswith(
+        "cannot be captured: operation not permitted when stream is capturing"
+    )
 
 
 def test_an_error_in_a_watched_step_leaves_nothing_behind():
-    """The module logs, and has its trainer, as before."""
+    """The module has its own log and trainer again."""
 
     def fail(module, batch_idx, logits):
         if module.seen == 2:

@@ -1,4 +1,4 @@
-"""Servers on this machine, for the time of a job: started, started again when they die, and ended with it."""
+"""Server processes on this machine for the time of a training: started, restarted when they die, and stopped."""
 
 from __future__ import annotations
 
@@ -13,26 +13,30 @@ import time
 from pathlib import Path
 
 from lightkit.errors import LightkitError
-from lightkit.parameter_server.rendezvous import SECRET
+from lightkit.parameter_server.rendezvous import SECRET_VARIABLE
 
 _log = logging.getLogger(__name__)
 
-# How often a server may come back: one that dies at each start does so for a reason.
-_RESTARTS = 10
+# The most restarts of all servers together: a server that dies at each start does so for a reason.
+_MAX_RESTARTS = 10
 
 
 class LocalServers:
-    """Processes that serve a job.
+    """Server processes of one training.
 
     Args:
-        count: how many.
-        secret: that workers must know.
-        directory: for their snapshots, of this run alone: it is removed in the end. None for none.
-        host: address of this machine that the workers reach.
+        count: the number of servers.
+        secret: the secret that workers must know.
+        directory: the directory of snapshots and logs, of this run alone: `stop` removes it. None for none.
+        host: an address of this machine that the workers reach.
         timeout: see `lightkit.parameter_server.Server`.
 
+    Attributes:
+        processes: the server processes.
+        addresses: ``HOST:PORT`` of each.
+
     Raises:
-        LightkitError: one does not come up.
+        LightkitError: a server does not come up.
     """
 
     def __init__(
@@ -40,16 +44,16 @@ class LocalServers:
     ) -> None:
         self._secret, self._directory, self._host, self._timeout = secret, directory, host, timeout
         self._stopping = threading.Event()
-        self.processes = [self._start(number, 0) for number in range(count)]
+        self.processes = [self._start(index, 0) for index in range(count)]
         try:
             self.addresses = [_address_of(process) for process in self.processes]
         except LightkitError:
             self.stop()
             raise
-        threading.Thread(target=self._keep, daemon=True).start()
+        threading.Thread(target=self._restart_dead_servers, daemon=True).start()
 
     def stop(self, seconds: float = 0.0) -> None:
-        """Ends those that have not ended by themselves in so long."""
+        """Kills the servers that have not ended after ``seconds``, and removes the directory."""
         end = time.monotonic() + seconds
         while any(process.poll() is None for process in self.processes) and time.monotonic() < end:
             time.sleep(0.02)
@@ -60,36 +64,37 @@ class LocalServers:
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
             with contextlib.suppress(OSError):
-                # Unless other runs have theirs there.
+                # The parent may have the directories of other runs.
                 self._directory.parent.rmdir()
 
-    def _start(self, number: int, port: int) -> subprocess.Popen:
+    def _start(self, index: int, port: int) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "lightkit.parameter_server", "--leave-with-parent"]
         command += ["--host", self._host, "--port", str(port), "--timeout", str(self._timeout)]
         if self._directory is not None:
-            command += ["--directory", str(self._directory / str(number))]
-        # A session of its own: Ctrl-C at the terminal is the workers' to hear.
+            command += ["--directory", str(self._directory / str(index))]
+        # With a session of its own, a server does not receive the Ctrl-C of a terminal: the workers do.
         return subprocess.Popen(
             command,
-            env={**os.environ, SECRET: self._secret},
+            env={**os.environ, SECRET_VARIABLE: self._secret},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             start_new_session=True,
         )
 
-    def _keep(self) -> None:
+    def _restart_dead_servers(self) -> None:
         restarts = 0
         while not self._stopping.wait(0.1):
-            for number, process in enumerate(self.processes):
-                if process.poll() in (None, 0) or self._stopping.is_set() or restarts == _RESTARTS:
+            for index, process in enumerate(self.processes):
+                if process.poll() in (None, 0) or self._stopping.is_set() or restarts == _MAX_RESTARTS:
                     continue
                 restarts += 1
-                _log.warning("parameter server %d ended with status %s: started again", number, process.returncode)
-                self.processes[number] = self._start(number, int(self.addresses[number].rpartition(":")[2]))
+                _log.warning("parameter server %d ended with status %s: restarting", index, process.returncode)
+                self.processes[index] = self._start(index, int(self.addresses[index].rpartition(":")[2]))
 
 
-def _address_of(process: subprocess.Popen) -> str:
+def _address_of(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
     line = process.stdout.readline()
     if not line.startswith("listening on "):
         raise LightkitError(f"a parameter server did not come up: it ended with status {process.wait()}")

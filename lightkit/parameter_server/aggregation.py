@@ -1,0 +1,237 @@
+"""Aggregation of pushes into updates: one push at a time, or the mean of one push of each worker."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightkit.parameter_server.durable_state import CountedPush, DurableState, Update, WorkerState
+from lightkit.parameter_server.flat_tensors import allocate_flat
+from lightkit.parameter_server.membership import Membership
+from lightkit.parameter_server.protocol import Reply
+from lightkit.parameter_server.push_buffers import PushBuffers
+from lightkit.parameter_server.transport import Connection
+
+
+@dataclass(frozen=True)
+class Push:
+    """A push that a server has received.
+
+    Args:
+        connection: the connection that it came by.
+        rank: the rank of the worker.
+        worker: the state of the worker; a replacement with the same rank has another one.
+        optimizer_index: the index of the optimizer.
+        push_seq: its sequence number.
+        version: the version of the parameters that its gradient was computed with.
+        buffers: the buffers with its gradient.
+    """
+
+    connection: Connection
+    rank: int
+    worker: WorkerState
+    optimizer_index: int
+    push_seq: int
+    version: int
+    buffers: PushBuffers
+
+    @property
+    def is_repeated(self) -> bool:
+        """True if the push counts already: the worker sends it again, as it has lost the reply."""
+        return self.push_seq <= self.worker.pushes[self.optimizer_index]
+
+
+class AggregationRound:
+    """The pushes of all workers that one step of ``sync`` is made of.
+
+    Attributes:
+        pushes: the pushes by rank.
+        mean: the mean gradient as flat tensors; None while the round is open for pushes.
+        views: views of ``mean`` in the shapes of the parameters.
+        square_norm: the sum of the squares of the mean gradient's elements on this server.
+        needs_norm: True if the workers reply to ``square_norm`` with a factor of the mean gradient.
+        error: the reason why the step failed.
+    """
+
+    def __init__(self) -> None:
+        self.pushes: dict[int, Push] = {}
+        self.mean: list[Tensor] | None = None
+        self.views: list[Tensor] = []
+        self.square_norm = 0.0
+        self.needs_norm = False
+        self.error: Exception | None = None
+
+    def average(self) -> None:
+        """Computes the mean gradient, clamps it to the smallest bound of the pushes, and closes the round."""
+        buffers = [self.pushes[rank].buffers for rank in sorted(self.pushes)]
+        for push in buffers:
+            for mean, flat in zip(self.mean or [], push.flats, strict=True):
+                mean.add_(flat, alpha=1 / len(buffers))
+        if bounds := [push.max_value for push in buffers if push.max_value > 0]:
+            for mean in self.mean or []:
+                mean.clamp_(-min(bounds), min(bounds))
+        self.needs_norm = any(push.needs_norm for push in buffers)
+        norms = torch._foreach_norm(self.views) if self.views else []
+        self.square_norm = math.fsum(norm.double().item() ** 2 for norm in norms)
+
+
+class Aggregator:
+    """Turns pushes into updates.
+
+    Args:
+        state: the durable state, which applies the updates.
+        members: the workers.
+        changed: the condition that guards the training, notified at each change.
+    """
+
+    def __init__(self, state: DurableState, members: Membership, changed: threading.Condition) -> None:
+        self._state, self._members, self._changed = state, members, changed
+        self._rounds: list[AggregationRound] = []
+
+    def reset(self) -> None:
+        """Opens a round for each optimizer of the training; the caller holds the lock."""
+        self._rounds = [AggregationRound() for _ in self._state.shards]
+
+    def forget(self, rank: int) -> None:
+        """Removes the pushes of a worker that another one has replaced; the caller holds the lock."""
+        for current in self._rounds:
+            if current.mean is None:
+                current.pushes.pop(rank, None)
+
+    def reopen(self, connected: Collection[int]) -> None:
+        """Opens each closed round whose workers are all gone, as none is left to reply to the norm.
+
+        The caller holds the lock.
+        """
+        for current in self._rounds:
+            if current.mean is not None and current.pushes.keys().isdisjoint(connected):
+                current.mean = None
+
+    def pending(self, rank: int, connection: Connection | None) -> frozenset[int]:
+        """Returns the optimizers whose round has a push of a worker's connection; the caller holds the lock."""
+        pushes = (current.pushes.get(rank) for current in self._rounds)
+        return frozenset(i for i, push in enumerate(pushes) if push is not None and push.connection is connection)
+
+    def step_alone(self, push: Push, staleness: int | None) -> None:
+        """Steps along the gradient of one worker, unless the push is a repeated one.
+
+        Args:
+            push: the push.
+            staleness: waits until the worker is at most so many pushes ahead of the slowest; None does not wait.
+
+        Raises:
+            TransportError: the worker is gone.
+        """
+        with self._changed:
+            if not push.is_repeated:
+                buffers = push.buffers
+                update = self._make_update(push, buffers.is_skipped, buffers.present, [push])
+                self._apply(update, buffers.flats, buffers.views)
+            if staleness is not None:
+                while self._lead(push) > staleness:
+                    self._members.wait(push.connection, push.rank)
+
+    def _lead(self, push: Push) -> int:
+        slowest = self._members.slowest_clock(push.optimizer_index)
+        if slowest is None:
+            return 0
+        return self._state.workers[push.rank].clock(push.optimizer_index) - slowest
+
+    def step_together(self, push: Push) -> None:
+        """Steps along the mean gradient of all active workers; returns after the step that has the push.
+
+        Raises:
+            TransportError: the worker is gone.
+            Exception: the step failed.
+        """
+        rank, index = push.rank, push.optimizer_index
+        with self._changed:
+            if push.is_repeated:
+                return
+            if push.version < self._state.versions[index]:
+                # The other workers have made this step without the push: its gradient is of earlier parameters.
+                push.worker.pushes[index] = push.push_seq
+                return
+            current = self._rounds[index]
+            while current is self._rounds[index]:
+                present = current.pushes.get(rank)
+                if current.mean is None and (present is None or present.buffers is not push.buffers):
+                    current.pushes[rank] = push
+                    self._changed.notify_all()
+                if current.mean is None and self._is_complete(current):
+                    self._close(index, current)
+                if current.mean is not None and rank in current.pushes:
+                    break
+                self._members.wait(push.connection, rank)
+            if current is not self._rounds[index]:
+                _raise(current.error)
+                return
+            if not current.needs_norm or rank not in current.pushes:
+                self._finish(index, current, 1.0)
+                return
+        # Each worker gets the norm, even after the first has replied: it adds up the parts of all servers.
+        push.connection.send_header(Reply.NORM)
+        push.connection.send(torch.tensor([current.square_norm], dtype=torch.float64))
+        factor = torch.zeros(1, dtype=torch.float64)
+        push.connection.receive(factor)
+        with self._changed:
+            # All workers compute the same factor.
+            self._finish(index, current, factor.item())
+            _raise(current.error)
+
+    def _is_complete(self, current: AggregationRound) -> bool:
+        return not self._members.expected and self._members.active() <= current.pushes.keys()
+
+    def _close(self, optimizer_index: int, current: AggregationRound) -> None:
+        assert self._state.spec is not None
+        current.mean, current.views = allocate_flat(self._state.spec.optimizers[optimizer_index].parameters)
+        current.average()
+        self._changed.notify_all()
+
+    def _finish(self, optimizer_index: int, current: AggregationRound, factor: float) -> None:
+        """Steps along ``factor`` times the mean gradient; a negative factor skips the step."""
+        if current is not self._rounds[optimizer_index] or current.mean is None:
+            # Another worker's thread has made the step, or the round is open again.
+            return
+        pushes = current.pushes
+        is_skipped = factor < 0 or any(push.buffers.is_skipped for push in pushes.values())
+        if not is_skipped and factor != 1:
+            torch._foreach_mul_(current.mean, factor)
+        present = [any(entries) for entries in zip(*(push.buffers.present for push in pushes.values()), strict=True)]
+        counted = [push for rank, push in pushes.items() if self._state.workers[rank] is push.worker]
+        self._rounds[optimizer_index] = AggregationRound()
+        try:
+            update = self._make_update(pushes[min(pushes)], is_skipped, present, counted)
+            self._apply(update, current.mean, current.views)
+        except Exception as error:
+            # The threads of the other workers raise it too.
+            current.error = error
+            self._changed.notify_all()
+            raise
+
+    def _make_update(self, first: Push, is_skipped: bool, present: list[bool], counted: list[Push]) -> Update:
+        workers = self._state.workers
+        return Update(
+            first.optimizer_index,
+            is_skipped,
+            first.buffers.hyperparameters,
+            present,
+            {
+                push.rank: CountedPush(workers[push.rank].incarnation, push.push_seq, workers[push.rank].clock_offset)
+                for push in counted
+            },
+        )
+
+    def _apply(self, update: Update, flats: list[Tensor], views: list[Tensor]) -> None:
+        self._state.update(update, flats, views)
+        self._changed.notify_all()
+
+
+def _raise(error: Exception | None) -> None:
+    if error is not None:
+        raise error

@@ -1,0 +1,144 @@
+"""Membership of workers in a training: who is connected, who is expected, and whose clock is the slowest."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Iterable
+
+from lightkit.errors import LightkitError
+from lightkit.parameter_server.durable_state import DurableState, WorkerState
+from lightkit.parameter_server.protocol import JoinRequest, Reply
+from lightkit.parameter_server.transport import Connection, TransportError
+
+_log = logging.getLogger(__name__)
+
+
+class Membership:
+    """The workers of a training and their connections.
+
+    Callers hold the lock of ``changed``, once, in all methods except `check_current`.
+
+    Args:
+        state: the durable state of the training.
+        changed: the condition that is notified at each change of the training.
+        timeout: seconds for an expected worker to join, and seconds without any worker after which the training ends.
+
+    Attributes:
+        connections: the connection of each connected worker, by rank.
+        expected: the ranks of the workers that have not joined yet, and that the training waits for.
+        joins: how often a worker has joined, reconnections included.
+    """
+
+    def __init__(self, state: DurableState, changed: threading.Condition, timeout: float) -> None:
+        self._state, self._changed, self._timeout = state, changed, timeout
+        self.connections: dict[int, Connection] = {}
+        self.expected: set[int] = set()
+        self._expected_until = math.inf
+        self._alone_since = time.monotonic()
+        self.joins = 0
+
+    def expect(self, ranks: Iterable[int]) -> None:
+        """Has the training wait for workers, for the timeout at most."""
+        self.expected = set(ranks)
+        self._expected_until = time.monotonic() + self._timeout
+
+    def active(self) -> set[int]:
+        """Returns the ranks of the workers that have joined and push, the expected ones among them."""
+        workers = self._state.workers
+        return {r for r in self.connections.keys() | self.expected if r in workers and not workers[r].finished}
+
+    def slowest_clock(self, optimizer_index: int) -> int | None:
+        """Returns the smallest clock of the active workers, or None if no worker is active."""
+        clocks = (self._state.workers[rank].clock(optimizer_index) for rank in self.active())
+        return min(clocks, default=None)
+
+    def join(self, connection: Connection, request: JoinRequest) -> tuple[WorkerState, bool]:
+        """Makes a connection that of a worker, and closes an earlier connection of the same worker.
+
+        Returns:
+            The state of the worker, and True if the worker has not been known before.
+
+        Raises:
+            LightkitError: another process with the same rank is connected.
+        """
+        rank, worker = request.rank, self._state.workers.get(request.rank)
+        is_new = worker is None or worker.incarnation != request.incarnation
+        if is_new and rank in self.connections:
+            raise LightkitError(f"there is a worker {rank} already; a replacement must wait until that worker is gone")
+        if worker is None or is_new:
+            indices = range(len(request.spec.optimizers))
+            worker = WorkerState(
+                request.incarnation, [0 for _ in indices], [self.slowest_clock(i) or 0 for i in indices]
+            )
+            if self._state.spec is not None:
+                self._state.workers[rank] = worker
+        if (earlier := self.connections.get(rank)) is not None:
+            earlier.close()
+        self.connections[rank] = connection
+        self.expected.discard(rank)
+        self.joins += 1
+        self._changed.notify_all()
+        return worker, is_new
+
+    def disconnect(self, rank: int, connection: Connection) -> bool:
+        """Removes the connection of a worker; returns False if the worker has another connection by now."""
+        if self.connections.get(rank) is not connection:
+            return False
+        del self.connections[rank]
+        self._alone_since = time.monotonic()
+        return True
+
+    def check_current(self, connection: Connection, rank: int) -> None:
+        """Checks that a connection is still that of a worker.
+
+        Raises:
+            TransportError: the worker was given up, or has another connection.
+        """
+        if self.connections.get(rank) is not connection:
+            raise TransportError("it was given up, or has a new connection")
+
+    def wait(self, connection: Connection, rank: int | None = None) -> None:
+        """Waits for a change, and tells the worker from time to time that its reply takes longer.
+
+        Args:
+            connection: the connection of the worker.
+            rank: the rank of the worker; None before the worker has joined.
+
+        Raises:
+            TransportError: the worker is gone, or has another connection.
+        """
+        self._changed.wait(connection.heartbeat_interval)
+        # Frequent changes must not keep the heartbeats back.
+        if time.monotonic() - connection.last_sent >= connection.heartbeat_interval:
+            self._changed.release()
+            try:
+                connection.send_header(Reply.WAIT)
+            finally:
+                self._changed.acquire()
+        connection.poll()
+        if rank is not None:
+            self.check_current(connection, rank)
+
+    def is_over(self) -> bool:
+        """Returns True if all workers have left; stops waiting for workers that have not joined in time.
+
+        Raises:
+            LightkitError: all workers are lost, and none has come back.
+        """
+        if self.expected and time.monotonic() > self._expected_until:
+            word = "worker" if len(self.expected) == 1 else "workers"
+            ranks = ", ".join(map(str, sorted(self.expected)))
+            _log.warning("continuing without %s %s, which did not come", word, ranks)
+            self.expected.clear()
+            self._changed.notify_all()
+        if self.connections or self.expected or not self._state.workers:
+            return False
+        if any(worker.left for worker in self._state.workers.values()):
+            return True
+        # Lost workers may come back, and others may take their places.
+        if time.monotonic() - self._alone_since > self._timeout:
+            raise LightkitError(f"all workers are gone, and none came for {self._timeout:g} s")
+        return False
