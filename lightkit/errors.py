@@ -1,4 +1,4 @@
-"""Errors in a user's input, which entry points print in one line without a traceback; exceptions that end a process."""
+"""Errors in a user's input, which entry points print without a traceback, and exceptions that end a process."""
 
 
 class LightkitError(Exception):

@@ -12,7 +12,7 @@ from lightkit.runtime.command_process import begin_to_collect, run_as_process
 
 
 class Keys(TypedDict):
-    """The types of the keys of ``conf/evaluate.yaml``."""
+    """The types of the keys of ``conf/evaluate.yaml``, by which `lightkit.app.cli.Command` checks the values."""
 
     ckpt_path: str
     data_dir: str | None
@@ -23,7 +23,7 @@ class Keys(TypedDict):
 
 @entry_point("evaluate", Keys)
 def main(config: DictConfig) -> None:
-    """Computes and prints the test metrics of a checkpoint."""
+    """Computes and prints the test metrics of a checkpoint; writes them to ``config.output`` unless that is None."""
     # As in lightkit.train, --help does not wait for these imports.
     from lightkit.app.console import print_table
     from lightkit.app.evaluation import evaluate

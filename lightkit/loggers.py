@@ -1,4 +1,4 @@
-"""A CSV logger whose file is complete at any time, and which continues the file of a resumed run."""
+"""A CSV logger whose file has only whole rows at any time, and which can continue the file of a resumed run."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ Rows = list[dict[str, Any]]
 
 
 class CSVLogger(loggers.CSVLogger):
-    """Lightning's ``CSVLogger`` for local directories, except that it loses no rows.
+    """Lightning's ``CSVLogger``, except that a kill or a full disk loses no row that is in the file already.
 
-    The logger appends whole rows. For a new column it writes a new file and replaces the old one by a rename. A kill or
-    a full disk leaves the rows of before.
+    The logger appends whole rows. For a new column it writes a new file and replaces the old one by a rename. Rows that
+    were logged since the last ``save`` are in memory only, and a kill loses them. The directory must be local.
+
+    The logger removes an existing ``metrics.csv`` of its directory at the first access to `experiment`. A resumed run
+    calls `continue_from` before, which keeps the rows.
 
     Args:
         *arguments: the positional arguments of Lightning's ``CSVLogger``.
@@ -35,12 +38,12 @@ class CSVLogger(loggers.CSVLogger):
 
     @rank_zero_only
     def continue_from(self, path: Path, steps: int, last: dict[str, Any] | None = None) -> None:
-        """Starts the log with the rows of the first steps in another log, or in this one.
+        """Starts the file of this logger with the rows of the first ``steps`` steps in ``path``.
 
         The rows are written at once, so that no checkpoint lies beside a log without them.
 
         Args:
-            path: a ``metrics.csv``; without a valid file the log starts empty.
+            path: a ``metrics.csv`` of another logger, or this logger's own; without a valid file the log starts empty.
             steps: the number of steps that are done; later rows are dropped, since they will be logged again.
             last: metrics of the last of these steps, which a kill may have prevented from being logged.
         """
@@ -62,10 +65,10 @@ class CSVLogger(loggers.CSVLogger):
 
 
 def read_rows(path: Path) -> Rows:
-    """Reads the complete rows of a ``metrics.csv`` as strings by column.
+    """Reads the whole rows of a ``metrics.csv``.
 
     Returns:
-        The rows; none if there is no such file or no logger wrote it.
+        A dict for each row, which maps the columns to strings; no row if the file does not exist or has another format.
     """
     try:
         text = path.read_bytes().decode()

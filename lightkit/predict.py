@@ -13,7 +13,7 @@ from lightkit.runtime.command_process import begin_to_collect, run_as_process
 
 
 class Keys(TypedDict):
-    """The types of the keys of ``conf/predict.yaml``."""
+    """The types of the keys of ``conf/predict.yaml``, by which `lightkit.app.cli.Command` checks the values."""
 
     ckpt_path: str
     input: str | None
@@ -31,7 +31,7 @@ class Keys(TypedDict):
 
 @entry_point("predict", Keys)
 def main(config: DictConfig) -> None:
-    """Predicts with the model of a checkpoint and prints the result."""
+    """Predicts with the model of a checkpoint; prints the result, and writes it to ``config.output`` if that is set."""
     # As in lightkit.train, --help does not wait for these imports.
     from lightkit.app.prediction import PredictionRequest, predict
     from lightkit.app.restore import restore

@@ -11,7 +11,7 @@ from lightkit.runtime.command_process import begin_to_collect, run_as_process
 
 
 class Keys(TypedDict):
-    """The types of the keys of ``conf/train.yaml`` except the groups."""
+    """The types of the keys of ``conf/train.yaml`` except the groups; `lightkit.app.cli.Command` checks the values."""
 
     name: str
     seed: int
@@ -24,7 +24,12 @@ class Keys(TypedDict):
 
 @entry_point("train", Keys, several_processes=True)
 def main(config: DictConfig) -> float | None:
-    """Runs the job of a configuration and returns the metric ``objective``, which a sweeper such as Optuna's reads."""
+    """Trains, tests and reports as ``config`` says.
+
+    Returns:
+        The value of the metric whose name is ``config.objective``, for a sweeper such as Optuna's; None if the job has
+        no such metric.
+    """
     # The import of torch and Lightning takes seconds, for which --help and a misspelt override need not wait.
     from lightkit import native
     from lightkit.memory import keep_freed_memory

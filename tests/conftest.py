@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib
 import os
 import subprocess
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +19,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 import pytest
 import torch
 from hypothesis import settings
-from support import commands
+from support import commands, workers
 
 from lightkit.native import builder
 
@@ -41,30 +39,36 @@ def is_slow(item: pytest.Item) -> bool:
     return item.get_closest_marker("slow") is not None
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Orders the tests: fast ones first, then slow ones, then those that run alone.
+def group_of(item: pytest.Item) -> str:
+    """Returns the tests that go to the same worker: of a file, the fast ones or the slow ones, which share fixtures."""
+    if is_alone(item):
+        return "alone"
+    named = item.get_closest_marker("group")
+    return f"{'slow' if is_slow(item) else 'fast'} {named.args[0] if named else item.nodeid.partition('::')[0]}"
 
-    With several workers of pytest-xdist the fast tests of a file stay together, and so do its slow ones, which share
-    fixtures. Files that share more name a group themselves. One worker runs all tests that run alone.
-    """
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Orders the tests: fast ones first, then slow ones, then those that run alone."""
     items.sort(key=lambda item: (is_alone(item), is_slow(item)))
-    for item in items:
-        kind = "alone" if is_alone(item) else "slow" if is_slow(item) else "fast"
-        named = item.get_closest_marker("xdist_group")
-        name = "" if is_alone(item) else named.args[0] if named else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(f"{kind} {name}"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    workers.publish_groups(session.config, {item.nodeid: group_of(item) for item in session.items})
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> workers.GroupScheduling:
+    scheduler = workers.GroupScheduling(config, log)
+    config.add_cleanup(scheduler.remove_files)
+    return scheduler
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Runs a test that is marked ``alone`` while no other worker runs a test."""
-    workers = getattr(item.config, "workerinput", None)
-    if workers is None:
-        return (yield)
-    lock = Path(tempfile.gettempdir()) / f"lightkit-tests-{workers['testrunuid']}"
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX if is_alone(item) else fcntl.LOCK_SH)
+    with workers.turn(item.config, is_alone(item)):
         return (yield)
 
 

@@ -1,4 +1,4 @@
-"""From configuration to objects: what may be built, and what the errors say."""
+"""Construction of objects from a configuration: allowed classes and error messages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CONF = Path(__file__).parent.parent / "conf"
 
 
 def test_builds_from_the_inside_out():
-    """Targets nest, partials wait for the rest, null is nothing, containers stay containers."""
+    """Targets nest, a partial accepts the missing arguments, a null target builds None, and containers stay."""
     config = OmegaConf.create(
         {
             "model": {"_target_": "torch.nn.Linear", "in_features": 3, "out_features": "${size}"},
@@ -45,13 +45,13 @@ def test_builds_from_the_inside_out():
         "os.system",
         "subprocess.Popen",
         "builtins.eval",
-        # Ways through a trusted package to what it imports.
+        # Paths through an allowed package to a module that it imports.
         "lightning.pytorch.trainer.trainer.os.system",
         "lightkit.native.background.subprocess.Popen",
         "lightkit.native.builder.os.system",
         "torch.nn.modules.module.functools.partial",
         "lightkit._util.atomic_write.tempfile.NamedTemporaryFile",
-        # Trusted, but not classes.
+        # Names in an allowed package that are not classes.
         "lightkit._util.atomic_write.write_atomically",
         "torch.nn.functional.relu",
         "lightkit",
@@ -60,13 +60,13 @@ def test_builds_from_the_inside_out():
     ],
 )
 def test_refuses_what_is_not_a_class_of_a_trusted_package(target):
-    """A configuration is data: it cannot call functions or reach other packages, even through trusted ones."""
+    """A configuration cannot call functions or reach other packages, even through allowed ones."""
     with pytest.raises(ConfigError, match="_target_"):
         build({"_target_": target, "command": "true"})
 
 
 def test_own_packages_can_be_allowed(monkeypatch):
-    """A user's classes are built once their package is named, in code or in the environment."""
+    """`build` builds a user's class after `allow_targets` or LIGHTKIT_TARGETS names its package."""
     target = {"_target_": "collections.OrderedDict"}
     with pytest.raises(ConfigError, match="LIGHTKIT_TARGETS"):
         build(target)
@@ -93,19 +93,19 @@ def test_own_packages_can_be_allowed(monkeypatch):
     ],
 )
 def test_errors_name_what_is_right(config, message):
-    """Misspelt types and arguments, and values of a wrong type, come with the nearest right ones."""
+    """The error for a misspelt name has the nearest known ones, and the error for a wrong type the expected types."""
     with pytest.raises(ConfigError, match=message):
         build(config)
 
 
 def test_keys_that_the_program_sets_are_refused():
-    """A value that would be overwritten is not swallowed in silence."""
+    """`build` rejects a value that the program would overwrite."""
     with pytest.raises(ConfigError, match="in_features cannot be set here"):
         build({"_target_": "torch.nn.Linear", "in_features": 1, "out_features": 1}, in_features=2)
 
 
 def test_partials_fail_in_the_same_words():
-    """A bad value of a part that is built later is the configuration's error, too."""
+    """A wrong value raises a `ConfigError` also when a partial is called later."""
     optimizer = build({"_target_": "torch.optim.Adam", "_partial_": True, "lr": -1})
     with pytest.raises(ConfigError, match=r"torch\.optim\.Adam could not be built: Invalid learning rate"):
         optimizer([torch.zeros(1, requires_grad=True)])
@@ -122,7 +122,7 @@ OVERRIDES = [
 ]
 
 
-# Where a choice is not for the classification of images: the experiment that it belongs to, and what it needs.
+# For choices that do not classify images: the experiment and the overrides that they need.
 BELONGS_TO = {
     "data=co2": ["+experiment=forecast"],
     "data=series": ["+experiment=forecast", "data.path=values.csv"],
@@ -139,12 +139,12 @@ BELONGS_TO = {
 
 @pytest.mark.parametrize("override", OVERRIDES)
 def test_every_choice_composes_and_builds(override, tmp_path):
-    """No group has a file that does not fit the rest of the job that it is for."""
+    """Every choice of every group composes and builds within its job."""
     with initialize_config_module("lightkit.conf", version_base="1.3"):
         config = compose("train", [*BELONGS_TO.get(override, []), override, f"run_dir={tmp_path}"])
     task, data = build_task(config), build_data(config)
     build(config.callbacks)
-    # Lightning refuses a Trainer for a device that is not here.
+    # Lightning rejects a Trainer for a missing device.
     if config.trainer.accelerator in ("auto", "cpu") or (
         config.trainer.accelerator == "gpu" and torch.cuda.is_available()
     ):
@@ -158,7 +158,7 @@ def test_every_choice_composes_and_builds(override, tmp_path):
     ("override", "experiments"), [("data=text", "language_model, char_rnn"), ("data=co2", "forecast")]
 )
 def test_data_of_another_kind(override, experiments):
-    """Data without classes for a classifier are refused, with the experiments that they are for."""
+    """The error for data without classes and a classifier has the experiments for the data."""
     with initialize_config_module("lightkit.conf", version_base="1.3"):
         config = compose("train", [override, "run_dir=."])
     with pytest.raises(ConfigError, match=f"no classes .* experiments for it: {experiments}"):
@@ -166,14 +166,14 @@ def test_data_of_another_kind(override, experiments):
 
 
 def test_help_lists_every_experiment():
-    """--help is written by hand, and must not forget an experiment."""
+    """The hand-written --help lists every experiment."""
     text = (CONF / "train.yaml").read_text()
     for name in choices("experiment"):
         assert f"+experiment={name} " in text
 
 
 def test_documented_job():
-    """experiment=cnn is 5 epochs of batches of 32 with Adam, on data that need no network."""
+    """experiment=cnn trains 5 epochs with batches of 32 and Adam, on data that need no network."""
     with initialize_config_module("lightkit.conf", version_base="1.3"):
         config = compose("train", ["+experiment=cnn", "run_dir=."])
         other = compose("train", ["+experiment=cnn", "run_dir=.", "data=fashion_mnist", "optim=sgd"])
@@ -185,7 +185,7 @@ def test_documented_job():
 
 @pytest.mark.parametrize("override", ["scheduler=none", "~scheduler"])
 def test_no_scheduler(override):
-    """The group is set to none or taken away: the task has an optimizer alone."""
+    """Without a scheduler the task has an optimizer alone."""
     with initialize_config_module("lightkit.conf", version_base="1.3"):
         task = build_task(compose("train", ["+experiment=cnn", "run_dir=.", override]))
     assert isinstance(task.configure_optimizers(), torch.optim.Optimizer)
@@ -193,7 +193,7 @@ def test_no_scheduler(override):
 
 @pytest.mark.parametrize("name", ["train", "evaluate", "predict"])
 def test_every_key_of_a_command_has_a_type(name):
-    """What a command says of the types of its keys is of the keys that it has."""
+    """The class `Keys` of a command has a type for exactly the keys of its configuration."""
     with initialize_config_module("lightkit.conf", version_base="1.3"):
         config = compose(name)
     groups = {path.name for path in CONF.iterdir() if path.is_dir()}
@@ -202,14 +202,14 @@ def test_every_key_of_a_command_has_a_type(name):
 
 
 def test_groups_serve_a_hydra_application_of_the_user(tmp_path):
-    """Somebody's own application finds the groups through hydra.searchpath."""
+    """A user's own application finds the groups through hydra.searchpath."""
     from hydra import initialize_config_dir
 
     groups = ["model: cnn", "optim: sgd", "data: mnist_5k", "trainer: cpu", "strategy: parameter_server"]
     groups += ["callbacks: default", "logger: csv"]
     (tmp_path / "mine.yaml").write_text(
         f"defaults: [{', '.join(groups)}, _self_]\nhydra: {{searchpath: ['pkg://lightkit.conf']}}\n"
-        # What README says that they need.
+        # The keys that the groups need according to the README.
         "run_dir: out\nseed: 3\n"
     )
     with initialize_config_dir(str(tmp_path), version_base="1.3"):

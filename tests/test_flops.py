@@ -13,7 +13,7 @@ from lightkit.models import CNN, RNN, Transformer
 from lightkit.ops import conv_relu_pool, linear_cross_entropy
 from lightkit.optim import Adam
 
-# Of one image: three convolutions and two linear maps. The first convolution makes no gradient of the image.
+# One image: three convolutions and two linear maps. The first convolution computes no gradient of the image.
 CONVOLUTIONS = (2 * 26 * 26 * 32 * 9, 2 * 11 * 11 * 64 * 9 * 32, 2 * 3 * 3 * 64 * 9 * 64)
 CNN_FORWARD = sum(CONVOLUTIONS) + 2 * 576 * 64 + 2 * 64 * 10
 CNN_STEP = 3 * CNN_FORWARD - CONVOLUTIONS[0]
@@ -85,10 +85,10 @@ def test_recurrent(cell, layers, bidirectional):
             steps * (of_input + of_layers + of_state) + head
         )
     if cell == "lstm":
-        # One kernel, which makes every gradient.
+        # One kernel computes every gradient.
         expected = 3 * (steps * (of_input + of_layers + of_state) + head)
     else:
-        # Product by product: none for the gradients of the input and of the state before the first step.
+        # The products are counted singly; the input and the initial state have no gradients.
         expected = steps * (2 * of_input + 3 * of_layers + 3 * of_state) - of_state + 3 * head
     assert count(lambda: model(torch.randn(batch, steps, inputs))) == expected
 

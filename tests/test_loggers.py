@@ -33,7 +33,7 @@ def test_goes_on_with_the_rows_of_another(tmp_path):
         "step,x,y",
         *("0,0.5,", "1,0.25,", "2,1.0,", "3,,2.0"),
     ]
-    # In its own directory as well.
+    # The log may be in its own directory.
     again = logger_in(tmp_path / "b")
     again.continue_from(tmp_path / "b" / "metrics.csv", steps=3)
     log(again, (3, 7.0))

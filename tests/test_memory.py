@@ -14,11 +14,11 @@ if sys.argv[1] == "keep":
     assert keep_freed_memory() and keep_freed_memory()
 
 def step():
-    # 64 MiB: above every threshold that glibc adapts by itself.
+    # 64 MiB are above every threshold that glibc adapts by itself.
     for _ in range(3):
         torch.empty(16 << 20).fill_(1)
 
-# Until the heap has its size.
+# The first steps grow the heap.
 for _ in range(6):
     step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -61,8 +61,12 @@ def check_outputs(data: pl.LightningDataModule, model: Mapping[str, Any]) -> Non
 def check_accelerator(config: DictConfig) -> None:
     """Rejects ``trainer.accelerator=tpu`` if the job cannot use a TPU.
 
+    Args:
+        config: the configuration of the job; one with another accelerator passes.
+
     Raises:
-        ConfigError: no package for TPUs is installed, the machine has no TPU, or the configuration asks for several.
+        ConfigError: no package for TPUs is installed, the machine has no TPU, ``trainer.devices`` is not 1, or
+            ``strategy`` is not ``auto``: the others need several processes.
     """
     if config.trainer.get("accelerator") != "tpu":
         return

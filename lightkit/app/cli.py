@@ -57,7 +57,8 @@ class Command:
     Args:
         function: runs a job of the composed configuration; imports slow modules only when it is called.
         config_name: the name of the configuration and of the command's module, ``lightkit.<config_name>``.
-        keys: a class whose annotations are the types of the command's own keys; Hydra parses no value of a str key.
+        keys: a class whose annotations are the types of the command's own keys. The command checks the values against
+            them, and makes Hydra take the value of a str key as text.
         several_processes: run ``function`` in as many processes as the configuration has devices.
     """
 

@@ -19,11 +19,11 @@ from lightkit.errors import CheckpointError
 class Checkpoint(ModelCheckpoint):
     """Lightning's ``ModelCheckpoint``, except that it writes ``last.ckpt`` each time that it checks its monitor.
 
-    Lightning 2.6 writes ``last.ckpt`` only together with another checkpoint, the best so far. A job that resumes from
-    it loses everything after its best epoch.
+    Lightning 2.6 writes ``last.ckpt`` only when it also writes another checkpoint, the best so far. A job that resumes
+    from ``last.ckpt`` then loses all epochs after the best one.
 
-    The checkpoint that a training resumes from becomes its ``last.ckpt``. A training that resumes in another directory
-    also copies the best checkpoint so far, which Lightning would forget: each directory is complete.
+    A training that resumes from a checkpoint copies this checkpoint to its own ``last.ckpt``. If the training runs in
+    another directory than before, it also copies the best checkpoints so far, which Lightning would forget.
 
     Args:
         *arguments: the positional arguments of ``ModelCheckpoint``.
@@ -34,7 +34,10 @@ class Checkpoint(ModelCheckpoint):
     _source: Path | None = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Copies the checkpoint that the training resumes from to ``last.ckpt``."""
+        """Copies the checkpoint from which the training resumes, if there is one, to ``last.ckpt``.
+
+        Only process 0 copies, and only with ``save_last``.
+        """
         super().on_fit_start(trainer, pl_module)
         source = Path(str(trainer.ckpt_path)) if trainer.ckpt_path is not None else None
         if self.save_last and trainer.is_global_zero and source is not None and source.is_file():
@@ -47,15 +50,15 @@ class Checkpoint(ModelCheckpoint):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Notes the directory of the checkpoint that the training resumes from, before `load_state_dict` runs."""
+        """Records the directory of the checkpoint from which the training resumes; `load_state_dict` reads it."""
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
         self._source = Path(str(trainer.ckpt_path)).parent if trainer.ckpt_path is not None else None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads the state, and copies the best checkpoints if they are in another directory than the present one.
+        """Loads the state, and copies the best checkpoints to ``dirpath`` if they are in another directory.
 
-        The state may be untrusted, and Lightning reads and removes the files that it names. Files outside of the
-        present directory and of that of the checkpoint are dropped from the state.
+        Lightning reads and removes the files that the state names, and the state may come from an untrusted checkpoint.
+        This method therefore drops the files that are neither in ``dirpath`` nor in the directory of the checkpoint.
         """
         state_dict = self._without_foreign_files(state_dict)
         before = state_dict.get("dirpath")
@@ -64,13 +67,13 @@ class Checkpoint(ModelCheckpoint):
         super().load_state_dict(state_dict)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Saves after an epoch of training, if Lightning saves there."""
+        """Saves the best checkpoints and ``last.ckpt``, if Lightning saves at the end of the training epoch."""
         super().on_train_epoch_end(trainer, pl_module)
         if self._should_save_on_train_epoch_end(trainer):
             self._save_last(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Saves after a validation, if Lightning saves there."""
+        """Saves the best checkpoints and ``last.ckpt``, if Lightning saves at the end of a validation."""
         super().on_validation_end(trainer, pl_module)
         if not self._should_save_on_train_epoch_end(trainer):
             self._save_last(trainer)
@@ -83,7 +86,7 @@ class Checkpoint(ModelCheckpoint):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def _without_foreign_files(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Returns the state without files outside of the present directory and of that of the checkpoint."""
+        """Returns the state without files that are neither in ``dirpath`` nor in the directory of the checkpoint."""
         models = state.get("best_k_models")
         models = models if isinstance(models, dict) else {}
         paths = {key: state.get(key, "") for key in ("best_model_path", "kth_best_model_path", "last_model_path")}
@@ -100,10 +103,11 @@ class Checkpoint(ModelCheckpoint):
         return Path(path).resolve().parent in folders
 
     def _with_copies(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Copies the best checkpoints to the present directory and returns a state that names the copies.
+        """Copies the best checkpoints to ``dirpath`` and returns a state that names the copies.
 
-        Returns the state unchanged, so that Lightning starts a new list, if a file is missing or was overwritten: the
-        run that wrote it may have continued after the checkpoint that this training resumes from.
+        The method copies nothing and returns ``state``, so that Lightning starts a new list, if a file is missing or
+        was overwritten: the run that wrote the file may have continued after the checkpoint from which this training
+        resumes.
         """
         models = state.get("best_k_models") or {}
         assert self.dirpath is not None
@@ -119,7 +123,7 @@ class Checkpoint(ModelCheckpoint):
         }
 
     def _has_score(self, path: str, score: torch.Tensor) -> bool:
-        """Returns True if a checkpoint exists and had this score when it was written."""
+        """Returns True if the checkpoint ``path`` exists, can be read, and contains ``score`` as its score."""
         try:
             return bool(load_checkpoint(path)["callbacks"][self.state_key]["current_score"] == score)
         except (CheckpointError, KeyError):

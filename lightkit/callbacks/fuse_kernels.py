@@ -1,4 +1,4 @@
-"""A callback that brings lightkit's kernels to any LightningModule."""
+"""A callback that runs parts of any LightningModule on lightkit's kernels."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _COMPILED = "it is under torch.compile, whose graphs stay torch's"
 
 @dataclass(frozen=True)
 class Replacement:
-    """An optimizer, loss or Sequential of a run, and what runs in its place.
+    """An entry of `FuseKernels.report`: an optimizer, loss or Sequential of a run, and its replacement.
 
     Args:
-        name: its place, such as ``optimizers[0]`` or the name of a submodule.
-        kind: its class or function in the user's code, such as ``torch.optim.SGD``.
-        replacement: the class or function of lightkit that runs in its place; None if it was kept.
-        reason: why it was kept, or None.
+        name: the place of the object, such as ``optimizers[0]`` or the name of a submodule.
+        kind: the name of the object's class or function in the user's code, such as ``torch.optim.SGD``.
+        replacement: the name of the class or function of lightkit that runs instead; None if the object was kept.
+        reason: the reason why the object was kept; None if it was replaced.
     """
 
     name: str
@@ -66,9 +66,9 @@ class FuseKernels(Callback):
       during fit, validate, test and predict: see `lightkit.nn.FusedSequential`.
 
     The objects keep their classes: ``type(optimizer)``, ``type(net)``, ``match``, the model summary and a profiler show
-    the user's. Copies and pickles are torch's, and torch.jit, torch.fx, torch.compile and torch.export see a
-    ``Sequential`` as it was. If a method of torch's classes or a function that they call is patched, before a run or
-    during it, the patch is called. A program can see these differences:
+    the user's classes. Copies and pickles of the objects are torch's, and torch.jit, torch.fx, torch.compile and
+    torch.export see a ``Sequential`` as it was. If another program patches a method of torch's classes, or a function
+    that they call, before or during a run, the patch is called. A program can see these differences:
 
     ================================== =====================================================================
     object                             difference during a run
@@ -82,12 +82,13 @@ class FuseKernels(Callback):
     state of half-precision ``Adam``   the moments are float32
     ================================== =====================================================================
 
-    At the end of the run, or after an exception or Ctrl-C, everything is torch's again. Checkpoints contain nothing of
-    lightkit: a run resumes without this callback from a checkpoint with it, and the other way round. A trainer can be
-    copied and pickled during a run; the copy is torch's.
+    At the end of the run, or after an exception or Ctrl-C, the callback restores all objects. Checkpoints contain
+    nothing of lightkit: a run without this callback can resume from a checkpoint of a run with it, and vice versa. A
+    trainer can be copied and pickled during a run; in the copy nothing is replaced.
 
-    The callback logs the replacements once a run and keeps them in ``report``; strategies that spawn processes leave
-    the report in those. Without native kernels for the trainer's device nothing is replaced, and one warning says why.
+    The callback logs the replacements once per run and keeps them in ``report``. With a strategy that spawns processes,
+    only the callbacks in the spawned processes have the report. Without native kernels for the trainer's device the
+    callback replaces nothing, and one warning says why.
     """
 
     def __init__(self) -> None:
@@ -97,30 +98,30 @@ class FuseKernels(Callback):
 
     @property
     def report(self) -> tuple[Replacement, ...]:
-        """The optimizers, losses and Sequentials of the last run; ``str()`` of an entry is its line in the log."""
+        """A `Replacement` for each optimizer, loss and Sequential of the last run; its ``str()`` is its log line."""
         return tuple(self._report)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Replaces cross-entropy before the module is set up."""
+        """Patches ``torch.nn.functional.cross_entropy`` before the ``setup`` of the module runs."""
         self._restore(trainer)
         if _unsupported_reason(trainer) is None and patch.unsupported_reason() is None:
             self._undo_of(trainer).enter_context(patch_cross_entropy())
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Converts the optimizers before their state is restored from a checkpoint."""
+        """Converts the optimizers, before their state is restored from a checkpoint; fuses Sequentials; reports."""
         self._replace_and_report(trainer, pl_module)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Fuses the Sequentials of a validation outside of a fit, and reports."""
+        """Fuses the Sequentials and reports, if the validation is not part of a fit."""
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._replace_and_report(trainer, pl_module)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Fuses the Sequentials of a test, and reports."""
+        """Fuses the Sequentials before a test, and reports."""
         self._replace_and_report(trainer, pl_module)
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Fuses the Sequentials of a prediction, and reports."""
+        """Fuses the Sequentials before a prediction, and reports."""
         self._replace_and_report(trainer, pl_module)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -171,7 +172,7 @@ class FuseKernels(Callback):
     def _fuse(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, run_reason: str | None, compiled: _CompiledModules
     ) -> Iterator[Replacement]:
-        """Fuses every Sequential with fusable layers, and yields its entry of the report."""
+        """Fuses each Sequential with layers that can be fused, and yields an entry of the report for each."""
         device = trainer.strategy.root_device.type
         if device != "cpu":
             run_reason = f"convolutions are torch's on {device}"
@@ -190,7 +191,7 @@ def _unsupported_reason(trainer: pl.Trainer) -> str | None:
 
 
 def _losses(pl_module: pl.LightningModule, run_reason: str | None, compiled: _CompiledModules) -> Iterator[Replacement]:
-    """Yields an entry of the report for every loss module, and for every module that is compiled itself."""
+    """Yields an entry of the report for each loss module, and for each module that the user compiled."""
     for name, module in pl_module.named_modules():
         above = compiled.above(name)
         is_compiled_itself = above == [name]
@@ -209,7 +210,7 @@ class _CompiledModules:
         self._names = [name for name, module in pl_module.named_modules() if _is_compiled(module)]
 
     def above(self, name: str) -> list[str]:
-        """Returns the names of the compiled modules that a module is or is a part of."""
+        """Returns the names of the compiled modules that are the module ``name`` or contain it."""
         # "" is the name of the root, which contains all others.
         return [other for other in self._names if other == "" or name == other or name.startswith(f"{other}.")]
 

@@ -1,4 +1,4 @@
-"""A callback that brings the lean training loop to any LightningModule."""
+"""A callback that trains any LightningModule with the lean training loop of `lightkit.loops`."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from lightkit.loops.slicing import fetch_slices
 class LeanLoop(Callback):
     """Removes most of Lightning's overhead from a training step: ``Trainer(callbacks=[LeanLoop()])``.
 
-    Weights, running values, counters, checkpoints, the overridden hooks and their order are the same to the bit; see
-    `lightkit.loops.LeanRun`. So are the metrics after a step that fails. A lean step leaves out what has no effect:
-    it collects no metrics that no logger takes, writes the loggers' files once a second, draws a progress bar ten
-    times a second, calls no empty hook and checks the options of ``self.log`` once. A callback, an optimizer or a hook
-    that is replaced within an epoch takes part from the next step on. If a function of Lightning that a step calls is
-    patched, Lightning runs the steps. A trainer can be copied and pickled during a run; the copy is Lightning's.
+    Weights, running values, counters and checkpoints are the same as Lightning's to the bit, also after a step that
+    fails, and the same overridden hooks run in the same order: see `lightkit.loops.LeanRun`. A lean step collects no
+    metrics that no logger takes, writes the loggers' files once a second, draws a progress bar ten times a second,
+    calls no empty hook and checks the options of ``self.log`` once. If a callback, an optimizer or a hook is replaced
+    within an epoch, the next step uses the new one. If a function of Lightning that a step calls is patched, Lightning
+    runs the steps. A trainer can be copied and pickled during a run; the copy has Lightning's own loop.
 
     During a training a program can see these differences:
 
@@ -37,29 +37,29 @@ class LeanLoop(Callback):
     hooks patched on classes of others   take effect at the next epoch or after the next validation
     ==================================== ===================================================================
 
-    A ``DataLoader`` over a ``TensorDataset`` cuts the same batches as slices: see
+    A ``DataLoader`` over a ``TensorDataset`` indexes whole batches of the tensors, which are the same batches: see
     `lightkit.loops.slicing.fetch_slices`.
 
     The callback supports one device, Lightning's ``DDPStrategy`` and the strategies of `lightkit.strategies`. If
     Lightning's step differs from the one that a lean step repeats (manual optimization, FSDP, a GradScaler, a profiler,
     an overridden ``optimizer_step``), the callback changes nothing, and ``unsupported_reason`` says why.
 
-    With ``cuda_graphs``, on one GPU, a CUDA graph runs the forward and backward pass: with small kernels, a step is
-    mostly Python launching them. Each shape of batch is captured once. Python runs batches of more than eight shapes,
-    and the first and the last batch of an epoch. The optimizer, clipping, schedulers, logging and callbacks run in
-    every step; the hooks between the two passes run after both. A graph repeats what the GPU did and not what Python
-    did. The first step is therefore recorded. There is no graph, and ``graph_unsupported_reason`` says why, if
-    ``on_before_zero_grad`` is overridden or if the pass changes attributes, uses ``batch_idx``, the epoch or the step,
-    draws random numbers on the CPU, waits for the GPU or logs a ``Metric``. If a callback or hook changes the module or
-    moves or freezes parameters, the passes are captured again. The recorder does not see variables outside of the
-    module, files, the clock, and numbers in lists and dicts of the module that change within an epoch. The next step
-    overwrites the gradients and the tensors of the pass.
+    With ``cuda_graphs``, on one GPU, a CUDA graph runs the forward and backward pass, since Python takes most of the
+    time of a step with small kernels to launch them. Each shape of batch has a graph, eight shapes at most; Python runs
+    other batches, and the first and the last batch of an epoch. The optimizer, clipping, schedulers, logging and
+    callbacks run in every step; the hooks between the two passes run after both. A graph repeats what the GPU did and
+    not what Python did. A recorder therefore watches the first step of a shape. There is no graph, and
+    ``graph_unsupported_reason`` says why, if ``on_before_zero_grad`` is overridden or if the pass changes attributes,
+    uses ``batch_idx``, the epoch or the step, draws random numbers on the CPU, waits for the GPU or logs a ``Metric``.
+    If a callback or hook changes the module or moves or freezes parameters, the passes are captured again. The recorder
+    does not see variables outside of the module, files, the clock, and numbers in lists and dicts of the module that
+    change within an epoch. The next step overwrites the gradients and the tensors of the pass.
 
     Args:
-        cuda_graphs: run the passes from CUDA graphs on a GPU.
+        cuda_graphs: True runs the passes from CUDA graphs on a GPU.
 
     Attributes:
-        unsupported_reason: why the last run had Lightning's loop, or None.
+        unsupported_reason: the reason why Lightning's own loop ran the last training, or None.
     """
 
     obstacle = RenamedAttribute("unsupported_reason")
@@ -79,11 +79,11 @@ class LeanLoop(Callback):
 
     @property
     def graph_unsupported_reason(self) -> str | None:
-        """Why the last run on a GPU had no CUDA graphs, or None."""
+        """The reason why the last training on a GPU had no CUDA graphs, or None."""
         return None if self._graphs is None else self._graphs.unsupported_reason
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Replaces the loop's ``run`` when everything is set up."""
+        """Replaces ``run`` of the epoch loop by a `LeanRun`; warns if the trainer or the module does not allow it."""
         self.unsupported_reason = unsupported_reason(trainer)
         if self.unsupported_reason is None:
             graphs = None
@@ -94,7 +94,7 @@ class LeanLoop(Callback):
             rank_zero_warn(f"LeanLoop leaves Lightning's loop as it is: {self.unsupported_reason}")
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Makes the loaders slice, also those that are new in this epoch."""
+        """Makes the data loaders of this epoch cut slices: see `fetch_slices`."""
         if id(trainer) not in self._runs:
             return
         loaders, iterators = loaders_of_training(trainer)
@@ -103,15 +103,15 @@ class LeanLoop(Callback):
                 self._undo.setdefault(id(trainer), ExitStack()).callback(undo)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Restores the loaders: the next epoch may have others."""
+        """Restores the data loaders, because the next epoch may have others."""
         self._undo.pop(id(trainer), ExitStack()).close()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Restores the loop and the loaders."""
+        """Restores the epoch loop and the data loaders."""
         self._restore(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Restores the loop and the loaders after an error or Ctrl-C."""
+        """Restores the epoch loop and the data loaders after an error or Ctrl-C."""
         self._restore(trainer)
 
     def _restore(self, trainer: pl.Trainer) -> None:

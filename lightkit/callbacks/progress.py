@@ -9,10 +9,10 @@ from lightning.pytorch.callbacks import RichProgressBar
 
 
 class Progress(RichProgressBar):
-    """Shows a rich progress bar on a terminal, and prints one line an epoch if the output is no terminal.
+    """Shows a rich progress bar on a terminal, and prints one line per epoch if standard output is no terminal.
 
     Args:
-        refresh_rate: the batches between two updates of the bar.
+        refresh_rate: the number of batches between two updates of the bar.
     """
 
     def __init__(self, refresh_rate: int = 10) -> None:
@@ -22,12 +22,12 @@ class Progress(RichProgressBar):
             self.disable()
 
     def enable(self) -> None:
-        """Enables the bar. Lightning calls it on the process that shows progress."""
+        """Enables the bar on a terminal. Lightning calls this method in the process that shows progress."""
         if self._on_terminal:
             super().enable()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Prints the metrics of the epoch if there is no bar."""
+        """Prints the training loss and the validation metrics of the epoch in process 0, if there is no bar."""
         super().on_train_epoch_end(trainer, pl_module)
         if self._on_terminal or not trainer.is_global_zero:
             return

@@ -15,15 +15,20 @@ EPOCH_METRICS_KEY = "lightkit_epoch_figures"
 
 
 class SaveMetrics(Callback):
-    """Adds the metrics to every checkpoint, and makes the loggers write what they have before.
+    """Adds the metrics to every checkpoint, and makes the loggers write their files before it is saved.
 
-    Lightning saves the checkpoint that ends an epoch before it logs the metrics of that epoch.
+    Lightning saves the checkpoint at the end of an epoch before it logs the metrics of that epoch. Without this
+    callback, a kill between the two would lose these metrics.
     """
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Adds the metrics as dicts of plain numbers, which load with ``weights_only=True``."""
+        """Adds the metrics to ``checkpoint`` as dicts of plain numbers, which load with ``weights_only=True``.
+
+        The key ``METRICS_KEY`` has the last value of each metric. The key ``EPOCH_METRICS_KEY`` has the metrics that
+        Lightning will log for the epoch that has just ended; its dict is empty within an epoch.
+        """
         for logger in trainer.loggers:
             logger.save()
         loop = trainer.fit_loop.epoch_loop

@@ -1,4 +1,4 @@
-"""A callback that keeps the predictions for the test set."""
+"""A callback that keeps what ``test_step`` returns for the test set."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from torch import Tensor
 class TestRecorder(Callback):
     """Collects the outputs of ``test_step`` on the CPU in the order of the data.
 
-    The ``test_step`` of the task must return a dict of tensors with one entry a sample, as the tasks of lightkit do.
-    With several processes, process 0 has the outputs of all if each process got every ``world_size``-th sample, as from
-    `lightkit.data.TensorBatches` and torch's ``DistributedSampler``; otherwise the result is empty.
+    The ``test_step`` of the task must return a dict of tensors with one entry per sample, as the tasks of lightkit do;
+    other outputs are ignored. With several processes, only process 0 has a result, with the outputs of all processes.
+    Each process must then get every ``world_size``-th sample, as from `lightkit.data.TensorBatches` or torch's
+    ``DistributedSampler``; otherwise the result is empty.
     """
 
     # pytest would collect a class of this name.
@@ -27,7 +28,7 @@ class TestRecorder(Callback):
         self._parts: dict[str, list[Tensor]] = defaultdict(list)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Drops the outputs of an earlier test."""
+        """Removes the outputs of an earlier test."""
         self._parts.clear()
 
     def on_test_batch_end(
@@ -39,7 +40,7 @@ class TestRecorder(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keeps the outputs of a batch."""
+        """Copies the outputs of a batch to the CPU, floating-point outputs as float32."""
         if not isinstance(outputs, dict):
             return
         for name, values in outputs.items():
@@ -61,12 +62,19 @@ class TestRecorder(Callback):
             self._parts |= {name: [values] for name, values in merged.items() if len(values)}
 
     def result(self) -> dict[str, Tensor]:
-        """Returns the outputs of the whole test by name, each with N entries; empty if there are none."""
+        """Returns the outputs of the whole test by name, each a CPU tensor with N entries; empty without outputs."""
         return {name: torch.cat(parts) for name, parts in self._parts.items()}
 
 
 def _interleave(parts: list[Tensor]) -> Tensor:
-    """Returns the samples of all processes in the order of the data; no samples if they were not dealt out in turns."""
+    """Returns the samples of all processes in the order of the data.
+
+    Args:
+        parts: the samples of each process by rank.
+
+    Returns:
+        The samples; none if the lengths of ``parts`` are not those of every ``world_size``-th sample.
+    """
     total = sum(map(len, parts))
     whole = parts[0].new_empty(total, *parts[0].shape[1:])
     for rank, part in enumerate(parts):

@@ -1,4 +1,4 @@
-"""A callback that measures samples and floating-point operations a second, and the time of the parts of a step."""
+"""A callback that measures samples and floating-point operations per second, and the time of the parts of a step."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ _PARTS = ("data and loop", "forward", "backward", "optimizer")
 class Throughput(Callback):
     """Logs ``train/samples_per_second`` and ``train/gigaflops_per_second`` at the end of every epoch.
 
-    A data module may have an attribute ``unit``, the plural of a sample (``train/images_per_second``), and a method
-    ``count(batch)`` that returns the samples of a batch; otherwise their number is the length of the first tensor.
+    A data module may have an attribute ``unit``, a plural noun that replaces "samples" in the name of the metric
+    (``train/images_per_second``), and a method ``count(batch)`` that returns the number of samples of a batch. Without
+    ``count`` that number is the length of the first tensor of the batch.
 
-    The rates count the samples of all processes and the time of training, from the start of an epoch to its last batch
-    without the validations. ``total`` is the rate of all epochs together, ``step`` the time of the parts of a step.
+    A rate is the number of samples of all processes divided by the time from the start of an epoch to its end, without
+    the validations. ``total`` is the rate over all epochs; ``step`` is the time of the parts of a step.
 
     `lightkit.flops.FlopCounter` counts the floating-point operations of forward and backward in the first training step
-    of a fit. Every sample is assumed to take the same number, which is an estimate for sequences of different lengths.
-    The results of the counted step are the same to the bit; it takes some microseconds longer an operation. If the
-    operations cannot be counted (torch.compile, manual optimization, operators of other packages), none are logged and
-    the attributes are None.
+    of a fit. The callback assumes that every sample takes the same number of operations, which is an estimate for
+    sequences of different lengths. The counter does not change the results of this step; each operation takes some
+    microseconds longer. If the operations cannot be counted (torch.compile, manual optimization, operators of other
+    packages), ``train/gigaflops_per_second`` is not logged and the attributes are None.
 
     Attributes:
-        flops_per_sample: the operations of forward and backward for a sample, or None.
+        flops_per_sample: the number of floating-point operations of forward and backward for one sample, or None.
         fraction_of_matmul_rate: ``flops_per_second`` divided by `lightkit.flops.matmul_rate`, which is measured at the
-            end of the fit, or None. It is above 1 if a kernel skips known zeros, as `lightkit.ops.conv_relu_pool` does
-            in backward: the operations of the layers are counted.
+            end of the fit, or None. The fraction may be above 1, because the operations of the layers are counted and a
+            kernel may skip known zeros, as `lightkit.ops.conv_relu_pool` does in backward.
     """
 
     def __init__(self) -> None:
@@ -57,28 +58,29 @@ class Throughput(Callback):
 
     @property
     def total(self) -> float | None:
-        """Samples a second over all epochs, or None before the end of the first."""
+        """The samples per second over all epochs, or None before the end of the first epoch."""
         return self._samples / self._seconds if self._seconds > 0 else None
 
     @property
     def flops_per_second(self) -> float | None:
-        """Floating-point operations a second over all epochs, or None if they are unknown."""
+        """The floating-point operations per second over all epochs, or None if they are not known."""
         operations, samples = self.flops_per_sample, self.total
         return None if operations is None or samples is None else operations * samples
 
     @property
     def step(self) -> dict[str, float] | None:
-        """Mean milliseconds of a batch by part: "data and loop", "forward", "backward", "optimizer".
+        """The mean milliseconds per batch by part: "data and loop", "forward", "backward", "optimizer".
 
         "data and loop" is the time between two batches: fetching and moving a batch, logging, progress and Lightning.
-        The value is None before the first batch, and on devices whose kernels run asynchronously.
+        The value is None before the end of the first batch, and on other devices than a CPU, where kernels run
+        asynchronously.
         """
         if self._steps == 0:
             return None
         return {name: seconds / self._steps * 1e3 for name, seconds in self._parts.items()}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Starts the clock, and prepares the count of the first step."""
+        """Starts the clock, and requests the count of the first step."""
         self.flops_per_sample = self.fraction_of_matmul_rate = None
         # With manual optimization the forward pass may continue after a backward.
         self._is_to_count = pl_module.automatic_optimization
@@ -92,7 +94,7 @@ class Throughput(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Ends the part "data and loop", and starts the count of a step."""
+        """Ends the part "data and loop", and starts the count of this step if it was requested."""
         self._end_of("data and loop")
         if self._is_to_count:
             self._counter, self._backwards = FlopCounter(), 0
@@ -122,12 +124,12 @@ class Throughput(Callback):
             self._end_counting(samples)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stops the clock for a validation within an epoch."""
+        """Stops the clock during a validation."""
         if not trainer.sanity_checking:
             self._stop_clock(pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Starts the clock again."""
+        """Starts the clock again after a validation."""
         self._resume_clock()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -146,7 +148,7 @@ class Throughput(Callback):
                 pl_module.log("train/gigaflops_per_second", self.flops_per_sample * rate / 1e9)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measures the rate of a large matrix product."""
+        """Measures the rate of a large matrix product, and sets ``fraction_of_matmul_rate``."""
         if (reached := self.flops_per_second) is not None and self._dtype is not None:
             # The training was successful even if there is no memory left for the matrices.
             with suppress(torch.OutOfMemoryError):
@@ -192,7 +194,7 @@ def _datamodule(trainer: pl.Trainer) -> pl.LightningDataModule | None:
 
 
 def rate_name(data: pl.LightningDataModule | None) -> str:
-    """Returns the name under which the samples a second of a data module are logged."""
+    """Returns the name of the metric of samples per second for a data module; None stands for no data module."""
     return f"train/{getattr(data, 'unit', 'samples')}_per_second"
 
 

@@ -104,7 +104,7 @@ def load_checkpoint(path: str | Path, map_location: Any = "cpu", untrusted: bool
 
 
 def check_intact(path: str | Path) -> None:
-    """Raises a `CheckpointError` if the file does not exist or its content is not the written one."""
+    """Raises a `CheckpointError` if the file is missing or unreadable, or its content is not the written one."""
     _open_intact(path).close()
 
 
@@ -131,10 +131,15 @@ def _open_intact(path: str | Path, untrusted: bool = False) -> BinaryIO:
 
 
 def load_weights(module: torch.nn.Module, checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Loads the weights of a checkpoint into a module.
+    """Loads the weights of a checkpoint into a module, in place.
+
+    Args:
+        module: the module.
+        checkpoint: the content of the checkpoint, as `load_checkpoint` returns it; the weights are its ``state_dict``.
+        path: the path of the checkpoint, for the message of an error only.
 
     Raises:
-        CheckpointError: the weights are of another model; names the differences.
+        CheckpointError: the weights are of another model; the message names the differences.
     """
     check_weights(module, checkpoint, path)
     module.load_state_dict(checkpoint["state_dict"])

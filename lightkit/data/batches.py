@@ -1,4 +1,4 @@
-"""Batches that are slices of tensors in memory."""
+"""Batches that index tensors in memory, and the parts of a data module that serve them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _Part = TypeVar("_Part")
 
 
 class Shard(TypedDict):
-    """The arguments of `TensorBatches` that choose the samples of one process."""
+    """The arguments of `TensorBatches` that select the samples of one process."""
 
     rank: int
     world_size: int
@@ -30,15 +30,18 @@ class _Position(TypedDict):
 
 
 class BatchesState(_Position, total=False):
-    """The position of `TensorBatches` in a checkpoint; old checkpoints have no ``world_size``."""
+    """The position of `TensorBatches` that a checkpoint contains; old checkpoints have no ``world_size``."""
 
     world_size: int
 
 
 def shard_kwargs(trainer: pl.Trainer | None, training: bool) -> Shard:
-    """Returns the ``rank`` and ``world_size`` with which `TensorBatches` serves this process of a trainer.
+    """Returns the ``rank`` and ``world_size`` that `TensorBatches` takes in this process.
 
-    In evaluation, a strategy that replicates evaluation gives every process all samples.
+    Args:
+        trainer: the trainer; None stands for a single process.
+        training: True for batches of training. For other batches every process gets all samples if the traits of the
+            strategy have ``replicates_evaluation``.
     """
     if trainer is None or (not training and traits_of(trainer.strategy).replicates_evaluation):
         return {"rank": 0, "world_size": 1}
@@ -46,9 +49,13 @@ def shard_kwargs(trainer: pl.Trainer | None, training: bool) -> Shard:
 
 
 def to_training_device(trainer: pl.Trainer | None, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Copies tensors to the trainer's GPU if they take at most a quarter of its free memory.
+    """Copies tensors to the trainer's GPU if together they take at most a quarter of its free memory.
 
-    The GPU then cuts the batches itself, and no step waits for a copy. Other tensors stay where they are.
+    The batches are then cut on the GPU, and no step waits for a copy. Otherwise, or without a GPU, the tensors stay
+    where they are.
+
+    Returns:
+        The tensors on the GPU, or the given ones.
     """
     device = torch.device("cpu") if trainer is None else trainer.strategy.root_device
     if device.type == "cuda" and 4 * sum(t.nbytes for t in tensors) <= torch.cuda.mem_get_info(device)[0]:
@@ -57,10 +64,10 @@ def to_training_device(trainer: pl.Trainer | None, tensors: Sequence[Tensor]) ->
 
 
 def after_setup(part: _Part | None) -> _Part:
-    """Returns a part of the data of a data module.
+    """Returns ``part``, an attribute of a data module that its ``setup`` assigns.
 
     Raises:
-        RuntimeError: the part is None, since `setup` has not been called.
+        RuntimeError: ``part`` is None, because ``setup`` has not been called.
     """
     if part is None:
         raise RuntimeError("the data module has no data yet: call its setup() first")
@@ -68,20 +75,20 @@ def after_setup(part: _Part | None) -> _Part:
 
 
 class TensorBatches:
-    """An iterable over batches of tensors, with one slice of each tensor a batch.
+    """An iterable over batches: each batch is a tuple with the same samples of each tensor.
 
-    One indexing operation a batch replaces a DataLoader's fetching and collating of items. The order of an epoch
-    depends on ``seed`` and on the number of the epoch only: a run that was stopped anywhere resumes with the batches
-    that it would have had. Lightning saves the position, `state_dict`, with its checkpoints.
+    One indexing operation per tensor and batch replaces the fetching and collating of a DataLoader. The order of an
+    epoch depends only on ``seed`` and on the number of the epoch, so that a resumed run gets the batches that the
+    stopped run would have got. Lightning saves the position, `state_dict`, in its checkpoints.
 
-    Each of several processes gets every ``world_size``-th sample. In training (``shuffle``) the first samples are
-    repeated at the end so that all processes have the same number of batches; in evaluation no sample is repeated.
+    With several processes, each process gets every ``world_size``-th sample. With ``shuffle``, an epoch repeats its
+    first samples at the end so that all processes have the same number of batches; without, it repeats no sample.
 
     Args:
-        tensors: one or more tensors of equal length in dimension 0, on one device; the batches are on it, too.
-        batch_size: samples in a batch; the last batch may be smaller.
-        shuffle: draw a new order in each epoch.
-        seed: the seed of the order.
+        tensors: one or more tensors of equal length in dimension 0, on one device; the batches are on that device.
+        batch_size: the number of samples in a batch of this process; the last batch may be smaller.
+        shuffle: True draws a new order in each epoch; False keeps the order of the tensors.
+        seed: the seed of the order with ``shuffle``.
         rank: the rank of this process.
         world_size: the number of processes.
 
@@ -116,7 +123,7 @@ class TensorBatches:
 
     @property
     def num_samples(self) -> int:
-        """The samples of an epoch in this process."""
+        """The number of samples that this process gets in an epoch."""
         return self._num_samples(self.world_size)
 
     def _num_samples(self, world_size: int) -> int:
@@ -131,11 +138,11 @@ class TensorBatches:
 
     @property
     def sampler(self) -> TensorBatches:
-        """The object whose ``set_epoch`` Lightning calls: this one."""
+        """This object: Lightning calls ``set_epoch`` of a loader's sampler."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch of the next iteration; without a call the next iteration is the next epoch."""
+        """Sets the epoch that the next iteration serves; without a call the next iteration serves the next epoch."""
         if self._resuming and epoch == self._epoch:
             return
         self._epoch, self._batch, self._resuming = epoch, 0, False
@@ -157,7 +164,7 @@ class TensorBatches:
                 yield tuple(tensor.index_select(0, order[chosen]) for tensor in self.tensors)
 
     def _order(self, epoch: int) -> Tensor | None:
-        """Returns the indices of this process's samples, int64; None for all samples in their own order."""
+        """Returns the int64 indices of this process's samples; None stands for all samples in the tensors' order."""
         total = len(self.tensors[0])
         if self.shuffle:
             # Python's random hashes the whole string; torch would give seeds that share 32 bits the same epochs.
@@ -170,7 +177,7 @@ class TensorBatches:
         return torch.arange(total)[self.rank :: self.world_size] if self.world_size > 1 else None
 
     def state_dict(self) -> BatchesState:
-        """Returns the epoch, the number of its batches that were served, their size and the number of processes."""
+        """Returns the epoch, the number of batches served in it, the batch size and the number of processes."""
         return {
             "epoch": self._epoch,
             "batch": self._batch,
@@ -179,13 +186,17 @@ class TensorBatches:
         }
 
     def load_state_dict(self, state: BatchesState) -> None:
-        """Continues the next iteration at a saved position, unless `set_epoch` chooses another epoch.
+        """Makes the next iteration continue at a saved position, unless `set_epoch` sets another epoch.
 
-        With another number of processes the position is the number of samples that all processes served together. If
-        that is no whole number of batches, part of a batch is served again.
+        If the number of processes has changed, the position is the number of samples that all processes together have
+        served, rounded down to a whole number of batches; the samples of a part of a batch are served again.
+
+        Args:
+            state: the result of `state_dict`.
 
         Raises:
-            DataError: the position is within an epoch of batches of another size.
+            DataError: the position is within an epoch, and ``state`` has another batch size. The batch size may differ
+                if the samples per batch of all processes together are the same.
         """
         world_size = state.get("world_size", self.world_size)
         taken = state["batch"] * state["batch_size"]

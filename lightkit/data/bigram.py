@@ -12,15 +12,19 @@ _CHUNK = 1 << 22
 
 
 def bits_per_byte(train: Tensor, test: Tensor) -> dict[str, float]:
-    """Returns the mean cross-entropy of the targets of ``test`` in bits, under counts of ``train``.
+    """Returns the mean cross-entropy in bits per byte of the targets of ``test`` under two models counted on ``train``.
 
-    ``unigram`` estimates the probability of each byte from its count plus one. ``bigram`` estimates it from the byte
-    before, interpolated with ``unigram`` by the rule of Witten and Bell [1]_: the more different bytes have followed a
-    byte, the likelier a new one comes next.
+    ``unigram`` estimates the probability of each byte from its count plus one. ``bigram`` estimates the probability
+    from the count of the pair of the previous byte and this byte, interpolated with ``unigram`` by the rule of Witten
+    and Bell [1]_: the more different bytes have followed a byte, the larger is the weight of ``unigram``.
 
     Args:
-        train: windows of bytes, uint8 ``(N, T + 1)``; each byte except the first is the target of the byte before.
-        test: windows of the same form; their lengths may differ.
+        train: windows of bytes, a uint8 tensor ``(N, T + 1)``; each byte except the first is the target of the byte
+            before it.
+        test: windows of the same form; N and T may differ.
+
+    Returns:
+        The numbers under the keys ``unigram`` and ``bigram``.
 
     References:
         .. [1] Witten and Bell, The Zero-Frequency Problem, IEEE Transactions on Information Theory 1991, method C.
@@ -40,7 +44,7 @@ def bits_per_byte(train: Tensor, test: Tensor) -> dict[str, float]:
 
 
 def count_pairs(windows: Tensor) -> Tensor:
-    """Counts how often each byte (column) follows each byte (row): float64 ``(256, 256)``."""
+    """Returns how often each byte (column) follows each byte (row) in ``windows``: float64 ``(256, 256)``."""
     counts = torch.zeros(256 * 256, dtype=torch.int64)
     for part in windows.split(max(1, _CHUNK // windows.shape[1])):
         index = part[:, :-1].long().mul_(256).add_(part[:, 1:])

@@ -1,4 +1,4 @@
-"""Parsed data in the cache directory, which count only if no other user can have written them."""
+"""Files of parsed data in the cache directory, which are read only if no other user can write to them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lightkit._util.ownership import find_stranger
 
 
 def cache_path(name: str) -> Path:
-    """Returns the path of a file of parsed data, whether it exists or not."""
+    """Returns the path of the file ``name`` in the cache of parsed data; the file need not exist."""
     return cache_root() / "data" / name
 
 
 def is_trusted(path: Path) -> bool:
-    """Returns True if the file exists and only this user can write to it; warns if another user can."""
+    """Returns True if the file exists and no other user can write to it or to its folder; warns if one can."""
     if not path.is_file():
         return False
     for place in (path, path.parent):
@@ -29,8 +29,8 @@ def is_trusted(path: Path) -> bool:
 
 
 def warn_of_rebuild(path: Path, reason: str) -> None:
-    """Warns that a cached file is parsed again, and why."""
-    warnings.warn(f"{path} is not used, and made anew: {reason}", stacklevel=3)
+    """Warns that the file ``path`` of the cache is not used but made again, for ``reason``."""
+    warnings.warn(f"{path} is not used, and made again: {reason}", stacklevel=3)
 
 
 def store(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -38,7 +38,7 @@ def store(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
     Args:
         path: a path from `cache_path`.
-        write: writes the content into the binary stream that it is given.
+        write: a function that writes the content into its argument, a binary stream.
 
     Raises:
         OSError: the file cannot be written, or another user can write to its directory.

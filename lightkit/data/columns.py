@@ -1,4 +1,4 @@
-"""A reader of one column of a CSV file, with its times; it checks every cell."""
+"""A reader of one column of a CSV file and of the column of its times, which checks every cell of both."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Column:
 
     Attributes:
         name: the name of the column.
-        values: float64 ``(T)``, finite.
-        measured: bool ``(T)``; False where the file has a gap, which ``values`` interpolates.
-        times: the time column row by row; None if there is none.
+        values: a float64 tensor ``(T)``, finite.
+        measured: a bool tensor ``(T)``; False where the cell is empty and ``values`` has an interpolated number.
+        times: the T times as text, dates in ISO 8601; None without a time column.
     """
 
     name: str
@@ -55,13 +55,14 @@ def read_column(
     Args:
         path: a regular file, UTF-8, separated by commas.
         column: the name of the column; None takes the only column of numbers.
-        time_column: the name of a column of dates (ISO 8601, or YYYYMMDD) or numbers, which must increase; None trusts
-            the order of the rows.
+        time_column: the name of a column of dates (ISO 8601, or YYYYMMDD) or numbers, which must increase; None checks
+            no times.
         missing: ``"error"`` rejects empty cells, ``"interpolate"`` interpolates linearly between the values before and
             after a gap.
 
     Raises:
-        DataError: the file cannot be read, or a cell is invalid; names the line and the column.
+        DataError: the file cannot be read, an argument does not fit the file, or a cell is invalid; for a cell the
+            message names the line and the column.
     """
     if missing not in _MISSING:
         raise DataError(f"missing must be one of {', '.join(_MISSING)}, got {missing!r}")
@@ -82,7 +83,7 @@ def read_column(
 
 
 def _read_rows(path: Path) -> tuple[list[str], list[list[str]], list[int]]:
-    """Returns the header, the rows, and the line of the file in which each row ends."""
+    """Returns the cells of the header, the cells of each row, and the number of the line in which each row ends."""
     rows, lines, cells = [], [], 0
     try:
         # utf-8-sig: spreadsheets begin a file with a byte-order mark, which is no part of the first name.
@@ -150,7 +151,7 @@ def _index_of(name: str, header: Sequence[str], path: Path) -> int:
 
 
 def _only_numeric(header: Sequence[str], rows: Sequence[Sequence[str]], time_column: str | None, path: Path) -> int:
-    """Returns the index of the only numeric column; the first cell that is not empty decides whether one is numeric."""
+    """Returns the index of the only numeric column: a column is numeric if its first cell that is not empty is."""
     found: list[int] = []
     for index, name in enumerate(header):
         first = next((row[index] for row in rows if row[index]), "")
@@ -166,7 +167,7 @@ def _only_numeric(header: Sequence[str], rows: Sequence[Sequence[str]], time_col
 
 
 def _fill(values: np.ndarray, gaps: np.ndarray, lines: Sequence[int], missing: str, where: str) -> None:
-    """Interpolates the gaps linearly, in place."""
+    """Interpolates the gaps of ``values`` linearly, in place; rejects them if ``missing`` is ``"error"``."""
     first = int(gaps.argmax())
     if missing == "error":
         raise DataError(
@@ -180,7 +181,7 @@ def _fill(values: np.ndarray, gaps: np.ndarray, lines: Sequence[int], missing: s
 
 
 def _read_times(cells: Sequence[str], lines: Sequence[int], where: str) -> tuple[str, ...]:
-    """Returns the times as the report shows them, and checks that they increase."""
+    """Returns the times as the report shows them; rejects times that do not increase."""
     # All times are of one kind. YYYYMMDD is a number, too; a date comes first.
     parsers: tuple[_Parser, ...] = (_compact_date, _iso_date, _plain_number)
     parse = next((parse for parse in parsers if _parses(parse, cells[0])), None)

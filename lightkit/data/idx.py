@@ -26,17 +26,17 @@ _LOOK_AHEAD = 1 << 20
 
 
 def read_idx(path: str | Path, max_bytes: int = _MAX_BYTES) -> Tensor:
-    """Reads a file of unsigned bytes, gzip-compressed or not.
+    """Reads an IDX file of unsigned bytes, gzip-compressed or not.
 
     Args:
-        path: a regular file; its content shows whether it is compressed.
-        max_bytes: the limit of the unpacked file.
+        path: a regular file; its first two bytes decide whether it is compressed.
+        max_bytes: the largest accepted size of the unpacked file in bytes.
 
     Returns:
         A uint8 tensor of the shape in the header.
 
     Raises:
-        DataError: the file is missing, truncated, not IDX, longer than its header says, or too large.
+        DataError: the file is missing, truncated, not IDX, longer than its header says, or larger than ``max_bytes``.
     """
     path = Path(path)
     with open_regular(path) as file:
@@ -54,7 +54,14 @@ def read_idx(path: str | Path, max_bytes: int = _MAX_BYTES) -> Tensor:
 
 
 def _read(stream: BinaryIO | gzip.GzipFile, size: int | None, max_bytes: int, path: Path) -> Tensor:
-    """Reads the header, checks its size against `size`, if that is known, and `max_bytes`, and reads the values."""
+    """Reads the header, rejects a size that differs from `size` or is above `max_bytes`, and reads the values.
+
+    Args:
+        stream: the unpacked content.
+        size: the size of the file in bytes; None for a compressed file.
+        max_bytes: the largest accepted size in bytes.
+        path: the path of the file, for the message of an error.
+    """
     start = stream.read(4)
     if len(start) < 4 or start[:2] != b"\x00\x00" or start[3] == 0:
         # gzip raises its own error if the file is damaged.

@@ -1,4 +1,4 @@
-"""Readers of image files for a model of small grey images."""
+"""Readers of PNG and JPEG files, which convert them to the small grey images that a model takes."""
 
 from __future__ import annotations
 
@@ -28,10 +28,12 @@ _BRIGHT = 127
 
 
 def find_images(path: Path) -> list[Path]:
-    """Returns the image at a path, or the images in a folder, sorted by name.
+    """Returns ``path`` if it is a file, or the PNG and JPEG files directly in it, sorted by name, if it is a folder.
+
+    Hidden files and subfolders are left out.
 
     Raises:
-        DataError: the path does not exist, or a folder holds another file than PNG and JPEG images.
+        DataError: ``path`` does not exist, or the folder has no image, or a file that is no PNG or JPEG.
     """
     if path.is_file():
         return [path]
@@ -57,11 +59,13 @@ def read_image(path: Path, size: int, invert: bool | Literal["auto"] = "auto") -
 
     Args:
         path: a PNG or JPEG file.
-        size: height and width of the result; an image that is not square is first padded with its background.
-        invert: True, False, or ``"auto"``, which inverts an image of another size whose border is bright.
+        size: height and width of the result. The image is scaled to fit; if it is not square, it is padded with the
+            median of its border.
+        invert: True inverts the image, False does not; ``"auto"`` inverts an image that is not ``size`` by ``size`` and
+            whose border is bright on average.
 
     Raises:
-        DataError: Pillow is missing, or the file is no image that it can read.
+        DataError: Pillow is missing, or the file is no image that Pillow can read, or the image is too large.
     """
     try:
         from PIL import Image, ImageOps, UnidentifiedImageError

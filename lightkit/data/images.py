@@ -1,4 +1,4 @@
-"""A data module of labelled grey images in memory."""
+"""A base class for data modules of labelled grey images in memory."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ class ImageSet:
         return len(self.labels)
 
     def subset(self, indices: Tensor) -> ImageSet:
-        """Returns the images and labels at the given indices."""
+        """Returns the images and labels at ``indices``, int64 ``(M)``."""
         return ImageSet(self.images[indices], self.labels[indices])
 
     def check(self, name: str, num_classes: int) -> ImageSet:
-        """Returns this set if images and labels fit together.
+        """Returns this set if its shapes and labels are valid.
 
         Args:
-            name: the name of the set in an error.
-            num_classes: the labels must be from 0 to ``num_classes - 1``.
+            name: the name of the set in the message of an error.
+            num_classes: the number of classes; the labels must be from 0 to ``num_classes - 1``.
 
         Raises:
-            DataError: the shapes do not fit, or a label is out of range; names the first such image.
+            DataError: the shapes do not fit, or a label is out of range; the message names the first such image.
         """
         if len(self.images) != len(self.labels):
             raise DataError(f"{name}: {len(self.images)} images but {len(self.labels)} labels")
@@ -64,13 +64,13 @@ def stratified_split(labels: Tensor, size: int, seed: int) -> tuple[Tensor, Tens
     """Splits indices into two parts with the same mix of classes.
 
     Args:
-        labels: ``(N)``, non-negative integers.
-        size: the samples of the second part.
-        seed: the seed; it gives the same split on every machine.
+        labels: the classes of the samples, non-negative integers ``(N)``.
+        size: the number of samples in the second part.
+        seed: the seed of the split; a seed gives the same split on every machine.
 
     Returns:
-        The indices of the ``N - size`` and of the ``size`` samples, each ascending. The share of a class is rounded
-        such that the sizes are exact.
+        The indices of the first part, int64 ``(N - size)``, and of the second part, int64 ``(size)``, each ascending.
+        The number of samples of a class in the second part is its share, rounded.
 
     Raises:
         ValueError: ``size`` is negative or not below N.
@@ -89,15 +89,17 @@ def stratified_split(labels: Tensor, size: int, seed: int) -> tuple[Tensor, Tens
 
 
 class ImageDataModule(pl.LightningDataModule):
-    """A data module that serves grey images of one size as float32 in [0, 1], with int64 labels.
+    """A base class for data modules of grey images of one size: float32 in [0, 1], with int64 labels ``(N)``.
 
-    Images stay uint8 until a batch is on its device. A subclass defines ``classes``, ``image_size`` and `read`.
+    Images stay uint8 until a batch is on its device. A subclass defines ``classes`` (the names of the classes),
+    ``image_size`` (height and width in pixels) and `read`.
 
     Args:
-        batch_size: samples in a batch of training.
-        eval_batch_size: samples in a batch of validation, test and prediction; it changes the speed only.
-        validation_size: samples of the training set that are held out for validation, stratified; 0 for none.
-        seed: the seed of the order of training. The split does not depend on it.
+        batch_size: the number of samples in a batch of training.
+        eval_batch_size: the number of samples in a batch of validation and test; it changes the speed only.
+        validation_size: the number of training samples that are held out for validation, with the same mix of classes;
+            0 holds out none.
+        seed: the seed of the order of the training batches. The split does not depend on it.
         layout: ``"image"`` serves ``(N, 1, H, W)``; ``"rows"`` serves each image as a sequence of its rows from top
             to bottom, ``(N, H, W)``.
 
@@ -147,7 +149,7 @@ class ImageDataModule(pl.LightningDataModule):
         return len(self.classes)
 
     def setup(self, stage: str | None = None) -> None:
-        """Reads and splits the data, once."""
+        """Reads the data, and splits the training set; a second call does nothing."""
         if self.train is not None:
             return
         name = type(self).__name__
@@ -185,13 +187,13 @@ class ImageDataModule(pl.LightningDataModule):
         return self._batches(after_setup(self.test), self.eval_batch_size)
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        """Converts the pixels of a batch to inputs on its device."""
+        """Converts the images of a batch by `to_input` on their device; returns inputs and labels."""
         images, labels = batch
         inputs = self.to_input(images)
         # Lightning converted the batch to the precision of the training when it was still uint8.
         return inputs if self.trainer is None else self.trainer.precision_plugin.convert_input(inputs), labels
 
     def to_input(self, images: Tensor) -> Tensor:
-        """Converts uint8 ``(N, H, W)`` to the input of a model, float32 in [0, 1] of the chosen layout."""
+        """Converts uint8 ``(N, H, W)`` to the input of a model, float32 in [0, 1] in the shape of ``layout``."""
         inputs = to_input(images)
         return inputs.squeeze(1) if self.layout == "rows" else inputs

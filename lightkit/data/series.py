@@ -1,4 +1,4 @@
-"""Data modules of a series in memory: windows of its history and of the values that follow."""
+"""Data modules of a time series in memory, cut into windows: some values, and the values that follow them."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Windows:
     """Samples of a series in the order of time and in the units of the series.
 
     Attributes:
-        history: float64 ``(N, history, 1)``.
-        target: float64 ``(N, horizon)``, the values after the history.
-        origins: int64 ``(N)``, the index in the series at which each target begins.
+        history: a float64 tensor ``(N, history, 1)``, the values from which a forecast is made.
+        target: a float64 tensor ``(N, horizon)``, the values after the history.
+        origins: an int64 tensor ``(N)``, the index in the series at which each target begins.
     """
 
     history: Tensor
@@ -34,11 +34,18 @@ class Windows:
 
 
 def cut_windows(series: Column, history: int, horizon: int, begin: int, end: int) -> Windows:
-    """Returns all windows whose targets lie in ``[begin, end)``; their histories may begin before.
+    """Returns all windows whose targets lie in ``[begin, end)``; a history may begin before ``begin``.
 
-    A window is left out if a value of its target, or the last value of its history, was not measured. No model is then
-    tested on an interpolated value. No history knows the future either: a gap is interpolated towards the value after
-    it, which would be in the target.
+    A window is left out if a value of its target, or the last value of its history, was not measured. A target then has
+    no interpolated value, and a history has no value that was interpolated from its target: such a gap would contain
+    the last value of the history.
+
+    Args:
+        series: the series.
+        history: the number of values in a history.
+        horizon: the number of values in a target.
+        begin: the index of the first value that may belong to a target.
+        end: the index after the last such value.
     """
     begin = max(begin, history)
     first = torch.arange(begin, max(begin, end - horizon + 1))
@@ -54,22 +61,22 @@ def cut_windows(series: Column, history: int, horizon: int, begin: int, end: int
 
 
 class SeriesDataModule(pl.LightningDataModule):
-    """A data module of windows of a series: ``history`` values ``(N, history, 1)``, the next ``(N, horizon)``.
+    """A base class for data modules of windows of a series: batches ``(N, history, 1)`` and targets ``(N, horizon)``.
 
-    The series is split in the order of time into training, validation and test. The history of a window may reach into
-    the part before, as in a real forecast; its target lies in its own part. Values are float64 in the units of the
-    series. The task learns their scale from the training part only (`scale`) and keeps it with the weights. For gaps
-    see `cut_windows`. A subclass defines `read`.
+    The series is split in the order of time into training, validation and test. The target of a window lies in one
+    part; its history may begin in the part before, as in a real forecast. Values are float64 in the units of the
+    series. The task takes their scale from the training part only (`scale`) and saves it with the weights. Windows with
+    certain gaps are left out: see `cut_windows`. A subclass defines `read`.
 
     Args:
-        history: the values that a forecast is made from.
-        horizon: the values that are forecast.
-        season: the values after which the series roughly repeats; None if it does not.
-        validation_size: the size of the part before the test: a number of values, or below 1 a share of the series.
-        test_size: the size of the last part, in the same form.
-        batch_size: windows in a batch of training.
-        eval_batch_size: windows in a batch of validation and test; it changes the speed only.
-        seed: the seed of the order of training.
+        history: the number of values from which a forecast is made.
+        horizon: the number of values that are forecast.
+        season: the number of values after which the series roughly repeats, at most ``history``; None for no season.
+        validation_size: the size of the validation part: a number of values, or below 1 a share of the series.
+        test_size: the size of the test part, which is the last: a number of values, or below 1 a share of the series.
+        batch_size: the number of windows in a batch of training.
+        eval_batch_size: the number of windows in a batch of validation and test; it changes the speed only.
+        seed: the seed of the order of the training batches.
 
     Raises:
         DataError: an argument is out of its range, or `setup` finds a part without a window.
@@ -124,7 +131,7 @@ class SeriesDataModule(pl.LightningDataModule):
         """Reads the whole series."""
 
     def setup(self, stage: str | None = None) -> None:
-        """Reads and splits the series, once."""
+        """Reads the series and splits it; a second call does nothing."""
         if self.series is not None:
             return
         series = self.read()
@@ -146,11 +153,11 @@ class SeriesDataModule(pl.LightningDataModule):
         self.series = series
 
     def scale(self, relative: bool = False) -> tuple[Tensor, Tensor]:
-        """Returns center and scale of the training part, float64 scalars.
+        """Returns the center and the scale of the training part, two float64 tensors without dimensions.
 
         Args:
-            relative: True returns zero and the root mean square of the differences between the targets and the last
-                value of their history; False returns mean and standard deviation of the measured values.
+            relative: False returns the mean and the standard deviation of the measured values. True returns zero and
+                the root mean square of the differences between each target and the last value of its history.
 
         Raises:
             DataError: the training part is constant.
@@ -170,9 +177,10 @@ class SeriesDataModule(pl.LightningDataModule):
         return center, scale
 
     def baselines(self) -> dict[str, float]:
-        """Returns MAE and RMSE of naive forecasts on the targets of the test, in the units of the series.
+        """Returns MAE and RMSE of naive forecasts on the test part, in the units of the series.
 
-        ``naive`` repeats the last value; ``seasonal_naive``, if there is a season, repeats the last season.
+        The keys are ``naive_mae`` and ``naive_rmse``, and with a season also ``seasonal_naive_mae`` and
+        ``seasonal_naive_rmse``: see `naive` and `seasonal_naive`.
         """
         test = after_setup(self.test)
         errors = {"naive": self.naive(test) - test.target}
@@ -182,11 +190,11 @@ class SeriesDataModule(pl.LightningDataModule):
         return found | {f"{name}_rmse": error.square().mean().sqrt().item() for name, error in errors.items()}
 
     def naive(self, windows: Windows) -> Tensor:
-        """Returns the last value of each history for the whole horizon: ``(N, horizon)``."""
+        """Returns the last value of each history, repeated over the horizon: float64 ``(N, horizon)``."""
         return windows.history[:, -1].expand(-1, self.horizon)
 
     def seasonal_naive(self, windows: Windows) -> Tensor:
-        """Returns the last season of each history, repeated over the horizon: ``(N, horizon)``.
+        """Returns the last ``season`` values of each history, repeated over the horizon: float64 ``(N, horizon)``.
 
         Raises:
             ValueError: there is no ``season``.
@@ -225,9 +233,12 @@ class Series(SeriesDataModule):
     Args:
         path: the file; its first line names the columns, its rows are in the order of time.
         column: the name of the column of values; None takes the only column of numbers.
-        time_column: the name of a column of increasing dates or numbers, which the report shows.
-        missing: ``"error"`` rejects empty cells, ``"interpolate"`` fills them.
-        **options: see `SeriesDataModule`.
+        time_column: the name of a column of increasing dates or numbers, which the report shows; None for no times.
+        missing: ``"error"`` rejects empty cells, ``"interpolate"`` interpolates them linearly.
+        **options: the arguments of `SeriesDataModule`.
+
+    Raises:
+        DataError: an argument is out of its range, or `setup` cannot read the file.
     """
 
     def __init__(

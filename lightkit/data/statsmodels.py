@@ -15,12 +15,12 @@ from lightkit.errors import DataError
 class Sunspots(SeriesDataModule):
     """A data module of the mean number of sunspots in each of the 309 years from 1700 to 2008.
 
-    Source: the yearly means of SIDC, Royal Observatory of Belgium, as shipped in statsmodels. Arguments: see
-    `SeriesDataModule`.
+    Source: the yearly means of SIDC, Royal Observatory of Belgium, from a file of statsmodels. The arguments are those
+    of `SeriesDataModule`.
     """
 
     def read(self) -> Column:
-        """Reads one value a year."""
+        """Reads the column of the means, one value for each year."""
         return read_column(_source("sunspots"), "SUNACTIVITY", "YEAR")
 
 
@@ -28,12 +28,12 @@ class CO2(SeriesDataModule):
     """A data module of carbon dioxide over Mauna Loa in ppm: 2,284 weeks from March 1958 to December 2001.
 
     59 weeks, the last of them in 1985, have no measurement. Source: Keeling and Whorf, Atmospheric CO2 concentrations
-    derived from flask air samples at sites in the SIO network, Oak Ridge National Laboratory 2004, as shipped in
+    derived from flask air samples at sites in the SIO network, Oak Ridge National Laboratory 2004, from a file of
     statsmodels.
 
     Args:
-        missing: ``"error"`` or ``"interpolate"``: see `lightkit.data.columns.read_column`.
-        **options: see `SeriesDataModule`.
+        missing: ``"error"`` rejects the weeks without a measurement, ``"interpolate"`` interpolates them linearly.
+        **options: the arguments of `SeriesDataModule`.
     """
 
     def __init__(self, missing: str = "interpolate", **options: Any) -> None:
@@ -41,7 +41,7 @@ class CO2(SeriesDataModule):
         self.missing = missing
 
     def read(self) -> Column:
-        """Reads one value a week."""
+        """Reads the column of the concentrations, one value for each week."""
         return read_column(_source("co2"), "co2", "date", self.missing)
 
 

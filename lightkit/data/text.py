@@ -1,4 +1,4 @@
-"""A data module of text as bytes: of a file, of a folder of files, or of Python's standard library."""
+"""A data module of a text as bytes: the text is a file, a folder of files, or Python's standard library."""
 
 from __future__ import annotations
 
@@ -40,23 +40,25 @@ _EXCLUDED_FOLDERS = ("site-packages", "dist-packages", "test", "tests", "idle_te
 
 
 class Text(pl.LightningDataModule):
-    """A data module of windows of a text, int64 ``(inputs (N, T), targets (N, T))``; a target is the next byte.
+    """A data module of windows of a text: batches of inputs and targets, int64 ``(N, T)`` each.
 
-    The vocabulary is the 256 bytes, whatever they encode. The text may be larger than the memory: it is read from the
-    disk on demand. The files of a folder are joined once, with a zero byte between two, in the cache directory.
+    The target of a byte is the next byte of the text. The vocabulary is the 256 bytes, whatever they encode. The text
+    may be larger than the memory, because it is read from the disk on demand. The files of a folder are joined once in
+    the cache directory, with a zero byte between two files.
 
-    A folder is split by file, by a hash of the file's path within it. The split is the same on every machine, and a new
-    file does not move another one. Hidden files, ``__pycache__`` and links to folders are left out; a file with several
-    names is read under the first. A single file is split by position: training, validation, test.
+    A folder is split by file: a hash of the file's path within the folder decides to which part the file belongs. The
+    split is the same on every machine, and a new file does not move another file to another part. Hidden files,
+    ``__pycache__`` and links to folders are left out; a file with several names is read under the first name. A single
+    file is split by position: training, then validation, then test.
 
     Args:
-        path: a file or a folder. Default: the Python source files of the standard library of this Python.
-        context: the bytes of a window, T.
-        batch_size: windows in a batch of training.
-        eval_batch_size: windows in a batch of validation and test; it changes the speed only.
-        validation_share: the share of the text, or of its files, for validation; 0 for none.
-        test_share: the share for the test.
-        seed: the seed of the order of training. The split does not depend on it.
+        path: a file or a folder; None for the Python source files of the standard library of this Python.
+        context: the number of bytes of an input, T.
+        batch_size: the number of windows in a batch of training.
+        eval_batch_size: the number of windows in a batch of validation and test; it changes the speed only.
+        validation_share: the share of the text, or of the files of a folder, for validation; 0 for no validation.
+        test_share: the share of the text, or of the files of a folder, for the test.
+        seed: the seed of the order of the training batches. The split does not depend on it.
 
     Raises:
         DataError: an argument is out of its range, or `setup` finds no text, a file that cannot be read, or a part
@@ -103,7 +105,7 @@ class Text(pl.LightningDataModule):
         self.test: Tensor | None = None
 
     def setup(self, stage: str | None = None) -> None:
-        """Finds, splits and maps the text. A second call does nothing."""
+        """Finds the text, splits it, and maps it into memory; a second call does nothing."""
         if self.train is not None:
             return
         parts = self._parts()
@@ -123,7 +125,7 @@ class Text(pl.LightningDataModule):
         return Path(sysconfig.get_paths()["stdlib"]) if self.path is None else Path(self.path)
 
     def _parts(self) -> list[Tensor]:
-        """Returns the bytes of training, validation and test, each uint8."""
+        """Returns the bytes of training, validation and test, a uint8 tensor each."""
         root = self._root()
         if root.is_dir():
             found = library_files(root) if self.path is None else text_files(root)
@@ -155,20 +157,20 @@ class Text(pl.LightningDataModule):
         )
 
     def train_dataloader(self) -> TensorBatches:
-        """Returns shuffled batches of the windows of training."""
+        """Returns shuffled batches of the training windows."""
         return self._batches(after_setup(self.train), self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> TensorBatches | list[Tensor]:
-        """Returns batches of the windows of validation in order; an empty list if there is no validation."""
+        """Returns batches of the validation windows in order; an empty list if there is no validation."""
         validation = after_setup(self.validation)
         return self._batches(validation, self.eval_batch_size) if len(validation) else []
 
     def test_dataloader(self) -> TensorBatches:
-        """Returns batches of the windows of the test in order."""
+        """Returns batches of the test windows in order."""
         return self._batches(after_setup(self.test), self.eval_batch_size)
 
     def on_after_batch_transfer(self, batch: tuple[Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        """Cuts inputs and targets from the windows of a batch on its device."""
+        """Returns the inputs and the targets, int64 ``(N, T)`` each, of the windows ``(N, T + 1)`` of a batch."""
         (windows,) = batch
         return windows[:, :-1].long(), windows[:, 1:].long()
 
@@ -177,23 +179,32 @@ class Text(pl.LightningDataModule):
         return batch[1].numel()
 
     def encode(self, text: str | bytes) -> Tensor:
-        """Returns the tokens of a text, int64 ``(T)``; a string is encoded as UTF-8."""
+        """Returns the bytes of a text as tokens, int64 ``(T)``; a string is first encoded as UTF-8."""
         data = text.encode() if isinstance(text, str) else text
         return torch.frombuffer(bytearray(data), dtype=torch.uint8).long() if data else torch.empty(0).long()
 
     def decode(self, tokens: Tensor) -> bytes:
-        """Returns the bytes of tokens ``(T)``."""
+        """Returns the text of ``tokens``, integers ``(T)`` from 0 to 255, as bytes."""
         return bytes(tokens.tolist())
 
     def baselines(self) -> dict[str, float]:
-        """Returns the bits per byte of the test under unigram and bigram counts of the training text."""
+        """Returns the bits per byte of the test part under unigram and bigram counts of the training part.
+
+        The keys are ``unigram_bits_per_byte`` and ``bigram_bits_per_byte``: see `lightkit.data.bigram.bits_per_byte`.
+        """
         bits = bits_per_byte(after_setup(self.train), after_setup(self.test))
         return {f"{name}_bits_per_byte": value for name, value in bits.items()}
 
 
 @dataclass(frozen=True)
 class File:
-    """A file of a text: its path, its path below the root with slashes, and its size in bytes."""
+    """A file of a text.
+
+    Args:
+        path: the path of the file.
+        name: the path of the file within the folder of the text, with slashes.
+        size: the size of the file in bytes.
+    """
 
     path: Path
     name: str
@@ -201,12 +212,12 @@ class File:
 
 
 def text_files(root: Path, suffix: str = "", without: tuple[str, ...] = ()) -> list[File]:
-    """Returns the files below a folder that are neither hidden nor empty, sorted by name, each once.
+    """Returns the files in a folder and its subfolders that are neither hidden nor empty, sorted by name, each once.
 
     Args:
         root: the folder.
-        suffix: the suffix of the files.
-        without: the names of folders that are left out.
+        suffix: the suffix of the names of the files; "" for all files.
+        without: the names of the subfolders that are left out, besides ``__pycache__`` and hidden ones.
 
     Raises:
         DataError: there are no such files, or a file or folder cannot be read.
@@ -247,7 +258,7 @@ def text_files(root: Path, suffix: str = "", without: tuple[str, ...] = ()) -> l
 
 
 def library_files(root: Path) -> list[File]:
-    """Returns the Python sources of the standard library without its tests and the installed packages."""
+    """Returns the Python sources of the standard library in ``root``, without its tests and installed packages."""
     return text_files(root, ".py", _EXCLUDED_FOLDERS)
 
 
@@ -277,7 +288,11 @@ def _map(path: Path, size: int) -> Tensor:
 
 
 def _join(parts: list[list[File]]) -> list[Tensor]:
-    """Returns the joined files of each part from the cache, and puts them there first if they are missing."""
+    """Returns the joined bytes of the files of each part, memory-mapped from a file of the cache directory.
+
+    The function writes that file first if it is missing, damaged or not trusted. If the file cannot be written, the
+    bytes are in memory.
+    """
     # One digest names the cached file, the other is that of its content.
     digest, whole = hashlib.sha256(), hashlib.sha256()
     for part in parts:
@@ -307,10 +322,10 @@ def _join(parts: list[list[File]]) -> list[Tensor]:
 
 
 def _join_in_memory(parts: list[list[File]], root: Path) -> list[Tensor]:
-    """Returns the joined files of each part, in memory.
+    """Returns the joined bytes of the files of each part, in memory.
 
     Raises:
-        DataError: the folder is too large.
+        DataError: the files of the folder ``root`` are too large together.
     """
     sizes = _sizes(parts)
     _check_size(root, sum(sizes))
@@ -318,7 +333,7 @@ def _join_in_memory(parts: list[list[File]], root: Path) -> list[Tensor]:
 
 
 def _read_whole(path: Path) -> Tensor:
-    """Reads a file into memory.
+    """Reads a file into memory, as a uint8 tensor.
 
     Raises:
         DataError: the file cannot be read or is too large.
@@ -338,7 +353,7 @@ def _check_size(root: Path, size: int) -> None:
 
 
 def _sizes(parts: list[list[File]]) -> list[int]:
-    """Returns the sizes in bytes of the joined parts."""
+    """Returns the size in bytes of each part after its files are joined."""
     return [sum(file.size for file in part) + max(len(part) - 1, 0) for part in parts]
 
 

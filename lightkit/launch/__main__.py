@@ -30,7 +30,14 @@ _NODES = ("GROUP_WORLD_SIZE", "SLURM_NNODES", "SLURM_JOB_NUM_NODES")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0, or 1 after faults of the network or an error."""
+    """Runs a command of ``python -m lightkit.launch``.
+
+    Args:
+        arguments: the words of the command line; None for those of this process.
+
+    Returns:
+        The exit status: 0, or 1 after an error or if the check found faults.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     position = words.index("--") if "--" in words else len(words)
     own, rest = words[:position], words[position + 1 :]
@@ -222,7 +229,7 @@ def _check(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def command() -> NoReturn:
-    """Runs `main` as a process of its own."""
+    """Runs `main` and ends the process with the exit status."""
     run_as_process(main)
 
 

@@ -1,4 +1,4 @@
-"""Network interfaces and addresses of this machine, and the way to other machines."""
+"""Network interfaces and IPv4 addresses of this machine, and its routes to other machines."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ CONNECT_TIMEOUT = 4.0
 
 
 def interfaces() -> dict[str, str | None]:
-    """Returns the first IPv4 address of each interface of this machine, or None for an interface without one."""
+    """Returns the first IPv4 address of each interface by the interface's name; None if the interface has none."""
     return {name: _address_of(name) for _, name in socket.if_nameindex()}
 
 
 def interface_and_address(interface: str | None, host: str, seconds: float = 0.0) -> tuple[str, str]:
-    """Returns the interface that a job uses, and this machine's address on it.
+    """Returns the name of the interface that a job uses, and this machine's IPv4 address on that interface.
 
     Args:
         interface: the name of the interface; None for the interface that leads to ``host``.
         host: the name or the address of the first node.
-        seconds: the time in which the name must resolve; that of a new pod takes a while.
+        seconds: the time in seconds in which the name must resolve; the name of a new pod takes a while.
 
     Raises:
         ConfigError: the interface does not exist or has no address, the name does not resolve, or no route leads to
-            the host.
+            ``host``.
     """
     have = interfaces()
     if interface is not None:
@@ -58,6 +58,10 @@ def interface_and_address(interface: str | None, host: str, seconds: float = 0.0
 def resolve(host: str, seconds: float = 0.0) -> list[str]:
     """Returns the IPv4 addresses of a host.
 
+    Args:
+        host: the name or the address of the host.
+        seconds: the time in seconds for which a failed look-up is repeated; 0 looks up once.
+
     Raises:
         ConfigError: the name does not resolve within ``seconds``.
     """
@@ -75,10 +79,10 @@ def resolve(host: str, seconds: float = 0.0) -> list[str]:
 
 
 def wait_for(host: str, port: int, end: float) -> str | None:
-    """Waits until a program listens on a port, until ``time.monotonic()`` reaches ``end``.
+    """Waits until a program listens on ``port`` of ``host``, at most until ``time.monotonic()`` reaches ``end``.
 
     Returns:
-        None, or the reason why no connection was made.
+        None if a connection was made, else the reason why the last attempt failed.
     """
     reason = "there was no time for an answer"
     while (left := end - time.monotonic()) > 0:
@@ -96,7 +100,7 @@ def wait_for(host: str, port: int, end: float) -> str | None:
 
 
 def source_address(target: str) -> str:
-    """Returns the address of this machine on the route to ``target``.
+    """Returns the IPv4 address from which this machine sends packets to the address ``target``.
 
     Raises:
         OSError: there is no route.
@@ -108,7 +112,7 @@ def source_address(target: str) -> str:
 
 
 def is_own(address: str) -> bool:
-    """Returns True if this machine has the address."""
+    """Returns True if the IPv4 address is one of this machine."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         try:
             probe.bind((address, 0))
@@ -118,7 +122,7 @@ def is_own(address: str) -> bool:
 
 
 def is_loopback(address: str) -> bool:
-    """Returns True if only the machine itself reaches the address."""
+    """Returns True if the address is a loopback address, which each machine reaches only on itself."""
     return ipaddress.ip_address(address).is_loopback
 
 

@@ -1,7 +1,8 @@
 """A check of the network between all nodes of a job, before the job starts.
 
-The nodes meet at a store like that of torchrun's rendezvous, on the same port, and try every connection between them.
-Each phase has a timeout: an error names the missing nodes, and a watchdog ends the process if a library hangs.
+The nodes meet at a TCP store on the port of torchrun's rendezvous. Each node then connects to every other node, and all
+nodes run an all_reduce. Each phase has a timeout. If nodes are missing at its end, the error names them; if a library
+hangs, a watchdog ends the process.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ _REPEATS = 5
 
 
 class CheckError(LightkitError):
-    """The nodes did not meet; the message names the missing nodes, or the reason."""
+    """An error of a check in which the nodes did not meet; the message names the missing nodes or the reason."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,13 @@ class CheckRendezvous:
     """The rendezvous of a check, and the rank of this node.
 
     Args:
-        host: the host of the endpoint, which is node 0.
-        port: the port of the endpoint.
+        host: the host name or the address of node 0.
+        port: the port on which node 0 serves the rendezvous.
         rank: the rank of this node.
         nodes: the number of nodes.
         interface: the interface of the network between the nodes; None for the interface that leads to node 0.
-        timeout: seconds in which all nodes must have come.
-        is_served: True if torchrun serves a store at the endpoint.
+        timeout: the seconds in which all nodes must have started the check.
+        is_served: True if torchrun serves a store at ``host`` and ``port``, so that node 0 does not.
     """
 
     host: str
@@ -71,22 +72,26 @@ class CheckRendezvous:
 
     @property
     def endpoint(self) -> str:
-        """``HOST:PORT``, in torchrun's form."""
+        """The address ``HOST:PORT`` of the rendezvous, as torchrun's ``--rdzv-endpoint`` takes it."""
         return f"{self.host}:{self.port}"
 
     def host_is_loopback(self) -> bool:
-        """Returns True if the endpoint is a loopback address: each machine would connect to itself."""
+        """Returns True if ``host`` resolves to a loopback address on this machine, which would connect to itself.
+
+        Raises:
+            ConfigError: ``host`` does not resolve within half of ``timeout``.
+        """
         return any(map(addresses.is_loopback, addresses.resolve(self.host, self.timeout / 2)))
 
 
 def check(rendezvous: CheckRendezvous) -> tuple[list[NodeReport], list[str]]:
-    """Checks the network as one node, while all other nodes do the same.
+    """Checks the network from this node, while all other nodes call this function too.
 
     Returns:
-        The reports of all nodes, and the faults.
+        The reports of all nodes by rank, and the faults as sentences with the remedy; all nodes get the same.
 
     Raises:
-        LightkitError: this node cannot take part, or other nodes did not come.
+        LightkitError: this node cannot take part, or other nodes did not start the check within the timeout.
     """
     # Before the timeout begins: a slow file system must not look like a missing node.
     import torch  # noqa: F401
@@ -126,7 +131,12 @@ def check(rendezvous: CheckRendezvous) -> tuple[list[NodeReport], list[str]]:
 
 
 def _meet(rendezvous: CheckRendezvous, end: float) -> Store:
-    """Returns the store at which all nodes meet."""
+    """Returns the store at which all nodes meet; node 0 serves it unless torchrun does.
+
+    Raises:
+        CheckError: this node does not reach the store until ``time.monotonic()`` is ``end``, or another node has the
+            same rank.
+    """
     from torch.distributed import PrefixStore, TCPStore
 
     options = {"wait_for_workers": False, "timeout": timedelta(seconds=max(end - time.monotonic(), 1.0))}
@@ -166,7 +176,11 @@ def _meet(rendezvous: CheckRendezvous, end: float) -> Store:
 
 
 def _agree(store: Store, rendezvous: CheckRendezvous, end: float) -> None:
-    """Checks that all nodes were told the same number of nodes; a differing node leaves a message for the others."""
+    """Checks that this node and node 0 were given the same number of nodes; leaves a message for the others if not.
+
+    Raises:
+        CheckError: the numbers differ, or node 0 did not come until ``time.monotonic()`` was ``end``.
+    """
     try:
         if rendezvous.rank == 0:
             store.set("nodes", str(rendezvous.nodes))
@@ -184,7 +198,18 @@ def _agree(store: Store, rendezvous: CheckRendezvous, end: float) -> None:
 
 
 def _exchange(store: Store, phase: str, mine: NodeReport, end: float, until: str) -> list[NodeReport]:
-    """Sends the report of this node to all nodes, and returns the reports of all nodes."""
+    """Sends the report of this node to all nodes, and returns the reports of all nodes by rank.
+
+    Args:
+        store: the store of the check.
+        phase: the name of the phase, a prefix of the keys in the store.
+        mine: the report of this node.
+        end: the ``time.monotonic()`` until which the reports of all nodes must have come.
+        until: the same limit in words, for the message of an error.
+
+    Raises:
+        CheckError: a report did not come.
+    """
     keys = [f"{phase}/{rank}" for rank in range(mine.nodes)]
     try:
         store.set(keys[mine.rank], json.dumps(asdict(mine)))
@@ -210,7 +235,10 @@ def _missing(store: Store, keys: list[str], until: str) -> str:
 
 
 class _Listener:
-    """A listener on a port of the kernel's choice, like those of gloo and NCCL, which answers token and time."""
+    """A TCP server that sends its token and its time to each client, on a port that the kernel chooses.
+
+    gloo and NCCL listen on such ports, too.
+    """
 
     def __init__(self) -> None:
         self._server = socket.create_server(("", 0), backlog=128)
@@ -254,11 +282,11 @@ def _connect_to_all(mine: NodeReport, reports: list[NodeReport]) -> None:
 
 
 def _connect(node: NodeReport) -> tuple[str | None, float | None]:
-    """Connects to a node.
+    """Connects to the `_Listener` of another node.
 
     Returns:
-        The reason why the node is not reachable, or None; and the seconds by which this node's clock is ahead of its
-        clock, or None.
+        The reason why this machine does not reach the node, or None; and the seconds by which the clock of this machine
+        is ahead of the node's clock, or None if the node did not answer.
     """
     if addresses.is_loopback(node.address):
         # The connection would reach this machine itself.
@@ -288,7 +316,7 @@ def _request_token(node: NodeReport) -> tuple[object, float]:
 
 
 def _all_reduce(store: Store, mine: NodeReport, nodes: int) -> None:
-    """Measures gloo's all_reduce, and adds the result to the report."""
+    """Measures gloo's all_reduce over all nodes, and adds the times or the error to ``mine``."""
     import torch
     import torch.distributed as dist
 
@@ -320,7 +348,7 @@ def _median_seconds(tensor: Tensor) -> float:
 
 
 def _leave(store: Store, rendezvous: CheckRendezvous) -> None:
-    """Leaves the check; node 0, which serves the store, waits for the others."""
+    """Tells the other nodes that this node has finished; node 0, which serves the store, waits for all of them."""
     store.set(f"left/{rendezvous.rank}", "")
     if rendezvous.rank == 0:
         with suppress(RuntimeError):
@@ -329,7 +357,7 @@ def _leave(store: Store, rendezvous: CheckRendezvous) -> None:
 
 @contextmanager
 def _watchdog(seconds: float, message: str) -> Iterator[None]:
-    """Ends the process after ``seconds``, whatever it waits for."""
+    """Prints ``message`` and ends the process with status 1 if the context takes longer than ``seconds``."""
 
     def end() -> None:
         print(f"error: {message}", file=sys.stderr, flush=True)
@@ -345,7 +373,7 @@ def _watchdog(seconds: float, message: str) -> Iterator[None]:
 
 
 def table(reports: list[NodeReport]) -> Table:
-    """Returns the reports as a table, with a row for each node."""
+    """Returns a table with a row for each node: versions, GPUs, clock, reached nodes and the times of all_reduce."""
     names = ["node", "host", "interface", "address", "python", "torch", "lightning", "lightkit", "GPUs", "clock"]
     columns = [*names, "reaches", "all_reduce"]
     rows = Table(*columns)

@@ -1,4 +1,4 @@
-"""Diagnosis of a job's network from the reports of its nodes: one line for each fault, with the remedy."""
+"""Diagnosis of a job's network from the reports of its nodes: one sentence for each fault, with the remedy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ _MAX_CLOCK_OFFSET = 5.0
 
 
 def before_connecting(reports: list[NodeReport], host: str) -> Iterator[str]:
-    """Yields the faults that each node's report on itself shows."""
+    """Yields the faults that the reports show before any node has connected to another one.
+
+    They concern addresses, interfaces, variables of the environment, versions of packages and numbers of GPUs.
+
+    Args:
+        reports: the reports of all nodes by rank.
+        host: the host of the endpoint, as the user wrote it.
+    """
     for node in reports:
         yield from _address_faults(node, host)
         yield from _variable_faults(node)
@@ -39,7 +46,7 @@ def before_connecting(reports: list[NodeReport], host: str) -> Iterator[str]:
 
 
 def of_connections(reports: list[NodeReport]) -> Iterator[str]:
-    """Yields the faults of the connections between nodes, and of clocks."""
+    """Yields a fault for each node that does not reach another node, and for each clock that is wrong."""
     by_rank = {node.rank: node for node in reports}
     for node in reports:
         for other, reason in node.unreachable.items():
@@ -58,7 +65,7 @@ def of_connections(reports: list[NodeReport]) -> Iterator[str]:
 
 
 def of_all_reduce(reports: list[NodeReport]) -> Iterator[str]:
-    """Yields the faults of gloo."""
+    """Yields a fault for each node on which gloo's all_reduce failed."""
     for node in reports:
         if node.error is not None:
             yield (
@@ -109,7 +116,12 @@ def _others(node: NodeReport) -> str:
 
 
 def _different(values: dict[int, str], package: str) -> Iterator[str]:
-    """Yields the nodes that have another version than most."""
+    """Yields a fault for each node whose version of ``package`` differs from the most frequent version.
+
+    Args:
+        values: the version by rank.
+        package: the name of the package.
+    """
     usual, _ = Counter(values.values()).most_common(1)[0]
     for rank, value in values.items():
         if value != usual:

@@ -26,7 +26,8 @@ class Kubernetes:
     Args:
         image: the container image, with lightkit installed.
         gpus: the number of GPUs of each pod.
-        volume_claim: a claim on a volume that all pods share, for runs and checkpoints.
+        volume_claim: the name of a PersistentVolumeClaim that all pods mount as working directory, for runs and
+            checkpoints; None for none.
         namespace: the namespace; None for that of kubectl's context.
 
     Raises:
@@ -46,7 +47,7 @@ class Kubernetes:
 
 
 def manifest(spec: LaunchSpec, kubernetes: Kubernetes) -> str:
-    """Returns the manifest, for ``kubectl apply``."""
+    """Returns the manifest of a job as YAML, which ``kubectl apply`` takes."""
     return yaml.dump_all(_documents(spec, kubernetes), Dumper=_Dumper, sort_keys=False, width=1000)
 
 
@@ -126,7 +127,7 @@ def _volumes(kubernetes: Kubernetes) -> list[dict[str, Any]]:
 
 
 class _Dumper(yaml.SafeDumper):
-    """A YAML dumper that writes scripts as blocks, and writes no anchors."""
+    """A YAML dumper that writes texts of several lines as literal blocks, and writes no anchors."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

@@ -17,15 +17,16 @@ _INTERFACE = re.compile(r"[A-Za-z0-9_.:@-]{1,15}")
 
 @dataclass(frozen=True)
 class LaunchSpec:
-    """A training on several nodes.
+    """A training job on several nodes.
 
     Args:
         arguments: the arguments of ``lightkit.train``.
-        nodes: the number of nodes.
-        min_nodes: the number of nodes with which the job continues after a loss.
+        nodes: the largest number of nodes.
+        min_nodes: the smallest number of nodes with which the job runs; less than ``nodes`` if the job may continue
+            after a loss of nodes.
         processes: the number of processes on each node.
         port: the port of the rendezvous on the first node.
-        max_restarts: how often torchrun restarts the processes after a failure.
+        max_restarts: the number of times that torchrun restarts the processes after a failure.
         interface: the network interface between the nodes; None for the interface that leads to the first node.
         name: the name of the job.
 
@@ -64,12 +65,12 @@ class LaunchSpec:
 
     @property
     def is_elastic(self) -> bool:
-        """True if the job continues with fewer nodes."""
+        """True if the job continues with fewer nodes than ``nodes``."""
         return self.min_nodes < self.nodes
 
 
 def parse_nodes(text: str) -> tuple[int, int]:
-    """Returns the smallest and the largest number of nodes of ``N`` or ``MIN:MAX``.
+    """Returns the smallest and the largest number of nodes that ``text`` names: ``N`` or ``MIN:MAX``.
 
     Raises:
         ConfigError: ``text`` has another form.
@@ -82,7 +83,7 @@ def parse_nodes(text: str) -> tuple[int, int]:
 
 
 def parse_endpoint(text: str) -> tuple[str, int]:
-    """Returns host and port of ``HOST`` or ``HOST:PORT``.
+    """Returns the host and the port that ``text`` names: ``HOST`` with the default port, or ``HOST:PORT``.
 
     Raises:
         ConfigError: ``text`` has another form.

@@ -1,4 +1,4 @@
-"""The report of one node in a check: its own network, and the other nodes as it sees them."""
+"""The report of one node in a check of the network: its interfaces, and the other nodes that it reaches."""
 
 from __future__ import annotations
 
@@ -22,23 +22,24 @@ class NodeReport:
 
     Args:
         rank: the rank of the node.
-        nodes: the number of nodes that it was told.
-        host: its host name.
-        interface: the interface by which it reaches the first node.
-        address: the address of that interface, which the other nodes connect to.
-        published: the address that gloo would publish.
-        endpoint: the addresses that the endpoint's name resolves to.
-        interfaces: the names of all its interfaces.
-        variables: the variables of `VARIABLES` that are set.
-        versions: versions by package.
-        gpus: the number of GPUs.
-        port: the port where it listens in the check.
-        token: the token that it answers there.
-        unreachable: the reason why it does not reach another node, by that node's rank.
-        clock_offset: seconds by which its clock is ahead of the first node's; None if unknown.
-        error: the error of the all_reduce.
-        milliseconds: the time of an all_reduce of one number.
-        megabytes_per_second: the rate of an all_reduce of many numbers, in reduced bytes.
+        nodes: the number of nodes that was given to the node.
+        host: the host name of the node.
+        interface: the interface by which the node reaches the first node.
+        address: the address of that interface, to which the other nodes connect.
+        published: the address that gloo would publish for the node.
+        endpoint: the addresses to which the endpoint's name resolves on the node.
+        interfaces: the names of all interfaces of the node.
+        variables: the values of those of `VARIABLES` that are set on the node, by name.
+        versions: the versions of Python, torch, Lightning and lightkit by package.
+        gpus: the number of GPUs of the node.
+        port: the port on which the node listens in the check.
+        token: the token that the node sends to those that connect to this port.
+        unreachable: the reasons why the node does not reach other nodes, by the rank of the other node.
+        clock_offset: the seconds by which the clock of the node is ahead of the first node's clock; None if unknown.
+        error: the error message of the all_reduce; None without an error.
+        milliseconds: the time of an all_reduce of one number; None if it was not measured.
+        megabytes_per_second: the bytes of a large tensor divided by the time of its all_reduce; None if that was not
+            measured.
     """
 
     rank: int
@@ -67,12 +68,13 @@ def report_self(rank: int, nodes: int, endpoint: str, interface: str | None, sec
     Args:
         rank: the rank of this node.
         nodes: the number of nodes.
-        endpoint: the host of the endpoint.
-        interface: the interface of the job's network; None for the interface that leads to the endpoint.
-        seconds: the time in which the endpoint's name must resolve.
+        endpoint: the name or the address of the first node.
+        interface: the interface of the job's network; None for the first interface in GLOO_SOCKET_IFNAME if this
+            machine has it, else for the interface that leads to the endpoint.
+        seconds: the time in seconds in which the name must resolve.
 
     Raises:
-        ConfigError: the interface does not exist, or no route leads to the endpoint.
+        ConfigError: the interface does not exist, the name does not resolve, or no route leads to the endpoint.
     """
     import torch
 
@@ -104,7 +106,7 @@ def report_self(rank: int, nodes: int, endpoint: str, interface: str | None, sec
 
 
 def _address_of_own_name() -> str:
-    """Returns the address that gloo takes without an interface: that of the machine's own name, else loopback."""
+    """Returns the address that gloo publishes without an interface: that of the machine's own name, else loopback."""
     try:
         found = addresses.resolve(socket.gethostname())[0]
     except ConfigError:

@@ -1,4 +1,4 @@
-"""A batch script for SLURM, with one task for each node, which runs torchrun."""
+"""A batch script for SLURM that runs torchrun in one task on each node."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Slurm:
     """The settings of SLURM.
 
     Args:
-        gpus: the number of GPUs of each node.
+        gpus: the number of GPUs of each node; 0 requests none.
         cpus: the number of CPUs of each node; None for SLURM's default.
         time: the time limit in SLURM's format; None for that of the partition.
         partition: the partition; None for SLURM's default.
-        setup: a command that the script runs first, on the first node, such as the activation of an environment. The
-            programs on all nodes inherit its variables.
+        setup: a command of bash that the script runs first, on the first node, such as the activation of an
+            environment; None for none. The programs on all nodes inherit the variables that it exports.
 
     Raises:
         ConfigError: a value is out of range.
@@ -46,7 +46,7 @@ class Slurm:
 
 
 def batch_script(spec: LaunchSpec, slurm: Slurm) -> str:
-    """Returns the script, for ``sbatch``."""
+    """Returns the batch script of a job, which ``sbatch`` takes."""
     options = {
         "job-name": spec.name,
         "nodes": spec.nodes,

@@ -1,4 +1,4 @@
-"""The torchrun command of one node, as a line for a known node and as a script that runs on every node."""
+"""The torchrun command of a node: as a line for a known node, and as a script that any node can run."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _LAST_CALL_TIMEOUT = 10
 
 
 def environment(interface: str) -> dict[str, str]:
-    """Returns the environment of torchrun.
+    """Returns the variables of the environment that torchrun needs, by name.
 
     Args:
-        interface: the interface of the node, as text of the shell.
+        interface: the network interface of the node: its name, or shell text that expands to it.
     """
     return {
         # Without an interface, gloo publishes the address of the machine's own name, which may be loopback.
@@ -28,15 +28,18 @@ def environment(interface: str) -> dict[str, str]:
 def torchrun_words(
     spec: LaunchSpec, *, host: str, address: str, is_host: str, run_id: str, join_timeout: int | None = None
 ) -> list[str]:
-    """Returns the words of the torchrun command of one node; the values that differ between nodes are shell text.
+    """Returns the words of the torchrun command of a node, for the shell.
+
+    ``host``, ``address``, ``is_host`` and ``run_id`` are put into the command unquoted, so that they may be shell text
+    that expands to another value on each node.
 
     Args:
         spec: the job.
         host: the name or the address of the first node.
         address: the address of this node.
-        is_host: 1 on the first node, 0 on the others.
-        run_id: an id that is the same on all nodes, and another one for each job.
-        join_timeout: seconds for all nodes to join; None for torchrun's ten minutes.
+        is_host: ``1`` on the first node, ``0`` on the others.
+        run_id: an id of the job: the same on all nodes, and different from the ids of other jobs.
+        join_timeout: the seconds in which all nodes must join; None for torchrun's default of ten minutes.
     """
     nodes = f"{spec.min_nodes}:{spec.nodes}" if spec.is_elastic else str(spec.nodes)
     # is_host is explicit: torchrun would compare the host with the machine's own names, and may find no match.
@@ -59,7 +62,16 @@ def torchrun_words(
 
 
 def command_line(spec: LaunchSpec, *, host: str, address: str, interface: str, node_rank: int, run_id: str) -> str:
-    """Returns the line of the shell that starts the job on one node; see `torchrun_words`."""
+    """Returns a shell command in one line that starts the job on one node.
+
+    Args:
+        spec: the job.
+        host: the name or the address of the first node.
+        address: the address of this node.
+        interface: the name of the network interface of this node.
+        node_rank: the rank of this node.
+        run_id: an id of the job: see `torchrun_words`.
+    """
     variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in environment(interface).items())
     is_host = str(int(node_rank == 0))
     words = torchrun_words(spec, host=host, address=address, is_host=is_host, run_id=shlex.quote(run_id))
@@ -67,15 +79,15 @@ def command_line(spec: LaunchSpec, *, host: str, address: str, interface: str, n
 
 
 def node_script(spec: LaunchSpec, *, host: str, is_host: str, run_id: str, join_timeout: int | None = None) -> str:
-    """Returns lines of the shell that start the job on any node, which finds its own interface and address.
+    """Returns shell commands that start the job on any node; they find the interface and the address of the node.
 
     Args:
         spec: the job.
         host: the name or the address of the first node, as shell text.
-        is_host: shell text that is 1 on the first node, 0 on the others.
-        run_id: an id of the job, as shell text.
-        join_timeout: seconds to wait for the first node, and for all nodes to join; None does not wait for the first
-            node.
+        is_host: shell text that expands to 1 on the first node and to 0 on the others.
+        run_id: an id of the job, as shell text: see `torchrun_words`.
+        join_timeout: the seconds for which a node waits for the first node, and in which all nodes must join; None does
+            not wait for the first node, and takes torchrun's default for the join.
     """
     options = f" --interface={spec.interface}" if spec.interface else ""
     options += f" --wait --timeout={join_timeout}" if join_timeout else ""

@@ -1,4 +1,4 @@
-"""A training loop that runs most steps without Lightning's overhead, and CUDA graphs of its passes."""
+"""A training loop that runs most steps without Lightning's overhead, and CUDA graphs of forward and backward."""
 
 from lightkit.loops.cuda_graphs import PassGraphs
 from lightkit.loops.lean import LeanRun

@@ -1,4 +1,4 @@
-"""CUDA graphs of the forward and backward pass: one launch replaces that of every kernel by Python."""
+"""CUDA graphs of the forward and backward pass: one launch of a graph replaces the launches of all kernels."""
 
 from __future__ import annotations
 
@@ -39,13 +39,16 @@ class CapturedPasses:
     """The forward and backward pass of a module for batches of one shape, captured in a CUDA graph.
 
     Args:
-        module: the module; its parameters and buffers keep their memory.
-        batch: the first batch.
+        module: the module; its parameters and buffers must keep their memory.
+        batch: a batch of the shape.
         forward: the forward pass.
         pool: the memory pool that the graphs of one module share.
 
+    Attributes:
+        log_calls: the calls of ``self.log``, whose tensors a replay overwrites.
+
     Raises:
-        RuntimeError: the passes do something that a graph cannot hold.
+        RuntimeError: the passes do something that a graph cannot contain.
     """
 
     def __init__(self, module: pl.LightningModule, batch: Any, forward: Forward, pool: Any) -> None:
@@ -87,7 +90,10 @@ class CapturedPasses:
 
 @contextmanager
 def _capturing(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
-    """Captures the kernels of the context; on failure restores the state of before and raises the first error."""
+    """Captures the kernels of the context in ``graph``.
+
+    After a failure it restores the stream, the random generator and the memory pool, and raises the first error.
+    """
     stream = torch.cuda.current_stream()
     generator = torch.cuda.default_generators[torch.cuda.current_device()]
     state = generator.clone_state()
@@ -110,17 +116,18 @@ def _capturing(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
 
 
 class PassGraphs:
-    """The CUDA graphs of a module's passes, by shape of the batch.
+    """The CUDA graphs of a module's forward and backward pass, one for each shape of batch.
 
-    A `SideEffectRecorder` records the first batch of a shape, the second batch is captured, all later ones are replays.
-    A change of the module drops the graphs; a side effect that a replay would leave out disables them.
+    For the first batch of a shape, Python runs the passes under a `SideEffectRecorder`. For the second batch the passes
+    are captured, and the graph replays them for the second and all later batches. A change of the module drops the
+    graphs, and new ones are captured. A side effect that a replay would leave out disables the graphs for good.
 
     Args:
         module: the module in a fit on one GPU.
-        unsupported_reason: why there can be no graphs, if that is known already.
+        unsupported_reason: a reason to disable the graphs from the start, or None.
 
     Attributes:
-        unsupported_reason: why there are no graphs, or None.
+        unsupported_reason: the reason why the graphs are disabled, or None.
     """
 
     def __init__(self, module: pl.LightningModule, unsupported_reason: str | None = None) -> None:
@@ -146,14 +153,14 @@ class PassGraphs:
         self._parameters, self._submodules, self._references, self._attributes = [], [], [], {}
 
     def disable(self, reason: str) -> None:
-        """Drops the graphs and captures none any more."""
+        """Drops the graphs for good, and logs ``reason``."""
         self.unsupported_reason = reason
         self._graphs.clear()
         self._references, self._attributes = [], {}
         rank_zero_info(f"LeanLoop takes no CUDA graphs: {reason}")
 
     def start(self) -> None:
-        """Checks the whole module for changes. Call it at the start of an epoch and after a validation."""
+        """Drops the graphs if the module has changed. Call it at the start of an epoch and after a validation."""
         if self.unsupported_reason is not None:
             return
         self._list_module()
@@ -161,7 +168,14 @@ class PassGraphs:
             self._graphs.clear()
 
     def get(self, batch: Any, forward: Forward) -> CapturedPasses | None:
-        """Returns the graph for a batch, or None if Python must run the passes."""
+        """Returns the graph for the shape of a batch, or None if Python must run the passes.
+
+        The graph is captured if this is the second batch of its shape.
+
+        Args:
+            batch: the batch.
+            forward: the forward pass, for a capture.
+        """
         self._check_for_changes()
         key = self._key(batch)
         if key is None or key not in self._graphs:
@@ -173,7 +187,14 @@ class PassGraphs:
 
     @contextmanager
     def recording(self, batch: Any, batch_idx: int) -> Iterator[SideEffectRecorder | None]:
-        """Yields the recorder for the passes on a batch of a new shape, or None for other batches."""
+        """Yields a recorder for the passes on a batch of a new shape, or None for other batches.
+
+        At the end of the context a recorded side effect disables the graphs.
+
+        Args:
+            batch: the batch.
+            batch_idx: the index of the batch.
+        """
         key = self._key(batch)
         if key is None or key in self._graphs or len(self._graphs) >= _MAX_GRAPHS:
             yield None
@@ -227,7 +248,10 @@ class PassGraphs:
         return addresses + [b.data_ptr() for b in self._module.buffers()]
 
     def _key(self, batch: Any) -> Hashable | None:
-        """Returns what all batches of one graph have in common; None if no graph can take the batch."""
+        """Returns the key of a batch's graph: structure, shapes, strides, dtypes; None if no graph can take the batch.
+
+        A batch that no graph can take disables the graphs.
+        """
         if self.unsupported_reason is not None:
             return None
         leaves, spec = pytree.tree_flatten(batch)
@@ -262,7 +286,7 @@ class PassGraphs:
 
 
 def _versions(batch: Any) -> tuple[pytree.TreeSpec, list[tuple[int, int]]]:
-    """Returns a value that differs after a write into a tensor of the batch or an exchange of one."""
+    """Returns a value that changes if a tensor of the batch is written to or is replaced by another tensor."""
     leaves, spec = pytree.tree_flatten(batch)
     return spec, [
         (id(leaf), leaf._version if isinstance(leaf, Tensor) and not leaf.is_inference() else 0) for leaf in leaves

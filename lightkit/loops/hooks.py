@@ -1,4 +1,4 @@
-"""The hooks of a training step, called only where a callback or the module overrides them."""
+"""Calls of the hooks of a training step, only where a callback or the module overrides a hook."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _REFRESH_INTERVAL = 0.1
 
 
 class Hooks:
-    """Calls one hook of all callbacks and of the module in Lightning's order, and leaves out empty implementations.
+    """Calls one hook of the callbacks, then of the module, in Lightning's order; calls only those that override it.
 
-    The object is False if the hook has no implementation.
+    The object is False as a bool if neither a callback nor the module overrides the hook.
 
     Args:
-        trainer: a trainer with its callbacks and its module.
-        name: the name of the hook.
+        trainer: a trainer in a fit.
+        name: the name of the hook, such as ``on_train_batch_end``.
     """
 
     def __init__(self, trainer: pl.Trainer, name: str) -> None:
@@ -48,7 +48,10 @@ class Hooks:
         return bool(self._callbacks) or self._module_overrides
 
     def __call__(self, *args: Any) -> None:
-        """Calls the callbacks that have something to do now, then the module."""
+        """Calls the hook of the callbacks and of the module with ``args``.
+
+        A callback of Lightning's is left out in steps in which it would do nothing: see `_CONDITIONS`.
+        """
         attributes = self._attributes
         before = attributes[CURRENT_HOOK]
         # The module logs under the name of the hook.
@@ -62,12 +65,15 @@ class Hooks:
 
 
 def is_overridden(name: str, instance: object, parent: type) -> bool:
-    """Returns True if a method of `instance` is not that of `parent`; wrappers and mocks count as other methods."""
+    """Returns True if the method `name` of `instance` is not that of `parent`; a wrapper or a mock is not."""
     return name in vars(instance) or getattr(type(instance), name) is not getattr(parent, name)
 
 
 def _condition(callback: Callback, hook: str) -> Callable[[pl.Trainer, Any], bool] | None:
-    """Returns the function that says whether a callback of Lightning's acts in this step; None for "in every step"."""
+    """Returns a function that returns True in the steps in which `callback` does something in `hook`.
+
+    None means that the callback must be called in every step.
+    """
     implementation = None if hook in vars(callback) else getattr(type(callback), hook)
     for cls, name, is_due in _CONDITIONS:
         # A subclass with an implementation of its own is called in every step.

@@ -1,4 +1,4 @@
-"""Running values of logged metrics that are computed when they are read."""
+"""Running values of logged metrics that accumulate the values of the steps only when they are read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PENDING = "_pending"
 
 
 def _flushed(name: str) -> property:
-    """Returns a property that flushes a `LazyMetric` before the attribute `name` is read or written."""
+    """Returns a property that flushes a `LazyMetric` and then reads or writes its attribute `name`."""
 
     def read(self: LazyMetric) -> Any:
         self.flush()
@@ -35,16 +35,20 @@ def _flushed(name: str) -> property:
 
 
 class LazyMetric(ResultMetric):
-    """A running value of Lightning's that keeps the values of the steps and accumulates them on demand.
+    """A running value of Lightning's that keeps the values of the steps in a list and accumulates them on demand.
 
-    `append` costs one list operation and runs no operation of torch. A reader gets what Lightning computes at every
-    step, to the bit: the sums are the same float32 sums in the same order. A flushed metric has the state of
-    Lightning's metric and one list more. `make_lazy` and `make_eager` change the class of an existing metric.
+    `append` costs one list operation and runs no operation of torch. A read of the value flushes the list and gives
+    what Lightning would have computed at every step, to the bit: the same float32 sums in the same order. After `flush`
+    the metric has the state of Lightning's metric and an empty list. `make_lazy` and `make_eager` change the class of
+    an existing metric; nobody constructs this class.
     """
 
     @staticmethod
     def supports(metric: ResultMetric) -> bool:
-        """Returns True for a mean or a last value of float32 numbers on the CPU that no other process shares."""
+        """Returns True if `metric` may become lazy.
+
+        It must be a mean or a last value of float32 numbers on the CPU, and not be reduced over processes.
+        """
         meta = metric.meta
         return (
             type(metric) in (ResultMetric, LazyMetric)
@@ -57,11 +61,16 @@ class LazyMetric(ResultMetric):
         )
 
     def can_append(self, value: Tensor, batch_size: object) -> bool:
-        """Returns True if float32 sums of `value` are the same later: its dtype is float32, `batch_size` an int."""
+        """Returns True if the sum is the same when `value` is added later: `value` is float32, `batch_size` an int."""
         return type(batch_size) is int and value.dtype == vars(self)["value"].dtype == torch.float32
 
     def append(self, value: float, batch_size: int) -> None:
-        """Adds the value of a step to those that the next `flush` accumulates."""
+        """Adds the value of a step to the pending values, which the next `flush` accumulates.
+
+        Args:
+            value: the logged value.
+            batch_size: the weight of the value in a mean.
+        """
         attributes = vars(self)
         # torchmetrics does this around an update.
         attributes[COMPUTED] = None
@@ -73,12 +82,12 @@ class LazyMetric(ResultMetric):
             self.flush()
 
     def last_value(self) -> float | Tensor | None:
-        """Returns the value of the last step: a number if it is pending, else a tensor or None."""
+        """Returns the value of the last step: a float if it is pending, else a tensor; None before the first step."""
         pending = vars(self)[_PENDING]
         return pending[-1][0] if pending else vars(self)[FORWARD_VALUE]
 
     def flush(self) -> None:
-        """Accumulates the pending values."""
+        """Accumulates the pending values into the state of Lightning's metric, and removes them from the list."""
         attributes = vars(self)
         pending = attributes[_PENDING]
         if not pending:

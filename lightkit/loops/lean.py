@@ -24,12 +24,15 @@ class LeanRun:
     """Replaces ``run`` of Lightning's training loop: it runs the same epoch with less work between the steps.
 
     Lightning's own code runs the first and the last batch of an epoch, the batch before a validation, the last step
-    of a training and everything at a restart. `LeanStep` runs the batches between. It calls the same hooks in the same
-    order where a callback or the module overrides them. The loop keeps its identity and its class.
+    of a training and the first batches after a restart. `LeanStep` runs the other batches. It calls the hooks that a
+    callback or the module overrides, in Lightning's order. The loop object and its class stay the same.
 
     Args:
-        loop: the epoch loop of a fit without an `unsupported_reason`.
-        graphs: the CUDA graphs of forward and backward; None for none. Kept as an attribute.
+        loop: the epoch loop of a trainer for which `lightkit.loops.unsupported_reason` returns None.
+        graphs: the CUDA graphs of forward and backward; None for no graphs.
+
+    Attributes:
+        graphs: the argument ``graphs``.
     """
 
     def __init__(self, loop: TrainingEpochLoop, graphs: PassGraphs | None = None) -> None:
@@ -44,7 +47,7 @@ class LeanRun:
         self._stand_in.undo()
 
     def __call__(self, data_fetcher: DataFetcher) -> None:
-        """Runs one epoch."""
+        """Runs one epoch on the batches of ``data_fetcher``."""
         loop = self._loop
         loop.reset()
         loop.on_run_start(data_fetcher)
@@ -63,7 +66,14 @@ class LeanRun:
                 loop.on_iteration_done()
 
     def _run_lean_steps(self, step: LeanStep, count: int, data_fetcher: DataFetcher) -> None:
-        """Runs up to `count` steps; stops early if Lightning or a new `LeanStep` must run the next one."""
+        """Runs up to `count` lean steps; Lightning's progress counters tell the caller how many.
+
+        It stops early if the training ends (``should_stop``, SIGTERM), or if `step` is outdated: see
+        `LeanStep.is_current`. The caller then makes a new `LeanStep`.
+
+        Raises:
+            StopIteration: the data loader has no batch left.
+        """
         loop, trainer = self._loop, self._loop.trainer
         try:
             with fast_log(trainer.lightning_module, results_of(loop)):
@@ -86,7 +96,7 @@ class LeanRun:
             loop.on_advance_end(data_fetcher)
 
     def _count_lean_steps(self, data_fetcher: DataFetcher) -> int:
-        """Returns the number of batches before the next one that Lightning must run."""
+        """Returns the number of batches before the next batch that Lightning must run; 0 or less for none."""
         loop, trainer = self._loop, connected(self._loop.trainer)
         done = loop.batch_progress.current.ready
         # Lightning resets running values at the first batch, which may also be the first after a restart.

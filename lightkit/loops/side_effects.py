@@ -1,4 +1,4 @@
-"""A recorder of what Python does in a pass through a module, which a replay of a CUDA graph would leave out."""
+"""A recorder of the side effects of a pass through a module, which a replay of a CUDA graph would leave out."""
 
 from __future__ import annotations
 
@@ -44,9 +44,10 @@ _MAX_BYTES = 1 << 16
 
 
 def has_recorded_history(parameter: nn.Parameter) -> bool:
-    """Returns True if the autograd history of a recorded step is still alive.
+    """Returns True if the autograd history of a step that `SideEffectRecorder` recorded is still alive.
 
-    A capture must not start then: autograd would reuse the parameter's node, which belongs to the stream of that step.
+    A capture must not start then: autograd would reuse the node of ``parameter``, which belongs to the stream of that
+    step.
     """
     return _MARK in _node_metadata(parameter)
 
@@ -57,7 +58,7 @@ def _node_metadata(parameter: nn.Parameter) -> dict[Any, Any]:
 
 
 class LogCall(NamedTuple):
-    """A call of ``self.log``."""
+    """The arguments of a call of ``self.log``."""
 
     name: str
     value: Any
@@ -66,11 +67,11 @@ class LogCall(NamedTuple):
 
 
 class SideEffectRecorder:
-    """A context that records the side effects of a pass; it is entered once for each part of the pass.
+    """A context that records the side effects of the forward or backward pass; enter it once for each pass of a step.
 
-    It records changed attributes of the module and of its submodules, reads of trainer attributes that are not
-    constant, uses of `index`, random numbers drawn on the CPU, waits for the GPU and a logged ``Metric``. It keeps the
-    calls of ``self.log`` and makes them at the end of the context.
+    It records changed attributes of the module and of its submodules, reads of trainer attributes that may change
+    during a fit, uses of `index`, random numbers drawn on the CPU, waits for the GPU and a logged ``Metric``. It delays
+    the calls of ``self.log`` to the end of the context.
 
     It does not see variables outside of the module, files, the clock and printed text.
 
@@ -80,7 +81,7 @@ class SideEffectRecorder:
 
     Attributes:
         first: the first side effect, as a sentence about ``training_step``; None if there is none.
-        index: the index of the batch, which records its uses.
+        index: an int equal to ``batch_idx`` that records its uses; pass it to ``training_step``.
     """
 
     def __init__(self, module: pl.LightningModule, batch_idx: int) -> None:
@@ -131,13 +132,21 @@ class SideEffectRecorder:
         attributes[CURRENT_HOOK] = before
 
     def check_outputs(self, outputs: dict[str, Any]) -> None:
-        """Records outputs that are no tensors: a replay would return those of the captured step."""
+        """Records each output that is not all tensors, because a replay would return the captured step's object.
+
+        Args:
+            outputs: the outputs of ``training_step`` by name.
+        """
         for name, value in outputs.items():
             if not all(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value)):
                 self.record(f"returns {name!r}, which is not all tensors")
 
     def record(self, effect: str) -> None:
-        """Records a side effect, a predicate such as ``"uses batch_idx"``. The first one is kept."""
+        """Puts a side effect into ``first``, unless that has an earlier one.
+
+        Args:
+            effect: a predicate whose subject is ``training_step``, such as ``"uses batch_idx"``.
+        """
         if self.first is None:
             self.first = f"{type(self._module).__name__}.training_step {effect}"
 
@@ -156,7 +165,7 @@ class SideEffectRecorder:
 
 
 class LogRecorder:
-    """A replacement for a module's ``log`` that keeps the calls."""
+    """A replacement for a module's ``log`` that keeps the arguments of each call in ``calls`` and logs nothing."""
 
     def __init__(self) -> None:
         self.calls: list[LogCall] = []
@@ -168,7 +177,7 @@ class LogRecorder:
         self.calls.append(LogCall(name, value, arguments, options))
 
     def side_effect(self) -> str | None:
-        """Returns why these calls cannot be repeated with the tensors of another step, or None."""
+        """Returns why a replay cannot repeat the calls with its own tensors, as a predicate; None if it can."""
         for call in self.calls:
             if isinstance(call.value, _RecordingIndex):
                 return "uses batch_idx"
@@ -182,7 +191,7 @@ class LogRecorder:
 
 
 class _RecordingTrainer:
-    """A proxy of a trainer that records reads and writes of its attributes."""
+    """A proxy of a trainer that records writes of all attributes, and reads of those not in `_CONSTANT`."""
 
     def __init__(self, trainer: pl.Trainer, recorder: SideEffectRecorder) -> None:
         self.__dict__.update(_target=trainer, _recorder=recorder)
@@ -198,7 +207,7 @@ class _RecordingTrainer:
 
 
 class _RecordingIndex(int):
-    """An int that records whether it was used."""
+    """An int whose ``is_used`` becomes True when an operator or a conversion uses it."""
 
     is_used = False
 
@@ -224,7 +233,7 @@ for _name in (
 
 
 def snapshot_attributes(module: nn.Module, excluding: tuple[type, ...] = ()) -> dict[str, Any]:
-    """Returns a snapshot of the attributes of a module and its submodules by name, for `first_change`.
+    """Returns a snapshot of the attributes of a module and its submodules by name, which `first_change` compares.
 
     A snapshot holds references to the objects, so that no new object can get the address of an old one.
 
@@ -245,7 +254,10 @@ def snapshot_attributes(module: nn.Module, excluding: tuple[type, ...] = ()) -> 
 
 
 def attribute_references(modules: Iterable[nn.Module]) -> list[Any]:
-    """Returns the objects that a change of an attribute replaces; lists of them compare quickly by identity."""
+    """Returns the values of all attributes of `modules`, to compare them by identity with those of an earlier call.
+
+    The comparison is quicker than that of `first_change`, and finds only attributes that refer to another object.
+    """
     found: list[Any] = []
     for module in modules:
         attributes = vars(module)
@@ -273,7 +285,7 @@ def first_change(before: dict[str, Any], after: dict[str, Any]) -> str | None:
 
 
 def _snapshot(value: Any, depth: int = _MAX_DEPTH) -> Any:
-    """Returns an object that `_is_same` compares equal to a later one if nothing in `value` has changed."""
+    """Returns a snapshot of `value`; `_is_same` finds two snapshots the same if `value` did not change in between."""
     if isinstance(value, (*_PLAIN, type(None), type, FunctionType, ModuleType)):
         return value
     if isinstance(value, Tensor):

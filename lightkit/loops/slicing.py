@@ -1,4 +1,4 @@
-"""Batches of a DataLoader over a TensorDataset by slicing, instead of by fetching and collating single items."""
+"""Batches of a DataLoader by one indexing operation per tensor, instead of by fetching and collating single items."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from lightkit._util.stand_in import StandIn
 
 
 def fetch_slices(loader: Any, iterators: Iterable[Any] = ()) -> Callable[[], None] | None:
-    """Makes a DataLoader cut each batch by one indexing operation a tensor, in place.
+    """Makes a DataLoader index each tensor once per batch; changes ``loader`` in place.
 
-    The batches, their order and the random numbers drawn for it stay the same. The loader must have a plain
-    ``TensorDataset``, the default collation and no worker processes. Other loaders of the data set stay as they are.
+    The batches, their order and the random numbers drawn for the order stay the same. The function changes only a
+    ``DataLoader`` with a plain ``TensorDataset``, the default collation and no worker processes. Other loaders of the
+    same data set stay as they are.
 
     Args:
-        loader: a ``DataLoader``, or any other object, which stays as it is.
-        iterators: iterators that may be the loader's; those that are cut slices from now on, too.
+        loader: a ``DataLoader``; any other object stays as it is.
+        iterators: existing iterators of this loader or of others; those of this loader are changed, too.
 
     Returns:
-        A function that undoes the change, or None if nothing was changed.
+        A function that restores ``loader``, or None if nothing was changed.
     """
     if (
         type(loader) is not DataLoader
@@ -55,13 +56,13 @@ def _slicing_iterator(loader: DataLoader[Any]) -> Any:
 
 
 class _SliceFetcher:
-    """Replaces the fetcher of a DataLoader's iterator."""
+    """Fetches whole batches from the tensors of a ``TensorDataset``, in place of the fetcher of torch's iterator."""
 
     def __init__(self, dataset: Any) -> None:
         self._dataset: TensorDataset = dataset
 
     def fetch(self, indices: Iterable[int]) -> list[Tensor]:
-        """Returns the samples at `indices` as default_collate does: a list of new, contiguous tensors."""
+        """Returns the samples at `indices` as a list of new, contiguous tensors, as default_collate does."""
         # A batch sampler may yield any iterable.
         chosen = torch.as_tensor(indices if isinstance(indices, (list, Tensor)) else list(indices))
         # index_select would refuse negative indices, which a sampler may yield.

@@ -1,4 +1,4 @@
-"""A training step that looks up once what is the same in every step."""
+"""A training step that looks up hooks, settings and private attributes once instead of in every step."""
 
 from __future__ import annotations
 
@@ -44,13 +44,15 @@ ZERO_GRAD = Originals((torch,), torch.optim.Optimizer, "zero_grad", "profile_hoo
 class LeanStep:
     """Runs one batch from the data loader to the updated weights, and updates Lightning's progress and metrics.
 
-    It does what ``_TrainingEpochLoop.advance`` of Lightning 2.6 does for automatic optimization with the strategies
-    that `lightkit.loops.support` knows, in the same order, for a batch that is neither the first nor the last of an
-    epoch.
+    A call does the same in the same order as ``_TrainingEpochLoop.advance`` of Lightning 2.6 with automatic
+    optimization. The batch must be neither the first nor the last of an epoch.
+
+    Use: `begin`; for each batch, a call and `advance_end`; `finish`, or after an error `finish_after_error`. When
+    `is_current` returns False, make a new object.
 
     Args:
-        trainer: a trainer within a fit that has no `unsupported_reason`.
-        logger: hands the metrics of a step to the loggers.
+        trainer: a trainer in a fit for which `lightkit.loops.unsupported_reason` returns None.
+        logger: the object that hands the metrics of a step to the loggers.
         graphs: the CUDA graphs of forward and backward, or None.
     """
 
@@ -120,7 +122,7 @@ class LeanStep:
         self._outputs: dict[str, Any] | None = {}
 
     def __call__(self, data_fetcher: DataFetcher) -> None:
-        """Fetches a batch and trains on it.
+        """Fetches a batch from ``data_fetcher`` and trains on it.
 
         Raises:
             StopIteration: there is no batch left.
@@ -165,22 +167,27 @@ class LeanStep:
         self._logger()
 
     def advance_end(self) -> None:
-        """Ends a batch after which no validation comes."""
+        """Updates schedulers and counters after a batch, as Lightning's ``on_advance_end`` without a validation."""
         if self._has_step_schedulers:
             self._loop.update_lr_schedulers("step", update_plateau_schedulers=True)
         if not self._accumulates():
             self._loop_attributes[BATCHES_THAT_STEPPED] += 1
 
     def begin(self) -> None:
-        """Prepares the first step. Call it when the module logs by `FastLog`, which adds attributes."""
+        """Prepares the first step.
+
+        Call it after `fast_log`, which adds attributes to the module: `is_current` compares their number with that at
+        this call.
+        """
         self._attribute_counts = self._count_attributes()
         self._step_metrics.record()
 
     def is_current(self) -> bool:
-        """Returns False if something that `__init__` looked up may have changed since `begin`.
+        """Returns False if something that the constructor looked up may have changed since the call of `begin`.
 
-        That is the case if a function of Lightning was patched, if the optimizer or a callback was replaced, or if a
-        participant of the step got a new attribute, which may override a method.
+        That is the case if a function of Lightning was patched, if the optimizer or a callback was replaced, or if an
+        object that takes part in the step (module, optimizer, loop, strategy, callback) has got or lost an attribute,
+        which may override a method.
         """
         trainer = self._trainer
         return (
@@ -195,12 +202,12 @@ class LeanStep:
         return [len(vars(participant)) for participant in self._participants]
 
     def finish(self) -> None:
-        """Leaves the metrics and files that Lightning's own step leaves."""
+        """Collects the metrics and makes the loggers write their files, as after a step of Lightning."""
         self._connector.on_batch_end()
         self._logger.save()
 
     def finish_after_error(self) -> None:
-        """Leaves the metrics that Lightning's own step leaves when it fails: those of the step before."""
+        """Restores the metrics of the last complete step, as after a failed step of Lightning; writes the log files."""
         self._step_metrics.restore(self._connector)
         self._logger.save()
 
@@ -277,7 +284,11 @@ class LeanStep:
         return self._outputs.get("loss")
 
     def _replay(self, captured: CapturedPasses) -> Tensor:
-        """Runs both passes from a graph, then the hooks that come before and after backward."""
+        """Replays both passes from a graph, then logs and calls the hooks before and after backward.
+
+        Returns:
+            The loss.
+        """
         self._zero_grad()
         self._outputs = outputs = captured(self._batch)
         before = self._set_hook("training_step")
@@ -291,7 +302,12 @@ class LeanStep:
         return outputs["loss"]
 
     def _forward(self, batch: Any, batch_idx: int) -> tuple[Tensor | None, dict[str, Any]]:
-        """Returns the loss for backward, divided by the accumulated batches, and training_step's outputs by name."""
+        """Runs ``training_step``.
+
+        Returns:
+            The loss for backward, divided by ``accumulate_grad_batches``, or None; and the outputs of ``training_step``
+            by name.
+        """
         accumulate = self._trainer.accumulate_grad_batches
         before = self._set_hook("training_step")
         with self._forward_context():
@@ -306,7 +322,7 @@ class LeanStep:
         return result.closure_loss, {} if result.loss is None else result.asdict()
 
     def _set_hook(self, hook: str) -> str | None:
-        """Makes the module log under a hook, and returns the hook of before."""
+        """Sets the hook under which the module logs, and returns the previous hook."""
         before = self._attributes[CURRENT_HOOK]
         self._attributes[CURRENT_HOOK] = hook
         return before
@@ -333,7 +349,7 @@ class LeanStep:
 
 
 class _Transfer:
-    """Moves a batch to the device, and calls only the transfer hooks that module and data module override."""
+    """Moves a batch to the device; calls only those transfer hooks that the module or the data module overrides."""
 
     def __init__(self, trainer: pl.Trainer) -> None:
         self._strategy = trainer.strategy
@@ -363,14 +379,14 @@ class _Transfer:
 
 
 def _overridden_data_hook(trainer: pl.Trainer, hook: str) -> Callable[..., Any] | None:
-    """Returns the implementation of a data hook, or None if it is Lightning's default."""
+    """Returns the method by which the module or the data module overrides a data hook; None if neither does."""
     owner = owner_of_data_hook(trainer, hook)
     parent = pl.LightningModule if isinstance(owner, pl.LightningModule) else pl.LightningDataModule
     return getattr(owner, hook) if is_overridden(hook, owner, parent) else None
 
 
 def _is_on(device: torch.device, batch: Any) -> bool:
-    """Returns True if a batch is a tensor, or a flat sequence of tensors, on a device."""
+    """Returns True if a batch is a tensor on ``device``, or a tuple or list of such tensors."""
     if type(batch) is Tensor:
         return batch.device == device
     return type(batch) in (tuple, list) and all(type(t) is Tensor and t.device == device for t in batch)

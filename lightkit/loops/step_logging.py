@@ -1,4 +1,4 @@
-"""Logging of a step without the checks that are the same at every call, and with one write to the disk a second."""
+"""Logging of a step that checks the options of ``log`` once, and writes the loggers' files once a second."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ class FastLog:
     """Replaces a module's ``log`` during lean steps.
 
     At every call Lightning checks the arguments, makes a record of them and compares the record with the previous one.
-    `FastLog` leaves that to Lightning at the first call of a name. A later call with the same options and a scalar
-    tensor updates the running value directly, by Lightning's own arithmetic; on a CPU the running value is a
-    `LazyMetric`. Lightning handles all other calls.
+    `FastLog` hands the first call with a name to Lightning. A later call with the same name, the same options and a
+    scalar tensor updates the running value directly, by Lightning's own arithmetic; on a CPU the running value is a
+    `LazyMetric`. `FastLog` hands all other calls to Lightning.
 
     Args:
         module: the module in a fit.
-        results: the running values of the epoch of training.
+        results: Lightning's running values of the training epoch.
     """
 
     def __init__(self, module: pl.LightningModule, results: ResultCollection) -> None:
@@ -113,7 +113,7 @@ class FastLog:
                 make_eager(metric)
 
     def close(self) -> None:
-        """Turns the running values into Lightning's again."""
+        """Turns each `LazyMetric` into Lightning's metric again."""
         for metric in {id(cached[2]): cached[2] for cached in self._cached.values()}.values():
             if type(metric) is LazyMetric:
                 make_eager(metric)
@@ -121,7 +121,10 @@ class FastLog:
 
 @contextmanager
 def fast_log(module: pl.LightningModule, results: ResultCollection) -> Iterator[None]:
-    """Makes a module log by `FastLog` within the context, if its ``log`` is Lightning's."""
+    """Replaces the ``log`` of a module by `FastLog` within the context.
+
+    The module keeps its ``log`` if that is not Lightning's, if the trainer is barebones, or under torch.compile.
+    """
     has_own_log = type(module).log is not pl.LightningModule.log or "log" in vars(module)
     # torch.compile would trace FastLog in a compiled module; Lightning's log breaks the graph.
     if has_own_log or module.trainer.barebones or is_compiled(module):
@@ -137,13 +140,14 @@ def fast_log(module: pl.LightningModule, results: ResultCollection) -> Iterator[
 
 
 class StepMetrics:
-    """A record of the metrics of the last complete step, from which they are restored if the next step fails.
+    """A record of the metrics of the last complete step; `restore` gives them to the trainer if the next step fails.
 
-    Lightning collects the metrics at the end of each step; after an error the trainer has those of the step before.
-    Lean steps collect no metrics, and at an error the running values may be those of the failed step.
+    Lightning collects the metrics at the end of each step, so that after an error the trainer has the metrics of the
+    last complete step. A lean step does not collect them, and the running values may already contain values of the step
+    that failed. `LeanStep` therefore calls `record` at the end of each step, and `restore` after an error.
 
     Args:
-        results: the running values of the epoch of training.
+        results: Lightning's running values of the training epoch.
     """
 
     def __init__(self, results: ResultCollection) -> None:
@@ -151,7 +155,7 @@ class StepMetrics:
         self._values: list[tuple[str, Any]] = []
 
     def record(self) -> None:
-        """Records the values that the step logged."""
+        """Records the values that the module logged in the step that has just ended."""
         self._values = [
             (key, metric.last_value() if type(metric) is LazyMetric else vars(metric)[FORWARD_VALUE])
             for key, metric in self._results.items()
@@ -159,7 +163,13 @@ class StepMetrics:
         ]
 
     def restore(self, connector: LoggerConnector) -> None:
-        """Puts the recorded metrics into the connector, except those that were collected later on demand."""
+        """Puts the recorded metrics into the trainer's metrics.
+
+        A metric that was read, and thereby collected, after `record` stays as it is.
+
+        Args:
+            connector: the part of the trainer that collects metrics.
+        """
         values = {key: torch.tensor(value) if isinstance(value, float) else value for key, value in self._values}
         now = self._results.metrics(on_step=True)
         recorded = metrics_of_step(self._results, values)
@@ -170,7 +180,7 @@ class StepMetrics:
 
 
 def _have_same_source(value: Any, other: Any) -> bool:
-    """Returns True if two metrics were collected from one running value at one time."""
+    """Returns True if two metrics were collected from the same state of one running value."""
     if isinstance(value, Tensor) and isinstance(other, Tensor):
         return value.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
     return value == other
@@ -179,7 +189,7 @@ def _have_same_source(value: Any, other: Any) -> bool:
 class StepLogger:
     """Hands the metrics of a step to the loggers, as ``_LoggerConnector.update_train_step_metrics`` does.
 
-    Lightning makes every logger write its files after each of these calls. This class makes it once a second and in
+    Lightning makes every logger write its files each time. This class makes the loggers write once a second, and in
     `save`.
 
     Args:
@@ -195,7 +205,7 @@ class StepLogger:
         self._has_unsaved = False
 
     def __call__(self) -> None:
-        """Logs if this step is one in ``log_every_n_steps``."""
+        """Hands the metrics to the loggers in every ``log_every_n_steps``-th step."""
         trainer = self._trainer
         every = trainer.log_every_n_steps
         # The connector counts in the same way, except that it first looks for the loop that is running.
@@ -219,7 +229,7 @@ class StepLogger:
             self.save()
 
     def save(self) -> None:
-        """Makes the loggers write what they have not written yet."""
+        """Makes the loggers write the metrics that they have not written yet."""
         if self._has_unsaved:
             for logger in self._trainer.loggers:
                 logger.save()

@@ -1,4 +1,4 @@
-"""Which runs can take lean steps and CUDA graphs; the others have a reason why not."""
+"""The reasons why a fit cannot take lean steps or run its passes from CUDA graphs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ _REPLACING_METHODS = ("on_train_batch_start", "optimizer_step", "optimizer_zero_
 
 
 def unsupported_reason(trainer: pl.Trainer) -> str | None:
-    """Returns why a fit cannot take lean steps, or None. Call it in ``on_train_start``, when everything is set up."""
+    """Returns the reason why the fit of a trainer cannot take lean steps, or None if it can.
+
+    Call it in ``on_train_start``, when the trainer, the module and the data loaders are set up.
+    """
     module = trainer.lightning_module
     loop = trainer.fit_loop.epoch_loop
     if not pl.__version__.startswith(RELEASES):
@@ -76,7 +79,10 @@ def unsupported_reason(trainer: pl.Trainer) -> str | None:
 
 
 def graph_unsupported_reason(trainer: pl.Trainer) -> str | None:
-    """Returns why a fit with lean steps on a GPU cannot run its passes from CUDA graphs, or None."""
+    """Returns the reason why a fit with lean steps on a GPU cannot run its passes from CUDA graphs, or None.
+
+    `PassGraphs` finds further reasons during the fit.
+    """
     module = trainer.lightning_module
     if trainer.world_size > 1:
         return "there are several processes"
@@ -92,7 +98,7 @@ def graph_unsupported_reason(trainer: pl.Trainer) -> str | None:
 
 
 def _instance_method(part: object) -> str | None:
-    """Returns the name of a method of its class that an object has replaced by an attribute, or None."""
+    """Returns the name of an attribute of ``part`` that replaces a method of its class, or None."""
     cls = type(part)
     return next((name for name in vars(part) if isinstance(getattr(cls, name, None), types.FunctionType)), None)
 

@@ -108,7 +108,7 @@ def sanitizers() -> tuple[str, ...]:
 
 
 def sanitize_flags() -> list[str]:
-    """Returns the sanitizers' flags of every C++ file and of the link."""
+    """Returns the flags of the sanitizers for every C++ file and for the link; an empty list without sanitizers."""
     names = sanitizers()
     if not names:
         return []
@@ -119,7 +119,10 @@ def sanitize_flags() -> list[str]:
 
 
 def glue_flags() -> list[str]:
-    """Returns the additional flags of units that only call kernels: -O3 would compile longer and not run faster."""
+    """Returns ``["-O2"]``, which replaces the -O3 of `common_flags` for units that only call kernels.
+
+    Such a unit would compile longer with -O3 and not run faster. The list is empty with sanitizers, which use -O1.
+    """
     return [] if sanitizers() else ["-O2"]
 
 
@@ -150,7 +153,7 @@ def include_flags(cuda: CudaToolchain | None) -> list[str]:
 
 
 def linked(cuda: CudaToolchain | None) -> list[str]:
-    """Returns flags and libraries of the shared object, without their directories.
+    """Returns the linker's flags and the libraries of the shared object, without the libraries' directories.
 
     OpenMP's run-time is not linked: its symbols come from the one that torch has loaded. A second one would have a
     second pool of threads, which competes with the first for the cores. ``-z now`` makes an undefined symbol an error

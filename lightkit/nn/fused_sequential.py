@@ -74,13 +74,14 @@ def run_fused(layers: Iterable[nn.Module], input: Tensor) -> Tensor:
 
 
 class FusedCall:
-    """Replaces the call of a Sequential, and runs its layers as `FusedSequential` does.
+    """Replaces the call of a Sequential: ``module(input)`` runs the layers as `FusedSequential` does.
 
-    It takes the attribute in which torch keeps the compiled call of a module. That leaves class and ``forward``
-    torch's, copies and pickles do not contain it, and torch.compile, torch.export and torch.jit do not look there.
+    The object takes the place of the compiled call, ``module._compiled_call_impl``, which torch calls in place of
+    ``_call_impl`` if it is set. The class and ``forward`` of the module stay torch's. Copies and pickles do not contain
+    this attribute, and torch.compile, torch.export and torch.jit do not read it.
 
     Args:
-        module: one that `can_fuse`, and is not compiled.
+        module: a Sequential for which `can_fuse` returns True, and which is not compiled.
     """
 
     def __init__(self, module: nn.Sequential) -> None:
@@ -88,7 +89,7 @@ class FusedCall:
         module._compiled_call_impl = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the module; returns its output."""
+        """Returns the output of the module for these arguments."""
         module = self._module()
         assert module is not None
         is_plain = len(args) == 1 and not kwargs and _is_plain(module) and _ORIGINALS.are_in_place()
@@ -97,7 +98,10 @@ class FusedCall:
         return run_fused(_layers(module), args[0])
 
     def undo(self) -> None:
-        """Restores torch's call, unless the module was compiled since."""
+        """Restores torch's call of the module, by which the layers run one by one.
+
+        The module stays as it is if ``module.compile()`` has replaced this object since its construction.
+        """
         module = self._module()
         if module is not None and vars(module).get("_compiled_call_impl") is self:
             del module._compiled_call_impl
@@ -114,7 +118,7 @@ def can_fuse(layers: nn.Sequential) -> bool:
 
 
 def _chain(runs: list[list[nn.Module]], begin: int, x: Tensor) -> tuple[list[ChainLayer], int]:
-    """Returns the layers of one operation from run ``begin`` on, and the index of the run after them.
+    """Returns the layers of ``runs`` from index ``begin`` on that form one operation, and the index of the next run.
 
     A chain begins with a convolution: linear layers alone are faster in torch.
     """
@@ -165,7 +169,7 @@ def _layers(module: nn.Module) -> Iterable[Any]:
 
 
 def _unnested(layers: Iterable[nn.Module]) -> Iterator[nn.Module]:
-    """Yields the layers, and in place of a Sequential its layers."""
+    """Yields the layers in order; yields the layers of a nested Sequential in its place."""
     for layer in layers:
         if type(layer) in (nn.Sequential, FusedSequential) and _is_plain(layer):
             yield from _unnested(_layers(layer))

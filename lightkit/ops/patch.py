@@ -29,8 +29,8 @@ def patch_cross_entropy() -> Iterator[None]:
     """Patches :func:`torch.nn.functional.cross_entropy` in this thread, so that it runs on lightkit's kernels.
 
     The patch reaches every reference to the function: an attribute of `torch.nn.functional`, an import by name, an
-    attribute or a `functools.partial` that keeps it, :class:`torch.nn.CrossEntropyLoss`. Calls that the kernels do not
-    take stay torch's, and so do calls under torch.compile, torch.func, tracing or a dispatch mode. torch.compile
+    attribute or a `functools.partial` that keeps it, :class:`torch.nn.CrossEntropyLoss`. Torch runs the calls that the
+    kernels do not support, and the calls under torch.compile, torch.func, tracing or a TorchDispatchMode. torch.compile
     compiles again what it compiled before. `torch.jit.script` cannot compile the patched function. Contexts may be
     nested.
 
@@ -59,7 +59,7 @@ def patch_cross_entropy() -> Iterator[None]:
 
 
 def unsupported_reason() -> str | None:
-    """Returns why torch's function cannot be patched, or None."""
+    """Returns the reason why :func:`torch.nn.functional.cross_entropy` cannot be patched, or None."""
     if F.cross_entropy is not _function:
         module, name = getattr(F.cross_entropy, "__module__", "?"), getattr(F.cross_entropy, "__qualname__", "?")
         return f"it has been replaced by {module}.{name}"
@@ -129,14 +129,17 @@ def _has_dtypes_of_kernels(input: Tensor, target: Tensor, weight: Tensor | None)
 
 
 def _is_dispatched_by_modes() -> bool:
-    """Returns True if a mode may change operators; one that only watches, as in `lightkit.flops`, may not."""
+    """Returns True if an active TorchDispatchMode may change what operators do.
+
+    A mode with ``only_watches = True``, such as that of `lightkit.flops`, changes nothing and does not count.
+    """
     if torch._C._len_torch_dispatch_stack() == 0:
         return False
     return not all(getattr(mode, "only_watches", False) for mode in _get_current_dispatch_mode_stack())
 
 
 def _in_scope() -> bool:
-    """Returns True if this thread is within a context, or may work for a thread that is."""
+    """Returns True if this thread is within `patch_cross_entropy`, or is a thread of autograd."""
     if threading.get_ident() in _threads:
         return True
     # Autograd's threads, which Python did not start, recompute checkpointed parts of the forward pass: both must run on

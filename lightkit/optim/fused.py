@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, TypeGuard
+from typing import Any, ClassVar, TypeGuard, overload
 
 import torch
 from torch import Tensor
@@ -110,7 +110,11 @@ class FusedStep(torch.optim.Optimizer):
         self._step_supports_amp_scaling = bool(fused)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a parameter group; the optimizer's defaults fill the options that it lacks."""
+        """Adds a parameter group; the optimizer's defaults fill the options that the group lacks.
+
+        Raises:
+            ValueError: an option of the group is out of its range, or two options exclude each other.
+        """
         undisguised(super().add_param_group)(param_group)
         group = self.param_groups[-1]
         # During __init__ torch fills in its own options only.
@@ -172,6 +176,10 @@ class FusedStep(torch.optim.Optimizer):
         """Returns the names of a parameter's saved state that keep their own dtype."""
         return {"master_weight", "average"} & entry.keys()
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Updates the parameters that have a gradient.
 
@@ -185,7 +193,7 @@ class FusedStep(torch.optim.Optimizer):
 
     # torch wraps the step of every class without this mark, to run hooks and open a profiler range. With a small model
     # that takes as long as the step. `step` calls the wrapper only if there are hooks or a profiler.
-    step.hooked = True
+    vars(step)["hooked"] = True
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Sets the gradients to None, or to zero if ``set_to_none`` is False."""
@@ -196,12 +204,16 @@ class FusedStep(torch.optim.Optimizer):
             for parameter in group["params"]:
                 parameter.grad = None
 
+    @overload
+    def step_for(self, optimizer: torch.optim.Optimizer, closure: None = None) -> None: ...
+    @overload
+    def step_for(self, optimizer: torch.optim.Optimizer, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step_for(self, optimizer: torch.optim.Optimizer, closure: Callable[[], float] | None = None) -> float | None:
-        """Takes a step of this optimizer or of a converted one, without the hooks around a step.
+        """Takes a step of this optimizer, or of a converted one of torch's class, without the hooks around a step.
 
         Args:
-            optimizer: the optimizer with the groups and the state.
+            optimizer: the optimizer whose groups, state and parameters the step reads and updates.
             closure: reevaluates the model and returns the loss.
 
         Returns:
@@ -272,7 +284,7 @@ class FusedStep(torch.optim.Optimizer):
                     parameter.copy_(value)
 
     def _is_plain(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Returns True if no option is set that torch's optimizer lacks."""
+        """Returns True if this object and the groups of ``optimizer`` set no option that torch's class lacks."""
         extras = ("master_weights", "stochastic_rounding")
         return (
             self.max_grad_norm is None
@@ -281,7 +293,13 @@ class FusedStep(torch.optim.Optimizer):
         )
 
     def _take_torch_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Takes torch's own step without its hooks, which the caller's step runs."""
+        """Runs the ``step`` of torch's class on the groups and the state of ``optimizer``.
+
+        The hooks of ``optimizer`` do not run here: the ``step`` that called `step_for` runs them.
+
+        Args:
+            optimizer: this optimizer, or a converted one of torch's class.
+        """
         step = self._torch_class.step
         if getattr(step, "hooked", False):
             step = step.__wrapped__

@@ -23,13 +23,13 @@ class Push:
     """A push that a server has received.
 
     Args:
-        connection: the connection that it came by.
-        rank: the rank of the worker.
-        worker: the state of the worker; a replacement with the same rank has another one.
+        connection: the connection by which the push came.
+        rank: the rank of the worker that sent the push.
+        worker: the state of that worker; a replacement with the same rank has another state.
         optimizer_index: the index of the optimizer.
-        push_seq: its sequence number.
-        version: the version of the parameters that its gradient was computed with.
-        buffers: the buffers with its gradient.
+        push_seq: the sequence number of the push.
+        version: the version of the parameters with which the gradient was computed.
+        buffers: the buffers with the gradient.
     """
 
     connection: Connection
@@ -47,7 +47,7 @@ class Push:
 
 
 class AggregationRound:
-    """The pushes of all workers that one step of ``sync`` is made of.
+    """The pushes of all workers that make one step in the mode ``sync``.
 
     Attributes:
         pushes: the pushes by rank.
@@ -104,28 +104,33 @@ class Aggregator:
                 current.pushes.pop(rank, None)
 
     def reopen(self, connected: Collection[int]) -> None:
-        """Opens each closed round whose workers are all gone, as none is left to reply to the norm.
+        """Opens each closed round whose workers are all gone: no worker is left that could reply to the norm.
 
-        The caller holds the lock.
+        Args:
+            connected: the ranks of the connected workers. The caller holds the lock.
         """
         for current in self._rounds:
             if current.mean is not None and current.pushes.keys().isdisjoint(connected):
                 current.mean = None
 
     def pending(self, rank: int, connection: Connection | None) -> frozenset[int]:
-        """Returns the optimizers whose round has a push of a worker's connection; the caller holds the lock."""
+        """Returns the indices of the optimizers whose round has a push of worker ``rank`` that came by ``connection``.
+
+        The caller holds the lock.
+        """
         pushes = (current.pushes.get(rank) for current in self._rounds)
         return frozenset(i for i, push in enumerate(pushes) if push is not None and push.connection is connection)
 
     def step_alone(self, push: Push, staleness: int | None) -> None:
-        """Steps along the gradient of one worker, unless the push is a repeated one.
+        """Steps along the gradient of one push; a repeated push makes no step.
 
         Args:
             push: the push.
-            staleness: waits until the worker is at most so many pushes ahead of the slowest; None does not wait.
+            staleness: the number of pushes by which a worker may be ahead of the slowest worker. The call returns when
+                the worker of ``push`` is no further ahead; with None it returns at once.
 
         Raises:
-            TransportError: the worker is gone.
+            TransportError: the worker of ``push`` is gone or has a new connection.
         """
         with self._changed:
             if not push.is_repeated:
@@ -143,11 +148,14 @@ class Aggregator:
         return self._state.workers[push.rank].clock(push.optimizer_index) - slowest
 
     def step_together(self, push: Push) -> None:
-        """Steps along the mean gradient of all active workers; returns after the step that has the push.
+        """Adds a push to a round, and steps along the mean gradient when the round has a push of each active worker.
+
+        The call returns after that step. `Membership.active` says which workers are active. Two kinds of pushes are
+        left out: a repeated push, and a push whose gradient belongs to an earlier version of the parameters.
 
         Raises:
-            TransportError: the worker is gone.
-            Exception: the step failed.
+            TransportError: the worker of ``push`` is gone or has a new connection.
+            Exception: the step failed; the calls for all pushes of the round raise the same exception.
         """
         rank, index = push.rank, push.optimizer_index
         with self._changed:

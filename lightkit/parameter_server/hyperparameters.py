@@ -74,9 +74,9 @@ def read_hyperparameters(group: Mapping[str, Any], paths: Iterable[Hyperparamete
     """
     found = []
     for name, position in paths:
-        option = group.get(name)
+        option: Any = group.get(name)
         try:
-            value: Any = option if position < 0 else option[position]  # type: ignore[index]
+            value: Any = option if position < 0 else option[position]
         except (IndexError, TypeError):
             value = None
         if isinstance(value, Tensor) and value.numel() == 1:

@@ -101,7 +101,7 @@ class Membership:
             raise TransportError("it was given up, or has a new connection")
 
     def wait(self, connection: Connection, rank: int | None = None) -> None:
-        """Waits for a change, and tells the worker from time to time that its reply takes longer.
+        """Waits for a change, for at most one heartbeat interval; sends `Reply.WAIT` if a heartbeat is due then.
 
         Args:
             connection: the connection of the worker.

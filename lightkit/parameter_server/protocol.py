@@ -10,15 +10,15 @@ from typing import Any
 from lightkit.parameter_server.training_spec import MAX_WORKERS, TrainingSpec
 from lightkit.parameter_server.transport import ProtocolError
 
-# The metadata of a push begin with so many flags: 1 if the gradient is to be skipped; the absolute value that the mean
-# is clamped to, or 0; 1 if the workers need its norm before the step. The hyperparameters follow, and for each
-# parameter 1 if it has a gradient.
+# The number of flags that begin a push's metadata: 1 if the gradient is to be skipped; the absolute value that the mean
+# is clamped to, or 0; 1 if the workers need its norm before the step. The hyperparameters follow the flags, and after
+# them for each parameter 1 if it has a gradient.
 PUSH_FLAGS = 3
 
 # More characters than an incarnation has.
 _MAX_INCARNATION = 64
 
-# A longer silence of the server than so many seconds is no timeout.
+# The longest timeout in seconds.
 _MAX_TIMEOUT = 1e7
 
 

@@ -71,5 +71,5 @@ class PushBuffers:
 
     @property
     def present(self) -> list[bool]:
-        """For each parameter True if it has a gradient."""
+        """The presence of each parameter's gradient: True if it has one."""
         return [value != 0 for value in self.metadata[self._present_start :].tolist()]

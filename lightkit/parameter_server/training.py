@@ -136,7 +136,7 @@ class Training:
             self.changed.release()
 
     def status(self, sessions: int) -> ServerStatus:
-        """Returns the status of the server, which has so many sessions."""
+        """Returns the status of the server; ``sessions`` is the number of its connections."""
         with self.changed:
             connections = self.members.connections
             return ServerStatus(

@@ -72,10 +72,10 @@ class Connection:
     Args:
         connected: a TCP socket after the handshake.
         keys: the key that signs sent frames, and the key that checks received frames: 32 bytes each.
-        timeout: seconds without a byte of the peer after which the peer counts as gone.
+        timeout: seconds without a byte from the peer after which this process gives up the connection.
 
     Attributes:
-        heartbeat_interval: the seconds after which the peer needs the next heartbeat.
+        heartbeat_interval: the seconds between two heartbeats to the peer.
         last_sent: the `time.monotonic` of the latest sent frame.
     """
 
@@ -323,7 +323,11 @@ class Connection:
 
 
 def heartbeat_interval(timeout: float) -> float:
-    """Returns the seconds between two heartbeats to a peer with that timeout."""
+    """Returns the seconds between two heartbeats to a peer: a fifth of ``timeout``, at least 0.05 and at most 60.
+
+    Args:
+        timeout: seconds without a byte after which the peer gives up the connection.
+    """
     return min(max(timeout / 5, _MIN_HEARTBEAT_INTERVAL), _MAX_HEARTBEAT_INTERVAL)
 
 

@@ -9,6 +9,7 @@ import logging
 import os
 import secrets
 from collections.abc import Iterator, Sequence
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,8 +30,7 @@ from lightkit.parameter_server.records import (
 
 _log = logging.getLogger(__name__)
 
-# A log that is so many times as long as the snapshot asks for a new snapshot, unless it has fewer bytes than the second
-# number.
+# The log asks for a new snapshot when it exceeds both limits: this multiple of the snapshot's bytes, and these bytes.
 _LOG_TO_SNAPSHOT = 8
 _MIN_LOG_BYTES = 1 << 28
 
@@ -270,9 +270,9 @@ def _generation_of(path: Path) -> int:
     return int(generation) if generation.isdecimal() else -1
 
 
-def _read_into(stream: BinaryIO, tensors: Sequence[Tensor]) -> None:
+def _read_into(stream: BufferedReader, tensors: Sequence[Tensor]) -> None:
     for tensor in tensors:
-        if tensor.numel() and stream.readinto(bytes_of(tensor)) != tensor.nbytes:  # type: ignore[attr-defined]
+        if tensor.numel() and stream.readinto(bytes_of(tensor)) != tensor.nbytes:
             raise ValueError("it ends too early")
 
 

@@ -34,11 +34,11 @@ class RestartRecord:
     """The record of a job of torchrun.
 
     Args:
-        arguments: of the command line, which tell apart two jobs of the same id.
-        directory: of the run or of the sweep.
-        is_sweep: the job is a sweep.
-        job: names the job in the records of its runs.
-        is_finished: nothing is left to do.
+        arguments: the arguments of the command line, which tell apart two jobs with the same id of torchrun.
+        directory: the directory of the run, or of the sweep.
+        is_sweep: True if the job is a sweep.
+        job: a unique name of the job, which the record of each of its runs repeats: see `lightkit.app.run_records`.
+        is_finished: True if the whole job is done.
     """
 
     arguments: list[str]
@@ -49,10 +49,10 @@ class RestartRecord:
 
 
 class RestartFile:
-    """The file of the record.
+    """The file of the `RestartRecord` of this process's job.
 
     Args:
-        arguments: of the command line of this process.
+        arguments: the arguments of the command line of this process.
     """
 
     def __init__(self, arguments: list[str]) -> None:
@@ -90,7 +90,7 @@ class RestartFile:
         return None
 
     def write(self, record: RestartRecord) -> None:
-        """Replaces the file."""
+        """Replaces the content of the file by ``record``."""
         write_text_atomically(self._path, json.dumps(asdict(record), indent=2))
 
     def finish(self, record: RestartRecord) -> None:
@@ -121,7 +121,8 @@ def is_restart_possible() -> bool:
     """Returns True if torchrun, or whoever starts torchrun, may start the processes of this job again.
 
     Raises:
-        ConfigError: torchrun may, and the processes could not go on.
+        ConfigError: torchrun may start the processes again, and they could not continue the job, since an option or a
+            variable of the environment is missing; the message names it.
     """
     if int(os.environ.get("GROUP_WORLD_SIZE", "1")) == 1:
         return max_restarts() > 0 or _has_id()

@@ -120,7 +120,7 @@ class DataParallel(Parallel):
             counts = ", ".join(f"{count:g}" for count in batches)
             raise ConfigError(
                 f"the processes have different numbers of batches in an epoch ({counts}), and each step needs all of "
-                "them: give them equally many, or use local_sgd or diloco, where one may go on alone"
+                "them: give them equally many, or use local_sgd or diloco, where one may continue alone"
             )
 
 

@@ -189,5 +189,5 @@ class LocalSGD(Parallel):
         if len(set(batches)) > 1 and self.trained_module.trainer.max_steps != -1:
             counts = ", ".join(f"{count:g}" for count in batches)
             raise ConfigError(
-                f"max_steps needs equally many batches in each process, but they have {counts}; use max_epochs"
+                f"max_steps needs equally many batches in each process; they have {counts}: use max_epochs"
             )

@@ -295,11 +295,11 @@ class ParameterServer(ParallelStrategy):
             if self._remote.has_restored_states:
                 raise ConfigError(
                     f"the parameter servers at {', '.join(addresses)} are in the middle of a training already, and "
-                    "would go on with that instead of with the checkpoint: start them anew, without what their "
-                    "directory holds"
+                    "would continue that instead of the checkpoint: start them anew, with empty "
+                    "directories"
                 )
             rank_zero_warn(
-                f"the parameter servers at {', '.join(addresses)} are in the middle of a training: going on with the "
+                f"the parameter servers at {', '.join(addresses)} are in the middle of a training: continuing with the "
                 "parameters that they have"
             )
         self._remote.pull()

@@ -170,8 +170,8 @@ class RemoteOptimizers:
         versions = self._copied_versions[index]
         if len(parameters) != len(versions):
             raise ConfigError(
-                "ParameterServer: the optimizer has got other parameters since the training began; the servers cannot "
-                "take up parameters during a training"
+                "ParameterServer: the optimizer has got other parameters since the training began; the servers accept "
+                "no new parameters during a training"
             )
         for position, (parameter, version) in enumerate(zip(parameters, versions, strict=True)):
             if parameter._version == version:

@@ -68,7 +68,11 @@ class TorchTPUAccelerator(Accelerator):
 
     @staticmethod
     def get_parallel_devices(devices: int) -> list[torch.device]:
-        """Returns the TPU of the process."""
+        """Returns a list with the one TPU of this process.
+
+        Args:
+            devices: the number of devices, which `parse_devices` has checked to be 1.
+        """
         return [torch.device(_DEVICE)]
 
     @staticmethod

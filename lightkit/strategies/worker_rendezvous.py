@@ -16,7 +16,7 @@ from lightkit.errors import ConfigError
 # Time for all processes of a job to come up.
 _STARTUP_TIMEOUT = timedelta(minutes=10)
 
-# Worker 0 may validate and test for as long as it likes before the others hear of it.
+# The validation and the test of worker 0, which the others wait for, may take any time.
 _NO_TIMEOUT = timedelta(days=365)
 
 # Counts the rendezvous of this process; all workers run the same program, and count alike.

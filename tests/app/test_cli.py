@@ -1,4 +1,4 @@
-"""The command line before anything runs: what becomes of the words of a user."""
+"""The command line before a job runs: quoting, flags, keys and the state that a command leaves."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightkit.app.schema import default_config, quote_texts, top_level
 
 @pytest.mark.parametrize("typed", ["1.50", "007", "1e3", "true", "-1", "inf", "def main", "'1.50'"])
 def test_texts_are_taken_as_they_were_typed(monkeypatch, typed):
-    """A text that looks like a number, or like a truth value, keeps its letters; other keys have Hydra's values."""
+    """A str key keeps a value that looks like a number or a truth value; Hydra parses the values of other keys."""
     monkeypatch.setattr(sys, "argv", ["program", "-m", f"text={typed}", f"+text={typed}", f"other={typed}"])
     quote_texts(["text"])
     assert sys.argv[1] == "-m" and sys.argv[4] == f"other={typed}"
@@ -25,7 +25,7 @@ def test_texts_are_taken_as_they_were_typed(monkeypatch, typed):
 
 
 def test_no_text_and_several_texts(monkeypatch):
-    """Null stays what it is, and so do the values of a sweep."""
+    """`quote_texts` changes neither null nor the values of a sweep."""
     words = ["text=null", "text=1,2"]
     monkeypatch.setattr(sys, "argv", ["program", *words])
     quote_texts(["text"])
@@ -33,21 +33,21 @@ def test_no_text_and_several_texts(monkeypatch):
 
 
 def test_a_command_leaves_no_job_behind(call, tmp_path):
-    """Hydra keeps the configuration of a sweep for the rest of the process, which later jobs would take for theirs."""
+    """A command restores `HydraConfig`, which Hydra leaves set after a sweep and a later job would read."""
     words = ("-m", "+experiment=cnn", "model=nothing,cnn")
     assert call("train", *words, cwd=tmp_path).returncode == 1
     assert not HydraConfig.initialized()
 
 
 def test_version(call, tmp_path):
-    """Says lightkit's, which a report of a fault needs, and not Hydra's alone."""
+    """--version prints lightkit's version, which Hydra's own flag would not."""
     result = call("train", "--version", cwd=tmp_path)
     assert result.returncode == 0 and result.stdout.startswith(f"lightkit {lightkit.__version__} ")
 
 
 @pytest.mark.parametrize("name", ["train", "evaluate", "predict"])
 def test_top_level(name):
-    """The keys that are read off the file are those that composing it gives."""
+    """`top_level` reads the same keys from the file that composing gives."""
     with initialize_config_module("lightkit.conf", version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         assert set(top_level(name)[0]) == set(default_config(loader, name))

@@ -1,4 +1,4 @@
-"""The launcher that forks: what a process may fork from, and what becomes of each job, by small functions as jobs."""
+"""The fork launcher: the checks before a fork, and the result of each job; small functions stand for the jobs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks o
 
 
 def outcome(run, threads=None):
-    """What becomes of a job that is a function."""
+    """Runs a function as a job in a forked process and returns Hydra's record of it."""
     job = JobProcess("job 3", ["seed=1"], run, signal.pthread_sigmask(signal.SIG_BLOCK, []), threads)
     while not job.has_ended():
         time.sleep(0.001)
@@ -48,7 +48,7 @@ def returning(value):
 
 def die(number):
     def run():
-        # It would print what pytest was doing.
+        # faulthandler would print the stack of pytest.
         faulthandler.disable()
         os.kill(os.getpid(), number)
 
@@ -65,7 +65,7 @@ def die(number):
     ],
 )
 def test_a_job_that_does_not_come_to_its_end(run, expected):
-    """It counts as failed, by an error that a person can act on."""
+    """A job whose process is killed, crashes or exits has failed; its error says how the process ended."""
     job_return = outcome(run)
     assert (job_return.status, job_return.overrides) == (JobStatus.FAILED, ["seed=1"])
     with pytest.raises(LightkitError) as error:
@@ -87,7 +87,7 @@ def lack():
 
 @linux
 def test_a_job_that_ends_the_sweep():
-    """An error in the input comes with its message alone, and a status with nothing else."""
+    """Errors in the input, faults of the program and `sys.exit` reach the parent as their own exceptions."""
     with pytest.raises(CarriedError) as error:
         outcome(lack)
     assert "in lack" in str(error.value.__cause__)
@@ -102,8 +102,8 @@ def test_a_job_that_ends_the_sweep():
     assert ended.value.code == 5
 
 
-class OfTheJobAlone(Exception):
-    """Cannot be sent between processes: unpickling it lacks an argument."""
+class UnpicklableError(Exception):
+    """An exception that cannot be sent between processes, because unpickling it lacks an argument."""
 
     def __init__(self, one, other):
         super().__init__(f"{one} and {other}")
@@ -111,24 +111,24 @@ class OfTheJobAlone(Exception):
 
 @linux
 def test_a_fault_of_the_program():
-    """The error of a job comes with its traceback, whatever class it is of."""
+    """The parent gets the message and the traceback of a job's error even if the error cannot be pickled."""
 
     def run():
         job_return = JobReturn(status=JobStatus.FAILED)
         try:
-            raise OfTheJobAlone(1, 2)
-        except OfTheJobAlone as error:
+            raise UnpicklableError(1, 2)
+        except UnpicklableError as error:
             job_return.return_value = error
         return job_return
 
-    with pytest.raises(JobError, match="job 3: OfTheJobAlone: 1 and 2") as error:
+    with pytest.raises(JobError, match="job 3: UnpicklableError: 1 and 2") as error:
         _ = outcome(run).return_value
-    assert "raise OfTheJobAlone(1, 2)" in str(error.value.__cause__)
+    assert "raise UnpicklableError(1, 2)" in str(error.value.__cause__)
 
 
 @linux
-def test_what_a_job_finds():
-    """Python's random numbers as they were, a session of its own, and its share of the threads."""
+def test_environment_of_a_job():
+    """A job has the parent's state of Python's random generator, a session of its own, and its share of threads."""
     state = random.getstate()
     session, drawn, threads = outcome(
         lambda: returning((os.getsid(0), random.random(), torch.get_num_threads())), threads=1
@@ -139,15 +139,15 @@ def test_what_a_job_finds():
 
 
 @pytest.mark.parametrize("jobs", [0, -1, 1.5, "two", True])
-def test_a_number_of_jobs_that_is_none(jobs):
-    """Refused before the first job."""
+def test_wrong_number_of_jobs(jobs):
+    """The launcher rejects a wrong number of jobs before the first job."""
     with pytest.raises(ConfigError, match=r"hydra\.launcher\.jobs must be a whole number of at least 1, got"):
         ForkLauncher(jobs).setup(hydra_context=None, task_function=None, config=None)
 
 
 @pytest.mark.parametrize("why", ["darwin", "torchrun", "CUDA"])
 def test_where_no_process_can_fork(monkeypatch, why):
-    """One line, which says what to do instead."""
+    """The error says why the process cannot fork and what to do instead."""
     if why == "darwin":
         monkeypatch.setattr(sys, "platform", "darwin")
     elif why == "torchrun":
@@ -161,7 +161,7 @@ def test_where_no_process_can_fork(monkeypatch, why):
 
 @linux
 def test_threads_are_refused(monkeypatch):
-    """Whoever has left a thread in the process reads its name."""
+    """The error has the name of the other thread."""
     monkeypatch.setattr(preload, "_THREAD_EXIT_TIMEOUT", 0.01)
     done = threading.Event()
     thread = threading.Thread(target=done.wait, name="the progress of something")
@@ -175,8 +175,8 @@ def test_threads_are_refused(monkeypatch):
 
 
 @linux
-def test_what_is_imported_starts_no_thread():
-    """After all imports and a product of NumPy's a process may fork; CUDA and random numbers are as before."""
+def test_preload_starts_no_thread():
+    """After all imports and a matrix product of NumPy a process may fork; CUDA and random state are unchanged."""
     code = (
         "import numpy, os, random, torch\n"
         "from omegaconf import OmegaConf\n"
@@ -192,7 +192,7 @@ def test_what_is_imported_starts_no_thread():
 
 
 def test_no_other_program_imports_it():
-    """Hydra knows the launcher by a name that is no file, and only from a sweep's start."""
+    """A program with Hydra does not import lightkit's launcher, which Hydra knows only after `register`."""
     code = "from hydra.core.plugins import Plugins; print(*Plugins.instance().class_name_to_class)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert "basic_launcher" in result.stdout and "lightkit" not in result.stdout
@@ -200,8 +200,8 @@ def test_no_other_program_imports_it():
 
 @pytest.fixture
 def sweep(tmp_path, monkeypatch):
-    """Launches jobs that are a function of the configuration, in a directory of their own."""
-    # Other tests have computed in this process; what the jobs do here needs none of those threads.
+    """Returns a function that launches a function of the configuration as the jobs of a sweep in ``tmp_path``."""
+    # Other tests have started threads in this process; these jobs use none of them.
     monkeypatch.setattr(launcher, "check_threads", lambda: None)
     monkeypatch.setattr(launcher, "preload", lambda config: None)
     monkeypatch.chdir(tmp_path)
@@ -228,23 +228,26 @@ def sweep(tmp_path, monkeypatch):
 
 def tell(config):
     assert HydraConfig.get().mode == RunMode.MULTIRUN
+    # The first job waits for the second one, which then ends first if both run at the same time.
+    second = Path(config.run_dir).parent / "6" / "pid"
+    end = time.monotonic() + (60 if HydraConfig.get().launcher.jobs == 2 else 0.3)
+    while config.seed == 1 and not second.exists() and time.monotonic() < end:
+        time.sleep(0.01)
     Path(config.run_dir, "pid").write_text(str(os.getpid()))
-    # The later one ends first.
-    time.sleep(0.3 if config.seed == 1 else 0)
-    return config.seed, HydraConfig.get().job.num, HydraConfig.get().runtime.output_dir, os.getpid()
+    job = HydraConfig.get()
+    return config.seed, job.job.num, job.runtime.output_dir, os.getpid(), second.exists()
 
 
 @linux
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_jobs_in_order(sweep, tmp_path, jobs):
-    """Each has its own configuration, number and directory; results come in order, and no zombie is left."""
+    """Each job has its own configuration, number and directory; results are in order, and no zombie remains."""
     returns = [job.return_value for job in sweep(tell, jobs, "seed=1", "seed=2", "seed=3")]
     assert [value[:3] for value in returns] == [(n, n + 4, str(tmp_path / "sweep" / str(n + 4))) for n in (1, 2, 3)]
     processes = {value[3] for value in returns}
     assert len(processes) == 3 and os.getpid() not in processes
     assert not any(Path(f"/proc/{process}").exists() for process in processes)
-    one, two = ((tmp_path / "sweep" / number / "pid").stat().st_mtime_ns for number in ("5", "6"))
-    assert (two - one < 0.3e9) == (jobs == 2)
+    assert returns[0][4] == (jobs == 2)
 
 
 def fail(config):
@@ -260,7 +263,7 @@ def fail(config):
 
 @linux
 def test_a_job_that_is_killed_leaves_the_others(sweep):
-    """What is known of them is returned."""
+    """The launcher returns the results of the other jobs."""
     returns = sweep(fail, 1, "seed=1", "seed=4")
     assert [job.status for job in returns] == [JobStatus.FAILED, JobStatus.COMPLETED]
     assert returns[1].return_value == 4
@@ -268,7 +271,7 @@ def test_a_job_that_is_killed_leaves_the_others(sweep):
 
 @linux
 def test_bad_input_ends_the_sweep_in_order(sweep, tmp_path):
-    """A job beside it comes to its end, and the next one does not begin."""
+    """A job that runs at the same time ends normally, and the next job does not begin."""
     with pytest.raises(CarriedError):
         sweep(fail, 2, "seed=2", "seed=3", "seed=4")
     assert (tmp_path / "sweep" / "6" / "done").exists()
@@ -277,6 +280,6 @@ def test_bad_input_ends_the_sweep_in_order(sweep, tmp_path):
 
 @linux
 def test_an_override_that_does_not_compose(sweep):
-    """Raised as Hydra's own launcher raises it, once the job beside it has ended."""
+    """The launcher raises Hydra's error after the end of the running job."""
     with pytest.raises(hydra.errors.ConfigCompositionException, match="sede"):
         sweep(fail, 2, "seed=3", "sede=4")

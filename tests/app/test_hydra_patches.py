@@ -1,4 +1,4 @@
-"""What the commands change in Hydra: faster, and with the same answers."""
+"""The patches of Hydra give the same results as Hydra."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightkit.app import hydra_patches
 
 
 def test_groups_are_what_hydra_lists():
-    """Every group, and what it has; fails when Hydra looks for groups in another way."""
+    """The patched method lists the same choices as Hydra's method."""
     with initialize_config_module("lightkit.conf", version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         for group in ("", "data", "hydra", "hydra/launcher", "nothing"):

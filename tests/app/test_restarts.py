@@ -1,4 +1,4 @@
-"""What a job knows of itself after a restart, and how its processes notice that one is gone."""
+"""The record of a job across restarts, and the detection of a lost process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightkit.runtime.restart_record import DIRECTORY
 
 @pytest.fixture
 def torchrun(tmp_path, monkeypatch):
-    """Sets torchrun's variables, in a directory of its own."""
+    """Returns a function that sets torchrun's variables and returns the `Restarts` of a new process in ``tmp_path``."""
     monkeypatch.chdir(tmp_path)
 
     def set_variables(run_id="job", count=0, most=3, nodes=1, arguments=("+experiment=cnn",)):
@@ -45,7 +45,7 @@ def config_in(directory):
 
 
 def test_a_first_start_changes_nothing(torchrun, tmp_path):
-    """No argument is added, and no checkpoint looked for."""
+    """The first start adds no argument and searches no checkpoint."""
     restarts, config = torchrun(), config_in(tmp_path / "run")
     assert restarts.arguments() == ["+experiment=cnn"]
     assert restarts.begin(config) and config.ckpt_path is None
@@ -53,7 +53,7 @@ def test_a_first_start_changes_nothing(torchrun, tmp_path):
 
 @pytest.mark.parametrize("count", [0, 2])
 def test_goes_on_in_the_same_directory(torchrun, tmp_path, capsys, count):
-    """By the id alone where torchrun counts no restart: it counts none when a machine joins, or after a requeue."""
+    """The id identifies the job even if torchrun counts no restart, as when a machine joins or after a requeue."""
     run = tmp_path / "a run, 'x'=1 \\ \u00e9"
     torchrun().begin(config_in(run))
     (run / "checkpoints" / "last.ckpt").touch()
@@ -67,12 +67,12 @@ def test_goes_on_in_the_same_directory(torchrun, tmp_path, capsys, count):
 
 
 def test_another_job_of_the_same_id(torchrun, tmp_path):
-    """With other arguments, or after the first one is finished, it begins anew."""
+    """A job with other arguments begins anew, and the first job's restart then raises an error."""
     first = torchrun()
     first.begin(config_in(tmp_path / "run"))
     assert len(torchrun().arguments()) == 2
     assert len(torchrun(arguments=["+experiment=rnn"]).arguments()) == 1
-    # Its record is gone: that of the other job takes its place, which a restart of the first one is not to go on with.
+    # The other job's record has replaced the first one's; a restart of the first job must not resume the other's run.
     torchrun(arguments=["+experiment=rnn"]).begin(config_in(tmp_path / "other"))
     with pytest.raises(ConfigError, match="another job uses --rdzv-id=job too, with the arguments"):
         torchrun(count=1)
@@ -80,7 +80,7 @@ def test_another_job_of_the_same_id(torchrun, tmp_path):
 
 @pytest.mark.parametrize("arguments", [["+experiment=cnn"], ["+experiment=rnn"]])
 def test_a_finished_job_of_the_same_id(torchrun, tmp_path, arguments):
-    """A job that fails before it has a run does not take the end of that one for its own when it is restarted."""
+    """A restarted job that failed before it had a run ignores the record of a finished job with the same id."""
     first = torchrun()
     first.begin(config_in(tmp_path / "run"))
     first.finish()
@@ -90,7 +90,7 @@ def test_a_finished_job_of_the_same_id(torchrun, tmp_path, arguments):
 
 
 def test_a_job_without_an_id(torchrun, tmp_path):
-    """On one machine torchrun gives it none: then a counted restart alone is one."""
+    """Without an id, as torchrun starts a job on one machine, only a counted restart resumes the run."""
     torchrun(run_id="none").begin(config_in(tmp_path / "run"))
     assert len(torchrun(run_id="other", count=1).arguments()) == 1
     assert len(torchrun(run_id="none", count=1).arguments()) == 2
@@ -98,7 +98,7 @@ def test_a_job_without_an_id(torchrun, tmp_path):
 
 
 def test_done_runs_stay_done(torchrun, tmp_path, capsys):
-    """After a restart the runs of a sweep that were done are not done again, and what they came to is known."""
+    """After a restart a sweep does not repeat its finished runs and has their objectives."""
     restarts, config = torchrun(), config_in(tmp_path / "0")
     restarts.begin(config)
     restarts.end(0.25)
@@ -112,7 +112,10 @@ def test_done_runs_stay_done(torchrun, tmp_path, capsys):
 
 @pytest.mark.parametrize("is_done", [False, True])
 def test_other_parameters_begin_anew(torchrun, tmp_path, monkeypatch, is_done):
-    """A sampler without a seed proposes others for the same directory: neither result nor checkpoints are theirs."""
+    """A run with other overrides in the same directory takes neither the result nor the checkpoints of the earlier one.
+
+    A sampler without a seed proposes other parameters after a restart.
+    """
     from lightkit.app import restarts as module
 
     run = tmp_path / "0"
@@ -128,14 +131,14 @@ def test_other_parameters_begin_anew(torchrun, tmp_path, monkeypatch, is_done):
     monkeypatch.setattr(module, "_overrides", lambda: ["optim.lr=0.2"])
     again = torchrun(count=1)
     assert again.begin(config) and config.ckpt_path is None and again.result() is None
-    # Whatever another job left there is not this one's to remove.
+    # The job must not remove the checkpoints of another job.
     assert older.exists() and not newer.exists()
-    # Those parameters are the run's from now on.
+    # The record now has the new parameters.
     assert torchrun(count=2).begin(config)
 
 
 def test_half_written_checkpoints_are_removed(torchrun, tmp_path):
-    """Each is as large as a checkpoint, has a name of its own, and would stay for ever."""
+    """A restart removes unfinished checkpoint files, whose names differ each time."""
     run = tmp_path / "run"
     torchrun().begin(config_in(run))
     for name in ("last.ckpt", ".best.ckpt.sf4l308q", ".hidden.ckpt"):
@@ -145,13 +148,13 @@ def test_half_written_checkpoints_are_removed(torchrun, tmp_path):
 
 
 def test_an_unknown_run_is_not_passed_over(torchrun, tmp_path, capsys):
-    """A restart that finds no run says so, as its directory may not be shared."""
+    """A restart that finds no run prints a message, since its directory may not be shared."""
     assert torchrun(count=1).begin(config_in(tmp_path / "run"))
     assert "finds no run of this job below" in capsys.readouterr().err
 
 
 def test_a_damaged_record(torchrun):
-    """One error that names the file."""
+    """The error has the name of the damaged file."""
     DIRECTORY.mkdir(parents=True)
     (DIRECTORY / "job.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"job\.json, which says what this job did .* is damaged"):
@@ -159,14 +162,14 @@ def test_a_damaged_record(torchrun):
 
 
 def test_ids_of_any_kind(torchrun, tmp_path):
-    """An id is a file name, whatever is in it; two of them are two files."""
+    """Any id becomes a file name; different ids become different names."""
     for run_id in ("../../x", "a/b", "a_b", "x" * 300):
         torchrun(run_id=run_id).begin(config_in(tmp_path / "run"))
     assert len(list(DIRECTORY.iterdir())) == 4
 
 
 def test_several_machines_need_an_id(torchrun):
-    """Before the job starts, not when it comes to a restart."""
+    """The job rejects a missing id at its start, not at its first restart."""
     with pytest.raises(ConfigError, match="restarts need --rdzv-id=NAME"):
         torchrun(run_id="none", nodes=2)
     torchrun(run_id="none", nodes=2, most=0)
@@ -174,7 +177,7 @@ def test_several_machines_need_an_id(torchrun):
 
 @pytest.fixture
 def lines(monkeypatch):
-    """Two connections, of ranks 0 and 1, and who was given up."""
+    """Returns the `Keepalive` of ranks 0 and 1, the list of lost ranks, and the store."""
     given_up = []
     monkeypatch.setattr(keepalive, "_give_up", given_up.append)
     store = HashStore()
@@ -189,15 +192,15 @@ def wait_for(condition):
 
 
 def test_a_lost_process_is_noticed(lines):
-    """A connection that ends without a word: that process is gone."""
+    """Both sides give up when a connection ends without a goodbye."""
     first, second, given_up, _ = lines
     assert wait_for(lambda: first._connections)
     second._connections[0].shutdown(socket.SHUT_RDWR)
     assert wait_for(lambda: sorted(given_up) == [0, 1])
 
 
-def test_an_orderly_end_is_none(lines):
-    """Who ends as it should is not missed."""
+def test_an_orderly_end_is_no_loss(lines):
+    """Nobody gives up after both sides released their connections."""
     first, second, given_up, _ = lines
     assert wait_for(lambda: first._connections)
     second.release()
@@ -208,7 +211,7 @@ def test_an_orderly_end_is_none(lines):
 
 
 def test_strangers_are_not_missed(lines):
-    """Something else that finds the port, and goes again, is no process of the job."""
+    """A foreign connection to the port that closes again is no lost process."""
     import json
 
     first, _, given_up, store = lines
@@ -221,7 +224,7 @@ def test_strangers_are_not_missed(lines):
 
 
 def test_giving_up_ends_the_process():
-    """Whatever the main thread waits for."""
+    """Giving up ends the process while the main thread waits."""
     pid = os.fork()
     if pid == 0:
         os.environ["RANK"] = "1"

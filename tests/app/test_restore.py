@@ -1,4 +1,4 @@
-"""Restoring a checkpoint that a stranger made: it makes lightkit compute, and nothing else."""
+"""Restoring an untrusted checkpoint: the checkpoint can only make lightkit compute."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TRANSFORMER = {
 
 
 def weights_of(config):
-    """A state dict as the task of a configuration has it."""
+    """Returns the state dict of a configuration's task."""
     model = untrusted.build("model", config["model"])
     node = {key: value for key, value in config["task"].items() if key not in ("loss", "metrics")}
     return untrusted.build("task", node, model=model).state_dict()
@@ -48,7 +48,11 @@ def weights_of(config):
 
 @pytest.fixture
 def save(tmp_path):
-    """Writes a checkpoint with a configuration, changed at dotted places, and other entries; returns its path."""
+    """Returns a function that writes a checkpoint and returns its path.
+
+    The function takes a configuration, optional weights, and changes of the configuration by dotted key, with ``__``
+    for a dot.
+    """
 
     def write(config, weights=None, /, **changes):
         config = copy.deepcopy(config)
@@ -100,8 +104,8 @@ URL = "http://127.0.0.1:1/${oc.env:AWS_SECRET_ACCESS_KEY}"
     ],
     ids=lambda parts: "-".join(parts),
 )
-def test_what_training_alone_needs_is_not_built(save, picture, tmp_path, monkeypatch, parts):
-    """Whatever stands there, the prediction is made, and nothing happens but that two files are read."""
+def test_parts_for_training_are_not_built(save, picture, tmp_path, monkeypatch, parts):
+    """A prediction ignores all parts for training, and only reads the checkpoint and the image."""
     (tmp_path / "evilmod.py").write_text("open('evil', 'w')\nX = 1\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -130,15 +134,15 @@ def test_what_training_alone_needs_is_not_built(save, picture, tmp_path, monkeyp
     ],
     ids=str,
 )
-def test_what_is_built_is_listed(save, changes, message):
-    """A class that is not admitted in its place is named before anything is built."""
+def test_only_listed_classes_are_built(save, changes, message):
+    """The error names a class that its role does not allow, before anything is built."""
     with watched() as acts, pytest.raises(CheckpointError, match=message):
         restore(save(CNN, **changes))
     assert {act.partition("(")[0] for act in acts} <= {"open"}
 
 
 def test_loss_and_metrics_are_for_evaluation_alone(save, picture):
-    """A prediction does without them, and without the weights of classes; an evaluation refuses what is not listed."""
+    """A prediction ignores the loss, its class weights and the metrics; an evaluation rejects unlisted ones."""
     path = save(CNN, task__loss={"_target_": WRITER}, task__metrics={"x": {"_target_": WRITER}})
     assert predict(path, input=str(picture)).images
     with pytest.raises(CheckpointError, match="loss of the checkpoint"):
@@ -154,7 +158,7 @@ def test_loss_and_metrics_are_for_evaluation_alone(save, picture):
     [
         (TRANSFORMER, {"model__num_layers": 10**9}, "more parameters than the checkpoint"),
         (TRANSFORMER, {"model__dim": 2**24}, "is a checkpoint of another model"),
-        # Of positions the checkpoint holds nothing.
+        # The checkpoint has no weights of positions.
         (TRANSFORMER, {"model__context": 10**10}, r"the model that the checkpoint describes takes [0-9,]+ bytes"),
         (TRANSFORMER, {"model__vocab_size": 10**12}, "is a checkpoint of another model"),
         (TRANSFORMER, {"model__dim": 2**62}, "model of the checkpoint"),
@@ -163,13 +167,13 @@ def test_loss_and_metrics_are_for_evaluation_alone(save, picture):
     ids=str,
 )
 def test_sizes_are_compared_before_memory_is_taken(save, config, changes, message):
-    """A model of terabytes, or of any number of layers, is refused at once."""
+    """`restore` rejects a model of terabytes or of too many layers before it allocates memory."""
     with pytest.raises(CheckpointError, match=message):
         restore(save(config, **changes))
 
 
 def test_metrics_of_terabytes(save):
-    """The tables of a metric count as memory, too."""
+    """`restore` limits the arguments and the tables of metrics."""
     for arguments in ({"num_classes": 10**6}, {"num_classes": 3, "validate_args": False}, {"num_classes": [3] * 2000}):
         confusion = {"_target_": "torchmetrics.classification.MulticlassConfusionMatrix", **arguments}
         with pytest.raises(CheckpointError, match="x must have numbers up to 1000 and no validate_args"):
@@ -184,7 +188,7 @@ def test_metrics_of_terabytes(save):
 
 
 def test_one_number_that_stands_for_terabytes(save):
-    """A weight of stride 0 has the right shape and almost no file: the model's memory is compared with the file."""
+    """`restore` compares the model's memory with the file size; a weight of stride 0 takes little space in the file."""
     config = copy.deepcopy(TRANSFORMER)
     weights = weights_of(config)
     for name in ("model.embedding.weight", "model.head.weight"):
@@ -194,7 +198,7 @@ def test_one_number_that_stands_for_terabytes(save):
 
 
 def test_containers_that_unpack_to_more(save, tmp_path):
-    """Compressed or overlapping parts, which torch.save does not write, are refused before they are unpacked."""
+    """`restore` rejects compressed and legacy files, which torch.save does not write, before it unpacks them."""
     path = save(CNN)
     packed = tmp_path / "packed.ckpt"
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
@@ -219,16 +223,16 @@ def test_containers_that_unpack_to_more(save, tmp_path):
     ids=["sparse", "meta", "quantized", "number"],
 )
 def test_weights_are_plain_tensors(save, value):
-    """Other kinds are named."""
+    """The error names a weight that is not a plain tensor."""
     weights = {**weights_of(CNN), "model.classifier.3.weight": value}
     with pytest.raises(
-        CheckpointError, match=r"classifier\.3\.weight is not a plain tensor|damaged or not a checkpoint"
+        CheckpointError, match=r"classifier\.3\.weight must be a plain tensor|damaged or not a checkpoint"
     ):
         restore(save(CNN, weights))
 
 
 def test_parts_that_do_not_go_together(save, picture, tmp_path):
-    """Each may be built by itself; where they meet is one clear error, not a traceback."""
+    """Valid parts that do not fit together raise a `CheckpointError`."""
     with pytest.raises(
         CheckpointError, match=r"of the checkpoint do not fit: the data has 10 classes but model\.num_classes is 7"
     ):
@@ -242,7 +246,7 @@ def test_parts_that_do_not_go_together(save, picture, tmp_path):
 
 
 def test_names_of_a_stranger_are_escaped(save, capsys):
-    """Control sequences, markup and lines of their own do not reach the terminal, in tables and in errors."""
+    """Tables and errors escape control sequences, markup and line breaks in names."""
     evil = "\x1b]0;owned\x07[bold]x[/bold]\n\u202eerror: fine"
     print_table(evil, {evil: evil})
     shown = capsys.readouterr().out
@@ -256,7 +260,7 @@ def test_names_of_a_stranger_are_escaped(save, capsys):
 
 
 def test_an_evaluation_says_what_it_reads_and_fetches_nothing(save, tmp_path, capsys, monkeypatch):
-    """A path of the checkpoint is shown before it is read; a public data set is fetched only if the user says so."""
+    """An evaluation prints the checkpoint's path of the data before it reads, and downloads only with download=true."""
     monkeypatch.setenv("LIGHTKIT_CACHE_DIR", str(tmp_path / "cache"))
     (tmp_path / "values.csv").write_text("a,b\n")
     text = {**TRANSFORMER, "data": {"_target_": "lightkit.data.Text", "context": 8, "path": "/dev/zero"}}
@@ -264,7 +268,7 @@ def test_an_evaluation_says_what_it_reads_and_fetches_nothing(save, tmp_path, ca
         measure(save(text))
     assert "reading /dev/zero, which the checkpoint names" in capsys.readouterr().out
     mnist = {"_target_": "lightkit.data.MNIST", "download": True}
-    with watched() as acts, pytest.raises(DataError, match="download=true has not been given"):
+    with watched() as acts, pytest.raises(DataError, match=r"is not on this machine .*; download=true downloads it"):
         measure(save(CNN, data=mnist))
     assert not [act for act in acts if act.startswith(("socket", "urllib"))]
     folder = tmp_path / "folder"

@@ -1,4 +1,4 @@
-"""Which run goes on with which: by what they record of themselves."""
+"""The search for the run that ``ckpt_path=last`` resumes, by the records of the runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CONFIG = {
 
 @pytest.fixture
 def make(tmp_path, monkeypatch):
-    """Makes runs below runs/x, each newer than those before."""
+    """Returns a function that makes runs below runs/x, each newer than the previous one."""
     monkeypatch.chdir(tmp_path)
     made = []
 
@@ -36,7 +36,7 @@ def make(tmp_path, monkeypatch):
         for age, file in enumerate(checkpoints):
             path = new.directory / "checkpoints" / file
             path.parent.mkdir(exist_ok=True)
-            # Nothing that could be called damaged.
+            # A file without a checksum cannot be damaged.
             path.write_bytes(b"old format")
             os.utime(path, (2e9 - age, 2e9 - age))
         return new
@@ -53,7 +53,7 @@ def found(*arguments):
 
 
 def test_the_newest_of_the_same_kind(make):
-    """The jobs of sweeps are runs like others; keys other than four may differ."""
+    """The newest run with equal identity keys wins, jobs of sweeps included; other keys may differ."""
     make("old")
     make("sweep/0", config={"optim": {"lr": 9}})
     make("sweep/1", config={"seed": 1})
@@ -64,14 +64,14 @@ def test_the_newest_of_the_same_kind(make):
 
 
 def test_compared_before_interpolation(make):
-    """What is written differently is another configuration, though it may come to the same."""
+    """A different interpolation is a different configuration even if both resolve to the same value."""
     make("a")
     with pytest.raises(CheckpointError, match=r'runs/x/a: data\.seed="\$\{seed\}" there and 0 here$'):
         find_last(mine(config={"data": {**CONFIG["data"], "seed": 0}}), "x")
 
 
 def test_all_that_differs_is_named(make):
-    """The nearest one has the fewest other keys, missing ones among them; one line."""
+    """The error lists in one line the differences of the nearest run, missing keys included."""
     make("far", config={"seed": 5, "model": {"width": 9, "depth": 2}})
     make("near", config={"model": {"width": 8, "name": "a\nb"}})
     make("nothing to go on from", checkpoints=(), config={"seed": 3})
@@ -91,13 +91,13 @@ def test_all_that_differs_is_named(make):
     ],
 )
 def test_the_newest_checkpoint(make, checkpoints, expected):
-    """Whatever it is called."""
+    """The newest checkpoint wins, whatever its name."""
     make("a", checkpoints)
     assert found(mine(), "x") == f"a/checkpoints/{expected}.ckpt"
 
 
 def test_damaged_checkpoints(make, capsys):
-    """One that a full disk has left empty is passed over, with a line."""
+    """The search skips a damaged checkpoint and prints a message."""
     run = make("a", ["last.ckpt", "best.ckpt"])
     last = run.directory / "checkpoints" / "last.ckpt"
     last.write_bytes(b"")
@@ -107,7 +107,7 @@ def test_damaged_checkpoints(make, capsys):
 
 
 def test_without_a_checkpoint(make):
-    """A run that was ended before its first one is passed over; if there is no other, that is said."""
+    """The search skips a run without a checkpoint; if no other run fits, the error says so."""
     make("first", checkpoints=())
     with pytest.raises(
         CheckpointError, match=r"runs/x/first has the same .*, but no checkpoint .* leave ckpt_path out"
@@ -121,7 +121,7 @@ def test_without_a_checkpoint(make):
 
 
 def test_jobs_of_a_sweep(make):
-    """They go on with none of their own sweep, nor with one that has another value of a key that is swept."""
+    """A job of a sweep resumes no job of its own sweep, and no run with another value of a swept key."""
     make("one/0", job="one", config={"optim": {"lr": 1}}, choices={"scheduler": "none"})
     make("one/1", job="one", config={"optim": {"lr": 2}}, choices={"scheduler": "step"})
     make("two/0", job="two", config={"optim": {"lr": 1}}, choices={"scheduler": "none"})
@@ -133,7 +133,7 @@ def test_jobs_of_a_sweep(make):
 
 
 def test_a_group_that_is_swept():
-    """Its choice counts, not what else was set in it."""
+    """The choice of a swept group counts, and other values of the group do not."""
     one, other = mine(choices={"optim": "sgd"}), mine(choices={"optim": "sgd"}, config={"optim": {"lr": 7}})
     assert config_differences(one, other, ["optim"]) == []
     assert config_differences(one, replace(other, choices={"optim": "adam"}), ["optim"]) == [
@@ -142,7 +142,7 @@ def test_a_group_that_is_swept():
 
 
 def test_unfinished(make):
-    """The newest of the same kind that has a checkpoint, unless it came to its end."""
+    """The function returns the newest run with a checkpoint, and None if that run is finished."""
     make("a")
     make("b", checkpoints=())
     assert find_unfinished(mine(), "x").directory.name == "a"
@@ -153,7 +153,7 @@ def test_unfinished(make):
 
 
 def test_runs_of_the_first_edition(tmp_path, monkeypatch):
-    """Hydra's files stand in for the record, and the last figure of a report for its end."""
+    """For a run of the first edition Hydra's files replace the record, and ``wall_seconds`` marks its end."""
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "runs" / "x" / "a"
     (run / ".hydra").mkdir(parents=True)
@@ -170,13 +170,13 @@ def test_runs_of_the_first_edition(tmp_path, monkeypatch):
     assert not run_records.read(run).is_finished
     (run / "metrics.json").write_text('{"wall_seconds": 1}')
     assert run_records.read(run).is_finished
-    # As a full disk leaves it.
+    # A full disk leaves an empty file.
     (run / ".hydra" / "config.yaml").write_text("")
     assert run_records.read(run) is None
 
 
 def test_older_checkpoints_are_not_its_own(make):
-    """Another run may have written to the directory before."""
+    """A run does not own the checkpoints that an earlier run wrote to its directory."""
     run = make("a")
     time = (run.directory / "checkpoints" / "last.ckpt").stat().st_mtime_ns
     replace(run, older=time).write()
@@ -186,7 +186,7 @@ def test_older_checkpoints_are_not_its_own(make):
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"started": 1, "config": {}, "surprise": 1}'])
 def test_a_damaged_record(make, content):
-    """It is none: the run is not gone on with, and nothing else comes of it."""
+    """A damaged record counts as none."""
     run = make("a")
     (run.directory / ".hydra" / "run.json").write_text(content)
     assert run_records.read(run.directory) is None

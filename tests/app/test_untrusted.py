@@ -1,4 +1,4 @@
-"""What the configuration inside a checkpoint may build, and that building it does nothing but compute."""
+"""The classes that a checkpoint's configuration may build, and the proof that their constructors only compute."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import pytest
 import torch
 from side_effects import watched
 
-import lightkit.app.restore  # noqa: F401  What restoring imports is imported before anybody watches.
+import lightkit.app.restore  # noqa: F401  The imports of restoring must precede the watch.
 from lightkit.app.untrusted import ALLOWED_CLASSES, build, check_plain
 from lightkit.config import build as build_own
 from lightkit.errors import CheckpointError, ConfigError
 from lightkit.targets import _PUBLIC_PACKAGES, exported_classes, find_class
 
-# What each class needs, beside what the caller gives.
+# Required arguments of each class, besides the caller's.
 ARGUMENTS = {
     "lightkit.models.RNN": {"input_size": 3, "hidden_size": 4, "num_outputs": 2},
     "lightkit.models.RNNLanguageModel": {"vocab_size": 8, "hidden_size": 4},
@@ -41,7 +41,7 @@ def arguments_of(target):
     ("role", "target"), [(role, target) for role in ALLOWED_CLASSES for target in ALLOWED_CLASSES[role]]
 )
 def test_building_an_admitted_class_does_nothing_but_compute(role, target):
-    """No file is opened, not even for reading, no socket, no process, and no module beyond the known packages."""
+    """The constructor opens no file and no socket, starts no process, and imports only known packages."""
     cls, extra = find_class(target), {}
     if role == "task":
         model = "lightkit.models.RNNLanguageModel" if "Language" in target else "lightkit.models.CNN"
@@ -53,7 +53,7 @@ def test_building_an_admitted_class_does_nothing_but_compute(role, target):
 
 
 def test_the_watch_sees():
-    """Each kind of act shows, so that an empty list says something."""
+    """The watch records each kind of act, so that an empty list proves something."""
     with watched() as acts:
         open("/dev/null").close()
         subprocess.run([sys.executable, "-c", ""], check=True)
@@ -83,8 +83,8 @@ def test_the_watch_sees():
         ("data", "\x1b[2J"),
     ],
 )
-def test_a_place_admits_its_own_classes_alone(role, target):
-    """Whatever is not listed there, private, of another role or by another path, is refused and named."""
+def test_a_role_allows_its_own_classes_alone(role, target):
+    """The error names a class that is unlisted, private, of another role, or given by another path."""
     with pytest.raises(CheckpointError, match=f"^{role} of the checkpoint: .* is not among the classes") as error:
         build(role, {"_target_": target, "num_classes": 3})
     assert str(error.value).isprintable()
@@ -92,14 +92,14 @@ def test_a_place_admits_its_own_classes_alone(role, target):
 
 @pytest.mark.parametrize("bury", [lambda node: node, lambda node: [node], lambda node: {"a": [{"b": node}]}])
 def test_no_class_within_a_class(bury):
-    """An argument that names a class, however deep, is refused before anything is built."""
+    """`build` rejects an argument that names a class at any depth, before it builds anything."""
     inner = {"_target_": "lightkit.models.CNN"}
     with pytest.raises(CheckpointError, match="stands within another class"):
         build("loss", {"_target_": "torch.nn.CrossEntropyLoss", "weight": bury(inner)})
 
 
 def test_interpolations_are_texts():
-    """A text with a dollar sign stays what it is: nothing looks into the environment."""
+    """`build` resolves no interpolation, so that a checkpoint cannot read the environment."""
     data = build("data", {"_target_": "lightkit.data.Series", "path": "${oc.env:HOME}", "history": 4, "horizon": 2})
     assert data.path == "${oc.env:HOME}"
 
@@ -119,7 +119,7 @@ def test_interpolations_are_texts():
     ],
 )
 def test_arguments_that_a_class_refuses(node, message):
-    """Each is one clear error of the checkpoint."""
+    """Each wrong argument raises a `CheckpointError` with the reason."""
     with pytest.raises(CheckpointError, match=message):
         build("model", node)
 
@@ -158,14 +158,14 @@ def shared(levels):
     ],
 )
 def test_only_a_bounded_tree_of_plain_values(config, message):
-    """Objects, circles, and a few shared lists that stand for millions of values end in one error at once."""
+    """`check_plain` rejects objects, cycles, and shared lists that expand to millions of values."""
     with pytest.raises(CheckpointError, match=message):
         check_plain(config)
     check_plain({"a": nested(8), "b": [1, 1.5, True, None, "x" * 4000], 4: -(2**63)})
 
 
 def test_packages_of_the_users_own(monkeypatch, tmp_path):
-    """What LIGHTKIT_TARGETS names is admitted in every role and within itself; its private names are not."""
+    """Every role allows the public classes of LIGHTKIT_TARGETS, also within each other, and no private ones."""
     (tmp_path / "own_models.py").write_text(
         "import torch\nclass Net(torch.nn.Module):\n    def __init__(self, inner):\n        super().__init__()\n"
         "        self.inner = inner\nclass _Hidden(Net):\n    pass\n"
@@ -200,13 +200,13 @@ def test_packages_of_the_users_own(monkeypatch, tmp_path):
     ],
 )
 def test_private_names_and_acting_constructors_are_not_for_the_command_line_either(target):
-    """The user's own configuration builds public classes, whose constructors do nothing to files or processes."""
+    """A user's configuration may not build private classes or classes whose constructors touch files or processes."""
     with pytest.raises(ConfigError, match="_target_"):
         build_own({"_target_": target})
 
 
 def test_public_classes_by_the_path_that_defines_them():
-    """People write the module that defines a class as often as the package that exports it."""
+    """A target may name the module that defines a class instead of the package that exports it."""
     assert find_class("torch.optim.adam.Adam") is torch.optim.Adam
     assert find_class("lightning.pytorch.loggers.tensorboard.TensorBoardLogger").__name__ == "TensorBoardLogger"
     with pytest.raises(ConfigError, match=r"has no class 'Adam'; did you mean torch\.optim\.Adam"):
@@ -215,14 +215,14 @@ def test_public_classes_by_the_path_that_defines_them():
 
 @pytest.mark.parametrize("package", _PUBLIC_PACKAGES)
 def test_constructors_of_the_command_line_do_nothing_to_files_or_processes(package):
-    """Every exported class that can be built without arguments is, under watch."""
+    """The test builds every exported class that needs no arguments, and no constructor touches files or processes."""
     acted = {}
     for name, cls in exported_classes(package).items():
         with watched() as acts:
             try:
                 cls()
             except Exception:
-                # It needs arguments, a device or a package.
+                # The class needs arguments, a device or a package.
                 pass
         acts = [act for act in acts if not act.startswith(("open", "import", "os.listdir"))]
         if acts:

@@ -24,7 +24,7 @@ LOSSES = {
 class Plain(pl.LightningModule):
     def __init__(self, loss=F.cross_entropy, **options):
         super().__init__()
-        # The loss among them: a function or a module that is pickled with every checkpoint.
+        # The loss, a function or a module, is pickled with every checkpoint.
         self.save_hyperparameters()
         self.layer = nn.Linear(4, 8)
         self.head = nn.Linear(8, 3)

@@ -101,7 +101,7 @@ def test_every_stage(calls):
             [*runner.validate(module, batches(), verbose=False), *runner.test(module, batches(), verbose=False)]
         )
         results[-1].append({"predicted": torch.cat(runner.predict(module, batches())).sum().item()})
-    # 5 of the fit, 2 of the sanity check, 5 of its validation, 5 of each other stage.
+    # The fit has 5 calls, the sanity check 2, its validation 5, and each other stage 5.
     assert len(calls) == 27
     for plain, fused in zip(*results, strict=True):
         assert plain == pytest.approx(fused, rel=1e-5)
@@ -150,7 +150,7 @@ class Many(Plain):
         self.manual_backward(loss + self.criteria["other"](logits.log_softmax(1), batch[1]))
         self.clip_gradients(optimizers[0], gradient_clip_val=0.5, gradient_clip_algorithm="norm")
         for optimizer in (*optimizers[:4], optimizers[5]):
-            # A differentiable one steps on parameters that are no leaves.
+            # A differentiable optimizer steps on parameters that are no leaves.
             optimizer.step()
         self.losses.append(loss.item())
 
@@ -380,8 +380,8 @@ def test_trainer_options(options, calls):
 def test_gradient_scaler(fused):
     """Gradients are unscaled once and overflowing steps are skipped, also if torch's fused step would unscale."""
     ends = []
-    # torch's loop is the measure of both: after an overflow in the first step, its fused step goes on with a momentum
-    # buffer that nobody has written (2.13).
+    # Both are compared with torch's loop: after an overflow in the first step, torch's fused step uses a momentum
+    # buffer that was never written (2.13).
     for callbacks, options in (([], {}), ([FuseKernels()], {"fused": fused})):
         module = make(**options)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=2)
@@ -413,7 +413,7 @@ def test_schedulers_and_hooks():
             torch.optim.lr_scheduler.ConstantLR(self.made, factor=1.0)
 
     with warnings.catch_warnings():
-        # Torch warns if it believes that a scheduler was stepped before its optimizer.
+        # Torch warns if a scheduler seems to be stepped before its optimizer.
         warnings.filterwarnings("error", ".*lr_scheduler.step.*")
         expected = False
         plain = make(Scheduled)
@@ -424,7 +424,7 @@ def test_schedulers_and_hooks():
     assert events == ["before", "after"] * 20
     assert fused.made.param_groups[0]["lr"] == plain.made.param_groups[0]["lr"]
     torch.testing.assert_close(weights(fused), weights(plain))
-    # It is torch's again, and goes on as such.
+    # The optimizer is torch's again.
     assert not is_converted(fused.made)
     for module in (plain, fused):
         module.made.step()
@@ -622,7 +622,7 @@ def test_checkpointed_losses(calls):
     """The recomputed loss comes from the same kernel as in the forward pass."""
 
     def loss(logits, labels):
-        # The exponential's result must be recomputed, and with it the loss.
+        # Backward recomputes the result of the exponential, and thereby the loss.
         return checkpoint(lambda logits: F.cross_entropy(logits, labels).exp(), logits, use_reentrant=False)
 
     plain, fused = make(loss=loss), make(loss=loss)
@@ -640,7 +640,7 @@ def test_two_processes(tmp_path, strategy):
     script.write_text(_TWO_PROCESSES)
     path = os.pathsep.join([str(Path(lightkit.__file__).parents[1]), str(Path(__file__).parent)])
     result = run_python(script, strategy, tmp_path, environment={"PYTHONPATH": path}, status=0)
-    # Told once, by the first process.
+    # The first process reports once.
     assert (result.stdout + result.stderr).count("optimizers[0] (torch.optim.SGD): replaced by") == 1
     torch.testing.assert_close(*(torch.load(tmp_path / f"{fuse}.pt") for fuse in (False, True)))
 

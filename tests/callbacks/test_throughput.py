@@ -12,7 +12,7 @@ from torch import nn
 
 from lightkit.callbacks import FuseKernels, LeanLoop, Throughput
 
-# Of a sample: both linear maps three times, without the gradient of the input.
+# The operations of a sample: both linear maps three times, without the gradient of the input.
 PLAIN_STEP = 2 * (3 * (4 * 8 + 8 * 3) - 4 * 8)
 
 
@@ -62,10 +62,10 @@ def test_parts_of_a_step(lean):
     step = throughput.step
     assert list(step) == ["data and loop", "forward", "backward", "optimizer"]
     assert step["forward"] > 20 and step["optimizer"] > 10 and step["backward"] > 0
-    # What is left out is Lightning's epoch end, what is let in is next to nothing.
+    # The clock leaves out Lightning's end of an epoch, and adds next to nothing.
     assert sum(step.values()) * 5 / 1e3 <= clock.seconds
     assert sum(step.values()) * 5 / 1e3 > 5 * 0.03
-    # Without the time between the last batch and the validation.
+    # The time between the last batch and the validation is left out.
     assert throughput.total == pytest.approx(40 / (sum(step.values()) * 5 / 1e3), rel=0.1)
 
 
@@ -145,7 +145,7 @@ class Skips(Watched):
         return None if len(self.watched) <= 2 else loss
 
     def on_before_optimizer_step(self, optimizer):
-        # Without a backward nobody knows before the end of the step that there is none.
+        # A step without backward is known at its end only.
         assert watching() == (len(self.watched) <= 2)
 
 

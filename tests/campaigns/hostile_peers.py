@@ -1,12 +1,12 @@
-"""Throws hostile connections at a parameter server beside which a worker trains, and counts what that costs it.
+"""Attacks a parameter server by hostile connections while a worker trains, and measures the cost for that worker.
 
     python tests/campaigns/hostile_peers.py [--seed 1] [--connections 5000] [--threads 4] [--note TEXT]
 
-The server is a process, all traffic is on 127.0.0.1. The worker pushes gradients of ones, along which SGD steps by one,
-so that the parameters say how many pushes counted: ``lost`` are those of the worker that were answered and do not,
-``added`` those that count beyond its own. ``server_threads`` are the most that the server had at a time,
-``megabytes_more`` is how much its memory grew, ``longest_s`` the longest time from one answer to the next that the
-worker saw. A row is added to benchmarks/results/hostile_peers.csv.
+The server is a process, and all traffic is on 127.0.0.1. The worker pushes gradients of ones, and SGD steps by one, so
+that the parameters show how many pushes count: ``lost`` is the number of the worker's pushes with a reply that do not
+count, ``added`` the number of pushes that count beyond them. ``server_threads`` is the largest number of threads of the
+server, ``megabytes_more`` the growth of its memory, ``longest_s`` the worker's longest time from one reply to the next.
+The program appends a row to benchmarks/results/hostile_peers.csv.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def plain(parameters):
 
 
 def description(rng):
-    """What a hostile worker says of itself: of a rank that is not the honest worker's."""
+    """Returns the join request of a hostile worker, with another rank than the honest worker's."""
     model = network()
     spec = spec_of(model, plain(model.parameters()), mode="async", snapshot_every=1000)
     who = {"rank": rng.randrange(1, 40), "incarnation": f"{rng.getrandbits(64):x}", "timeout": SILENCE}
@@ -47,28 +47,28 @@ def description(rng):
 
 
 def attack(address, rng):
-    """Makes one connection; returns what it did."""
-    kind = rng.choices(["stranger", "hello", "worker"], [6, 1, 3])[0]
+    """Makes one hostile connection; returns its kind."""
+    kind = rng.choices(["stranger", "join_request", "worker"], [6, 1, 3])[0]
     with contextlib.suppress(OSError, LightkitError, KeyError, TypeError):
         if kind == "stranger":
             name = rng.choice(sorted(hostile.STRANGERS))
             hostile.STRANGERS[name](address, rng)
-        elif kind == "hello":
+        elif kind == "join_request":
             requests = hostile.join_requests(description(rng))
             connection = hostile.connect(address, SECRET, requests[rng.choice(sorted(requests))], 5.0, SILENCE)
             connection.receive_header()
             connection.release()
         else:
-            peer = hostile.Joined(address, SECRET, description(rng), SILENCE)
+            peer = hostile.JoinedWorker(address, SECRET, description(rng), SILENCE)
             hostile.WORKERS[rng.choice(sorted(hostile.WORKERS))](peer, rng)
-            # Some go, some stay until they are sent away.
+            # Some workers leave, and some stay until the server refuses them.
             if rng.random() < 0.8:
                 peer.connection.release()
     return kind
 
 
 class Honest(threading.Thread):
-    """Pushes until `over`, and notes the longest time from one answer to the next."""
+    """A worker that pushes until `over`, and records the longest time from one reply to the next."""
 
     def __init__(self, address):
         super().__init__(daemon=True)
@@ -91,7 +91,7 @@ class Honest(threading.Thread):
 
 
 def usage(pid):
-    """Threads and megabytes of a process."""
+    """Returns the number of threads and the megabytes of a process."""
     lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":" in line)
     return int(lines["Threads"]), int(lines["VmRSS"].split()[0]) / 1024
 
@@ -103,7 +103,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=4)
     parser.add_argument("--note", default="")
     options = parser.parse_args()
-    # Strangers do not wait for the end that the server makes: they come in greater numbers.
+    # Strangers do not wait for the server to end the connection, so that more of them connect.
     hostile.PATIENCE = 0.02
     torch.set_num_threads(1)
     server = ServerProcess(timeout=SILENCE, quiet=True)
@@ -143,7 +143,7 @@ def main() -> int:
         "seed": options.seed,
         "connections": sum(done.values()),
         "strangers": done["stranger"],
-        "hellos": done["hello"],
+        "hellos": done["join_request"],
         "workers": done["worker"],
         "server_ended_well": survived,
         "pushes": honest.pushes,

@@ -76,7 +76,7 @@ def test_resume_anywhere(taken):
 
     resumed = TensorBatches([torch.arange(20)], 4, shuffle=True, seed=3)
     resumed.load_state_dict(state)
-    # Lightning makes an iterator that it throws away.
+    # Lightning makes an iterator that it does not read.
     iter(resumed)
     if 0 < taken < 5:
         assert numbers(resumed) == rest
@@ -137,7 +137,7 @@ def test_resume_with_another_number_of_processes(before, after, shuffle_seed):
     again = len(taken) % together
     assert sorted(set(taken) | set(rest)) == list(range(total))
     assert len(taken) + len(rest) == total + again
-    # At the end of an epoch there is nothing to be dealt out: any size will do.
+    # At the end of an epoch nothing is left: any size is accepted.
     whole = loaders(*before)
     for loader in whole:
         numbers(loader)

@@ -53,7 +53,7 @@ def test_any_flipped_bit_is_noticed(read, cache):
         damaged = bytearray(whole)
         damaged[chance.randrange(len(whole))] ^= 1 << chance.randrange(8)
         kept.write_bytes(damaged)
-        with pytest.warns(UserWarning, match=rf"{kept.name} is not used, and made anew: it is damaged$"):
+        with pytest.warns(UserWarning, match=rf"{kept.name} is not used, and made again: it is damaged$"):
             assert torch.equal(read(), expected)
         assert kept.read_bytes() == whole
     assert torch.equal(quietly(read), expected)
@@ -65,7 +65,7 @@ def test_a_file_that_others_may_write_to(read, cache, mode):
     (kept,) = cache.iterdir()
     expected = quietly(read)
     kept.chmod(mode)
-    with pytest.warns(UserWarning, match=rf"{kept.name} is not used, and made anew: can be written by other users$"):
+    with pytest.warns(UserWarning, match=rf"{kept.name} is not used, and made again: can be written by other users$"):
         assert torch.equal(read(), expected)
     assert kept.stat().st_mode & 0o777 == 0o644
     assert torch.equal(quietly(read), expected)
@@ -77,7 +77,7 @@ def test_a_file_of_another_user(read, cache):
     (kept,) = cache.iterdir()
     expected = quietly(read)
     os.chown(kept, SOMEBODY_ELSE, -1)
-    with pytest.warns(UserWarning, match=rf"made anew: belongs to another user \(uid {SOMEBODY_ELSE}\)"):
+    with pytest.warns(UserWarning, match=rf"made again: belongs to another user \(uid {SOMEBODY_ELSE}\)"):
         assert torch.equal(read(), expected)
     assert kept.stat().st_uid == os.geteuid()
 

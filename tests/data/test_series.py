@@ -99,7 +99,7 @@ def test_split_in_time_leaks_nothing(table):
     for name, origins in parts.items():
         windows = getattr(data, name)
         assert windows.origins.tolist() == list(origins), name
-        # The value of a row is its number, so that windows say where they are from.
+        # The value of a row is its index, which shows where a window comes from.
         assert windows.target.tolist() == [[o, o + 1] for o in origins]
         assert windows.history.squeeze(2).tolist() == [[o - 3, o - 2, o - 1] for o in origins]
     batches = list(data.train_dataloader())
@@ -194,7 +194,7 @@ def test_series_of_statsmodels():
         "sys.exit(' '.join({'pandas', 'statsmodels'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    # With a text, sys.exit writes it to standard error.
+    # sys.exit writes a string to standard error.
     assert result.stderr.strip() == ""
     carbon, spots = CO2(history=8, horizon=4).read(), Sunspots(history=8, horizon=4).read()
     assert len(carbon) == 2284 and int((~carbon.measured).sum()) == 59

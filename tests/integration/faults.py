@@ -1,4 +1,4 @@
-"""A callback that ends a process in the middle of a training, once, and keeps a diary of every start."""
+"""A callback that kills a process once in the middle of a training, and logs every start to a diary."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lightning.pytorch.callbacks import Callback
 
 
 class Faults(Callback):
-    """Kills the process of ``rank`` in ``epoch``, if nothing was killed before; ``pause`` seconds a batch.
+    """Kills the process of ``rank`` in ``epoch`` once, and sleeps ``pause`` seconds at each batch.
 
-    Epoch -1 is the test. With ``seed``, it kills in the run of that seed alone; with ``batch``, at that batch of the
-    epoch; with ``writing``, in the middle of writing a checkpoint.
+    Epoch -1 is the test. ``seed`` restricts the kill to the run of that seed, ``batch`` to that batch of the epoch, and
+    ``writing`` to the write of a checkpoint.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Faults(Callback):
             "epoch": trainer.current_epoch,
             "step": trainer.global_step,
         }
-        # One write of a short line: processes do not mix theirs.
+        # One short write is atomic, so that the lines of processes do not mix.
         with (self.directory / "diary").open("a") as file:
             file.write(json.dumps(facts) + "\n")
 
@@ -56,7 +56,7 @@ class Faults(Callback):
 
     def on_save_checkpoint(self, trainer, pl_module, checkpoint):
         if self.writing:
-            # The whole of it is in a file by then, which does not have its name yet.
+            # At fsync the temporary file is complete and not yet renamed.
             os.fsync = lambda descriptor: self._kill(trainer, trainer.current_epoch)
 
     def on_test_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):

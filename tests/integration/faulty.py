@@ -1,4 +1,4 @@
-"""A callback that makes one process of a job fail, as configurations of the tests name it."""
+"""A callback that makes one process of a job fail; configurations of the tests name it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightkit.errors import DataError
 
 
 class Faulty(Callback):
-    """At the third batch of a rank something happens; every rank leaves its process id in ``directory``."""
+    """Makes ``rank`` fail at its third batch as ``what`` says; every rank writes its process id to ``directory``."""
 
     def __init__(self, what: str, directory: str, rank: int = 1) -> None:
         self.what = what

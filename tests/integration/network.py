@@ -1,4 +1,4 @@
-"""Machines for tests: network namespaces of Linux, joined by a virtual cable."""
+"""Machines for tests: Linux network namespaces with a virtual cable between them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def why_not() -> str | None:
-    """Why there can be no namespaces here; None if there can."""
+    """Returns the reason why this machine cannot make network namespaces, or None if it can."""
     if shutil.which("ip") is None:
         return "no ip: install iproute2"
     result = subprocess.run(["unshare", "-n", "true"], capture_output=True, text=True)
@@ -22,7 +22,7 @@ def why_not() -> str | None:
 
 
 class Network:
-    """Two machines, ``10.77.0.1`` and ``10.77.0.2``, each with the end of a cable called ``cable``."""
+    """Two machines, ``10.77.0.1`` and ``10.77.0.2``; each has one end of the cable as the interface ``cable``."""
 
     addresses = ("10.77.0.1", "10.77.0.2")
 
@@ -50,7 +50,7 @@ class Network:
             process.kill()
             process.wait()
         for name in self.names:
-            # What a killed torchrun leaves behind.
+            # A killed torchrun leaves processes behind.
             pids = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout.split()
             for pid in pids:
                 subprocess.run(["kill", "-KILL", pid], capture_output=True)
@@ -59,8 +59,8 @@ class Network:
     def start(
         self, node: int, command: list[str], cwd: Path, log: Path, environment: dict[str, str] | None = None
     ) -> subprocess.Popen:
-        """Starts a command on one of the machines; what it says goes to a file."""
-        # Commands of the interpreter that runs the tests: torchrun, python.
+        """Starts a command on one of the machines; its output goes to a file."""
+        # The commands torchrun and python lie beside the interpreter of the tests.
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         with log.open("w") as file:
             process = subprocess.Popen(
@@ -75,7 +75,7 @@ class Network:
         return process
 
     def cut(self, node: int) -> None:
-        """Pulls the cable out of a machine."""
+        """Unplugs the cable from a machine."""
         ip("-n", self.names[node], "link", "set", "cable", "down")
 
     def mend(self, node: int) -> None:
@@ -84,5 +84,5 @@ class Network:
 
 
 def ip(*words: str) -> None:
-    """Runs ``ip``, to succeed."""
+    """Runs ``ip`` and raises an error if it fails."""
     subprocess.run(["ip", *words], check=True, capture_output=True, text=True)

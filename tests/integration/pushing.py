@@ -1,8 +1,8 @@
-"""A worker of a parameter server that pushes ones, along which plain SGD steps by one: parameters count the pushes.
+"""A worker of a parameter server that pushes ones; SGD then steps by one, so that the parameters count the pushes.
 
     LIGHTKIT_SECRET=... python pushing.py ADDRESSES RANK DIARY --until FILE [--workers 2] [--mode async] ...
 
-The diary has a line for each answer, with its time; the last one has what all servers counted in the end.
+The diary has a line for each reply, with its time; the last line has the final counts of all servers.
 """
 
 from __future__ import annotations

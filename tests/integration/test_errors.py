@@ -1,4 +1,4 @@
-"""Bad input on the command line: one clear error, an exit code that is not 0, and nothing lost."""
+"""Wrong input on the command line: one clear error, a nonzero exit status, and no lost data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ QUICK = ["+experiment=cnn", "+debug=quick"]
 
 
 def assert_fails(result, *expected):
-    """The command failed with one error that says all this, and without a traceback."""
+    """Asserts that the command failed with one error that has all expected texts, and without a traceback."""
     the_error(result)
     for text in expected:
         assert text in result.stderr
@@ -61,12 +61,12 @@ def assert_fails(result, *expected):
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
 def test_train(call, tmp_path, arguments, expected):
-    """Unknown names come with the nearest right ones, wrong values with what was expected."""
+    """The error for an unknown name has the nearest known ones, and the error for a wrong value the expected one."""
     assert_fails(call("train", *arguments, cwd=tmp_path), *expected)
 
 
 def test_a_figure_that_is_not_logged(call, tmp_path):
-    """A callback that waits for it ends the training, in Lightning's words, with those that are."""
+    """The error of a callback that monitors an unknown metric is Lightning's, with the known metrics."""
     stop = ["_target_=lightning.pytorch.callbacks.EarlyStopping", "monitor=nonsense"]
     result = call("train", *QUICK, *(f"+callbacks.stop.{argument}" for argument in stop), cwd=tmp_path)
     assert_fails(result, "`nonsense` which is not available", "`val/loss`")
@@ -84,12 +84,12 @@ def test_a_figure_that_is_not_logged(call, tmp_path):
     ids=["foo", "require"],
 )
 def test_native_kernels_that_cannot_be_had(tmp_path, variables, expected):
-    """A word that LIGHTKIT_NATIVE does not know, and kernels that are required in vain, end a job before it begins."""
+    """A wrong value of LIGHTKIT_NATIVE, or required kernels that cannot be built, end a job before it begins."""
     assert_fails(run("train", *QUICK, cwd=tmp_path, environment=variables), expected)
 
 
 def test_own_modules_lie_in_the_current_directory(tmp_path):
-    """The console script finds them as `python -m` does: both come as far as the class, and refuse its arguments."""
+    """The console script and `python -m` both find a module in the current directory."""
     (tmp_path / "own.py").write_text("class Net:\n    pass\n")
     (tmp_path / "bin").mkdir()
     script = tmp_path / "bin" / "lightkit-train"
@@ -102,24 +102,24 @@ def test_own_modules_lie_in_the_current_directory(tmp_path):
 
 @pytest.mark.parametrize("name", ["train", "evaluate", "predict"])
 def test_a_process_ends_with_the_status(tmp_path, name):
-    """What the other tests see within this process is what a shell sees of one."""
+    """A process of a command prints the error and has the exit status that the in-process tests see."""
     result = run_python("-m", f"lightkit.{name}", "ckpt_path=nowhere.ckpt", cwd=tmp_path)
     assert_fails(result, "there is no checkpoint nowhere.ckpt")
 
 
 @pytest.mark.parametrize("command_name", ["train", "evaluate", "predict"])
 def test_nobody_waits_for_torch_to_see_a_mistake(command_name):
-    """The commands compose before they import torch and Lightning, which takes seconds."""
+    """The commands compose the configuration before they import torch and Lightning, which takes seconds."""
     program = f"import sys, lightkit.{command_name}; sys.exit(not {{'torch', 'lightning'}}.isdisjoint(sys.modules))"
     run_python("-c", program, status=0)
 
 
 def test_read_only_output_directory(tmp_path):
-    """A place that cannot be written is named, before any training."""
+    """The error names a directory that cannot be written, before any training."""
     place = tmp_path / "place"
     place.mkdir()
     if os.geteuid() == 0:
-        # Permissions do not bind root: a file where a directory should be does.
+        # root ignores permissions; a file in the place of a directory stops root too.
         (place / "runs").write_text("in the way")
         assert_fails(run("train", *QUICK, cwd=place), "runs")
     else:
@@ -129,14 +129,14 @@ def test_read_only_output_directory(tmp_path):
 
 
 def test_interrupt(tmp_path):
-    """Ctrl-C ends a training with a word on how to go on, and the status of an interrupted program."""
+    """Ctrl-C ends a training with a hint how to resume, and with the status of an interrupted program."""
     process = subprocess.Popen(
         [sys.executable, "-m", "lightkit.train", "+experiment=cnn", "trainer.max_epochs=1000", "hydra.run.dir=out"],
         cwd=tmp_path,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        # A job in the background of a script ignores Ctrl-C, and so do its children unless told otherwise.
+        # A background job of a script ignores SIGINT, and its children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     checkpoint = tmp_path / "out" / "checkpoints" / "last.ckpt"
@@ -153,14 +153,14 @@ def test_interrupt(tmp_path):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A checkpoint of a very short run."""
+    """Returns the checkpoint of a very short run."""
     directory = tmp_path_factory.mktemp("short")
     run("train", *QUICK, "hydra.run.dir=out", cwd=directory, status=0)
     return directory / "out" / "checkpoints" / "last.ckpt"
 
 
 def test_corrupt_checkpoint(call, tmp_path, checkpoint):
-    """Every command that reads a checkpoint says that it is damaged; the file is left alone."""
+    """Every command that reads a damaged checkpoint says so, and leaves the file unchanged."""
     broken = tmp_path / "broken.ckpt"
     broken.write_bytes(checkpoint.read_bytes()[:5000])
     for name, arguments in (("train", QUICK), ("evaluate", []), ("predict", ["input=x.png"])):
@@ -170,19 +170,19 @@ def test_corrupt_checkpoint(call, tmp_path, checkpoint):
 
 
 def test_checkpoint_of_another_model(call, tmp_path, checkpoint):
-    """Resuming with another architecture says what differs."""
+    """The error of resuming with another architecture names the different weight."""
     result = call("train", *QUICK, f"ckpt_path={checkpoint}", "model.image_size=32", cwd=tmp_path)
     assert_fails(result, "a checkpoint of another model", "classifier.1.weight")
 
 
 def test_checkpoint_without_configuration(call, tmp_path):
-    """A checkpoint of some other program is said to be that."""
+    """The error for another program's checkpoint says that lightkit.train did not write it."""
     torch.save({"state_dict": {}}, tmp_path / "plain.ckpt")
     assert_fails(call("evaluate", "ckpt_path=plain.ckpt", cwd=tmp_path), "was not made by lightkit.train")
 
 
 def test_corrupt_idx_file(call, tmp_path):
-    """A truncated data file is named with what it should hold."""
+    """The error names a truncated data file and its size."""
     for name in (
         "train-images-idx3-ubyte",
         "train-labels-idx1-ubyte",
@@ -195,7 +195,7 @@ def test_corrupt_idx_file(call, tmp_path):
 
 
 def test_folder_with_a_text_file(call, tmp_path, checkpoint):
-    """A file in a folder of pictures that is not one is named."""
+    """The error names a file in a folder of images that is not an image."""
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "readme.txt").write_text("hello")
     result = call("predict", f"ckpt_path={checkpoint}", "input=in", cwd=tmp_path)
@@ -227,14 +227,14 @@ def test_folder_with_a_text_file(call, tmp_path, checkpoint):
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
 def test_wrong_values(call, tmp_path, checkpoint, name, arguments, expected):
-    """A value of the wrong type, or one that says nothing, is named with what was expected."""
+    """The error names the key with a wrong value and says what was expected."""
     assert_fails(call(name, f"ckpt_path={checkpoint}", *arguments, cwd=tmp_path), expected)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("missing", ["ckpt_path", "input"])
 def test_missing_argument(call, tmp_path, checkpoint, missing):
-    """What must be given is named."""
+    """The error names the missing argument."""
     given = {"ckpt_path": str(checkpoint), "input": "."}
     arguments = [f"{key}={value}" for key, value in given.items() if key != missing]
     assert_fails(call("predict", *arguments, cwd=tmp_path), missing)
@@ -242,10 +242,10 @@ def test_missing_argument(call, tmp_path, checkpoint, missing):
 
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="mounts a small file system")
 def test_disk_full_while_writing_a_checkpoint(tmp_path, checkpoint):
-    """On a disk that fills up during training the error says so, and the checkpoint before it still loads."""
+    """If the disk fills up during training, the error says so, and the previous checkpoint still loads."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    # A checkpoint of this model with Adam's state takes 1.1 MB: there is room for one or two.
+    # A checkpoint of this model with Adam's state takes 1.1 MB, so that one or two fit on the disk.
     train = f"{sys.executable} -m lightkit.train +experiment=cnn data.batch_size=400 logger=csv test=false"
     script = (
         f"mount -t tmpfs -o size=2500k tmpfs {disk} && cd {disk} && {train} hydra.run.dir=out; status=$?; "

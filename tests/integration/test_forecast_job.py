@@ -1,4 +1,4 @@
-"""Forecast jobs, as a user runs them."""
+"""Whole forecast jobs on the command line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SMALL += ["data.season=12", "model.hidden_size=8", "logger=csv"]
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """A short job on a file."""
+    """Returns the directory of a short job on a CSV file."""
     directory = tmp_path_factory.mktemp("wave")
     write_wave(directory / "wave.csv")
     arguments = [*SMALL, "data.column=price", "data.time_column=day", "trainer.max_epochs=40", "hydra.run.dir=out"]
@@ -31,11 +31,11 @@ def job(tmp_path_factory):
 
 
 def test_beats_the_simplest_rules(job):
-    """On a wave that climbs the model is better than both rules, and the report shows it."""
+    """On a rising wave the model beats both naive forecasts, and the report shows it."""
     metrics = json.loads((job / "out" / "metrics.json").read_text())
     assert metrics["test/mae"] < 0.5 * metrics["baseline/naive_mae"]
     assert metrics["test/rmse"] < metrics["baseline/seasonal_naive_rmse"]
-    # What climbs 0.2 a step is 2.4 higher after a season.
+    # A series that rises 0.2 in each step is 2.4 higher after a season.
     assert metrics["baseline/seasonal_naive_mae"] == pytest.approx(2.4, abs=1e-3)
     assert 0 <= metrics["test/coverage"] <= 1 and "train/windows_per_second" in metrics
     page = (job / "out" / "report.html").read_text()
@@ -44,7 +44,7 @@ def test_beats_the_simplest_rules(job):
 
 
 def test_evaluate_gives_the_same_numbers(job, tmp_path):
-    """From the checkpoint, with the file somewhere else, the figures of the test come out as in training."""
+    """`lightkit.evaluate` computes the training's test metrics from the checkpoint and a moved file."""
     (job / "wave.csv").rename(tmp_path / "moved.csv")
     best = job / "out" / "checkpoints" / "best.ckpt"
     arguments = [f"ckpt_path={best}", "data_dir=moved.csv", "output=figures.json"]
@@ -57,7 +57,7 @@ def test_evaluate_gives_the_same_numbers(job, tmp_path):
 
 
 def test_predict_another_file(job, tmp_path):
-    """The values after the end of another file, at another level, with an interval around each."""
+    """`lightkit.predict` forecasts the values after the end of another file, with intervals."""
     write_wave(tmp_path / "other.csv", rows=300)
     best = job / "out" / "checkpoints" / "best.ckpt"
     arguments = [f"ckpt_path={best}", "input=other.csv", "horizon=3", "output=out.csv"]
@@ -73,7 +73,7 @@ def test_predict_another_file(job, tmp_path):
 
 
 def test_bad_predictions(job, tmp_path):
-    """Too few rows, too far ahead, a gap at the end, another column, keys of another kind: one clear error each."""
+    """Too few rows, a long horizon, a gap at the end, a wrong column and keys of other tasks each raise an error."""
     restored = restore(job / "out" / "checkpoints" / "best.ckpt")
     write_wave(tmp_path / "short.csv", rows=5)
     write_wave(tmp_path / "whole.csv")
@@ -103,7 +103,7 @@ def test_bad_predictions(job, tmp_path):
     ids=["gap", "text", "short"],
 )
 def test_bad_files(call, tmp_path, cells, rows, expected):
-    """A file that cannot be trained on ends the command with one error, before any training."""
+    """An unusable file ends the command with one error before any training."""
     write_wave(tmp_path / "wave.csv", rows, **cells)
     result = call("train", *SMALL, "data.column=price", cwd=tmp_path)
     assert result.returncode == 1 and "Traceback" not in result.stderr

@@ -1,4 +1,4 @@
-"""Sweeps whose jobs fork from one process, as a user starts them: the same results, and an end in order."""
+"""Sweeps with forked jobs on the command line: equal results, failures and signals."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FORK = "hydra/launcher=fork"
 SHORT = ["+experiment=cnn", "trainer.accelerator=cpu", "trainer.limit_train_batches=4", "trainer.limit_val_batches=1"]
 QUICK = ["+experiment=cnn", "+debug=quick", "trainer.accelerator=cpu", "test=false", "logger=none"]
 
-# What is measured in seconds differs from run to run.
+# Metrics that depend on time differ from run to run.
 TIMED = ("second", "(ms)", "fraction")
 
 needs_optuna = pytest.mark.skipif(
@@ -34,13 +34,13 @@ needs_optuna = pytest.mark.skipif(
 
 
 def run(*arguments, cwd, status=0):
-    """Runs a command to its end, and returns what it said. Its configuration may name the callbacks of this folder."""
+    """Runs a command to its end and returns its output. Its configuration may name the callbacks of this folder."""
     result = commands.run("train", *arguments, cwd=cwd, environment=with_modules("faulty"), status=status)
     return result.stdout, result.stderr
 
 
 def faulty(what, directory):
-    """Configuration of a callback that makes a job fail; it notes the process in ``directory``."""
+    """Returns the overrides for a callback that makes a job fail and writes its process id to ``directory``."""
     callback = "+callbacks.faulty"
     return [f"{callback}._target_=faulty.Faulty", f"{callback}.directory={directory}", f"{callback}.rank=0"] + (
         [f"{callback}.what={what}"] if what else []
@@ -48,7 +48,7 @@ def faulty(what, directory):
 
 
 def results(directory):
-    """The weights of a run, and its figures except those that depend on time."""
+    """Returns the weights of a run, and its metrics except those that depend on time."""
     weights = load_checkpoint(directory / "checkpoints" / "last.ckpt")["state_dict"]
     metrics = json.loads((directory / "metrics.json").read_text())
     with open(directory / "metrics.csv", newline="") as file:
@@ -60,10 +60,10 @@ def results(directory):
 
 
 def test_the_same_bits(tmp_path):
-    """A forked job, one in the process of the sweep and one in a process of its own: weights, figures and files."""
+    """A forked job, a job in the sweep's process and a separate job have equal weights, metrics and files."""
     two = ["trainer.max_epochs=2", "-m", "seed=0,1"]
     output, errors = run(*SHORT, FORK, "hydra.sweep.dir=fork", *two, cwd=tmp_path)
-    # In order, and each line once: what was in a buffer at the fork would come twice.
+    # Each line is printed once: a job would print a full buffer of its parent again.
     assert [output.index(f"#{number} :") for number in (0, 1)] == sorted(output.index(f"#{n} :") for n in (0, 1))
     assert output.count("forked from this process") == 1 and output.count("epoch 2/2") == 2
     assert output.index("epoch 2/2") < output.index("#1 :")
@@ -83,7 +83,7 @@ def test_the_same_bits(tmp_path):
 
 @needs_optuna
 def test_optuna(tmp_path):
-    """The results of forked jobs, two at a time, reach the sweeper, which chooses the next by them."""
+    """The objectives of forked jobs, two at a time, reach the sweeper, which chooses the next jobs by them."""
     optuna = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "+hydra.sweeper.sampler.seed=1"]
     two = ["hydra.sweeper.n_jobs=2", "hydra.launcher.jobs=2"]
     values = "optim.lr=tag(log,interval(0.0001,0.01))"
@@ -109,7 +109,7 @@ def test_optuna(tmp_path):
     ],
 )
 def test_a_job_fails(tmp_path, what, expected, others):
-    """One error; bad input ends the sweep, and after a job that was killed the others run."""
+    """Wrong input ends the sweep with one error; after a killed job the other jobs run."""
     batches = ["trainer.limit_train_batches=5", "hydra.sweep.dir=sweep"]
     kinds = f"+callbacks.faulty.what={what},nothing"
     arguments = [*QUICK, *batches, FORK, *faulty(None, tmp_path), "-m", kinds]
@@ -120,7 +120,7 @@ def test_a_job_fails(tmp_path, what, expected, others):
 
 
 def test_a_fault_of_the_program(tmp_path):
-    """The traceback of the job is shown, after the jobs that follow it have run."""
+    """The sweep prints the traceback of a failed job after the other jobs have run."""
     batches = ["trainer.limit_train_batches=5", "hydra.sweep.dir=sweep"]
     arguments = [*QUICK, *batches, FORK, *faulty(None, tmp_path), "-m", "+callbacks.faulty.what=fault,nothing"]
     _, errors = run(*arguments, cwd=tmp_path, status=1)
@@ -131,7 +131,7 @@ def test_a_fault_of_the_program(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_the_sweep_is_ended(tmp_path, number):
-    """The running job ends with it, in order if it may, with its checkpoint; ``ckpt_path=last`` goes on."""
+    """The running job ends with the sweep and keeps its checkpoint; ``ckpt_path=last`` resumes."""
     sweep = [*SHORT, "trainer.max_epochs=4", "test=false", "logger=none", FORK, *faulty("wait", tmp_path)]
     process = subprocess.Popen(
         [sys.executable, "-m", "lightkit.train", *sweep, "-m", "seed=0,1"],
@@ -141,7 +141,7 @@ def test_the_sweep_is_ended(tmp_path, number):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        # A job in the background of a script ignores Ctrl-C, and so do its children unless told otherwise.
+        # A background job of a script ignores SIGINT, and its children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     wait_for(lambda: list(tmp_path.glob("runs/cnn/*/0/checkpoints/last.ckpt")), process)
@@ -162,7 +162,7 @@ def test_the_sweep_is_ended(tmp_path, number):
     wait_for(lambda: not is_alive(job), seconds=10)
     (found,) = tmp_path.glob("runs/cnn/*/0/checkpoints/last.ckpt")
     assert load_checkpoint(found)["epoch"] < 3
-    # The launcher is none of what a sweep computes: either goes on with the sweep of the other.
+    # The launcher does not change results, so that a sweep may resume with another launcher.
     sweep.remove(FORK)
     output, _ = run(*sweep, "ckpt_path=last", "-m", "seed=0,1", cwd=tmp_path)
     assert output.count("continuing") == 2
@@ -172,7 +172,7 @@ def test_the_sweep_is_ended(tmp_path, number):
 
 
 def test_goes_on_with_what_was_done(tmp_path):
-    """A job that was done is not done again, and one that was killed is."""
+    """A resumed sweep repeats the killed job and skips the finished one."""
     arguments = [*QUICK, "trainer.limit_train_batches=5", FORK, *faulty(None, tmp_path), "ckpt_path=last"]
     kinds = ["-m", "+callbacks.faulty.what=nothing,kill"]
     (tmp_path / "runs" / "cnn").mkdir(parents=True)
@@ -183,7 +183,7 @@ def test_goes_on_with_what_was_done(tmp_path):
 
 
 def test_jobs_of_two_processes(tmp_path):
-    """A forked job starts the processes of its devices, as any other does."""
+    """A forked job starts one process for each device, as any other job does."""
     arguments = [*QUICK, "trainer.devices=2", "strategy=ddp", FORK, "hydra.sweep.dir=sweep", "-m", "seed=0,1"]
     run(*arguments, cwd=tmp_path)
     for number in ("0", "1"):
@@ -191,7 +191,7 @@ def test_jobs_of_two_processes(tmp_path):
 
 
 def test_under_torchrun(tmp_path):
-    """Its processes meet before the first job, and could not fork."""
+    """torchrun's processes connect before the first job, so that they cannot fork."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "-m", "lightkit.train"]
     result = run_python(*torchrun, *QUICK, FORK, "-m", "seed=0,1", cwd=tmp_path, status=1)
     assert result.stderr.count("error: hydra/launcher=fork cannot run under torchrun") == 1

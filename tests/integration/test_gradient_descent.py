@@ -1,4 +1,4 @@
-"""Gradient descent is SGD on the whole training set: one step of the experiment against the formula."""
+"""Gradient descent, which is SGD on the whole training set: one step of the experiment against the formula."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 
 def weights_after_one_epoch(directory, lr):
-    """The model's weights in the last checkpoint of a job of one epoch."""
+    """Returns the model's weights in the last checkpoint of a job of one epoch."""
     arguments = ["+experiment=gradient_descent", "trainer.max_epochs=1", f"optim.lr={lr}", "test=false"]
     run("train", *arguments, f"hydra.run.dir={directory}", cwd=directory.parent, status=0)
     checkpoint = load_checkpoint(directory / "checkpoints" / "last.ckpt")
@@ -27,7 +27,7 @@ def weights_after_one_epoch(directory, lr):
 
 
 def test_one_step_follows_the_gradient_of_the_whole_loss(tmp_path):
-    """theta - lr * gradient of the mean loss of all 3,600 training digits, computed at once in float64."""
+    """One step gives theta - lr * gradient of the mean loss of all 3,600 training digits, computed in float64."""
     lr = 0.5
     before = weights_after_one_epoch(tmp_path / "still", lr=0.0)
     after = weights_after_one_epoch(tmp_path / "step", lr=lr)

@@ -1,4 +1,4 @@
-"""Whole jobs, as a user runs them."""
+"""Whole jobs on the command line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """The documented job, whole."""
+    """Returns the run directory and the output of the documented job."""
     directory = tmp_path_factory.mktemp("job")
     result = run_python("-m", "lightkit.train", "+experiment=cnn", cwd=directory, status=0)
     (run_dir,) = (directory / "runs" / "cnn").iterdir()
@@ -32,7 +32,7 @@ def job(tmp_path_factory):
 
 
 def test_main_job(job):
-    """The documented CNN reaches 95 % on the held-out digits and leaves everything that was promised."""
+    """The documented CNN reaches 95 % on the held-out digits and writes every documented file and metric."""
     run_dir, output = job
     metrics = json.loads((run_dir / "metrics.json").read_text())
     # The mean over seeds is 0.959; 0.94 is four of its standard deviations below.
@@ -50,7 +50,7 @@ def test_main_job(job):
 
 
 def test_report_is_self_contained(job):
-    """The page shows figures and tables without a file or a host beside it."""
+    """The page embeds its figures and tables and refers to no other file or host."""
     page = (job[0] / "report.html").read_text()
     assert page.count('src="data:image/png;base64,') == 3
     assert not re.search(r'(src|href)="(?!data:)', page)
@@ -65,7 +65,7 @@ def test_checkpoints_load_safely(job, name):
 
 
 def test_evaluate_gives_the_same_numbers(job, tmp_path):
-    """From the checkpoint alone, in another directory, the test figures come out as in training."""
+    """`lightkit.evaluate` computes the training's test metrics from the checkpoint alone, in another directory."""
     best = job[0] / "checkpoints" / "best.ckpt"
     run("evaluate", f"ckpt_path={best}", "output=figures.json", cwd=tmp_path, status=0)
     trained = json.loads((job[0] / "metrics.json").read_text())
@@ -75,7 +75,7 @@ def test_evaluate_gives_the_same_numbers(job, tmp_path):
 
 
 def test_predict_gives_the_same_numbers(job, tmp_path):
-    """The test set as a folder of pictures gets the accuracy of the test."""
+    """`lightkit.predict` reaches the test accuracy on the test set as a folder of images."""
     data = MNIST5k()
     data.setup()
     pictures = tmp_path / "pictures"
@@ -90,9 +90,9 @@ def test_predict_gives_the_same_numbers(job, tmp_path):
 
 
 def test_compiled_model(tmp_path):
-    """compile=true trains under torch.compile, and its checkpoint is that of any other run."""
+    """compile=true trains under torch.compile and writes a checkpoint with the same names as any other run."""
     arguments = ["-m", "lightkit.train", *QUICK, "compile=true", "hydra.run.dir=out"]
-    # Which torch reads when it is imported.
+    # torch reads the variable at import.
     result = run_python(*arguments, cwd=tmp_path, environment={"TORCH_LOGS": "graph_code"}, status=0)
     assert "torch.ops.lightkit.layer_chain" in result.stderr
     weights = load_checkpoint(tmp_path / "out" / "checkpoints" / "last.ckpt")["state_dict"]
@@ -101,7 +101,7 @@ def test_compiled_model(tmp_path):
 
 
 def test_last_finds_the_latest_run(call, tmp_path):
-    """ckpt_path=last goes on with the latest run of that name, and says when nothing is left to do."""
+    """ckpt_path=last resumes the latest run of that name; resuming a complete run is an error."""
     assert call("train", *QUICK, cwd=tmp_path).returncode == 0
     done = call("train", *QUICK, "ckpt_path=last", cwd=tmp_path)
     assert done.returncode == 1
@@ -112,7 +112,7 @@ def test_last_finds_the_latest_run(call, tmp_path):
 
 
 def test_sweep(tmp_path):
-    """-m runs one job for each combination, each with a directory and results of its own."""
+    """-m runs one job for each combination, each with its own directory and results."""
     run("train", *QUICK, "-m", "seed=0,1", "optim=sgd", cwd=tmp_path, status=0)
     found = sorted(p.parent.name for p in (tmp_path / "runs" / "cnn").rglob("metrics.json"))
     assert found == ["0", "1"]
@@ -120,19 +120,19 @@ def test_sweep(tmp_path):
 
 @pytest.mark.skipif(not FASHION.is_dir(), reason="needs Debian's dataset-fashion-mnist")
 def test_fashion_mnist(tmp_path):
-    """A part of the full set, from the system's directory, trains to something far better than chance."""
+    """A job on a part of the system's full data set reaches an accuracy far above chance."""
     limits = ["trainer.max_epochs=1", "trainer.limit_train_batches=150", "trainer.limit_test_batches=4"]
     run("train", "+experiment=cnn", "data=fashion_mnist", *limits, "hydra.run.dir=out", cwd=tmp_path, status=0)
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["test/accuracy"] > 0.6
 
 
 def test_works_without_native_kernels(tmp_path):
-    """With the references alone the job runs, without a word about it where that was asked for."""
+    """LIGHTKIT_NATIVE=off runs a job on the references without a warning."""
     result = run("train", *QUICK, "optim=sgd", cwd=tmp_path, environment={"LIGHTKIT_NATIVE": "off"}, status=0)
     assert "native" not in result.stderr
 
 
 def test_says_what_keeps_it_from_lean_steps(tmp_path):
-    """A job that is slower than it might be says once why."""
+    """A job without lean steps prints the reason once."""
     result = run("train", *QUICK, "+trainer.profiler=simple", cwd=tmp_path, status=0)
     assert result.stderr.count("LeanLoop leaves Lightning's loop as it is: SimpleProfiler measures every part") == 1

@@ -1,4 +1,4 @@
-"""Jobs on two machines, which are network namespaces: what the check says, and what outlives a lost process or node."""
+"""Jobs on two machines, which are network namespaces: the network check, and recovery from lost processes and nodes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def network():
 
 
 def job(directory, *arguments, **faults):
-    """Arguments of a small training that keeps a diary, and in which something may happen."""
+    """Returns the arguments of a small training with the callback `faults.Faults`."""
     callback = {"_target_": "faults.Faults", "directory": directory, **faults}
     settings = [f"+callbacks.faults.{name}={value}" for name, value in callback.items()]
     return ["+experiment=cnn", "+debug=quick", "trainer.accelerator=cpu", "strategy=ddp", *settings, *arguments]
@@ -43,14 +43,14 @@ def diary(directory):
 
 
 def only_run(directory):
-    """The one run directory of a job, with everything in it that a run leaves."""
+    """Returns the only run directory of a job, after a check that the run is complete."""
     (run,) = (directory / "runs" / "cnn").iterdir()
     assert (run / "metrics.json").exists() and (run / "report.html").exists()
     return run
 
 
 def start_job(network, directory, nodes, arguments):
-    """Starts the command that the launcher prints, on both machines."""
+    """Starts the command that `lightkit.launch` prints on both machines."""
     started = []
     for rank in (0, 1):
         words = [
@@ -76,7 +76,7 @@ def start_job(network, directory, nodes, arguments):
 
 @needs_namespaces
 def test_a_killed_worker(network, tmp_path):
-    """Both machines go on from the last checkpoint, in the directory of before, and all epochs are done once."""
+    """Both machines resume from the last checkpoint in the same directory, and train each epoch once."""
     arguments = job(tmp_path, "trainer.max_epochs=4", rank=1, epoch=2)
     for process in start_job(network, tmp_path, "2", arguments):
         assert process.wait(60) == 0, (tmp_path / "log0").read_text()
@@ -86,7 +86,7 @@ def test_a_killed_worker(network, tmp_path):
     assert [f"epoch {epoch}/4" in said for epoch in (1, 2, 3, 4)] == [True] * 4
     assert load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 4
     events = diary(tmp_path)
-    # Both processes twice; the second time where the first had been killed.
+    # Both processes start twice; the second start begins with the epoch of the kill.
     starts = [(event["world"], event["epoch"]) for event in events if event["what"] == "start"]
     assert sorted(starts) == [(2, 0), (2, 0), (2, 2), (2, 2)]
     report_recovery(events, "kill")
@@ -94,7 +94,7 @@ def test_a_killed_worker(network, tmp_path):
 
 @needs_namespaces
 def test_a_node_is_cut_off(network, tmp_path):
-    """The machine with the rendezvous goes on alone from the last checkpoint, and does not wait in a collective."""
+    """The machine with the rendezvous resumes alone from the last checkpoint, and does not wait in a collective."""
     arguments = job(tmp_path, "trainer.max_epochs=40", pause=0.05)
     first, second = start_job(network, tmp_path, "1:2", arguments)
     wait_for(lambda: list(tmp_path.glob("runs/cnn/*/checkpoints/last.ckpt")), first, second)
@@ -115,21 +115,21 @@ def test_a_node_is_cut_off(network, tmp_path):
 
 
 def report_recovery(events, what):
-    """Prints, with -s, the seconds from a fault to the first batch after it."""
+    """Prints the seconds from a fault to the first batch after it; pytest shows them with -s."""
     fault = next(event["time"] for event in events if event["what"] == what)
     after = [event["time"] - fault for event in events if event["what"] == "start" and event["time"] > fault]
     print(f"recovered from {what} after {max(after):.1f} s")
 
 
 def torchrun(directory, *arguments):
-    """Runs a job of two processes on one machine, with torchrun as it comes."""
+    """Runs a job of two processes on one machine under torchrun with restarts."""
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2"]
     environment = {**with_modules("faults"), "OMP_NUM_THREADS": "1"}
     return run_python(*command, "-m", "lightkit.train", *arguments, cwd=directory, environment=environment, status=0)
 
 
 def test_restart_on_one_machine(tmp_path):
-    """Without any setting but the number of restarts; the learning curves keep what was before."""
+    """A restart needs no setting except the number of restarts; the logs keep the rows before it."""
     result = torchrun(tmp_path, *job(tmp_path, "trainer.max_epochs=3", rank=1, epoch=1))
     run = only_run(tmp_path)
     assert result.stdout.count(f"continuing {run}/checkpoints/last.ckpt") == 1
@@ -140,7 +140,7 @@ def test_restart_on_one_machine(tmp_path):
 
 
 def test_killed_while_it_writes_a_checkpoint(tmp_path):
-    """What was half written is not taken for a checkpoint: it goes on from the one before."""
+    """After a kill during a write the job resumes from the previous checkpoint."""
     torchrun(tmp_path, *job(tmp_path, "trainer.max_epochs=3", rank=0, epoch=1, writing=True))
     run = only_run(tmp_path)
     assert load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 3
@@ -152,7 +152,7 @@ def test_killed_while_it_writes_a_checkpoint(tmp_path):
 
 
 def test_restart_before_the_first_checkpoint(tmp_path):
-    """It begins again in the same directory, and not from the checkpoint that another job left there."""
+    """The job begins again in the same directory, and ignores another job's checkpoint there."""
     run = tmp_path / "out"
     stale = run / "checkpoints" / "last.ckpt"
     stale.parent.mkdir(parents=True)
@@ -164,7 +164,7 @@ def test_restart_before_the_first_checkpoint(tmp_path):
 
 
 def test_restart_of_a_sweep(tmp_path):
-    """The run that was hit goes on; the one before it is not done again; the one after it follows."""
+    """A restarted sweep skips the finished run, resumes the killed run, and starts the next run."""
     result = torchrun(tmp_path, *job(tmp_path, "trainer.max_epochs=2", "-m", "seed=0,1,2", rank=1, epoch=1, seed=1))
     (sweep,) = (tmp_path / "runs" / "cnn").iterdir()
     assert result.stdout.count(f"done before the restart: {sweep}/0\n") == 1
@@ -176,19 +176,19 @@ def test_restart_of_a_sweep(tmp_path):
 
 
 def test_restart_after_the_training(tmp_path):
-    """Killed in the test, a job goes on there: it has its weights, and no epoch is left to do."""
+    """A job that was killed during the test resumes with the test and trains no further epoch."""
     result = torchrun(tmp_path, *job(tmp_path, "trainer.max_epochs=1", rank=0, epoch=-1))
     run = only_run(tmp_path)
     assert "continuing" in result.stdout
     metrics = json.loads((run / "metrics.json").read_text())
-    # What the process that was killed had found out, too.
+    # The metrics include those that the killed process logged.
     assert metrics.keys() >= {"test/accuracy", "val/loss", "train/loss", "train/images_per_second", "wall_seconds"}
     assert metrics["epochs"] == 1
 
 
 @pytest.mark.parametrize("lacking", ["store", "id"])
 def test_restarts_that_could_not_work(tmp_path, lacking):
-    """Between machines torchrun needs settings for a restart, which are asked for before it would hang."""
+    """On several machines the job demands torchrun's settings for restarts at its start; a restart would hang."""
     variables = {
         "RANK": "0",
         "LOCAL_RANK": "0",
@@ -208,7 +208,7 @@ def test_restarts_that_could_not_work(tmp_path, lacking):
 
 
 class Checked:
-    """A check on both machines: exit statuses and what each said."""
+    """A run of `lightkit.launch check` on both machines: exit statuses and outputs."""
 
     def __init__(self, network, directory, *options, ranks=(0, 1), program=None, endpoint=ENDPOINT, variables=None):
         started = []
@@ -223,7 +223,7 @@ class Checked:
         self.said = [(directory / f"check{rank}").read_text() for rank in ranks]
 
     def faults(self):
-        """The faults, which both nodes tell."""
+        """Returns the faults, after a check that both nodes print the same ones."""
         found = [[text for text in said.splitlines() if text.startswith("fault: ")] for said in self.said]
         assert found[0] == found[-1] and set(self.statuses) == {1}, self.said
         return found[0]
@@ -231,7 +231,7 @@ class Checked:
 
 @needs_namespaces
 def test_check_of_a_good_network(network, tmp_path):
-    """No fault; addresses, ways and the speed of an all_reduce are in the table."""
+    """The check finds no fault; its table has addresses, routes and the speed of an all_reduce."""
     result = Checked(network, tmp_path, "--interface=cable")
     assert result.statuses == [0, 0], result.said
     for said in result.said:
@@ -241,7 +241,7 @@ def test_check_of_a_good_network(network, tmp_path):
 
 @needs_namespaces
 def test_check_finds_loopback(network, tmp_path):
-    """Without an interface gloo would publish what the machine's name stands for, here nothing or loopback."""
+    """Without --interface the check finds that gloo would publish the loopback address of the machine's name."""
     result = Checked(network, tmp_path)
     faults = result.faults()
     assert len(faults) == 2
@@ -252,7 +252,7 @@ def test_check_finds_loopback(network, tmp_path):
 
 @needs_namespaces
 def test_check_with_a_wrong_endpoint(network, tmp_path):
-    """Node 0 says that the address is not its own, and node 1 that nobody answers there."""
+    """Node 0 reports that the address is not its own, and node 1 that no process answers there."""
     result = Checked(network, tmp_path, "--timeout=5", "--interface=cable", endpoint=f"10.77.0.9:{PORT}")
     assert result.statuses == [1, 1] and result.seconds < 20
     assert (
@@ -265,7 +265,7 @@ def test_check_with_a_wrong_endpoint(network, tmp_path):
 @needs_namespaces
 @pytest.mark.parametrize("rank", [0, 1])
 def test_check_with_a_missing_node(network, tmp_path, rank):
-    """Who came says who did not, when the time is over."""
+    """After the timeout the present node reports the missing one."""
     result = Checked(network, tmp_path, "--timeout=4", "--interface=cable", ranks=(rank,))
     assert result.statuses == [1] and result.seconds < 20
     expected = {
@@ -277,7 +277,7 @@ def test_check_with_a_missing_node(network, tmp_path, rank):
 
 @needs_namespaces
 def test_check_with_different_numbers_of_nodes(network, tmp_path):
-    """Both say what is wrong, and not that somebody is missing."""
+    """Both nodes report the different numbers of nodes instead of a missing node."""
     command = [sys.executable, "-m", "lightkit.launch", "check", f"--endpoint={ENDPOINT}", "--interface=cable"]
     started = [
         network.start(
@@ -293,7 +293,7 @@ def test_check_with_different_numbers_of_nodes(network, tmp_path):
 
 @needs_namespaces
 def test_check_of_a_blocked_way(network, tmp_path):
-    """The nodes meet by one network, but nothing passes in the one that the job would use."""
+    """The check finds that the job's network is blocked while the nodes connect by another network."""
     for name, address in zip(network.names, ("10.78.0.1", "10.78.0.2"), strict=True):
         ip("-n", name, "address", "add", f"{address}/24", "dev", "cable")
     ip("-n", network.names[1], "route", "add", "blackhole", "10.77.0.1/32")
@@ -306,7 +306,7 @@ def test_check_of_a_blocked_way(network, tmp_path):
 
 @needs_namespaces
 def test_check_of_a_cut_network(network, tmp_path):
-    """With the link down node 1 finds no way, and node 0 nobody."""
+    """With the link down node 1 finds no route and node 0 finds no other node."""
     network.cut(1)
     result = Checked(network, tmp_path, "--timeout=4", "--interface=cable")
     assert result.statuses == [1, 1] and result.seconds < 20
@@ -316,7 +316,7 @@ def test_check_of_a_cut_network(network, tmp_path):
 
 @needs_namespaces
 def test_check_of_different_versions(network, tmp_path):
-    """Another torch on one node is a fault of that node."""
+    """The check reports the node with another version of torch."""
     other = (
         "import sys, torch; torch.__version__ = '2.9.1'; from lightkit.launch.__main__ import main; sys.exit(main())"
     )
@@ -328,7 +328,7 @@ def test_check_of_different_versions(network, tmp_path):
 
 @needs_namespaces
 def test_check_with_a_taken_port(network, tmp_path):
-    """Another program has the port of the endpoint: node 0 says so, and node 1 does not take that for node 0."""
+    """Node 0 reports that another program has the endpoint's port, and node 1 does not mistake it for node 0."""
     command = [sys.executable, "-m", "http.server", str(PORT)]
     blocker = network.start(0, command, tmp_path, tmp_path / "blocker")
     wait_for(lambda: is_listening(network.names[0]), blocker)
@@ -346,7 +346,7 @@ def is_listening(name):
 
 @needs_namespaces
 def test_scripts_find_the_address(network, tmp_path):
-    """What the scripts for SLURM and Kubernetes ask on each node, and torchrun then is told."""
+    """Each node prints the address that the scripts for SLURM and Kubernetes pass to torchrun."""
     for rank, address in enumerate(Network.addresses):
         command = f"{shlex.quote(sys.executable)} -m lightkit.launch address --endpoint={ENDPOINT}"
         process = network.start(rank, ["bash", "-c", command], tmp_path, tmp_path / "said")

@@ -1,4 +1,4 @@
-"""Jobs with a parameter server by the command line: one directory, whole checkpoints, and faults that it outlives."""
+"""Jobs with a parameter server on the command line: one directory, checkpoints, and recovery from faults."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def metrics_of(directory):
 
 
 def with_fault(what, directory, rank=1):
-    """Arguments and environment of a job in whose worker something happens."""
+    """Returns the arguments and the environment of a job with a fault in one worker."""
     callback = ["+callbacks.faulty._target_=faulty.Faulty", f"+callbacks.faulty.what={what}"]
     callback += [f"+callbacks.faulty.directory={directory}", f"+callbacks.faulty.rank={rank}"]
     return callback, with_modules("faulty")
 
 
 def test_same_as_data_parallel(tmp_path):
-    """The same weights as strategy=ddp; one directory without anything of the servers in it; evaluate agrees."""
+    """The weights equal those of strategy=ddp, the servers leave no files, and evaluate gives the same metrics."""
     run("train", *SGD, *TWO, "strategy.servers=2", "hydra.run.dir=servers", cwd=tmp_path, status=0)
     run("train", *SGD, *TWO[:2], "strategy=ddp", "hydra.run.dir=ddp", cwd=tmp_path, status=0)
     paths = [tmp_path / name / "checkpoints" / "last.ckpt" for name in ("servers", "ddp")]
@@ -51,7 +51,7 @@ def test_same_as_data_parallel(tmp_path):
 
 @pytest.mark.parametrize("mode", ["sync", "bounded"])
 def test_a_worker_is_killed(tmp_path, mode):
-    """The others go on, say so, and come to the end of the job."""
+    """The other workers print a message and finish the job."""
     callback, environment = with_fault("kill", tmp_path)
     arguments = [*SGD, *TWO, f"strategy.mode={mode}", "hydra.run.dir=out", *callback]
     result = run("train", *arguments, cwd=tmp_path, environment=environment, status=0)
@@ -60,7 +60,7 @@ def test_a_worker_is_killed(tmp_path, mode):
 
 
 def test_the_first_worker_is_killed(tmp_path):
-    """It has started the servers: the job ends, with one error, and nothing stays behind."""
+    """The first worker starts the servers, so that its end ends the job with one error and no orphans."""
     callback, environment = with_fault("kill", tmp_path, rank=0)
     result = run("train", *SGD, *TWO, *callback, cwd=tmp_path, environment=environment)
     assert "process 0 of 2 was ended by SIGKILL" in the_error(result)
@@ -69,7 +69,7 @@ def test_the_first_worker_is_killed(tmp_path):
 
 
 def test_a_server_is_killed(tmp_path):
-    """It is started again, and comes back with all that it had answered: the job does not notice."""
+    """The restarted server recovers every acknowledged update, and the job continues unchanged."""
     callback, environment = with_fault("server", tmp_path, rank=0)
     arguments = [*SGD, *TWO, "strategy.servers=2", "trainer.limit_train_batches=30", "hydra.run.dir=out", *callback]
     result = run("train", *arguments, cwd=tmp_path, environment=environment, status=0)
@@ -85,7 +85,7 @@ def test_a_server_is_killed(tmp_path):
 
 
 def test_started_one_by_one(tmp_path):
-    """Servers and workers each by a command of its own, as on different machines: they find each other."""
+    """Servers and workers that separate commands start, as on different machines, find each other."""
     environment = {"LIGHTKIT_SECRET": "of this test"}
     server = subprocess.Popen(
         command("lightkit.parameter_server", "--port", "0"),
@@ -107,12 +107,12 @@ def test_started_one_by_one(tmp_path):
     finally:
         server.kill()
     assert metrics_of(tmp_path / "one")["steps"] == 36
-    # What there is to read is worker 0's.
+    # Only worker 0 writes files.
     assert not (tmp_path / "two" / "metrics.json").exists()
 
 
 def test_a_wrong_secret(tmp_path):
-    """One error line, in seconds."""
+    """A wrong secret ends the worker with one error within seconds."""
     server = subprocess.Popen(
         command("lightkit.parameter_server", "--port", "0"),
         env={**os.environ, "LIGHTKIT_SECRET": "one"},
@@ -130,7 +130,7 @@ def test_a_wrong_secret(tmp_path):
 
 
 def test_the_server_needs_a_secret(monkeypatch):
-    """Nobody serves parameters to everybody by mistake."""
+    """A server without a secret does not start."""
     monkeypatch.delenv("LIGHTKIT_SECRET", raising=False)
     result = run_python("-m", "lightkit.parameter_server", "--port", "0", timeout=60, status=2)
     assert "LIGHTKIT_SECRET is not set" in result.stderr

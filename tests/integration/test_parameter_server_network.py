@@ -1,4 +1,4 @@
-"""A parameter server and two workers on two machines, which are network namespaces: what a cut cable does to them."""
+"""A parameter server and two workers on two machines, which are network namespaces, while the cable is cut."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TIMEOUT = 3.0
 
 
 class Pushing:
-    """A server and worker 0 on one machine, worker 1 on the other; all push until `stop`."""
+    """A server and worker 0 on one machine and worker 1 on the other; the workers push until `stop`."""
 
     def __init__(self, network, directory, mode):
         self.directory = directory
@@ -45,7 +45,7 @@ class Pushing:
         ]
 
     def wait_for_pushes(self, *ranks, seconds=60):
-        """Until each of them has had another answer."""
+        """Waits until each of the workers has received another reply."""
         before = {rank: self.pushes(rank) for rank in ranks}
         end = time.monotonic() + seconds
         while any(self.pushes(rank) <= count for rank, count in before.items()):
@@ -58,7 +58,7 @@ class Pushing:
         return path.read_text().count('"push"') if path.exists() else 0
 
     def stop(self):
-        """Ends all of it; what the server has counted."""
+        """Ends all processes and returns the server's count of pushes."""
         (self.directory / "stop").touch()
         assert [process.wait(60) for process in (*self.workers, self.server)] == [0, 0, 0], self.said()
         ends = [json.loads((self.directory / f"diary{rank}").read_text().splitlines()[-1]) for rank in (0, 1)]
@@ -72,13 +72,13 @@ class Pushing:
 
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_a_worker_is_cut_off(tmp_path, mode):
-    """The other goes on after the timeout; with the cable it comes back by itself; each answered push counts once."""
+    """The other worker continues after the timeout, the cut-off one rejoins, and each acknowledged push counts once."""
     with Network() as network:
         pushing = Pushing(network, tmp_path, mode)
         pushing.wait_for_pushes(0, 1)
         network.cut(1)
         end = time.monotonic() + 30
-        while "worker 1 gave no sign of life for 3 s: going on without it" not in pushing.said():
+        while "worker 1 sent no heartbeat for 3 s: continuing without it" not in pushing.said():
             assert time.monotonic() < end, pushing.said()
             time.sleep(0.1)
         pushing.wait_for_pushes(0)
@@ -88,14 +88,14 @@ def test_a_worker_is_cut_off(tmp_path, mode):
         count = pushing.stop()
     assert pushing.pushes(1) > alone
     if mode == "sync":
-        # A step has one push of each; worker 1 may make one more when worker 0 has stopped.
+        # A step has one push of each worker; worker 1 may make one more after worker 0 has stopped.
         assert count - pushing.pushes(0) in (0, 1)
     else:
         assert count == pushing.pushes(0) + pushing.pushes(1)
 
 
 def test_a_short_cut_is_waited_for(tmp_path):
-    """Shorter than the timeout, it ends nothing: the connection lives on."""
+    """The connections survive a cut that is shorter than the timeout."""
     with Network() as network:
         pushing = Pushing(network, tmp_path, "sync")
         pushing.wait_for_pushes(0, 1)
@@ -104,6 +104,6 @@ def test_a_short_cut_is_waited_for(tmp_path):
         network.mend(1)
         pushing.wait_for_pushes(0, 1)
         count = pushing.stop()
-    assert "is gone" not in pushing.said() and "going on without" not in pushing.said()
-    # One may stop a push before the other.
+    assert "is gone" not in pushing.said() and "continuing without" not in pushing.said()
+    # One worker may stop a push before the other.
     assert count == max(pushing.pushes(0), pushing.pushes(1)) <= min(pushing.pushes(0), pushing.pushes(1)) + 1

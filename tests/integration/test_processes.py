@@ -1,4 +1,4 @@
-"""Jobs of several processes, as a user starts them: one configuration, one directory, one end."""
+"""Jobs of several processes on the command line: one configuration, one directory, and a common end."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ SGD = ["+experiment=cnn", "optim=sgd", "trainer.max_epochs=1", "test=true"]
 
 @pytest.fixture(scope="module")
 def parallel(place):
-    """A job of two processes, each with batches of 50: its directory and what it said."""
+    """Returns the directory and the output of a job of two processes with batches of 50 each."""
     arguments = [*SGD, *TWO, "strategy=ddp", "data.batch_size=50", "hydra.run.dir=two"]
     result = run("train", *arguments, cwd=place, status=0)
     return place / "two", result.stdout + result.stderr
 
 
 def test_one_of_everything(parallel):
-    """One directory, log, report and set of checkpoints, of the whole test set, and not a word more than usual."""
+    """Two processes leave one directory, log, report and set of checkpoints, and print no more than one process."""
     directory, said = parallel
     assert sorted(p.name for p in directory.iterdir() if p.suffix != ".png") == [
         ".hydra",
@@ -70,7 +70,7 @@ def test_one_of_everything(parallel):
     ]
     assert sorted(os.listdir(directory / "checkpoints")) == ["best.ckpt", "last.ckpt"]
     metrics = metrics_of(directory)
-    # 3,600 digits in two halves of 36 batches of 50.
+    # Each process has 1,800 of the 3,600 digits: 36 batches of 50.
     assert metrics["steps"] == 36
     assert metrics["communication/bytes_per_step"] == 4 * 93322
     page = (directory / "report.html").read_text()
@@ -81,7 +81,7 @@ def test_one_of_everything(parallel):
 
 
 def test_evaluate_gives_the_same_numbers(parallel, tmp_path):
-    """The checkpoint is an ordinary one: one process measures it, and finds what two had found."""
+    """One process computes the same test metrics from the checkpoint as the two processes did."""
     directory, _ = parallel
     best = f"ckpt_path={directory}/checkpoints/best.ckpt"
     run("evaluate", best, "output=figures.json", cwd=tmp_path, status=0)
@@ -91,7 +91,7 @@ def test_evaluate_gives_the_same_numbers(parallel, tmp_path):
 
 
 def test_same_as_one_process(parallel, place):
-    """Two processes with batches of 50 and one with batches of 100: the weights to 1e-5."""
+    """Two processes with batches of 50 and one with batches of 100 give the same weights to 1e-5."""
     run("train", *SGD, "data.batch_size=100", "test=false", "hydra.run.dir=one", cwd=place, status=0)
     one, two = (load_checkpoint(place / name / "checkpoints" / "last.ckpt")["state_dict"] for name in ("one", "two"))
     for key in one:
@@ -99,7 +99,7 @@ def test_same_as_one_process(parallel, place):
 
 
 def test_resume_with_another_number_of_processes(parallel, place):
-    """Two processes' checkpoint goes on in one process, and in local training."""
+    """One process, and local SGD, resume from the checkpoint of two processes."""
     last = f"ckpt_path={place}/two/checkpoints/last.ckpt"
     base = [*SGD, "trainer.max_epochs=2", "trainer.limit_train_batches=20", "test=false", last]
     run("train", *base, "hydra.run.dir=on_one", cwd=place, status=0)
@@ -109,7 +109,7 @@ def test_resume_with_another_number_of_processes(parallel, place):
 
 
 def test_sweep(tmp_path):
-    """Each job of a sweep runs once, in two processes that have that job's configuration."""
+    """Each job of a sweep runs once, in two processes with the configuration of that job."""
     arguments = [*QUICK, *TWO, "strategy=local_sgd", "-m", "seed=0,1"]
     result = run("train", *arguments, cwd=tmp_path, status=0)
     (sweep,) = (tmp_path / "runs" / "cnn").iterdir()
@@ -122,7 +122,7 @@ def test_sweep(tmp_path):
 
 
 def test_torchrun(tmp_path):
-    """torchrun's processes train together; only the first one composes, and sweeps."""
+    """torchrun's processes train together, and only the first one composes and sweeps."""
     result = torchrun(*QUICK, "trainer.accelerator=cpu", "strategy=ddp", "-m", "seed=0,1", cwd=tmp_path)
     (sweep,) = (tmp_path / "runs" / "cnn").iterdir()
     configs = [yaml.safe_load((sweep / name / "config.yaml").read_text()) for name in ("0", "1")]
@@ -132,28 +132,28 @@ def test_torchrun(tmp_path):
 
 
 def test_help_under_torchrun(tmp_path):
-    """The processes that follow end with the first one, which has no job for them."""
+    """After --help the other processes end with the first one."""
     assert "+experiment=cnn" in torchrun("--help", cwd=tmp_path).stdout
 
 
 def test_more_processes_than_cores(tmp_path):
-    """Three processes, one of which has a smaller part of the test set."""
+    """Three processes train together; one of them has a smaller part of the test set."""
     arguments = [*QUICK, "trainer.accelerator=cpu", "trainer.devices=3", "strategy=diloco", "hydra.run.dir=out"]
     result = run("train", *arguments, cwd=tmp_path, status=0)
     assert metrics_of(tmp_path / "out")["steps"] == 1
-    # Nor does Lightning say which devices it sees.
+    # Lightning does not list the devices either.
     assert "GPU available" not in result.stdout + result.stderr
 
 
 def faulty(what, directory):
-    """Arguments and environment of a long job in which something happens."""
+    """Returns the arguments and the environment of a long job with a fault."""
     arguments = ["+experiment=cnn", *TWO, "strategy=ddp", "trainer.max_epochs=1000", "hydra.run.dir=out"]
     callback = ["+callbacks.faulty._target_=faulty.Faulty", f"+callbacks.faulty.what={what}"]
     return [*arguments, *callback, f"+callbacks.faulty.directory={directory}"], with_modules("faulty")
 
 
 def assert_no_orphans(directory, seconds=0.0):
-    """None of the processes that said they were there is there any more."""
+    """Asserts that no process of the job is left."""
     pids = [int(file.read_text()) for file in directory.glob("rank*.pid")]
     assert len(pids) == 2
     end = time.monotonic() + seconds
@@ -172,20 +172,20 @@ def assert_no_orphans(directory, seconds=0.0):
     ],
 )
 def test_a_process_fails(tmp_path, what, expected):
-    """The whole job ends, with one error that says what went wrong where it began."""
+    """If one process fails, the whole job ends with one error, that of the first failure."""
     arguments, environment = faulty(what, tmp_path)
     started = time.monotonic()
     result = run("train", *arguments, cwd=tmp_path, environment=environment, status=1)
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and errors[0].startswith(expected), result.stderr
-    # The traceback of a fault of the program, and of nothing else.
+    # Only a fault of the program has a traceback.
     assert result.stderr.count("Traceback") == (what == "fault")
     assert_no_orphans(tmp_path)
     assert time.monotonic() - started < 60
 
 
 def test_ended_by_sigterm(tmp_path):
-    """As a cluster ends what it takes a machine from: that is no success, and one line says how to go on."""
+    """SIGTERM, as from a cluster's scheduler, ends the job with a nonzero status and a hint how to resume."""
     arguments, environment = faulty("terminate", tmp_path)
     one = [*arguments, "trainer.devices=1", "strategy=auto", "+callbacks.faulty.rank=0"]
     result = run("train", *one, cwd=tmp_path, environment=environment, status=143)
@@ -194,14 +194,14 @@ def test_ended_by_sigterm(tmp_path):
 
 
 def test_no_result():
-    """Processes that end well without having done anything are not waited for."""
+    """The supervisor raises an error if the processes end with status 0 and without a result."""
     with pytest.raises(LightkitError, match="process 0 ended without a result"):
         Supervisor([sys.executable, "-c", "pass"], 2).run({})
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_the_leader_is_ended(tmp_path, number):
-    """Ctrl-C as with one process; however it ends, the others end with it, and checkpoints are whole."""
+    """However the leading process ends, the others end with it, and the checkpoints are complete."""
     arguments, environment = faulty("wait", tmp_path)
     process = subprocess.Popen(
         [sys.executable, "-m", "lightkit.train", *arguments, "trainer.limit_train_batches=4"],
@@ -210,7 +210,7 @@ def test_the_leader_is_ended(tmp_path, number):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        # A job in the background of a script ignores Ctrl-C, and so do its children unless told otherwise.
+        # A background job of a script ignores SIGINT, and its children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     checkpoint = tmp_path / "out" / "checkpoints" / "last.ckpt"
@@ -240,12 +240,12 @@ def test_the_leader_is_ended(tmp_path, number):
     ],
 )
 def test_bad_input(tmp_path, arguments, expected):
-    """One error line, from whichever process found it."""
+    """Wrong input gives one error line, whichever process finds it."""
     assert expected in the_error(run("train", *QUICK, *TWO, *arguments, cwd=tmp_path))
 
 
 def test_several_machines_need_torchrun():
-    """Nobody would start the processes of the others."""
+    """``trainer.num_nodes=2`` without torchrun is an error."""
     config = OmegaConf.create({"trainer": {"devices": 1, "num_nodes": 2}})
     with pytest.raises(ConfigError, match=r"trainer\.num_nodes=2: start the processes .* with torchrun"):
         count_processes(config)

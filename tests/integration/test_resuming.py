@@ -1,7 +1,7 @@
-"""Jobs that were ended before their end, and go on: the right run, from the right place, with nothing lost.
+"""Resumption of interrupted jobs: the right run, the right checkpoint, and complete logs.
 
-Each runs `lightkit.train` in this process. Where a test speaks of a kill, an exception ends the job at that point: what
-is then on the disk is what a kill leaves there.
+The tests run `lightkit.train` in this process. For a kill an exception ends the job; the files are then those that a
+kill at the same point would leave.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import sys
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
@@ -34,17 +35,16 @@ CLOCK = ("per_second", "matmul_rate", "wall_seconds", "(ms)")
 
 
 class Killed(BaseException):
-    """Ends a job as nothing else does."""
+    """Ends a job like a kill; no handler of the program catches it."""
 
 
 @pytest.fixture
 def train(tmp_path, monkeypatch, capsys):
-    """Runs `lightkit.train` in a directory of its own; returns status, standard output, standard error."""
+    """Returns a function that runs `lightkit.train` in ``tmp_path`` and returns status, standard output and error."""
     monkeypatch.chdir(tmp_path)
-    # The command sets it for its process.
+    # The command sets the variable for its process.
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    # Each takes longer than these jobs to train: drawing the figures, and composing a configuration to know its keys or
-    # its `hydra.mode`, which nobody sets here.
+    # Drawing the figures, and composing a configuration for its keys or for `hydra.mode`, take longer than these jobs.
     monkeypatch.setattr(lightkit.app.training.report, "write", lambda *arguments: None)
     monkeypatch.setattr(Hydra, "get_mode", lambda *arguments, **options: None)
     monkeypatch.setattr(lightkit.app.cli, "check_top_level", lambda *arguments: None)
@@ -56,7 +56,7 @@ def train(tmp_path, monkeypatch, capsys):
         if killed:
             with pytest.raises(Killed):
                 main()
-            # As the end of the process would.
+            # The end of a process would release the locks.
             for held in list(getattr(lightkit._util.atomic_write, "_held", ())):
                 lightkit._util.atomic_write.release(held)
             return None
@@ -67,7 +67,7 @@ def train(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def kill(monkeypatch):
-    """Ends the job when a function is called for the nth time."""
+    """Returns a function that makes the nth call of ``owner.name`` end the job."""
 
     def at(owner, name, call=1, after=False):
         calls, function = [], getattr(owner, name)
@@ -111,7 +111,7 @@ def weights(directory, name="last"):
 
 
 def assert_same(one, other):
-    """Both directories have the same checkpoints, rows and figures."""
+    """Asserts that both directories have the same checkpoints, rows and metrics."""
     for name in ("last", "best"):
         ours, theirs = weights(one, name), weights(other, name)
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
@@ -130,7 +130,7 @@ FORECAST = [
 ]
 
 
-# An epoch of them has 18, 37 and 4 steps.
+# An epoch of the three experiments has 18, 37 and 4 steps.
 @pytest.mark.parametrize(
     ("experiment", "stops", "every"),
     [
@@ -141,7 +141,7 @@ FORECAST = [
     ids=["cnn", "language_model", "forecast"],
 )
 def test_resume_is_bit_identical(train, experiment, stops, every):
-    """Stopped after an epoch, or in the middle of one, and resumed: the weights of an uninterrupted run."""
+    """A run that stopped after or within an epoch and resumed has the weights of an uninterrupted run."""
     Path("text.txt").write_text("the quick brown fox jumps over the lazy dog <&>\n" * 400)
     write_wave(Path("wave.csv"))
     job = [*experiment, *QUIET]
@@ -149,7 +149,7 @@ def test_resume_is_bit_identical(train, experiment, stops, every):
     assert train(directory="whole", job=job)[0] == 0
     whole = weights("whole")
     for stop in stops:
-        # A checkpoint of the end of an epoch needs no setting.
+        # The callback writes a checkpoint at the end of an epoch by default.
         settings = [] if stop == 18 else checkpoints
         assert train(f"trainer.max_steps={stop}", *settings, directory=f"{stop}", job=job)[0] == 0
         stopped = weights(f"{stop}")
@@ -162,32 +162,32 @@ def test_resume_is_bit_identical(train, experiment, stops, every):
 
 
 def test_last_has_the_same_seed(train):
-    """A run of another seed is not gone on with, though it is the newest; nor is one that looks for errors alone."""
+    """``ckpt_path=last`` ignores newer runs of another seed and debugging runs."""
     train("seed=0", "trainer.max_epochs=1", directory="runs/cnn/a")
     train("seed=1", "trainer.max_epochs=1", directory="runs/cnn/b")
     train("seed=0", "+debug=quick", "trainer.max_epochs=1", directory="runs/cnn/c")
     status, out, _ = train("seed=0", "optim.lr=0.01", "ckpt_path=last", directory="runs/cnn/d")
     assert status == 0 and "continuing runs/cnn/a/checkpoints/last.ckpt" in out
-    # A debugging run may well go on with another.
+    # A debugging run may resume another debugging run.
     status, out, _ = train("seed=0", "+debug=quick", "ckpt_path=last", "trainer.max_epochs=2", directory="runs/cnn/e")
     assert status == 0 and "continuing runs/cnn/c/checkpoints/last.ckpt" in out
 
 
 def test_nearest_run(train):
-    """Without a run of the same kind one line names the nearest, and what differs, with both values."""
+    """Without a matching run the error has the nearest run and the differences with both values."""
     train("seed=1", "trainer.max_epochs=1", directory="runs/cnn/a")
     train("seed=1", "trainer.max_epochs=1", "data.batch_size=50", "data.eval_batch_size=400", directory="runs/cnn/b")
     status, _, err = train("seed=2", "ckpt_path=last", directory="runs/cnn/c")
     assert status == 1
     assert err.splitlines()[-1].endswith("the nearest is runs/cnn/a: seed=1 there and 2 here")
-    # As near as the first one, and newer.
+    # This run is as near as the first one, and newer.
     status, _, err = train("seed=1", "data.eval_batch_size=400", "ckpt_path=last", directory="runs/cnn/d")
     assert err.splitlines()[-1].endswith("runs/cnn/b: data.batch_size=50 there and 100 here")
 
 
 @pytest.mark.parametrize("swept", ["seed=0,1", "optim.lr=0.01,0.001"])
 def test_jobs_of_another_sweep(train, swept):
-    """A sweep over more epochs: each job goes on with its own, and none with one of its neighbours."""
+    """Each job of a sweep over more epochs resumes its own run of the earlier sweep."""
     train("trainer.max_epochs=1", "hydra.sweep.dir=runs/cnn/one", "-m", swept)
     status, out, err = train("hydra.sweep.dir=runs/cnn/two", "ckpt_path=last", "-m", swept)
     assert status == 0, err
@@ -198,7 +198,7 @@ def test_jobs_of_another_sweep(train, swept):
 
 
 def trained(monkeypatch):
-    """Returns the list of the directories that were trained in, which grows."""
+    """Returns a list to which each training appends its directory."""
     found, function = [], lightkit.app.training.train
     monkeypatch.setattr(
         lightkit.app.training, "train", lambda config: (found.append(Path(config.run_dir).name), function(config))[1]
@@ -208,14 +208,14 @@ def trained(monkeypatch):
 
 @pytest.mark.parametrize("swept", ["seed=0,1,2", "seed=shuffle(range(5,8))"])
 def test_a_killed_sweep_goes_on(train, kill, monkeypatch, swept):
-    """What is done stays done, what was begun goes on from its checkpoint, the rest follows: all in one directory."""
+    """A resumed sweep skips finished jobs, resumes the killed job, and starts the rest, all in one directory."""
     sweep = Path("runs/cnn/sweep")
     kill(Checkpoint, "_save_last_checkpoint", call=4)
     train(f"hydra.sweep.dir={sweep}", "-m", swept, killed=True)
     kill.over()
     done = (sweep / "0" / "metrics.json").read_bytes()
     places = trained(monkeypatch)
-    # Whatever the directory of a new sweep would be.
+    # The directory of a new sweep does not matter.
     status, out, err = train("hydra.sweep.dir=runs/cnn/other", "-m", swept, "ckpt_path=last")
     assert status == 0, err
     assert "continuing the sweep runs/cnn/sweep" in out
@@ -230,7 +230,7 @@ def test_a_killed_sweep_goes_on(train, kill, monkeypatch, swept):
 
 
 def test_another_sweep_is_none_of_its_own(train, kill):
-    """A sweep with other overrides is left as it is; one that is plainly begun anew says that there is one."""
+    """``ckpt_path=last`` ignores a sweep with other overrides; a new sweep prints that an unfinished one exists."""
     kill(Checkpoint, "_save_last_checkpoint", call=4)
     train("hydra.sweep.dir=runs/cnn/one", "-m", "seed=0,1", killed=True)
     kill.over()
@@ -253,7 +253,7 @@ OPTUNA = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_j
     ],
 )
 def test_a_killed_sweep_by_optuna_goes_on(train, kill, monkeypatch, arguments):
-    """Its study is a file beside the trials; trials that are done count, and none is asked for twice."""
+    """The study is a file in the sweep's directory; finished trials count, and no trial runs twice."""
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     import optuna
 
@@ -277,12 +277,12 @@ def test_a_killed_sweep_by_optuna_goes_on(train, kill, monkeypatch, arguments):
 
 @pytest.mark.parametrize("moment", ["before the figures", "before the test", "before the report"])
 def test_only_the_report_was_left(train, kill, moment):
-    """A job that was killed after its last epoch is tested and reported, with the figures that it would have had."""
+    """A job that was killed after its last epoch runs the test and the report, with the metrics of an unkilled job."""
     train(directory="whole")
     if moment == "before the figures":
         kill(Checkpoint, "_save_last_checkpoint", call=2, after=True)
     elif moment == "before the test":
-        kill(lightkit.app.training.pl.Trainer, "test")
+        kill(pl.Trainer, "test")
     else:
         kill(lightkit.app.training.report, "write")
     train(directory="runs/cnn/killed", killed=True)
@@ -294,8 +294,8 @@ def test_only_the_report_was_left(train, kill, moment):
 
 
 def test_nothing_is_left_of_a_run_with_a_report(train, kill):
-    """It is refused by its path too; one without a report goes on by its path too."""
-    kill(lightkit.app.training.pl.Trainer, "test")
+    """Resuming a complete run by path is an error; a run without a report resumes by path too."""
+    kill(pl.Trainer, "test")
     train(directory="runs/cnn/killed", killed=True)
     kill.over()
     by_path = "ckpt_path=runs/cnn/killed/checkpoints/last.ckpt"
@@ -307,10 +307,10 @@ def test_nothing_is_left_of_a_run_with_a_report(train, kill):
 
 @pytest.mark.parametrize("directories", [("a", "b", "c"), ("a", "a", "a"), ("a", "b", "b")])
 def test_no_row_is_lost(train, kill, directories):
-    """Killed twice, each time in the middle of an epoch: the rows are those of a run that nobody killed, each once."""
+    """A run that was killed twice within an epoch has the rows of an unkilled run, each once."""
     train("trainer.max_epochs=3", directory="whole")
     for number, directory in enumerate(directories[:2]):
-        # After an epoch more, and two steps of the next.
+        # The kill comes one epoch and two steps later.
         kill(Checkpoint, "on_train_batch_end", call=6)
         resume = ["ckpt_path=last"] if number else []
         train("trainer.max_epochs=3", *resume, directory=f"runs/cnn/{directory}", killed=True)
@@ -322,7 +322,7 @@ def test_no_row_is_lost(train, kill, directories):
 
 
 def test_rows_up_to_the_step_of_the_checkpoint(train):
-    """A run that goes on from an earlier checkpoint does not have the rows that came after it, nor the old test's."""
+    """A run that resumes from an earlier checkpoint omits the rows after that checkpoint and the old test's row."""
     train("trainer.max_epochs=1", directory="runs/cnn/a")
     early = Path("runs/cnn/a/checkpoints/last.ckpt").read_bytes()
     train("ckpt_path=last", directory="runs/cnn/b")
@@ -334,7 +334,7 @@ def test_rows_up_to_the_step_of_the_checkpoint(train):
 
 
 def test_only_best_was_written(train, kill):
-    """A kill between ``best.ckpt`` and ``last.ckpt`` of the first epoch: the one that is there is gone on from."""
+    """After a kill between ``best.ckpt`` and ``last.ckpt`` of the first epoch the job resumes from ``best.ckpt``."""
     train(directory="whole")
     kill(Checkpoint, "_save_last_checkpoint")
     train(directory="runs/cnn/a", killed=True)
@@ -346,8 +346,8 @@ def test_only_best_was_written(train, kill):
 
 
 def test_a_damaged_checkpoint_is_passed_over(train, kill):
-    """The newest whole one counts; without any, an error names the file."""
-    kill(lightkit.app.training.pl.Trainer, "test")
+    """The newest undamaged checkpoint counts; without one the error names the file."""
+    kill(pl.Trainer, "test")
     train(directory="runs/cnn/a", killed=True)
     kill.over()
     last = Path("runs/cnn/a/checkpoints/last.ckpt")
@@ -362,8 +362,8 @@ def test_a_damaged_checkpoint_is_passed_over(train, kill):
 
 
 def test_a_plain_rerun_says_what_is_unfinished(train, kill):
-    """One line, if the newest run of the same kind was left in the middle; else none."""
-    kill(lightkit.app.training.pl.Trainer, "test")
+    """A new run prints one line if the newest matching run is unfinished, and none otherwise."""
+    kill(pl.Trainer, "test")
     train(directory="runs/cnn/a", killed=True)
     kill.over()
     line = "runs/cnn/a is unfinished: ckpt_path=last goes on with it\n"
@@ -373,8 +373,8 @@ def test_a_plain_rerun_says_what_is_unfinished(train, kill):
 
 
 def test_the_best_epoch_is_taken_along(train):
-    """What goes on in another directory knows the best epoch of before, and has its checkpoint."""
-    # As if a loss that falls were a bad sign.
+    """A run that resumes in another directory takes over the best epoch and its checkpoint."""
+    # With mode=max on a falling loss the first epoch stays the best.
     mode = "callbacks.checkpoint.mode=max"
     train(mode, "trainer.max_epochs=1", directory="runs/cnn/a")
     status, _, err = train(mode, "trainer.max_epochs=3", "ckpt_path=last", directory="runs/cnn/b")
@@ -385,7 +385,7 @@ def test_the_best_epoch_is_taken_along(train):
 
 
 def test_leftovers_are_cleared(train):
-    """A run in a directory where another was killed makes whole what it left, and removes what it had half written."""
+    """A run in the directory of a killed run completes its logs and removes its unfinished files."""
     place = Path("runs/cnn/a")
     (place / "checkpoints").mkdir(parents=True)
     (place / ".hydra").mkdir()
@@ -408,7 +408,7 @@ def test_leftovers_are_cleared(train):
 
 
 def test_a_running_job_is_left_alone(train, monkeypatch):
-    """Nobody goes on with a sweep, or writes to a run, that another process is at work on."""
+    """A job neither resumes a sweep nor writes to a run directory that another process holds."""
     import os
 
     import lightkit._util.atomic_write as files

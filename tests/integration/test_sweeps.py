@@ -1,4 +1,4 @@
-"""Sweeps as a user starts them: each trial once, alike in all of its processes, and the best of them known."""
+"""Sweeps on the command line: each trial runs once, with the same values in all processes, and the best is known."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ needs_optuna = pytest.mark.skipif(
 
 
 def sweep(directory, *arguments, status=0):
-    """Runs a sweep in whose jobs a witness writes down what they train with."""
+    """Runs a sweep with the callback `witness.Witness` in each job."""
     return run("train", *QUICK, *WITNESS, *arguments, cwd=directory, environment=with_modules("witness"), status=status)
 
 
 def trials(directory, processes):
-    """What rank 0 of each trial wrote down, having checked that all ranks trained once and with the same."""
+    """Returns the records of rank 0 of each trial, after a check that all ranks trained once with the same values."""
     found = []
     numbers = sorted(p.name for p in (directory / "sweep").iterdir() if p.is_dir())
     assert numbers == [str(i) for i in range(len(numbers))]
@@ -57,7 +57,7 @@ def several(processes):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_hydras_own(tmp_path, processes):
-    """All combinations, each once; a result is not asked for."""
+    """Hydra's basic sweeper runs each combination once and needs no objective."""
     sweep(tmp_path, *several(processes), "objective=nothing", "-m", "optim.lr=0.01,0.02", "seed=5")
     assert [(trial["lr"], trial["seed"]) for trial in trials(tmp_path, processes)] == [(0.01, 5), (0.02, 5)]
 
@@ -65,7 +65,7 @@ def test_hydras_own(tmp_path, processes):
 @needs_optuna
 @pytest.mark.parametrize("processes", [1, 2])
 def test_optuna(tmp_path, processes):
-    """Values out of an interval, the same in all processes, and the one with the lower validation loss is kept."""
+    """Optuna draws values from an interval, the same for all processes, and keeps the one with the lowest loss."""
     result = sweep(tmp_path, *several(processes), *OPTUNA, "-m", "optim.lr=tag(log,interval(0.0001,0.01))")
     found = trials(tmp_path, processes)
     values = [trial["lr"] for trial in found]
@@ -78,7 +78,7 @@ def test_optuna(tmp_path, processes):
 
 @needs_optuna
 def test_optunas_grid_with_a_trial_that_diverges(tmp_path):
-    """Each point once; a loss that is not a number is the worst one, whichever way is up."""
+    """Optuna's grid runs each point once; a NaN loss counts as the worst for either direction."""
     sweep(tmp_path, *GRID, "-m", "optim.lr=0.01,1e30")
     found = trials(tmp_path, 1)
     assert sorted(trial["lr"] for trial in found) == [0.01, 1e30]
@@ -92,7 +92,7 @@ def test_optunas_grid_with_a_trial_that_diverges(tmp_path):
 
 @needs_optuna
 def test_optuna_under_torchrun(tmp_path):
-    """The first of torchrun's processes asks for the trials, and all of them train each."""
+    """torchrun's first process asks for the trials, and all processes train each trial."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lightkit.train"]
     arguments = [*torchrun, *QUICK, *WITNESS, "strategy=ddp", *GRID, "-m", "seed=3,4"]
     run_python(*arguments, cwd=tmp_path, environment=with_modules("witness"), status=0)
@@ -105,15 +105,15 @@ def test_optuna_under_torchrun(tmp_path):
 @needs_optuna
 @pytest.mark.parametrize("processes", [1, 2])
 def test_no_such_objective(tmp_path, processes):
-    """One line that says which key is wrong, and where the right names are, after the first trial."""
+    """After the first trial one error line names the wrong key and the file with the known metrics."""
     result = sweep(tmp_path, *several(processes), *OPTUNA, "objective=val/los", "-m", "seed=1,2", status=1)
     assert "objective=val/los: the job has logged no such metric" in the_error(result)
     assert len(trials(tmp_path, processes)) == 1
 
 
 def test_without_optuna(tmp_path):
-    """The user reads what to install, not what a search path is."""
-    # As if it were not installed: no module of this name can be imported.
+    """The error says which package to install."""
+    # None in sys.modules makes the import fail as if the package were not installed.
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['hydra_plugins.hydra_optuna_sweeper'] = None\n")
     environment = {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
     arguments = ["-m", "lightkit.train", "+experiment=cnn", "hydra/sweeper=optuna", "-m", "seed=1,2"]

@@ -1,4 +1,4 @@
-"""A callback that writes down, in every process of a job, what that process trains with."""
+"""A callback that records in every process of a job the values with which that process trains."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ class StandIn:
             for name, value in vars(part).items()
             if isinstance(value, (bool, int, float, torch.Tensor))
         ]
-        # To capture does nothing yet.
+        # The capture runs nothing yet.
         state = {name: value.clone() for name, value in module.state_dict().items()}
         self._run()
         module.load_state_dict(state)
@@ -185,7 +185,7 @@ def test_a_batch_of_another_shape_has_a_graph_of_its_own():
 
     own = fit(module(), train=DataLoader(list(batches()), batch_size=None))
     assert_equal(fit(module(), Graphed(), train=DataLoader(list(batches()), batch_size=None)), own)
-    # Two epochs of twelve and twelve sizes: of each of eight, all but the first that is watched, within an epoch.
+    # Two epochs of twelve batches of each size: eight sizes are replayed, except the recorded batch.
     assert 40 < StandIn.replays < 90
 
 

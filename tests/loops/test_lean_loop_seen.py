@@ -195,7 +195,7 @@ class Looking(Callback):
         return {"look": None, "found": []}
 
 
-# What a program sees of the lean loop in the middle of an epoch, beside that of LeanLoop's docstring.
+# The state that a program sees within an epoch, in addition to the table in LeanLoop's docstring.
 DIFFERENCES = {
     "attributes of the training loop": {"run", "__getstate__"},
     "attributes of the module": {"log", "__getstate__"},

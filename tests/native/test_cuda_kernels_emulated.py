@@ -13,7 +13,7 @@ from cuda_emulation import EmulationError
 from torch import Tensor
 
 # One worker builds the emulator.
-pytestmark = pytest.mark.xdist_group("emulator")
+pytestmark = pytest.mark.group("emulator")
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # The order in which threads and blocks get their turn: a missing barrier shows in one of them.

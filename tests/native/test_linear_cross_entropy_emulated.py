@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 # One worker builds the emulator.
-pytestmark = pytest.mark.xdist_group("emulator")
+pytestmark = pytest.mark.group("emulator")
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 LAUNCH_FAILURE = 719

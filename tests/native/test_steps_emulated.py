@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightkit.optim import SGD
 
 # One worker builds the emulator.
-pytestmark = pytest.mark.xdist_group("emulator")
+pytestmark = pytest.mark.group("emulator")
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 STATES = {"sgd": ["momentum"], "adam": ["mean", "square", "largest"]}

@@ -86,7 +86,7 @@ def test_half_precision_is_more_exact_than_torch(options, dtype):
     def error(parameters):
         return torch.cat([(p.double() - e) for p, e in zip(parameters, exact, strict=True)]).abs().mean()
 
-    # torch's is NaN for some options in float16.
+    # torch's result is NaN for some options in float16.
     assert error(ours) < 0.02 and not error(theirs) * 1.02 < error(ours)
     assert all(optimizers[0].state[p]["exp_avg_sq"].dtype == torch.float32 for p in ours)
 
@@ -258,11 +258,11 @@ def test_conversion_in_the_middle(own_class, torch_class, dtype):
     revert = convert(optimizer)
     run(optimizer, 2, first=2)
     assert optimizer.state[changing[0]]["exp_avg"].dtype == torch.float32
-    # A copy made meanwhile is one that torch's class steps.
+    # torch's class steps a copy from within the conversion.
     copied = copy.deepcopy(optimizer)
     run(copied, 1, first=4)
     assert type(copied) is torch_class and vars(copied).keys() == vars(copy.deepcopy(reference)).keys()
-    # What is loaded meanwhile keeps the precision of what was saved.
+    # A state dict that is loaded during the conversion keeps its precision.
     saved = copy.deepcopy(optimizer.state_dict())
     optimizer.load_state_dict(saved)
     assert torch.equal(optimizer.state[changing[0]]["exp_avg"], saved["state"][0]["exp_avg"])
@@ -348,7 +348,7 @@ def test_means_that_fade_away_become_zero():
         parameter.grad = torch.ones_like(parameter) if step == 0 else torch.zeros_like(parameter)
         optimizer.step()
     assert (optimizer.state[parameter]["exp_avg"] == 0).all()
-    # The processor's mode is as it was.
+    # The step restores the processor's denormal mode.
     assert (torch.full((4,), 1e-39) * 1.0 != 0).all()
 
 

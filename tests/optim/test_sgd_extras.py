@@ -421,7 +421,7 @@ def test_what_is_written_past_autograd_counts_too(optimizer_class, dtype):
     optimizer.step()
     after = optimizer.state[parameter]["master_weight"]
     assert parameter.abs().max() == 0.5 and torch.equal(parameter, after.to(dtype))
-    # What nobody has written keeps the bits that its rounding lacks.
+    # Elements that were not written keep the bits that their rounding lacks.
     assert torch.equal(after[inside], before[inside])
 
 

@@ -138,7 +138,7 @@ def test_everything_at_once(cls) -> None:
         revert()
 
     actions = {
-        # That of the class that the optimizer has at the time.
+        # The step is that of the class at that time.
         "step": lambda: type(optimizer).step(optimizer),
         "other step": lambda: optimizer.step(),
         "save": lambda: saved.append(optimizer.state_dict()) or saved.__delitem__(slice(0, -3)),

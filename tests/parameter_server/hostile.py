@@ -1,4 +1,4 @@
-"""Peers of a server that do not do what they should: strangers without the secret, and workers that have it."""
+"""Hostile peers of a server: strangers without the secret, and workers with the secret that break the protocol."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightkit.parameter_server.protocol import PUSH_FLAGS, Request
 from lightkit.parameter_server.rendezvous import connect
 from lightkit.parameter_server.transport import FrameKind, TransportError
 
-# What other programs say first.
+# The first bytes of other programs.
 GREETINGS = {
     "http": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
     "tls": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
@@ -32,7 +32,7 @@ def stranger(address: str) -> socket.socket:
 
 
 def challenge_of(connected: socket.socket) -> bytes:
-    """Returns what the server says first."""
+    """Returns the challenge of the server."""
     return connected.recv(rendezvous._CHALLENGE.size, socket.MSG_WAITALL)
 
 
@@ -75,7 +75,7 @@ def guesses(address: str, rng: random.Random) -> None:
 
 
 def does_not_wait(address: str, rng: random.Random) -> None:
-    """Sends a hello and frames at once, with no proof."""
+    """Sends a response without a proof, and frames at once."""
     with stranger(address) as connected, contextlib.suppress(OSError):
         connected.sendall(rng.randbytes(rendezvous._RESPONSE.size) + rng.randbytes(rng.randrange(5000)))
         _until_closed(connected)
@@ -85,7 +85,7 @@ STRANGERS = {f"says {name}": says(text) for name, text in GREETINGS.items()}
 STRANGERS |= {f.__name__: f for f in (goes_away, resets, half_a_response, guesses, does_not_wait)}
 
 
-# Seconds that a stranger waits for the server to end the connection.
+# Seconds for which a stranger waits for the server to end the connection.
 PATIENCE = 15.0
 
 
@@ -96,13 +96,13 @@ def _until_closed(connected: socket.socket) -> None:
             pass
 
 
-class Joined:
-    """A worker that has joined, and says what it wants from then on."""
+class JoinedWorker:
+    """A worker that has joined, and sends arbitrary frames from then on."""
 
     def __init__(self, address, secret, who, timeout=5.0):
         self.connection = connect(address, secret, who, 5.0, timeout)
         self.connection.receive_header()
-        self.answer = self.connection.receive_message(1 << 20)
+        self.joined = self.connection.receive_message(1 << 20)
         (optimizer,) = who["job"]["tables"]
         self.count = sum(torch.Size(p["shape"]).numel() for p in optimizer["parameters"])
         hyperparameters = sum(map(len, optimizer["numbers"]))
@@ -113,7 +113,7 @@ class Joined:
         self.connection.send(self.metadata, torch.zeros(self.count if count is None else count))
 
     def frame(self, kind, length, content=b"", signed=True):
-        """Sends a frame that says another length than it has."""
+        """Sends a frame whose header may announce another length than that of its content."""
         connection = self.connection
         signature = bytes(16)
         if signed:
@@ -121,11 +121,11 @@ class Joined:
         connection._sent += 1
         connection._socket.sendall(struct.pack("<BQ16s", kind, length, signature) + content)
 
-    def hear(self):
-        """Returns the server's next answer, or None where it has ended the connection."""
+    def receive_reply(self):
+        """Returns the next reply of the server, or None if the server has ended the connection."""
         try:
-            answer = self.connection.receive_header()
-            return [*answer, self.connection.receive_message()["error"]] if answer[0] == 4 else answer
+            reply = self.connection.receive_header()
+            return [*reply, self.connection.receive_message()["error"]] if reply[0] == 4 else reply
         except TransportError:
             return None
 
@@ -231,7 +231,7 @@ def message_that_is_none(peer, rng):
     peer.frame(FrameKind.MESSAGE, len(text), text)
 
 
-def request_before_the_answer(peer, rng):
+def request_before_the_reply(peer, rng):
     peer.connection.send_header(Request.FINISH)
     peer.connection.send_header(Request.PULL)
 
@@ -271,7 +271,7 @@ WORKERS = {
         begins_again,
         begins_with_too_much,
         message_that_is_none,
-        request_before_the_answer,
+        request_before_the_reply,
         leaves_at_once,
         pulls_and_does_not_read,
         goes,
@@ -280,7 +280,7 @@ WORKERS = {
 
 
 def join_requests(who):
-    """Returns what a worker may say of itself that is not so, by what is wrong with it."""
+    """Returns invalid join requests, by the fault of each."""
     job = who["job"]
     (table,) = job["tables"]
     parameter = table["parameters"][0]

@@ -1,4 +1,4 @@
-"""What a server finds when it comes back: ends that were not written, and files that are damaged."""
+"""Recovery from incomplete and damaged files."""
 
 from __future__ import annotations
 
@@ -8,25 +8,16 @@ import random
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from workers import SECRET, Serving, Training, stop_serving
 
 from lightkit.errors import CheckpointError
 from lightkit.parameter_server import Server
 from lightkit.parameter_server.write_ahead_log import WriteAheadLog
 
-sys.path.insert(0, str(Path(__file__).parent))
-from workers import SECRET, Serving, Training, stop_serving
-
 UPDATES = 12
-
-
-@pytest.fixture(autouse=True)
-def servers_end():
-    yield
-    stop_serving()
 
 
 def gradient(number):
@@ -35,7 +26,7 @@ def gradient(number):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A directory with a snapshot and a log, and the byte at which each update ends."""
+    """Returns a directory with a snapshot and a log, and the byte at which each update ends."""
     directory = tmp_path_factory.mktemp("whole") / "server"
     log = WriteAheadLog(directory)
     log.snapshot({"number": 0, "weights": torch.arange(100.0), "workers": {"0": [1, 2.5, None, True]}})
@@ -64,14 +55,14 @@ def opened(directory, **options):
 
 
 def replayed(directory, **options):
-    """The numbers of the updates that count, whose tensors are looked at."""
+    """Returns the numbers of the replayed updates, after a check of their tensors; appends an update."""
     with opened(directory, **options) as log:
         assert log.load()["number"] == 0
         numbers = []
         for update, body in log.replay():
             assert body == b"".join(t.numpy().tobytes() for t in gradient(update["number"]))
             numbers.append(update["number"])
-        # It goes on from there.
+        # The log continues from there.
         log.append({"number": 99}, gradient(99))
     return numbers
 
@@ -87,8 +78,8 @@ def content_of(directory):
 
 
 @pytest.mark.parametrize("rest", ["nothing", "zeros", "many zeros"])
-def test_a_log_whose_end_was_not_written(whole, tmp_path, rest):
-    """Cut at any byte, with or without zeros after it as a loss of power leaves them: what is whole counts."""
+def test_an_incomplete_log(whole, tmp_path, rest):
+    """The complete updates count, at whatever byte the log ends, with or without zeros as after a loss of power."""
     directory, ends = whole
     rng = random.Random(17)
     size = ends[-1]
@@ -103,8 +94,8 @@ def test_a_log_whose_end_was_not_written(whole, tmp_path, rest):
         check_appended(tmp_path / "server", expected)
 
 
-def test_a_whole_log_that_ends_in_zeros(whole, tmp_path):
-    """Nothing of it is lost."""
+def test_a_complete_log_with_zeros(whole, tmp_path):
+    """All updates count."""
     path = copy_of(whole[0], tmp_path / "server")
     with path.open("ab") as stream:
         stream.write(bytes(4096))
@@ -143,10 +134,10 @@ def put_in(data, rng, until):
 
 @pytest.mark.parametrize("how", [flipped, zeroed, exchanged, left_out, put_in])
 def test_damage_in_the_middle_of_a_log(whole, tmp_path, how, caplog):
-    """The server stops with one line, changes nothing, and goes on before the damage when it is told to."""
+    """The error is one line and changes no file; with recover_until_damage the updates before the damage count."""
     caplog.set_level(logging.CRITICAL)
     directory, ends = whole
-    # The last record is whole.
+    # The last record stays whole.
     until = ends[-2]
     for seed in range(120):
         rng = random.Random(seed)
@@ -172,13 +163,13 @@ def test_damage_in_the_middle_of_a_log(whole, tmp_path, how, caplog):
 
 
 def test_damage_of_the_last_update(whole, tmp_path):
-    """It was answered: a flipped bit in it is damage, and no end that was not written."""
+    """A worker has the reply: a flipped bit in the last update is damage, and no incomplete record."""
     directory, ends = whole
     rng = random.Random(5)
     for _ in range(60):
         path = copy_of(directory, tmp_path / "server")
         data = bytearray(path.read_bytes())
-        # Not in the mark that says that it was written to its end.
+        # Keeps the trailer, which shows that the record was written to its end.
         data[rng.randrange(ends[-2], ends[-1] - 8)] ^= 1 << rng.randrange(8)
         path.write_bytes(data)
         with pytest.raises(CheckpointError, match="0 whole updates follow"):
@@ -186,16 +177,16 @@ def test_damage_of_the_last_update(whole, tmp_path):
         assert path.read_bytes() == data
 
 
-def test_a_log_that_is_gone(whole, tmp_path):
-    """Nobody takes the snapshot alone for all there was, unless told to."""
+def test_a_missing_log(whole, tmp_path):
+    """The server does not recover from the snapshot alone, unless recover_until_damage is set."""
     copy_of(whole[0], tmp_path / "server").unlink()
     with pytest.raises(CheckpointError, match=r"log-0\.bin is missing.*--recover-until-damage"):
         replayed(tmp_path / "server")
     assert replayed(tmp_path / "server", recover_until_damage=True) == []
 
 
-def test_what_was_pushed_is_no_record(whole, tmp_path):
-    """Bytes of a push that look like updates of another log are not found behind a torn end."""
+def test_pushed_bytes_are_no_record(whole, tmp_path):
+    """Pushed bytes with the updates of another log are not found behind an incomplete record."""
     directory, _ = whole
     other = tmp_path / "other"
     path = copy_of(directory, other)
@@ -213,7 +204,7 @@ def test_what_was_pushed_is_no_record(whole, tmp_path):
 
 @pytest.mark.parametrize("how", ["flip", "truncate", "zeros", "extend", "swap"])
 def test_damage_of_a_snapshot(whole, tmp_path, how):
-    """Always one clear error, and nothing is changed; never another state."""
+    """Each damage gives one clear error, and changes no file."""
     directory, _ = whole
     copy_of(directory, tmp_path / "server")
     path = tmp_path / "server" / "snapshot-0.bin"
@@ -244,7 +235,7 @@ def test_damage_of_a_snapshot(whole, tmp_path, how):
 
 @pytest.mark.parametrize("name", ["snapshot-3.pt", "snapshot-0.pt"])
 def test_a_directory_of_an_earlier_release(tmp_path, name):
-    """Its files have no checksums: refused, in one line, and left as they are."""
+    """The error is one line, and leaves the files, which have no checksums, as they are."""
     (tmp_path / name).write_bytes(b"a zip of torch")
     with pytest.raises(CheckpointError, match=r"earlier release of lightkit.*end that training with the release") as e:
         WriteAheadLog(tmp_path)
@@ -267,7 +258,7 @@ def test_a_directory_of_an_earlier_release(tmp_path, name):
     ids=str,
 )
 def test_a_snapshot_of_something_else(tmp_path, state):
-    """Whole, and no state of a server: one error, whatever it is."""
+    """A valid record with another content gives one error."""
     with opened(tmp_path / "server") as log:
         log.snapshot(state)
     with pytest.raises(CheckpointError, match="cannot recover from the snapshot") as caught:
@@ -277,7 +268,7 @@ def test_a_snapshot_of_something_else(tmp_path, state):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """What a server that was stopped in the middle of a training left, and its parameters."""
+    """Returns the directory of a server that was stopped during a training, and its parameters."""
     directory = tmp_path_factory.mktemp("trained") / "server"
     serving = Serving(directory=directory)
     training = Training(serving.addresses, 0, mode="async")
@@ -288,8 +279,8 @@ def trained(tmp_path_factory):
     return directory, torch.cat([p.detach().flatten() for p in training.parameters])
 
 
-def test_a_server_comes_back_from_a_log_that_ends_in_zeros(trained, tmp_path):
-    """As after a loss of power: all that was whole counts."""
+def test_a_server_recovers_from_a_log_with_zeros(trained, tmp_path):
+    """All complete updates count, as after a loss of power."""
     directory, weights = trained
     path = copy_of(directory, tmp_path / "server")
     with path.open("ab") as stream:
@@ -300,7 +291,7 @@ def test_a_server_comes_back_from_a_log_that_ends_in_zeros(trained, tmp_path):
 
 
 def test_a_server_stops_at_damage(trained, tmp_path):
-    """The command says in one line what is wrong and how to go on, and does so when it is told to."""
+    """The command reports damage and remedy in one line; with recover_until_damage the server recovers."""
     path = copy_of(trained[0], tmp_path / "server")
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 4

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from relay import Relay
+from support.processes import wait_for
+from workers import Serving, Training, together
 
 from lightkit.errors import ConfigError, LightkitError
 from lightkit.parameter_server import Clipping
 from lightkit.parameter_server.aggregation import AggregationRound
 from lightkit.parameter_server.shard import Shard
 from lightkit.parameter_server.transport import TransportError
-
-sys.path.insert(0, str(Path(__file__).parent))
-from relay import Relay
-from workers import Serving, Training, stop_serving, together
-
-
-@pytest.fixture(autouse=True)
-def servers_end():
-    yield
-    stop_serving()
 
 
 @pytest.fixture
@@ -39,13 +30,6 @@ def relays():
     yield make
     for relay in made:
         relay.close()
-
-
-def until(condition, seconds=20.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def in_background(function):
@@ -71,9 +55,9 @@ def test_reconnection_during_a_round(relays):
     first = Training([relay.address], 0, workers=2)
     second = Training(serving.addresses, 1, workers=2)
     thread, errors = in_background(lambda: first.step(0))
-    until(lambda: server.status().workers[0].pending)
+    wait_for(lambda: server.status().workers[0].pending)
     relay.cut(server_side=False)
-    until(lambda: server.status().joins == 3 and server.status().workers[0].pending)
+    wait_for(lambda: server.status().joins == 3 and server.status().workers[0].pending)
     # `pending` counts pushes of the current connection alone.
     end = time.monotonic() + 0.3
     while time.monotonic() < end:
@@ -129,9 +113,9 @@ def test_a_finished_worker_that_is_lost_does_not_end_the_training(relays):
     relay = relays(serving.addresses[0])
     trainings = [Training([relay.address], rank, workers=2, mode="async") for rank in (0, 1)]
     thread, errors = in_background(trainings[0].client.finish)
-    until(lambda: server.status().workers[0].has_finished)
+    wait_for(lambda: server.status().workers[0].has_finished)
     relay.go_down()
-    until(lambda: not server.status().connected)
+    wait_for(lambda: not server.status().connected)
     # The server checks twice in this time whether the training is over.
     serving.threads[0].join(0.5)
     assert serving.threads[0].is_alive()
@@ -150,7 +134,7 @@ def test_abandoning_does_not_wait_for_other_workers():
     (server,) = serving.servers
     trainings = [Training(serving.addresses, rank, workers=2) for rank in (0, 1)]
     thread, errors = in_background(lambda: trainings[0].step(0))
-    until(lambda: server.status().workers[0].pending)
+    wait_for(lambda: server.status().workers[0].pending)
     trainings[0].client.abandon()
     thread.join(15)
     assert not thread.is_alive() and isinstance(errors[0], LightkitError) and not isinstance(errors[0], TransportError)
@@ -198,7 +182,7 @@ def test_a_training_that_has_begun():
     first.step(0)
     weights = torch.cat([p.detach().flatten().clone() for p in first.parameters])
     first.client.abandon()
-    until(lambda: not serving.servers[0].status().connected)
+    wait_for(lambda: not serving.servers[0].status().connected)
     again = Training(serving.addresses, 0)
     assert not again.begun
     assert torch.equal(weights, torch.cat([p.detach().flatten() for p in again.parameters]))

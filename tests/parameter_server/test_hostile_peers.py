@@ -1,25 +1,16 @@
-"""Peers that have the secret and send what nobody expects: it costs their own connection, and nobody else's."""
+"""Workers with the secret that break the protocol: each loses its own connection, and the others train on."""
 
 from __future__ import annotations
 
 import random
 import secrets
-import sys
 import threading
 import time
-from pathlib import Path
 
+import hostile
 import pytest
 import torch
-
-from lightkit.errors import ConfigError, LightkitError
-from lightkit.parameter_server import Client, group_options
-from lightkit.parameter_server.protocol import Reply, Request
-from lightkit.parameter_server.rendezvous import Listener
-from lightkit.parameter_server.transport import TransportError
-
-sys.path.insert(0, str(Path(__file__).parent))
-import hostile
+from support.processes import wait_for
 from workers import (
     SECRET,
     ServerProcess,
@@ -29,34 +20,25 @@ from workers import (
     reference,
     sgd,
     spec_of,
-    stop_serving,
     together,
 )
 
-
-@pytest.fixture(autouse=True)
-def servers_end():
-    yield
-    stop_serving()
+from lightkit.errors import ConfigError, LightkitError
+from lightkit.parameter_server import group_options
+from lightkit.parameter_server.protocol import Reply, Request
+from lightkit.parameter_server.transport import TransportError
 
 
 def description(rank=1, **settings):
-    """What a worker of the tests says of itself."""
+    """Returns the join request of a worker of the tests."""
     model = network()
     spec = spec_of(model, sgd(model.parameters()), **settings)
     return {"rank": rank, "incarnation": secrets.token_hex(8), "timeout": 5.0, "job": spec.to_json()}
 
 
-def until(condition, seconds=10.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 @pytest.mark.parametrize("numbers", [5_000_000, 10])
 def test_a_push_of_another_size(numbers):
-    """Of 5,000,000 numbers where 75 are expected, or of 10: the server goes on, and the other worker with it."""
+    """The server refuses a push of 5,000,000 or 10 numbers in place of 75, and continues with the other worker."""
     server = ServerProcess()
     try:
         honest = Training([server.address], 0, workers=2, mode="async")
@@ -76,21 +58,21 @@ def test_a_push_of_another_size(numbers):
 
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("what", sorted(hostile.WORKERS))
-def test_a_worker_that_does_not_do_what_it_should(what, seed):
-    """Another worker trains meanwhile, to the same weights as without it: nothing of it counted."""
+def test_a_hostile_worker_changes_nothing(what, seed):
+    """Another worker trains meanwhile, and reaches the weights of a training without the hostile one."""
     serving = Serving(1, timeout=2.0)
     (server,) = serving.servers
     settings = {"workers": 1, "mode": "async", "timeout": 2.0}
     honest = Training(serving.addresses, 0, **settings)
     honest.step(0)
-    peer = hostile.Joined(serving.addresses[0], SECRET, description(workers=1, mode="async"))
+    peer = hostile.JoinedWorker(serving.addresses[0], SECRET, description(workers=1, mode="async"))
     hostile.WORKERS[what](peer, random.Random(seed))
     for step in range(1, 12):
         honest.step(step)
-    # It sends no signs of life: what has not been sent away ends by that.
-    until(lambda: server.status().connected == {0})
+    # The hostile worker sends no heartbeats: the server drops it at the latest after the timeout.
+    wait_for(lambda: server.status().connected == {0})
     peer.connection.close()
-    until(lambda: server.status().sessions == 1)
+    wait_for(lambda: server.status().sessions == 1)
     weights, _ = honest.end()
     assert torch.equal(weights, reference()[0])
     serving.threads[0].join(10)
@@ -98,23 +80,23 @@ def test_a_worker_that_does_not_do_what_it_should(what, seed):
 
 
 @pytest.mark.parametrize("what", ["large_push", "unknown_request", "unknown_optimizer", "begins_again", "huge_tensor"])
-def test_it_is_told_why(what):
-    """A worker that is sent away hears what was wrong, where it reads."""
+def test_a_refused_worker_gets_the_reason(what):
+    """A refused worker that reads the connection receives the reason."""
     serving = Serving(1)
     honest = Training(serving.addresses, 0, mode="async")
-    peer = hostile.Joined(serving.addresses[0], SECRET, description(mode="async"))
+    peer = hostile.JoinedWorker(serving.addresses[0], SECRET, description(mode="async"))
     if what == "large_push":
-        # So few that all of it is read by the system.
+        # The push is so small that it fits into the buffers of the system.
         peer.push(count=peer.count + 1)
     else:
         hostile.WORKERS[what](peer, random.Random(0))
-    answer = peer.hear()
-    assert answer is None or answer[0] == Reply.REFUSED
+    reply = peer.receive_reply()
+    assert reply is None or reply[0] == Reply.REFUSED
     honest.end()
 
 
-def test_hellos_that_are_none():
-    """Each is refused in seconds, and the next worker joins; none of them is remembered."""
+def test_invalid_join_requests():
+    """The server refuses each within seconds, remembers none, and accepts the next worker."""
     serving = Serving(1)
     (server,) = serving.servers
     honest = Training(serving.addresses, 0, workers=2, mode="async")
@@ -124,7 +106,7 @@ def test_hellos_that_are_none():
             connection = hostile.connect(serving.addresses[0], SECRET, who, 5.0, 5.0)
             assert connection.receive_header()[0] == Reply.OK, name
         assert time.monotonic() - started < 5, name
-    until(lambda: server.status().connected == {0})
+    wait_for(lambda: server.status().connected == {0})
     assert server.status().workers.keys() == {0}
     together(lambda: honest.step(0))
     second = Training(serving.addresses, 1, workers=2, mode="async")
@@ -150,11 +132,11 @@ def test_hellos_that_are_none():
     ],
     ids=str,
 )
-def test_a_job_that_cannot_begin(change, tmp_path):
-    """The worker is told, and the server begins with the next that can."""
+def test_a_training_that_cannot_begin(change, tmp_path):
+    """The server refuses an invalid begin message, and begins with the next worker."""
     serving = Serving(1, directory=tmp_path / "server")
     good = description(rank=0)
-    peer = hostile.Joined(serving.addresses[0], SECRET, good)
+    peer = hostile.JoinedWorker(serving.addresses[0], SECRET, good)
     model = network()
     start = {
         "job": good["job"],
@@ -164,51 +146,51 @@ def test_a_job_that_cannot_begin(change, tmp_path):
     }
     peer.connection.send_header(Request.BEGIN)
     peer.connection.send_message({**start, **change})
-    answer = peer.hear()
-    assert answer is None or answer[0] == Reply.REFUSED
-    until(lambda: not serving.servers[0].status().connected)
+    reply = peer.receive_reply()
+    assert reply is None or reply[0] == Reply.REFUSED
+    wait_for(lambda: not serving.servers[0].status().connected)
     training = Training(serving.addresses, 0)
     assert training.begun
     training.step(0)
     training.end()
 
 
-def test_pushes_again_and_of_any_number():
-    """Numbers that were there count once; what one worker says of its own pushes changes nothing for another."""
+def test_repeated_and_arbitrary_sequence_numbers():
+    """A repeated push counts once; the sequence numbers of one worker do not affect another."""
     serving = Serving(1)
     (server,) = serving.servers
     honest = Training(serving.addresses, 0, workers=1, mode="bounded", staleness=2)
-    peer = hostile.Joined(serving.addresses[0], SECRET, description(workers=1, mode="bounded", staleness=2))
-    for number in (1, 1, 0, -(2**63), 1):
-        peer.push(number)
+    peer = hostile.JoinedWorker(serving.addresses[0], SECRET, description(workers=1, mode="bounded", staleness=2))
+    for push_seq in (1, 1, 0, -(2**63), 1):
+        peer.push(push_seq)
         peer.connection.receive_header()
         peer.connection.receive(torch.zeros(peer.count))
     assert server.status().versions == (1,)
     peer.push(2**63 - 1)
-    until(lambda: server.status().versions == (2,))
+    wait_for(lambda: server.status().versions == (2,))
     together(lambda: [honest.step(step) for step in range(3)])
     honest.end()
 
 
-def test_who_leaves_in_the_middle_does_not_end_the_job(tmp_path):
-    """A worker that says that it leaves, and has not finished, counts as lost; nothing is removed."""
+def test_a_worker_that_leaves_early_does_not_end_the_training(tmp_path):
+    """A worker that leaves before it has finished counts as lost; the server keeps its files."""
     serving = Serving(1, directory=tmp_path / "server", timeout=3.0)
     honest = Training(serving.addresses, 0, workers=1, mode="async")
     honest.step(0)
-    peer = hostile.Joined(serving.addresses[0], SECRET, description(workers=1, mode="async"))
+    peer = hostile.JoinedWorker(serving.addresses[0], SECRET, description(workers=1, mode="async"))
     peer.connection.send_header(Request.LEAVE)
-    until(lambda: serving.servers[0].status().connected == {0})
-    # Its network breaks for a moment.
+    wait_for(lambda: serving.servers[0].status().connected == {0})
+    # The network of the honest worker fails for a moment.
     honest.client._sessions[0]._connection.close()
-    until(lambda: not serving.servers[0].status().connected)
+    wait_for(lambda: not serving.servers[0].status().connected)
     time.sleep(0.5)
     assert serving.threads[0].is_alive() and list((tmp_path / "server").glob("snapshot-*"))
     honest.step(1)
     honest.end()
 
 
-def test_a_push_of_a_worker_that_has_finished():
-    """Is refused: the others' steps have been without it."""
+def test_a_push_after_finish():
+    """The server refuses it: the other workers have made their steps without this worker."""
     serving = Serving(1)
     training = Training(serving.addresses, 0, mode="async")
     training.step(0)
@@ -219,12 +201,12 @@ def test_a_push_of_a_worker_that_has_finished():
     training.client.abandon()
 
 
-def test_a_trickle_is_no_push(monkeypatch):
-    """A byte now and then is not a sign of life for ever: the others of a sync step go on without it."""
+def test_a_slow_push_times_out(monkeypatch):
+    """A byte now and then does not keep a worker alive: the others make the sync step without it."""
     monkeypatch.setattr("lightkit.parameter_server.transport._MIN_BYTES_PER_SECOND", 1 << 40)
     serving = Serving(1, timeout=1.0)
     honest = Training(serving.addresses, 0, workers=2, timeout=1.0)
-    peer = hostile.Joined(serving.addresses[0], SECRET, description(workers=2))
+    peer = hostile.JoinedWorker(serving.addresses[0], SECRET, description(workers=2))
     peer.connection.send_header(Request.PUSH, 0, 1, 0)
     over = threading.Event()
 
@@ -244,8 +226,8 @@ def test_a_trickle_is_no_push(monkeypatch):
     honest.end()
 
 
-def test_waits_are_said_also_where_much_changes():
-    """A worker that waits hears so in time, although others push all the while."""
+def test_a_waiting_worker_gets_heartbeats_despite_frequent_changes():
+    """The server sends a waiting worker heartbeats in time, although another worker pushes all the while."""
     serving = Serving(1, timeout=1.0)
     busy = Training(serving.addresses, 0, workers=2, mode="async", timeout=1.0)
     waits = Training(serving.addresses, 1, workers=2, mode="async", timeout=1.0)
@@ -263,7 +245,7 @@ def test_waits_are_said_also_where_much_changes():
 
 
 def test_a_failed_step_is_not_in_the_log(tmp_path, monkeypatch):
-    """One push that the optimizer cannot take must not fail again each time that the server comes back."""
+    """A push that the optimizer rejects must not fail again at each recovery."""
     from lightkit.parameter_server import Server
     from lightkit.parameter_server.shard import Shard
 
@@ -278,11 +260,11 @@ def test_a_failed_step_is_not_in_the_log(tmp_path, monkeypatch):
         real(shard, gradients, present, hyperparameters)
 
     monkeypatch.setattr(Shard, "step", fails)
-    peer = hostile.Joined(serving.addresses[0], SECRET, description(mode="async"))
+    peer = hostile.JoinedWorker(serving.addresses[0], SECRET, description(mode="async"))
     peer.metadata[3] = 0.125
     peer.metadata[-4:] = 1
     peer.push()
-    assert peer.hear()[0] == Reply.REFUSED
+    assert peer.receive_reply()[0] == Reply.REFUSED
     training.step(1)
     serving.stop()
     again = Server(secret=SECRET, directory=tmp_path / "server")
@@ -294,154 +276,31 @@ def test_a_failed_step_is_not_in_the_log(tmp_path, monkeypatch):
     training.client.abandon()
 
 
-def test_no_more_connections_than_it_can_have(monkeypatch):
-    """One more is sent away, also of those that have the secret, and a place is free again when one goes."""
+def test_the_number_of_sessions_is_limited(monkeypatch):
+    """The server refuses one more worker, and accepts one after another worker has left."""
     monkeypatch.setattr("lightkit.parameter_server.server._MAX_SESSIONS", 3)
     serving = Serving(1)
     honest = Training(serving.addresses, 0, workers=1, mode="async")
     who = description(workers=1, mode="async")
-    peers = [hostile.Joined(serving.addresses[0], SECRET, {**who, "rank": rank}) for rank in (1, 2)]
+    peers = [hostile.JoinedWorker(serving.addresses[0], SECRET, {**who, "rank": rank}) for rank in (1, 2)]
     with pytest.raises(TransportError):
-        hostile.Joined(serving.addresses[0], SECRET, {**who, "rank": 3})
+        hostile.JoinedWorker(serving.addresses[0], SECRET, {**who, "rank": 3})
     honest.step(0)
     peers[0].connection.close()
-    until(lambda: serving.servers[0].status().sessions == 2)
-    third = hostile.Joined(serving.addresses[0], SECRET, {**who, "rank": 3})
+    wait_for(lambda: serving.servers[0].status().sessions == 2)
+    third = hostile.JoinedWorker(serving.addresses[0], SECRET, {**who, "rank": 3})
     for peer in (third, peers[1]):
         peer.connection.close()
     honest.end()
 
 
-class Impostor:
-    """A server that has the secret and does what it likes with whoever comes."""
-
-    def __init__(self, act):
-        self.listener = Listener("127.0.0.1", 0, SECRET, 2.0)
-        self.listener.listen()
-        self.address = f"127.0.0.1:{self.listener.port}"
-        self.over = threading.Event()
-        self.thread = threading.Thread(target=self.run, args=(act,), daemon=True)
-        self.thread.start()
-
-    def run(self, act):
-        kept = []
-        while not self.over.is_set():
-            if (connection := self.listener.accept(0.05)) is not None:
-                try:
-                    connection.receive_message()
-                    act(connection)
-                except TransportError:
-                    pass
-                kept.append(connection)
-        self.listener.close()
-        for connection in kept:
-            connection.close()
-
-    def stop(self):
-        self.over.set()
-        self.thread.join(5)
-
-
-def joined(connection, **fields):
-    connection.send_header(Reply.OK)
-    connection.send_message({"begun": True, "pushes": [0], "timeout": 1.0, **fields})
-
-
-def answers(*send):
-    def act(connection):
-        joined(connection)
-        connection.receive_header()
-        for one in send:
-            one(connection)
-
-    return act
-
-
-IMPOSTORS = {
-    "closes": lambda connection: connection.close(),
-    "says nothing": lambda connection: None,
-    "unknown answer": lambda connection: connection.send_header(77),
-    "refuses without a reason": lambda connection: (connection.send_header(Reply.REFUSED), connection.send_message(7)),
-    "refuses with rubbish": lambda connection: (connection.send_header(Reply.REFUSED), connection.send_header(1)),
-    "joined a list": lambda connection: (connection.send_header(Reply.OK), connection.send_message([1])),
-    "joined timeout": lambda connection: joined(connection, timeout="x"),
-    "joined timeout NaN": lambda connection: joined(connection, timeout=float("nan")),
-    "large reply": answers(lambda c: c.send_header(Reply.OK, 1), lambda c: c.send(torch.zeros(5_000_000))),
-    "small reply": answers(lambda c: c.send_header(Reply.OK, 1), lambda c: c.send(torch.zeros(3))),
-    "no reply": answers(lambda c: c.send_header(Reply.OK, 1)),
-    "norm of a pull": answers(lambda c: c.send_header(Reply.NORM)),
-    "message": answers(lambda c: c.send_message({"x": 1})),
-    "rubbish": answers(lambda c: c._socket.sendall(bytes(range(256)) * 10)),
-}
-
-
-@pytest.mark.parametrize("what", sorted(IMPOSTORS))
-def test_a_server_that_does_not_do_what_it_should(what, monkeypatch):
-    """A worker ends with one error, in the time that it has patience for."""
-    monkeypatch.setattr("lightkit.parameter_server.server_session._MAX_ATTEMPTS", 3)
-    impostor = Impostor(IMPOSTORS[what])
-    clients = []
-
-    def work():
-        model = network()
-        optimizer = sgd(model.parameters())
-        client = Client([impostor.address], SECRET, 0, spec_of(model, optimizer), timeout=0.5, patience=1.0)
-        clients.append(client)
-        client.start([group_options(optimizer)], [[p.detach() for p in model.parameters()]])
-        client.pull(0)
-
-    try:
-        with pytest.raises(LightkitError) as caught:
-            together(work, timeout=15)
-        assert "\n" not in str(caught.value)
-    finally:
-        clients[0].abandon()
-        impostor.stop()
-
-
-STATES = {
-    "nothing": [],
-    "a number": 5,
-    "numbers": [1],
-    "no flats": [{"state": [], "seeds": []}],
-    "other flats": [{"flats": [torch.zeros(3)], "state": [{}] * 4, "seeds": [None]}],
-    "flats of numbers": [{"flats": [1.0], "state": [{}] * 4, "seeds": [None]}],
-    "states of numbers": [{"flats": [torch.zeros(75)], "state": [1] * 4, "seeds": [None]}],
-    "seeds of text": [{"flats": [torch.zeros(75)], "state": [{}] * 4, "seeds": ["x"]}],
-    "too much": [{"flats": [torch.zeros(1_000_000)], "state": [{}] * 4, "seeds": [None]}],
-}
-
-
-@pytest.mark.parametrize("what", sorted(STATES))
-def test_a_state_that_is_none(what, monkeypatch):
-    """What goes into a checkpoint is what the job has."""
-    monkeypatch.setattr("lightkit.parameter_server.server_session._MAX_ATTEMPTS", 2)
-
-    def act(connection):
-        joined(connection)
-        connection.receive_header()
-        connection.send_header(Reply.OK)
-        connection.send_message(STATES[what])
-
-    impostor = Impostor(act)
-    model = network()
-    optimizer = sgd(model.parameters())
-    client = Client([impostor.address], SECRET, 0, spec_of(model, optimizer), timeout=1.0, patience=1.0)
-    try:
-        with pytest.raises(LightkitError, match=r"broke 2 connections in a row"):
-            client.state()
-    finally:
-        client.abandon()
-        impostor.stop()
-
-
-def test_an_old_connection_is_not_taken_for_the_new_one():
-    """Signs of life on a connection that was given up keep nobody alive."""
+def test_heartbeats_of_an_old_connection_do_not_count():
+    """A worker stays alive by its current connection alone."""
     serving = Serving(1)
     honest = Training(serving.addresses, 0, workers=2, mode="async")
     who = description(workers=2, mode="async")
-    first = hostile.Joined(serving.addresses[0], SECRET, who)
-    second = hostile.Joined(serving.addresses[0], SECRET, who)
+    first = hostile.JoinedWorker(serving.addresses[0], SECRET, who)
+    second = hostile.JoinedWorker(serving.addresses[0], SECRET, who)
     with pytest.raises(TransportError):
         first.connection.receive_header()
     second.push()

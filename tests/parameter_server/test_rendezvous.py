@@ -1,4 +1,4 @@
-"""Who comes to a server, and who stands at an address: strangers, other programs, and workers that go away."""
+"""Connections to a server before and during the handshake: strangers, other programs, and impostors."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import contextlib
 import logging
 import random
 import socket
-import sys
 import threading
 import time
 from datetime import timedelta
-from pathlib import Path
 
+import hostile
 import pytest
 import torch
 from torch.distributed import TCPStore
+from workers import SECRET, Serving, Training, reference, together
 
 from lightkit.errors import ConfigError
 from lightkit.parameter_server import Server
@@ -23,20 +23,10 @@ from lightkit.parameter_server.durable_state import DurableState
 from lightkit.parameter_server.rendezvous import Handshake, Listener, connect
 from lightkit.parameter_server.transport import ProtocolError, TransportError
 
-sys.path.insert(0, str(Path(__file__).parent))
-import hostile
-from workers import SECRET, Serving, Training, reference, stop_serving, together
-
-
-@pytest.fixture(autouse=True)
-def servers_end():
-    yield
-    stop_serving()
-
 
 @contextlib.contextmanager
 def listening(secret="the secret", timeout=5.0):
-    """Yields the address of a listener that a thread serves, and what has been accepted."""
+    """Yields a listener that a thread serves, its address, and the list of accepted connections."""
     listener, accepted, over = Listener("127.0.0.1", 0, secret, timeout), [], threading.Event()
     listener.listen()
 
@@ -54,8 +44,8 @@ def listening(secret="the secret", timeout=5.0):
     listener.close()
 
 
-def test_the_store_of_a_stranger():
-    """Nobody without the secret lists, sets, takes or waits for anything: there is no store at the port."""
+def test_the_port_is_no_store():
+    """A client of torch's TCPStore fails: the server has no store that a stranger could change."""
     serving = Serving(1)
     host, port = serving.addresses[0].split(":")
 
@@ -74,7 +64,7 @@ def test_the_store_of_a_stranger():
 
 @pytest.mark.parametrize("what", sorted(hostile.STRANGERS))
 def test_strangers(what, monkeypatch):
-    """Each costs nobody anything: no thread, no connection that stays, no worker that waits."""
+    """No stranger causes a thread or a lasting connection, or makes a worker wait."""
     serving = Serving(1)
     (server,) = serving.servers
     training = Training(serving.addresses, 0)
@@ -91,8 +81,8 @@ def test_strangers(what, monkeypatch):
 
 
 @pytest.mark.parametrize("count", [module.MAX_CONNECT_REQUESTS, 3 * module.MAX_CONNECT_REQUESTS])
-def test_strangers_that_stay(count):
-    """However many connections wait without a word, they have no thread, and a worker comes in between them."""
+def test_silent_strangers(count):
+    """Any number of silent connections has no thread, and a worker connects between them."""
     serving = Serving(1)
     listener = serving.servers[0].listener
     threads = threading.active_count()
@@ -107,29 +97,29 @@ def test_strangers_that_stay(count):
         started = time.monotonic()
         training = Training(serving.addresses, 0)
         training.step(0)
-        # It does not wait for those before it to be given up.
+        # The worker does not wait for the timeout of earlier connections.
         assert time.monotonic() - started < 8
         assert len(listener._requests) <= module.MAX_CONNECT_REQUESTS
     training.end()
 
 
-def test_the_busiest_address_makes_room():
-    """Where there are too many, those of the address that has most of them go first."""
+def test_the_busiest_address_loses_connections():
+    """With too many connections, the address with the most loses its oldest."""
     with listening() as (listener, _, _):
         patient = socket.create_connection(("127.0.0.1", listener.port), source_address=("127.0.0.2", 0))
         hostile.challenge_of(patient)
         others = [
             socket.create_connection(("127.0.0.1", listener.port)) for _ in range(2 * module.MAX_CONNECT_REQUESTS)
         ]
-        # The last one has been taken in.
+        # The listener has admitted the last connection.
         assert hostile.challenge_of(others[-1]) and len(listener._requests) >= module.MAX_CONNECT_REQUESTS - 1
         assert patient.getsockname() in [r.socket.getpeername() for r in list(listener._requests.values())]
         for connected in (patient, *others):
             connected.close()
 
 
-def test_a_stranger_has_so_much_time(monkeypatch, caplog):
-    """Whoever does not show in time that it knows the secret is sent away, also where it sends a byte now and then."""
+def test_the_handshake_has_a_timeout(monkeypatch, caplog):
+    """The listener drops a peer without a proof after the timeout, even if the peer sends a byte now and then."""
     monkeypatch.setattr(module, "HANDSHAKE_TIMEOUT", 0.5)
     with listening() as (listener, address, _), hostile.stranger(address) as connected:
         hostile.challenge_of(connected)
@@ -142,8 +132,8 @@ def test_a_stranger_has_so_much_time(monkeypatch, caplog):
     assert "did not prove within 0.5 s that it knows the secret" in caplog.text
 
 
-def test_what_is_logged_of_strangers_is_bounded(caplog):
-    """A line a second, however many come: they must not fill a disk."""
+def test_strangers_cannot_flood_the_log(caplog):
+    """The listener logs at most one warning a second, however many strangers connect."""
     caplog.set_level(logging.WARNING)
     with listening() as (_, address, _):
         started = time.monotonic()
@@ -155,7 +145,7 @@ def test_what_is_logged_of_strangers_is_bounded(caplog):
 
 
 def test_a_proof_cannot_be_used_again():
-    """Neither one that was seen, nor the server's own sent back to it."""
+    """The server rejects a recorded proof, and its own proof sent back."""
     with listening() as (_, address, accepted):
         with hostile.stranger(address) as connected:
             challenge = hostile.challenge_of(connected)
@@ -173,8 +163,8 @@ def test_a_proof_cannot_be_used_again():
     assert len(accepted) == 1
 
 
-def test_who_passes_a_handshake_on_can_say_nothing(monkeypatch):
-    """A stranger between a worker and a server that lets both show the secret has no key to sign with."""
+def test_a_relay_of_the_handshake_cannot_send(monkeypatch):
+    """A stranger that relays the handshake of a worker and a server has no key to sign frames."""
     with listening(timeout=2.0) as (_, address, accepted):
         between = socket.create_server(("127.0.0.1", 0))
 
@@ -198,8 +188,8 @@ def test_who_passes_a_handshake_on_can_say_nothing(monkeypatch):
             accepted[0].receive_header()
 
 
-def test_nobody_comes_before_it_has_recovered(tmp_path, monkeypatch):
-    """The port is not listened on until the server knows what it serves; a worker that has come waits."""
+def test_no_connection_before_the_recovery(tmp_path, monkeypatch):
+    """A restarted server listens after its recovery; a worker waits for that."""
     serving = Serving(1, directory=tmp_path / "server")
     port = serving.servers[0].listener.port
     training = Training(serving.addresses, 0)
@@ -224,16 +214,16 @@ def test_nobody_comes_before_it_has_recovered(tmp_path, monkeypatch):
     assert refused == [True]
 
 
-def test_a_stranger_at_the_address():
-    """Whoever listens without knowing the secret gets no gradient."""
+def test_an_impostor_without_the_secret():
+    """A listener without the secret gets no gradient."""
     with listening("what it guesses") as (_, address, accepted):
         with pytest.raises(ConfigError, match="the secret is not that of the server"):
             connect(address, "the real one", {}, 5, 5)
         assert not accepted
 
 
-def test_a_stranger_that_takes_every_proof():
-    """It would have to show one of its own."""
+def test_an_impostor_that_accepts_every_proof():
+    """The worker demands a proof of the server too."""
     with socket.create_server(("127.0.0.1", 0)) as other:
 
         def lie():
@@ -259,8 +249,8 @@ def test_a_stranger_that_takes_every_proof():
         ("127.0.0.1:0", ConfigError, "must be HOST:PORT"),
     ],
 )
-def test_nobody_there(address, error, message):
-    """A wrong address is an error within the patience, which names it."""
+def test_an_address_without_a_server(address, error, message):
+    """The error comes within the patience, and names the address."""
     started = time.monotonic()
     with pytest.raises(error, match=message):
         connect(address, "secret", {}, 1.0, 1.0)
@@ -268,8 +258,8 @@ def test_nobody_there(address, error, message):
 
 
 @pytest.mark.parametrize("text", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n" * 10, bytes(5000)])
-def test_another_program_that_answers(text):
-    """It is named in one line, whatever it says."""
+def test_another_program_that_replies(text):
+    """The error is one line, whatever the program sends."""
     with socket.create_server(("127.0.0.1", 0)) as other:
 
         def answer():
@@ -286,7 +276,7 @@ def test_another_program_that_answers(text):
 
 
 def test_another_program_at_the_port(monkeypatch):
-    """Something that listens but is no parameter server does not make the worker wait for ever."""
+    """A silent program at the address does not make the worker wait for ever."""
     monkeypatch.setattr(module, "HANDSHAKE_TIMEOUT", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as other:
         started = time.monotonic()
@@ -296,7 +286,7 @@ def test_another_program_at_the_port(monkeypatch):
 
 
 def test_two_servers_on_one_port():
-    """The second does not come up."""
+    """The second server does not come up."""
     serving = Serving(1)
     with pytest.raises(ConfigError, match=r"cannot listen on 127\.0\.0\.1:\d+: Address already in use"):
         Server(port=serving.servers[0].listener.port, secret="x")

@@ -1,65 +1,35 @@
-"""What workers and servers compute together, against torch alone; and what happens when some of them die."""
+"""Workers and servers compute the results of torch alone, in every mode and with every compression."""
 
 from __future__ import annotations
 
 import math
-import sys
-import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-
-import lightkit.optim
-from lightkit.errors import ConfigError, LightkitError
-from lightkit.parameter_server import Clipping
-from lightkit.parameter_server.hyperparameters import HyperparameterPath, write_hyperparameters
-
-sys.path.insert(0, str(Path(__file__).parent))
 from workers import (
     BATCH,
     INPUTS,
     LABELS,
-    STEPS,
-    ServerProcess,
     Serving,
     Training,
+    adam,
     network,
     reference,
     sgd,
-    stop_serving,
     together,
+    train,
 )
 
-
-@pytest.fixture(autouse=True)
-def servers_end():
-    yield
-    stop_serving()
-
-
-def train(addresses, rank, steps=STEPS, clipping=None, before=lambda step: None, **settings):
-    training = Training(addresses, rank, **settings)
-    for step in range(steps):
-        before(step)
-        training.step(step, clipping)
-    return training.end()
-
-
-def adam(parameters):
-    return lightkit.optim.Adam(parameters, lr=0.02)
-
-
-def other_numbers(parameters):
-    optimizer = sgd(parameters)
-    optimizer.param_groups[0]["dampening"] = None
-    return optimizer
+import lightkit.optim
+from lightkit.errors import ConfigError
+from lightkit.parameter_server import Clipping
+from lightkit.parameter_server.hyperparameters import HyperparameterPath, write_hyperparameters
 
 
 def two_groups(parameters):
-    """Groups with options of their own, in another order than the module's."""
+    """Makes an optimizer of two groups with different options, in another order than the module's."""
     first, *rest = parameters
     return lightkit.optim.SGD([{"params": rest, "lr": 0.05}, {"params": [first]}], lr=0.2, momentum=0.5, nesterov=True)
 
@@ -67,7 +37,7 @@ def two_groups(parameters):
 @pytest.mark.parametrize("make_optimizer", [sgd, adam, two_groups])
 @pytest.mark.parametrize(("servers", "workers"), [(1, 1), (1, 2), (2, 3), (7, 2)])
 def test_sync_is_one_process_with_the_whole_batch(servers, workers, make_optimizer):
-    """Any numbers of servers (also more than parameters) and workers: the same weights and state, to rounding."""
+    """Any numbers of servers (even more than parameters) and workers give the same weights and states, to rounding."""
     serving = Serving(servers)
     run = [
         lambda rank=rank: train(serving.addresses, rank, workers=workers, make_optimizer=make_optimizer)
@@ -86,7 +56,7 @@ def test_sync_is_one_process_with_the_whole_batch(servers, workers, make_optimiz
 
 
 def test_one_worker_is_torch_bit_for_bit():
-    """The wire and the server add nothing of their own."""
+    """One worker reaches the weights of torch alone to the bit."""
     serving = Serving(2)
     weights, _ = train(serving.addresses, 0)
     assert torch.equal(weights, reference()[0])
@@ -94,7 +64,7 @@ def test_one_worker_is_torch_bit_for_bit():
 
 @pytest.mark.parametrize("servers", [1, 2])
 def test_sync_clips_the_norm_of_the_mean(servers):
-    """As data parallel training does: the norm over all servers, not of a worker's gradient."""
+    """Clipping uses the norm of the mean gradient over all servers, as in data parallel training."""
     serving = Serving(servers)
     clipping = Clipping(max_norm=0.1)
     run = [lambda rank=rank: train(serving.addresses, rank, clipping=clipping, workers=2) for rank in (0, 1)]
@@ -105,7 +75,7 @@ def test_sync_clips_the_norm_of_the_mean(servers):
 
 
 def test_sync_clamps_the_mean():
-    """Clipping by value, of the mean's elements."""
+    """Clipping by value clamps the elements of the mean gradient."""
     serving = Serving(2)
     clipping = Clipping(max_value=0.01)
     run = [lambda rank=rank: train(serving.addresses, rank, clipping=clipping, workers=2) for rank in (0, 1)]
@@ -115,8 +85,8 @@ def test_sync_clamps_the_mean():
 
 
 @pytest.mark.parametrize("mode", ["sync", "async"])
-def test_skips_what_is_not_finite(mode):
-    """A step with a NaN in one worker's gradient changes nothing, on no server."""
+def test_nonfinite_gradients_are_skipped(mode):
+    """A step with a NaN in a worker's gradient changes no parameter on any server."""
     serving = Serving(2)
 
     def work(rank):
@@ -134,7 +104,7 @@ def test_skips_what_is_not_finite(mode):
 
 
 def scheduled(name, values):
-    """Sets an option of all groups before each step."""
+    """Returns a scheduler that sets an option of all groups before each step."""
 
     def set_option(optimizer, step):
         for group in optimizer.param_groups:
@@ -156,8 +126,8 @@ def scheduled(name, values):
         (torch.optim.Rprop, scheduled("etas", [(0.5, 1.2), (0.4, 1.1)])),
     ],
 )
-def test_options_come_with_the_push(make_optimizer, schedule):
-    """What a scheduler sets is what the servers step with, whole numbers, tensors and parts of tuples among it."""
+def test_a_push_carries_the_hyperparameters(make_optimizer, schedule):
+    """The servers step with the options that a scheduler has set: whole numbers, tensors and elements of tuples."""
     serving = Serving(2)
     training = Training(serving.addresses, 0, make_optimizer=make_optimizer)
     model = network()
@@ -178,15 +148,15 @@ def test_options_come_with_the_push(make_optimizer, schedule):
     [(2, 3.0, 3), (2, 0.5, 0.5), (2, math.inf, math.inf), (0.5, 3.0, 3.0), ((1, None, 0.5), 4.0, (4, None, 0.5))],
 )
 def test_whole_numbers_stay_whole(before, value, after):
-    """An option that counts something is still a count on the server, where its value is one."""
+    """An ``int`` option stays an ``int`` on the server if its new value is a whole number."""
     group = {"option": before}
     write_hyperparameters(group, [HyperparameterPath("option", 0 if isinstance(before, tuple) else -1)], [value])
     assert repr(group["option"]) == repr(after)
 
 
 @pytest.mark.parametrize("value", [None, True, "much", (0.9, 0.999)])
-def test_an_option_that_is_no_number_any_more(value):
-    """Refused by the worker: the server could not be told."""
+def test_an_option_that_is_not_a_number_any_more(value):
+    """The worker rejects it: a push carries numbers alone."""
     serving = Serving(1)
     training = Training(serving.addresses, 0)
     training.optimizer.param_groups[0]["weight_decay"] = value
@@ -196,7 +166,7 @@ def test_an_option_that_is_no_number_any_more(value):
 
 
 def test_no_gradient_no_update():
-    """A parameter without gradient stays as it is, weight decay or not, and has no state."""
+    """A parameter without a gradient keeps its value despite weight decay, and has no state."""
     serving = Serving(2)
     training = Training(serving.addresses, 0)
     before = [p.detach().clone() for p in training.parameters]
@@ -210,21 +180,21 @@ def test_no_gradient_no_update():
 
 
 @pytest.mark.parametrize(("compression", "share"), [("bf16", 0.5), ("topk", 0.25)])
-def test_compression_sends_less(compression, share):
-    """Half the bytes in bfloat16; of top-k an eighth of the elements, each with its position."""
+def test_compression_reduces_the_bytes(compression, share):
+    """bfloat16 halves the bytes; top-k sends an eighth of the elements, each with its index."""
     serving = Serving(1)
     training = Training(serving.addresses, 0, mode="async", compression=compression, fraction=1 / 8)
     training.step(0)
     count = sum(p.numel() for p in training.parameters)
     sent, received = training.client.traffic
-    # Three facts, four options of SGD, and which of four gradients there are.
-    facts = 8 * (3 + 4 + 4)
-    assert abs((sent - facts) / (4 * count) - share) < 0.02 and received >= 4 * count
+    # Three flags, four hyperparameters of SGD, and the presence of four gradients.
+    metadata = 8 * (3 + 4 + 4)
+    assert abs((sent - metadata) / (4 * count) - share) < 0.02 and received >= 4 * count
     training.end()
 
 
-def test_topk_sends_everything_in_the_end():
-    """Error feedback: with a constant gradient and plain SGD nothing is lost, only late."""
+def test_topk_loses_nothing():
+    """Error feedback delays the elements of a constant gradient, and loses none."""
     serving = Serving(1)
     plain = lambda parameters: torch.optim.SGD(parameters, lr=1.0)  # noqa: E731
     settings = {"mode": "async", "compression": "topk", "fraction": 0.25}
@@ -240,8 +210,8 @@ def test_topk_sends_everything_in_the_end():
 
 
 @pytest.mark.parametrize("mode", ["sync", "async"])
-def test_topk_and_a_gradient_that_is_not_finite(mode):
-    """A step that is left out takes nothing of what is still to be sent, and leaves nothing infinite behind."""
+def test_topk_with_a_nonfinite_gradient(mode):
+    """A skipped step keeps the residual of earlier gradients, and leaves no NaN in it."""
     serving = Serving(1)
     plain = lambda parameters: torch.optim.SGD(parameters, lr=1.0)  # noqa: E731
     training = Training(
@@ -260,15 +230,15 @@ def test_topk_and_a_gradient_that_is_not_finite(mode):
         push(0.0)
     moved = start - training.end()[0]
     if mode == "async":
-        # A worker clips its own gradient, before it is compressed: all of the first one arrives.
+        # A worker clips its gradient before the compression: the whole first gradient arrives.
         torch.testing.assert_close(moved, torch.ones_like(moved))
     else:
-        # In sync the mean is looked at, after that: what was added to the NaN is gone with it.
+        # The servers check the mean after the compression: the residual that was added to the NaN is lost.
         assert torch.isfinite(moved).all() and moved.sum() >= 5
 
 
-def test_async_counts_every_push_once():
-    """Pushes of a constant gradient by three workers add up exactly, in whatever order they come."""
+def test_async_counts_each_push_once():
+    """The pushes of a constant gradient by three workers add up exactly, in any order."""
     serving = Serving(2)
     plain = lambda parameters: torch.optim.SGD(parameters, lr=0.5)  # noqa: E731
 
@@ -286,8 +256,8 @@ def test_async_counts_every_push_once():
 
 
 @pytest.mark.parametrize("staleness", [0, 2])
-def test_bounded_holds_its_bound(staleness):
-    """With a slow worker the fast one is never further ahead than allowed, and comes to that."""
+def test_bounded_keeps_its_bound(staleness):
+    """The fast worker reaches the allowed lead over the slow one, and never exceeds it."""
     serving = Serving(2)
     counts, leads = [0, 0], []
 
@@ -302,275 +272,9 @@ def test_bounded_holds_its_bound(staleness):
         return training.end()
 
     together(lambda: work(0), lambda: work(1))
-    # A push of the slow one may be on the servers, and not yet counted here.
+    # The servers may have a push of the slow worker that the test has not counted yet.
     assert max(leads) <= staleness + 1
     assert max(leads) >= min(staleness, 1)
-
-
-def test_workers_come_and_go():
-    """In sync: one of two leaves without a word, the other goes on alone; who takes the place is waited for."""
-    serving = Serving(2)
-    steps_together = threading.Barrier(2, timeout=20)
-    left, came = threading.Event(), threading.Event()
-
-    def stays():
-        training = Training(serving.addresses, 0, workers=2)
-        for step in range(3):
-            steps_together.wait()
-            training.step(step)
-        left.wait(20)
-        for step in range(3, 6):
-            training.step(step)
-        came.wait(20)
-        for step in range(6, 9):
-            training.step(step)
-        return training.end()[0]
-
-    def leaves():
-        training = Training(serving.addresses, 1, workers=2)
-        for step in range(3):
-            steps_together.wait()
-            training.step(step)
-        # As when its process dies: the connections break.
-        for session in training.client._sessions:
-            session._connection.close()
-        training.client.abandon()
-        left.set()
-        time.sleep(0.5)
-        again = Training(serving.addresses, 1, workers=2)
-        came.set()
-        for step in range(6, 9):
-            again.step(step)
-        return again.end()[0]
-
-    one, two = together(stays, leaves)
-    assert torch.equal(one, two) and torch.isfinite(one).all()
-
-
-def test_who_takes_a_place_begins_to_count_anew():
-    """A push of a worker that is gone is not taken for one of who came in its place, whose own all count."""
-    serving = Serving(1)
-    (server,) = serving.servers
-    waits, goes_on = threading.Event(), threading.Event()
-
-    def stays():
-        training = Training(serving.addresses, 0, workers=2)
-        training.step(0)
-        training.step(1)
-        waits.set()
-        goes_on.wait(20)
-        for step in (2, 3, 4):
-            training.step(step)
-        return training.end()
-
-    def comes_and_goes():
-        training = Training(serving.addresses, 1, workers=2)
-        training.step(0)
-        training.step(1)
-        waits.wait(20)
-        # Its third push is there, but not the other worker's, when it goes.
-        training.client.push(0, training.gradients(2), training.optimizer.param_groups)
-        while not server.status().workers[1].pending:
-            time.sleep(0.01)
-        training.client.abandon()
-        while 1 in server.status().connected:
-            time.sleep(0.01)
-        again = Training(serving.addresses, 1, workers=2)
-        goes_on.set()
-        # The other one pushes first, and waits for this one.
-        time.sleep(0.3)
-        for step in (2, 3, 4):
-            again.step(step)
-        return again.end()
-
-    (weights, _), _ = together(stays, comes_and_goes)
-    assert server.status().workers[1].pushes == (3,) and server.status().versions == (5,)
-    # Both have been part of every step.
-    torch.testing.assert_close(weights, reference(steps=5)[0], rtol=0, atol=1e-6)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("snapshot_every", [1, 5, 1000])
-@pytest.mark.parametrize("workers", [1, 2])
-def test_servers_come_back(tmp_path, workers, snapshot_every):
-    """Servers killed in the middle, again and again: the result is that without faults, bit for bit.
-
-    From the snapshot alone, from the log alone, and from both. Some pushes meet a server that is gone, and some one
-    that had made the step but could not say so: they count once.
-    """
-    servers = [ServerProcess(tmp_path / str(number)) for number in range(2)]
-    addresses = [server.address for server in servers]
-    settings = {"workers": workers, "snapshot_every": snapshot_every, "mode": "sync" if workers > 1 else "async"}
-
-    def killing(step):
-        if step in (3, 6, 7):
-            server = servers[step % 2]
-            server.kill()
-            server.start()
-
-    try:
-        run = [lambda: train(addresses, 0, before=killing, **settings)]
-        run += [lambda rank=rank: train(addresses, rank, **settings) for rank in range(1, workers)]
-        faulty = together(*run)
-        assert [server.process.wait(20) for server in servers] == [0, 0]
-    finally:
-        for server in servers:
-            server.stop()
-    serving = Serving(2)
-    whole = together(*(lambda rank=rank: train(serving.addresses, rank, **settings) for rank in range(workers)))
-    assert torch.equal(faulty[0][0], whole[0][0])
-    for one, another in zip(faulty[0][1], whole[0][1], strict=True):
-        assert torch.equal(one["momentum_buffer"], another["momentum_buffer"])
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.slow
-def test_killed_during_a_push(tmp_path):
-    """Kills at no particular moment, while pushes of a constant gradient come one after the other: none is lost, none
-    counts twice."""
-    server = ServerProcess(tmp_path / "server")
-    plain = lambda parameters: torch.optim.SGD(parameters, lr=1.0)  # noqa: E731
-    over = threading.Event()
-    kills = 0
-
-    def kill():
-        nonlocal kills
-        pause = torch.Generator().manual_seed(1)
-        while not over.wait(0.05 + 0.3 * torch.rand(1, generator=pause).item()) and kills < 4:
-            server.kill()
-            server.start()
-            kills += 1
-
-    def work():
-        training = Training([server.address], 0, make_optimizer=plain, mode="async", snapshot_every=50)
-        start = torch.cat([p.detach().flatten().clone() for p in training.parameters])
-        pushes = 0
-        while kills < 4 or pushes < 100:
-            gradients = [torch.ones_like(p) for p in training.parameters]
-            training.take(training.client.push(0, gradients, training.optimizer.param_groups).result())
-            pushes += 1
-        over.set()
-        return start, pushes, training.end()[0]
-
-    try:
-        (start, pushes, weights), _ = together(work, kill)
-    finally:
-        server.stop()
-    # Of whole numbers up to 2^24 the sum of float32 is exact; the start is none.
-    torch.testing.assert_close(weights, start - pushes, rtol=1e-6, atol=0.02)
-    assert (weights - (start - pushes)).abs().max() < 0.5
-
-
-@pytest.mark.slow
-def test_a_torn_log_is_cut_off(tmp_path):
-    """A record that the end of the server cut short was never answered: it is left out, and the rest counts."""
-    server = ServerProcess(tmp_path / "server")
-    try:
-        training = Training([server.address], 0)
-        for step in range(6):
-            training.step(step)
-        server.kill()
-        (log,) = (tmp_path / "server").glob("log-*.bin")
-        with log.open("ab") as stream:
-            stream.write(b"\x10\x00\x00\x00\x00\x00\x00\x00\x20")
-        server.start()
-        for step in range(6, STEPS):
-            training.step(step)
-        assert torch.equal(training.end()[0], reference()[0])
-    finally:
-        server.stop()
-
-
-@pytest.mark.slow
-def test_without_a_snapshot_it_cannot_come_back():
-    """A server that has lost the parameters says so, instead of beginning anew."""
-    server = ServerProcess()
-    try:
-        training = Training([server.address], 0, snapshot_every=0)
-        training.step(0)
-        server.kill()
-        server.start()
-        with pytest.raises(LightkitError, match="came back without the parameters"):
-            training.step(1)
-    finally:
-        server.stop()
-
-
-@pytest.mark.slow
-def test_a_server_that_stays_away():
-    """The worker does not wait for ever."""
-    server = ServerProcess()
-    training = Training([server.address], 0, patience=1.0)
-    server.kill()
-    started = time.monotonic()
-    with pytest.raises(LightkitError, match=rf"{server.address} did not come back in 1 s"):
-        training.step(0)
-    assert time.monotonic() - started < 15
-
-
-def test_a_silent_worker_is_given_up():
-    """A host that is cut off sends nothing, not even that it ends: without signs of life the others go on."""
-    serving = Serving(1, timeout=1.0)
-
-    def stays():
-        training = Training(serving.addresses, 0, workers=2, timeout=1.0)
-        for step in range(4):
-            training.step(step)
-        return training.end()[0]
-
-    def falls_silent():
-        training = Training(serving.addresses, 1, workers=2, timeout=1.0)
-        training.step(0)
-        training.client._ended.set()
-        return training
-
-    started = time.monotonic()
-    weights, _ = together(stays, falls_silent)
-    assert torch.isfinite(weights).all() and time.monotonic() - started < 30
-
-
-def test_who_never_comes_is_not_waited_for_for_ever():
-    """The first steps wait for all workers that the job was told of, for the timeout."""
-    serving = Serving(1, timeout=1.0)
-    started = time.monotonic()
-    weights, _ = train(serving.addresses, 0, workers=2, timeout=1.0)
-    assert torch.isfinite(weights).all() and 0.5 < time.monotonic() - started < 30
-
-
-def test_refusals():
-    """Each a clear error within seconds: the secret, the model, the mode, a place that is taken."""
-    serving = Serving(1)
-    with pytest.raises(ConfigError, match="the secret is not that of the server"):
-        Training(serving.addresses, 0, secret="another")
-    first = Training(serving.addresses, 0, workers=2)
-    wide = lambda parameters: torch.optim.SGD(list(parameters)[:2], lr=0.1)  # noqa: E731
-    with pytest.raises(ConfigError, match="another model, of 2 parameters instead of 4"):
-        Training(serving.addresses, 1, make_optimizer=wide, workers=2)
-    with pytest.raises(ConfigError, match=r"the optimizer is lightkit\.optim\.adam\.Adam at this worker"):
-        Training(serving.addresses, 1, make_optimizer=adam, workers=2)
-    with pytest.raises(ConfigError, match="mode is async at this worker and sync at the others"):
-        Training(serving.addresses, 1, workers=2, mode="async")
-    with pytest.raises(ConfigError, match="other options that are numbers"):
-        Training(serving.addresses, 1, make_optimizer=other_numbers, workers=2)
-    with pytest.raises(ConfigError, match="there is a worker 0 already"):
-        Training(serving.addresses, 0, workers=2)
-    first.client.abandon()
-
-
-def test_another_version(monkeypatch):
-    """Workers and servers of different releases do not begin."""
-    import lightkit.parameter_server.rendezvous as rendezvous
-
-    class Release:
-        @property
-        def __version__(self):
-            is_worker = threading.current_thread().name.startswith("lightkit-parameter-server")
-            return "9.9" if is_worker else "1.0"
-
-    monkeypatch.setattr(rendezvous, "lightkit", Release())
-    serving = Serving(1)
-    with pytest.raises(ConfigError, match=r"the worker has lightkit 9\.9, the server 1\.0"):
-        Training(serving.addresses, 0)
 
 
 assert BATCH % 6 == 0, "equal parts for 1, 2 and 3 workers"

@@ -1,21 +1,17 @@
-"""What a server keeps on the disk: of one server, no longer than needed, and whole after any failure."""
+"""The write-ahead log: of one server, no longer than needed, and complete after any failure."""
 
 from __future__ import annotations
 
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from workers import Serving, Training, stop_serving
 
 import lightkit.parameter_server.write_ahead_log as module
 from lightkit.errors import ConfigError
 from lightkit.parameter_server import Server
 from lightkit.parameter_server.write_ahead_log import WriteAheadLog
-
-sys.path.insert(0, str(Path(__file__).parent))
-from workers import Serving, Training, stop_serving
 
 GRADIENT = [torch.arange(1000.0)]
 
@@ -26,8 +22,8 @@ def updates(directory):
     return [update["number"] for update, _ in log.replay()]
 
 
-def test_one_server_a_directory(tmp_path):
-    """A second one is told, and does not write to the log of the first."""
+def test_one_server_for_each_directory(tmp_path):
+    """A second server gets an error, and does not write to the log of the first."""
     first = WriteAheadLog(tmp_path / "place")
     with pytest.raises(ConfigError, match=r"another parameter server has the directory .*place"):
         WriteAheadLog(tmp_path / "place")
@@ -35,15 +31,15 @@ def test_one_server_a_directory(tmp_path):
     assert not (tmp_path / "place").exists()
 
 
-def test_for_this_user_alone(tmp_path):
-    """Parameters are nobody else's to read."""
+def test_other_users_have_no_access(tmp_path):
+    """The directory is for its user alone."""
     log = WriteAheadLog(tmp_path / "place")
     log.snapshot({})
     assert (tmp_path / "place").stat().st_mode & 0o077 == 0
 
 
-def test_what_an_end_in_the_middle_leaves(tmp_path):
-    """Between a new snapshot and the removal of the old one: it does not come back, in this job or the next."""
+def test_an_interrupted_snapshot(tmp_path):
+    """A server that ends before the removal of the old snapshot recovers from the new one."""
     log = WriteAheadLog(tmp_path)
     log.snapshot({"number": 0})
     log.append({"number": 1}, GRADIENT)
@@ -54,7 +50,7 @@ def test_what_an_end_in_the_middle_leaves(tmp_path):
         (tmp_path / name).write_bytes(content)
     (tmp_path / ".snapshot-8.bin.abcd").write_bytes(b"half")
     again = WriteAheadLog(tmp_path)
-    # Nothing is removed until it is known that what stays is whole.
+    # The server removes files after it has checked the rest.
     assert len(list(tmp_path.iterdir())) == 6
     assert again.load() == {"number": 2} and not list(again.replay())
     assert {path.name for path in tmp_path.iterdir()} == {"snapshot-1.bin", "log-1.bin", "lock"}
@@ -63,7 +59,7 @@ def test_what_an_end_in_the_middle_leaves(tmp_path):
 
 
 class Full:
-    """A log on a disk that has room for so many bytes."""
+    """A log on a disk with room for ``room`` bytes."""
 
     def __init__(self, log, room):
         self._log, self._room = log, room
@@ -82,7 +78,7 @@ class Full:
 
 @pytest.mark.parametrize("room", [0, 10, 50, 2000])
 def test_a_full_disk(tmp_path, room):
-    """An update that did not fit is an error, and hides none of those that come after it."""
+    """An update that does not fit gives an error, and the later updates count."""
     log = WriteAheadLog(tmp_path)
     log.snapshot({})
     log.append({"number": 1}, GRADIENT)
@@ -95,7 +91,7 @@ def test_a_full_disk(tmp_path, room):
 
 
 def test_a_snapshot_that_does_not_fit(tmp_path, monkeypatch):
-    """The one before it is still the one to come back from, with its log."""
+    """The server recovers from the earlier snapshot and its log."""
     log = WriteAheadLog(tmp_path)
     log.snapshot({"number": 0})
 
@@ -114,7 +110,7 @@ def test_a_snapshot_that_does_not_fit(tmp_path, monkeypatch):
 
 
 def test_the_log_does_not_fill_the_disk(tmp_path, monkeypatch):
-    """Long before 1000 updates a snapshot takes its place, and a server comes back from there."""
+    """A snapshot replaces a long log before 1000 updates, and a server recovers from it."""
     monkeypatch.setattr(module, "_MIN_LOG_BYTES", 0)
     serving = Serving(directory=tmp_path / "server")
     try:

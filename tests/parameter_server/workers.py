@@ -1,4 +1,4 @@
-"""A small model, trained by workers of a parameter server in threads, and by torch alone."""
+"""Helpers of the parameter server's tests: a small model, its workers and servers in threads, and torch alone."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import lightkit.optim
 from lightkit.parameter_server import Client, OptimizerSpec, Server, TrainingSpec, group_options
 
 SECRET = "a secret of the tests"
@@ -31,12 +32,16 @@ _NETWORK = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
 
 
 def network() -> nn.Sequential:
-    # Made once: the threads would take turns at the one random generator.
+    # A copy: threads that initialise models would share one random generator.
     return copy.deepcopy(_NETWORK)
 
 
 def sgd(parameters):
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.01)
+
+
+def adam(parameters):
+    return lightkit.optim.Adam(parameters, lr=0.02)
 
 
 def spec_of(model, optimizer, **settings) -> TrainingSpec:
@@ -45,7 +50,7 @@ def spec_of(model, optimizer, **settings) -> TrainingSpec:
 
 
 class Training:
-    """One worker: its model, and its connection."""
+    """One worker: its model, its optimizer and its client."""
 
     def __init__(self, addresses, rank, make_optimizer=sgd, secret=SECRET, timeout=5.0, patience=20.0, **settings):
         self.model = network()
@@ -62,7 +67,7 @@ class Training:
         torch._foreach_copy_([p.detach() for p in self.parameters], list(values))
 
     def gradients(self, step):
-        """Of this worker's part of a batch."""
+        """Returns the gradients of this worker's shard of a batch."""
         self.optimizer.zero_grad()
         part = slice(self.rank, None, self.workers)
         F.cross_entropy(self.model(INPUTS[step % STEPS][part]), LABELS[step % STEPS][part]).backward()
@@ -78,8 +83,16 @@ class Training:
         return torch.cat([value.flatten() for value in values]), state
 
 
+def train(addresses, rank, steps=STEPS, clipping=None, before=lambda step: None, **settings):
+    training = Training(addresses, rank, **settings)
+    for step in range(steps):
+        before(step)
+        training.step(step, clipping)
+    return training.end()
+
+
 def together(*functions: Callable[[], object], timeout: float = 60.0) -> list:
-    """Runs functions at the same time; their results, or what the first to fail raised."""
+    """Runs functions in threads; returns their results, or raises the error of the first that fails."""
     results, errors = [None] * len(functions), []
 
     def run(index):
@@ -122,17 +135,17 @@ _serving: list[Serving] = []
 
 
 def stop_serving():
-    """No server may be met by the end of the interpreter."""
+    """Stops all servers in threads."""
     while _serving:
         _serving.pop().stop()
 
 
 class ServerProcess:
-    """A server of its own process, which can be killed and started again."""
+    """A server process, which tests kill and restart."""
 
     def __init__(self, directory: Path | None = None, timeout=5.0, quiet=False):
         self.directory, self.timeout, self.port = directory, timeout, 0
-        # What it says is not read: a pipe that nobody reads would stop it in the end.
+        # A full pipe that no test reads would block the server.
         self.errors = subprocess.DEVNULL if quiet else subprocess.PIPE
         self.start()
 
@@ -163,7 +176,7 @@ class ServerProcess:
 
 
 def reference(make_optimizer=sgd, steps=STEPS, clip=lambda parameters: None):
-    """The same training by torch alone, with whole batches."""
+    """Trains by torch alone, with whole batches; returns the weights and the optimizer."""
     model = network()
     optimizer = make_optimizer(model.parameters())
     for step in range(steps):

@@ -1,6 +1,6 @@
-"""What programs do with lightkit on a TPU: run as ``python on_tpu.py tpu|xla FILE``, which gets what came of it.
+"""A program that uses lightkit on a TPU: ``python on_tpu.py tpu|xla FILE`` writes its results to FILE.
 
-``tpu`` is the device of torch_tpu, of which fake_tpu has one; ``xla`` is torch_xla's, which runs on a CPU too.
+``tpu`` is the device of torch_tpu, which fake_tpu provides; ``xla`` is that of torch_xla, which runs on a CPU too.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ if BACKEND == "xla":
     from torch_xla._internal import tpu
     from torch_xla.debug import metrics
 
-    # Lightning looks for hardware.
+    # Lightning checks for hardware.
     tpu.num_available_devices = lambda: 1
     DEVICE = torch_xla.device()
     TRAINER = {"accelerator": "tpu"}
 
     def reads() -> int:
-        """How many values, or tensors, have been brought to the host."""
+        """Returns the number of values or tensors copied to the host so far."""
         return (metrics.metric_data("TransferFromDeviceTime") or (0,))[0]
 
 else:
@@ -45,12 +45,12 @@ else:
     TRAINER = {"accelerator": "torch_tpu", "strategy": "torch_tpu"}
 
     def reads() -> int:
-        """How many values have been brought to the host."""
+        """Returns the number of values copied to the host so far."""
         return torch.ops.fake_tpu.reads()
 
 
 def operations(device):
-    """Losses and gradients."""
+    """Returns losses and gradients by operation."""
     generator = torch.Generator().manual_seed(1)
 
     def random(*sizes):
@@ -95,7 +95,7 @@ OPTIMIZERS = {
 
 
 def optimizers(device):
-    """Weights after some steps by a closure, what was read in one of them, and the norm of the last gradient."""
+    """Returns weights after steps by a closure, the reads of one step, and the norm of the last gradient."""
     results = {}
     for name, (cls, options) in OPTIMIZERS.items():
         dtype = torch.bfloat16 if "master" in name else torch.float32
@@ -119,7 +119,7 @@ def optimizers(device):
 
 
 class Module(pl.LightningModule):
-    """Knows nothing of lightkit."""
+    """A module without lightkit."""
 
     def __init__(self):
         super().__init__()
@@ -136,7 +136,7 @@ class Module(pl.LightningModule):
 
 
 class Reads(Callback):
-    """Counts what is read from one batch to the next, in the middle of an epoch."""
+    """A callback that counts the reads between two batches, in the middle of an epoch."""
 
     def __init__(self):
         self.counts, self.mark = [], None
@@ -149,7 +149,7 @@ class Reads(Callback):
 
 
 def train(directory, **options):
-    """A fit by Lightning's Trainer with all that lightkit plugs into it."""
+    """Runs a fit by Lightning's Trainer with all plug-ins of lightkit; returns the results."""
     generator = torch.Generator().manual_seed(4)
     data = TensorDataset(torch.randn(80, 1, 8, 8, generator=generator), torch.arange(80) % 4)
     fuse, lean, throughput, counter = FuseKernels(), LeanLoop(), Throughput(), Reads()

@@ -1,4 +1,4 @@
-"""As scenarios.py, with a parameter server; run as ``python parameter_server_scenarios.py DIRECTORY``."""
+"""Scenarios with a parameter server in two processes: ``python parameter_server_scenarios.py DIRECTORY``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightkit.strategies import ParameterServer
 
 
 class Scheduled(Module):
-    """With a rate that changes in every step."""
+    """A module whose learning rate changes in every step."""
 
     def configure_optimizers(self):
         optimizer = super().configure_optimizers()
@@ -27,14 +27,14 @@ class Scheduled(Module):
 
 
 class Fused(Module):
-    """With lightkit's optimizer, that clips by itself and averages."""
+    """A module with lightkit's optimizer, which clips gradients and averages weights."""
 
     def configure_optimizers(self):
         return SGD(self.parameters(), lr=0.1, momentum=0.9, max_grad_norm=0.2, ema_decay=0.9)
 
 
 class Uneven(Module):
-    """Whose second worker is slower."""
+    """A module whose second worker is slower."""
 
     def training_step(self, batch, batch_idx):
         time.sleep(0.02 * self.global_rank)
@@ -42,7 +42,7 @@ class Uneven(Module):
 
 
 class Fails(Callback):
-    """Once, at the third batch."""
+    """A callback that raises an error once, at the third batch."""
 
     has_failed = False
 
@@ -53,7 +53,7 @@ class Fails(Callback):
 
 
 def again():
-    """A training that fails, and another one by the same Trainer."""
+    """Runs a training that fails, and another one by the same Trainer."""
     trainer = bare_trainer(Fails(), devices=2, strategy="parameter_server", max_epochs=2)
     with contextlib.suppress(RuntimeError):
         trainer.fit(Module(), dealt(trainer.global_rank, 2))
@@ -63,7 +63,7 @@ def again():
 
 
 class Quasi(Module):
-    """With an optimizer that evaluates the model several times a step."""
+    """A module whose optimizer evaluates the model several times in a step."""
 
     def configure_optimizers(self):
         return torch.optim.LBFGS(self.parameters())

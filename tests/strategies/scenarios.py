@@ -1,7 +1,7 @@
-"""What a user's own script would do, in two processes: one small training a scenario, its outcome on each rank.
+"""Scenarios of a user's script in two processes: ``python scenarios.py DIRECTORY`` runs a small training for each.
 
-Run as ``python scenarios.py DIRECTORY``: the first Trainer starts the second process, as Lightning does it. Each
-rank writes a file of what it has of each scenario, for the tests to look at.
+The first Trainer starts the second process, as Lightning does. Each rank writes its outcomes to a file of the
+directory, for the tests.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lightkit.strategies import DiLoCo, LocalSGD
 
 
 class Thawing(Module):
-    """Trains its first layer from the second epoch on."""
+    """A module that trains its first layer from the second epoch on."""
 
     def setup(self, stage):
         self.net[0].requires_grad_(False)
@@ -29,7 +29,7 @@ class Thawing(Module):
 
 
 class Wrapped(Module):
-    """Has brought its own data parallel wrapper."""
+    """A module that wraps its network in DistributedDataParallel itself."""
 
     def configure_model(self):
         self.net = DistributedDataParallel(self.net)
@@ -61,7 +61,7 @@ def main(directory: Path) -> None:
         "uneven data_parallel": fit("data_parallel", **alone),
         "uneven max_steps": fit("local_sgd", max_steps=5, **alone),
         "validation within": fit(LocalSGD(period=3), validate=True, val_check_interval=2),
-        # Nothing averaged yet when the first of them comes to a validation and the other to its end.
+        # No average precedes the validation of one worker and the end of the other.
         "uneven validation within": fit(LocalSGD(period=100), validate=True, val_check_interval=4, **alone),
         "sync_batchnorm": fit("local_sgd", module=Module(norm=True), sync_batchnorm=True),
         "wrapped": fit("local_sgd", module=Wrapped()),

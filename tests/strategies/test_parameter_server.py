@@ -1,4 +1,4 @@
-"""The strategy in two real processes, next to Lightning's data parallel training of the same module."""
+"""The strategy in two processes, beside Lightning's data parallel training of the same module."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ranks(directory):
-    """What each of the two ranks has of each scenario."""
+    """Returns the outcome of each scenario on each of the two ranks."""
     trainer = bare_trainer(devices=1)
     trainer.fit(Module(), dealt())
     trainer.save_checkpoint(directory / "one.ckpt")
@@ -56,7 +56,7 @@ def weights(outcome):
     ],
 )
 def test_sync_is_data_parallel_training(ranks, name, stock):
-    """The same weights to rounding, in every process: with clipping, schedulers and manual optimization too."""
+    """All processes reach the weights of data parallel training, to rounding, with clipping and schedulers too."""
     ours, theirs = ranks[0][name], ranks[0][stock]
     torch.testing.assert_close(weights(ours), weights(theirs), rtol=0, atol=2e-6)
     assert torch.equal(weights(ours), weights(ranks[1][name]))
@@ -65,7 +65,7 @@ def test_sync_is_data_parallel_training(ranks, name, stock):
 
 @pytest.mark.slow
 def test_state_of_the_optimizer(ranks):
-    """After the training the optimizer has what the servers had, averages among it."""
+    """After the training the optimizer has the servers' state, averages included."""
     ours, theirs = ranks[0]["sync"]["optimizer"], ranks[0]["stock"]["optimizer"]
     assert ours["param_groups"] == theirs["param_groups"] and ours["state"].keys() == theirs["state"].keys()
     for index, entry in ours["state"].items():
@@ -75,11 +75,11 @@ def test_state_of_the_optimizer(ranks):
 
 @pytest.mark.slow
 def test_traffic(ranks):
-    """Each step sends the gradients and receives the parameters, once."""
+    """Each step sends the gradients once, and receives the parameters once."""
     count = sum(p.numel() for p in Module().parameters())
     sent = ranks[1]["sync"]["communication"]
     assert 4 * count < sent["communication/bytes_per_step"] < 4 * count + 200
-    # And once more at the beginning.
+    # The workers also receive the parameters at the beginning.
     steps = len(ranks[1]["sync"]["steps"])
     assert sent["communication/received_megabytes"] == pytest.approx(4e-6 * count * (steps + 1))
 
@@ -87,7 +87,7 @@ def test_traffic(ranks):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["async", "bounded", "manual, async", "accumulated", "loader", "saved last"])
 def test_workers_end_with_the_same(ranks, name):
-    """Whatever they did meanwhile, all workers end with what the servers have."""
+    """All workers end with the parameters of the servers."""
     one, two = (weights(rank[name]) for rank in ranks)
     assert torch.equal(one, two) and torch.isfinite(one).all()
     assert name == "manual, async" or not torch.equal(one, weights(ranks[0]["sync"]))
@@ -95,20 +95,20 @@ def test_workers_end_with_the_same(ranks, name):
 
 @pytest.mark.slow
 def test_after_a_training_that_failed(ranks):
-    """The same Trainer trains again, as if nothing had been."""
+    """After a failed training the same Trainer trains to the usual result."""
     for rank in ranks:
         assert torch.equal(weights(rank["again"]), weights(ranks[0]["sync"]))
 
 
 @pytest.mark.slow
 def test_validation_is_of_all_data(ranks):
-    """Every worker measures on all samples: in sync all measure the same."""
+    """Every worker validates on all samples: in sync all workers get the same loss."""
     assert ranks[0]["two servers"]["metrics"]["loss"] == ranks[1]["two servers"]["metrics"]["loss"]
 
 
 @pytest.mark.slow
 def test_resumes_exactly(ranks):
-    """From a checkpoint in the middle of an epoch: the same steps again, bit for bit, momentum included."""
+    """A run from a checkpoint within an epoch repeats the same steps, bit for bit."""
     for rank in ranks:
         assert torch.equal(weights(rank["resumed"]), weights(rank["whole"]))
         resumed = rank["resumed"]["steps"]
@@ -117,7 +117,7 @@ def test_resumes_exactly(ranks):
 
 @pytest.mark.slow
 def test_checkpoints_are_ordinary(ranks, directory):
-    """One device goes on from it, with the momentum; and a checkpoint of one device goes on here."""
+    """One device continues from a checkpoint of the strategy, and the strategy from one of one device."""
     checkpoint = torch.load(directory / "whole" / "step=8.ckpt", weights_only=True)
     (state,) = checkpoint["optimizer_states"]
     assert all("momentum_buffer" in entry for entry in state["state"].values())
@@ -128,7 +128,7 @@ def test_checkpoints_are_ordinary(ranks, directory):
 
 @pytest.mark.slow
 def test_lbfgs_is_refused(ranks):
-    """It evaluates the model several times in a step."""
+    """The strategy rejects LBFGS, which evaluates the model several times in a step."""
     assert "LBFGS evaluates the model several times" in ranks[0]["lbfgs"]["error"]
 
 
@@ -148,7 +148,7 @@ def test_lbfgs_is_refused(ranks):
     ],
 )
 def test_bad_arguments(arguments, expected):
-    """Said when the strategy is made."""
+    """The constructor raises the error."""
     with pytest.raises(ConfigError, match=expected):
         ParameterServer(**arguments)
 
@@ -158,12 +158,12 @@ def test_bad_arguments(arguments, expected):
     [("parameter_server", "sync"), ("parameter_server_async", "async"), ("parameter_server_bounded", "bounded")],
 )
 def test_registered(name, mode):
-    """By name for anybody's Trainer."""
+    """Each mode has a name for the Trainer."""
     assert StrategyRegistry[name]["init_params"].get("mode", "sync") == mode
 
 
 def test_addresses_need_a_secret(monkeypatch):
-    """Without it nothing is connected to."""
+    """Without a secret the strategy connects to no server."""
     monkeypatch.delenv("LIGHTKIT_SECRET", raising=False)
     strategy = ParameterServer(addresses=["127.0.0.1:29600"], worker=0, workers=1)
     with pytest.raises(ConfigError, match="LIGHTKIT_SECRET"):
@@ -171,7 +171,7 @@ def test_addresses_need_a_secret(monkeypatch):
 
 
 def alone(strategy=None, module=None, **options):
-    """A training with one worker, and its module."""
+    """Trains with one worker; returns the module."""
     module = module or Module()
     trainer = bare_trainer(devices=1, strategy=strategy or ParameterServer(), **options)
     trainer.fit(module, dealt(), dealt())
@@ -179,7 +179,7 @@ def alone(strategy=None, module=None, **options):
 
 
 class Does(Callback):
-    """Something in a hook."""
+    """A callback with the given hooks."""
 
     def __init__(self, **hooks):
         for name, action in hooks.items():
@@ -204,14 +204,14 @@ def thaw(module):
     ],
 )
 @pytest.mark.parametrize("mode", ["sync", "async"])
-def test_what_the_servers_would_not_hear_of(mode, hooks, expected):
-    """An error, and not a training that is silently another one."""
+def test_changes_that_the_servers_do_not_know(mode, hooks, expected):
+    """A change of the parameters between two steps is an error, and not silently lost."""
     with pytest.raises(ConfigError, match=expected):
         alone(ParameterServer(mode), callbacks=[Does(**hooks)])
 
 
 def test_swapped_and_back():
-    """Other weights for the time of a validation, as averages are, change nothing."""
+    """Weights that are swapped for a validation and swapped back, as averages are, change nothing."""
     kept = {}
 
     def swap(module):
@@ -238,13 +238,13 @@ def test_swapped_and_back():
     ],
 )
 def test_what_cannot_work_with_it(options, expected):
-    """Said before the first step."""
+    """The error comes before the first step."""
     with pytest.raises(ConfigError, match=expected):
         alone(**options)
 
 
 def test_nothing_is_left_behind(tmp_path):
-    """Neither of a training that fails, nor of one within another, as of a search for the learning rate."""
+    """A failed training and a search for the learning rate leave neither files nor servers."""
 
     def fail(module):
         raise RuntimeError("in the middle")
@@ -262,7 +262,7 @@ def test_nothing_is_left_behind(tmp_path):
 
 
 class WithRate(Module):
-    """With a rate that can be searched for, and lightkit's optimizer."""
+    """A module with an attribute ``lr``, which Lightning can search for, and lightkit's optimizer."""
 
     lr = 0.1
 
@@ -272,7 +272,7 @@ class WithRate(Module):
 
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_skipped_steps_are_counted(mode):
-    """By the optimizer, as where it steps itself."""
+    """The optimizer counts skipped steps, as it does without servers."""
 
     class Infinite(WithRate):
         def training_step(self, batch, batch_idx):
@@ -284,8 +284,8 @@ def test_skipped_steps_are_counted(mode):
 
 
 @pytest.mark.parametrize("secret", [None, "of the user"])
-def test_a_secret_that_was_chosen_is_not_told(monkeypatch, secret):
-    """The workers have it from the environment; what they tell each other anybody can read."""
+def test_a_chosen_secret_is_not_broadcast(monkeypatch, secret):
+    """Worker 0 does not broadcast a chosen secret: anyone can read the store."""
     told = []
     broadcast = ParameterServer.broadcast
     monkeypatch.setattr(ParameterServer, "broadcast", lambda self, x, src=0: told.append(x) or broadcast(self, x, src))
@@ -298,7 +298,7 @@ def test_a_secret_that_was_chosen_is_not_told(monkeypatch, secret):
 
 
 def test_several_machines_need_a_secret(monkeypatch):
-    """One that was made up would have to be told over the network."""
+    """A random secret would have to cross the network."""
     monkeypatch.delenv("LIGHTKIT_SECRET", raising=False)
     strategy = ParameterServer()
     strategy.num_nodes = 2
@@ -307,7 +307,7 @@ def test_several_machines_need_a_secret(monkeypatch):
 
 
 def test_mixed_precision_with_a_scaler_is_refused():
-    """Each worker would scale its gradients by a factor of its own."""
+    """The strategy rejects 16-mixed: each worker would scale its gradients by a factor of its own."""
     strategy = ParameterServer()
     strategy._precision_plugin = type("Scaled", (), {"scaler": object()})()
     strategy._lightning_module = Module()

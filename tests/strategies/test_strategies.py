@@ -1,4 +1,4 @@
-"""Two real processes against the arithmetic they stand for, done in one process with torch alone."""
+"""Strategies in two processes give the results of their arithmetic in one process by torch alone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ranks(directory):
-    """What each of the two ranks has of each scenario."""
+    """Returns the outcome of each scenario on each of the two ranks."""
     trainer = bare_trainer(devices=1)
     trainer.fit(Module(), dealt())
     trainer.save_checkpoint(directory / "one.ckpt")
@@ -45,14 +45,14 @@ def flat_state(outcome):
 
 
 def batches_of(rank, world=2):
-    """A rank's batches of an epoch."""
+    """Returns the batches of a rank in an epoch."""
     inputs, labels = samples()
     order = torch.arange(SAMPLES)[rank::world].split(BATCH)
     return [(inputs[i], labels[i]) for i in order]
 
 
 class Worker:
-    """One worker's model and optimizer, in this process."""
+    """The model and the optimizer of one worker, in this process."""
 
     def __init__(self, momentum=0.9):
         self.net = network()
@@ -71,9 +71,9 @@ def give(workers, weights):
 
 
 def simulate(merge, period, parts, epochs=2):
-    """Local training: `merge(workers)` is called after each period and at the end of each epoch.
+    """Trains locally, and calls `merge(workers)` after each period and at the end of each epoch.
 
-    ``parts`` has the batches of each worker; those whose batches are used up do not count any more.
+    ``parts`` has the batches of each worker; a worker without further batches does not count any more.
     """
     workers = [Worker() for _ in parts]
     for _ in range(epochs):
@@ -94,7 +94,7 @@ def mean(active, everyone):
 
 
 class OuterSGD:
-    """DiLoCo's merge, with torch's own SGD."""
+    """Returns DiLoCo's merge, with torch's SGD as the outer optimizer."""
 
     def __init__(self, lr=0.7, momentum=0.9):
         self.shared = torch.nn.Parameter(flat(network()))
@@ -135,19 +135,19 @@ FINISHED = [
 
 @pytest.mark.parametrize("name", FINISHED)
 def test_ranks_end_with_the_same_weights(ranks, name):
-    """To the bit, whatever the strategy; counters of batches in batch norms are each worker's own."""
+    """All ranks end with the same weights to the bit, except the batch counters of batch norms."""
     first, second = (rank[name]["state"] for rank in ranks)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first if "num_batches" not in key)
 
 
 def test_data_parallel_is_lightnings(ranks):
-    """Without compression, to the bit."""
+    """Without compression the weights are those of Lightning's ddp, to the bit."""
     assert torch.equal(flat_state(ranks[0]["stock"]), flat_state(ranks[0]["data_parallel"]))
 
 
 def test_data_parallel_equals_one_process(ranks):
-    """SGD with momentum on the whole batch, float32: to 1e-6 after 14 steps."""
+    """The weights are those of one process with the whole batch, to 1e-6 after 14 steps."""
     worker = Worker()
     for _ in range(2):
         for a, b in zip(batches_of(0), batches_of(1), strict=True):
@@ -156,7 +156,7 @@ def test_data_parallel_equals_one_process(ranks):
 
 
 def test_thawed_parameters_are_averaged_too(ranks):
-    """What is trained from the second epoch on alone: the same as one process, to 1e-6."""
+    """A layer that trains from the second epoch on gets the weights of one process, to 1e-6."""
     worker = Worker(momentum=0)
     for epoch in range(3):
         worker.net[0].requires_grad_(epoch > 0)
@@ -167,7 +167,7 @@ def test_thawed_parameters_are_averaged_too(ranks):
 
 @pytest.mark.parametrize(("name", "tolerance"), [("fp16", 2e-3), ("bf16", 2e-2)])
 def test_half_the_bytes(ranks, name, tolerance):
-    """Gradients really are rounded on their way, and by no more than their format does."""
+    """The compression rounds gradients, by no more than the rounding error of the format."""
     compressed, plain = ranks[0][f"data_parallel_{name}"], ranks[0]["data_parallel"]
     difference = (flat_state(compressed) - flat_state(plain)).abs().max()
     assert 0 < difference < tolerance
@@ -177,7 +177,7 @@ def test_half_the_bytes(ranks, name, tolerance):
 
 
 def test_powersgd_learns(ranks):
-    """It goes another way, with fewer bytes, to about the same loss."""
+    """PowerSGD sends fewer bytes, and reaches a similar loss by other weights."""
     inputs, labels = samples()
     losses = {}
     for name in ("data_parallel_powersgd", "data_parallel, 12 epochs"):
@@ -192,46 +192,46 @@ def test_powersgd_learns(ranks):
 
 
 def test_period_1_is_data_parallel(ranks):
-    """Averaging weights after each step of plain SGD is averaging gradients: to 1e-6."""
+    """With plain SGD, an average of the weights after each step equals an average of the gradients, to 1e-6."""
     local, parallel = ranks[0]["plain local_sgd of period 1"], ranks[0]["plain data_parallel"]
     assert_near(flat_state(local), flat_state(parallel))
 
 
 def test_local_sgd_is_the_average(ranks):
-    """Periods of 3 in epochs of 7 steps, momentum kept: the same in one process with torch alone, to 1e-6."""
+    """Periods of 3 steps in epochs of 7 give the weights of torch alone in one process, to 1e-6."""
     expected = simulate(mean, 3, [batches_of(0), batches_of(1)])
     assert_near(flat_state(ranks[0]["local_sgd"]), expected)
 
 
 def test_workers_go_their_own_ways_in_between(ranks):
-    """After the steps 3, 6, 7 of each epoch the weights are equal, and only then."""
+    """The workers have equal weights after the steps 3, 6 and 7 of each epoch, and at no other time."""
     pairs = zip(ranks[0]["local_sgd"]["steps"], ranks[1]["local_sgd"]["steps"], strict=True)
     equal = [torch.equal(a, b) for a, b in pairs]
     assert [index + 1 for index, same in enumerate(equal) if same] == [3, 6, 7, 10, 13, 14]
 
 
 def test_validation_sees_the_average(ranks):
-    """At the end of an epoch and within one."""
+    """A validation at the end of an epoch or within it measures the average."""
     names = ("local_sgd", "diloco as local_sgd", "validation within", "uneven", "uneven diloco")
     for name in (*names, "two optimizers", "two optimizers, diloco"):
         assert ranks[0][name]["metrics"]["same"] == 1, name
 
 
 def test_diloco_is_an_outer_step(ranks):
-    """The same in one process, with torch's SGD as the outer optimizer: to 2e-6."""
+    """DiLoCo gives the weights of one process with torch's SGD as the outer optimizer, to 2e-6."""
     expected = simulate(OuterSGD(), 3, [batches_of(0), batches_of(1)])
     assert_near(flat_state(ranks[0]["diloco"]), expected, 2e-6)
 
 
 def test_diloco_of_rate_1_without_momentum_is_local_sgd(ranks):
-    """The outer step goes all the way to the average: to 1e-6."""
+    """With outer_lr=1 and without momentum DiLoCo equals LocalSGD, to 1e-6."""
     assert_near(flat_state(ranks[0]["diloco as local_sgd"]), flat_state(ranks[0]["local_sgd"]))
 
 
 def test_accumulated_batches_are_one_step(ranks):
-    """Periods count steps of the optimizer: 4 in an epoch of 7 batches, averaged after the second and the fourth.
+    """A period counts optimizer steps: an epoch of 7 batches has 4, and averages after the second and the fourth.
 
-    Weights are also equal after a batch that only follows an average.
+    The batch after an average steps no optimizer, so that the weights stay equal.
     """
     pairs = zip(ranks[0]["accumulate"]["steps"], ranks[1]["accumulate"]["steps"], strict=True)
     equal = [torch.equal(a, b) for a, b in pairs]
@@ -239,14 +239,14 @@ def test_accumulated_batches_are_one_step(ranks):
 
 
 def test_running_statistics_are_averaged(ranks):
-    """Batch norm: equal on both ranks, while their inputs were not."""
+    """The running statistics of batch norms are equal on both ranks, whose inputs differ."""
     first, second = (rank["norm"]["state"]["net.1.running_mean"] for rank in ranks)
     assert torch.equal(first, second) and first.abs().sum() > 0
 
 
 @pytest.mark.parametrize(("name", "period"), [("uneven", 3), ("uneven diloco", 2)])
 def test_uneven_workers(ranks, name, period):
-    """Seven batches and four: who has come to the end waits, and does not count in what the other does alone."""
+    """With seven and four batches, the worker at its end waits, and does not count in the other's averages."""
     inputs, labels = samples()
     parts = [
         [(inputs[i : i + BATCH], labels[i : i + BATCH]) for i in range(start, end, BATCH)]
@@ -267,12 +267,12 @@ def test_uneven_workers(ranks, name, period):
     ],
 )
 def test_what_cannot_work_is_said_on_every_rank(ranks, name, expected):
-    """An error, where it would hang or be silently something else."""
+    """Unsupported settings give an error, where they would hang or silently change the training."""
     assert all(expected in rank[name]["error"] for rank in ranks)
 
 
 def test_resume_is_exact(ranks):
-    """From a checkpoint in the middle of the second epoch: weights and each rank's momentum, to the bit."""
+    """A run from a checkpoint within the second epoch has the same weights and momenta, to the bit."""
     for rank in ranks:
         whole, resumed = rank["whole"], rank["resumed"]
         assert len(resumed["steps"]) == 6 and len(whole["steps"]) == 14
@@ -287,7 +287,7 @@ def test_resume_is_exact(ranks):
 
 
 def test_checkpoint_is_ordinary(ranks, directory):
-    """It loads without the strategy and with weights_only, into a module, and into a Trainer that goes on."""
+    """A checkpoint loads with weights_only into a module, and into a Trainer without the strategy."""
     path = directory / "whole" / "step=12.ckpt"
     checkpoint = torch.load(path, weights_only=True)
     Module().load_state_dict(checkpoint["state_dict"])
@@ -295,12 +295,12 @@ def test_checkpoint_is_ordinary(ranks, directory):
     trainer = bare_trainer(devices=1, max_epochs=3)
     trainer.fit(module, dealt(), ckpt_path=path)
     assert trainer.current_epoch == 3
-    # And one of a single device went on under the strategy: two more epochs of seven steps.
+    # The strategy continued a checkpoint of one device: two more epochs of seven steps.
     assert len(ranks[0]["from one device"]["steps"]) == 14
 
 
 def test_one_process(leaves_no_process_group):
-    """Each strategy with one device is that device's training, with nothing sent."""
+    """With one device each strategy trains as that device does, and sends nothing."""
     expected = None
     for strategy in ("auto", LocalSGD(period=3), DiLoCo(period=3, outer_lr=1.0, outer_momentum=0.0), DataParallel()):
         module = Module()
@@ -314,7 +314,7 @@ def test_one_process(leaves_no_process_group):
 
 
 def test_loss_scale():
-    """Each worker would have one of its own."""
+    """LocalSGD rejects 16-mixed: each worker would have a loss scale of its own."""
     strategy = LocalSGD()
     strategy.connect(Module())
     strategy.precision_plugin = Mock(scaler=torch.amp.GradScaler("cpu"))
@@ -323,7 +323,7 @@ def test_loss_scale():
 
 
 def test_names():
-    """They are in Lightning's registry."""
+    """Lightning's registry has the names of the strategies."""
     names = {
         "data_parallel",
         "data_parallel_fp16",
@@ -348,6 +348,6 @@ def test_names():
     ],
 )
 def test_arguments(make, expected):
-    """Values out of range are named."""
+    """The error names a value that is out of range."""
     with pytest.raises(ConfigError, match=expected):
         make()

@@ -1,6 +1,6 @@
-"""TPUs, without one: torch_tpu's device is one that a CPU plays (fake_tpu), and torch_xla's own CPU where it is there.
+"""Tests of the TPU strategy without a TPU: a CPU stands in for torch_tpu's device (fake_tpu), or for torch_xla's.
 
-Neither says anything of hardware: what is tested is what reaches the device, what is read from it, and what is said.
+The tests show what reaches the device, what is read from it, and the errors; they show nothing about hardware.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ HERE = Path(__file__).parent
 QUICK = ["+experiment=cnn", "+debug=quick", "trainer=tpu", "hydra.run.dir=out"]
 
 needs_xla = pytest.mark.skipif(find_spec("torch_xla") is None, reason="needs torch_xla")
-# Which is preferred where both are.
+# torch_xla comes before torch_tpu where both are installed.
 needs_no_xla = pytest.mark.skipif(find_spec("torch_xla") is not None, reason="torch_xla is installed")
 
 BACKENDS = [pytest.param("tpu", marks=needs_no_xla), pytest.param("xla", marks=needs_xla)]
 
 
 def run(*command, cwd, fake=None):
-    """Runs a Python program, to which torch_tpu is installed with a device, without one (``""``) or not at all."""
+    """Runs a Python program; ``fake`` is torch_tpu's device library, "" without a device, None without torch_tpu."""
     path = [] if fake is None else [str(HERE / "fake_tpu")]
     path += filter(None, [os.environ.get("PYTHONPATH")])
     return subprocess.run(
@@ -51,7 +51,7 @@ def run(*command, cwd, fake=None):
 
 
 def the_error(result):
-    """The one line that the command line has ended with."""
+    """Returns the single error line of a failed command."""
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
     (error,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     return error
@@ -59,7 +59,7 @@ def the_error(result):
 
 @pytest.fixture(scope="session")
 def fake(tmp_path_factory):
-    """The library of the device that stands in for a TPU."""
+    """Builds the library of the device that stands in for a TPU; returns its path."""
     library = tmp_path_factory.mktemp("fake_tpu") / "device.so"
     places = [f"-isystem{path}" for path in include_paths()] + [f"-L{path}" for path in library_paths()]
     options = ["-std=c++20", "-O0", "-shared", "-fPIC", "-o", str(library)]
@@ -70,7 +70,7 @@ def fake(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def outcomes(request, tmp_path_factory):
-    """What came of `on_tpu` by each back end: run when it is first asked for."""
+    """Returns a function of the outcome of `on_tpu` on a back end, which runs it once."""
     known = {}
 
     def outcome(backend):
@@ -80,7 +80,7 @@ def outcomes(request, tmp_path_factory):
             result = run(str(HERE / "on_tpu.py"), backend, str(file), cwd=HERE, fake=fake)
             assert result.returncode == 0, result.stderr
             known[backend] = torch.load(file, weights_only=False)
-            # Without them there would be nothing to fall back from.
+            # The test of the fallback needs kernels on the CPU.
             assert known[backend]["kernels"]
         return known[backend]
 
@@ -89,7 +89,7 @@ def outcomes(request, tmp_path_factory):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_operations(outcomes, backend):
-    """Where lightkit has no kernels, torch's operations give the same losses and gradients, on the device."""
+    """Without kernels of lightkit, torch's operations give the same losses and gradients on the device."""
     outcome = outcomes(backend)
     for name, (value, gradient) in outcome["cpu"]["operations"].items():
         torch.testing.assert_close(outcome[backend]["operations"][name][0], value, msg=name)
@@ -99,11 +99,11 @@ def test_operations(outcomes, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_optimizers(outcomes, backend):
-    """Steps by a closure give the same weights, and wait for the device only to know whether one is to be skipped."""
+    """Steps by a closure give the same weights; only skip_nonfinite reads a value from the device."""
     outcome = outcomes(backend)
     for name, expected in outcome["cpu"]["optimizers"].items():
         found = outcome[backend]["optimizers"][name]
-        # Adam with copies in float32 ends in bfloat16, where one step between two numbers is 1 / 256.
+        # Adam with float32 copies rounds to bfloat16, with a relative step of 1 / 256.
         tolerance = {"rtol": 1e-2, "atol": 1e-6} if "master" in name else {}
         torch.testing.assert_close(found["weight"], expected["weight"], msg=name, **tolerance)
         assert found["norm"] == (expected["norm"] and pytest.approx(expected["norm"], rel=1e-4)), name
@@ -112,7 +112,7 @@ def test_optimizers(outcomes, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_trainer(outcomes, backend):
-    """A fit with every plug-in: the weights of a CPU, nothing read between two steps, a checkpoint for any machine."""
+    """A fit with every plug-in gives the weights of a CPU, reads nothing between two steps, and saves CPU tensors."""
     outcome = outcomes(backend)
     fit, expected = outcome[backend]["fit"], outcome["cpu"]["fit"]
     assert (fit["device"], expected["device"]) == (backend, "cpu")
@@ -120,7 +120,7 @@ def test_trainer(outcomes, backend):
         torch.testing.assert_close(fit["weights"][name], weight, msg=name)
     assert fit["reads"] == [0] * 8
     assert fit["rate"] > 0
-    # This process knows no such device.
+    # This process has no such device.
     state = load_checkpoint(fit["path"])["state_dict"]
     assert all(value.device.type == "cpu" for value in state.values())
     torch.testing.assert_close(state, fit["weights"])
@@ -128,7 +128,7 @@ def test_trainer(outcomes, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_plug_ins(outcomes, backend):
-    """What cannot be replaced is left alone and said once; lean steps are taken on the device of torch_tpu."""
+    """FuseKernels warns once that it replaces nothing; the lean loop runs on the device of torch_tpu."""
     fit = outcomes(backend)[backend]["fit"]
     assert len(fit["report"]) == 3 and all("kept" in line for line in fit["report"])
     assert sum("FuseKernels replaces nothing" in warning for warning in fit["warnings"]) == 1
@@ -137,19 +137,19 @@ def test_plug_ins(outcomes, backend):
 
 @needs_no_xla
 def test_precision_and_clock(outcomes):
-    """bf16-mixed is autocast of the TPU, not of a GPU; the clock of an epoch waits for the device."""
+    """bf16-mixed autocasts on the TPU, not on a GPU; the clock of an epoch synchronizes the device."""
     outcome = outcomes("tpu")
     assert outcome["mixed"]["precision"] == "tpu"
     fits = (outcome["mixed"], outcome["tpu"]["fit"])
     mixed, exact = (torch.cat([weight.flatten() for weight in fit["weights"].values()]) for fit in fits)
     assert 1e-6 < (mixed - exact).abs().max() < 0.1
-    # Two epochs each of two fits.
+    # Two fits of two epochs.
     assert outcome["waits"] == 4
 
 
 @needs_no_xla
 def test_command_line(fake, tmp_path):
-    """A job from data to report with trainer=tpu, whose checkpoint a machine without a TPU measures alike."""
+    """A job with trainer=tpu writes metrics and report, and a CPU evaluates its checkpoint to the same metrics."""
     result = run("-m", "lightkit.train", *QUICK, cwd=tmp_path, fake=fake)
     assert result.returncode == 0, result.stderr
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
@@ -166,8 +166,8 @@ def test_command_line(fake, tmp_path):
 
 @needs_xla
 def test_command_line_by_torch_xla(tmp_path):
-    """The same by Lightning's own strategy."""
-    # Lightning looks for hardware.
+    """A job with trainer=tpu runs on Lightning's strategy for torch_xla."""
+    # Lightning checks for hardware.
     program = (
         "from torch_xla._internal import tpu; tpu.num_available_devices = lambda: 1; "
         "from lightkit.train import main; raise SystemExit(main())"
@@ -181,7 +181,7 @@ def test_command_line_by_torch_xla(tmp_path):
 @needs_no_xla
 @pytest.mark.skipif(find_spec("torch_tpu") is not None, reason="torch_tpu is installed")
 def test_nothing_installed(tmp_path):
-    """One line in seconds that says what to install, from training and from measuring."""
+    """The error is one line within seconds, and names the packages."""
     started = time.monotonic()
     error = the_error(run("-m", "lightkit.train", *QUICK, cwd=tmp_path))
     assert time.monotonic() - started < 30
@@ -194,7 +194,7 @@ def test_nothing_installed(tmp_path):
 
 @needs_no_xla
 def test_no_tpu(tmp_path):
-    """torch_tpu without a TPU is not a training on a CPU by surprise."""
+    """torch_tpu without a TPU is an error, and not a training on a CPU."""
     error = the_error(run("-m", "lightkit.train", *QUICK, cwd=tmp_path, fake=""))
     assert error.endswith("torch_tpu finds no TPU on this machine")
 
@@ -211,7 +211,7 @@ def test_no_tpu(tmp_path):
     ],
 )
 def test_several(monkeypatch, changes, expected):
-    """What is not there yet is refused, and not done by halves."""
+    """Several TPUs are rejected."""
     monkeypatch.setattr(tpu, "choose", dict)
     base = {"trainer": {"accelerator": "tpu", "devices": 1}, "strategy": {"_target_": None}}
     check_accelerator(OmegaConf.create(base))
@@ -220,7 +220,7 @@ def test_several(monkeypatch, changes, expected):
 
 
 def test_devices_of_the_accelerator():
-    """A process has one TPU."""
+    """The accelerator accepts one device alone."""
     assert TorchTPUAccelerator.parse_devices("1") == 1
     for devices in (2, [0], "auto"):
         with pytest.raises(ConfigError, match="a process one TPU"):
@@ -228,13 +228,13 @@ def test_devices_of_the_accelerator():
 
 
 def test_which_package(monkeypatch):
-    """torch_xla comes first, and Lightning chooses its strategy: by name that cannot be built."""
+    """torch_xla comes before torch_tpu, with strategy="auto": Lightning cannot build its strategy by name."""
     monkeypatch.setattr(tpu, "find_spec", lambda name: object() if name == "torch_xla" else None)
     assert tpu.choose() == {"accelerator": "tpu", "strategy": "auto"}
 
 
 def test_a_broken_package(monkeypatch):
-    """torch_tpu that is for another torch says so, instead of looking like no TPU."""
+    """A torch_tpu that cannot be imported is an error of its own, and not a missing TPU."""
     monkeypatch.setattr(tpu, "find_spec", lambda name: object() if name == "torch_tpu" else None)
     monkeypatch.setitem(sys.modules, "torch_tpu", None)
     with pytest.raises(ConfigError, match="torch_tpu cannot be imported"):

@@ -74,7 +74,7 @@ def test_intervals_hold_at_their_level(noise):
         runner.fit(module, datamodule=data)
         (result,) = runner.test(module, datamodule=data, verbose=False)
         assert result["test/coverage"] == pytest.approx(level, abs=0.03)
-        # Not as wide as the numbers allow, but as the errors were.
+        # The intervals are as wide as the errors of the validation.
         with torch.no_grad():
             errors = (module(data.validation.history) - data.validation.target).abs()
         torch.testing.assert_close(module.half_width, conformal_quantile(errors, level), rtol=1e-5, atol=0)

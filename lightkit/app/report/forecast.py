@@ -128,12 +128,8 @@ def step_table(recorded: dict[str, Tensor], level: float) -> str:
         of_step = error[:, step - 1]
         cells = (f"{of_step.abs().mean():.4g}", f"{of_step.mean():+.4g}", f"± {half_width[step - 1]:.4g}")
         rows.append(_table_row(str(step), *cells, f"{inside[step - 1]:.1%}"))
-    mean_width = half_width.mean()
-    rows.append(
-        _table_row(
-            "all", f"{error.abs().mean():.4g}", f"{error.mean():+.4g}", f"± {mean_width:.4g}", f"{inside.mean():.1%}"
-        )
-    )
+    cells = (f"{error.abs().mean():.4g}", f"{error.mean():+.4g}", f"± {half_width.mean():.4g}")
+    rows.append(_table_row("all", *cells, f"{inside.mean():.1%}"))
     names = ("steps ahead", "mean absolute error", "bias", f"{level:.0%} interval", "values in it")
     head = "".join(f"<th>{name}</th>" for name in names)
     return f'<table class="classes"><tr>{head}</tr>{"".join(rows)}</table>'

@@ -1,4 +1,4 @@
-"""Continuing a text with a checkpoint: where the prompt comes from, what may be set, what comes out."""
+"""Continuation of a text with a checkpoint: the prompt, the options and the output."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightkit.errors import ConfigError, DataError
 
 @pytest.fixture
 def restored():
-    """A model that has learnt nothing, of bytes."""
+    """Returns an untrained language model of bytes."""
     torch.manual_seed(0)
     config = OmegaConf.create(
         {
@@ -29,12 +29,12 @@ def restored():
 
 
 def predict(restored, **given):
-    """What a command line with these keys predicts."""
+    """Predicts with the given keys of the command."""
     return prediction.predict(restored, prediction.PredictionRequest(**given))
 
 
 def test_prompt_of_a_file_or_of_the_command_line(restored, tmp_path, capsys):
-    """Both give the same text for the same seed, and a file gets its bytes as they are."""
+    """The same prompt and seed give the same text, and the output file has its unchanged bytes."""
     (tmp_path / "prompt").write_bytes("naïve ".encode() + b"\xff")
     first = predict(restored, input=str(tmp_path / "prompt"), length=50, seed=1)
     again = predict(restored, input=str(tmp_path / "prompt"), length=50, seed=1)
@@ -52,7 +52,7 @@ def test_prompt_of_a_file_or_of_the_command_line(restored, tmp_path, capsys):
 
 
 def test_empty_prompt(restored):
-    """Without a prompt a text begins as files do, and without a seed it is another one each time."""
+    """An empty prompt begins like a file, and without a seed each text differs."""
     first, second = predict(restored, text=""), predict(restored, text="")
     assert first.prompt == b"" and len(first.added) == 400
     assert first.added != second.added
@@ -72,12 +72,12 @@ def test_empty_prompt(restored):
     ],
 )
 def test_wrong_keys(restored, given, named):
-    """A key that is out of its range, or of another kind of model, is named."""
+    """The error names a key that is out of range or for another kind of model."""
     with pytest.raises(ConfigError, match=named):
         predict(restored, **given)
 
 
 def test_input_that_is_not_there(restored, tmp_path):
-    """A file that cannot be read is named."""
+    """The error names a file that cannot be read."""
     with pytest.raises(DataError, match=r"input=.*nowhere cannot be read: No such file"):
         predict(restored, input=str(tmp_path / "nowhere"))

@@ -1,4 +1,4 @@
-"""Reports of data whose names are somebody else's."""
+"""Reports of data with names from an untrusted source."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EVIL = "<script>alert(1)</script>\x1b[2J\u202e & $\\frac{1}$ \"'"
 
 
 def test_the_page_shows_names_and_runs_none(tmp_path):
-    """Neither markup nor control characters of a name get into the page, wherever the name stands."""
+    """The page escapes markup and control characters of a name everywhere."""
     run_dir = tmp_path / EVIL.replace("/", "")
     run_dir.mkdir()
     (run_dir / "environment.json").write_text(json.dumps({EVIL: EVIL}))
@@ -28,7 +28,7 @@ def test_the_page_shows_names_and_runs_none(tmp_path):
 
 
 def test_figures_draw_names_as_they_are(tmp_path):
-    """A name between dollars is no formula: matplotlib would refuse the figure."""
+    """Figures draw a name between dollar signs literally; as a formula matplotlib would reject it."""
     classes = (EVIL, "$\\bad$")
     matrix = classification.confusion_matrix(torch.eye(2), torch.tensor([0, 1]), classes)
     figures.save(matrix, tmp_path / "matrix.png")
@@ -47,7 +47,7 @@ def test_figures_draw_names_as_they_are(tmp_path):
 
 
 def test_texts_are_shown_without_what_a_page_obeys():
-    """Markup, control characters and directions of writing of a text that a model was trained on are escaped."""
+    """The page escapes markup, control characters and bidirectional controls in a model's training text."""
     text = "<b>\x1b[2J\u202e&amp;\x07".encode() * 20
     windows = torch.frombuffer(bytearray(text), dtype=torch.uint8).unfold(0, 9, 8)
     html = language_model.passage(windows, torch.ones(len(windows), 8))

@@ -1,6 +1,6 @@
-"""Stands in for the package torch_tpu: a device "tpu" that is a CPU's (device.cpp), registered when this is imported.
+"""A stand-in for the package torch_tpu: its import registers a device "tpu" that is a CPU's (device.cpp).
 
-``FAKE_TPU`` is the library that was made of device.cpp, or empty: a machine without a TPU.
+The variable ``FAKE_TPU`` is the path of the library built from device.cpp, or empty for a machine without a TPU.
 """
 
 import os
@@ -9,7 +9,7 @@ import torch
 
 
 class _DeviceModule:
-    """What torch asks of a device's module."""
+    """The device module that torch requires."""
 
     @staticmethod
     def is_available() -> bool:
