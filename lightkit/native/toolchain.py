@@ -50,7 +50,13 @@ class CudaToolchain:
 
 
 def find_compiler() -> tuple[str, ...] | None:
-    """Returns the command of the C++ compiler: ``$CXX``, else the first of g++, c++, clang++ on the path."""
+    """Returns the command of the C++ compiler in words: ``$CXX``, else the first of g++, c++, clang++ on the path.
+
+    The function does not run the compiler.
+
+    Returns:
+        The command; None if there is none on the path.
+    """
     wanted = os.environ.get("CXX")
     candidates = [shlex.split(wanted)] if wanted else [["g++"], ["c++"], ["clang++"]]
     # A wrapper makes a command of several words, such as CXX="ccache g++".
@@ -58,10 +64,10 @@ def find_compiler() -> tuple[str, ...] | None:
 
 
 def require_compiler() -> tuple[str, ...]:
-    """Returns the command of the C++ compiler.
+    """Returns the command that `find_compiler` finds, after a check that torch works with the compiler.
 
     Raises:
-        ToolchainError: there is none, or it does not work with torch; the message says how to get one.
+        ToolchainError: there is no compiler, or it is clang on Linux; the message says how to get one.
     """
     compiler = find_compiler()
     if compiler is None:

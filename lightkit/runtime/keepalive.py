@@ -33,12 +33,12 @@ _CONNECT = 30.0
 
 
 class Keepalive:
-    """The connections of this process; ends the process when another one is gone.
+    """The connections of this process to the others of its job; ends the process when another process is gone.
 
     Args:
-        store: connects all processes of the job.
-        rank: of this process.
-        host: the address of the process of rank 0.
+        store: the store of torch.distributed that all processes of the job are connected to.
+        rank: the rank of this process.
+        host: the host name or address of the process of rank 0.
 
     Raises:
         OSError: the process of rank 0 cannot be reached.
@@ -64,7 +64,7 @@ class Keepalive:
         threading.Thread(target=target, args=arguments, daemon=True).start()
 
     def release(self) -> None:
-        """Tells the others that this process ends as it should."""
+        """Tells the other processes that this process ends as it should, so that they do not end."""
         for connection in self._connections:
             try:
                 connection.sendall(_DONE)
