@@ -50,7 +50,10 @@ def defer() -> None:
 
 
 class _StandIn(ModuleType):
-    """Answers for a module until something is asked that only the module itself can answer."""
+    """A module object in place of a deferred module, which it imports at the first access to a name it does not have.
+
+    A write to an attribute imports nothing before that; the import copies the attribute to the deferred module.
+    """
 
     def __init__(self, name: str, known: dict[str, Any]) -> None:
         super().__init__(name)

@@ -14,10 +14,10 @@ from lightkit.errors import LightkitError
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-# Jobs may take their time.
+# A process may wait this long for the next job: the present job of the leading process may take days.
 _FOREVER = timedelta(days=365)
 
-# The time within which the others read that there is no further job.
+# The time within which the following processes read that there is no further job.
 _LEAVE = timedelta(minutes=1)
 
 
