@@ -208,11 +208,12 @@ class Connection:
             raise ProtocolError(f"a message cannot be read: {error}") from None
 
     def poll(self) -> None:
-        """Receives the heartbeats that have arrived, without waiting, at a time when the peer may send nothing else.
+        """Reads the heartbeats that have arrived, without waiting, while the peer may send nothing except heartbeats.
 
         Raises:
             ProtocolError: the peer sent another frame.
-            TransportError: the connection is gone, or nothing came within the timeout.
+            TransportError: the connection is lost, or the peer has sent nothing for ``timeout`` seconds, also before
+                this call.
         """
         while self._readable.poll(0):
             try:
