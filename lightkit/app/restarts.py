@@ -135,7 +135,8 @@ class Restarts:
         """Records that the run is finished.
 
         Args:
-            result: the objective that a sweeper gets, the value of the metric that the key ``objective`` names; None without one.
+            result: the objective that a sweeper gets: the value of the metric that the key ``objective`` names; None
+                without one.
         """
         self._run = self._current_run().finished(result)
         self._run.write()
