@@ -111,7 +111,7 @@ def build_data(config: DictConfig) -> pl.LightningDataModule:
     """Builds the data module of a job and checks that the model has as many classes as the data.
 
     Raises:
-        ConfigError: see `lightkit.app.checks.check_outputs`.
+        ConfigError: the numbers of classes do not fit: see `lightkit.app.checks.check_outputs`.
     """
     data = build_object(config.data)
     check_outputs(data, config.model)

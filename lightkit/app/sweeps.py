@@ -99,7 +99,7 @@ def _begin_sweep(config: DictConfig) -> Sweep:
 
     Raises:
         ConfigError: another process writes to the directory.
-        CheckpointError: see `_find_sweep_to_resume`.
+        CheckpointError: ``ckpt_path=last``, and no sweep can be resumed: see `_find_sweep_to_resume`.
     """
     overrides = config.hydra.overrides
     task = [word for word in overrides.task if _override_key(word) != "ckpt_path" or _is_sweep_override(word)]

@@ -53,7 +53,7 @@ def forecasts(data: SeriesDataModule, recorded: dict[str, Tensor], level: float)
 
     Args:
         data: the data module after `setup`.
-        recorded: see `sections`.
+        recorded: the recorded tensors by name, as in `sections`.
         level: the nominal coverage of the intervals, from 0 to 1.
     """
     series, test = _series_and_test(data)
@@ -91,7 +91,7 @@ def error_by_step(data: SeriesDataModule, recorded: dict[str, Tensor]) -> Figure
 
     Args:
         data: the data module after `setup`.
-        recorded: see `sections`.
+        recorded: the recorded tensors by name, as in `sections`.
     """
     count = len(recorded["forecast"])
     _, test = _series_and_test(data)
@@ -115,7 +115,7 @@ def step_table(recorded: dict[str, Tensor], level: float) -> str:
     """Returns an HTML table of mean absolute error, bias, and width and coverage of the intervals, by step.
 
     Args:
-        recorded: see `sections`.
+        recorded: the recorded tensors by name, as in `sections`.
         level: the nominal coverage of the intervals, from 0 to 1.
     """
     forecast, target = recorded["forecast"], recorded["target"]
