@@ -55,7 +55,7 @@ class Command:
     ``HYDRA_FULL_ERROR=1`` adds tracebacks.
 
     Args:
-        function: the function that runs a job of the composed configuration; it imports slow modules only when it is called.
+        function: the function that runs a job of the composed configuration, and imports slow modules only then.
         config_name: the name of the configuration and of the command's module, ``lightkit.<config_name>``.
         keys: a class whose annotations are the types of the command's own keys. The command checks the values against
             them, and makes Hydra take the value of a str key as text.
