@@ -20,7 +20,8 @@ _TARGET, _PARTIAL = "_target_", "_partial_"
 def to_plain(config: Any) -> Any:
     """Returns a container of OmegaConf as resolved dicts and lists; returns any other object unchanged.
 
-    The function does not import OmegaConf: without OmegaConf in the process, no container is OmegaConf's.
+    The function does not import OmegaConf: while nobody has imported it, no object is a container of OmegaConf. A
+    missing value (``???``) raises OmegaConf's ``MissingMandatoryValue``.
     """
     if not (is_instance(config, "omegaconf", "DictConfig") or is_instance(config, "omegaconf", "ListConfig")):
         return config

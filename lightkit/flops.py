@@ -39,7 +39,7 @@ class FlopCounter:
     None.
 
     Attributes:
-        unsupported_reason: why ``total`` is None, or None.
+        unsupported_reason: the reason why ``total`` is None; None if every operation so far could be counted.
     """
 
     # The formulas are those of torch's FlopCounterMode. FlopCounterMode itself puts hooks on all modules, and
@@ -54,7 +54,7 @@ class FlopCounter:
 
     @property
     def total(self) -> int | None:
-        """The operations so far, or None if an operation could not be counted."""
+        """The number of floating-point operations so far; None if an operation could not be counted."""
         return self._by_dtype.total() if self.unsupported_reason is None else None
 
     @property

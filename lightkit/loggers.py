@@ -56,7 +56,7 @@ class CSVLogger(loggers.CSVLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> _Writer:
-        """The writer of the file, which is made on the first access."""
+        """The writer of ``metrics.csv``, which the first access makes."""
         writer = self._experiment
         if not isinstance(writer, _Writer):
             os.makedirs(self.log_dir, exist_ok=True)

@@ -152,7 +152,7 @@ def _import(module_name: str, target: str) -> types.ModuleType:
 
 
 def _package_of(target: str, packages: Iterable[str]) -> str | None:
-    """Returns the innermost of the packages that contains ``target``, or None."""
+    """Returns the innermost of the ``packages`` that contain ``target``; None if none contains it."""
     return max((p for p in packages if target.startswith(f"{p}.")), key=len, default=None)
 
 
@@ -178,7 +178,7 @@ def _suggest_target(target: str) -> str:
 
 
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """Returns ``"; did you mean a, b?"`` with the known names close to ``name``, or an empty string.
+    """Returns ``"; did you mean a, b?"`` with up to three known names close to ``name``; an empty string without one.
 
     Args:
         name: the unknown name.
@@ -198,7 +198,7 @@ def _type_hints(cls: type) -> dict[str, Any]:
 
 
 def _union_members(hint: Any) -> set[Any]:
-    """Returns the members of a union, or a set of the one hint."""
+    """Returns the member types of ``hint`` if it is a union, else a set with ``hint`` alone."""
     return set(typing.get_args(hint)) if typing.get_origin(hint) in (typing.Union, types.UnionType) else {hint}
 
 

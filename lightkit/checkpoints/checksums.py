@@ -62,7 +62,7 @@ def find_damage(path: str | Path) -> str | None:
 
 
 def find_damage_in(file: BinaryIO) -> str | None:
-    """Returns the result of `find_damage` for a file that is open for reading; the check moves its position."""
+    """Returns the damage or None, as `find_damage`, for a file that is open for reading; moves its position."""
     file.seek(0)
     begin = file.read(4)
     size = file.seek(0, 2)

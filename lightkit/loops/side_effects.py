@@ -292,7 +292,13 @@ def first_change(before: dict[str, Any], after: dict[str, Any]) -> str | None:
 
 
 def _snapshot(value: Any, depth: int = _MAX_DEPTH) -> Any:
-    """Returns a snapshot of `value`; `_is_same` finds two snapshots the same if `value` did not change in between."""
+    """Returns a snapshot of ``value``; `_is_same` compares two snapshots and finds changes in between.
+
+    Args:
+        value: the value of an attribute.
+        depth: the number of levels of containers and objects that the snapshot contains; deeper values count as
+            changed only if they are other objects.
+    """
     if isinstance(value, (*_PLAIN, type(None), type, FunctionType, ModuleType)):
         return value
     if isinstance(value, Tensor):

@@ -117,7 +117,7 @@ class Connection:
 
         Raises:
             ProtocolError: the message is longer than a peer accepts.
-            TransportError: as `send`.
+            TransportError: the connection is lost, or the peer receives nothing for ``timeout`` seconds.
         """
         text, tensors = encode(value)
         if len(text) > _MAX_TEXT_BYTES:
@@ -186,7 +186,7 @@ class Connection:
         """Returns the four integers of a header.
 
         Raises:
-            TransportError: as `receive`.
+            TransportError: the connection is lost, or nothing came for ``timeout`` seconds.
         """
         return list(HEADER.unpack(self._receive_content(FrameKind.HEADER, HEADER.size, HEADER.size)))
 
@@ -198,7 +198,7 @@ class Connection:
 
         Raises:
             ProtocolError: the peer sent no message, or a message with more bytes of tensors.
-            TransportError: as `receive`.
+            TransportError: the connection is lost, or nothing came for ``timeout`` seconds.
         """
         text = self._receive_content(FrameKind.MESSAGE, 1, _MAX_TEXT_BYTES)
         try:
