@@ -59,7 +59,7 @@ class FlopCounter:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """The dtype of the operands of most operations, or None before the first."""
+        """The operand dtype with the most floating-point operations so far; None if no operation was counted."""
         return max(self._by_dtype, key=self._by_dtype.__getitem__, default=None)
 
     def __enter__(self) -> FlopCounter:

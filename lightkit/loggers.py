@@ -80,7 +80,14 @@ def read_rows(path: Path) -> Rows:
 
 
 class _Writer(ExperimentWriter):
-    """Writes ``metrics.csv``: appends whole rows or replaces the file."""
+    """A writer of ``metrics.csv`` by which the file has whole rows at any time.
+
+    The writer appends rows to the file; it replaces the file if a row has a new column or if the file is missing.
+
+    Args:
+        log_dir: the directory of the file.
+        rows: the rows that the file begins with; without them an existing file is removed.
+    """
 
     def __init__(self, log_dir: str, rows: Rows) -> None:
         super().__init__(log_dir)

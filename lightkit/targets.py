@@ -165,7 +165,12 @@ def _is_within(name: str, packages: Iterable[str]) -> bool:
 
 
 def _suggest_target(target: str) -> str:
-    """Returns a suggestion of the nearest classes of lightkit and torch for a misspelt package, or an empty string."""
+    """Returns a suggestion for a message about ``target``, which names no class, since a part of it is misspelt.
+
+    Returns:
+        A clause with the public classes of lightkit, torch.nn and torch.optim whose paths, or whose names, are nearest
+        to ``target``; an empty string if no class is near.
+    """
     name = target.rpartition(".")[2]
     packages = [p for p in _PUBLIC_PACKAGES if p.startswith("lightkit.")] + ["torch.optim", "torch.nn"]
     known = [f"{package}.{cls}" for package in packages for cls in exported_classes(package)]

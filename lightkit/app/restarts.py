@@ -15,7 +15,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
 
-from lightkit._util.atomic_write import hold, release, remove_leftovers
+from lightkit._util.atomic_write import remove_leftovers
+from lightkit._util.directory_lock import hold, release
 from lightkit.app import run_records, sweep_record
 from lightkit.app.run_records import Run, display_path
 from lightkit.app.sweep_record import Sweep

@@ -16,7 +16,8 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from lightkit._util.atomic_write import is_held_by_another, write_text_atomically
+from lightkit._util.atomic_write import write_text_atomically
+from lightkit._util.directory_lock import is_held_by_another
 
 _RECORD_FILE = "sweep.json"
 

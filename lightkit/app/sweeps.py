@@ -21,7 +21,8 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from lightkit._util.atomic_write import hold, release, remove_leftovers
+from lightkit._util.atomic_write import remove_leftovers
+from lightkit._util.directory_lock import hold, release
 from lightkit.app.restarts import quote_override_value, restarted_directory
 from lightkit.app.run_records import display_path, has_runs
 from lightkit.app.sweep_record import Sweep, find, find_all, read

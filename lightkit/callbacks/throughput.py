@@ -94,7 +94,7 @@ class Throughput(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Ends the part "data and loop", and starts the count of this step if it was requested."""
+        """Ends the part "data and loop", and begins to count the step's operations if the count was requested."""
         self._end_of("data and loop")
         if self._is_to_count:
             self._counter, self._backwards = FlopCounter(), 0
@@ -105,7 +105,7 @@ class Throughput(Callback):
         self._end_of("forward")
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Ends the part "backward" and the count."""
+        """Ends the part "backward", and the count of floating-point operations if this step is counted."""
         self._end_of("backward")
         if self._counter is not None:
             self._counting.close()

@@ -173,7 +173,18 @@ class _SwiGLU(nn.Module):
 
 
 def rotation(steps: int, size: int, base: float = 10_000.0) -> Tensor:
-    """Returns the cosines and sines ``(2, steps, size / 2)`` of the angles of `rotate`, float32."""
+    """Returns the cosines and sines of rotary position embedding, by which `rotate` rotates queries and keys.
+
+    The angle of the pair i at position t is ``t * base ** (-2 * i / size)``.
+
+    Args:
+        steps: the number of positions.
+        size: the size of a query or key of one head, an even number.
+        base: the base of the frequencies.
+
+    Returns:
+        The cosines and the sines, float32 ``(2, steps, size / 2)``.
+    """
     # float64: float32 angles of some thousand radians are the same for neighbouring positions.
     frequencies = base ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
     angles = torch.arange(steps, dtype=torch.float64)[:, None] * frequencies
@@ -181,9 +192,16 @@ def rotation(steps: int, size: int, base: float = 10_000.0) -> Tensor:
 
 
 def rotate(vectors: Tensor, rotation: Tensor) -> Tensor:
-    """Rotates vectors ``(..., T, size)`` by their positions, so that dot products depend on distances only.
+    """Rotates pairs of values by their positions, so that dot products depend on distances between positions only.
 
-    A pair consists of the values at one index of the first and of the second half.
+    The pair i consists of the values i and ``size / 2 + i`` of a vector.
+
+    Args:
+        vectors: the queries or keys ``(..., T, size)``.
+        rotation: the cosines and sines ``(2, T, size / 2)`` of the T positions: see the function `rotation`.
+
+    Returns:
+        The rotated vectors, of the shape and dtype of ``vectors``.
     """
     # Half precision would round neighbouring positions to one angle.
     first, second = vectors.float().chunk(2, dim=-1)

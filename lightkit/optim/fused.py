@@ -316,7 +316,14 @@ class FusedStep(torch.optim.Optimizer):
 
     @classmethod
     def release(cls, state: dict[Tensor, dict[str, Any]]) -> None:
-        """Converts the state of an optimizer to that of torch's class, in place: see `convert`."""
+        """Changes, in place, the state that this class has written into the form that torch's class writes.
+
+        `lightkit.optim.convert` calls the method before a step of torch's own, for a copy or a pickle of a converted
+        optimizer, and at the end of a conversion. Here the method does nothing; `Adam` overrides it.
+
+        Args:
+            state: the ``state`` of an optimizer of torch's class: the entries of each parameter by name.
+        """
 
 
 def is_observed(optimizer: torch.optim.Optimizer) -> bool:

@@ -193,7 +193,7 @@ class _Perplexity(MeanMetric):
 
 
 class _BitsPerByte(MeanMetric):
-    """The mean loss in bits instead of nats."""
+    """The mean of losses in nats, converted by `compute` to bits; the loss of one token is that of one byte."""
 
     def compute(self) -> Tensor:
         return super().compute() / math.log(2)

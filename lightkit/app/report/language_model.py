@@ -40,14 +40,17 @@ def sections(
     data: pl.LightningDataModule,
     recorded: dict[str, Tensor],
 ) -> list[Section]:
-    """Returns the sections of a test.
+    """Returns the report sections about the test of a language model, and writes their figures into ``run_dir``.
+
+    Without `lightkit.data.Text` as the data module, the sections with texts are left out.
 
     Args:
         run_dir: the directory for the figures.
         metrics: the final metrics by name.
         task: the trained task.
         data: the data module after `setup`.
-        recorded: ``losses`` ``(N, T)`` in nats of the first N windows of the test set, or nothing.
+        recorded: a dict with the key ``losses``: the losses ``(N, T)`` in nats of the T targets of the first N windows
+            of the test set. For an empty dict the function returns an empty list.
     """
     if not recorded:
         return []
