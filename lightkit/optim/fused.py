@@ -271,7 +271,8 @@ class FusedStep(torch.optim.Optimizer):
     def grad_norm(self) -> float | None:
         """The 2-norm of the gradients before clipping in the last step that computed the norm; None before such a step.
 
-        A step computes the norm for ``max_grad_norm`` and ``skip_nonfinite``. Reading it may wait for the device.
+        A step computes the norm for ``max_grad_norm`` and ``skip_nonfinite``. Reading the property may wait for the
+        device.
         """
         return None if self._grad_norm is None else float(self._grad_norm)
 
