@@ -181,7 +181,7 @@ def conformal_quantile(errors: Tensor, level: float) -> Tensor:
         level: the probability, between 0 and 1.
 
     Returns:
-        ``(horizon)``: the ``ceil((N + 1) level)``-th smallest error of each step; infinite if N is less than that.
+        ``(horizon)``: the ``ceil((N + 1) level)``-th smallest error of each step; infinite if N is less than this rank.
     """
     count = len(errors)
     # Rounding: 0.7 * 10 is slightly more than 7 in floating point.

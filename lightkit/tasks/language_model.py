@@ -133,7 +133,8 @@ class LanguageModelTask(Task):
         Args:
             prompt: the beginning of the text, int64 ``(P)`` with P at least 1, on any device.
             length: the number of tokens to add.
-            temperature: divides the logits: values below 1 make likely tokens likelier, 0 takes the likeliest token.
+            temperature: the divisor of the logits: values below 1 make likely tokens likelier, 0 takes the likeliest
+                token.
             top_k: the number of the likeliest tokens from which the method chooses. Default: all tokens.
             generator: the generator of the random choices. Default: torch's global one.
 
