@@ -206,9 +206,10 @@ _PLAIN_TYPES = (int, float, bool, str, type(None))
 
 
 def _is_accepted(value: Any, hint: Any) -> bool:
-    """Returns True if a value may have the type ``hint``; the function rejects values for hints of plain types alone.
+    """Returns False if ``hint`` has plain types alone and ``value`` is a plain value or container of another type.
 
-    OmegaConf's containers are neither dicts nor lists, so that the function recognizes them by their module.
+    The plain types are int, float, bool, str and None; an int is accepted as a float. The function recognizes
+    OmegaConf's containers by their module, since they are neither dicts nor lists.
     """
     options = _union_members(hint)
     is_container = isinstance(value, (list, dict)) or type(value).__module__.startswith("omegaconf.")
@@ -223,7 +224,7 @@ def check_types(values: Mapping[str, Any], hints: Mapping[str, Any], owner: str 
     Args:
         values: the values of a configuration by name.
         hints: the types by name; a value without a hint may have any type.
-        owner: a string before the name in the message.
+        owner: a string before the value's name in the message.
 
     Raises:
         ConfigError: a value has a wrong type; the message has its name and the accepted types.
@@ -242,10 +243,10 @@ def check_arguments(cls: type, target: str, arguments: Mapping[str, Any], as_par
         cls: the class.
         target: the name of the class in the configuration, for the message.
         arguments: the arguments by name.
-        as_partial: accept missing arguments, which the caller adds later.
+        as_partial: True accepts missing arguments, which the caller adds later.
 
     Raises:
-        ConfigError: an argument is wrong or missing; the message has its name and the nearest known ones.
+        ConfigError: an argument is wrong or missing; the message has its name and the nearest known names.
     """
     try:
         parameters = inspect.signature(cls).parameters

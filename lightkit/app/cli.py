@@ -74,7 +74,11 @@ class Command:
         self._run_hydra = decorate(self._run_job)
 
     def __call__(self) -> int:
-        """Runs the command and returns the exit status."""
+        """Runs the command and returns the exit status.
+
+        If a worker fails while torch's process group exists, the method does not return: it ends the process at once
+        with the status.
+        """
         _add_current_directory()
         if self._worker is not None and is_started():
             status = self._follow_starter(self._worker)

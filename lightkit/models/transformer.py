@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightkit.models.language_model import LanguageModel
 
-# The keys and values of each layer, (N, heads, tokens so far, head size).
+# For each layer its keys and its values, each (N, heads, tokens so far, head size).
 State = list[tuple[Tensor, Tensor]]
 
 # GPT-2 draws weights with a deviation of 0.02 for its width of 768. Narrower maps need larger weights for outputs of
@@ -30,11 +30,11 @@ class Transformer(LanguageModel):
         dim: the width of the residual stream, a multiple of ``2 * num_heads``.
         num_layers: the number of layers, each of attention and feed-forward.
         num_heads: the number of attention heads of a layer.
-        context: the largest number of tokens, including those of the state.
+        context: the largest number of tokens that the model reads, including the tokens of the state.
         feed_forward_size: the inner width of the feed-forward blocks. Default: 8/3 of ``dim`` rounded up to a multiple
             of 32, with which the three maps are as large as the two of width ``4 * dim`` in [1]_.
         dropout: the dropout probability of the embeddings, of the attention, and of the output of a block.
-        tie_weights: use the embedding's weight in the head.
+        tie_weights: True uses the embedding's weight in the head.
 
     Shape, state and errors: see `LanguageModel`. The state holds the keys and values of the tokens that were read.
 
@@ -71,7 +71,7 @@ class Transformer(LanguageModel):
 
 
 class _Decoder(nn.Module):
-    """Layers, and a norm after the last."""
+    """The layers of a transformer, and a norm after the last layer."""
 
     rotation: Tensor
 

@@ -26,25 +26,25 @@ def conv_relu_pool(
     function calls `conv_relu_pool_reference`, which runs torch's operations, in these cases:
 
     - `has_kernel` is False, as for tensors on a GPU;
-    - the layer is faster in torch: its image or weight is large;
+    - the layer is faster in torch, because its image or weight is large;
     - ``pool`` is False and the weight is 1x1, or the image or the weight is not small;
     - the dtype is bfloat16, the processor has bfloat16 instructions, and the layer is not small.
 
     `lightkit.ops._thresholds` has the sizes.
 
     Args:
-        input: ``(N, C, H, W)``, floating point. It is read without a copy if it is ``torch.channels_last``.
+        input: ``(N, C, H, W)``, floating point. The kernel reads a ``torch.channels_last`` input without a copy.
         weight: ``(C_out, C, KH, KW)``, of the dtype of ``input``.
-        bias: ``(C_out)`` of that dtype, or None.
-        padding: the number of zeros on each side of the image: one for rows and columns, or one for each.
-        pool: compute the maximum of each 2x2 square; False returns the output of the ReLU.
+        bias: ``(C_out)``, of the dtype of ``input``; None adds no bias.
+        padding: the number of zeros on each side of the image: an int, or a pair for height and width.
+        pool: True computes the maximum of each 2x2 square; False returns the output of the ReLU.
 
     Returns:
         ``(N, C_out, H', W')`` with ``H' = H + 2 padding - KH + 1``, halved (rounded down) by the pool. The kernel
         returns it as ``torch.channels_last``, for any memory format of ``input``; the reference returns torch's format.
 
     Raises:
-        ArgumentError: shapes that do not fit, a negative padding, or an input too small for kernel and pool.
+        ArgumentError: the shapes do not fit, ``padding`` is negative, or ``input`` is too small for kernel and pool.
         RuntimeError: the tensors have different dtypes or devices.
     """
     padding = _pair(padding)

@@ -132,7 +132,13 @@ class ServerSession:
         return self._has_begun
 
     def load(self, optimizer_index: int, gradients: Sequence[Tensor | None]) -> None:
-        """Copies the gradients of the shard's parameters to the buffers; for a gradient None it writes zeros."""
+        """Copies gradients to this session's buffers, from which `encode` makes the next push.
+
+        Args:
+            optimizer_index: the index of the optimizer.
+            gradients: the gradients of the parameters in this server's shard, in the order of the specification; None
+                for a parameter without a gradient, for which the method writes zeros.
+        """
         buffers = self.buffers[optimizer_index]
         buffers.present = [gradient is not None for gradient in gradients]
         pairs = list(zip(buffers.views, gradients, strict=True))
@@ -149,7 +155,7 @@ class ServerSession:
             optimizer_index: the index of the optimizer.
             flags: the flags of the push: see `protocol.PUSH_FLAGS`.
             groups: all parameter groups of the optimizer.
-            skip: send zeros in place of the gradients.
+            skip: True sends zeros in place of the gradients.
 
         Raises:
             ConfigError: a hyperparameter in ``groups`` is not a number any more.
