@@ -72,5 +72,5 @@ class PushBuffers:
 
     @property
     def present(self) -> list[bool]:
-        """For each parameter True if the worker has a gradient of it."""
+        """The flags of the parameters, one for each: True if the worker has a gradient of the parameter."""
         return [value != 0 for value in self.metadata[self._present_start :].tolist()]
