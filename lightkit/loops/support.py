@@ -36,7 +36,9 @@ _REPLACING_METHODS = ("on_train_batch_start", "optimizer_step", "optimizer_zero_
 def unsupported_reason(trainer: pl.Trainer) -> str | None:
     """Returns the reason why the fit of a trainer cannot take lean steps, or None if it can.
 
-    Call it in ``on_train_start``, when the trainer, the module and the data loaders are set up.
+    A lean step is a training step of `lightkit.loops.LeanRun`, which computes the same as Lightning's step with less
+    work in Python. Call the function in ``on_train_start``, when the trainer, the module and the data loaders are set
+    up.
     """
     module = trainer.lightning_module
     loop = trainer.fit_loop.epoch_loop
@@ -81,7 +83,7 @@ def unsupported_reason(trainer: pl.Trainer) -> str | None:
 def graph_unsupported_reason(trainer: pl.Trainer) -> str | None:
     """Returns the reason why a fit with lean steps on a GPU cannot run its passes from CUDA graphs, or None.
 
-    `PassGraphs` finds further reasons during the fit.
+    The passes are the forward and the backward pass of a step. `PassGraphs` finds further reasons during the fit.
     """
     module = trainer.lightning_module
     if trainer.world_size > 1:

@@ -14,7 +14,8 @@ from lightkit import native
 from lightkit._util.compiler import undisguised
 from lightkit.optim.reference import Rule, step_reference
 
-# Options of parameter groups in addition to torch's. The groups of a converted optimizer lack them.
+# Options of parameter groups in addition to torch's. The groups of an optimizer of torch that `convert` has converted
+# lack them.
 _GROUP_DEFAULTS = ("ema_decay", "master_weights", "stochastic_rounding", "rounding_seed")
 
 # Attributes of an optimizer that copies and pickles keep.
@@ -217,10 +218,15 @@ class FusedStep(torch.optim.Optimizer):
     def step_for(self, optimizer: torch.optim.Optimizer, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step_for(self, optimizer: torch.optim.Optimizer, closure: Callable[[], float] | None = None) -> float | None:
-        """Takes a step of this optimizer, or of a converted one of torch's class, without the hooks around a step.
+        """Takes a step of ``optimizer`` with this object's clipping and skipping, without the hooks around a step.
+
+        Call `step` to take a step with the hooks. `lightkit.optim.convert` makes the ``step`` of an optimizer of torch
+        call this method.
 
         Args:
-            optimizer: the optimizer whose groups, state and parameters the step reads and updates.
+            optimizer: the optimizer whose groups, state and parameters the step reads and updates: this object, or an
+                optimizer that `lightkit.optim.convert` has converted, of the class of torch that this class replaces
+                (``torch.optim.Adam`` for `Adam`).
             closure: a function that reevaluates the model and returns the loss; None takes the present gradients.
 
         Returns:
@@ -309,7 +315,7 @@ class FusedStep(torch.optim.Optimizer):
         The hooks of ``optimizer`` do not run here: the ``step`` that called `step_for` runs them.
 
         Args:
-            optimizer: this optimizer, or a converted one of torch's class.
+            optimizer: this object, or an optimizer that `lightkit.optim.convert` has converted.
         """
         step = self._torch_class.step
         if getattr(step, "hooked", False):

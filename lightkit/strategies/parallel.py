@@ -87,17 +87,30 @@ class Parallel(DDPStrategy):
         return output
 
     def after_step(self, optimizer: Optimizer) -> None:
-        """Acts after a step of ``optimizer`` in Lightning's loop or in `lightkit.loops`; here it does nothing."""
+        """Does nothing; a subclass overrides the method to act after a step of ``optimizer``.
+
+        Lightning's loop calls the method through `optimizer_step`, and the loop of `lightkit.loops` calls it directly.
+        """
 
     def on_train_start(self) -> None:
-        """Replaces Lightning's handling of SIGTERM, which it has just set up, and checks the numbers of batches."""
+        """Makes each process handle its own SIGTERM, and calls `check_work`; does nothing with one process.
+
+        The method replaces the handler of SIGTERM that Lightning has just installed, which broadcasts from process 0.
+        It also gathers the number of batches of every process for `check_work`, so that all processes must call it.
+
+        Raises:
+            ConfigError: `check_work` of a subclass rejects the numbers of batches.
+        """
         trainer = self.trained_module.trainer
         if self.world_size > 1:
             _handle_sigterm_locally(trainer)
             self.check_work(_gather_floats(trainer.num_training_batches, self.root_device))
 
     def check_work(self, batches: list[float]) -> None:
-        """Checks the numbers of batches before the training; here it accepts all.
+        """Checks before the training that the strategy supports the numbers of batches of the processes.
+
+        The method of this class accepts all numbers. A subclass whose processes must take equally many steps raises a
+        ConfigError if the numbers differ.
 
         Args:
             batches: the number of batches of each process in an epoch; infinite if unknown.

@@ -159,7 +159,15 @@ class ForecastTask(Task):
         return history[:, -1] if self.relative else self.center
 
     def _forecast(self, history: Tensor, base: Tensor) -> Tensor:
-        """Returns the model's standardised forecast ``(N, horizon)``."""
+        """Returns the model's standardised forecast ``(N, horizon)``: ``(value - base) / scale`` of each value.
+
+        Args:
+            history: histories ``(N, T, 1)`` in the units of the series.
+            base: the result of `_base` for ``history``.
+
+        Raises:
+            ConfigError: the model returns another shape.
+        """
         forecast = self.model(self._standardised(history, base.unsqueeze(-1)))
         if forecast.shape != (len(history), self.horizon):
             raise ConfigError(
