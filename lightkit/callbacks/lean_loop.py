@@ -21,9 +21,10 @@ class LeanLoop(Callback):
     Weights, running values, counters and checkpoints are the same as Lightning's to the bit, also after a step that
     fails, and the same overridden hooks run in the same order: see `lightkit.loops.LeanRun`. A lean step collects no
     metrics that no logger takes, writes the loggers' files once a second, draws a progress bar ten times a second,
-    calls no empty hook and checks the options of ``self.log`` once. If a callback, an optimizer or a hook is replaced
-    within an epoch, the next step uses the new one. If a function of Lightning that a step calls is patched, Lightning
-    runs the steps. A trainer can be copied and pickled during a run; the copy has Lightning's own loop.
+    calls no empty hook and checks the options of ``self.log`` once. If a callback, an optimizer, or a hook of a
+    callback or of the module is replaced within an epoch, the next step uses the new one. If a function of Lightning
+    that a step calls is patched, Lightning runs the steps. A trainer can be copied and pickled during a run; the copy
+    has Lightning's own loop.
 
     During a training a program can see these differences:
 
@@ -34,7 +35,7 @@ class LeanLoop(Callback):
     module, ``vars``, in a lean step     ``log`` and ``__getstate__`` are attributes of the object
     loader that is sliced, ``vars``      ``_get_iterator`` and ``__getstate__`` are attributes of the object
     private running values, ``type``     ``LazyMetric``, a subclass of Lightning's ``_ResultMetric``
-    hooks patched on classes of others   take effect at the next epoch or after the next validation
+    hooks patched on a class             take effect at the next epoch or after the next validation
     ==================================== ===================================================================
 
     A ``DataLoader`` over a ``TensorDataset`` indexes whole batches of the tensors, which are the same batches: see

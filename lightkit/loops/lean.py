@@ -23,6 +23,8 @@ from lightkit.loops.step_logging import StepLogger, fast_log
 class LeanRun:
     """Replaces ``run`` of Lightning's training loop: it runs the same epoch with less work between the steps.
 
+    The constructor sets the object as ``loop.run``; `undo` restores the loop's own method.
+
     Lightning's own code runs the first and the last batch of an epoch, the batch before a validation, the last step
     of a training and the first batches after a restart. `LeanStep` runs the other batches. It calls the hooks that a
     callback or the module overrides, in Lightning's order. The loop object and its class stay the same.

@@ -76,9 +76,9 @@ def run_fused(layers: Iterable[nn.Module], input: Tensor) -> Tensor:
 class FusedCall:
     """Replaces the call of a Sequential: ``module(input)`` runs the layers as `FusedSequential` does.
 
-    The object takes the place of the compiled call, ``module._compiled_call_impl``, which torch calls in place of
-    ``_call_impl`` if it is set. The class and ``forward`` of the module stay torch's. Copies and pickles do not contain
-    this attribute, and torch.compile, torch.export and torch.jit do not read it.
+    The constructor sets the object as the compiled call, ``module._compiled_call_impl``, which torch calls in place of
+    ``_call_impl`` if it is set; `undo` removes it. The class and ``forward`` of the module stay torch's. Copies and
+    pickles do not contain this attribute, and torch.compile, torch.export and torch.jit do not read it.
 
     Args:
         module: a Sequential for which `can_fuse` returns True, and which is not compiled.
