@@ -44,10 +44,16 @@ def report(library: Path) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Compiles, installs or checks the kernels as ``arguments`` say; returns the exit status.
+    """Builds the native library, installs it from an archive or compiles the CUDA kernels for a check.
 
     Args:
-        arguments: the command-line arguments; None takes those of the process.
+        arguments: the command-line arguments; None takes those of the process. Without an option the function
+            compiles the library into the cache, unless the cache has it. ``--archive FILE`` also writes the build to
+            FILE. ``--from FILE`` copies the build in such a file to the cache. ``--check-cuda`` compiles every CUDA
+            kernel, and installs nothing.
+
+    Returns:
+        The exit status: 0 after success, 1 after an error, which the function prints.
     """
     parser = argparse.ArgumentParser(prog="python -m lightkit.build", description=__doc__)
     what = parser.add_mutually_exclusive_group()

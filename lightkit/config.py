@@ -20,7 +20,8 @@ _TARGET, _PARTIAL = "_target_", "_partial_"
 def to_plain(config: Any) -> Any:
     """Returns a container of OmegaConf as resolved dicts and lists; returns any other object unchanged.
 
-    The function does not import OmegaConf: without OmegaConf in the process, no container is OmegaConf's.
+    The function does not import OmegaConf: while nobody has imported it, no object is a container of OmegaConf. A
+    missing value (``???``) raises OmegaConf's ``MissingMandatoryValue``.
     """
     if not (is_instance(config, "omegaconf", "DictConfig") or is_instance(config, "omegaconf", "ListConfig")):
         return config
@@ -32,14 +33,15 @@ def build(config: Any, **extra: Any) -> Any:
 
     A mapping with ``_target_`` becomes an instance of that class, with the other keys as arguments. With
     ``_partial_: true`` it becomes a callable that accepts the missing arguments. Other mappings and lists become dicts
-    and lists. The user must trust the configuration; `lightkit.app.restore` builds from that of a checkpoint.
+    and lists. The user must trust the configuration; `lightkit.app.restore` builds from the configuration in a
+    checkpoint.
 
     Args:
         config: a configuration of OmegaConf, or plain containers.
-        **extra: further arguments of the outermost class.
+        **extra: further arguments of the outermost class, by name.
 
     Returns:
-        The object; None if ``_target_`` is null.
+        The object that ``config`` describes; None if its ``_target_`` is null.
 
     Raises:
         ConfigError: a class is unknown or not allowed (see `lightkit.targets`), or it does not accept an argument; the
@@ -70,7 +72,7 @@ def _instantiate(target: str, arguments: dict[str, Any], as_partial: bool) -> An
 
 
 def construct(cls: type, target: str, /, *positional: Any, **arguments: Any) -> Any:
-    """Calls a class with the arguments of a configuration.
+    """Returns an instance of a class, made with the arguments of a configuration.
 
     Args:
         cls: the class.

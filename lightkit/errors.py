@@ -18,7 +18,10 @@ class CheckpointError(LightkitError, ValueError):
 
 
 class CarriedError(BaseException):
-    """A carrier of an error in the input, its only argument; Hydra prints its own message for every `Exception`."""
+    """An exception that carries an error in the input, its only argument, through Hydra to the command.
+
+    It is no `Exception`, since Hydra would catch an `Exception` and print a message of its own.
+    """
 
 
 class Terminated(SystemExit):

@@ -23,7 +23,7 @@ class Keys(TypedDict):
 
 @entry_point("evaluate", Keys)
 def main(config: DictConfig) -> None:
-    """Computes and prints the test metrics of a checkpoint; writes them to ``config.output`` unless that is None."""
+    """Computes and prints the test metrics of a checkpoint; writes them to ``config.output`` unless it is None."""
     # As in lightkit.train, --help does not wait for these imports.
     from lightkit.app.console import print_table
     from lightkit.app.evaluation import evaluate

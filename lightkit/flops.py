@@ -35,11 +35,11 @@ class FlopCounter:
     is that of the layers: zeros from a mask, a ReLU or padding count like other values, and the recomputation within a
     kernel, which saves memory, adds nothing. The recomputation of activation checkpointing is counted.
 
-    The results are the same to the bit as without a counter. If an operation ran that cannot be counted, ``total`` is
-    None.
+    The results of the operations are the same to the bit as without a counter. If an operation ran that cannot be
+    counted, ``total`` is None.
 
     Attributes:
-        unsupported_reason: why ``total`` is None, or None.
+        unsupported_reason: the reason why ``total`` is None; None if every operation so far could be counted.
     """
 
     # The formulas are those of torch's FlopCounterMode. FlopCounterMode itself puts hooks on all modules, and
@@ -54,12 +54,12 @@ class FlopCounter:
 
     @property
     def total(self) -> int | None:
-        """The operations so far, or None if an operation could not be counted."""
+        """The number of floating-point operations so far; None if an operation could not be counted."""
         return self._by_dtype.total() if self.unsupported_reason is None else None
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """The dtype of the operands of most operations, or None before the first."""
+        """The operand dtype with the most floating-point operations so far; None if no operation was counted."""
         return max(self._by_dtype, key=self._by_dtype.__getitem__, default=None)
 
     def __enter__(self) -> FlopCounter:
@@ -83,7 +83,7 @@ class FlopCounter:
         self.unsupported_reason = self.unsupported_reason or reason
 
     def _count(self, func: Any, types: Sequence[type], args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
-        """Adds the operations of one call of an operator."""
+        """Adds the operations of one call of the operator ``func`` that returned ``out``."""
         if not isinstance(func, torch._ops.OpOverload):
             # A higher-order operator, such as torch.cond.
             self._stop(f"the operations of {func} are unknown")
@@ -151,7 +151,7 @@ def _may_multiply(func: Any) -> bool:
 
 
 def matmul_rate(device: torch.device | str, dtype: torch.dtype) -> float:
-    """Measures the floating-point operations a second of a large matrix product by `torch.mm`.
+    """Measures the number of floating-point operations a second of a large matrix product by `torch.mm`.
 
     The result is the median of five products, with torch's present settings of threads and precision. The measurement
     takes about 0.1 s. On a busy machine it takes longer, and the result is the rate of a part of the machine.
@@ -161,7 +161,7 @@ def matmul_rate(device: torch.device | str, dtype: torch.dtype) -> float:
         dtype: the dtype of the matrices, floating point.
 
     Returns:
-        Operations a second; a multiplication and an addition are two.
+        The number of operations a second; a multiplication and an addition are two.
     """
     size = _MIN_SIZE
     while True:
@@ -227,7 +227,14 @@ def _layer_chain_backward(
 
 
 def _layer_flops(input: Shape, weights: Sequence[Shape], settings: Sequence[int]) -> list[int]:
-    """Returns the forward operations of each layer; a pool halves the image and drops an odd last row."""
+    """Returns the number of forward operations of each layer of a `lightkit.ops.layer_chain`.
+
+    Args:
+        input: the shape of the input of the chain.
+        weights: the shape of each layer's weight.
+        settings: four numbers for each layer: the padding of rows, the padding of columns, 1 for a ReLU, and 1 for a
+            pool, which halves height and width, rounded down.
+    """
     flops = []
     size = input[2:]
     for layer, weight in enumerate(weights):

@@ -40,12 +40,13 @@ class CSVLogger(loggers.CSVLogger):
     def continue_from(self, path: Path, steps: int, last: dict[str, Any] | None = None) -> None:
         """Starts the file of this logger with the rows of the first ``steps`` steps in ``path``.
 
-        The rows are written at once, so that no checkpoint lies beside a log without them.
+        The method writes the rows at once, so that no checkpoint lies beside a log without the rows of its steps.
 
         Args:
             path: a ``metrics.csv`` of another logger, or this logger's own; without a valid file the log starts empty.
-            steps: the number of steps that are done; later rows are dropped, since they will be logged again.
-            last: metrics of the last of these steps, which a kill may have prevented from being logged.
+            steps: the number of finished steps. The method drops later rows, since the run will log them again.
+            last: the metrics of the last finished step by name. The method adds them if the file lacks them, as after a
+                kill; None adds nothing.
         """
         self._rows = [row for row in read_rows(path) if int(row["step"]) < steps]
         if last and not any(all(row.get(name) for name in last) for row in self._rows if int(row["step"]) == steps - 1):
@@ -56,7 +57,7 @@ class CSVLogger(loggers.CSVLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> _Writer:
-        """The writer of the file, which is made on the first access."""
+        """The writer of ``metrics.csv``, which the first access makes."""
         writer = self._experiment
         if not isinstance(writer, _Writer):
             os.makedirs(self.log_dir, exist_ok=True)
@@ -65,10 +66,11 @@ class CSVLogger(loggers.CSVLogger):
 
 
 def read_rows(path: Path) -> Rows:
-    """Reads the whole rows of a ``metrics.csv``.
+    """Reads the complete rows of the ``metrics.csv`` at ``path``.
 
     Returns:
-        A dict for each row, which maps the columns to strings; no row if the file does not exist or has another format.
+        A dict for each row, which maps column names to strings; an empty list if the file does not exist or has another
+        format.
     """
     try:
         text = path.read_bytes().decode()
@@ -80,7 +82,14 @@ def read_rows(path: Path) -> Rows:
 
 
 class _Writer(ExperimentWriter):
-    """Writes ``metrics.csv``: appends whole rows or replaces the file."""
+    """A writer of ``metrics.csv`` by which the file has whole rows at any time.
+
+    The writer appends rows to the file; it replaces the file if a row has a new column or if the file is missing.
+
+    Args:
+        log_dir: the directory of the file.
+        rows: the rows that the file begins with; an empty list removes an existing file.
+    """
 
     def __init__(self, log_dir: str, rows: Rows) -> None:
         super().__init__(log_dir)

@@ -15,15 +15,15 @@ _NEVER = 2**31 - 1
 def keep_freed_memory() -> bool:
     """Makes the C library keep the freed memory of CPU tensors, instead of returning it to the system.
 
-    A training step frees its activations, and the next step allocates as much again. If the C library returned the
-    memory in between, the system clears every page again, which may take longer than the computation of the content.
+    A training step frees its activations, and the next step allocates as much again. If the C library returns the
+    memory in between, the system clears every page again, which may take longer than the computation of the values.
     With this setting the process keeps the largest amount of memory that it has used at a time.
 
     The setting holds for the whole process and cannot be undone. Further calls change nothing. ``lightkit.train`` calls
     this function.
 
     Returns:
-        True if the C library accepts the settings: glibc does; the libraries of macOS and musl do not have them.
+        True if the C library accepts the settings, as glibc does; False on macOS and with musl, which lack them.
     """
     if not sys.platform.startswith("linux"):
         return False

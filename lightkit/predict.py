@@ -31,7 +31,18 @@ class Keys(TypedDict):
 
 @entry_point("predict", Keys)
 def main(config: DictConfig) -> None:
-    """Predicts with the model of a checkpoint; prints the result, and writes it to ``config.output`` if that is set."""
+    """Predicts with the model of a checkpoint, and prints the predictions.
+
+    The kind of task decides about input and output: images give the classes, a series gives a forecast (both are
+    written as CSV), and a text gives its continuation.
+
+    Args:
+        config: the keys of ``conf/predict.yaml``. If ``output`` is set, the function also writes the predictions to
+            that file.
+
+    Raises:
+        LightkitError: the checkpoint, the input or an option cannot be used.
+    """
     # As in lightkit.train, --help does not wait for these imports.
     from lightkit.app.prediction import PredictionRequest, predict
     from lightkit.app.restore import restore

@@ -152,7 +152,7 @@ def _import(module_name: str, target: str) -> types.ModuleType:
 
 
 def _package_of(target: str, packages: Iterable[str]) -> str | None:
-    """Returns the innermost of the packages that contains ``target``, or None."""
+    """Returns the innermost of the ``packages`` that contain ``target``; None if none contains it."""
     return max((p for p in packages if target.startswith(f"{p}.")), key=len, default=None)
 
 
@@ -165,7 +165,12 @@ def _is_within(name: str, packages: Iterable[str]) -> bool:
 
 
 def _suggest_target(target: str) -> str:
-    """Returns a suggestion of the nearest classes of lightkit and torch for a misspelt package, or an empty string."""
+    """Returns a suggestion for a message about ``target``, which names no class, since a part of it is misspelt.
+
+    Returns:
+        A clause with the public classes of lightkit, torch.nn and torch.optim whose paths, or whose names, are nearest
+        to ``target``; an empty string if no class is near.
+    """
     name = target.rpartition(".")[2]
     packages = [p for p in _PUBLIC_PACKAGES if p.startswith("lightkit.")] + ["torch.optim", "torch.nn"]
     known = [f"{package}.{cls}" for package in packages for cls in exported_classes(package)]
@@ -173,7 +178,7 @@ def _suggest_target(target: str) -> str:
 
 
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """Returns ``"; did you mean a, b?"`` with the known names close to ``name``, or an empty string.
+    """Returns ``"; did you mean a, b?"`` with up to three known names close to ``name``; an empty string without one.
 
     Args:
         name: the unknown name.
@@ -193,7 +198,7 @@ def _type_hints(cls: type) -> dict[str, Any]:
 
 
 def _union_members(hint: Any) -> set[Any]:
-    """Returns the members of a union, or a set of the one hint."""
+    """Returns the member types of ``hint`` if it is a union, else a set with ``hint`` alone."""
     return set(typing.get_args(hint)) if typing.get_origin(hint) in (typing.Union, types.UnionType) else {hint}
 
 
@@ -201,9 +206,10 @@ _PLAIN_TYPES = (int, float, bool, str, type(None))
 
 
 def _is_accepted(value: Any, hint: Any) -> bool:
-    """Returns True if a value may have the type ``hint``; the function rejects values for hints of plain types alone.
+    """Returns False if ``hint`` has plain types alone and ``value`` is a plain value or container of another type.
 
-    OmegaConf's containers are neither dicts nor lists, so that the function recognizes them by their module.
+    The plain types are int, float, bool, str and None; an int is accepted as a float. The function recognizes
+    OmegaConf's containers by their module, since they are neither dicts nor lists.
     """
     options = _union_members(hint)
     is_container = isinstance(value, (list, dict)) or type(value).__module__.startswith("omegaconf.")
@@ -218,7 +224,7 @@ def check_types(values: Mapping[str, Any], hints: Mapping[str, Any], owner: str 
     Args:
         values: the values of a configuration by name.
         hints: the types by name; a value without a hint may have any type.
-        owner: a string before the name in the message.
+        owner: a string before the value's name in the message.
 
     Raises:
         ConfigError: a value has a wrong type; the message has its name and the accepted types.
@@ -237,10 +243,10 @@ def check_arguments(cls: type, target: str, arguments: Mapping[str, Any], as_par
         cls: the class.
         target: the name of the class in the configuration, for the message.
         arguments: the arguments by name.
-        as_partial: accept missing arguments, which the caller adds later.
+        as_partial: True accepts missing arguments, which the caller adds later.
 
     Raises:
-        ConfigError: an argument is wrong or missing; the message has its name and the nearest known ones.
+        ConfigError: an argument is wrong or missing; the message has its name and the nearest known names.
     """
     try:
         parameters = inspect.signature(cls).parameters

@@ -1,4 +1,4 @@
-"""When Lightning's own callbacks have something to do in a step, which they keep in private attributes."""
+"""Conditions under which Lightning's own callbacks act in a training step; they use private attributes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, Ti
 
 
 def checkpoint_is_due(trainer: pl.Trainer, callback: ModelCheckpoint) -> bool:
-    """Returns True if a step may be followed by a checkpoint."""
+    """Returns True if ``callback`` may write a checkpoint after the present training step."""
     if callback._train_time_interval is not None:
         return True
     every = callback._every_n_train_steps
@@ -15,10 +15,10 @@ def checkpoint_is_due(trainer: pl.Trainer, callback: ModelCheckpoint) -> bool:
 
 
 def timer_is_due(trainer: pl.Trainer, callback: Timer) -> bool:
-    """Returns True if a timer may stop the training."""
+    """Returns True if ``callback`` has a duration, after which it stops the training."""
     return callback._duration is not None
 
 
 def logging_is_due(trainer: pl.Trainer, callback: LearningRateMonitor) -> bool:
-    """Returns True if the metrics of a step go to the loggers."""
+    """Returns True if the trainer passes the metrics of the present step to the loggers."""
     return trainer._logger_connector.should_update_logs

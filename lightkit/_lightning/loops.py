@@ -30,7 +30,7 @@ __all__ = [
     "TrainingEpochLoop",
 ]
 
-# The key in ``vars(epoch_loop)`` of how many batches ended with an optimizer step.
+# The key in ``vars(epoch_loop)`` of the number of batches that ended with an optimizer step.
 BATCHES_THAT_STEPPED = "_batches_that_stepped"
 
 # The methods through which a precision plug-in takes part in a step.
@@ -54,37 +54,37 @@ if TYPE_CHECKING:
 
 
 def connected(trainer: pl.Trainer) -> ConnectedTrainer:
-    """Returns the trainer, typed with the attributes that its connectors set."""
+    """Returns ``trainer`` itself, with a type that declares the attributes which its connectors set."""
     return cast("ConnectedTrainer", trainer)
 
 
 def batch_counters(loop: TrainingEpochLoop) -> tuple[ProcessedTracker, ProcessedTracker]:
-    """Returns the counters of batches of the whole fit and of the present epoch."""
+    """Returns Lightning's counters of the batches of the whole fit, and of those of the present epoch."""
     return cast(ProcessedTracker, loop.batch_progress.total), cast(ProcessedTracker, loop.batch_progress.current)
 
 
 def results_of(loop: TrainingEpochLoop) -> ResultCollection:
-    """Returns the running values of an epoch of training."""
+    """Returns the running values of the metrics that the present training epoch has logged."""
     return loop._results
 
 
 def logger_connector(trainer: pl.Trainer) -> LoggerConnector:
-    """Returns the part of a trainer that collects metrics."""
+    """Returns the connector by which ``trainer`` collects metrics and passes them to its loggers."""
     return trainer._logger_connector
 
 
 def batch_has_started(trainer: pl.Trainer) -> bool:
-    """Returns True from the first batch of an epoch on."""
+    """Returns True from the start of the first batch of the present epoch on."""
     return trainer._logger_connector._first_loop_iter is not None
 
 
 def skips_backward(trainer: pl.Trainer) -> bool:
-    """Returns True if the steps of a fit have no backward pass."""
+    """Returns True if the training steps of ``trainer.fit`` have no backward pass."""
     return trainer.fit_loop._skip_backward
 
 
 def should_accumulate(trainer: pl.Trainer) -> Callable[[], bool]:
-    """Returns the fit loop's method that is True after a batch without an optimizer step."""
+    """Returns the fit loop's method that returns True if the present batch only accumulates gradients."""
     return trainer.fit_loop._should_accumulate
 
 
@@ -94,7 +94,7 @@ def validates_in_epoch(loop: TrainingEpochLoop) -> bool:
 
 
 def validates_by_time(trainer: pl.Trainer) -> bool:
-    """Returns True if ``val_check_interval`` is a time."""
+    """Returns True if ``val_check_interval`` of ``trainer`` is a time and not a number of batches."""
     return vars(trainer)["_val_check_time_interval"] is not None
 
 
@@ -109,22 +109,22 @@ def training_step_takes_index(loop: TrainingEpochLoop) -> bool:
 
 
 def is_training_done(loop: TrainingEpochLoop) -> bool:
-    """Returns True after the last batch of training of an epoch or of the fit."""
+    """Returns True after the last training batch of the present epoch, or of the fit."""
     return loop._is_training_done
 
 
 def sigterm_check(loop: TrainingEpochLoop) -> Callable[[], None]:
-    """Returns the method that raises in all processes if process 0 has received SIGTERM."""
+    """Returns the method of ``loop`` that raises an exception in all processes if process 0 has received SIGTERM."""
     return loop._broadcast_sigterm_tensor
 
 
 def replace_sigterm_check(loop: TrainingEpochLoop, check: Callable[[], None]) -> None:
-    """Puts a function in place of the method that `sigterm_check` returns."""
+    """Sets the function ``check`` on ``loop`` in place of the method that `sigterm_check` returns."""
     loop._broadcast_sigterm_tensor = check
 
 
 def original_signal_handlers(trainer: pl.Trainer) -> dict[int, Any]:
-    """Returns the signal handlers that were set before Lightning's, by signal."""
+    """Returns the signal handlers that Lightning has replaced by its own, by the number of the signal."""
     return trainer._signal_connector._original_handlers
 
 
@@ -134,12 +134,12 @@ def set_received_sigterm(trainer: pl.Trainer) -> None:
 
 
 def warning_cache(loop: TrainingEpochLoop) -> WarningCache:
-    """Returns the cache by which a loop warns once."""
+    """Returns the cache of warnings by which ``loop`` gives each warning once."""
     return loop._warning_cache
 
 
 def loaders_of_training(trainer: pl.Trainer) -> tuple[list[Any], list[Any]]:
-    """Returns the data loaders of training, and the iterators that exist of them already."""
+    """Returns the training data loaders, and their iterators; the second list is empty if there are none yet."""
     combined = trainer.fit_loop._combined_loader
     assert combined is not None
     iterator = combined._iterator
@@ -147,17 +147,17 @@ def loaders_of_training(trainer: pl.Trainer) -> tuple[list[Any], list[Any]]:
 
 
 def owner_of_data_hook(trainer: pl.Trainer, hook: str) -> pl.LightningModule | pl.LightningDataModule:
-    """Returns the module or data module whose implementation of a data hook Lightning calls."""
+    """Returns the module or the data module whose method Lightning calls for the data hook named ``hook``."""
     selector = trainer._data_connector._datahook_selector
     assert selector is not None
     return selector.get_instance(hook)
 
 
 def clip_gradients_of(precision: Precision) -> Callable[..., None]:
-    """Returns the method that clips the gradients of an optimizer, by value or by norm."""
+    """Returns the method of ``precision`` that clips the gradients of an optimizer, by value or by norm."""
     return precision._clip_gradients
 
 
 def averages_model(strategy: Strategy) -> bool:
-    """Returns True if a DDP strategy averages the model from time to time."""
+    """Returns True if ``strategy`` is a DDP strategy that averages the parameters between processes periodically."""
     return getattr(strategy, "_model_averager", None) is not None

@@ -1,4 +1,4 @@
-"""Private parts of Lightning's running values, and of the connector that collects them."""
+"""Private parts of Lightning's `ResultCollection`, which has the running values of an epoch, and of its connector."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = [
     "ResultMetric",
 ]
 
-# Keys in ``vars(metric)``: the value of the last step, the cached result, and how often it was updated.
+# Keys in ``vars(metric)``: the value of the last step, the cached result, and the number of updates of the metric.
 FORWARD_VALUE = "_forward_cache"
 COMPUTED = "_computed"
 UPDATE_COUNT = "_update_count"
@@ -32,17 +32,20 @@ CONNECTOR_HOOK = "_current_fx"
 
 
 def extract_batch_size_of(results: ResultCollection) -> Callable[[ResultMetric, int | None, Any], int]:
-    """Returns the method that finds the batch size of a logged value, from the batch if it was not given."""
+    """Returns the method of ``results`` that returns the batch size of a logged value.
+
+    The method takes the metric, the batch size or None, and the batch, from which it infers the size for None.
+    """
     return results._extract_batch_size
 
 
 def logged_metrics(connector: LoggerConnector) -> dict[str, Any]:
-    """Returns the dict of the metrics that loggers were given."""
+    """Returns the connector's own dict of the metrics that it has passed to the loggers."""
     return connector._logged_metrics
 
 
 def collected_metrics(connector: LoggerConnector) -> dict[str, dict[str, Any]]:
-    """Returns the connector's own dicts by the names that `ResultCollection.metrics` gives them."""
+    """Returns the connector's own dicts of metrics by the keys of `ResultCollection.metrics`: pbar, callback, log."""
     return {
         "pbar": connector._progress_bar_metrics,
         "callback": connector._callback_metrics,
@@ -51,11 +54,11 @@ def collected_metrics(connector: LoggerConnector) -> dict[str, dict[str, Any]]:
 
 
 def metrics_of_step(results: ResultCollection, values: Mapping[str, Tensor | None]) -> Mapping[str, Any]:
-    """Returns what `ResultCollection.metrics` would return if the last step had had other values.
+    """Returns what `ResultCollection.metrics` would return if the last step had logged ``values``.
 
     Args:
-        results: its running values stay as they are.
-        values: what the step logged, by key of `results`.
+        results: the running values of the epoch; the function leaves them unchanged.
+        values: the values of the step, by key of ``results``; the result has the metrics of these keys only.
     """
     part = ResultCollection(results.training)
     part.dataloader_idx = results.dataloader_idx

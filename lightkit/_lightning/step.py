@@ -57,7 +57,7 @@ _CALLED = {
     "metric": ("update",),
 }
 
-# The functions that a lean step leaves out or does in its own way.
+# The functions of Lightning that `lightkit.loops.step.LeanStep` leaves out or replaces.
 STEP_FUNCTIONS = Originals(
     (lightning, torch), _ROOTS, *(f"{root}.{name}" for root, names in _CALLED.items() for name in names)
 )

@@ -2,5 +2,5 @@
 
 from lightkit._util.installation import check_package
 
-# Nearly every module of lightkit imports a helper, so that the check comes before an error that nobody understands.
+# Nearly every module of lightkit imports a helper: the check runs before a missing module causes an obscure error.
 check_package()

@@ -1,8 +1,7 @@
-"""Writes files of which a reader sees the old content or the new, never a part; gives a directory one writer."""
+"""Atomic writes, after which a file has the old content or the whole new one."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import stat
@@ -16,19 +15,19 @@ _LEFTOVER = re.compile(r"\..+\.(ckpt|csv|html|json|png|yaml)\.[a-z0-9_]{8}")
 
 
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], object], mode: int = 0o666) -> None:
-    """Replaces the content of a file by what ``write`` writes.
+    """Replaces the content of a file atomically by what ``write`` writes.
 
-    The new content goes to a temporary file in the same directory, reaches the disk, and gets the name of the file by
-    one rename. If anything fails, a full disk included, the old file is untouched. A device or a pipe cannot be
-    replaced: the content is written to it.
+    The function writes the new content to a temporary file in the same directory, flushes the file to the disk and
+    renames it to ``path``. If anything fails, a full disk included, the old file is untouched. If ``path`` is a device,
+    a pipe or a socket, the function writes to it directly.
 
     Args:
-        path: the file; its directory is made if it is not there.
-        write: gets a binary stream, and writes the new content.
-        mode: permissions of the file; the umask is subtracted.
+        path: the file; the function makes its directory if it is missing.
+        write: a function that receives a binary stream and writes the new content to it.
+        mode: the permissions of the file, from which the umask is subtracted.
 
     Raises:
-        OSError: the directory cannot be written, the disk is full.
+        OSError: the directory is not writable, or the disk is full.
     """
     path = Path(path)
     if _is_no_file(path):
@@ -50,15 +49,17 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object], mode
 
 
 def write_text_atomically(path: str | Path, text: str) -> None:
-    """Replaces the content of a file by a text in UTF-8: see `write_atomically`."""
+    """Replaces the content of the file ``path`` by ``text`` in UTF-8, as `write_atomically` does."""
     write_atomically(path, lambda stream: stream.write(text.encode("utf-8", "surrogateescape")))
 
 
 def remove_leftovers(directory: Path) -> None:
     """Removes the temporary files that `write_atomically` left in the directory of a run when its process was killed.
 
-    Nobody may be writing to the run. The directories of other runs below it, which have a ``.hydra`` of their own, are
-    left alone.
+    The function does not enter the directories of other runs below it, which have a ``.hydra`` of their own.
+
+    Args:
+        directory: the directory of the run; no process may be writing to it.
     """
     for folder, folders, names in os.walk(directory):
         folders[:] = [name for name in folders if not os.path.isdir(os.path.join(folder, name, ".hydra"))]
@@ -66,50 +67,8 @@ def remove_leftovers(directory: Path) -> None:
             Path(folder, name).unlink(missing_ok=True)
 
 
-# The descriptors by which this process holds directories.
-_held: dict[Path, int] = {}
-
-
-def hold(directory: Path) -> bool:
-    """Makes this process the only writer of a directory, until `release` or until the process ends in any way.
-
-    Returns:
-        False if another process holds the directory; True also where the file system has no locks.
-    """
-    directory = directory.resolve()
-    if directory in _held:
-        return True
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return False
-    except OSError:
-        os.close(descriptor)
-        return True
-    _held[directory] = descriptor
-    return True
-
-
-def release(directory: Path) -> None:
-    """Lets other processes hold a directory again."""
-    if (descriptor := _held.pop(directory.resolve(), None)) is not None:
-        os.close(descriptor)
-
-
-def is_held_by_another(directory: Path) -> bool:
-    """Returns True if another process holds a directory."""
-    if directory.resolve() in _held:
-        return False
-    if not hold(directory):
-        return True
-    release(directory)
-    return False
-
-
 def _is_no_file(path: Path) -> bool:
-    """Returns True if the path is a device, a pipe or a socket, or a link to one."""
+    """Returns True if ``path`` is a device, a pipe or a socket, or a link to one."""
     try:
         mode = os.stat(path).st_mode
     except OSError:

@@ -1,4 +1,4 @@
-"""Keeps names of the previous release: each still works, with a warning that says the new one."""
+"""Aliases for names of the previous release; the use of an old name warns with the new name."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
-    """Returns a ``__getattr__`` for a module, which finds its old names.
+    """Returns a ``__getattr__`` for a module, which returns the new object under each old name with a warning.
 
     Args:
         module: ``__name__`` of the module.
-        names: the path of the object, ``PACKAGE.NAME``, by its old name in ``module``.
+        names: the old names in ``module``, each with the new dotted path ``PACKAGE.NAME`` of the object.
     """
 
     def find(name: str) -> Any:
@@ -51,10 +51,10 @@ class RenamedAttribute:
 
 
 def renamed_parameters(**names: str) -> Callable[[F], F]:
-    """Returns a decorator of functions and classes that accept the old names of keyword parameters, with a warning.
+    """Returns a decorator by which a function or a class also accepts old names of parameters, with a warning.
 
     Args:
-        **names: the new name of a parameter by its old name.
+        **names: the old names, each with the new name of the parameter: ``old="new"``.
     """
 
     def decorate(function: F) -> F:

@@ -1,4 +1,4 @@
-"""Waits for devices, which compute while Python goes on."""
+"""Synchronization with devices, which compute asynchronously."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import torch
 
 
 def wait_for(device: torch.device) -> None:
-    """Waits until a device has done all that it was asked to do."""
+    """Waits until ``device`` has finished all operations queued on it; returns at once for the CPU."""
     if device.type == "xla":
         import torch_xla  # pyright: ignore[reportMissingImports] (installed on machines with a TPU alone)
 
-        # Runs the recorded operations first.
+        # torch_xla records operations lazily: sync runs the recorded ones, then waits.
         torch_xla.sync(wait=True)
     elif device.type != "cpu" and (current := torch.accelerator.current_accelerator()) is not None:
         if device.type == current.type:

@@ -16,14 +16,18 @@ _REMEDY = f"run pip uninstall lightkit, then pip install --force-reinstall --no-
 
 
 def how_to_install(extra: str) -> str:
-    """Returns the command that adds an extra to this copy of lightkit: a checkout or an installed distribution."""
+    """Returns the pip command that adds the extra ``extra`` to this copy of lightkit.
+
+    For a checkout the command is ``pip install -e '.[EXTRA]'``, else ``pip install 'lightkit-train[EXTRA]'``. If the
+    other project called lightkit is installed, the result of `find_conflict` follows in parentheses.
+    """
     is_checkout = (Path(lightkit.__file__).parents[1] / "pyproject.toml").is_file()
     command = f"pip install -e '.[{extra}]'" if is_checkout else f"pip install '{DISTRIBUTION}[{extra}]'"
     return f"{command} ({conflict})" if (conflict := find_conflict()) else command
 
 
 def find_conflict() -> str | None:
-    """Returns one sentence and a remedy if the other project's distribution is installed, else None."""
+    """Returns a sentence with a remedy if the other project's distribution lightkit is installed; else None."""
     # Imported here: the import takes milliseconds, and importing lightkit does not need it.
     from importlib.metadata import PackageNotFoundError, distribution
 

@@ -2,8 +2,9 @@
 
 Lightning imports the compiler of torch for one class, torchmetrics imports SciPy for one function and matplotlib for
 the types of two arguments. In a process of one of lightkit's commands a stand-in takes the place of each of these
-modules. The stand-in knows the names that those imports need. Any other name imports the module itself, which then
-replaces the stand-in. ``LIGHTKIT_LAZY=0`` leaves all imports as they are.
+deferred modules, which `_STAND_INS` lists. A stand-in is a module object with the few names that those imports need.
+The first access to any other name imports the deferred module, which then replaces the stand-in in ``sys.modules``.
+``LIGHTKIT_LAZY=0`` leaves all imports as they are.
 
 The commands alone call `defer`: programs that import lightkit keep their imports.
 """
@@ -34,7 +35,7 @@ _ASKED_OF_ALL = ("__path__", "__warningregistry__", "__wrapped__")
 
 
 def defer() -> None:
-    """Puts the stand-ins in place for this process, unless ``LIGHTKIT_LAZY=0``.
+    """Makes later imports of the deferred modules in this process return stand-ins, unless ``LIGHTKIT_LAZY=0``.
 
     A module that has been imported already stays as it is, and so does one that is not installed.
 
@@ -49,7 +50,10 @@ def defer() -> None:
 
 
 class _StandIn(ModuleType):
-    """Answers for a module until something is asked that only the module itself can answer."""
+    """A module object in place of a deferred module, which it imports at the first access to a name it does not have.
+
+    A write to an attribute imports nothing before that; the import copies the attribute to the deferred module.
+    """
 
     def __init__(self, name: str, known: dict[str, Any]) -> None:
         super().__init__(name)
@@ -72,9 +76,9 @@ class _StandIn(ModuleType):
 
 
 def _import(stand_in: _StandIn) -> ModuleType:
-    """Imports the module of a stand-in, unless it has been imported, and puts the module in the stand-in's place.
+    """Returns the module that ``stand_in`` replaces; imports it first if the stand-in is still in ``sys.modules``.
 
-    The modules of the same library replace their stand-ins too: the modules of a library know each other.
+    The import also replaces the other stand-ins of the same top-level package, since its modules refer to each other.
     """
     name = stand_in.__name__
     library = name.partition(".")[0] + "."
@@ -94,7 +98,7 @@ def _import(stand_in: _StandIn) -> ModuleType:
 
 
 def _give(stand_in: _StandIn, module: ModuleType) -> None:
-    """Sets on a module the attributes that other code has set on its stand-in."""
+    """Copies the attributes that other code has set on ``stand_in`` to ``module``."""
     known = _STAND_INS[stand_in.__name__]()
     for name, value in vars(stand_in).items():
         is_own = name in _OF_THE_IMPORT_SYSTEM or name in vars(_NO_MODULE) or isinstance(value, ModuleType)
@@ -103,7 +107,7 @@ def _give(stand_in: _StandIn, module: ModuleType) -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds the stand-in for a module, once for each module."""
+    """An import finder that returns the stand-in of each deferred module once."""
 
     def __init__(self) -> None:
         self._names = set(_STAND_INS)
@@ -111,10 +115,18 @@ class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """Returns the spec of a stand-in, or None for every other module."""
+        """Returns the spec of a stand-in if ``name`` is a deferred module that nobody has imported or looked for yet.
+
+        For a submodule of a stand-in the method first imports the stand-in's module; if that imports the submodule as
+        well, the method returns a spec of the imported submodule.
+
+        Returns:
+            The spec; None if ``name`` is not one of `_STAND_INS` or is not installed, so that the next finder of
+            ``sys.meta_path`` looks for it.
+        """
         parent = sys.modules.get(name.rpartition(".")[0])
         if isinstance(parent, _StandIn) and name not in self._names:
-            # A module inside of one that is deferred: the package comes first, and may bring it.
+            # ``name`` is a submodule of a deferred package: importing the package may import the submodule.
             _import(parent)
             if name in sys.modules:
                 return importlib.machinery.ModuleSpec(name, _Existing())
@@ -134,7 +146,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _Loader(importlib.abc.Loader):
-    """Makes a stand-in."""
+    """A loader that creates the stand-in of a deferred module."""
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
         return _StandIn(spec.name, _STAND_INS[spec.name]())
@@ -144,7 +156,7 @@ class _Loader(importlib.abc.Loader):
 
 
 class _Existing(importlib.abc.Loader):
-    """Returns a module that was imported while its spec was looked for."""
+    """A loader that returns the module that `_Finder.find_spec` has imported already, with its own spec."""
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
         module = sys.modules[spec.name]
@@ -156,12 +168,12 @@ class _Existing(importlib.abc.Loader):
 
 
 def _is_imported(name: str) -> bool:
-    """Returns True if a module itself has been imported, not only its stand-in."""
+    """Returns True if the module ``name`` has been imported; a stand-in does not count."""
     return name in sys.modules and not isinstance(sys.modules[name], _StandIn)
 
 
 def _later(name: str, attribute: str) -> Callable[..., Any]:
-    """Returns a function that imports the module when it is called, and calls the module's function."""
+    """Returns a function whose call imports the module ``name`` and calls the module's function ``attribute``."""
 
     def call(*arguments: Any, **options: Any) -> Any:
         module = sys.modules.get(name)
@@ -196,7 +208,11 @@ class _ClassOf(type):
 
 
 def _disable(function: Callable[..., Any] | None = None, *arguments: Any, **options: Any) -> Callable[..., Any]:
-    """Does what `torch._dynamo.disable` does, as soon as the compiler has been imported."""
+    """Returns ``function`` in a wrapper that applies `torch._dynamo.disable` once the compiler has been imported.
+
+    The parameters are those of `torch._dynamo.disable`. Calls before the import run ``function`` directly. Without a
+    function, or for ``recursive=False``, the call imports the compiler and returns its result.
+    """
     if function is None or arguments[:1] == (False,) or options.get("recursive") is False:
         return _later("torch._dynamo", "disable")(function, *arguments, **options)
     wrapped = function
@@ -218,28 +234,28 @@ def _disable(function: Callable[..., Any] | None = None, *arguments: Any, **opti
 
 
 def _dynamo() -> dict[str, Any]:
-    """Returns the names that Lightning, torch's optimizers and torch's process groups import of the compiler."""
+    """Returns the names that Lightning, torch's optimizers and process groups import from ``torch._dynamo``."""
     return {
         "OptimizedModule": _ClassOf("OptimizedModule", "torch._dynamo"),
         "disable": _disable,
-        # It speaks to the compiler while it compiles; otherwise it does nothing.
+        # graph_break has an effect only while the compiler traces a function.
         "graph_break": lambda msg="": None,
         "trace_rules": SimpleNamespace(clear_lru_cache=lambda: None),
     }
 
 
 def _nothing() -> dict[str, Any]:
-    """Returns no names: `torch.use_deterministic_algorithms` sets an option of the compiler, and reads none."""
+    """Returns no names: `torch.use_deterministic_algorithms` only sets an attribute on the module."""
     return {}
 
 
 def _scipy_signal() -> dict[str, Any]:
-    """Returns the name that torchmetrics sets on SciPy where a release of SciPy lacks it."""
+    """Returns ``hamming``: torchmetrics sets ``scipy.signal.hamming`` if the installed SciPy lacks it."""
     return {"hamming": _later("scipy.signal.windows", "hamming")}
 
 
 def _plot() -> dict[str, Any]:
-    """Returns the types in the signatures of torchmetrics' metrics, and the functions by which they draw."""
+    """Returns the types in the signatures of torchmetrics' metrics, and the functions with which the metrics draw."""
     functions = ("plot_confusion_matrix", "plot_curve", "plot_single_or_multi_val")
     types = {"_AX_TYPE": object, "_PLOT_OUT_TYPE": tuple[object, object], "_CMAP_TYPE": object}
     return types | {name: _later("torchmetrics.utilities.plot", name) for name in functions}

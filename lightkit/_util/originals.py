@@ -1,4 +1,4 @@
-"""Tells whether functions of another library are still that library's own."""
+"""Checks whether functions of another library are still that library's own, or have been patched."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ _BUILTINS = (types.BuiltinFunctionType, types.MethodDescriptorType, types.Wrappe
 
 
 class Originals:
-    """Functions of a library whose work is done in another way while nobody has replaced them.
+    """A set of functions of a library, with a check that nobody has patched one of them.
 
-    Whoever patches a function, before this object is made or later, on a class or on its base, wants the patch called.
+    lightkit replaces the work of such functions by faster code. If a program has patched one of them, on a class or on
+    its base, before or after this object was made, lightkit must call the patch instead.
 
     Args:
         libraries: the packages that contain the functions and their decorators, such as ``torch``.
-        root: the object that the names start from.
-        names: at least two, dotted, such as ``"nn.Conv2d.forward"``.
+        root: the object at which the dotted names start, such as the module ``torch``.
+        names: the dotted names of at least two functions, such as ``"nn.Conv2d.forward"``.
     """
 
     def __init__(self, libraries: tuple[types.ModuleType, ...], root: Any, *names: str) -> None:
@@ -31,21 +32,22 @@ class Originals:
         self._own = tuple(function if is_own(function, libraries) else None for function in self._find(root))
 
     def are_in_place(self) -> bool:
-        """Returns True if every function is the library's; takes about a microsecond for twenty."""
+        """Returns True if every function is the library's own; takes about a microsecond for twenty functions."""
         return self._find(self._root) == self._own
 
     def first_replaced(self) -> str | None:
-        """Returns the name of a function that is not the library's, or None."""
+        """Returns the dotted name of the first function that is not the library's own; None if all are."""
         pairs = zip(self._names, self._find(self._root), self._own, strict=True)
         return next((name for name, function, own in pairs if function is not own), None)
 
 
 def is_own(function: Any, libraries: tuple[types.ModuleType, ...]) -> bool:
-    """Returns True if a function, and what it wraps, is written in the files of some libraries.
+    """Returns True if ``function``, and each function that it wraps, is defined in the files of ``libraries``.
 
-    Names do not tell: `functools.wraps` gives a wrapper those of what it wraps.
+    A function written in C counts as the library's own. The check uses the source file and not ``__module__``, since
+    `functools.wraps` copies ``__module__`` from the wrapped function to a wrapper of any origin.
     """
-    # The stand-in for torch's compiler wraps functions as the compiler itself would.
+    # The stand-in for torch's compiler in `lazy_imports` wraps functions as the compiler would.
     roots = (*(str(Path(str(library.__file__)).parent) for library in libraries), lazy_imports.__file__)
     while function is not None:
         code = getattr(function, "__code__", None)

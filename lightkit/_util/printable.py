@@ -1,4 +1,4 @@
-"""Makes names safe to print that come from somebody else."""
+"""Escapes the characters of an untrusted text that are not safe to print."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _JOINERS = "\u200c\u200d"
 
 
 def printable(text: str, keep: str = "") -> str:
-    r"""Returns a text with every character escaped that is not for reading, such as ``\x1b`` for ESC.
+    r"""Returns ``text`` with each control, format, surrogate and line-separator character escaped: ``\x1b`` for ESC.
 
     Args:
-        text: by somebody else: a key, the name of a file or of a column.
-        keep: characters that stay as they are, such as ``"\n"``.
+        text: an untrusted text, such as a key, or the name of a file or of a column.
+        keep: the characters that stay unescaped, such as ``"\n"``.
     """
     if text.isascii() and text.isprintable():
         return text

@@ -1,4 +1,4 @@
-"""Opens regular files and nothing else: a pipe or a device may have no end, or let its reader wait for ever."""
+"""Opens regular files only; a pipe or a device may have no end, or block its reader for ever."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 from lightkit._util.printable import printable
 from lightkit.errors import DataError
 
-# Names that a warning shows.
+# The number of names that a warning shows.
 _SHOWN = 3
 
 _KINDS = (
@@ -33,15 +33,16 @@ def open_regular(path: str | Path, most: int | None = None, name: str | None = N
 
     Args:
         path: the file; links are followed.
-        most: the largest allowed size, in bytes.
-        name: of the file in messages; by default its path.
+        most: the largest allowed size in bytes; None for no limit.
+        name: the name of the file in messages; None for its path.
 
     Raises:
         DataError: the file does not exist, cannot be opened, is not regular, or is too large.
     """
     name = str(path) if name is None else name
     try:
-        # Checked before it is opened, since opening a device may have effects; and again below, if it was exchanged.
+        # The kind is checked before the file is opened, since opening a device may have effects, and again below, since
+        # another process may have replaced the file in between.
         _check_kind(os.stat(path).st_mode, name)
         raw = _Bounded(path, "rb", opener=_open_without_waiting)
     except OSError as error:
@@ -81,7 +82,7 @@ def _open_without_waiting(path: str, flags: int) -> int:
 
 
 def warn_of_skipped(paths: Sequence[Path]) -> None:
-    """Warns in one line about skipped entries of a folder: broken links, pipes, devices."""
+    """Warns in one line that ``paths``, entries of a folder such as broken links, pipes or devices, are skipped."""
     if paths:
         shown = ", ".join(printable(str(path)) for path in paths[:_SHOWN])
         more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""

@@ -6,25 +6,25 @@ from typing import Any
 
 
 class StandIn:
-    """An attribute of an object in place of a method of its class, until `undo`.
+    """An instance attribute of an object that replaces a method of the object's class, until `undo`.
 
-    The object keeps its class. Copies and pickles are made without the attribute, by a ``__getstate__`` of the object's
-    own, unless its class has another way to make them.
+    The object keeps its class. It gets a ``__getstate__`` of its own that leaves out the attribute, so that copies and
+    pickles call the method of the class again, unless the class copies or pickles its instances by other means.
 
     Args:
         owner: the object.
-        name: of the method.
+        name: the name of the method.
         value: the callable that replaces the method.
     """
 
     def __init__(self, owner: Any, name: str, value: Any) -> None:
         self._owner, self._name, self._value = owner, name, value
-        # Not by `setattr`: that of nn.Module takes its time.
+        # vars() instead of `setattr`: the ``__setattr__`` of nn.Module is slow.
         vars(owner)[name] = value
         vars(owner)["__getstate__"] = self._state
 
     def undo(self) -> None:
-        """Removes the attribute, unless somebody has replaced it."""
+        """Removes the attribute, unless a program has replaced it by another value."""
         own = vars(self._owner)
         if own.get(self._name) is self._value:
             del own[self._name]
@@ -33,7 +33,7 @@ class StandIn:
 
     def _state(self) -> Any:
         owner, cls = self._owner, type(self._owner)
-        # Objects have the method from Python 3.11 on.
+        # `object` has the method ``__getstate__`` from Python 3.11 on.
         get_state = getattr(cls, "__getstate__", None)
         state = vars(owner) if get_state is None else get_state(owner)
         if not isinstance(state, dict):

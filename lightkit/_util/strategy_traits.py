@@ -40,7 +40,10 @@ class TrafficCounter(Protocol):
 
     @property
     def communication(self) -> dict[str, float]:
-        """The figures by name, such as ``communication/bytes_per_step``; empty before the first step."""
+        """Returns the counts of bytes by metric name, such as ``communication/bytes_per_step``.
+
+        The dict is empty before the first step.
+        """
         ...
 
 

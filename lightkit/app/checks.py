@@ -27,6 +27,9 @@ _SEED_LIMIT = 2**32
 def check(config: DictConfig) -> None:
     """Rejects wrong values of a training configuration before the job compiles, reads or trains anything.
 
+    Args:
+        config: the configuration of the job.
+
     Raises:
         ConfigError: a value is wrong; the message names the key.
     """
@@ -40,7 +43,7 @@ def check_outputs(data: pl.LightningDataModule, model: Mapping[str, Any]) -> Non
     """Rejects a model configuration whose number of classes differs from that of the data.
 
     Args:
-        data: the data module; its data may have no classes.
+        data: the data module, which has no ``classes`` if its data have none.
         model: the configuration of the model.
 
     Raises:
@@ -62,11 +65,11 @@ def check_accelerator(config: DictConfig) -> None:
     """Rejects ``trainer.accelerator=tpu`` if the job cannot use a TPU.
 
     Args:
-        config: the configuration of the job; one with another accelerator passes.
+        config: the configuration of the job; the function does nothing for another accelerator.
 
     Raises:
         ConfigError: no package for TPUs is installed, the machine has no TPU, ``trainer.devices`` is not 1, or
-            ``strategy`` is not ``auto``: the others need several processes.
+            ``strategy`` is not ``auto``, since the other strategies need several processes.
     """
     if config.trainer.get("accelerator") != "tpu":
         return
@@ -84,6 +87,9 @@ def check_accelerator(config: DictConfig) -> None:
 
 def check_scheduler(config: DictConfig) -> None:
     """Rejects a scheduler of torch that fails at its first step, which training reaches after a whole epoch.
+
+    Args:
+        config: the configuration of the job.
 
     Raises:
         ConfigError: the first step fails; the message has the arguments and the error of the scheduler.
@@ -104,7 +110,7 @@ def check_scheduler(config: DictConfig) -> None:
 
 @contextmanager
 def lightning_errors_as_config_errors() -> Iterator[None]:
-    """Converts the errors by which Lightning rejects a configuration at run time into a `ConfigError`.
+    """Converts, within the context, the errors by which Lightning rejects a configuration into a `ConfigError`.
 
     Lightning's own code raises a ValueError or a RuntimeError for that. The same errors from other code are faults of
     the program and pass unchanged.

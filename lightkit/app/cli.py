@@ -39,7 +39,7 @@ _SIGINT_STATUS = 128 + signal.SIGINT
 def entry_point(
     config_name: str, keys: type, several_processes: bool = False
 ) -> Callable[[Callable[[DictConfig], Any]], Command]:
-    """Returns a decorator that turns a function of a configuration into a `Command`, which documents the arguments."""
+    """Returns a decorator that turns a function of a configuration into a `Command`: see there for the arguments."""
 
     def decorate(function: Callable[[DictConfig], Any]) -> Command:
         return Command(function, config_name, keys, several_processes)
@@ -55,7 +55,7 @@ class Command:
     ``HYDRA_FULL_ERROR=1`` adds tracebacks.
 
     Args:
-        function: runs a job of the composed configuration; imports slow modules only when it is called.
+        function: the function that runs a job of the composed configuration, and imports slow modules only then.
         config_name: the name of the configuration and of the command's module, ``lightkit.<config_name>``.
         keys: a class whose annotations are the types of the command's own keys. The command checks the values against
             them, and makes Hydra take the value of a str key as text.
@@ -74,7 +74,11 @@ class Command:
         self._run_hydra = decorate(self._run_job)
 
     def __call__(self) -> int:
-        """Runs the command and returns the exit status."""
+        """Runs the command and returns the exit status.
+
+        If a worker fails while torch's process group exists, the method does not return: it ends the process at once
+        with the status.
+        """
         _add_current_directory()
         if self._worker is not None and is_started():
             status = self._follow_starter(self._worker)
@@ -85,7 +89,10 @@ class Command:
         return status
 
     def _run_job(self, config: DictConfig) -> Any:
-        """Checks a composed configuration and runs the function; Hydra calls this method once for each job."""
+        """Checks a composed configuration, runs the function and returns its result or, for a sweep, the objective.
+
+        Hydra calls this method once for each job.
+        """
         if conflict := find_conflict():
             warnings.warn(conflict, stacklevel=1)
         try:
@@ -132,7 +139,7 @@ class Command:
         return 0
 
     def _run(self) -> None:
-        """Runs Hydra, or the jobs of the process that leads this one."""
+        """Runs Hydra, or in a following process the jobs of the leading process: see `lightkit.app.processes`."""
         _put_flags_first()
         filter_warnings()
         patch_hydra()
@@ -152,7 +159,13 @@ class Command:
             restarts.of_this_process().finish()
 
     def _follow_starter(self, worker: Worker) -> int:
-        """Runs the job of the supervisor that started this process; reports errors to the supervisor, which prints."""
+        """Runs the job of the supervisor that started this process, and returns the exit status.
+
+        The method reports errors to the supervisor, which prints them.
+
+        Args:
+            worker: this process.
+        """
         filter_warnings()
         try:
             processes.follow(self._function, worker)

@@ -12,7 +12,7 @@ from lightkit._util.printable import printable
 
 
 def print_table(title: str, rows: Mapping[str, str]) -> None:
-    """Prints a table of names and values; escapes control characters and markup in both.
+    """Prints a table of names and values; escapes control characters and rich's markup in both.
 
     Args:
         title: the line above the table.

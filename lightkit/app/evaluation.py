@@ -31,10 +31,10 @@ def evaluate(
         ckpt_path: a checkpoint of lightkit.train; it may come from an untrusted source.
         data_dir: the file or directory of the data; None takes the path in the checkpoint.
         download: let the data module download a missing data set.
-        accelerator: ``accelerator`` of Lightning's Trainer, or ``"tpu"``.
+        accelerator: the argument ``accelerator`` of Lightning's Trainer, or ``"tpu"``.
 
     Returns:
-        The metrics by name.
+        The metrics by name, such as ``test/loss``.
 
     Raises:
         LightkitError: the checkpoint, its data or an argument cannot be used.
@@ -57,7 +57,14 @@ def evaluate(
 
 
 def _build_data(restored: RestoredTask, data_dir: str | None, download: bool) -> pl.LightningDataModule:
-    """Builds the data module; prints the data's path in the checkpoint before anything reads from that path."""
+    """Builds the data module of a checkpoint.
+
+    Args:
+        restored: the task of the checkpoint.
+        data_dir: the file or directory of the data; None takes the path in the checkpoint, which the function prints
+            before the data module reads from it.
+        download: let the data module download a missing data set.
+    """
     data = restored.build_data()
     place = next((name for name in _LOCATION_ARGUMENTS if hasattr(data, name)), None)
     if data_dir is not None:

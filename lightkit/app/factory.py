@@ -33,9 +33,9 @@ class TrainingJob:
         data: the data module.
         task: the task with its model, optimizer and scheduler.
         trainer: the trainer with its strategy, loggers and callbacks.
-        recorder: the callback of ``trainer`` that keeps the predictions of the test.
+        recorder: the callback of ``trainer`` that records the predictions on the test set for the report.
         resume: the checkpoint from which the training resumes; None for a new training.
-        tests: evaluate on the test set after the training.
+        tests: True if the job evaluates on the test set after the training.
     """
 
     name: str
@@ -61,7 +61,7 @@ class SaveConfig(Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Adds the configuration as plain containers, which ``torch.load(weights_only=True)`` accepts."""
+        """Adds the configuration to ``checkpoint`` as dicts and lists, which load with ``weights_only=True``."""
         checkpoint[CONFIG_KEY] = self._config
 
 
@@ -100,7 +100,7 @@ def build(config: DictConfig) -> TrainingJob:
 
 
 def build_task(config: DictConfig) -> pl.LightningModule:
-    """Builds the task with its model, optimizer and scheduler."""
+    """Builds the task with its model, optimizer and scheduler from the configuration of a job."""
     # The override ~scheduler removes the key; scheduler=none does the same.
     scheduler = build_object(config.get("scheduler"))
     model, optimizer = build_object(config.model), build_object(config.optim)
@@ -108,10 +108,10 @@ def build_task(config: DictConfig) -> pl.LightningModule:
 
 
 def build_data(config: DictConfig) -> pl.LightningDataModule:
-    """Builds the data module and checks that the model has as many classes as the data.
+    """Builds the data module of a job and checks that the model has as many classes as the data.
 
     Raises:
-        ConfigError: see `lightkit.app.checks.check_outputs`.
+        ConfigError: the numbers of classes do not fit: see `lightkit.app.checks.check_outputs`.
     """
     data = build_object(config.data)
     check_outputs(data, config.model)

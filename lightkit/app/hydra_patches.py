@@ -21,7 +21,10 @@ def patch_hydra() -> None:
 
 
 def _save_atomically(config: DictConfig, filename: str, output_dir: Path) -> None:
-    """Writes ``.hydra/*.yaml``; Hydra's own function leaves an empty file if it is killed or the disk is full."""
+    """Writes ``config`` to ``.hydra/<filename>`` atomically.
+
+    Hydra's own function leaves an empty file if the process is killed or the disk is full.
+    """
     write_text_atomically(output_dir / filename, OmegaConf.to_yaml(config))
 
 
@@ -34,7 +37,8 @@ def _get_group_options_uncopied(
 ) -> list[str]:
     """Returns the choices of a group without copying the loader's cache, as Hydra does at each call.
 
-    Hydra needs the copy only for overrides that change the search path. ``--help`` asks for a hundred groups.
+    The parameters are those of Hydra's method. Hydra needs the copy only for overrides that change the search path.
+    ``--help`` asks for the choices of a hundred groups.
     """
     if config_name is None and not overrides:
         return self.repository.get_group_options(group_name, results_filter)

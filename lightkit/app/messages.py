@@ -17,7 +17,7 @@ from lightkit.targets import nearest
 # Control characters that a message may contain.
 _LAYOUT = "\n\t"
 
-# Characters of a message; an error may list millions of columns of a file.
+# The largest number of characters of a message; an error may list millions of columns of a file.
 _LONGEST_MESSAGE = 4000
 
 
@@ -34,7 +34,7 @@ def user_error_types() -> tuple[type[BaseException], ...]:
 
 
 def print_error(message: str) -> None:
-    """Prints an error message on standard error; escapes control characters, which names in it may contain."""
+    """Prints ``message`` on standard error; escapes control characters, which names in the message may contain."""
     if len(message) > _LONGEST_MESSAGE:
         message = f"{message[:_LONGEST_MESSAGE]} ... ({len(message):,} characters)"
     print(f"error: {printable(message, keep=_LAYOUT)}", file=sys.stderr)
@@ -81,7 +81,7 @@ def explain_null() -> str | None:
 
 
 def _explain_choice(group: str, name: str, choices: list[str]) -> str:
-    """Returns the message that ``group`` has no choice ``name``, with its choices."""
+    """Returns the message that ``group`` has no choice ``name``, with the ``choices`` of the group."""
     if (group, name) == ("hydra/sweeper", "optuna"):
         return f"hydra/sweeper=optuna needs a package that is not installed: {how_to_install('sweep')}"
     hint = nearest(name, choices) or ("; did you mean none?" if name == "null" and "none" in choices else ".")

@@ -33,7 +33,7 @@ def lead(function: JobFunction, config: DictConfig, command: list[str], worker: 
     """Runs a job in as many processes as its configuration asks for, or as torchrun has started.
 
     Args:
-        function: runs the job in one process; under torchrun every process calls it.
+        function: the function that runs the job in one process; under torchrun every process calls it.
         config: the configuration of the job.
         command: the command line that starts a further process of the program, which must call `follow`.
         worker: this process.
@@ -73,7 +73,7 @@ def follow(function: JobFunction, worker: Worker) -> None:
     """Runs the jobs of the leading process until it has no more.
 
     Args:
-        function: runs a job of a resolved configuration.
+        function: the function that runs a job of a resolved configuration.
         worker: this process.
     """
 
@@ -86,7 +86,10 @@ def follow(function: JobFunction, worker: Worker) -> None:
 
 
 def _to_job(config: DictConfig) -> dict[str, Any]:
-    """Returns the job for the other processes: the resolved configuration, and Hydra's configuration of logging."""
+    """Returns the job for the other processes, as JSON values.
+
+    The job has the resolved configuration, and Hydra's configuration of logging.
+    """
     setup = HydraConfig.get().job_logging if HydraConfig.initialized() else None
     return {"config": to_plain(config), "logging": OmegaConf.to_container(setup, resolve=True) if setup else None}
 

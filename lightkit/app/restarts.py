@@ -15,7 +15,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
 
-from lightkit._util.atomic_write import hold, release, remove_leftovers
+from lightkit._util.atomic_write import remove_leftovers
+from lightkit._util.directory_lock import hold, release
 from lightkit.app import run_records, sweep_record
 from lightkit.app.run_records import Run, display_path
 from lightkit.app.sweep_record import Sweep
@@ -48,7 +49,7 @@ def restarted_directory() -> str | None:
 
 
 class Restarts:
-    """The runs of one job and their records, across restarts; lives in the process that composes the configuration.
+    """The runs of one job and their records, across restarts, in the process that composes the configuration.
 
     Raises:
         ConfigError: torchrun's settings do not allow a restart, or another job has the same id.
@@ -79,10 +80,11 @@ class Restarts:
 
         Args:
             config: the configuration of the job.
-            unresolved: the same configuration before interpolation, by which the search compares runs.
+            unresolved: the same configuration before interpolation, by which the search compares runs; None takes
+                ``config``.
 
         Returns:
-            False if the run was finished before a restart.
+            True if the job must run; False if the run was finished before a restart.
 
         Raises:
             CheckpointError: ``ckpt_path=last``, and no run can be resumed.
@@ -134,7 +136,8 @@ class Restarts:
         """Records that the run is finished.
 
         Args:
-            result: the objective that a sweeper gets.
+            result: the objective that a sweeper gets: the value of the metric that the key ``objective`` names; None
+                without one.
         """
         self._run = self._current_run().finished(result)
         self._run.write()
@@ -144,7 +147,7 @@ class Restarts:
         release(self._current_run().directory)
 
     def result(self) -> float | None:
-        """Returns the objective of a run that was finished before a restart."""
+        """Returns the objective of the run, if it was finished before a restart; None if its record has none."""
         return self._current_run().result
 
     def finish(self) -> None:
@@ -158,7 +161,7 @@ class Restarts:
 
 
 def _lock_directory(directory: Path) -> None:
-    """Locks the directory of the run for this process, and removes unfinished files of earlier ones.
+    """Locks the directory of the run for this process, and removes unfinished files of earlier processes.
 
     Raises:
         ConfigError: another process holds the lock.
@@ -192,7 +195,14 @@ def _find_own_checkpoint(run: Run, before: Run) -> Path | None:
 def _find_checkpoint(run: Run, config: DictConfig, sweep: Sweep | None) -> Path | None:
     """Returns the checkpoint that ``ckpt_path=last`` means.
 
-    Without ``ckpt_path`` the function returns None, and prints the directory of a run that could be resumed.
+    Args:
+        run: the run that begins now.
+        config: the configuration of the job.
+        sweep: the sweep that the job belongs to; None for a single job.
+
+    Returns:
+        The path of the checkpoint; None for another ``ckpt_path``. Without ``ckpt_path`` the function also prints the
+        directory of a run that could be resumed.
     """
     if config.get("ckpt_path") == "last":
         checkpoint = run_records.find_last(run, config.name, sweep.swept if sweep is not None else ())
@@ -209,12 +219,19 @@ def _is_within(checkpoint: str | None, directory: Path) -> bool:
 
 
 def quote_override_value(text: str) -> str:
-    """Returns a value in quotes, so that Hydra's override parser accepts commas, equals signs and quotes in it."""
+    """Returns ``text`` in quotes, so that Hydra's override parser accepts commas, equals signs and quotes in it."""
     return "'" + re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + ("\\'" if match[2] else ""), text) + "'"
 
 
 def _hydra_directory(run_dir: str) -> tuple[str, bool]:
-    """Returns Hydra's output directory of the run, or of the sweep that the run belongs to; and True for a sweep."""
+    """Returns Hydra's output directory of this process's job.
+
+    Args:
+        run_dir: the directory of the run, for a job without Hydra.
+
+    Returns:
+        The directory of the run, or of the sweep that the run belongs to; and True for a sweep.
+    """
     if not HydraConfig.initialized():
         return run_dir, False
     hydra = HydraConfig.get()

@@ -108,9 +108,9 @@ def restore(path: str | Path, for_evaluation: bool = False) -> RestoredTask:
 
 @contextmanager
 def model_errors_as_checkpoint_errors() -> Iterator[None]:
-    """Converts the errors of a checkpoint's model at run time into a `CheckpointError`.
+    """Converts, within the context, the errors of a checkpoint's model at run time into a `CheckpointError`.
 
-    Each part of the checkpoint may be valid while the parts do not fit together.
+    Each part of the checkpoint may be valid although the parts do not fit together.
 
     Raises:
         CheckpointError: the model failed; the message is the first line of the model's error.
@@ -144,9 +144,15 @@ def _is_user_class(node: Any) -> bool:
 
 @contextmanager
 def _limit_parameters(limit: int) -> Iterator[None]:
-    """Raises a `CheckpointError` in a constructor that registers more than ``limit`` parameters.
+    """Limits the number of parameters that modules may register within the context.
 
     The configuration of a checkpoint may ask for any number of layers.
+
+    Args:
+        limit: the largest number of parameter tensors of all modules together.
+
+    Raises:
+        CheckpointError: a constructor registers one parameter more.
     """
     count = 0
 
@@ -164,7 +170,11 @@ def _limit_parameters(limit: int) -> Iterator[None]:
 
 
 def _check_memory(task: nn.Module, path: Path) -> None:
-    """Rejects a task on the meta device that would take far more memory than its checkpoint explains.
+    """Rejects a task on the meta device that would take far more memory than the file of its checkpoint.
+
+    Args:
+        task: the task on the meta device.
+        path: the file of the checkpoint.
 
     Raises:
         CheckpointError: the task is too large; the message has both sizes in bytes.

@@ -39,7 +39,7 @@ class ResumePoint:
         return math.ceil(self.checkpoint["global_step"] / max(1, len(self.checkpoint.get("optimizer_states", []))))
 
     def metrics(self) -> dict[str, Any]:
-        """Returns the metrics before the test: the last value that the resumed run logged under each name."""
+        """Returns the metrics of the resumed run before its test: the last value that it logged, by metric name."""
         logged = self.checkpoint.get(METRICS_KEY)
         numbers = (int, float)
         logged = {k: v for k, v in logged.items() if type(v) in numbers} if isinstance(logged, dict) else {}
@@ -48,7 +48,7 @@ class ResumePoint:
         return logged | run_files.read_if_newer(self.run.directory / run_files.METRICS, self.path)
 
     def continue_logs(self, loggers: Iterable[Logger], run_dir: Path) -> None:
-        """Copies the rows of the resumed run's ``metrics.csv`` to the start of the new run's.
+        """Copies the rows of the resumed run's ``metrics.csv`` to the start of the new run's ``metrics.csv``.
 
         Args:
             loggers: the loggers of the new run.

@@ -24,16 +24,16 @@ _PACKAGES = ("torch", "lightning", "hydra-core", "torchmetrics", "numpy")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a mapping as indented JSON."""
+    """Writes ``content`` as indented JSON to the file ``path``."""
     write_text_atomically(path, json.dumps(content, indent=2) + "\n")
 
 
 def read_if_newer(path: Path, than: Path) -> dict[str, Any]:
-    """Returns the content of a file that `write_json` wrote.
+    """Returns the content of a file that `write_json` wrote, if the file is not older than another one.
 
     Args:
         path: the file.
-        than: another file.
+        than: the other file.
 
     Returns:
         The content; an empty dict if ``path`` is missing, damaged or older than ``than``.
@@ -64,7 +64,7 @@ def check_output(path: str | None) -> None:
 
 
 def write_config(directory: Path, config: DictConfig) -> None:
-    """Writes the resolved configuration to ``config.yaml``."""
+    """Writes the resolved configuration to ``config.yaml`` in ``directory``."""
     write_text_atomically(directory / CONFIG, OmegaConf.to_yaml(config, resolve=True))
 
 

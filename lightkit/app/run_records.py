@@ -18,7 +18,8 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from lightkit._util.atomic_write import is_held_by_another, write_text_atomically
+from lightkit._util.atomic_write import write_text_atomically
+from lightkit._util.directory_lock import is_held_by_another
 from lightkit.checkpoints.checksums import find_damage
 from lightkit.errors import CheckpointError
 
@@ -44,9 +45,10 @@ class Run:
         choices: the choice of each group of the configuration, by the name of the group.
         overrides: the run's overrides on the command line, without ``ckpt_path``.
         job: the id of the sweep, or of the job of torchrun, that the run belongs to; None for a single run.
-        older: the modification time, in ns, of the latest checkpoint in the directory that another run wrote.
-        is_finished: the run has written its report.
-        result: the objective that a sweeper gets.
+        older: the modification time, in nanoseconds since the epoch, of the latest checkpoint in the directory that
+            another run wrote; 0 if there is none.
+        is_finished: True if the run has written its report.
+        result: the objective that a sweeper gets; None without one.
     """
 
     directory: Path
@@ -60,15 +62,15 @@ class Run:
     result: float | None = None
 
     def write(self) -> None:
-        """Writes the record."""
+        """Writes the record to ``.hydra/run.json`` in the directory of the run."""
         content = {key: value for key, value in asdict(self).items() if key != "directory"}
         write_text_atomically(self.directory / _RECORD_FILE, json.dumps(content, indent=1, default=str))
 
     def finished(self, result: float | None) -> Run:
-        """Returns the record of the finished run.
+        """Returns a copy of this record as that of a finished run.
 
         Args:
-            result: the objective that a sweeper gets.
+            result: the objective that a sweeper gets; None without one.
         """
         return replace(self, is_finished=True, result=result)
 
@@ -100,7 +102,7 @@ def describe(config: DictConfig, job: str | None = None) -> Run:
 
     Args:
         config: the configuration before interpolation.
-        job: the id of the sweep, or of the job of torchrun, that the run belongs to.
+        job: the id of the sweep, or of the job of torchrun, that the run belongs to; None for a single run.
     """
     directory = Path(config.run_dir).absolute()
     choices: dict[str, str] = {}
@@ -121,7 +123,7 @@ def read(directory: Path) -> Run | None:
 
 
 def find_run(checkpoint: Path) -> Run | None:
-    """Returns the run in whose directory a checkpoint lies; None if the checkpoint lies in no run directory."""
+    """Returns the record of the run in whose directory ``checkpoint`` lies; None if there is no such run or record."""
     for directory in list(checkpoint.absolute().parents)[:3]:
         if (directory / _HYDRA_DIRECTORY).is_dir():
             return read(directory)
@@ -193,7 +195,11 @@ def find_last(run: Run, name: str, swept: Sequence[str] = ()) -> Path:
 
 
 def find_unfinished(run: Run, name: str) -> Run | None:
-    """Returns the newest run below ``runs/<name>`` without `config_differences`, if that run is resumable."""
+    """Returns the newest run below ``runs/<name>`` that has no `config_differences` from ``run``.
+
+    Returns:
+        The record of that run; None if there is none, or it is not resumable: see `Run.is_resumable`.
+    """
     same = (other for other in find_candidates(run, name, recorded=True) if not config_differences(run, other))
     newest = next((other for other in same if other.is_finished or other.checkpoints()), None)
     return newest if newest is not None and newest.is_resumable() else None
@@ -221,7 +227,7 @@ def config_differences(mine: Run, theirs: Run, swept: Sequence[str] = ()) -> lis
 
 
 def display_path(path: Path) -> str:
-    """Returns a path relative to the current directory, or the path itself if it lies outside."""
+    """Returns ``path`` relative to the current directory, or unchanged if it lies outside."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith("..") else relative
 
@@ -232,21 +238,21 @@ def _is_equal(one: Any, other: Any) -> bool:
 
 
 def _select(config: Any, key: str) -> Any:
-    """Returns the value of a configuration under a dotted key of an override."""
+    """Returns the value in ``config`` under the dotted key of an override, such as ``model.dim``; None without one."""
     for part in key.partition("@")[0].lstrip("+~").split("."):
         config = config.get(part) if isinstance(config, dict) else None
     return config
 
 
 def _flatten(node: Any, prefix: str) -> dict[str, Any]:
-    """Returns the leaves of a configuration by dotted key; each key begins with ``prefix``."""
+    """Returns the values at and below ``node`` that are no dicts, by dotted key; each key begins with ``prefix``."""
     if isinstance(node, dict) and node:
         return {name: value for key, part in node.items() for name, value in _flatten(part, f"{prefix}.{key}").items()}
     return {prefix: node}
 
 
 def _groups_of_lightkit(choices: Any) -> dict[str, str]:
-    """Returns the choices without those of Hydra's own groups."""
+    """Returns the choice of each group in ``choices``, by the name of the group, except Hydra's own groups."""
     return {str(group): choice for group, choice in choices.items() if not str(group).startswith("hydra/")}
 
 
@@ -263,7 +269,7 @@ def _find_checkpoints(directory: Path) -> list[Path]:
     paths: list[Path] = []
     for folder, folders, files in os.walk(directory):
         parent = Path(folder)
-        # Other runs may lie below.
+        # The directories of other runs may lie below this one.
         folders[:] = [name for name in folders if name[0] != "." and not (parent / name / _HYDRA_DIRECTORY).is_dir()]
         paths += [parent / name for name in files if name.endswith(".ckpt") and name[0] != "."]
     return sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name == "last.ckpt"), reverse=True)

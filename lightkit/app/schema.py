@@ -54,7 +54,15 @@ def check_top_level(config: Mapping[str, Any], config_name: str) -> None:
 
 
 def top_level(config_name: str) -> tuple[list[str], list[str], list[str]]:
-    """Returns the top-level keys of a configuration, all groups, and the keys and groups that may be missing."""
+    """Returns the top-level names of a configuration.
+
+    Args:
+        config_name: the name of the configuration.
+
+    Returns:
+        The top-level keys with the groups in the defaults; the names of all groups; and the keys and groups that may be
+        missing.
+    """
     with config_loader() as loader:
         return _top_level(loader, config_name)
 
@@ -78,19 +86,19 @@ def _repository(loader: ConfigLoader) -> IConfigRepository:
 
 
 def default_config(loader: ConfigLoader, config_name: str) -> DictConfig:
-    """Returns the configuration without overrides."""
+    """Returns the configuration ``config_name``, composed by ``loader`` without overrides."""
     return loader.load_configuration(config_name, overrides=[], run_mode=RunMode.RUN)
 
 
 def override_names(config_name: str) -> list[str]:
-    """Returns every name that an override may set: the dotted keys of the configuration, and the groups."""
+    """Returns every name that an override of ``config_name`` may set: the dotted keys and the groups."""
     with config_loader() as loader:
         keys = _dotted(OmegaConf.to_container(default_config(loader, config_name)))
         return list(dict.fromkeys([*keys, *loader.list_groups("")]))
 
 
 def _dotted(node: Any, prefix: str = "") -> Iterator[str]:
-    """Yields the dotted keys of nested dicts."""
+    """Yields the dotted keys of nested dicts, each after ``prefix``."""
     if isinstance(node, dict):
         for key, value in node.items():
             yield prefix + str(key)

@@ -16,7 +16,8 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from lightkit._util.atomic_write import is_held_by_another, write_text_atomically
+from lightkit._util.atomic_write import write_text_atomically
+from lightkit._util.directory_lock import is_held_by_another
 
 _RECORD_FILE = "sweep.json"
 
@@ -29,11 +30,11 @@ class Sweep:
         directory: the directory of the sweep.
         overrides: the overrides on its command line, without ``ckpt_path`` and the directories.
         swept: the keys and groups that differ between its jobs.
-        ckpt_path: ``ckpt_path`` of the jobs that have not begun.
+        ckpt_path: the value of ``ckpt_path`` for jobs that have not begun; None for new trainings.
         job: the id of the sweep in the records of its jobs.
         started: the time of the start, in seconds since the epoch.
-        seed: seeds ``shuffle(...)``, Optuna's grid, and Optuna's samplers without a seed of their own.
-        is_finished: all jobs are finished.
+        seed: the seed of ``shuffle(...)``, of Optuna's grid, and of Optuna's samplers without a seed of their own.
+        is_finished: True if all jobs are finished.
     """
 
     directory: Path
@@ -46,7 +47,7 @@ class Sweep:
     is_finished: bool = False
 
     def write(self) -> None:
-        """Writes the record."""
+        """Writes the record to ``sweep.json`` in the directory of the sweep."""
         content = {key: value for key, value in asdict(self).items() if key != "directory"}
         write_text_atomically(self.directory / _RECORD_FILE, json.dumps(content, indent=1))
 
@@ -67,7 +68,7 @@ def current() -> Sweep | None:
 
 
 def find_all(new: Sweep, name: str) -> list[Sweep]:
-    """Returns the sweeps below ``runs/<name>`` and in the directory of ``new``, the newest first."""
+    """Returns the records of the sweeps below ``runs/<name>`` and in the directory of ``new``, the newest first."""
     roots = (Path("runs") / name, new.directory)
     directories = {path.parent.resolve() for root in roots for path in root.rglob(_RECORD_FILE)}
     sweeps = [sweep for directory in directories if (sweep := read(directory)) is not None]

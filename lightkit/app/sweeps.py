@@ -21,7 +21,8 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from lightkit._util.atomic_write import hold, release, remove_leftovers
+from lightkit._util.atomic_write import remove_leftovers
+from lightkit._util.directory_lock import hold, release
 from lightkit.app.restarts import quote_override_value, restarted_directory
 from lightkit.app.run_records import display_path, has_runs
 from lightkit.app.sweep_record import Sweep, find, find_all, read
@@ -89,7 +90,18 @@ def objective_for_sweeper(config: Mapping[str, Any], value: float | None) -> flo
 
 
 def _begin_sweep(config: DictConfig) -> Sweep:
-    """Returns the sweep that begins or resumes; changes the configuration accordingly and locks the directory."""
+    """Begins a sweep, or resumes an earlier one, and returns its record.
+
+    The function locks the directory of the sweep and seeds Python's random generator.
+
+    Args:
+        config: the configuration of the sweep, in which the function sets the directory, ``ckpt_path`` and Optuna's
+            study.
+
+    Raises:
+        ConfigError: another process writes to the directory.
+        CheckpointError: ``ckpt_path=last``, and no sweep can be resumed: see `_find_sweep_to_resume`.
+    """
     overrides = config.hydra.overrides
     task = [word for word in overrides.task if _override_key(word) != "ckpt_path" or _is_sweep_override(word)]
     others = [word for word in overrides.hydra if _override_key(word) not in _LOCATION_KEYS]
@@ -162,7 +174,12 @@ def _similarity(one: Sweep, other: Sweep) -> int:
 
 
 def _swept_keys(config: DictConfig, task: list[str]) -> list[str]:
-    """Returns the keys with several values, on the command line ``task`` and in the sweeper's configuration."""
+    """Returns the keys and groups that differ between the jobs of a sweep.
+
+    Args:
+        config: the configuration of the sweep, whose ``hydra.sweeper.params`` have such keys.
+        task: the overrides on the command line, of which some have several values.
+    """
     given = [_override_key(word) for word in task if _is_sweep_override(word)]
     return [*given, *map(str, OmegaConf.select(config, "hydra.sweeper.params") or {})]
 
@@ -181,6 +198,14 @@ def _configure_optuna(sweeper: DictConfig, sweep: Sweep, is_continued: bool) -> 
 
     A resumed sweep gets a new study and the objectives of finished trials from their records. With the old study Optuna
     would append all trials a second time, and its samplers would restart their random numbers at the resumed trial.
+
+    Args:
+        sweeper: the configuration of Optuna's sweeper, which the function changes.
+        sweep: the record of the sweep.
+        is_continued: True for a resumed sweep.
+
+    Raises:
+        ConfigError: the sweep is resumed and its study lies in a storage of the user's.
     """
     if sweeper.get("storage") is not None:
         if is_continued:
@@ -198,7 +223,7 @@ def _configure_optuna(sweeper: DictConfig, sweep: Sweep, is_continued: bool) -> 
 
 
 def _create_study(path: Path) -> str | None:
-    """Creates an empty database for Optuna and returns its URL; None, with a message, if that fails.
+    """Creates an empty database for Optuna in the file ``path`` and returns its URL; None, with a message, on failure.
 
     Optuna 2.10 writes the version of its tables without a commit, so that SQLAlchemy 2 discards it and Optuna fails to
     find it later. The function writes the version beforehand.

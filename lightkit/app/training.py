@@ -20,10 +20,13 @@ from lightkit.callbacks.throughput import rate_name
 
 
 def train(config: DictConfig) -> dict[str, Any]:
-    """Trains, tests and reports; returns the metrics, which it also writes to ``metrics.json``.
+    """Trains, tests and writes the report of a job.
 
     Args:
-        config: the keys of ``conf/train.yaml``.
+        config: the composed configuration, with the keys of ``conf/train.yaml``.
+
+    Returns:
+        The metrics by name, which the function also writes to ``metrics.json``.
 
     Raises:
         LightkitError: the configuration, the data or the checkpoint cannot be used.
@@ -56,7 +59,7 @@ def train(config: DictConfig) -> dict[str, Any]:
 
 
 def _fit(job: TrainingJob) -> dict[str, Any]:
-    """Trains and returns the metrics of the training."""
+    """Trains and returns the metrics of the training by name."""
     trainer, resume = job.trainer, job.resume
     if resume is not None:
         resume.continue_logs(trainer.loggers, job.run_dir)
@@ -80,7 +83,7 @@ def _throughput_metrics(throughput: Throughput, rate: str) -> dict[str, Any]:
 
     Args:
         throughput: the callback after a training.
-        rate: the name of the metric samples per second.
+        rate: the name of the metric that has the samples per second.
     """
     metrics: dict[str, Any] = {}
     if throughput.total is not None:
@@ -95,7 +98,11 @@ def _throughput_metrics(throughput: Throughput, rate: str) -> dict[str, Any]:
 
 
 def _test(job: TrainingJob) -> dict[str, Any]:
-    """Tests the best checkpoint of this run, or the current weights without one; returns the metrics and baselines."""
+    """Tests the best checkpoint of this run, or the current weights if the run has none.
+
+    Returns:
+        The metrics of the test and the metrics of the data module's baselines, by name.
+    """
     # A Checkpoint of another package need not have a best one.
     best = getattr(job.trainer.checkpoint_callback, "best_model_path", None) or None
     with lightning_errors_as_config_errors():

@@ -86,6 +86,9 @@ _MAX_METRICS, _MAX_NAME_LENGTH, _MAX_METRIC_ARGUMENT = 50, 100, 1000
 def check_plain(config: Any) -> None:
     """Rejects a checkpoint's configuration that is not a bounded tree of plain values.
 
+    Args:
+        config: the configuration, as the checkpoint has it.
+
     Raises:
         CheckpointError: the configuration holds an object or a key of a type that is not plain, or it exceeds a limit
             of values, levels, characters or bits.
@@ -179,7 +182,18 @@ def _is_bounded(value: Any) -> bool:
 
 
 def _find_allowed_class(role: str, target: str) -> tuple[type, bool]:
-    """Returns the class ``target``, and True if the class is in one of the user's packages."""
+    """Returns the class that a checkpoint names for a role.
+
+    Args:
+        role: a key of `ALLOWED_CLASSES`.
+        target: the dotted path of the class.
+
+    Returns:
+        The class; and True if it is in one of the user's packages.
+
+    Raises:
+        CheckpointError: the role does not allow the class.
+    """
     is_user_class = is_in_user_package(target)
     if not is_user_class and target not in ALLOWED_CLASSES[role]:
         raise CheckpointError(
@@ -194,7 +208,10 @@ def _find_allowed_class(role: str, target: str) -> tuple[type, bool]:
 
 
 def _build_nested(value: Any) -> Any:
-    """Builds an argument of a user's class; it may hold classes of the user's packages, models, losses and metrics."""
+    """Returns an argument of a user's class, in which configurations of objects are replaced by the objects.
+
+    The argument may name classes of the user's packages and of the roles model, loss and metric.
+    """
     if type(value) is list:
         return [_build_nested(part) for part in value]
     if type(value) is not dict:

@@ -33,7 +33,8 @@ class Throughput(Callback):
     packages), ``train/gigaflops_per_second`` is not logged and the attributes are None.
 
     Attributes:
-        flops_per_sample: the number of floating-point operations of forward and backward for one sample, or None.
+        flops_per_sample: the number of floating-point operations of forward and backward for one sample; None before
+            the first step, or if the operations cannot be counted.
         fraction_of_matmul_rate: ``flops_per_second`` divided by `lightkit.flops.matmul_rate`, which is measured at the
             end of the fit, or None. The fraction may be above 1, because the operations of the layers are counted and a
             kernel may skip known zeros, as `lightkit.ops.conv_relu_pool` does in backward.
@@ -58,12 +59,12 @@ class Throughput(Callback):
 
     @property
     def total(self) -> float | None:
-        """The samples per second over all epochs, or None before the end of the first epoch."""
+        """The samples per second over all epochs; None before the end of the first epoch."""
         return self._samples / self._seconds if self._seconds > 0 else None
 
     @property
     def flops_per_second(self) -> float | None:
-        """The floating-point operations per second over all epochs, or None if they are not known."""
+        """The floating-point operations per second over all epochs; None as long as they or `total` are not known."""
         operations, samples = self.flops_per_sample, self.total
         return None if operations is None or samples is None else operations * samples
 
@@ -80,7 +81,7 @@ class Throughput(Callback):
         return {name: seconds / self._steps * 1e3 for name, seconds in self._parts.items()}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Starts the clock, and requests the count of the first step."""
+        """Starts the clock, and requests the count of the floating-point operations of the first step."""
         self.flops_per_sample = self.fraction_of_matmul_rate = None
         # With manual optimization the forward pass may continue after a backward.
         self._is_to_count = pl_module.automatic_optimization
@@ -94,7 +95,7 @@ class Throughput(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Ends the part "data and loop", and starts the count of this step if it was requested."""
+        """Ends the part "data and loop", and begins to count the step's operations if the count was requested."""
         self._end_of("data and loop")
         if self._is_to_count:
             self._counter, self._backwards = FlopCounter(), 0
@@ -105,7 +106,7 @@ class Throughput(Callback):
         self._end_of("forward")
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Ends the part "backward" and the count."""
+        """Ends the part "backward", and the count of floating-point operations if this step is counted."""
         self._end_of("backward")
         if self._counter is not None:
             self._counting.close()
@@ -155,7 +156,7 @@ class Throughput(Callback):
                 self.fraction_of_matmul_rate = reached / matmul_rate(pl_module.device, self._dtype)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Removes the counter after an error or Ctrl-C."""
+        """Removes the counter of floating-point operations after an error or Ctrl-C."""
         self._abandon_counting()
 
     def _end_counting(self, samples: int) -> None:

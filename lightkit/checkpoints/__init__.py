@@ -33,10 +33,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Writes a checkpoint; Lightning's own plug-in writes to remote paths.
+        """Writes a checkpoint to a file; for a remote path (with ``://``) the base class of Lightning writes it.
+
+        Args:
+            checkpoint: the content of the checkpoint.
+            path: the file.
+            storage_options: passed to the base class for a remote path.
 
         Raises:
-            CheckpointError: the file cannot be written; a previous one is intact.
+            CheckpointError: the file cannot be written; a previous checkpoint at ``path`` is intact.
         """
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -54,7 +59,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Reads a checkpoint as `load_checkpoint` does, unless ``weights_only`` is False."""
+        """Returns the content of a checkpoint, as the function `load_checkpoint` reads it.
+
+        Args:
+            path: the file, or a remote path (with ``://``).
+            map_location: the device of the tensors, as in `torch.load`.
+            weights_only: None and True load data only. False lets the file run code, after a check of its checksum.
+
+        Raises:
+            CheckpointError: the file is missing, damaged or not a Lightning checkpoint.
+        """
         if "://" in str(path):
             # Lightning's default for a remote path is weights_only=False, which runs code from the file.
             return super().load_checkpoint(path, map_location, weights_only is not False)
@@ -68,27 +82,30 @@ class AtomicXLACheckpointIO(AtomicCheckpointIO, XLACheckpointIO):
     """`AtomicCheckpointIO` for Lightning's strategies on torch_xla, which must be installed."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Writes a checkpoint that loads on machines without a TPU."""
+        """Writes a checkpoint with all tensors on the CPU, which loads on machines without a TPU."""
         super().save_checkpoint(to_cpu(checkpoint), path, storage_options)
 
 
 def to_cpu(checkpoint: _Tree) -> _Tree:
-    """Returns a checkpoint with its tensors on the CPU. Tensors of a TPU load on machines with a TPU only."""
+    """Returns the same nested content as ``checkpoint`` with all tensors on the CPU.
+
+    A file with tensors of a TPU loads on machines with a TPU only.
+    """
     return tree_map_only(torch.Tensor, lambda tensor: tensor.cpu(), checkpoint)
 
 
 @renamed_parameters(is_strangers="untrusted")
 def load_checkpoint(path: str | Path, map_location: Any = "cpu", untrusted: bool = False) -> dict[str, Any]:
-    """Reads a checkpoint with ``weights_only=True``.
+    """Returns the content of a checkpoint, read with ``weights_only=True`` after a check of its checksum.
 
     Args:
         path: the file.
-        map_location: the device of its tensors, as in `torch.load`.
+        map_location: the device of the tensors, as in `torch.load`.
         untrusted: reject content that `torch.save` does not write for plain data and tensors: see
             `lightkit.checkpoints.archives`.
 
     Raises:
-        CheckpointError: there is no such file, it is damaged, or it is not a Lightning checkpoint.
+        CheckpointError: the file is missing, damaged, or not a Lightning checkpoint.
     """
     with _open_intact(path, untrusted) as file:
         try:
@@ -104,12 +121,19 @@ def load_checkpoint(path: str | Path, map_location: Any = "cpu", untrusted: bool
 
 
 def check_intact(path: str | Path) -> None:
-    """Raises a `CheckpointError` if the file is missing or unreadable, or its content is not the written one."""
+    """Rejects a checkpoint file that is missing, unreadable or damaged.
+
+    Raises:
+        CheckpointError: the file is one of these; the message says which.
+    """
     _open_intact(path).close()
 
 
 def _open_intact(path: str | Path, untrusted: bool = False) -> BinaryIO:
-    """Opens a checkpoint and checks its content. The file is opened once, so that the checked content is read."""
+    """Returns a checkpoint file, open for reading at its start, after a check of its content.
+
+    The caller reads from the same open file, so that nobody can exchange the file after the check.
+    """
     if not Path(path).is_file():
         raise CheckpointError(f"there is no checkpoint {path}")
     try:
@@ -139,14 +163,23 @@ def load_weights(module: torch.nn.Module, checkpoint: dict[str, Any], path: str 
         path: the path of the checkpoint, for the message of an error only.
 
     Raises:
-        CheckpointError: the weights are of another model; the message names the differences.
+        CheckpointError: names or shapes of the weights differ from the module's; the message has the differences.
     """
     check_weights(module, checkpoint, path)
     module.load_state_dict(checkpoint["state_dict"])
 
 
 def check_weights(module: torch.nn.Module, checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Raises a `CheckpointError` that names the differences if the weights are of another model."""
+    """Rejects a checkpoint whose weights have other names or shapes than those of ``module``.
+
+    Args:
+        module: the module.
+        checkpoint: the content of the checkpoint.
+        path: the path of the checkpoint, for the message.
+
+    Raises:
+        CheckpointError: names or shapes differ; the message has the first three differences.
+    """
     want = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     have = {name: tuple(getattr(value, "shape", ())) for name, value in checkpoint["state_dict"].items()}
     differences = [f"{name} is missing" for name in want.keys() - have.keys()]

@@ -1,8 +1,8 @@
 """A check that an untrusted checkpoint is a plain archive of plain data, before torch reads it.
 
 With ``weights_only=True`` torch runs no code of a file. The file can still hang the process, end it or take any amount
-of memory: by compressed records, by deeply nested tuples that take very long to hash, by functions that are called with
-a size. `torch.save` writes none of these.
+of memory: by compressed records, by deeply nested tuples that take very long to hash, or by calls of functions with a
+large size as argument. `torch.save` writes none of these.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _LARGE_END = struct.Struct("<4sQ2H2L4Q")
 # The limit in bytes of the pickle, which describes the tensors and holds everything else.
 _MAX_PICKLE = 256 << 20
 
-# The limit of nested tuples. torch.save nests three.
+# The limit of the levels of nested tuples; a pickle of torch.save has three.
 _MAX_NESTING = 8
 
 # The globals in a pickle of plain data and tensors, besides storages and dtypes.
@@ -44,10 +44,13 @@ _GLOBALS = {
 
 
 def find_unsafe_content(file: BinaryIO) -> str | None:
-    """Returns the first content that `torch.save` does not write, as a sentence, or None.
+    """Returns the first content that `torch.save` does not write, in words such as "its records are compressed".
 
     Args:
-        file: a file that is open for reading; the check moves its position.
+        file: the checkpoint, open for reading; the check moves its position.
+
+    Returns:
+        The description, a sentence; None if `torch.save` may have written the whole content for plain data.
 
     Raises:
         OSError: the file cannot be read.
@@ -80,7 +83,15 @@ def _find_in_archive(file: BinaryIO, archive: zipfile.ZipFile, parts: list[zipfi
 
 
 def _is_one_directory(file: BinaryIO, size: int, comment: int) -> bool:
-    """Returns True if the directory ends where the end records begin: otherwise two readers may see two directories."""
+    """Returns True if the archive's directory ends exactly where the end records begin.
+
+    In any other archive, two readers may find two different directories.
+
+    Args:
+        file: the archive.
+        size: the size of the file in bytes.
+        comment: the size of the archive's comment in bytes.
+    """
     place = size - comment - _END.size
     *_, length, offset, _ = _END.unpack(_read(file, place, _END.size))
     before = _read(file, place - _LOCATOR.size, _LOCATOR.size) if place >= _LOCATOR.size else b""
@@ -103,7 +114,10 @@ def _read(file: BinaryIO, place: int, size: int) -> bytes:
 
 
 def _find_in_pickle(pickle: bytes) -> str | None:
-    """Interprets the pickle's opcodes with a stack that holds the nesting depth of each value in tuples."""
+    """Returns a description of the first operation in ``pickle`` that `torch.save` does not write, or None.
+
+    The function interprets the opcodes with a stack that has, for each value, the number of levels of nested tuples.
+    """
     stack: list[int] = []
     marks: list[int] = []
     memo: dict[int, int] = {}

@@ -31,7 +31,10 @@ _CHUNK = 1 << 22
 
 
 def write_with_checksum(stream: BinaryIO, archive: memoryview) -> None:
-    """Writes a zip archive with its checksum as the comment; other data, or an archive with a comment, unchanged."""
+    """Writes ``archive`` to ``stream`` with its checksum as the comment of the zip archive.
+
+    Data that is no zip archive, or an archive that already has a comment, is written unchanged.
+    """
     end = bytes(archive[-_END_SIZE:])
     if bytes(archive[:4]) != _ARCHIVE or end[:4] != _END or end[-2:] != b"\0\0":
         stream.write(archive)
@@ -43,10 +46,13 @@ def write_with_checksum(stream: BinaryIO, archive: memoryview) -> None:
 
 
 def find_damage(path: str | Path) -> str | None:
-    """Returns the damage of a checkpoint as a sentence, or None.
+    """Returns the damage of a checkpoint as a sentence, such as "its checksum is not that of its content".
 
-    The checksum of a file covers every byte. In an archive without a checksum the content of each record is checked.
-    In a file that is no archive, the format of torch before 1.6, nothing is checked.
+    The checksum of a file covers every byte. In an archive without a checksum the function checks the content of each
+    record. In a file that is no archive, the format of torch before 1.6, it checks nothing.
+
+    Returns:
+        The sentence; None if the function found no damage.
 
     Raises:
         OSError: the file cannot be read.
@@ -56,7 +62,7 @@ def find_damage(path: str | Path) -> str | None:
 
 
 def find_damage_in(file: BinaryIO) -> str | None:
-    """Returns the same for a file that is open for reading; the check moves its position."""
+    """Returns the damage or None, as `find_damage`, for a file that is open for reading; moves its position."""
     file.seek(0)
     begin = file.read(4)
     size = file.seek(0, 2)
@@ -95,6 +101,6 @@ def _damaged_record(file: BinaryIO) -> str | None:
             marked = next((record.filename for record in archive.infolist() if record.external_attr & _DIRECTORY), None)
             record = marked or archive.testzip()
     except Exception as error:
-        # zipfile raises half a dozen types for a damaged header.
+        # zipfile raises half a dozen types of exceptions for a damaged header.
         return f"{type(error).__name__}: {error}".partition("\n")[0]
     return f"the checksum of its record {record} is not that of its content" if record else None

@@ -1,7 +1,7 @@
 """Checks of the training state in an untrusted checkpoint, before a training resumes from it.
 
-torch and Lightning do not check states: an optimizer's kernel reads beyond a state that is smaller than its parameter,
-and attributes of schedulers and loops become whatever the file contains.
+torch and Lightning do not check states. An optimizer's kernel reads beyond the end of a state that is smaller than its
+parameter, and schedulers and loops set their attributes to any values in the file.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _DTYPES = {
     *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
 }
 
-# Options of the implementation of a step. Those of the present run are kept.
+# The options of an optimizer's implementation, for which the values of the present run replace those in a checkpoint.
 _IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable")
 
 # Optimizers of torch whose states have other shapes than the parameters.
 _OTHER_SHAPES = (torch.optim.LBFGS, torch.optim.Adafactor)
 
-# The limit of a counter.
+# The largest value of a counter, such as ``global_step``.
 _MAX_COUNT = 2**53
 _VERSION = re.compile(r"[1-9]\d?\.\d+[\w.+-]*")
 
@@ -42,8 +42,12 @@ _KINDS = {"loops": dict, "callbacks": dict, "optimizer_states": list, "lr_schedu
 def checked_weights(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
     """Returns the state dict of a checkpoint after a check that it maps names to plain tensors on the CPU.
 
+    Args:
+        checkpoint: the content of the checkpoint.
+        path: the path of the checkpoint, for the message.
+
     Raises:
-        CheckpointError: an entry is something else; names the first one.
+        CheckpointError: an entry is something else; the message names the first such entry.
     """
     weights = checkpoint["state_dict"]
     if type(weights) not in (dict, OrderedDict):
@@ -62,8 +66,12 @@ def checked_weights(checkpoint: dict[str, Any], path: str | Path) -> dict[str, T
 def check_training_state(checkpoint: dict[str, Any], path: str | Path) -> None:
     """Rejects a checkpoint whose entries have other types than those that Lightning writes.
 
+    Args:
+        checkpoint: the content of the checkpoint.
+        path: the path of the checkpoint, for the message.
+
     Raises:
-        CheckpointError: an entry has another type; names it.
+        CheckpointError: an entry has another type, or a counter is out of range; the message names the entry.
     """
     checked_weights(checkpoint, path)
     for key, kind in _KINDS.items():
@@ -117,13 +125,12 @@ def _is_plain(value: object) -> TypeGuard[Tensor]:
 
 
 class CheckTrainingState(Callback):
-    """Checks the states of optimizers and schedulers before Lightning restores them.
+    """A callback that checks the states of optimizers and schedulers before Lightning restores them.
+
+    The hooks raise a `CheckpointError` that names the entry if a state does not fit its optimizer or scheduler.
 
     Args:
         path: the path of the checkpoint, for messages.
-
-    Raises:
-        CheckpointError: a state does not fit its optimizer or scheduler; names the entry.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -133,13 +140,16 @@ class CheckTrainingState(Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Checks the weights and counters, and keeps the checkpoint until the optimizers exist."""
+        """Checks the weights and counters, and keeps the checkpoint for `on_fit_start`, when the optimizers exist."""
         check_training_state(checkpoint, self._path)
         checkpoint["state_dict"] = checked_weights(checkpoint, self._path)
         self._checkpoint = checkpoint
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Checks the states, and replaces the saved implementation options by those of the present run."""
+        """Checks the optimizers' and schedulers' states, and replaces saved implementation options by the present ones.
+
+        These options, such as ``fused`` and ``foreach``, choose the implementation of an optimizer's step.
+        """
         states = self._checkpoint.get("optimizer_states", [])
         for optimizer, state in zip(trainer.optimizers, states, strict=False):
             self._check_optimizer(optimizer, state)
@@ -179,7 +189,11 @@ class CheckTrainingState(Callback):
 
 
 def _is_alike(value: Any, own: Any) -> bool:
-    """Returns True if a value may replace the present one: both are numbers or tensors, or the types agree."""
+    """Returns True if ``value`` from a checkpoint may replace the present value ``own``.
+
+    Both must be numbers, tensors or None, or both lists or tuples, or ``value`` has the type of ``own``. If ``own`` is
+    None, ``value`` may be any plain value.
+    """
     plain = (int, float, bool, Tensor, type(None))
     if own is None:
         return type(value) in (*plain, str, list, tuple, dict)

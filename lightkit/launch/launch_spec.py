@@ -83,10 +83,10 @@ def parse_nodes(text: str) -> tuple[int, int]:
 
 
 def parse_endpoint(text: str) -> tuple[str, int]:
-    """Returns the host and the port that ``text`` names: ``HOST`` with the default port, or ``HOST:PORT``.
+    """Returns the host and the port that ``text`` names: ``HOST`` with the port `DEFAULT_PORT`, or ``HOST:PORT``.
 
     Raises:
-        ConfigError: ``text`` has another form.
+        ConfigError: ``text`` has another form, such as an IPv6 address, or the port is not from 1 to 65535.
     """
     match = re.fullmatch(r"(?P<host>[A-Za-z0-9_.-]+)(?::(?P<port>\d{1,5}))?", text)
     if match is None or not 0 < int(match["port"] or DEFAULT_PORT) < 65536:

@@ -124,10 +124,10 @@ class PassGraphs:
 
     Args:
         module: the module in a fit on one GPU.
-        unsupported_reason: a reason to disable the graphs from the start, or None.
+        unsupported_reason: a reason to disable the graphs from the start; None enables them.
 
     Attributes:
-        unsupported_reason: the reason why the graphs are disabled, or None.
+        unsupported_reason: the reason why the graphs are disabled; None while they are enabled.
     """
 
     def __init__(self, module: pl.LightningModule, unsupported_reason: str | None = None) -> None:
@@ -153,7 +153,7 @@ class PassGraphs:
         self._parameters, self._submodules, self._references, self._attributes = [], [], [], {}
 
     def disable(self, reason: str) -> None:
-        """Drops the graphs for good, and logs ``reason``."""
+        """Drops the graphs of all shapes for good, and logs ``reason``."""
         self.unsupported_reason = reason
         self._graphs.clear()
         self._references, self._attributes = [], {}
@@ -168,13 +168,13 @@ class PassGraphs:
             self._graphs.clear()
 
     def get(self, batch: Any, forward: Forward) -> CapturedPasses | None:
-        """Returns the graph for the shape of a batch, or None if Python must run the passes.
+        """Returns the graph for the shape of ``batch``; None if Python must run the passes.
 
         The graph is captured if this is the second batch of its shape.
 
         Args:
             batch: the batch.
-            forward: the forward pass, for a capture.
+            forward: the function that runs the forward pass in a capture.
         """
         self._check_for_changes()
         key = self._key(batch)
@@ -187,13 +187,15 @@ class PassGraphs:
 
     @contextmanager
     def recording(self, batch: Any, batch_idx: int) -> Iterator[SideEffectRecorder | None]:
-        """Yields a recorder for the passes on a batch of a new shape, or None for other batches.
+        """Yields a `SideEffectRecorder` for the first batch of a shape, and None for any other batch.
 
-        At the end of the context a recorded side effect disables the graphs.
+        The caller runs the passes on the batch within this context, and enters the recorder around each pass. If the
+        passes had a side effect or changed the batch, the end of the context disables the graphs of all shapes for
+        good; otherwise `get` captures the passes on the next batch of this shape.
 
         Args:
             batch: the batch.
-            batch_idx: the index of the batch.
+            batch_idx: the index of the batch in the epoch.
         """
         key = self._key(batch)
         if key is None or key in self._graphs or len(self._graphs) >= _MAX_GRAPHS:

@@ -233,13 +233,20 @@ for _name in (
 
 
 def snapshot_attributes(module: nn.Module, excluding: tuple[type, ...] = ()) -> dict[str, Any]:
-    """Returns a snapshot of the attributes of a module and its submodules by name, which `first_change` compares.
+    """Returns a snapshot of the instance attributes of a module and its submodules, which `first_change` compares.
+
+    Two snapshots differ if an attribute refers to another object, or if the content of a container, of a plain object,
+    of a small NumPy array, of a random generator or of a 0-dimensional CPU tensor has changed. They do not show
+    changes of the content of other tensors, parameters and buffers included.
 
     A snapshot holds references to the objects, so that no new object can get the address of an old one.
 
     Args:
         module: the module.
-        excluding: the classes of submodules to leave out.
+        excluding: the classes of modules whose attributes are left out; the attributes of their submodules are not.
+
+    Returns:
+        The content of each attribute by its dotted name, such as ``encoder.layers.0.training``.
     """
     found = {}
     for prefix, part in module.named_modules():
@@ -276,7 +283,7 @@ def attribute_references(modules: Iterable[nn.Module]) -> list[Any]:
 
 
 def first_change(before: dict[str, Any], after: dict[str, Any]) -> str | None:
-    """Returns the name of the first attribute that differs between two snapshots, or None."""
+    """Returns the name of the first attribute that differs between two snapshots; None if they are the same."""
     missing = object()
     for name in (*before, *(after.keys() - before.keys())):
         if not _is_same(before.get(name, missing), after.get(name, missing)):
@@ -285,7 +292,13 @@ def first_change(before: dict[str, Any], after: dict[str, Any]) -> str | None:
 
 
 def _snapshot(value: Any, depth: int = _MAX_DEPTH) -> Any:
-    """Returns a snapshot of `value`; `_is_same` finds two snapshots the same if `value` did not change in between."""
+    """Returns a snapshot of ``value``; `_is_same` compares two snapshots and finds changes in between.
+
+    Args:
+        value: the value of an attribute.
+        depth: the number of levels of containers and objects that the snapshot contains; deeper values count as
+            changed only if they are other objects.
+    """
     if isinstance(value, (*_PLAIN, type(None), type, FunctionType, ModuleType)):
         return value
     if isinstance(value, Tensor):

@@ -13,15 +13,15 @@ class CNN(nn.Module):
     """A classifier: Conv 32 - pool - Conv 64 - pool - Conv 64 - Dense 64 - Dense ``num_classes``.
 
     The convolutions are 3x3 without padding, the pools are 2x2 maxima, and a ReLU follows every layer except the last.
-    With 28x28 images of one channel and ten classes the model has 93,322 parameters. It returns logits; the softmax is
-    part of the loss.
+    With 28x28 images of one channel and ten classes the model has 93,322 parameters. The model returns logits; the
+    softmax is part of the loss.
 
     Args:
-        in_channels: the channels of an image.
+        in_channels: the number of channels of an image.
         num_classes: the number of logits, C.
-        image_size: height and width of an image in pixels, at least 18.
+        image_size: the height and width of an image in pixels, at least 18.
         blocks: ``"fused"`` runs the layers as one operation where that is faster, `lightkit.ops.layer_chain`;
-            ``"torch"`` runs them one by one. Parameters and state dict are the same, results the same except for
+            ``"torch"`` runs the layers one by one. Parameters and state dict are the same, results the same except for
             rounding: see `lightkit.nn.FusedSequential`.
 
     Shape:

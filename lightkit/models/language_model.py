@@ -10,16 +10,16 @@ from torch import Tensor, nn
 class LanguageModel(nn.Module):
     """Predicts each token of a text from the tokens before it.
 
-    `hidden` runs everything except the head. It serves losses without logits (`lightkit.ops.linear_cross_entropy`) and
-    generation: the state that it returns represents the tokens that were read, which need not be read again.
+    `hidden` runs everything except the head, for losses without logits (`lightkit.ops.linear_cross_entropy`) and for
+    generation: its state represents the tokens that the model has read and need not read again.
 
     Args:
         vocab_size: the number of different tokens, V.
         embedding_size: the size of an embedding, the input of the body.
         hidden_size: the size of a hidden state, the output of the body, D.
-        body: maps ``(embedded (N, T, embedding_size), state or None)`` to ``(hidden (N, T, D), state)``.
-        tie_weights: use the embedding's weight in the head [1]_. The state dict has it under both names.
-        context: the largest number of tokens that the body can read, or None without a limit.
+        body: a module that maps ``(embedded (N, T, embedding_size), state or None)`` to ``(hidden (N, T, D), state)``.
+        tie_weights: True uses the embedding's weight in the head [1]_. The state dict has the weight under both names.
+        context: the largest number of tokens that the body can read; None sets no limit.
 
     Shape:
         Tokens ``(N, T)``, int64 in ``[0, V)`` -> logits ``(N, T, V)``.
@@ -63,8 +63,8 @@ class LanguageModel(nn.Module):
         """Returns the hidden states ``(N, T, D)`` of tokens ``(N, T)`` and the state after them.
 
         Args:
-            tokens: int64 in ``[0, V)``.
-            state: the state after the tokens before, as this method returned it; None at the beginning of a text.
+            tokens: the tokens, int64 in ``[0, V)``.
+            state: the state after the preceding tokens, as this method returned it; None at the beginning of a text.
         """
         if tokens.dim() != 2 or tokens.shape[1] == 0:
             raise ValueError(f"tokens must have the shape (N, T) with T at least 1, got {tuple(tokens.shape)}")
@@ -77,12 +77,13 @@ class LanguageModel(nn.Module):
         return self.body(embedded, state)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Returns the logits ``(N, T, V)`` of the token after each of ``(N, T)``."""
+        """Returns the logits ``(N, T, V)`` of the token that follows each of ``tokens`` ``(N, T)``."""
         return self.head(self.hidden(tokens)[0])
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compiles the body in place, see ``nn.Module.compile``. Both `hidden` and `forward` run the compiled body.
+        """Compiles the body in place with the arguments of ``nn.Module.compile``.
 
-        The embedding is not compiled, so that errors name a wrong token; the head is part of the loss.
+        Both `hidden` and `forward` run the compiled body. The embedding is not compiled, so that errors name a wrong
+        token; the head is part of the loss.
         """
         self.body.compile(*args, **kwargs)

@@ -14,17 +14,18 @@ _CELLS: dict[str, Callable[..., nn.RNNBase]] = {"lstm": nn.LSTM, "gru": nn.GRU, 
 class RNN(nn.Module):
     """Recurrent layers and a linear map of the final state of the last layer.
 
-    With one output a class the model classifies sequences, with one output a step ahead it forecasts. Sequences of
-    different lengths are padded to the longest. With ``lengths`` the final state of a sequence is that after its own
-    last step; in the reverse direction it is that after its first step. The padding does not change the result.
+    With one output for each class the model classifies sequences; with one output for each step ahead it forecasts.
+    Sequences of different lengths are padded to the longest. With ``lengths`` the final state of a sequence is the
+    state after its own last step, and in the reverse direction the state after its first step. The padding does not
+    change the result.
 
     Args:
-        input_size: the size of a step, F.
+        input_size: the number of values in a step, F.
         hidden_size: the size of the state of a layer and direction.
-        num_outputs: the values that are predicted for a sequence.
+        num_outputs: the number of values that the model predicts for a sequence.
         num_layers: the number of recurrent layers.
         cell: ``"lstm"`` [1]_, ``"gru"`` [2]_ or ``"elman"`` [3]_ with tanh.
-        bidirectional: add layers that read in reverse; the linear map reads the final states of both directions.
+        bidirectional: True adds layers that read in reverse; the linear map reads the final states of both directions.
         dropout: the dropout probability between the layers and before the linear map.
 
     Shape:
@@ -60,7 +61,7 @@ class RNN(nn.Module):
         self.head = nn.Linear(hidden_size * (2 if bidirectional else 1), num_outputs)
 
     def forward(self, sequences: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Returns the outputs ``(N, num_outputs)`` for sequences ``(N, T, F)`` and lengths ``(N)``."""
+        """Returns the outputs ``(N, num_outputs)`` for sequences ``(N, T, F)`` and lengths ``(N)`` or None."""
         if sequences.dim() != 3 or sequences.shape[2] != self.input_size:
             raise ValueError(f"RNN takes sequences of shape (N, T, {self.input_size}), got {tuple(sequences.shape)}")
         if sequences.shape[1] == 0:
@@ -82,7 +83,7 @@ class RNN(nn.Module):
 def recurrent_layers(
     cell: str, input_size: int, hidden_size: int, num_layers: int, dropout: float, bidirectional: bool = False
 ) -> nn.RNNBase:
-    """Builds recurrent layers of torch for ``(N, T, input_size)``, with dropout between them; see `RNN`.
+    """Builds recurrent layers of torch for inputs ``(N, T, input_size)``, with dropout between the layers; see `RNN`.
 
     Raises:
         ValueError: an argument is out of its range.

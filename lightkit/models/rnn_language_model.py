@@ -20,7 +20,7 @@ class RNNLanguageModel(LanguageModel):
         num_layers: the number of recurrent layers.
         cell: ``"lstm"``, ``"gru"`` or ``"elman"``, see `lightkit.models.RNN`.
         dropout: the dropout probability of the embeddings and after every layer.
-        tie_weights: use the embedding's weight in the head; ``embedding_size`` must equal ``hidden_size``.
+        tie_weights: True uses the embedding's weight in the head; ``embedding_size`` must then equal ``hidden_size``.
 
     Shape, state and errors: see `LanguageModel`. The state is that of torch's recurrent layers.
 

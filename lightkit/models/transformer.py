@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightkit.models.language_model import LanguageModel
 
-# The keys and values of each layer, (N, heads, tokens so far, head size).
+# For each layer its keys and its values, each (N, heads, tokens so far, head size).
 State = list[tuple[Tensor, Tensor]]
 
 # GPT-2 draws weights with a deviation of 0.02 for its width of 768. Narrower maps need larger weights for outputs of
@@ -30,11 +30,11 @@ class Transformer(LanguageModel):
         dim: the width of the residual stream, a multiple of ``2 * num_heads``.
         num_layers: the number of layers, each of attention and feed-forward.
         num_heads: the number of attention heads of a layer.
-        context: the largest number of tokens, including those of the state.
+        context: the largest number of tokens that the model reads, including the tokens of the state.
         feed_forward_size: the inner width of the feed-forward blocks. Default: 8/3 of ``dim`` rounded up to a multiple
             of 32, with which the three maps are as large as the two of width ``4 * dim`` in [1]_.
         dropout: the dropout probability of the embeddings, of the attention, and of the output of a block.
-        tie_weights: use the embedding's weight in the head.
+        tie_weights: True uses the embedding's weight in the head.
 
     Shape, state and errors: see `LanguageModel`. The state holds the keys and values of the tokens that were read.
 
@@ -71,7 +71,7 @@ class Transformer(LanguageModel):
 
 
 class _Decoder(nn.Module):
-    """Layers, and a norm after the last."""
+    """The layers of a transformer, and a norm after the last layer."""
 
     rotation: Tensor
 
@@ -173,7 +173,18 @@ class _SwiGLU(nn.Module):
 
 
 def rotation(steps: int, size: int, base: float = 10_000.0) -> Tensor:
-    """Returns the cosines and sines ``(2, steps, size / 2)`` of the angles of `rotate`, float32."""
+    """Returns the cosines and sines of rotary position embedding, by which `rotate` rotates queries and keys.
+
+    The angle of the pair i at position t is ``t * base ** (-2 * i / size)``.
+
+    Args:
+        steps: the number of positions.
+        size: the size of a query or key of one head, an even number.
+        base: the base of the frequencies.
+
+    Returns:
+        The cosines and the sines, float32 ``(2, steps, size / 2)``.
+    """
     # float64: float32 angles of some thousand radians are the same for neighbouring positions.
     frequencies = base ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
     angles = torch.arange(steps, dtype=torch.float64)[:, None] * frequencies
@@ -181,9 +192,16 @@ def rotation(steps: int, size: int, base: float = 10_000.0) -> Tensor:
 
 
 def rotate(vectors: Tensor, rotation: Tensor) -> Tensor:
-    """Rotates vectors ``(..., T, size)`` by their positions, so that dot products depend on distances only.
+    """Rotates pairs of values by their positions, so that dot products depend on distances between positions only.
 
-    A pair consists of the values at one index of the first and of the second half.
+    The pair i consists of the values i and ``size / 2 + i`` of a vector.
+
+    Args:
+        vectors: the queries or keys ``(..., T, size)``.
+        rotation: the cosines and sines ``(2, T, size / 2)`` of the T positions: see the function `rotation`.
+
+    Returns:
+        The rotated vectors, of the shape and dtype of ``vectors``.
     """
     # Half precision would round neighbouring positions to one angle.
     first, second = vectors.float().chunk(2, dim=-1)

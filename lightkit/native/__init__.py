@@ -1,12 +1,13 @@
-"""The native library: the cache or a compiler provides it at first use, and each process loads it once.
+"""The native library of kernels: the cache or a compiler provides it at first use, and each process loads it once.
 
 `load` waits for a library that must be compiled; `start` compiles in the background.
 
-``LIGHTKIT_NATIVE`` decides what happens if the library cannot be loaded:
+The environment variable ``LIGHTKIT_NATIVE`` decides what happens if the library cannot be loaded. A reference is the
+implementation of an op in torch's operations.
 
-- ``auto`` (the default): one warning says why, and the pure-PyTorch references run;
+- ``auto`` (the default): one warning says why, and the references run;
 - ``require``: `load` raises `NativeUnavailableError`;
-- ``off``: the references run, and nothing is compiled.
+- ``off``: the references run, and nothing is loaded or compiled.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ _build: BackgroundWork[Path] | None = None
 
 
 class NativeUnavailableError(LightkitError, RuntimeError):
-    """The native library is required, and cannot be loaded."""
+    """The native library cannot be loaded although ``LIGHTKIT_NATIVE=require``."""
 
 
 def policy() -> str:
-    """Returns the value of ``LIGHTKIT_NATIVE``.
+    """Returns the value of ``LIGHTKIT_NATIVE``: ``auto``, ``require`` or ``off``.
 
     Raises:
         ConfigError: the value is not one of auto, require, off.
@@ -52,10 +53,13 @@ def policy() -> str:
 
 
 def start() -> None:
-    """Starts to compile the library in the background if it must be compiled; `load` waits for it.
+    """Starts to compile the library in a background thread if the cache has none; a later `load` waits for it.
 
-    The references do not run meanwhile: a caller that needs the library calls `load`. If this process ends first, the
+    The function reports no errors of the compiler: `load` does. If this process ends before the compilation, the
     compilers end, too, and leave no files.
+
+    Raises:
+        ConfigError: ``LIGHTKIT_NATIVE`` has another value than `policy` returns.
     """
     global _build
     with _lock:
@@ -69,12 +73,21 @@ def start() -> None:
 
                 _build = builder.start()
         except (toolchain.ToolchainError, cache.CacheError):
-            # `load` meets the same error, and reports it.
+            # `load` raises the same error again, and reports it.
             return
 
 
 def load() -> ModuleType | None:
-    """Returns the native module, and compiles it first if it must; None if the references run instead."""
+    """Returns the native module; the first call in a process loads it, and compiles it if the cache has none.
+
+    Returns:
+        The module; None if it is switched off or cannot be loaded, after one warning in the latter case. The references
+        then run instead.
+
+    Raises:
+        NativeUnavailableError: ``LIGHTKIT_NATIVE=require``, and the library cannot be loaded.
+        ConfigError: ``LIGHTKIT_NATIVE`` has another value than `policy` returns.
+    """
     global _warned
     module, cause = _load_once()
     if module is None and cause != _OFF and not _warned:
@@ -98,7 +111,11 @@ def _load_once() -> tuple[ModuleType | None, str]:
 
 
 def _load() -> tuple[ModuleType | None, str]:
-    """Returns the module and "", or None and the reason."""
+    """Loads the native module, and compiles it first if the cache has none.
+
+    Returns:
+        The module and an empty string; or None and the reason why there is no module.
+    """
     chosen = policy()
     if chosen == "off":
         return None, _OFF
@@ -129,7 +146,7 @@ def _import(library: Path) -> ModuleType:
     assert spec is not None
     module = module_from_spec(spec)
     loader.exec_module(module)
-    # The import has registered the ops.
+    # The import has registered the ops with torch, which `register` needs.
     from .batching import register
 
     register()
@@ -137,15 +154,25 @@ def _import(library: Path) -> ModuleType:
 
 
 def available(device_type: str = "cpu") -> bool:
-    """Returns True if there are native kernels for tensors on a type of device."""
+    """Returns True if the native library can be loaded and has kernels for tensors on ``device_type``.
+
+    Args:
+        device_type: ``type`` of a `torch.device`, such as ``"cpu"`` or ``"cuda"``.
+    """
     module = load()
     return module is not None and device_type in module.devices
 
 
 def missing(device_type: str = "cpu") -> str | None:
-    """Returns why there are no native kernels for tensors on a type of device, or None if there are.
+    """Returns the reason why there are no native kernels for tensors on ``device_type``.
 
-    Unlike `load` it does not warn: its callers tell the user.
+    The function does not warn as `load` does: its callers tell the user.
+
+    Args:
+        device_type: ``type`` of a `torch.device`, such as ``"cpu"`` or ``"cuda"``.
+
+    Returns:
+        The reason; None if there are such kernels.
     """
     module, cause = _load_once()
     if module is None:

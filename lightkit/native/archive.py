@@ -1,8 +1,8 @@
-"""A build in one file, for machines without a compiler: one machine writes it, others check and install it.
+"""Archives: a build in one file, which one machine writes, and which machines without a compiler check and install.
 
-The file has a magic line, the length of the manifest in four bytes, the manifest, and the compressed library. It
-contains no paths: the installing machine chooses the names in its cache, and reads no more bytes than the manifest
-states. An archive runs code, as a wheel does.
+The file has a magic line, the length of the manifest in four bytes (little-endian), the manifest in JSON, and the
+library, compressed by zlib. It contains no paths: the installing machine chooses the names in its cache, and reads no
+more bytes than the manifest states. The library in an archive runs code, as a wheel does.
 """
 
 from __future__ import annotations
@@ -30,11 +30,15 @@ _CHUNK = 1 << 20
 
 
 class ArchiveError(LightkitError, ValueError):
-    """A file is no archive of a build, is damaged, or is for another machine."""
+    """A file is no archive of a build, is damaged, is for another machine, or cannot be written."""
 
 
 def write(library: Path, file: Path) -> None:
-    """Writes the build of `library` to `file` atomically.
+    """Writes a build to an archive atomically.
+
+    Args:
+        library: the library of the build in the cache, whose directory has the manifest.
+        file: the path of the archive.
 
     Raises:
         ArchiveError: the build has no manifest, or the file cannot be written.
@@ -58,7 +62,13 @@ def write(library: Path, file: Path) -> None:
 
 
 def install(file: Path) -> Path:
-    """Checks an archive, and installs its build in the cache; returns the library.
+    """Checks an archive, and installs its build in the cache.
+
+    Args:
+        file: the path of the archive.
+
+    Returns:
+        The path of the installed library.
 
     Raises:
         ArchiveError: the file is no archive, is damaged, or is for another torch, Python, lightkit or processor.
@@ -108,7 +118,17 @@ def _check_fits(manifest: cache.Manifest, file: Path) -> None:
 
 
 def _unpack(archive: BinaryIO, library: Path, manifest: cache.Manifest, file: Path) -> None:
-    """Writes the library; stops at the first byte beyond the size that the manifest states."""
+    """Unpacks the library of an archive; stops at the first byte beyond the size that the manifest states.
+
+    Args:
+        archive: the archive, open after the manifest.
+        library: the path to write to.
+        manifest: the manifest of the archive.
+        file: the path of the archive, for messages.
+
+    Raises:
+        ArchiveError: the library is damaged, or has another size or hash than the manifest states.
+    """
     unpacked, left = zlib.decompressobj(), manifest.size
     try:
         with open(library, "wb") as out:

@@ -20,11 +20,15 @@ _T = TypeVar("_T")
 
 
 class Stopped(RuntimeError):
-    """The work was stopped before it finished."""
+    """`Control.stop` stopped the work before it finished."""
 
 
 class Control:
-    """The state that work shares with the threads that wait for it: its progress, and a request to stop."""
+    """The state that a background thread shares with the threads that wait for it.
+
+    Attributes:
+        progress: the progress of the work, which the background thread updates.
+    """
 
     def __init__(self) -> None:
         self.progress = Progress()
@@ -33,22 +37,35 @@ class Control:
         self._process: subprocess.Popen | None = None
 
     def check(self) -> None:
-        """Raises `Stopped` after `stop` was called."""
+        """Ends the work if another thread has called `stop`.
+
+        Raises:
+            Stopped: a thread has called `stop`.
+        """
         if self._stopped.is_set():
             raise Stopped("the build was stopped")
 
     def stop(self) -> None:
-        """Stops the work: ends the running command, and starts no other."""
+        """Ends the running command, and makes `run` and `check` raise `Stopped` from now on."""
         with self._lock:
             self._stopped.set()
             if self._process is not None and self._process.stdin is not None:
                 self._process.stdin.close()
 
     def run(self, command: list[str], directory: Path, lock: int, environment: dict[str, str]) -> subprocess.Popen:
-        """Starts a command with its output in a pipe.
+        """Starts a command, and returns its process with standard output and standard error in one pipe.
 
-        If this process ends, the command ends, and `directory` is removed. The command inherits the descriptor `lock`,
-        so that the file stays locked until the command ends.
+        If this process ends, the command ends, and ``directory`` is removed.
+
+        Args:
+            command: the words of the command.
+            directory: the directory in which the command works.
+            lock: the descriptor of the builder's lock file. The command inherits it, so that the file stays locked
+                until the command ends.
+            environment: the environment variables of the command.
+
+        Raises:
+            Stopped: a thread has called `stop`.
         """
         supervise = Path(__file__).with_name("supervise.py")
         with self._lock:
@@ -62,14 +79,19 @@ class Control:
                 errors="replace",
                 env=environment,
                 pass_fds=(lock,),
-                # Ctrl-C reaches this process, which stops the command.
+                # With a session of its own, the command does not receive Ctrl-C; this process does, and stops it.
                 start_new_session=True,
             )
         return self._process
 
 
 class BackgroundWork(Generic[_T]):
-    """Runs ``work(control)`` in a thread."""
+    """Work in a background thread, which ends with the process.
+
+    Args:
+        work: the function that the thread calls with a `Control`.
+        announcement: the line on standard error while a thread waits for the result.
+    """
 
     def __init__(self, work: Callable[[Control], _T], announcement: str) -> None:
         self._work = work
@@ -92,12 +114,13 @@ class BackgroundWork(Generic[_T]):
             self._done.set()
 
     def result(self) -> _T:
-        """Waits for the work and shows its progress; returns its result, or raises its exception.
+        """Waits for the work and shows its progress; returns the result of ``work``, or raises its exception.
 
-        An exception in the wait, such as KeyboardInterrupt, stops the work.
+        An exception in the waiting thread, such as KeyboardInterrupt, stops the work. A forked process, which has no
+        such thread, does the work again.
         """
         if self._pid != os.getpid():
-            # This process was forked from the one that owns the thread.
+            # This process was forked from the one with the thread, and has no such thread.
             return BackgroundWork(self._work, self._announcement).result()
         progress, line = self._control.progress, None
         try:
@@ -118,7 +141,7 @@ class BackgroundWork(Generic[_T]):
         return cast(_T, self._value)
 
     def stop(self) -> None:
-        """Ends the work and its commands, and waits until their files are removed."""
+        """Stops the work and its command, and waits until the thread has ended; does nothing in a forked process."""
         if self._pid == os.getpid():
             self._control.stop()
             self._done.wait()

@@ -1,4 +1,4 @@
-"""Batching rules of the ops, for torch.func.vmap and for backward with ``is_grads_batched=True``."""
+"""Batching rules of the native ops, for `torch.func.vmap` and for gradients with ``is_grads_batched=True``."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ _OPS = (
 
 
 def register() -> None:
-    """Registers a rule for every op that the native library defines."""
+    """Registers a batching rule with torch for every op of `_OPS` that the native library defines."""
     for name in filter(functools.partial(hasattr, torch.ops.lightkit), _OPS):
         torch.library.register_vmap(f"lightkit::{name}", _one_by_one(name), lib=_library)
 
 
 def _one_by_one(name: str) -> Callable[..., Any]:
-    """Returns a rule that calls an op once for each element of the batch."""
+    """Returns a batching rule that calls the op ``name`` once for each element of the batch and stacks the results."""
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         op = getattr(torch.ops.lightkit, name).default
         leaves, spec = pytree.tree_flatten(args)
         dims = pytree.tree_leaves(in_dims)
-        # For an empty batch, an element of zeros gives the shapes.
+        # For an empty batch, a call with an element of zeros gives the shapes of the results.
         if info.batch_size == 0:
             leaves = [
                 leaf if dim is None else leaf.new_zeros((1, *leaf.movedim(dim, 0).shape[1:])).movedim(0, dim)

@@ -1,4 +1,4 @@
-"""Builds the native library from csrc/ with ninja."""
+"""The build of the native library from the sources in csrc/, with ninja."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ _ANNOUNCEMENT = "lightkit: compiling the native kernels, once for this torch and
 
 
 def start() -> BackgroundWork[Path]:
-    """Starts to find or to compile the library for this torch and this machine; `result()` waits for its path."""
+    """Starts, in a background thread, to find the library in the cache or to compile it for this torch and machine.
+
+    The ``result()`` of the returned work waits for the path of the library, and raises the errors of `build`.
+    """
     return BackgroundWork(_find_or_build, _ANNOUNCEMENT)
 
 
 def build() -> Path:
-    """Returns the library for this torch and this machine; compiles it unless an intact one is in the cache.
+    """Returns the path of the library for this torch and machine; compiles it unless an intact one is in the cache.
 
     Raises:
         ToolchainError: a compiler, a header or ninja is missing, or the sources do not compile.
@@ -36,7 +39,12 @@ def build() -> Path:
 
 @contextmanager
 def _locked_cache(control: Control) -> Iterator[tuple[Path, int]]:
-    """Holds the builder's lock; yields the cache directory and the lock's descriptor."""
+    """Holds the builder's lock within the context; yields the directory of the builds and the lock's descriptor.
+
+    Raises:
+        CacheError: the cache cannot be used.
+        Stopped: a thread has called ``control.stop()`` before the lock was free.
+    """
     directory = cache.make_root()
     try:
         with cache.builder_lock(directory, control.check) as lock:
@@ -76,7 +84,13 @@ def _build(directory: Path, lock: int, control: Control) -> Path:
 
 
 def check_cuda(architectures: tuple[str, ...] = toolchain.DEFAULT_CUDA_ARCHITECTURES) -> list[str]:
-    """Compiles every CUDA source and does not link; the machine needs no GPU. Returns the names of the sources.
+    """Compiles every CUDA source without a link step, which needs nvcc and no GPU.
+
+    Args:
+        architectures: the compute capabilities to compile for, such as ``"80"`` for sm_80.
+
+    Returns:
+        The paths of the sources relative to csrc/.
 
     Raises:
         ToolchainError: there is no nvcc, or a source does not compile.
@@ -102,12 +116,12 @@ def check_cuda(architectures: tuple[str, ...] = toolchain.DEFAULT_CUDA_ARCHITECT
 
 
 def _escape(text: str | os.PathLike) -> str:
-    """Escapes a path or flag for ninja."""
+    """Returns a path or flag with the characters escaped that ninja interprets."""
     return re.sub(r"([$ :])", r"$\1", os.fspath(text))
 
 
 def _shell(*words: str) -> str:
-    """Quotes the words of a command for the shell, and escapes them for ninja."""
+    """Returns the words of a command as one text, quoted for the shell and escaped for ninja."""
     return " ".join(
         "'" + word.replace("'", "'\\''") + "'" if re.search(r"[^\w@%+=:,./-]", word) else word for word in words
     ).replace("$", "$$")
@@ -121,7 +135,16 @@ def ninja_file(
     library: str | None,
     extra_flags: tuple[str, ...] = (),
 ) -> str:
-    """Returns the rules of a build: one object for each unit, and ``library`` of all objects unless it is None."""
+    """Returns the content of ``build.ninja``: a rule for the object of each unit, and one that links the objects.
+
+    Args:
+        compiler: the words of the C++ compiler's command.
+        built_for: the target of the build.
+        cuda: the CUDA toolchain; None for a build without CUDA.
+        units: the units to compile.
+        library: the file name of the library; None for a build that does not link.
+        extra_flags: further flags of the C++ compiler.
+    """
     includes = toolchain.include_flags(cuda)
     flags = [*toolchain.common_flags(cuda is not None), *built_for.flags, *extra_flags]
     cxx = _shell(*compiler, *flags, *includes)
@@ -161,7 +184,19 @@ def _ninja() -> str:
 
 
 def run_ninja(work: Path, lock: int, rules: str, steps: int, control: Control) -> None:
-    """Runs a build of ``steps`` steps in ``work``."""
+    """Runs ninja, and updates ``control.progress``.
+
+    Args:
+        work: the directory of the build.
+        lock: the descriptor of the builder's lock, which ninja inherits.
+        rules: the content of ``build.ninja``.
+        steps: the number of build steps, for the progress.
+        control: the control of the background work.
+
+    Raises:
+        ToolchainError: ninja is missing, or a source does not compile; the message has the errors.
+        Stopped: a thread has called ``control.stop()``.
+    """
     (work / "build.ninja").write_text(rules)
     jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
     progress = control.progress
@@ -182,7 +217,7 @@ def run_ninja(work: Path, lock: int, rules: str, steps: int, control: Control) -
 
 
 def _errors(output: str, limit: int = 20) -> str:
-    """Returns the lines of a compiler's output that tell why it failed."""
+    """Returns the lines with errors in a compiler's output, or the first lines if none has; ``limit`` lines at most."""
     lines = output.splitlines()
     errors = [line for line in lines if re.search(r"\berror\b|undefined reference|No space left|Killed", line)]
     return "\n".join((errors or lines)[:limit])

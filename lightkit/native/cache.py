@@ -30,7 +30,7 @@ from . import target, toolchain
 
 MANIFEST = "manifest.json"
 
-# The interval at which a lock that another process holds is tried, in seconds.
+# The interval in seconds between two attempts to take a lock that another process holds.
 _RETRY_INTERVAL = 0.1
 
 
@@ -40,7 +40,24 @@ class CacheError(RuntimeError):
 
 @dataclass(frozen=True)
 class Manifest:
-    """The facts of a finished build."""
+    """The facts of a finished build, as ``manifest.json`` has them.
+
+    Args:
+        library: the file name of the library.
+        size: the size of the library in bytes.
+        sha256: the SHA-256 of the library in hexadecimal digits.
+        base_key: the digest of `lightkit.native.target.base_key`.
+        torch: the version of torch.
+        python: the ABI tag of Python's extensions.
+        compiler: the first line of the compiler's ``--version``.
+        flags: the flags of every C++ file.
+        march: the value of ``LIGHTKIT_MARCH``.
+        instructions: the instructions that the library may use, as /proc/cpuinfo names them.
+        simd: the level of at::vec: ``AVX512``, ``AVX2`` or ``DEFAULT``.
+        cuda: nvcc's version and architectures, or ``none:`` and the reason.
+        seconds: the duration of the build in seconds.
+        is_shipped: True for a build from an archive.
+    """
 
     library: str
     size: int
@@ -55,11 +72,15 @@ class Manifest:
     simd: str
     cuda: str
     seconds: float
-    # From an archive: any machine that can run it uses it, whatever its compiler.
+    # A machine uses a shipped build if its processor can run the library, whatever its compiler is.
     is_shipped: bool = False
 
     def __post_init__(self) -> None:
-        """Raises a TypeError for a field of another type."""
+        """Checks the types of the fields, which come from a file.
+
+        Raises:
+            TypeError: a field has another type.
+        """
         for name in ("library", "sha256", "base_key", "torch", "python", "compiler", "march", "simd", "cuda"):
             _check_type(name, getattr(self, name), str)
         for name in ("flags", "instructions"):
@@ -77,7 +98,11 @@ def _check_type(name: str, value: Any, wanted: type | tuple[type, ...]) -> Any:
 
 
 def native_root() -> Path:
-    """Returns the directory of the builds; it may not exist."""
+    """Returns the path of the directory of the builds, which may not exist.
+
+    Raises:
+        CacheError: the home directory cannot be determined.
+    """
     try:
         return cache_root() / "native"
     except RuntimeError as error:
@@ -85,7 +110,12 @@ def native_root() -> Path:
 
 
 def check_private(directory: Path) -> None:
-    """Raises a `CacheError` for a directory that another user could write to."""
+    """Rejects a directory that another user could write to.
+
+    Raises:
+        CacheError: ``directory`` is not a directory, or another user could write to it.
+        OSError: ``directory`` does not exist.
+    """
     info = os.lstat(directory)
     if not stat.S_ISDIR(info.st_mode):
         raise CacheError(f"{directory} is not a directory")
@@ -96,7 +126,11 @@ def check_private(directory: Path) -> None:
 
 
 def make_root() -> Path:
-    """Makes and checks the directory of the builds; returns it."""
+    """Makes the directory of the builds, checks it with `check_private` and returns its path.
+
+    Raises:
+        CacheError: the directory cannot be made, or another user could write to it.
+    """
     directory = native_root()
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -109,11 +143,17 @@ def make_root() -> Path:
 
 
 def find() -> Path | None:
-    """Returns the intact library to load here, or None.
+    """Returns the path of the intact library in the cache that this process should load.
 
-    It is the build of this machine's compiler, else one from an archive. Without a compiler, such as in an image that
-    was built elsewhere, it may be any build. Of several that the processor can run, it is the one with the most
-    instructions.
+    The build that this machine's compiler would make comes first, then builds from an archive. Without a compiler, such
+    as in an image that was built elsewhere, any build of the same `base_key` will do. Of several builds that the
+    processor can run, the function takes the one with the most instructions.
+
+    Returns:
+        The path; None if the cache has no such library.
+
+    Raises:
+        CacheError: the cache cannot be used.
     """
     directory = native_root()
     compiler = toolchain.find_compiler()
@@ -141,13 +181,17 @@ def find() -> Path | None:
 
 
 def check_processor(manifest: Manifest) -> None:
-    """Raises a `CacheError` for a build whose instructions this processor lacks: the first would end the process."""
+    """Rejects a build whose instructions this processor lacks, since such an instruction ends the process.
+
+    Raises:
+        CacheError: the processor lacks instructions in ``manifest``; the message names them.
+    """
     if missing := target.missing_instructions(manifest.instructions):
         raise CacheError(f"the library is for {manifest.march}, and this processor lacks {', '.join(missing)}")
 
 
 def build_directory(compiler: tuple[str, ...]) -> Path:
-    """Returns the directory of the build that a compiler makes."""
+    """Returns the path of the directory for the build that ``compiler`` would make; it may not exist."""
     root = native_root()
     built_for = target.resolve(compiler, root)
     key = target.digest(*target.compiler_identity(), built_for.march, built_for.simd, *built_for.instructions)
@@ -155,7 +199,7 @@ def build_directory(compiler: tuple[str, ...]) -> Path:
 
 
 def read_manifest(build: Path) -> Manifest | None:
-    """Returns the manifest of a build, or None if it cannot be read."""
+    """Returns the manifest in the directory ``build``; None if it is missing or invalid."""
     try:
         return Manifest(**json.loads((build / MANIFEST).read_text()))
     except (OSError, ValueError, TypeError, RecursionError):
@@ -163,7 +207,13 @@ def read_manifest(build: Path) -> Manifest | None:
 
 
 def intact_library(build: Path) -> Path | None:
-    """Returns the library of a build, or None unless it is the one of the manifest.
+    """Returns the path of the library of a build after a check of its size and hash.
+
+    Args:
+        build: the directory of the build.
+
+    Returns:
+        The path; None if the manifest or the library is missing, or the library is not the one of the manifest.
 
     Raises:
         CacheError: another user could write to the build.
@@ -184,7 +234,7 @@ def intact_library(build: Path) -> Path | None:
 
 
 def sha256_of(file: Path) -> str:
-    """Returns the SHA-256 of a file in hexadecimal digits."""
+    """Returns the SHA-256 of the content of ``file`` in hexadecimal digits."""
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
@@ -199,9 +249,14 @@ def _wait_for(lock: TextIO, check: Callable[[], None]) -> None:
 
 @contextmanager
 def builder_lock(directory: Path, check: Callable[[], None] = lambda: None) -> Iterator[int]:
-    """Holds the lock of the builder; yields its descriptor, which keeps the lock in every process that has it open.
+    """Holds the lock of the builder within the context, so that one process at a time builds.
 
-    `check` is called repeatedly while another process holds the lock, and may raise.
+    Args:
+        directory: the directory of the builds.
+        check: a function that is called repeatedly while another process holds the lock; it may raise an exception.
+
+    Yields:
+        The descriptor of the lock file. A process that inherits the descriptor keeps the lock until the process ends.
     """
     with open(directory / "build.lock", "a") as lock:
         try:
@@ -212,13 +267,17 @@ def builder_lock(directory: Path, check: Callable[[], None] = lambda: None) -> I
         try:
             yield lock.fileno()
         finally:
-            # Not left to the close of the file, which a forked process has open, too.
+            # The close of the file does not release the lock while a forked process has the file open, too.
             fcntl.flock(lock, fcntl.LOCK_UN)
 
 
 @contextmanager
 def work_directory(directory: Path) -> Iterator[Path]:
-    """Yields a directory to build in, and removes the files of dead builders first. The caller holds the lock."""
+    """Yields a new directory to build in, and removes it afterwards; first removes those that killed builders left.
+
+    Args:
+        directory: the directory of the builds, whose lock the caller holds.
+    """
     for leftover in directory.glob("tmp-*"):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
@@ -232,7 +291,14 @@ def work_directory(directory: Path) -> Iterator[Path]:
 
 
 def publish(work: Path, library: Path, manifest: dict, place: Path) -> Path:
-    """Publishes the files in ``work`` as the build at ``place``, atomically; returns its library."""
+    """Publishes a library as a build in the cache, atomically, and returns the path of the published library.
+
+    Args:
+        work: the working directory of the build, on the file system of the cache.
+        library: the compiled library.
+        manifest: the fields of the `Manifest` except ``library``, ``size`` and ``sha256``.
+        place: the directory of the build; the function replaces a damaged build there.
+    """
     complete = Manifest(library=library.name, size=library.stat().st_size, sha256=sha256_of(library), **manifest)
     final = work / "publish"
     final.mkdir(mode=0o700)
@@ -242,7 +308,7 @@ def publish(work: Path, library: Path, manifest: dict, place: Path) -> Path:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
     if place.exists():
-        # A damaged build, else it would have been used. Another process may read it, so it is moved away by a rename.
+        # An existing build is damaged, else `find` had returned it. Another process may read it, so a rename moves it.
         place.rename(work / f"damaged-{time.time_ns()}")
     final.rename(place)
     return place / library.name

@@ -1,4 +1,4 @@
-"""The progress of a build on standard error: a line that moves on a terminal, else one line at the start."""
+"""The progress of a build on standard error: a progress bar on a terminal, else one line at the start."""
 
 from __future__ import annotations
 
@@ -11,12 +11,18 @@ _WIDTH = 24
 
 @dataclass
 class Progress:
-    """The compiled units of a build."""
+    """The progress of a build.
+
+    Attributes:
+        done: the number of finished steps.
+        total: the number of all steps; 0 before the build has started.
+        started: the `time.monotonic` of the start.
+        seconds: the duration in seconds; None before the build has finished.
+    """
 
     done: int = 0
     total: int = 0
     started: float = field(default_factory=time.monotonic)
-    # The duration, after the build has finished.
     seconds: float | None = None
 
     def __str__(self) -> str:
@@ -28,14 +34,17 @@ class Progress:
 
     @property
     def left(self) -> float | None:
-        """The estimated seconds left, from the mean time of the finished units; None before the first."""
+        """The estimated seconds until the end, from the mean time of the finished steps.
+
+        None before the first step and after the last one.
+        """
         if not 0 < self.done < self.total:
             return None
         return (time.monotonic() - self.started) * (self.total - self.done) / self.done
 
 
 class ProgressLine:
-    """Draws progress on a terminal, in one line that begins with `text`; elsewhere it prints `text` once."""
+    """A line on standard error: a progress bar after ``text`` on a terminal; elsewhere ``text`` alone, once."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -44,13 +53,13 @@ class ProgressLine:
         print(text, file=sys.stderr, end="" if self._on_terminal else "\n", flush=True)
 
     def draw(self, progress: Progress) -> None:
-        """Redraws the line."""
+        """Redraws the line with ``progress``; does nothing without a terminal."""
         if self._on_terminal:
             line = f"{self._text} {progress}"
             print(f"\r{line:<{self._drawn}}", file=sys.stderr, end="", flush=True)
             self._drawn = len(line)
 
     def close(self) -> None:
-        """Ends the line."""
+        """Ends the line on a terminal."""
         if self._on_terminal:
             print(file=sys.stderr, flush=True)

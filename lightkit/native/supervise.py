@@ -1,8 +1,8 @@
-"""Runs a command until the command or the parent process ends.
+"""A script that runs a command until the command or the parent process ends.
 
-Usage: ``supervise.py DIRECTORY COMMAND...``. Its standard input is a pipe from the parent process. The pipe closes when
-the parent ends for any reason; then this process terminates the command, and removes DIRECTORY, in which the command
-works. It imports little, to start fast.
+Usage: ``supervise.py DIRECTORY COMMAND...``. The standard input of the script is a pipe from the parent process. The
+pipe closes when the parent ends for any reason; the script then terminates the command, and removes DIRECTORY, in which
+the command works. The script imports little, to start fast.
 """
 
 import os
@@ -14,7 +14,7 @@ import sys
 
 
 def main() -> int:
-    """Runs the command; returns its exit status."""
+    """Runs the command in ``sys.argv``; returns the exit status of the command."""
     directory, *command = sys.argv[1:]
     # Notices the end of the command without polling: at SIGCHLD the interpreter writes into a pipe.
     ended, wakeup = os.pipe()

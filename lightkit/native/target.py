@@ -1,4 +1,4 @@
-"""The target of a build: its instructions, its torch and Python, and its sources."""
+"""What a build depends on: the instructions of its target, torch, Python and the sources."""
 
 from __future__ import annotations
 
@@ -43,7 +43,13 @@ _CPUINFO_NAMES = {
 
 @dataclass(frozen=True)
 class Target:
-    """A compiler's reading of ``LIGHTKIT_MARCH``: instructions, named as in /proc/cpuinfo, and at::vec's level."""
+    """The instructions for which a compiler compiles under a value of ``LIGHTKIT_MARCH``.
+
+    Args:
+        march: the value of ``LIGHTKIT_MARCH``: ``native``, or a level of x86-64.
+        instructions: the instructions that the compiler may emit, as /proc/cpuinfo names them.
+        simd: the level of torch's vector class at::vec: ``AVX512``, ``AVX2`` or ``DEFAULT``.
+    """
 
     march: str
     instructions: tuple[str, ...]
@@ -57,7 +63,7 @@ class Target:
 
 
 def march() -> str:
-    """Returns the value of ``LIGHTKIT_MARCH``.
+    """Returns the value of the environment variable ``LIGHTKIT_MARCH``, ``native`` by default.
 
     Raises:
         ToolchainError: the value is unknown, or is not for this machine.
@@ -86,7 +92,7 @@ def processor() -> frozenset[str]:
     """Returns the instructions of this machine's processor, as /proc/cpuinfo names them."""
     try:
         with open("/proc/cpuinfo") as file:
-            # The first processor's line: all are the same, and a large machine has hundreds.
+            # The line of the first core suffices: all are the same, and a large machine has hundreds.
             line = next((line for line in file if line.startswith(("flags", "Features"))), "")
     except OSError:
         line = f":{platform.machine()} {platform.processor()}"
@@ -94,15 +100,22 @@ def processor() -> frozenset[str]:
 
 
 def missing_instructions(wanted: list[str] | tuple[str, ...]) -> list[str]:
-    """Returns the instructions that this machine's processor lacks."""
+    """Returns, sorted, those of the instructions ``wanted`` that this machine's processor lacks."""
     return sorted(set(wanted) - processor())
 
 
 def resolve(compiler: tuple[str, ...], directory: Path) -> Target:
-    """Asks the compiler for its target of ``LIGHTKIT_MARCH``, or reads its earlier answer from a file in ``directory``.
+    """Returns the target that a compiler has under ``LIGHTKIT_MARCH``.
 
-    The key of a build holds the target, not all instructions of the processor: machines with the same target share a
-    build.
+    The function runs the compiler once, and stores the target in a file for later calls. The key of a build contains
+    the target and not all instructions of the processor, so that machines with the same target share a build.
+
+    Args:
+        compiler: the words of the compiler's command.
+        directory: the directory of the file; if it does not exist, nothing is stored.
+
+    Raises:
+        ToolchainError: the compiler fails, or ``LIGHTKIT_MARCH`` has a wrong value.
     """
     chosen = march()
     question = (*compiler_identity(), chosen, *(sorted(processor()) if chosen == "native" else ()))
@@ -137,12 +150,12 @@ def _remember(found: Target, file: Path) -> None:
             json.dump(asdict(found), new)
         os.replace(name, file)
     except OSError:
-        # The compiler is asked again next time.
+        # Without the file, the next call runs the compiler again.
         pass
 
 
 def digest(*parts: str | bytes) -> str:
-    """Returns 16 hexadecimal digits of a hash of the parts."""
+    """Returns the first 16 hexadecimal digits of the SHA-256 of ``parts`` and their lengths."""
     hashed = hashlib.sha256()
     for part in parts:
         data = part.encode() if isinstance(part, str) else part
@@ -151,12 +164,12 @@ def digest(*parts: str | bytes) -> str:
 
 
 def torch_build() -> str:
-    """Returns version, commit and CUDA version of the installed torch."""
+    """Returns the version, the commit and the CUDA version of the installed torch, separated by spaces."""
     return f"{torch.__version__} {torch.version.git_version} {torch.version.cuda}"
 
 
 def python_abi() -> str:
-    """Returns the ABI tag of this Python's extensions."""
+    """Returns the ABI tag of this Python's extension modules, such as ``cpython-312-x86_64-linux-gnu``."""
     return str(sysconfig.get_config_var("SOABI"))
 
 
@@ -175,7 +188,10 @@ def base_key() -> str:
 
 @cache
 def compiler_identity() -> tuple[str, ...]:
-    """Identifies the compilers by their files, and does not run them; empty without a C++ compiler."""
+    """Returns path, size and modification time of the C++ compiler and nvcc, which identify them without a run.
+
+    The tuple is empty without a C++ compiler; nvcc is left out for a CPU build of torch.
+    """
     compiler = toolchain.find_compiler()
     if compiler is None:
         return ()

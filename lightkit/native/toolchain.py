@@ -18,7 +18,7 @@ import torch
 SOURCE_DIR = Path(__file__).resolve().parent.parent / "csrc"
 MODULE_NAME = "_lightkit_native"
 
-# The architectures of CUDA kernels if no GPU can be asked: Ampere and Hopper.
+# The compute capabilities of the CUDA kernels on a machine without a GPU: Ampere (sm_80) and Hopper (sm_90).
 DEFAULT_CUDA_ARCHITECTURES = ("80", "90")
 
 # The flags of every .cu file, without the architectures.
@@ -40,7 +40,15 @@ class ToolchainError(RuntimeError):
 
 @dataclass(frozen=True)
 class CudaToolchain:
-    """nvcc, its architectures, and its directories."""
+    """The compiler nvcc and its directories.
+
+    Args:
+        nvcc: the path of nvcc.
+        version: the CUDA version of nvcc, such as ``12.6``.
+        architectures: the compute capabilities to compile for, such as ``90``.
+        include_dirs: the directories of CUDA's headers.
+        library_dirs: the directories of CUDA's libraries.
+    """
 
     nvcc: str
     version: str
@@ -50,7 +58,13 @@ class CudaToolchain:
 
 
 def find_compiler() -> tuple[str, ...] | None:
-    """Returns the command of the C++ compiler: ``$CXX``, else the first of g++, c++, clang++ on the path."""
+    """Returns the command of the C++ compiler in words: ``$CXX``, else the first of g++, c++, clang++ on the path.
+
+    The function does not run the compiler.
+
+    Returns:
+        The command; None if there is none on the path.
+    """
     wanted = os.environ.get("CXX")
     candidates = [shlex.split(wanted)] if wanted else [["g++"], ["c++"], ["clang++"]]
     # A wrapper makes a command of several words, such as CXX="ccache g++".
@@ -58,10 +72,10 @@ def find_compiler() -> tuple[str, ...] | None:
 
 
 def require_compiler() -> tuple[str, ...]:
-    """Returns the command of the C++ compiler.
+    """Returns the command that `find_compiler` finds, after a check that torch works with the compiler.
 
     Raises:
-        ToolchainError: there is none, or it does not work with torch; the message says how to get one.
+        ToolchainError: there is no compiler, or it is clang on Linux; the message says how to get one.
     """
     compiler = find_compiler()
     if compiler is None:
@@ -77,7 +91,7 @@ def require_compiler() -> tuple[str, ...]:
 
 
 def output(*command: str) -> str:
-    """Returns the output of a command.
+    """Returns the standard output of a command, whose words are ``command``.
 
     Raises:
         ToolchainError: the command fails or prints nothing.
@@ -91,15 +105,22 @@ def output(*command: str) -> str:
 
 @cache
 def compiler_version(compiler: tuple[str, ...]) -> str:
-    """Returns the first line of a compiler's --version."""
+    """Returns the first line that ``compiler --version`` prints.
+
+    Raises:
+        ToolchainError: the compiler fails.
+    """
     return output(*compiler, "--version").splitlines()[0]
 
 
 def sanitizers() -> tuple[str, ...]:
-    """Returns the sanitizers that ``LIGHTKIT_NATIVE_SANITIZE`` names, separated by commas; none by default.
+    """Returns the sanitizers in the comma-separated list ``LIGHTKIT_NATIVE_SANITIZE``; an empty tuple by default.
 
-    They serve tests of the kernels: an error in such a build ends the process with a report. The library loads only if
-    ``LD_PRELOAD`` has loaded the run-time of the sanitizers.
+    The sanitizers serve tests of the kernels: an error in such a build ends the process with a report. The library
+    loads only if ``LD_PRELOAD`` has loaded the run-time of the sanitizers.
+
+    Raises:
+        ToolchainError: the list has another name than ``address`` and ``undefined``.
     """
     named = tuple(name for name in os.environ.get("LIGHTKIT_NATIVE_SANITIZE", "").split(",") if name)
     if unknown := [name for name in named if name not in _SANITIZERS]:
@@ -127,7 +148,11 @@ def glue_flags() -> list[str]:
 
 
 def common_flags(cuda: bool) -> list[str]:
-    """Returns the flags of every C++ file, for any processor."""
+    """Returns the flags of every C++ file, without those of the target's instructions.
+
+    Args:
+        cuda: define LIGHTKIT_CUDA, for a build with CUDA.
+    """
     return [
         *("-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-fopenmp", "-fvisibility=hidden"),
         *sanitize_flags(),
@@ -140,11 +165,15 @@ def common_flags(cuda: bool) -> list[str]:
 
 
 def include_flags(cuda: CudaToolchain | None) -> list[str]:
-    """Returns the flags of the header directories of torch, Python and, with a toolchain, CUDA."""
+    """Returns the flags of the header directories of torch and Python, and of CUDA unless ``cuda`` is None.
+
+    Raises:
+        ToolchainError: Python's headers are missing.
+    """
     python = sysconfig.get_paths()["include"]
     if not (Path(python) / "Python.h").is_file():
         raise ToolchainError(f"Python's headers are not in {python}; on Debian and Ubuntu: apt-get install python3-dev")
-    # Imported late: the import takes longer than to load the library.
+    # The import is local, since it takes longer than to load the library.
     from torch.utils import cpp_extension
 
     paths = [*cpp_extension.include_paths("cpu"), python]
@@ -155,11 +184,14 @@ def include_flags(cuda: CudaToolchain | None) -> list[str]:
 def linked(cuda: CudaToolchain | None) -> list[str]:
     """Returns the linker's flags and the libraries of the shared object, without the libraries' directories.
 
-    OpenMP's run-time is not linked: its symbols come from the one that torch has loaded. A second one would have a
-    second pool of threads, which competes with the first for the cores. ``-z now`` makes an undefined symbol an error
-    at load time instead of a crash in the first call. C++'s library comes first: a compiler that links it statically
-    would add a second one, and torch's functions, such as those that print a shape into an error, crash on its streams.
-    CUDA's run-time is static; it shares the context of torch's.
+    OpenMP's run-time library is not linked: its symbols come from the one that torch has loaded. A second run-time
+    library would have a second pool of threads, which competes with the first for the cores. ``-z now`` makes an
+    undefined symbol an error at load time instead of a crash in the first call. libstdc++ comes first: a compiler that
+    links it statically would add a second libstdc++, whose streams crash functions of torch, such as those that print a
+    shape into an error. CUDA's run-time library is linked statically; it shares the CUDA context with that of torch.
+
+    Args:
+        cuda: the CUDA toolchain; None for a build without CUDA.
     """
     libraries = ["c10", "torch_cpu", "torch", "torch_python"]
     if platform.system() == "Linux":
@@ -171,7 +203,7 @@ def linked(cuda: CudaToolchain | None) -> list[str]:
 
 
 def link_flags(cuda: CudaToolchain | None) -> list[str]:
-    """Returns `linked` with the directories of torch's and CUDA's libraries."""
+    """Returns the flags of `linked` after those of the directories of torch's and, unless None, CUDA's libraries."""
     from torch.utils import cpp_extension
 
     paths = [*cpp_extension.library_paths("cpu"), *(cuda.library_dirs if cuda else ())]
@@ -179,14 +211,23 @@ def link_flags(cuda: CudaToolchain | None) -> list[str]:
 
 
 def find_cuda() -> tuple[CudaToolchain | None, str]:
-    """Returns the CUDA toolchain that fits the installed torch and "", or None and the reason."""
+    """Returns the CUDA toolchain with which the library is compiled for the installed torch.
+
+    Returns:
+        The toolchain and an empty string; or None and the reason why there is none, such as a CPU build of torch.
+    """
     if torch.version.cuda is None:
         return None, "the installed torch is a CPU build"
     return find_nvcc()
 
 
 def find_nvcc() -> tuple[CudaToolchain | None, str]:
-    """Returns nvcc's toolchain and "", also for a CPU build of torch, or None and the reason."""
+    """Returns the CUDA toolchain of nvcc, also for a CPU build of torch.
+
+    Returns:
+        The toolchain and an empty string; or None and the reason: nvcc is missing, or has another major version of CUDA
+        than torch.
+    """
     nvcc = nvcc_path()
     if nvcc is None:
         return None, "nvcc was not found on the path or under CUDA_HOME"
@@ -194,7 +235,7 @@ def find_nvcc() -> tuple[CudaToolchain | None, str]:
     number = version.partition("release ")[2].partition(",")[0]
     if torch.version.cuda and number.partition(".")[0] != torch.version.cuda.partition(".")[0]:
         return None, f"nvcc is of CUDA {number} but torch was built for CUDA {torch.version.cuda}"
-    # nvcc itself tells its directories: it may be a wrapper, or a package without the layout of a toolkit.
+    # nvcc prints its directories: it may be a wrapper, or belong to a package without the layout of a toolkit.
     dry_run = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
     include_dirs = re.findall(r'(?:-I|"-isystem" ")([^"\s]+)"', dry_run)
     library_dirs = re.findall(r'"-L([^"\s]+)"', dry_run)
@@ -203,7 +244,7 @@ def find_nvcc() -> tuple[CudaToolchain | None, str]:
 
 
 def nvcc_path() -> str | None:
-    """Returns the path of nvcc: in ``CUDA_HOME``, on the path, or in /usr/local/cuda; None without one."""
+    """Returns the path of nvcc: in ``CUDA_HOME`` or ``CUDA_PATH``, on the path, or in /usr/local/cuda; else None."""
     inside = [Path(home) / "bin" / "nvcc" for name in ("CUDA_HOME", "CUDA_PATH") if (home := os.environ.get(name))]
     named = next((str(path) for path in inside if path.exists()), None)
     usual = Path("/usr/local/cuda/bin/nvcc")
@@ -211,7 +252,10 @@ def nvcc_path() -> str | None:
 
 
 def cuda_architectures() -> tuple[str, ...]:
-    """Returns the architectures of CUDA kernels: those of ``TORCH_CUDA_ARCH_LIST``, else of this machine's GPUs."""
+    """Returns the compute capabilities to compile CUDA kernels for, such as ``90``.
+
+    They are those of ``TORCH_CUDA_ARCH_LIST``, else of this machine's GPUs, else `DEFAULT_CUDA_ARCHITECTURES`.
+    """
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST")
     if listed:
         return tuple(dict.fromkeys(a.replace(".", "").removesuffix("+PTX") for a in listed.replace(";", " ").split()))
@@ -222,13 +266,20 @@ def cuda_architectures() -> tuple[str, ...]:
 
 
 def cuda_compile_flags(toolchain: CudaToolchain) -> list[str]:
-    """Returns the flags of every .cu file."""
+    """Returns the flags of every .cu file, with the architectures of ``toolchain``."""
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in toolchain.architectures]
     return [*CUDA_FLAGS, *targets]
 
 
 def sources(cuda: bool) -> list[Path]:
-    """Returns the files to compile, in a fixed order; without CUDA it leaves out ``*.cu`` and ``*_cuda.cpp``."""
+    """Returns the paths of the files to compile, sorted.
+
+    Args:
+        cuda: include the files that only a build with CUDA compiles, ``*.cu`` and ``*_cuda.cpp``.
+
+    Raises:
+        ToolchainError: the directory csrc/ does not exist.
+    """
     if not SOURCE_DIR.is_dir():
         raise ToolchainError(f"the kernel sources are not where they belong: {SOURCE_DIR} does not exist")
     found = sorted(path for path in SOURCE_DIR.rglob("*") if path.suffix in (".cpp", ".cu"))
@@ -237,21 +288,28 @@ def sources(cuda: bool) -> list[Path]:
 
 @dataclass(frozen=True)
 class Unit:
-    """The files that one run of a compiler makes an object of."""
+    """The source files that one run of a compiler compiles into one object.
+
+    Args:
+        name: the folder or file relative to csrc/, such as ``ops/optim``.
+        files: the source files.
+    """
 
     name: str
     files: tuple[Path, ...]
 
     @property
     def is_glue(self) -> bool:
-        """True if the unit calls kernels and has no arithmetic of its own."""
+        """True if the files of the unit only call kernels, outside of the folder kernels/, and do no arithmetic."""
         return not self.name.startswith("kernels/")
 
 
 def units(files: list[Path]) -> list[Unit]:
-    """Groups files into units, the slowest first: a family's folder of C++ files is one unit, any other file is alone.
+    """Groups source files into units, the slowest to compile first.
 
-    The files are short and torch's headers are long: one more file takes some tenths of a second, one more unit two.
+    The C++ files in the folder of a family of ops, such as ops/optim, are one unit; any other file is a unit of its
+    own. The files are short and torch's headers are long: one more file in a unit takes some tenths of a second to
+    compile, one more unit takes two seconds.
     """
     grouped: dict[str, list[Path]] = {}
     for path in files:
@@ -267,5 +325,5 @@ def units(files: list[Path]) -> list[Unit]:
 
 
 def is_cuda_source(path: Path) -> bool:
-    """Returns True if a source is compiled only with CUDA."""
+    """Returns True if only a build with CUDA compiles the source ``path``."""
     return path.suffix == ".cu" or path.stem.endswith("_cuda")

@@ -11,18 +11,18 @@ from lightkit.ops import cross_entropy
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """A drop-in for :class:`torch.nn.CrossEntropyLoss` on native kernels: see `lightkit.ops.cross_entropy`.
 
-    It takes the arguments of torch's module, has the same state dict, and is an instance of it.
+    The class derives from torch's class, takes its arguments, and has the same state dict.
 
     Args:
-        weight: ``(C)``, a factor for each class.
+        weight: ``(C)``, a factor for each class; None weights all classes equally.
         size_average: deprecated in torch; see ``reduction``.
-        ignore_index: rows with this target have loss 0, and do not count in the mean.
+        ignore_index: the target of rows that have loss 0 and do not count in the mean.
         reduce: deprecated in torch; see ``reduction``.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
-        label_smoothing: between 0 and 1.
-        z_loss: coefficient of the squared log-partition function.
-        softcap: bound of the logits; 0 for none.
-        inplace: the gradient takes the memory of the logits.
+        label_smoothing: the label smoothing, between 0 and 1.
+        z_loss: the coefficient of the squared log-partition function.
+        softcap: the bound of the logits; 0 sets no bound.
+        inplace: True stores the gradient in the memory of the logits, which are then lost.
     """
 
     def __init__(
@@ -44,7 +44,10 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         self.inplace = inplace
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """Returns the loss of logits ``input`` and class indices or probabilities ``target``."""
+        """Returns the loss of logits ``input`` and class indices or probabilities ``target``.
+
+        `lightkit.ops.cross_entropy` describes the shapes, the dtypes and the errors.
+        """
         return cross_entropy(
             input,
             target,

@@ -36,8 +36,8 @@ class FusedSequential(nn.Sequential):
     support (stride, dilation, groups, a pool other than 2x2), or is faster in torch. The layers of a nested Sequential
     run as if they were layers of this one, unless the nested one has a hook. torch.jit.trace and devices other than a
     CPU see torch's layers; torch.jit.script cannot compile the module. The layers run one by one, too, if ``forward``
-    of torch's classes or a function that they call, such as ``torch.nn.functional.conv2d``, is patched, and for an
-    input that the operation rejects: errors are those of torch's layers.
+    of torch's classes or a function that the classes call, such as ``torch.nn.functional.conv2d``, is patched, and for
+    an input that the operation rejects: errors are those of torch's layers.
 
     The result has the memory format of the input, and so have the inputs of layers that may depend on it: code that
     calls ``view`` works as with torch's layers, and dropout draws the same numbers.
@@ -49,7 +49,7 @@ class FusedSequential(nn.Sequential):
 
 
 def run_fused(layers: Iterable[nn.Module], input: Tensor) -> Tensor:
-    """Runs layers as `FusedSequential` does; returns their output."""
+    """Runs ``layers`` in order on ``input`` as `FusedSequential` does; returns the output of the last one."""
     if _are_all_hooked() or not (torch.compiler.is_compiling() or _ORIGINALS.are_in_place()) or _is_traced():
         for layer in layers:
             input = layer(input)
@@ -113,14 +113,15 @@ def is_fused(module: nn.Module) -> bool:
 
 
 def can_fuse(layers: nn.Sequential) -> bool:
-    """Returns True if a Sequential has layers that `FusedSequential` may run as one."""
+    """Returns True if a Sequential has layers that `FusedSequential` may run as one operation."""
     return any(type(run[0]) is nn.Conv2d and len(run) > 1 for run in _runs(_unnested(layers.children())))
 
 
 def _chain(runs: list[list[nn.Module]], begin: int, x: Tensor) -> tuple[list[ChainLayer], int]:
     """Returns the layers of ``runs`` from index ``begin`` on that form one operation, and the index of the next run.
 
-    A chain begins with a convolution: linear layers alone are faster in torch.
+    The list of layers is empty if torch must run the layers at ``begin``. A chain begins with a convolution: linear
+    layers alone are faster in torch.
     """
     chain: list[ChainLayer] = []
     # Layers may return any object, such as a tuple.
@@ -190,7 +191,7 @@ def _ordered_as(x: Tensor, input: Tensor) -> Tensor:
 
 
 def _runs(layers: Iterable[nn.Module]) -> Iterator[list[nn.Module]]:
-    """Yields the layers in order, in lists of those that make one layer of a chain."""
+    """Yields lists of consecutive layers; each list makes one layer of a chain, or has one other layer."""
     run: list[nn.Module] = []
     for layer in layers:
         # A ReLU or a pool belongs to the run before it.
@@ -232,7 +233,7 @@ def _is_plain(layer: nn.Module) -> bool:
 
 
 def _has_parameters(layer: nn.Module) -> bool:
-    """Returns True if weight and bias are parameters, not buffers or tensors that pruning computes."""
+    """Returns True if weight and bias of ``layer`` are parameters, not buffers or tensors that pruning computes."""
     parameters = layer._parameters
     return parameters.get("weight") is not None and "bias" in parameters
 

@@ -15,27 +15,27 @@ from lightkit.ops._thresholds import MEMORY_LIMIT
 class LinearCrossEntropyLoss(nn.Module):
     """A linear layer and its cross-entropy loss without the logits: see `lightkit.ops.linear_cross_entropy`.
 
-    It takes the arguments of ``torch.nn.LinearCrossEntropyLoss`` (torch 2.13 and later), and has the same state dict:
-    the layer is ``linear``. A model that owns the layer, or shares its weight with an embedding, calls the function
-    instead.
+    The module takes the arguments of ``torch.nn.LinearCrossEntropyLoss`` (torch 2.13 and later), and has the same state
+    dict: the layer is ``linear``. A model that owns the layer, or shares its weight with an embedding, calls the
+    function instead.
 
     Args:
-        in_features: size of a hidden state.
-        num_classes: number of classes.
+        in_features: the size of a hidden state.
+        num_classes: the number of classes.
         out_features: the shape of the losses of one hidden state; ``()`` for a single loss. With several, all logits
             are in memory.
-        bias: the layer has a bias.
-        device: of the parameters.
-        dtype: of the parameters.
+        bias: True gives the layer a bias.
+        device: the device of the parameters.
+        dtype: the dtype of the parameters.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
-        weight: ``(num_classes)``, a factor for each class.
-        ignore_index: rows with this target have loss 0, and do not count in the mean. Default: -100. Not with class
-            probabilities.
-        label_smoothing: between 0 and 1.
-        options: ignored; it is torch's choice of chunks, whose counterpart here is ``memory_limit``.
-        z_loss: coefficient of the squared log-partition function.
-        softcap: bound of the logits; 0 for none.
-        memory_limit: bytes beyond inputs and results.
+        weight: ``(num_classes)``, a factor for each class; None weights all classes equally.
+        ignore_index: the target of rows that have loss 0 and do not count in the mean; None means -100. With class
+            probabilities it must be None.
+        label_smoothing: the label smoothing, between 0 and 1.
+        options: has no effect; torch's module chooses its chunks by ``options``, this one by ``memory_limit``.
+        z_loss: the coefficient of the squared log-partition function.
+        softcap: the bound of the logits; 0 sets no bound.
+        memory_limit: the number of bytes that a call may allocate beyond its inputs and results.
 
     Shape:
         input ``(..., in_features)`` and target ``(...)`` -> ``()``, or ``(...)`` with ``reduction="none"``. With
@@ -84,7 +84,10 @@ class LinearCrossEntropyLoss(nn.Module):
         self.memory_limit = memory_limit
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """Returns the loss of hidden states ``input`` and class indices or probabilities ``target``."""
+        """Returns the loss of hidden states ``input`` and class indices or probabilities ``target``.
+
+        `lightkit.ops.linear_cross_entropy` describes the dtypes and the errors.
+        """
         linear_weight, linear_bias = self.linear.weight, self.linear.bias
         if self.out_features:
             sizes = (self.num_classes, *self.out_features)

@@ -17,13 +17,16 @@ REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 
 def check_reduction(reduction: str) -> None:
-    """Raises a ValueError for a name that is no reduction."""
+    """Raises a ValueError unless ``reduction`` is ``"none"``, ``"mean"`` or ``"sum"``."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
 
 
 def kernels_apply(*tensors: Tensor) -> bool:
-    """Returns True if kernels take the first tensor's dtype and device, and no tensor needs another dispatch."""
+    """Returns True if the kernels support the dtype and device of the first tensor, and nothing rules them out.
+
+    Forward-mode AD, torch.func and tensor subclasses with a dispatch of their own, such as DTensor, rule kernels out.
+    """
     input = tensors[0]
     return (
         input.dtype in DTYPES
@@ -42,7 +45,7 @@ def is_autocast(input: Tensor) -> bool:
 
 
 def is_autocast_device(device_type: str) -> bool:
-    """Returns True if autocast is enabled for a device type; the meta device has no autocast."""
+    """Returns True if autocast is enabled for ``device_type``, such as ``"cuda"``; ``"meta"`` has no autocast."""
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 

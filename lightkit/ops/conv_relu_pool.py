@@ -22,24 +22,30 @@ def conv_relu_pool(
 ) -> Tensor:
     """Computes ``max_pool2d(relu(conv2d(input, weight, bias, padding=padding)), 2)`` on a native CPU kernel.
 
-    It is a chain of one layer: see `lightkit.ops.layer_chain`. `conv_relu_pool_reference` takes calls that the kernel
-    does not, and layers that are faster in torch: without a pool, 1x1 kernels and all except small images and weights;
-    in bfloat16, on a processor that multiplies it, all except small layers.
+    The kernel computes a chain of one layer: see `lightkit.ops.layer_chain`. The gradient flows to all tensors. The
+    function calls `conv_relu_pool_reference`, which runs torch's operations, in these cases:
+
+    - `has_kernel` is False, as for tensors on a GPU;
+    - the layer is faster in torch, because its image or weight is large;
+    - ``pool`` is False and the weight is 1x1, or the image or the weight is not small;
+    - the dtype is bfloat16, the processor has bfloat16 instructions, and the layer is not small.
+
+    `lightkit.ops._thresholds` has the sizes.
 
     Args:
-        input: ``(N, C, H, W)``, floating point. It is read without a copy if it is ``torch.channels_last``.
+        input: ``(N, C, H, W)``, floating point. The kernel reads a ``torch.channels_last`` input without a copy.
         weight: ``(C_out, C, KH, KW)``, of the dtype of ``input``.
-        bias: ``(C_out)`` of that dtype, or None.
-        padding: zeros on each side: of rows and columns, or one number for both.
-        pool: the pool follows.
+        bias: ``(C_out)``, of the dtype of ``input``; None adds no bias.
+        padding: the number of zeros on each side of the image: an int, or a pair for height and width.
+        pool: True computes the maximum of each 2x2 square; False returns the output of the ReLU.
 
     Returns:
         ``(N, C_out, H', W')`` with ``H' = H + 2 padding - KH + 1``, halved (rounded down) by the pool. The kernel
-        returns it as ``torch.channels_last``, for any memory format of ``input``.
+        returns it as ``torch.channels_last``, for any memory format of ``input``; the reference returns torch's format.
 
     Raises:
-        ArgumentError: shapes that do not fit, a negative padding, or an input too small for kernel and pool.
-        RuntimeError: dtypes or devices that do not fit.
+        ArgumentError: the shapes do not fit, ``padding`` is negative, or ``input`` is too small for kernel and pool.
+        RuntimeError: the tensors have different dtypes or devices.
     """
     padding = _pair(padding)
     if is_autocast(input):

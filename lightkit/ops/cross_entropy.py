@@ -92,35 +92,35 @@ def cross_entropy(
         input: logits of shape ``(C)``, ``(N, C)`` or ``(N, C, d1, ...)``; float32, float64, bfloat16, float16.
         target: class indices of shape ``()``, ``(N)`` or ``(N, d1, ...)``, of any integer type. Or class
             probabilities of the shape of ``input``, floating point.
-        weight: ``(C)``, a factor for each class.
-        ignore_index: rows with this target have loss 0 and gradient 0, and do not count in the mean. Negative with
-            probabilities, which name no class.
+        weight: ``(C)``, a factor for each class; None weights all classes equally.
+        ignore_index: the target of rows that have loss 0 and gradient 0, and do not count in the mean. With class
+            probabilities it must be negative and has no effect.
         reduction: ``"none"``, ``"mean"`` (over the weights of the targets; over the rows for probabilities) or
             ``"sum"``.
-        label_smoothing: between 0 and 1, see [1]_.
-        z_loss: coefficient of the squared log-partition function in the loss of each row that is not ignored,
+        label_smoothing: the label smoothing, between 0 and 1, see [1]_.
+        z_loss: the coefficient of the squared log-partition function in the loss of each row that is not ignored,
             see [2]_.
-        softcap: bound of the logits, see [3]_; 0 for none.
-        dtype: the dtype of the loss. Default: that of ``input``, or float32 under autocast, as in torch. With class
-            probabilities the default is the promotion of the dtypes of ``input``, ``target`` and ``weight``, as in
-            torch, and the loss is computed in it.
-        return_lse: also returns ``lse`` of each row, 0 for ignored rows, in float32 (float64 for float64), of the
-            shape of the unreduced loss. It is not differentiable.
-        inplace: the gradient takes the memory of ``input``, whose values are then lost. It is an error while another
-            tensor holds that memory, such as ``input.detach()`` or the result that ``tanh`` keeps for its backward.
-            Autograd raises an error if another backward needs ``input``. It has no effect without a gradient or
-            under torch.compile.
+        softcap: the bound of the logits, see [3]_; 0 sets no bound.
+        dtype: the dtype of the loss. Default: the dtype of ``input``, or float32 under autocast, as in torch. With
+            class probabilities the default is the promotion of the dtypes of ``input``, ``target`` and ``weight``, as
+            in torch, and the loss is computed in it.
+        return_lse: True also returns ``lse`` of each row, 0 for ignored rows, in float32 (float64 for float64), of the
+            shape of the unreduced loss. ``lse`` is not differentiable.
+        inplace: True stores the gradient in the memory of ``input``, whose values are then lost. The call fails while
+            another tensor holds that memory, such as ``input.detach()`` or the result that ``tanh`` keeps for its
+            backward. Autograd raises an error if another backward needs ``input``. ``inplace`` has no effect without a
+            gradient or under torch.compile.
 
     Returns:
         The loss, or ``(loss, lse)`` with ``return_lse``.
 
     Raises:
-        IndexError: a target is outside ``[0, C)`` and not ``ignore_index``; names the row.
-        ValueError: an unknown ``reduction``, a negative ``softcap``.
-        ArgumentError: shapes that do not fit, or ``inplace`` with logits that are a leaf, a view, not contiguous or
-            of shared memory.
-        RuntimeError: dtypes or devices that do not fit, ``label_smoothing`` outside [0, 1], an ``ignore_index``
-            of 0 or more with probabilities, a second derivative after ``inplace``.
+        IndexError: a target is outside ``[0, C)`` and not ``ignore_index``; the message names the row.
+        ValueError: ``reduction`` is unknown, or ``softcap`` is negative.
+        ArgumentError: the shapes do not fit, or ``inplace`` is True and the logits are a leaf, a view, not contiguous
+            or of shared memory.
+        RuntimeError: the dtypes or devices do not fit, ``label_smoothing`` is outside [0, 1], ``ignore_index`` is 0 or
+            more with class probabilities, or a second derivative is taken after ``inplace``.
 
     References:
         .. [1] Szegedy et al., Rethinking the Inception Architecture for Computer Vision, CVPR 2016.
@@ -279,7 +279,10 @@ def _promoted(input: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Ten
 
 
 def _denominator(lse: Tensor, target: Tensor | None, weight: Tensor | None, ignore_index: int) -> Tensor | int:
-    """Returns the denominator of a mean."""
+    """Returns the denominator of a mean: the number of rows that count, or the sum of the weights of their classes.
+
+    ``target`` is None for class probabilities, with which all rows count.
+    """
     if target is None:
         return lse.numel()
     counted = target != ignore_index

@@ -20,10 +20,10 @@ class ChainLayer(NamedTuple):
 
     Args:
         weight: ``(C_out, C, KH, KW)`` for a convolution, or ``(C_out, F)`` for a linear layer.
-        bias: ``(C_out)``, or None.
-        padding: of a convolution: zeros on each side of rows and of columns.
-        relu: a ReLU follows.
-        pool: a 2x2 max-pool of stride 2 follows; only for a convolution.
+        bias: ``(C_out)``; None adds no bias.
+        padding: the number of zeros on each side of the height and of the width of a convolution's input.
+        relu: True adds a ReLU.
+        pool: True adds a 2x2 max-pool of stride 2; only for a convolution.
     """
 
     weight: Tensor
@@ -43,9 +43,9 @@ def layer_chain(input: Tensor, layers: Sequence[ChainLayer]) -> Tensor:
     leaves out nearly every product with a gradient that pool or ReLU made 0. The result does not depend on the number
     of threads.
 
-    Under a pool, 3x3 kernels on whole vectors of channels (16, 32, ... in float32 with AVX-512) use Winograd's
-    F(2x2, 3x3), with about the error of direct products. There, an infinite input makes NaN of the outputs that depend
-    on it.
+    Before a pool, 3x3 convolutions on whole vectors of channels (16, 32, ... in float32 with AVX-512) use Winograd's
+    F(2x2, 3x3), with about the error of direct products. In these layers, an infinite input makes NaN of the outputs
+    that depend on it.
 
     Half-precision data is computed in float32 and rounded once, at the end; under autocast only the result has
     autocast's dtype. `layer_chain_reference` takes calls that the kernel does not (another device, no native library,
@@ -57,8 +57,8 @@ def layer_chain(input: Tensor, layers: Sequence[ChainLayer]) -> Tensor:
     depend on it.
 
     Args:
-        input: ``(N, C, H, W)``, or ``(N, F)`` before a linear layer, floating point. It is read without a copy if it is
-            ``torch.channels_last`` or has one channel.
+        input: ``(N, C, H, W)``, or ``(N, F)`` before a linear layer, floating point. The kernel reads an input without
+            a copy if the input is ``torch.channels_last`` or has one channel.
         layers: the layers in order, at least one, with tensors of the dtype of ``input``.
 
     Returns:
@@ -66,8 +66,9 @@ def layer_chain(input: Tensor, layers: Sequence[ChainLayer]) -> Tensor:
         kernel returns a convolution's output as ``torch.channels_last``, for any memory format of ``input``.
 
     Raises:
-        ArgumentError: no layer, shapes that do not fit, a negative padding, an input too small for kernel and pool.
-        RuntimeError: dtypes or devices that do not fit. Without a kernel, torch's functions raise their own errors.
+        ArgumentError: ``layers`` is empty, shapes do not fit, a padding is negative, or the input of a layer is too
+            small for kernel and pool.
+        RuntimeError: dtypes or devices do not fit. Without a kernel, torch's functions raise their own errors.
     """
     if not layers:
         raise ArgumentError("layer_chain: there must be at least one layer")
@@ -118,13 +119,13 @@ def has_kernel(*tensors: Tensor) -> bool:
 def is_faster(pixels: int, weight: Tensor, dtype: torch.dtype, pool: bool = False) -> bool:
     """Returns True if a layer, forward and backward together, is faster on the kernel than in torch.
 
-    benchmarks/conv_relu_pool.py measures it; `lightkit.ops._thresholds` has the values.
+    benchmarks/conv_relu_pool.py measures the speeds; `lightkit.ops._thresholds` has the limits.
 
     Args:
-        pixels: height times width of the unpadded input.
+        pixels: height times width of the unpadded input; it has no effect for a linear layer.
         weight: the weight of a convolution, or of a linear layer behind one.
         dtype: the dtype that torch would compute in.
-        pool: a pool follows.
+        pool: True if a pool follows the layer.
     """
     weights = weight.numel()
     if weight.dim() == 2:

@@ -105,29 +105,30 @@ def linear_cross_entropy(
         target: class indices of the shape of ``input`` without ``D``, of any integer type. With class probabilities
             ``(..., C)``, which are as large as the logits, all logits are in memory.
         linear_bias: ``(C)``, or ``(C, d1, ...)``, floating point.
-        weight: ``(C)``, a factor for each class.
+        weight: ``(C)``, a factor for each class; None weights all classes equally.
         reduction: ``"none"``, ``"mean"`` (over the weights of the targets) or ``"sum"``.
-        ignore_index: rows with this target have loss 0 and gradient 0, do not count in the mean, and take no time on a
-            CPU. Default: -100. Not with class probabilities.
-        label_smoothing: between 0 and 1.
-        options: ignored; it is torch's choice of chunks, whose counterpart here is ``memory_limit``.
-        z_loss: coefficient of the squared log-partition function of each row that is not ignored.
-        softcap: bound of the logits; 0 for none.
-        dtype: the dtype of the loss. Default: that of ``input``, or float32 under autocast.
-        return_lse: also returns the log-partition function of each row, 0 for ignored rows, in float32 (float64 for
-            float64), of the shape of the unreduced loss. It is not differentiable.
-        memory_limit: bytes beyond inputs and results; with more bytes, fewer logits are computed twice. On a CPU,
-            4 MiB of the limit are for threads, which take up to 2 MB each: more than two threads exceed the limit. A
-            limit that is too small for any progress is exceeded, too.
+        ignore_index: the target of rows that have loss 0 and gradient 0, do not count in the mean, and take no time on
+            a CPU; None means -100. With class probabilities it must be None.
+        label_smoothing: the label smoothing, between 0 and 1.
+        options: has no effect; torch's function chooses its chunks by ``options``, this one by ``memory_limit``.
+        z_loss: the coefficient of the squared log-partition function of each row that is not ignored.
+        softcap: the bound of the logits; 0 sets no bound.
+        dtype: the dtype of the loss. Default: the dtype of ``input``, or float32 under autocast.
+        return_lse: True also returns ``lse``, the log-partition function of each row, 0 for ignored rows, in float32
+            (float64 for float64), of the shape of the unreduced loss. ``lse`` is not differentiable.
+        memory_limit: the number of bytes that a call may allocate beyond its inputs and results; with more bytes, the
+            function computes fewer logits twice. On a CPU, 4 MiB of the limit are for threads, which take up to 2 MB
+            each: more than two threads exceed the limit. The function also exceeds a limit that is too small for any
+            progress.
 
     Returns:
         The loss, or ``(loss, lse)`` with ``return_lse``.
 
     Raises:
-        IndexError: a target is outside ``[0, C)`` and not ``ignore_index``; names the row.
-        ArgumentError: shapes that do not fit, a negative ``softcap``, no ``memory_limit``.
-        ValueError: an unknown ``reduction``.
-        RuntimeError: dtypes or devices that do not fit, ``label_smoothing`` outside [0, 1].
+        IndexError: a target is outside ``[0, C)`` and not ``ignore_index``; the message names the row.
+        ArgumentError: the shapes do not fit, ``softcap`` is negative, or ``memory_limit`` is not positive.
+        ValueError: ``reduction`` is unknown.
+        RuntimeError: the dtypes or devices do not fit, or ``label_smoothing`` is outside [0, 1].
 
     References:
         Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models, ICLR 2025; Hsu et al., Liger Kernel, 2024.
@@ -264,7 +265,7 @@ def linear_cross_entropy_reference(
     dtype: torch.dtype | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Computes `linear_cross_entropy` of ``(N, D)`` in torch's operations, with all logits in memory."""
+    """Computes `linear_cross_entropy` of an input ``(N, D)`` in torch's operations, with all logits in memory."""
     return cross_entropy_reference(
         F.linear(input, linear_weight, None if linear_bias is None else linear_bias.to(input.dtype)),
         target,

@@ -59,7 +59,7 @@ def patch_cross_entropy() -> Iterator[None]:
 
 
 def unsupported_reason() -> str | None:
-    """Returns the reason why :func:`torch.nn.functional.cross_entropy` cannot be patched, or None."""
+    """Returns the reason why :func:`torch.nn.functional.cross_entropy` cannot be patched; None if it can be."""
     if F.cross_entropy is not _function:
         module, name = getattr(F.cross_entropy, "__module__", "?"), getattr(F.cross_entropy, "__qualname__", "?")
         return f"it has been replaced by {module}.{name}"
@@ -148,7 +148,7 @@ def _in_scope() -> bool:
 
 
 def _copy_of_torch_function() -> types.FunctionType | None:
-    """Returns a function with torch's code, or None if `_entrance` cannot replace that code."""
+    """Returns a function with torch's code; None if `_entrance` cannot replace that code."""
     if not isinstance(_function, types.FunctionType):
         return None
     code, own = _function.__code__, _entrance.__code__

@@ -20,27 +20,28 @@ class Adam(FusedStep, torch.optim.Adam):
     float32: in half precision 0.999 times a second moment rounds to that moment, which would never decay.
 
     Args:
-        params: parameters, or dicts that define parameter groups.
-        lr: learning rate, a float or a one-element tensor.
-        betas: decay rates of the running means of the gradient and of its square.
-        eps: added to the denominator.
-        weight_decay: L2 penalty, or decoupled weight decay [2]_ with ``decoupled_weight_decay=True``.
-        amsgrad: divide by the largest second moment so far [3]_.
-        foreach: see `FusedStep`.
-        maximize: maximize the objective instead of minimizing it.
-        capturable: count the steps on the GPU if the parameters are on one.
+        params: the parameters, or dicts that define parameter groups.
+        lr: the learning rate, a float or a one-element tensor.
+        betas: the decay rates of the running means of the gradient and of its square.
+        eps: the number that is added to the denominator.
+        weight_decay: the factor of the L2 penalty, or of the decoupled weight decay [2]_ with
+            ``decoupled_weight_decay=True``.
+        amsgrad: True divides by the root of the largest second moment so far [3]_.
+        foreach: has no effect, see `FusedStep`.
+        maximize: True maximizes the objective instead of minimizing it.
+        capturable: True counts the steps on the GPU if the parameters are on one.
         differentiable: must be False, see `FusedStep`.
         fused: True lets a ``GradScaler`` leave unscaling to the step, see `FusedStep`.
-        decoupled_weight_decay: see ``weight_decay``.
-        max_grad_norm: clip the gradients to this norm within the step, see `FusedStep`.
-        skip_nonfinite: skip steps with NaN or infinite gradients, see `FusedStep`.
-        ema_decay: decay rate of averaged parameters, see `FusedStep`.
-        master_weights: keep float32 copies of half-precision parameters, see `FusedStep`.
-        stochastic_rounding: round bfloat16 parameters at random, see `FusedStep`.
-        rounding_seed: seed of the stochastic rounding, see `FusedStep`.
+        decoupled_weight_decay: True decouples the weight decay from the gradient, see ``weight_decay``.
+        max_grad_norm: the 2-norm to which a step clips the gradients; None clips nothing. See `FusedStep`.
+        skip_nonfinite: True skips steps with NaN or infinite gradients, see `FusedStep`.
+        ema_decay: the decay rate of the averaged parameters; None keeps no averages. See `FusedStep`.
+        master_weights: True keeps float32 copies of half-precision parameters, see `FusedStep`.
+        stochastic_rounding: True rounds bfloat16 parameters at random, see `FusedStep`.
+        rounding_seed: the seed of the stochastic rounding, see `FusedStep`.
 
     Raises:
-        ValueError: values out of range, or ``differentiable=True``.
+        ValueError: a value is out of its range, or ``differentiable`` is True.
 
     References:
         .. [1] Kingma and Ba, Adam: a method for stochastic optimization, ICLR 2015.
@@ -109,12 +110,15 @@ class Adam(FusedStep, torch.optim.Adam):
 
     @classmethod
     def release(cls, state: dict[Tensor, dict[str, Any]]) -> None:
-        """Rounds the moments of half-precision parameters to half precision, as torch keeps them."""
+        """Rounds the moments of half-precision parameters in ``state`` to half precision, in place, as torch does."""
         to_parameter_dtype(state, _MOMENTS)
 
 
 class AdamW(Adam, torch.optim.AdamW):
-    """A drop-in for :class:`torch.optim.AdamW`: `Adam` with decoupled weight decay of 0.01 by default."""
+    """A drop-in for :class:`torch.optim.AdamW`: `Adam` with decoupled weight decay of 0.01 by default.
+
+    The arguments are those of `Adam` except ``decoupled_weight_decay``.
+    """
 
     _torch_class = torch.optim.AdamW
 

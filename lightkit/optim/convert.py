@@ -46,13 +46,13 @@ def convert(optimizer: Optimizer) -> Callable[[], None]:
     torch's step is.
 
     Args:
-        optimizer: an optimizer without an `unsupported_reason`.
+        optimizer: an optimizer for which `unsupported_reason` returns None.
 
     Returns:
         A function that ends the conversion; the state stays, in the form of torch's class.
 
     Raises:
-        ValueError: the optimizer cannot be converted; says why.
+        ValueError: the optimizer cannot be converted; the message says why.
     """
     if (reason := unsupported_reason(optimizer)) is not None:
         raise ValueError(f"{type(optimizer).__name__} cannot be converted: {reason}")
@@ -61,12 +61,12 @@ def convert(optimizer: Optimizer) -> Callable[[], None]:
 
 
 def is_converted(optimizer: Optimizer) -> bool:
-    """Returns True from `convert` until the function that it returned is called."""
+    """Returns True while ``optimizer`` is converted: from `convert` to a call of the function that it returned."""
     return optimizer in _conversions
 
 
 def unsupported_reason(optimizer: Optimizer) -> str | None:
-    """Returns why an optimizer cannot be converted, or None."""
+    """Returns the reason why ``optimizer`` cannot be converted; None if it can be."""
     cls = type(optimizer)
     if cls not in REPLACEMENTS:
         if cls in REPLACEMENTS.values():
@@ -93,7 +93,7 @@ def unsupported_reason(optimizer: Optimizer) -> str | None:
 
 
 class _Conversion:
-    """The conversion of one optimizer, which takes its steps. It does not keep the optimizer alive."""
+    """The conversion of one optimizer: takes the steps of the optimizer, without keeping the optimizer alive."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         cls = type(optimizer)
@@ -120,7 +120,10 @@ class _Conversion:
         optimizer.__getstate__ = _WeakMethod(optimizer, self._state_as_torch_has_it)
 
     def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        """Takes a step on the kernels; calls the class's step after the end, under torch.compile or if patched."""
+        """Takes a step on the kernels, or by the ``step`` of the optimizer's class.
+
+        The class takes the step after `revert`, under torch.compile, and if torch's functions are patched.
+        """
         if not self._is_active or not self._step_functions.are_in_place() or torch.compiler.is_compiling():
             self._kernels.release(optimizer.state)
             return type(optimizer).step(optimizer, *args, **kwargs)
@@ -129,7 +132,10 @@ class _Conversion:
         return self._kernels.step_for(optimizer, *args, **kwargs)
 
     def revert(self, reference: weakref.ref[Optimizer]) -> None:
-        """Ends the conversion. A step that another program has wrapped stays, and calls torch's step."""
+        """Ends the conversion of the optimizer behind ``reference``, if that still exists.
+
+        A ``step`` that another program has wrapped stays, and calls torch's step.
+        """
         optimizer = reference()
         if optimizer is None or not self._is_active:
             return
@@ -184,7 +190,7 @@ def _step_functions(cls: type[Optimizer]) -> Originals:
 
 
 def _has_step_of(optimizer: Optimizer, function: Callable[..., Any]) -> bool:
-    """Returns True if the optimizer's ``step`` is `function`, or `function` wrapped by learning-rate schedulers."""
+    """Returns True if the optimizer's ``step`` is ``function``, bare or wrapped by learning-rate schedulers."""
     step = vars(optimizer).get("step")
     if isinstance(step, _WeakMethod):
         return step.__func__ is function
@@ -198,9 +204,9 @@ def _is_wrapped_for_schedulers(step: Any) -> bool:
 
 
 def _wrapped_for_schedulers(optimizer: Optimizer, step: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns `step` wrapped as by learning-rate schedulers, which warn if they are stepped before the optimizer.
+    """Returns ``step`` wrapped as by learning-rate schedulers, which warn if they are stepped before the optimizer.
 
-    The schedulers' own wrapper calls the function that the class had when they were made.
+    The schedulers' own wrapper calls the function that the class had when the schedulers were made.
     """
     reference = weakref.ref(optimizer)
 

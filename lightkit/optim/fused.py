@@ -38,18 +38,18 @@ class FusedStep(torch.optim.Optimizer):
     for that (``capturable``). ``differentiable`` is not supported.
 
     Args:
-        max_grad_norm: scale the gradients of all groups down to this 2-norm if theirs is larger, as
-            :func:`torch.nn.utils.clip_grad_norm_` does before a step, without writing them. ``grad_norm`` is the norm
-            before scaling.
-        skip_nonfinite: change nothing in a step with NaN or infinite gradients. ``skipped_steps`` counts these steps,
-            and those that a ``GradScaler`` skips, except on a GPU.
-        ema_decay: keep an exponential moving average of each parameter in float32 (float64 for float64),
+        max_grad_norm: the 2-norm of the gradients of all groups to which a step scales larger gradients down, as
+            :func:`torch.nn.utils.clip_grad_norm_` does before a step, without writing the gradients; None scales
+            nothing. `grad_norm` is the norm before scaling.
+        skip_nonfinite: True changes nothing in a step with NaN or infinite gradients. ``skipped_steps`` counts these
+            steps, and the steps that a ``GradScaler`` skips, except on a GPU.
+        ema_decay: the decay of an exponential moving average of each parameter in float32 (float64 for float64),
             ``average = decay * average + (1 - decay) * parameter``, which starts with the result of the first step; see
-            `averaged_parameters`. A group may have its own decay.
-        master_weights: keep a float32 copy of each bfloat16 and float16 parameter, and the state in float32; the
+            `averaged_parameters`. None keeps no averages. A group may have its own decay.
+        master_weights: True keeps a float32 copy of each bfloat16 and float16 parameter, and the state in float32; the
             parameter is the rounded copy. The copy adopts values that a program writes into the parameter.
-        stochastic_rounding: round bfloat16 parameters up or down at random, so that updates too small for bfloat16
-            take effect on average. Excludes ``master_weights``.
+        stochastic_rounding: True rounds bfloat16 parameters up or down at random, so that updates too small for
+            bfloat16 take effect on average. Excludes ``master_weights``.
         rounding_seed: the seed of the stochastic rounding. The group's entry of this name increases by one a step, so
             that a resumed run rounds like an uninterrupted one. Default: :func:`torch.initial_seed`.
 
@@ -57,7 +57,7 @@ class FusedStep(torch.optim.Optimizer):
         skipped_steps: the number of skipped steps.
 
     Raises:
-        ValueError: values out of range, or ``differentiable=True``.
+        ValueError: a value is out of its range, or ``differentiable`` is True.
     """
 
     # The class of torch that this one replaces, the name of the native plan, and the update in torch's operations.
@@ -160,7 +160,14 @@ class FusedStep(torch.optim.Optimizer):
 
     @classmethod
     def restore_unrounded(cls, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-        """Copies the saved state that keeps its own dtype, which torch rounded to that of the parameters."""
+        """Copies the tensors that keep their own dtype from a loaded state dict to the optimizer's state.
+
+        torch's ``load_state_dict`` has rounded these tensors to the dtypes of the parameters.
+
+        Args:
+            optimizer: the optimizer that has loaded ``state_dict``.
+            state_dict: the state dict as it was saved.
+        """
         for own, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
             for parameter, index in zip(own["params"], saved["params"], strict=True):
                 entry = state_dict["state"].get(index, {})
@@ -173,7 +180,7 @@ class FusedStep(torch.optim.Optimizer):
 
     @classmethod
     def _unrounded(cls, entry: dict[str, Any]) -> set[str]:
-        """Returns the names of a parameter's saved state that keep their own dtype."""
+        """Returns the names of the tensors in ``entry``, a parameter's saved state, that keep their own dtype."""
         return {"master_weight", "average"} & entry.keys()
 
     @overload
@@ -184,7 +191,7 @@ class FusedStep(torch.optim.Optimizer):
         """Updates the parameters that have a gradient.
 
         Args:
-            closure: reevaluates the model and returns the loss.
+            closure: a function that reevaluates the model and returns the loss; None takes the present gradients.
 
         Returns:
             The loss from the closure, or None without a closure.
@@ -214,7 +221,7 @@ class FusedStep(torch.optim.Optimizer):
 
         Args:
             optimizer: the optimizer whose groups, state and parameters the step reads and updates.
-            closure: reevaluates the model and returns the loss.
+            closure: a function that reevaluates the model and returns the loss; None takes the present gradients.
 
         Returns:
             The loss from the closure, or None without a closure.
@@ -262,15 +269,19 @@ class FusedStep(torch.optim.Optimizer):
 
     @property
     def grad_norm(self) -> float | None:
-        """The norm of the last step's gradients before clipping; reading it may wait for the device."""
+        """The 2-norm of the gradients before clipping in the last step that computed the norm; None before such a step.
+
+        A step computes the norm for ``max_grad_norm`` and ``skip_nonfinite``. Reading the property may wait for the
+        device.
+        """
         return None if self._grad_norm is None else float(self._grad_norm)
 
     @contextmanager
     def averaged_parameters(self) -> Iterator[None]:
         """Sets the parameters to their averages (see ``ema_decay``) within the context.
 
-        Afterwards the parameters have their own values again, whatever was written into them. Parameters without an
-        average keep their values.
+        Afterwards the parameters have their own values again, whatever a program wrote into them within the context.
+        Parameters without an average keep their values.
         """
         own = {p: p.detach().clone() for p, entry in list(self.state.items()) if "average" in entry}
         try:
@@ -316,11 +327,18 @@ class FusedStep(torch.optim.Optimizer):
 
     @classmethod
     def release(cls, state: dict[Tensor, dict[str, Any]]) -> None:
-        """Converts the state of an optimizer to that of torch's class, in place: see `convert`."""
+        """Changes, in place, the state that this class has written into the form that torch's class writes.
+
+        `lightkit.optim.convert` calls the method before a step of torch's own, for a copy or a pickle of a converted
+        optimizer, and at the end of a conversion. Here the method does nothing; `Adam` overrides it.
+
+        Args:
+            state: the ``state`` of an optimizer of torch's class: the entries of each parameter by name.
+        """
 
 
 def is_observed(optimizer: torch.optim.Optimizer) -> bool:
-    """Returns True if a profiler runs or a hook around the step is registered."""
+    """Returns True if a profiler runs, or a hook around the step of ``optimizer`` is registered."""
     return bool(
         torch.autograd._profiler_enabled()
         or optimizer._optimizer_step_pre_hooks

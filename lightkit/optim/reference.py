@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Updates a value in place by its gradient, both of the accumulation type. The other arguments are the parameter's
-# state, its group, and the dtype in which the state is kept.
+# Updates a parameter's value in place by its gradient, both in the accumulation dtype: at least float32. The other
+# arguments are the parameter's state, its group, and the dtype in which the rule keeps the state.
 Rule = Callable[[Tensor, Tensor, dict[str, Any], dict[str, Any], torch.dtype], None]
 
 
@@ -25,15 +25,16 @@ def step_reference(
 
     Args:
         rule: the update rule of the algorithm.
-        param_groups: the groups of the optimizer.
-        state: the state of the optimizer: that of the rule, ``master_weight`` and ``average`` of each parameter.
-        max_grad_norm: scale the gradients down to this norm if theirs is larger.
-        skip_nonfinite: change nothing if a gradient is NaN or infinite.
-        inverse_scale: multiply every gradient by this factor.
+        param_groups: the parameter groups of the optimizer.
+        state: the state of the optimizer by parameter: the entries of ``rule``, ``master_weight`` and ``average``.
+        max_grad_norm: the 2-norm to which the step scales larger gradients down; None scales nothing.
+        skip_nonfinite: True changes nothing if a gradient is NaN or infinite.
+        inverse_scale: a factor by which the step multiplies every gradient first.
 
     Returns:
-        The norm of the gradients, or None if neither clipping nor skipping needs it, and True if the step was skipped.
-        The norm is a tensor for gradients on other devices than a CPU: only ``skip_nonfinite`` waits for the device.
+        The 2-norm of all gradients, or None if neither clipping nor skipping needs it; and True if the step was
+        skipped. The norm is a tensor for gradients on other devices than a CPU: only ``skip_nonfinite`` waits for the
+        device.
 
     Raises:
         ValueError: a gradient is sparse.
@@ -63,7 +64,7 @@ def step_reference(
 def sgd_rule(
     value: Tensor, gradient: Tensor, entry: dict[str, Any], group: dict[str, Any], state_dtype: torch.dtype
 ) -> None:
-    """Applies the update rule of `lightkit.optim.SGD`: see :class:`torch.optim.SGD`."""
+    """Updates ``value`` by the `Rule` of `lightkit.optim.SGD`: see :class:`torch.optim.SGD`."""
     if group["weight_decay"] != 0:
         gradient = gradient + group["weight_decay"] * value
     if group["momentum"] != 0:
@@ -80,7 +81,10 @@ def sgd_rule(
 def adam_rule(
     value: Tensor, gradient: Tensor, entry: dict[str, Any], group: dict[str, Any], state_dtype: torch.dtype
 ) -> None:
-    """Applies the update rule of `lightkit.optim.Adam` and `AdamW`. The state is never in half precision."""
+    """Updates ``value`` by the `Rule` of `lightkit.optim.Adam` and `AdamW`.
+
+    The moments have the dtype of ``value``, which is never half precision; ``state_dtype`` has no effect.
+    """
     step = entry.setdefault("step", torch.zeros((), dtype=torch.float32))
     step += 1
     count, (beta1, beta2) = float(step), map(float, group["betas"])
@@ -113,7 +117,7 @@ def _norm(gradients: list[Tensor]) -> float | Tensor:
 def _update(
     rule: Rule, parameter: Tensor, entry: dict[str, Any], group: dict[str, Any], factor: float | Tensor
 ) -> None:
-    """Takes the step of one parameter with a gradient."""
+    """Updates one parameter by ``rule`` with its gradient times ``factor``; ``entry`` is the parameter's state."""
     assert parameter.grad is not None
     dtype = torch.promote_types(parameter.dtype, torch.float32)
     mastered = bool(group.get("master_weights")) and dtype != parameter.dtype
@@ -140,7 +144,7 @@ def _update(
 
 
 def _rounded_stochastically(value: Tensor) -> Tensor:
-    """Rounds float32 values up or down to bfloat16 at random, such that the expected result is the value."""
+    """Rounds float32 values up or down to bfloat16 at random; the expectation of a result is its value."""
     noise = torch.randint(0, 1 << 16, value.shape, dtype=torch.int32, device=value.device)
     rounded = ((value.view(torch.int32) + noise) & -65536).view(torch.float32)
     return torch.where(value.isfinite(), rounded, value).to(torch.bfloat16)

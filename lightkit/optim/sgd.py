@@ -17,26 +17,26 @@ class SGD(FusedStep, torch.optim.SGD):
     `FusedStep` describes the arguments that all optimizers here share.
 
     Args:
-        params: parameters, or dicts that define parameter groups.
-        lr: learning rate, a float or a one-element tensor.
-        momentum: factor of the momentum buffer.
+        params: the parameters, or dicts that define parameter groups.
+        lr: the learning rate, a float or a one-element tensor.
+        momentum: the factor of the momentum buffer; 0 keeps no buffer.
         dampening: the gradient enters the momentum buffer with the factor ``1 - dampening``.
-        weight_decay: L2 penalty.
-        nesterov: use Nesterov's momentum [1]_.
-        maximize: maximize the objective instead of minimizing it.
-        foreach: see `FusedStep`.
+        weight_decay: the factor of the L2 penalty.
+        nesterov: True uses Nesterov's momentum [1]_.
+        maximize: True maximizes the objective instead of minimizing it.
+        foreach: has no effect, see `FusedStep`.
         differentiable: must be False, see `FusedStep`.
         fused: True lets a ``GradScaler`` leave unscaling to the step, see `FusedStep`.
-        max_grad_norm: clip the gradients to this norm within the step, see `FusedStep`.
-        skip_nonfinite: skip steps with NaN or infinite gradients, see `FusedStep`.
-        ema_decay: decay rate of averaged parameters, see `FusedStep`.
-        master_weights: keep float32 copies of half-precision parameters and float32 momentum; the momentum has the
-            parameter's dtype otherwise. See `FusedStep`.
-        stochastic_rounding: round bfloat16 parameters at random, see `FusedStep`.
-        rounding_seed: seed of the stochastic rounding, see `FusedStep`.
+        max_grad_norm: the 2-norm to which a step clips the gradients; None clips nothing. See `FusedStep`.
+        skip_nonfinite: True skips steps with NaN or infinite gradients, see `FusedStep`.
+        ema_decay: the decay rate of the averaged parameters; None keeps no averages. See `FusedStep`.
+        master_weights: True keeps float32 copies of half-precision parameters and float32 momentum; otherwise the
+            momentum has the parameter's dtype. See `FusedStep`.
+        stochastic_rounding: True rounds bfloat16 parameters at random, see `FusedStep`.
+        rounding_seed: the seed of the stochastic rounding, see `FusedStep`.
 
     Raises:
-        ValueError: values out of range, or ``differentiable=True``.
+        ValueError: a value is out of its range, or ``differentiable`` is True.
 
     References:
         .. [1] Sutskever et al., On the importance of initialization and momentum in deep learning, ICML 2013.

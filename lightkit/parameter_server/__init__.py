@@ -1,9 +1,9 @@
-"""Parameters and optimizer states live on servers; workers push gradients and pull parameters [1]_.
+"""A parameter server: servers hold parameters and optimizer states, workers push gradients and pull parameters [1]_.
 
-A server is a process, ``python -m lightkit.parameter_server``. Several servers hold a shard of the parameters each. A
-worker trains through a `Client`, which opens one TCP connection to each server, so that the failure of one peer leaves
-the other connections untouched. This package imports neither Lightning nor Hydra; the strategy for Lightning is
-`lightkit.strategies.ParameterServer`.
+A server is a process, ``python -m lightkit.parameter_server``. Each of several servers holds a shard, a part of the
+parameters. A worker trains through a `Client`, which opens one TCP connection to each server, so that the failure of
+one peer leaves the other connections untouched. This package imports neither Lightning nor Hydra; the strategy for
+Lightning is `lightkit.strategies.ParameterServer`.
 
 Both sides of a connection prove that they know a shared secret (see `lightkit.parameter_server.rendezvous`), and sign
 all that they send, except the elements of tensors. Nothing is encrypted: an attacker who reads the network reads the

@@ -27,8 +27,8 @@ class Push:
         rank: the rank of the worker that sent the push.
         worker: the state of that worker; a replacement with the same rank has another state.
         optimizer_index: the index of the optimizer.
-        push_seq: the sequence number of the push.
-        version: the version of the parameters with which the gradient was computed.
+        push_seq: the sequence number of the push among those of the worker for this optimizer, from 1.
+        version: the version of the parameters with which the gradient was computed: the number of updates before.
         buffers: the buffers with the gradient.
     """
 
@@ -42,7 +42,7 @@ class Push:
 
     @property
     def is_repeated(self) -> bool:
-        """True if the push counts already: the worker sends it again, as it has lost the reply."""
+        """True if an update counts the push already: the worker sends it again, since the reply was lost."""
         return self.push_seq <= self.worker.pushes[self.optimizer_index]
 
 
@@ -50,12 +50,12 @@ class AggregationRound:
     """The pushes of all workers that make one step in the mode ``sync``.
 
     Attributes:
-        pushes: the pushes by rank.
-        mean: the mean gradient as flat tensors; None while the round is open for pushes.
-        views: views of ``mean`` in the shapes of the parameters.
+        pushes: the pushes by the rank of the worker.
+        mean: the mean gradient, one flat tensor for each dtype; None while the round is open for pushes.
+        views: views of ``mean``, one in the shape of each parameter.
         square_norm: the sum of the squares of the mean gradient's elements on this server.
         needs_norm: True if the workers reply to ``square_norm`` with a factor of the mean gradient.
-        error: the reason why the step failed.
+        error: the exception of the failed step; None if the step has not failed.
     """
 
     def __init__(self) -> None:
@@ -67,7 +67,10 @@ class AggregationRound:
         self.error: Exception | None = None
 
     def average(self) -> None:
-        """Computes the mean gradient, clamps it to the smallest bound of the pushes, and closes the round."""
+        """Computes the mean gradient and its norm, and clamps its elements to the smallest ``max_value`` of the pushes.
+
+        The caller has set ``mean`` and ``views`` to zeros.
+        """
         buffers = [self.pushes[rank].buffers for rank in sorted(self.pushes)]
         for push in buffers:
             for mean, flat in zip(self.mean or [], push.flats, strict=True):
@@ -81,12 +84,12 @@ class AggregationRound:
 
 
 class Aggregator:
-    """Turns pushes into updates.
+    """An aggregator that makes updates from pushes.
 
     Args:
         state: the durable state, which applies the updates.
-        members: the workers.
-        changed: the condition that guards the training, notified at each change.
+        members: the workers and their connections.
+        changed: the condition whose lock guards the training, and that is notified at each change.
     """
 
     def __init__(self, state: DurableState, members: Membership, changed: threading.Condition) -> None:
@@ -94,11 +97,14 @@ class Aggregator:
         self._rounds: list[AggregationRound] = []
 
     def reset(self) -> None:
-        """Opens a round for each optimizer of the training; the caller holds the lock."""
+        """Opens a new round for each optimizer of the training; the caller holds the lock of ``changed``."""
         self._rounds = [AggregationRound() for _ in self._state.shards]
 
     def forget(self, rank: int) -> None:
-        """Removes the pushes of a worker that another one has replaced; the caller holds the lock."""
+        """Removes the pushes of the worker ``rank``, which another process has replaced, from the open rounds.
+
+        The caller holds the lock of ``changed``.
+        """
         for current in self._rounds:
             if current.mean is None:
                 current.pushes.pop(rank, None)
@@ -106,8 +112,10 @@ class Aggregator:
     def reopen(self, connected: Collection[int]) -> None:
         """Opens each closed round whose workers are all gone: no worker is left that could reply to the norm.
 
+        The caller holds the lock of ``changed``.
+
         Args:
-            connected: the ranks of the connected workers. The caller holds the lock.
+            connected: the ranks of the connected workers.
         """
         for current in self._rounds:
             if current.mean is not None and current.pushes.keys().isdisjoint(connected):
@@ -116,13 +124,15 @@ class Aggregator:
     def pending(self, rank: int, connection: Connection | None) -> frozenset[int]:
         """Returns the indices of the optimizers whose round has a push of worker ``rank`` that came by ``connection``.
 
-        The caller holds the lock.
+        The caller holds the lock of ``changed``. For a worker without a connection (None) the set is empty.
         """
         pushes = (current.pushes.get(rank) for current in self._rounds)
         return frozenset(i for i, push in enumerate(pushes) if push is not None and push.connection is connection)
 
     def step_alone(self, push: Push, staleness: int | None) -> None:
-        """Steps along the gradient of one push; a repeated push makes no step.
+        """Makes an optimizer step with the gradient of one push, in the modes ``async`` and ``bounded``.
+
+        A repeated push makes no step.
 
         Args:
             push: the push.
@@ -148,7 +158,7 @@ class Aggregator:
         return self._state.workers[push.rank].clock(push.optimizer_index) - slowest
 
     def step_together(self, push: Push) -> None:
-        """Adds a push to a round, and steps along the mean gradient when the round has a push of each active worker.
+        """Adds a push to its round, and makes a step with the mean gradient once each active worker has a push in it.
 
         The call returns after that step. `Membership.active` says which workers are active. Two kinds of pushes are
         left out: a repeated push, and a push whose gradient belongs to an earlier version of the parameters.
@@ -202,7 +212,13 @@ class Aggregator:
         self._changed.notify_all()
 
     def _finish(self, optimizer_index: int, current: AggregationRound, factor: float) -> None:
-        """Steps along ``factor`` times the mean gradient; a negative factor skips the step."""
+        """Makes the step of a closed round with ``factor`` times the mean gradient, and opens the next round.
+
+        Args:
+            optimizer_index: the index of the optimizer.
+            current: the round; the method does nothing if another thread has made its step.
+            factor: the factor of the mean gradient; a negative factor skips the step.
+        """
         if current is not self._rounds[optimizer_index] or current.mean is None:
             # Another worker's thread has made the step, or the round is open again.
             return
@@ -217,7 +233,7 @@ class Aggregator:
             update = self._make_update(pushes[min(pushes)], is_skipped, present, counted)
             self._apply(update, current.mean, current.views)
         except Exception as error:
-            # The threads of the other workers raise it too.
+            # The threads of the other workers raise the error too.
             current.error = error
             self._changed.notify_all()
             raise

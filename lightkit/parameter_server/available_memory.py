@@ -8,10 +8,12 @@ from lightkit.errors import LightkitError
 
 
 def check_memory(required: int) -> None:
-    """Checks that ``required`` bytes of memory are available; does nothing on systems without ``/proc/meminfo``.
+    """Rejects an allocation of ``required`` bytes if the system has less available memory.
+
+    The function does nothing on systems without ``/proc/meminfo``.
 
     Raises:
-        LightkitError: fewer bytes are available.
+        LightkitError: fewer than ``required`` bytes are available.
     """
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()

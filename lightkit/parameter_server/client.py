@@ -27,12 +27,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Clipping:
-    """Gradient clipping before a step: of the mean gradient in ``sync``, else of each worker's gradient.
+    """Gradient clipping before a step: of the mean gradient in the mode ``sync``, else of each worker's gradient.
 
     Args:
-        max_norm: the norm of all gradients together, as in :func:`torch.nn.utils.clip_grad_norm_`.
-        max_value: the absolute value of each element.
-        skip_nonfinite: skips the step if a gradient is NaN or infinite.
+        max_norm: the largest norm of all gradients of the optimizer together, as in
+            :func:`torch.nn.utils.clip_grad_norm_`; None for no such limit.
+        max_value: the largest absolute value of an element; None for no such limit.
+        skip_nonfinite: skip the step if a gradient has an element that is NaN or infinite.
     """
 
     max_norm: float | None = None
@@ -41,23 +42,23 @@ class Clipping:
 
     @property
     def needs_norm(self) -> bool:
-        """True if `factor` depends on the norm."""
+        """True if `factor` depends on the norm of the gradient."""
         return self.max_norm is not None or self.skip_nonfinite
 
     def factor(self, norm: float) -> float:
-        """Returns the factor of gradients with that norm; a negative factor skips the step."""
+        """Returns the factor for a gradient of the norm ``norm``; a negative factor skips the step."""
         if self.skip_nonfinite and not math.isfinite(norm):
             return -1.0
         return 1.0 if self.max_norm is None or norm < self.max_norm else self.max_norm / (norm + 1e-6)
 
 
 class OptimizerState(NamedTuple):
-    """The servers' state of one optimizer.
+    """The servers' parameters and state of one optimizer.
 
     Args:
         values: the parameters, in the order of the optimizer's groups.
-        state: the optimizer's state of each parameter.
-        rounding_seeds: ``rounding_seed`` by the index of the group, for groups that have one.
+        state: the optimizer's state of each parameter, in the same order.
+        rounding_seeds: ``rounding_seed`` by the index of the parameter group, for groups with that option.
     """
 
     values: list[Tensor]
@@ -66,19 +67,19 @@ class OptimizerState(NamedTuple):
 
 
 class Client:
-    """Connections of one worker to all servers of a training.
+    """A worker's client: its connections to all servers of a training.
 
     Args:
         addresses: ``HOST:PORT`` of each server, in the same order at every worker.
         secret: the secret of the servers.
-        rank: the rank of this worker; worker 0 brings the parameters.
+        rank: the rank of this worker; worker 0 sends the initial parameters.
         spec: the specification of the training, the same at every worker.
-        timeout: seconds without a byte of a server after which it counts as gone.
-        patience: seconds for servers to come up, and to come back.
+        timeout: the seconds without a byte from a server after which the server counts as gone.
+        patience: the seconds that the client waits for a server to start, or to come back after a failure.
 
     Attributes:
-        norm: the norm of the latest gradient that was clipped or checked: in ``sync`` of the mean gradient, else of
-            this worker's gradient. None before.
+        norm: the norm of the latest gradient that was clipped or checked: in the mode ``sync`` of the mean gradient,
+            else of this worker's gradient. None before the first such gradient.
 
     Raises:
         ConfigError: ``addresses`` is empty, or names a server twice.
@@ -113,7 +114,7 @@ class Client:
 
     @property
     def traffic(self) -> tuple[int, int]:
-        """The bytes of pushes sent so far, and the bytes of parameters received so far."""
+        """The number of bytes of pushes sent so far, and the number of bytes of parameters received so far."""
         sent = sum(session.bytes_sent for session in self._sessions)
         return sent, sum(session.bytes_received for session in self._sessions)
 
@@ -123,18 +124,18 @@ class Client:
         values: list[list[Tensor]],
         state: list[list[ParameterState]] | None = None,
     ) -> bool:
-        """Joins the training. Worker 0 begins it if the servers have none; other workers wait for that.
+        """Joins the training. Worker 0 begins the training if the servers have none; other workers wait until then.
 
         Args:
-            options: for each optimizer the options of its groups, as `group_options` returns them.
-            values: for each optimizer its parameters.
-            state: for each optimizer the state of each parameter; None for new optimizers.
+            options: for each optimizer the options of its parameter groups, as `group_options` returns them.
+            values: for each optimizer its parameters, in the order of its groups.
+            state: for each optimizer the state of each parameter, in the same order; None for new optimizers.
 
         Returns:
             True if this worker has begun the training; False if the servers continue with their own parameters.
 
         Raises:
-            ConfigError: a server refuses the worker, which has another secret, model, version or mode.
+            ConfigError: a server refuses the worker: its secret, model, mode or version of lightkit is another one.
             LightkitError: a server cannot be reached.
         """
         states = state or [[] for _ in values]
@@ -152,7 +153,7 @@ class Client:
 
     @renamed_parameters(table="optimizer_index")
     def pull(self, optimizer_index: int) -> list[Tensor]:
-        """Returns the current parameters of an optimizer: views, as of `parameters`."""
+        """Asks the servers for the current parameters of an optimizer, and returns what `parameters` returns then."""
         self._for_all(lambda session, _: session.pull(optimizer_index))
         return self.parameters(optimizer_index)
 
@@ -164,16 +165,19 @@ class Client:
         groups: Sequence[GroupOptions],
         clipping: Clipping | None = None,
     ) -> PendingPush:
-        """Sends gradients. The caller may overwrite them after the return, and must wait before the next push.
+        """Copies gradients, sends them in threads and returns at once.
+
+        The caller may overwrite the gradients after the return. It must call ``result()`` of the returned push before
+        the next push of the same optimizer.
 
         Args:
             optimizer_index: the index of the optimizer.
-            gradients: one for each parameter of the optimizer; None for a parameter without a gradient.
-            groups: the optimizer's ``param_groups``, whose numbers the step uses.
-            clipping: gradient clipping of this step.
+            gradients: one gradient for each parameter of the optimizer; None for a parameter without a gradient.
+            groups: the optimizer's ``param_groups``; the servers' step uses the numbers among their options.
+            clipping: the gradient clipping of this step; None for no clipping.
 
         Raises:
-            ConfigError: an option of a group is not a number any more.
+            ConfigError: an option that was a number at the start of the training is not a number any more.
         """
         clipping = clipping or Clipping()
         clips_here = self._spec.mode != "sync"
@@ -201,7 +205,7 @@ class Client:
         return PendingPush(futures, lambda: self.parameters(optimizer_index))
 
     def state(self) -> list[OptimizerState]:
-        """Returns the servers' parameters and optimizer states, for each optimizer."""
+        """Returns, for each optimizer, the parameters and the optimizer state on the servers."""
         found = self._for_all(lambda session, _: session.state())
         whole = []
         for o, spec in enumerate(self._spec.optimizers):
@@ -220,21 +224,24 @@ class Client:
         return whole
 
     def finish(self) -> None:
-        """Tells the servers that this worker pushes no more, and waits until no worker pushes; lost workers do not."""
+        """Tells the servers that this worker pushes no more, and waits until all workers have done so or are lost."""
         self._for_all(lambda session, _: session.send(Request.FINISH))
 
     def leave(self) -> None:
-        """Closes the connections after `finish`; without `finish` the servers take the worker for lost."""
+        """Tells the servers that this worker leaves, and closes the connections.
+
+        Without a `finish` before, the servers take the worker for lost.
+        """
         if not self._ended.is_set():
             self._ended.set()
             self._pool.shutdown()
-            # The interpreter must not end while the thread sends.
+            # The interpreter must not end while the thread of the heartbeats sends.
             self._heartbeats.join()
             for session in self._sessions:
                 session.leave()
 
     def abandon(self) -> None:
-        """Closes the connections at once, during a push too: the servers take the worker for lost."""
+        """Closes the connections at once, also during a push; the servers take the worker for lost."""
         self._ended.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
         for session in self._sessions:
@@ -242,7 +249,14 @@ class Client:
 
     @renamed_parameters(table="optimizer_index")
     def parameters(self, optimizer_index: int) -> list[Tensor]:
-        """Returns the parameters of the latest reply: views of buffers that the next pull or push overwrites."""
+        """Returns the parameters of an optimizer from the latest reply of the servers.
+
+        Args:
+            optimizer_index: the index of the optimizer.
+
+        Returns:
+            One tensor for each parameter, a view of a buffer that the next pull or push overwrites.
+        """
         found: dict[int, Tensor] = {}
         for session, positions in zip(self._sessions, self._positions, strict=True):
             views = session.buffers[optimizer_index].reply_views
@@ -255,7 +269,7 @@ class Client:
         return [future.result() for future in futures]
 
     def _clip(self, optimizer_index: int, clipping: Clipping) -> bool:
-        """Clips this worker's gradients; returns False if the step is to be skipped."""
+        """Clips this worker's gradients in the buffers, in place; returns False if the step must be skipped."""
         every = [session.buffers[optimizer_index] for session in self._sessions]
         flats = [flat for buffers in every for flat in buffers.flats]
         if clipping.max_value is not None:
@@ -277,20 +291,20 @@ class Client:
 
 
 class PendingPush:
-    """A push whose replies have not arrived from all servers."""
+    """A push to all servers, some of which may not have replied yet."""
 
     def __init__(self, futures: list[Future[None]], parameters: Callable[[], list[Tensor]]) -> None:
         self._futures, self._parameters = futures, parameters
 
     def result(self) -> list[Tensor]:
-        """Waits for the replies; returns the parameters after the step, as `Client.parameters`.
+        """Waits for the replies of all servers; returns the parameters after the step: see `Client.parameters`.
 
         Raises:
             LightkitError: a server is gone, or refuses the push.
         """
         errors = [error for future in self._futures if (error := future.exception()) is not None]
         if errors:
-            # The cause, before its effects on the pushes to other servers.
+            # An `_OtherServerError` is an effect of another error: the cause is raised if there is one.
             raise min(errors, key=lambda error: isinstance(error, _OtherServerError))
         return self._parameters()
 
@@ -300,7 +314,15 @@ class _OtherServerError(LightkitError):
 
 
 class _NormReduction:
-    """The sum of the servers' parts of the norm of a mean gradient."""
+    """The norm of a mean gradient, which the client computes from the parts that the servers send.
+
+    One thread for each server uses the object.
+
+    Args:
+        servers: the number of servers.
+        clipping: the gradient clipping, which gives the factor for the norm.
+        client: the client, whose ``norm`` is set.
+    """
 
     def __init__(self, servers: int, clipping: Clipping, client: Client) -> None:
         self._servers = servers
@@ -310,9 +332,11 @@ class _NormReduction:
         self._error: BaseException | None = None
 
     def factor(self, address: str, square: float) -> float:
-        """Returns the factor of the mean gradient, after the parts of all servers have arrived.
+        """Waits for the parts of all servers, and returns the factor by which the servers multiply the mean gradient.
 
-        A restarted server sends its part again.
+        Args:
+            address: the address of the server; a restarted server sends its part again.
+            square: the square of the norm of that server's part.
 
         Raises:
             LightkitError: the push to another server has failed.
@@ -329,13 +353,16 @@ class _NormReduction:
         return self._clipping.factor(norm)
 
     def add_missing(self, address: str) -> None:
-        """Adds 0 for a server that has made the step without asking: another worker had sent the factor before."""
+        """Adds 0 for the server ``address`` if it has made the step without a call of `factor`.
+
+        Another worker had sent the factor to that server before.
+        """
         with self._changed:
             self._squares.setdefault(address, 0.0)
             self._changed.notify_all()
 
     def fail(self, error: BaseException) -> None:
-        """Ends the waiting: the push to a server has failed."""
+        """Makes the waiting calls of `factor` raise an exception, since ``error`` ended the push to a server."""
         with self._changed:
             self._error = error
             self._changed.notify_all()

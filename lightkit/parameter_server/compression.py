@@ -14,10 +14,10 @@ class Codec:
     """A codec that sends the gradient as it is; the base class of the compressing codecs.
 
     Args:
-        flat: the gradient, one-dimensional; ``encode`` reads it, ``decode`` writes it.
+        flat: the gradient, a one-dimensional tensor; `encode` reads it, `decode` writes it.
 
     Attributes:
-        payload: the tensors that are sent.
+        payload: the tensors that a push sends, which `encode` writes and `decode` reads.
     """
 
     def __init__(self, flat: Tensor) -> None:
@@ -25,7 +25,7 @@ class Codec:
         self.payload = [flat]
 
     def encode(self) -> None:
-        """Writes the gradient to ``payload``."""
+        """Writes the encoded gradient to ``payload``."""
 
     def encode_zeros(self) -> None:
         """Writes zeros to ``payload``, whatever the gradient is."""
@@ -33,7 +33,7 @@ class Codec:
             tensor.zero_()
 
     def decode(self) -> None:
-        """Writes the content of ``payload`` to ``flat``."""
+        """Writes the decoded content of ``payload`` to ``flat``."""
 
 
 class BFloat16Codec(Codec):
@@ -44,11 +44,11 @@ class BFloat16Codec(Codec):
         self.payload = [torch.empty(flat.shape, dtype=torch.bfloat16)]
 
     def encode(self) -> None:
-        """Rounds the gradient."""
+        """Rounds the gradient to bfloat16 in ``payload``."""
         self.payload[0].copy_(self.flat)
 
     def decode(self) -> None:
-        """Widens the payload."""
+        """Converts the payload to the dtype of ``flat``."""
         self.flat.copy_(self.payload[0])
 
 
@@ -56,8 +56,8 @@ class TopKCodec(Codec):
     """A codec that sends the elements that are largest in absolute value, and adds the rest to the next gradient [1]_.
 
     Args:
-        flat: the gradient, one-dimensional.
-        fraction: the fraction of the elements that are sent.
+        flat: the gradient, a one-dimensional tensor.
+        fraction: the fraction of the elements that a push sends, from 0 to 1.
 
     References:
         .. [1] Stich, Cordonnier, Jaggi, Sparsified SGD with memory, NeurIPS 2018.
@@ -72,7 +72,10 @@ class TopKCodec(Codec):
         self._residual: Tensor | None = None
 
     def encode(self) -> None:
-        """Selects the largest elements of the sum of the gradient and the residual of earlier ones."""
+        """Adds the residual to the gradient, writes the largest elements to ``payload`` and keeps the other elements.
+
+        The residual is what earlier pushes have not sent.
+        """
         if self._residual is None:
             self._residual = torch.zeros_like(self.flat)
         self._residual.add_(self.flat)
@@ -86,7 +89,7 @@ class TopKCodec(Codec):
             self._residual.nan_to_num_(0.0, 0.0, 0.0)
 
     def decode(self) -> None:
-        """Writes the values to their indices, and zeros elsewhere.
+        """Writes the values in ``payload`` to their indices in ``flat``, and zeros elsewhere.
 
         Raises:
             IndexError: an index is out of range.
@@ -95,7 +98,13 @@ class TopKCodec(Codec):
 
 
 def make_codec(flat: Tensor, compression: str, fraction: float) -> Codec:
-    """Returns the codec of a flat gradient. A dtype of two bytes or fewer is not rounded to bfloat16."""
+    """Returns the codec of a flat gradient.
+
+    Args:
+        flat: the gradient, a one-dimensional tensor.
+        compression: ``none``, ``bf16`` or ``topk``; ``bf16`` does not change a dtype of two bytes or fewer.
+        fraction: the fraction of the elements that ``topk`` sends.
+    """
     if compression == "topk" and flat.numel():
         return TopKCodec(flat, fraction)
     if compression == "bf16" and flat.element_size() > 2:

@@ -1,4 +1,7 @@
-"""The state of a server that survives its process: parameters, optimizers, and the pushes that count."""
+"""The durable state of a server, which survives its process: parameters, optimizers, and the counted pushes.
+
+A push is counted when an update has used its gradient or has skipped it on purpose.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,9 @@ class WorkerState:
 
     Args:
         incarnation: the random string of the worker's process.
-        pushes: for each optimizer the sequence number of the latest push that counts.
-        clock_offset: added to ``pushes`` when comparing workers; a late joiner starts level with the slowest worker.
+        pushes: for each optimizer the sequence number of the worker's latest counted push; 0 before the first.
+        clock_offset: for each optimizer the number that `clock` adds to ``pushes``, so that a worker that joins late
+            starts level with the slowest worker.
         finished: True if the worker pushes no more.
         left: True if the worker has left after all workers had finished.
     """
@@ -38,7 +42,10 @@ class WorkerState:
     left: bool = False
 
     def clock(self, optimizer_index: int) -> int:
-        """Returns the worker's logical clock, as in stale synchronous parallel training."""
+        """Returns the worker's logical clock for an optimizer, as in stale synchronous parallel training.
+
+        The clock is the sequence number of the latest counted push plus the clock offset.
+        """
         return self.pushes[optimizer_index] + self.clock_offset[optimizer_index]
 
     # The JSON keys of the previous release: servers recover from its snapshots.
@@ -65,12 +72,12 @@ class WorkerState:
 
 
 class CountedPush(NamedTuple):
-    """A push that an update counts.
+    """A push that an update counts, as the log has it.
 
     Args:
-        incarnation: the incarnation of the worker.
+        incarnation: the random string of the worker's process.
         push_seq: the sequence number of the push.
-        clock_offset: the worker's clock offsets, for a worker that joined after the snapshot.
+        clock_offset: the worker's clock offset for each optimizer, which the snapshot lacks if the worker joined later.
     """
 
     incarnation: str
@@ -84,10 +91,10 @@ class Update:
 
     Args:
         optimizer_index: the index of the optimizer.
-        is_skipped: True if the optimizer makes no step, and the pushes count all the same.
-        hyperparameters: the hyperparameters of the step, group by group.
-        present: for each parameter True if it has a gradient.
-        pushes: the pushes that the gradient comes from, by rank.
+        is_skipped: True if the optimizer makes no step although the pushes are counted.
+        hyperparameters: the numbers among the options of the parameter groups, group by group.
+        present: for each parameter True if the parameter has a gradient.
+        pushes: the pushes that the gradient comes from, by the rank of the worker.
     """
 
     optimizer_index: int
@@ -120,7 +127,7 @@ class Update:
 
 
 class DurableState:
-    """Parameters, optimizers and counted pushes of a training on one server.
+    """The parameters, optimizers and counted pushes of a training on one server.
 
     The methods are not thread-safe: callers hold the lock of the training.
 
@@ -130,7 +137,7 @@ class DurableState:
     Attributes:
         spec: the specification of the training; None before the training has begun.
         shards: one shard for each optimizer.
-        versions: for each optimizer the number of its updates.
+        versions: for each optimizer the number of its updates so far.
         workers: the workers that have joined, by rank.
     """
 
@@ -147,13 +154,14 @@ class DurableState:
         """Begins the training with the first worker's parameters and optimizer states.
 
         Args:
-            spec: the specification.
-            message: the worker's message with ``options``, ``values`` and ``state``, each by optimizer.
+            spec: the specification of the training.
+            message: the worker's message, whose entries ``options``, ``values`` and ``state`` have an element for each
+                optimizer: see `lightkit.parameter_server.Client.start`.
             rank: the rank of the worker.
-            worker: its state.
+            worker: the state of the worker.
 
         Raises:
-            KeyError, TypeError, AttributeError, ValueError: the message has another form.
+            KeyError, TypeError, AttributeError, ValueError: ``message`` has another form.
             ConfigError: the values do not fit the specification.
             OSError: the snapshot cannot be written; the training has not begun.
         """
@@ -175,16 +183,16 @@ class DurableState:
         self.versions = [0] * len(shards)
 
     def update(self, update: Update, flats: list[Tensor], views: list[Tensor]) -> None:
-        """Logs an update and applies it.
+        """Writes an update to the log and applies it.
 
         Args:
             update: the update.
-            flats: its gradient, as flat tensors.
-            views: its gradient, as views of ``flats`` in the shapes of the parameters.
+            flats: the gradient of the update, one flat tensor for each dtype.
+            views: the same gradient as views of ``flats``, one in the shape of each parameter.
 
         Raises:
-            OSError: the update cannot be logged; nothing has changed.
-            Exception: the optimizer failed; the log does not have the update any more.
+            OSError: the log cannot be written; nothing has changed.
+            Exception: the optimizer failed; the update is removed from the log.
         """
         assert self.spec is not None
         log = self._write_ahead_log if self.spec.snapshot_every > 0 else None
@@ -224,10 +232,13 @@ class DurableState:
         }
 
     def recover(self) -> bool:
-        """Restores the latest snapshot and replays the log; returns False if there is no snapshot.
+        """Restores the latest snapshot and applies the updates in the log after it.
+
+        Returns:
+            False if the server has no write-ahead log, or the log has no snapshot, so that nothing was restored.
 
         Raises:
-            CheckpointError: the snapshot or the log is damaged, or is not one of a server.
+            CheckpointError: the snapshot or the log is damaged, or a parameter server did not write it.
         """
         log = self._write_ahead_log
         if log is None or (snapshot := log.load()) is None:

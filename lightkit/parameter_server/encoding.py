@@ -1,4 +1,4 @@
-"""JSON with tensors, as a text and a list of tensors: the encoding of messages and files. Never a pickle."""
+"""The encoding of messages and files: JSON text and a list of tensors, without pickle."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _INTEGER_DTYPES = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32
 
 
 def encode(value: Any) -> tuple[bytes, list[Tensor]]:
-    """Returns a value as UTF-8 JSON, and its tensors: detached, contiguous, on the CPU.
+    """Returns a value as UTF-8 JSON, and the tensors in it: detached, contiguous and on the CPU.
 
     Args:
-        value: containers, strings, numbers and None, with tensors of any shapes and dtypes. `decode` returns a tuple
-            as a list.
+        value: nested dicts, lists and tuples of strings, numbers, None and tensors of any shapes and dtypes. `decode`
+            returns a tuple as a list.
     """
     tensors: list[Tensor] = []
     body = _extract_tensors(value, tensors)
@@ -33,15 +33,15 @@ def encode(value: Any) -> tuple[bytes, list[Tensor]]:
 
 
 def decode(text: bytes, max_bytes: int, fill: Callable[[list[Tensor]], None]) -> Any:
-    """Returns the value that `encode` received.
+    """Returns the value that `encode` has encoded.
 
     Args:
-        text: the JSON of an untrusted peer.
-        max_bytes: the limit of the bytes of all tensors, checked before an allocation.
-        fill: writes the elements of the tensors that it receives.
+        text: the JSON of `encode`, from an untrusted peer.
+        max_bytes: the largest number of bytes of all tensors together, checked before an allocation.
+        fill: a function that receives the new tensors, uninitialized, and writes their elements.
 
     Raises:
-        ValueError: the text is not one of `encode`, or its tensors exceed ``max_bytes``.
+        ValueError: `encode` did not write such a text, or its tensors exceed ``max_bytes``.
     """
     try:
         body, types = json.loads(text)
@@ -61,7 +61,7 @@ def decode(text: bytes, max_bytes: int, fill: Callable[[list[Tensor]], None]) ->
 
 
 def dtype_named(name: object) -> torch.dtype:
-    """Returns the dtype with a name such as ``float32``.
+    """Returns the dtype of torch with the name ``name``, such as ``float32``.
 
     Raises:
         ValueError: torch has no such dtype, or its elements are not single numbers.
@@ -73,10 +73,10 @@ def dtype_named(name: object) -> torch.dtype:
 
 
 def checked_shape(shape: Any) -> list[int]:
-    """Returns the shape that an untrusted peer sent.
+    """Returns ``shape``, which an untrusted peer sent, after a check that it is a list of sizes.
 
     Raises:
-        ValueError: ``shape`` is not a list of sizes.
+        ValueError: ``shape`` is not a list of whole numbers from 0.
     """
     is_short = isinstance(shape, list) and len(shape) <= _MAX_DIMENSIONS
     if not is_short or not all(type(size) is int and 0 <= size < 1 << 48 for size in shape):
@@ -85,7 +85,7 @@ def checked_shape(shape: Any) -> list[int]:
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """Returns the writable memory of a contiguous tensor on the CPU."""
+    """Returns the memory of a contiguous CPU tensor as writable bytes, without a copy."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 

@@ -12,10 +12,11 @@ from lightkit.parameter_server.training_spec import ParameterSpec
 
 
 def allocate_flat(parameters: Sequence[ParameterSpec]) -> tuple[list[Tensor], list[Tensor]]:
-    """Allocates zeros for parameters.
+    """Allocates flat tensors of zeros for parameters.
 
     Returns:
-        One flat tensor for each dtype in the order of first use, and a view of them for each parameter.
+        A one-dimensional tensor for each dtype, in the order in which the parameters use the dtypes first; and for each
+        parameter a view of these tensors in the shape of the parameter.
     """
     counts: dict[str, int] = {}
     for parameter in parameters:
@@ -25,7 +26,7 @@ def allocate_flat(parameters: Sequence[ParameterSpec]) -> tuple[list[Tensor], li
 
 
 def view_flat(flats: Iterable[Tensor], parameters: Sequence[ParameterSpec]) -> list[Tensor]:
-    """Returns a view for each parameter of flat tensors with the layout of `allocate_flat`."""
+    """Returns, for each parameter, a view in its shape of flat tensors that have the layout of `allocate_flat`."""
     rests = {str(flat.dtype).partition(".")[2]: flat for flat in flats}
     views = []
     for parameter in parameters:

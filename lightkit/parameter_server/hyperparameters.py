@@ -1,4 +1,4 @@
-"""Options of an optimizer's parameter groups: sent whole when a training begins, as numbers with each push."""
+"""Options of an optimizer's parameter groups: a worker sends all at the start, and the numbers with each push."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _NOT_SENT = ("params", "param_names", "initial_lr", "rounding_seed")
 
 
 class HyperparameterPath(NamedTuple):
-    """The place of a number among the options of a parameter group.
+    """The path of a hyperparameter, which is a number among the options of a parameter group.
 
     Args:
         option: the name of the option.
-        position: the index in the option's tuple; -1 for an option that is a number.
+        position: the index of the number in the option's tuple; -1 if the option itself is a number.
     """
 
     option: str
@@ -30,7 +30,9 @@ class HyperparameterPath(NamedTuple):
 
 
 def group_options(optimizer: Optimizer) -> list[GroupOptions]:
-    """Returns the options of each parameter group as JSON values, for `lightkit.parameter_server.Client.start`.
+    """Returns, for each parameter group of ``optimizer``, the options except ``params`` as JSON values.
+
+    `lightkit.parameter_server.Client.start` takes them.
 
     Raises:
         ConfigError: an option is neither a number, a string, None nor a tuple of these.
@@ -67,10 +69,10 @@ def find_hyperparameters(options: Mapping[str, Any]) -> list[HyperparameterPath]
 
 
 def read_hyperparameters(group: Mapping[str, Any], paths: Iterable[HyperparameterPath]) -> list[float]:
-    """Returns the numbers of a parameter group at ``paths``.
+    """Returns the numbers of the parameter group ``group`` at ``paths``.
 
     Raises:
-        ConfigError: an option is not a number any more.
+        ConfigError: the value at a path is not a number any more.
     """
     found = []
     for name, position in paths:
@@ -91,9 +93,9 @@ def read_hyperparameters(group: Mapping[str, Any], paths: Iterable[Hyperparamete
 
 
 def write_hyperparameters(group: dict[str, Any], paths: Iterable[HyperparameterPath], values: Iterable[float]) -> None:
-    """Sets the numbers of a parameter group at ``paths``.
+    """Sets the numbers of the parameter group ``group`` at ``paths`` to ``values``.
 
-    An option that is an ``int`` stays an ``int`` where the new value is a whole number: some options are counts.
+    An option that is an ``int`` stays an ``int`` if the new value is a whole number, since some options are counts.
     """
     for (name, position), value in zip(paths, values, strict=True):
         before = group[name] if position < 0 else group[name][position]

@@ -1,4 +1,4 @@
-"""Server processes on this machine for the time of a training: started, restarted when they die, and stopped."""
+"""Server processes on this machine for one training, which are started, restarted after a crash, and stopped."""
 
 from __future__ import annotations
 
@@ -22,21 +22,22 @@ _MAX_RESTARTS = 10
 
 
 class LocalServers:
-    """Server processes of one training.
+    """The server processes of one training.
 
     Args:
         count: the number of servers.
         secret: the secret that workers must know.
-        directory: the directory of snapshots and logs, of this run alone: `stop` removes it. None for none.
-        host: an address of this machine that the workers reach.
-        timeout: see `lightkit.parameter_server.Server`.
+        directory: the directory of snapshots and logs, for this training alone, which `stop` removes; None for servers
+            that do not recover.
+        host: an address of this machine that the workers can reach.
+        timeout: the seconds without a heartbeat after which a server takes a worker for gone.
 
     Attributes:
         processes: the server processes.
-        addresses: ``HOST:PORT`` of each.
+        addresses: the address ``HOST:PORT`` of each server.
 
     Raises:
-        LightkitError: a server does not come up.
+        LightkitError: a server does not start.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Membership of workers in a training: who is connected, who is expected, and whose clock is the slowest."""
+"""Membership of workers in a training: the connected workers, the expected ones, and the slowest clock."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ _log = logging.getLogger(__name__)
 class Membership:
     """The workers of a training and their connections.
 
-    Callers hold the lock of ``changed``, once, in all methods except `check_current`.
+    Callers of all methods except `check_current` hold the lock of ``changed``, acquired once.
 
     Args:
         state: the durable state of the training.
         changed: the condition that is notified at each change of the training.
-        timeout: seconds for an expected worker to join, and seconds without any worker after which the training ends.
+        timeout: the seconds in which an expected worker must join, and the seconds without any worker after which the
+            training ends.
 
     Attributes:
         connections: the connection of each connected worker, by rank.
         expected: the ranks of the workers that have not joined yet, and that the training waits for.
-        joins: how often a worker has joined, reconnections included.
+        joins: the number of times that a worker has joined, reconnections included.
     """
 
     def __init__(self, state: DurableState, changed: threading.Condition, timeout: float) -> None:
@@ -41,25 +42,29 @@ class Membership:
         self.joins = 0
 
     def expect(self, ranks: Iterable[int]) -> None:
-        """Has the training wait for workers, for the timeout at most."""
+        """Makes the training wait until the workers ``ranks`` have joined, for ``timeout`` seconds at most."""
         self.expected = set(ranks)
         self._expected_until = time.monotonic() + self._timeout
 
     def active(self) -> set[int]:
-        """Returns the ranks of the workers that have joined and push, the expected ones among them."""
+        """Returns the ranks of the active workers: those that are connected or expected back, and have not finished."""
         workers = self._state.workers
         return {r for r in self.connections.keys() | self.expected if r in workers and not workers[r].finished}
 
     def slowest_clock(self, optimizer_index: int) -> int | None:
-        """Returns the smallest clock of the active workers, or None if no worker is active."""
+        """Returns the smallest clock of the active workers for an optimizer; None if no worker is active."""
         clocks = (self._state.workers[rank].clock(optimizer_index) for rank in self.active())
         return min(clocks, default=None)
 
     def join(self, connection: Connection, request: JoinRequest) -> tuple[WorkerState, bool]:
-        """Makes a connection that of a worker, and closes an earlier connection of the same worker.
+        """Registers a connection as that of a worker, and closes an earlier connection of the same worker.
+
+        Args:
+            connection: the connection.
+            request: the first message of the worker.
 
         Returns:
-            The state of the worker, and True if the worker has not been known before.
+            The state of the worker; and True if the worker's process has not joined before.
 
         Raises:
             LightkitError: another process with the same rank is connected.
@@ -84,7 +89,7 @@ class Membership:
         return worker, is_new
 
     def disconnect(self, rank: int, connection: Connection) -> bool:
-        """Removes the connection of a worker; returns False if the worker has another connection by now."""
+        """Removes ``connection`` as that of the worker ``rank``; returns False if the worker has another connection."""
         if self.connections.get(rank) is not connection:
             return False
         del self.connections[rank]
@@ -92,16 +97,18 @@ class Membership:
         return True
 
     def check_current(self, connection: Connection, rank: int) -> None:
-        """Checks that a connection is still that of a worker.
+        """Rejects a connection that is not, or not any more, that of the worker ``rank``.
 
         Raises:
-            TransportError: the worker was given up, or has another connection.
+            TransportError: the server has given up the worker, or the worker has another connection.
         """
         if self.connections.get(rank) is not connection:
             raise TransportError("it was given up, or has a new connection")
 
     def wait(self, connection: Connection, rank: int | None = None) -> None:
-        """Waits for a change, for at most one heartbeat interval; sends `Reply.WAIT` if a heartbeat is due then.
+        """Waits for a change of the training, for one heartbeat interval at most.
+
+        If the server has sent nothing for an interval by then, the method sends `Reply.WAIT` as a heartbeat.
 
         Args:
             connection: the connection of the worker.
@@ -111,7 +118,7 @@ class Membership:
             TransportError: the worker is gone, or has another connection.
         """
         self._changed.wait(connection.heartbeat_interval)
-        # Frequent changes must not keep the heartbeats back.
+        # The time of the latest frame decides, and not the wait: frequent changes must not delay the heartbeats.
         if time.monotonic() - connection.last_sent >= connection.heartbeat_interval:
             self._changed.release()
             try:
@@ -123,10 +130,12 @@ class Membership:
             self.check_current(connection, rank)
 
     def is_over(self) -> bool:
-        """Returns True if all workers have left; stops waiting for workers that have not joined in time.
+        """Returns True if all workers have left the training.
+
+        The method also removes expected workers that have not joined within ``timeout`` seconds.
 
         Raises:
-            LightkitError: all workers are lost, and none has come back.
+            LightkitError: all workers are lost, and none has come back within ``timeout`` seconds.
         """
         if self.expected and time.monotonic() > self._expected_until:
             word = "worker" if len(self.expected) == 1 else "workers"

@@ -10,12 +10,12 @@ from typing import Any
 from lightkit.parameter_server.training_spec import MAX_WORKERS, TrainingSpec
 from lightkit.parameter_server.transport import ProtocolError
 
-# The number of flags that begin a push's metadata: 1 if the gradient is to be skipped; the absolute value that the mean
-# is clamped to, or 0; 1 if the workers need its norm before the step. The hyperparameters follow the flags, and after
-# them for each parameter 1 if it has a gradient.
+# The number of flags at the start of a push's metadata: 1 if the servers must skip the gradient; the largest absolute
+# value of an element of the mean gradient, or 0 for no limit; 1 if the workers need the norm of the mean gradient
+# before the step. After the flags come the hyperparameters, and then for each parameter 1 if it has a gradient, else 0.
 PUSH_FLAGS = 3
 
-# More characters than an incarnation has.
+# The largest number of characters of an incarnation; a worker of this release sends 16.
 _MAX_INCARNATION = 64
 
 # The longest timeout in seconds.
@@ -29,8 +29,8 @@ class JoinRequest:
     Args:
         rank: the rank of the worker, from 0.
         incarnation: a random string of the worker's process; a process that replaces the worker has another one.
-        timeout: seconds without a heartbeat after which the worker takes the server for gone.
-        spec: the worker's part of the training that this server has.
+        timeout: the seconds without a heartbeat after which the worker takes the server for gone.
+        spec: the specification of this server's shard of the training.
     """
 
     rank: int
@@ -40,11 +40,11 @@ class JoinRequest:
 
     @classmethod
     def from_message(cls, message: Any) -> JoinRequest:
-        """Returns the join request of an untrusted message.
+        """Returns the join request in a message of an untrusted peer.
 
         Raises:
             ProtocolError: ``message`` is no join request.
-            ConfigError: its specification is invalid.
+            ConfigError: the specification in ``message`` is invalid.
         """
         if not isinstance(message, dict) or message.keys() != {"rank", "incarnation", "timeout", "job"}:
             raise ProtocolError("a worker's first message must say rank, incarnation, timeout and job")
@@ -59,10 +59,10 @@ class JoinRequest:
 
 
 class Request(IntEnum):
-    """The first number of a worker's header.
+    """The first number of a worker's header, which says what the worker asks for.
 
-    The other three are the index of the optimizer, the sequence number of the push, and the version of the parameters
-    that the gradient was computed with.
+    The other three numbers are the index of the optimizer, the sequence number of the push, and the version of the
+    parameters with which the gradient was computed; a request that does not need a number has 0.
     """
 
     BEGIN = 1
@@ -74,7 +74,11 @@ class Request(IntEnum):
 
 
 class Reply(IntEnum):
-    """The first number of a server's header; the second is the version of the optimizer's parameters."""
+    """The first number of a server's header; the second number is the version of the optimizer's parameters.
+
+    OK answers a request. WAIT is a heartbeat before the answer. NORM asks for the factor of the mean gradient, whose
+    squared norm follows. REFUSED precedes a message with the reason, after which the server closes the connection.
+    """
 
     OK = 1
     WAIT = 2

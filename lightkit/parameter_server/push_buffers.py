@@ -1,4 +1,4 @@
-"""Buffers of a worker's pushes at a server."""
+"""A server's buffers for the pushes of a worker."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ class PushBuffers:
     """Buffers that receive the pushes of one connection for one optimizer, and the buffers of the reply.
 
     Args:
-        spec: the training.
+        spec: the specification of the server's shard of the training.
         optimizer_index: the index of the optimizer.
-        hyperparameters: how many hyperparameters a push carries.
+        hyperparameters: the number of hyperparameters in a push.
 
     Attributes:
         flats: the gradient of the latest push, one flat tensor for each dtype.
         views: views of ``flats``, one for each parameter.
-        metadata: flags, hyperparameters and presence of gradients in float64: see `protocol.PUSH_FLAGS`.
-        reply: buffers for the parameters after the step, of the shapes of ``flats``.
+        metadata: the flags, the hyperparameters and the presence of gradients, a one-dimensional float64 tensor: see
+            `protocol.PUSH_FLAGS`.
+        reply: the parameters after the step, tensors with the shapes and dtypes of ``flats``.
     """
 
     def __init__(self, spec: TrainingSpec, optimizer_index: int, hyperparameters: int) -> None:
@@ -36,7 +37,7 @@ class PushBuffers:
         self._present_start = PUSH_FLAGS + hyperparameters
 
     def receive(self, connection: Connection) -> None:
-        """Receives and decompresses a push.
+        """Receives a push into the buffers and decompresses it.
 
         Raises:
             ProtocolError: the push has another size, or indices out of range.
@@ -51,12 +52,12 @@ class PushBuffers:
 
     @property
     def is_skipped(self) -> bool:
-        """True if the worker wants the gradient to be skipped."""
+        """True if the worker asks the server to skip the step."""
         return self.metadata[0].item() != 0
 
     @property
     def max_value(self) -> float:
-        """The absolute value that the mean gradient is clamped to; 0 for no clamping."""
+        """The largest absolute value of an element of the mean gradient, to which it is clamped; 0 for no limit."""
         return self.metadata[1].item()
 
     @property
@@ -71,5 +72,5 @@ class PushBuffers:
 
     @property
     def present(self) -> list[bool]:
-        """The presence of each parameter's gradient: True if it has one."""
+        """For each parameter True if the worker has a gradient of it."""
         return [value != 0 for value in self.metadata[self._present_start :].tolist()]

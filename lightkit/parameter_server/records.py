@@ -1,8 +1,8 @@
-"""Records of a file: each with a checksum, and found again behind damaged bytes.
+"""The records of a snapshot or a log, each with a checksum; a reader finds the next record after damaged bytes.
 
-A record is a header that begins with a magic, a text, the bytes of tensors, and a trailer: the CRC-32 of all bytes
-before it, and the complement of the magic. Each log has a random magic of its own, so that no pushed bytes can look
-like a record.
+A record has a header, a text, the bytes of tensors, and a trailer. The header begins with the magic of the file, 8
+bytes. The trailer has the CRC-32 of all bytes of the record before it, and the complement of the magic. Each log has a
+random magic of its own, so that no pushed bytes can look like a record.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _CHUNK = 1 << 20
 
 
 class Record(NamedTuple):
-    """A complete record of a file.
+    """The place of a complete record in a file; all offsets are in bytes from the start of the file.
 
     Args:
-        sequence: its sequence number.
-        text: the offset of its text.
-        body: the offset of the bytes of its tensors.
-        trailer: the offset of its trailer.
-        end: the offset after its trailer.
+        sequence: the sequence number of the record.
+        text: the offset of the text.
+        body: the offset of the bytes of the tensors.
+        trailer: the offset of the trailer.
+        end: the offset after the trailer.
     """
 
     sequence: int
@@ -47,10 +47,10 @@ def write_record(stream: BinaryIO, magic: bytes, sequence: int, text: bytes, par
 
     Args:
         stream: the file.
-        magic: the magic of its records, 8 bytes.
+        magic: the magic of the file, 8 bytes.
         sequence: the sequence number of the record.
-        text: its text.
-        parts: the bytes of its tensors.
+        text: the text of the record.
+        parts: the bytes of the tensors.
     """
     parts = list(parts)
     checksum = 0
@@ -61,7 +61,7 @@ def write_record(stream: BinaryIO, magic: bytes, sequence: int, text: bytes, par
 
 
 def find_record(stream: BinaryIO, start: int, magic: bytes) -> Record | None:
-    """Returns the record at an offset, or None if there is no record, an incomplete one or a damaged one."""
+    """Returns the record at the offset ``start``; None if there is no record, an incomplete one or a damaged one."""
     size = os.fstat(stream.fileno()).st_size
     stream.seek(start)
     header = stream.read(_HEADER.size)
@@ -85,7 +85,11 @@ def find_record(stream: BinaryIO, start: int, magic: bytes) -> Record | None:
 
 
 def find_record_after(stream: BinaryIO, start: int, magic: bytes, sequence: int) -> Record | None:
-    """Returns the first complete record at or after an offset whose sequence number is higher, or None."""
+    """Returns the first complete record at or after the offset ``start`` with a sequence number above ``sequence``.
+
+    Returns:
+        The record; None if the file has no such record.
+    """
     while (start := _find(stream, start, magic)) >= 0:
         record = find_record(stream, start, magic)
         if record is not None and record.sequence > sequence:
@@ -95,7 +99,7 @@ def find_record_after(stream: BinaryIO, start: int, magic: bytes, sequence: int)
 
 
 def ends_in_trailer(stream: BinaryIO, magic: bytes) -> bool:
-    """Returns True if the file ends in a trailer: the last record was written to its end, damaged or not."""
+    """Returns True if the file ends in a trailer, so that the last record was written to its end, damaged or not."""
     end = stream.seek(0, os.SEEK_END)
     stream.seek(max(0, end - len(magic)))
     return stream.read() == _complement(magic)

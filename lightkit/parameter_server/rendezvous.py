@@ -48,12 +48,12 @@ Side = Literal["worker", "server"]
 
 @dataclass(frozen=True)
 class Handshake:
-    """The values that both proofs and both keys are derived from.
+    """The values from which both sides derive their proofs and keys.
 
     Args:
         secret: the secret of this side.
-        challenge: the server's challenge.
-        nonce: the worker's nonce, 32 bytes.
+        challenge: the bytes of the server's challenge.
+        nonce: the worker's nonce, 32 random bytes.
     """
 
     secret: str
@@ -61,11 +61,14 @@ class Handshake:
     nonce: bytes
 
     def proof(self, side: Side) -> bytes:
-        """Returns the 32 bytes by which a side proves that it knows the secret."""
+        """Returns the 32 bytes by which ``side`` proves that it knows the secret."""
         return self._derive(f"{side} knows")
 
     def keys(self, side: Side) -> tuple[bytes, bytes]:
-        """Returns the keys by which a side signs what it sends, and checks what it receives."""
+        """Returns the key by which ``side`` signs what it sends, and the key by which it checks what it receives.
+
+        Each key has 32 bytes.
+        """
         worker, server = self._derive("worker signs"), self._derive("server signs")
         return (worker, server) if side == "worker" else (server, worker)
 
@@ -74,11 +77,14 @@ class Handshake:
 
 
 class ConnectRequest:
-    """A connection of a peer that has not proved yet that it knows the secret.
+    """A connection of a peer that has not proved yet that it knows the secret; the constructor sends the challenge.
 
     Args:
         connected: the socket of the connection.
         host: the address of the peer.
+
+    Attributes:
+        deadline: the `time.monotonic` at which the handshake must have ended.
 
     Raises:
         OSError: the peer is gone.
@@ -94,7 +100,7 @@ class ConnectRequest:
         connected.sendall(self._challenge)
 
     def read(self) -> bool:
-        """Reads the bytes that have arrived; returns True when the response is complete.
+        """Reads the bytes of the response that have arrived; returns True when the response is complete.
 
         Raises:
             OSError: the peer is gone.
@@ -106,7 +112,13 @@ class ConnectRequest:
         return len(self._response) == _RESPONSE.size
 
     def verify(self, secret: str) -> Handshake | None:
-        """Sends the verdict; returns the handshake, or None if the peer does not know the secret.
+        """Checks the complete response, and sends the verdict.
+
+        Args:
+            secret: the secret of the server.
+
+        Returns:
+            The handshake; None if the peer does not know the secret.
 
         Raises:
             OSError: the peer is gone.
@@ -123,12 +135,12 @@ class ConnectRequest:
 class Listener:
     """The listening socket of a server, and the handshakes of its peers.
 
-    A listener has no thread, and at most `MAX_CONNECT_REQUESTS` connections, however many peers connect: `accept` does
-    the work.
+    A listener has no thread: the handshakes proceed within `accept`. At most `MAX_CONNECT_REQUESTS` connections are in
+    a handshake, however many peers connect.
 
     Args:
-        host: an address of this machine that the workers reach; ``127.0.0.1`` for workers on this machine alone.
-        port: the port; 0 for any free one.
+        host: an address of this machine that the workers can reach; ``127.0.0.1`` for workers on this machine alone.
+        port: the port; 0 for any free port.
         secret: the secret that workers must know.
         timeout: the timeout of a `Connection`, in seconds.
 
@@ -153,7 +165,7 @@ class Listener:
             self._fail(error)
 
     def listen(self) -> None:
-        """Begins to accept connections; the system refuses them before.
+        """Begins to listen; before this call the operating system refuses connections.
 
         Raises:
             ConfigError: another process listens on the port.
@@ -165,7 +177,11 @@ class Listener:
         self._selector.register(self._socket, selectors.EVENT_READ)
 
     def accept(self, seconds: float) -> Connection | None:
-        """Returns the next connection whose handshake has ended, or None after ``seconds``."""
+        """Waits for a connection whose handshake has succeeded, for ``seconds`` at most.
+
+        Returns:
+            The connection; None if there is none after ``seconds``.
+        """
         end = time.monotonic() + seconds
         while not self._accepted:
             now = time.monotonic()
@@ -180,7 +196,7 @@ class Listener:
         return self._accepted.popleft()
 
     def close(self) -> None:
-        """Stops listening, and drops the connections whose handshake has not ended."""
+        """Stops listening, and closes the connections whose handshake has not ended."""
         for request in list(self._requests.values()):
             self._drop(request)
         self._selector.close()
@@ -244,7 +260,7 @@ class Listener:
         del self._requests[request.socket]
 
     def _warn(self, message: str) -> None:
-        """Logs at most one warning a second: strangers must not be able to fill the disk."""
+        """Logs ``message`` as a warning, at most one a second, so that unknown peers cannot fill the disk."""
         self._unlogged += 1
         if (now := time.monotonic()) - self._logged_at >= 1.0:
             others = f" ({self._unlogged - 1} similar warnings were left out)" if self._unlogged > 1 else ""
@@ -258,14 +274,14 @@ class Listener:
 
 
 def connect(address: str, secret: str, request: dict[str, Any], patience: float, timeout: float) -> Connection:
-    """Connects to a server, and sends the join request.
+    """Returns a connection to a server, after the handshake and with the join request sent.
 
     Args:
-        address: ``HOST:PORT``.
+        address: the address ``HOST:PORT`` of the server.
         secret: the secret of the server.
-        request: the message of `lightkit.parameter_server.protocol.JoinRequest`.
-        patience: seconds in which the server must have come up.
-        timeout: seconds without a byte of the server after which it counts as gone.
+        request: the entries of a `lightkit.parameter_server.protocol.JoinRequest` as JSON values.
+        patience: the seconds in which the server must have started.
+        timeout: the seconds without a byte from the server after which the server counts as gone.
 
     Raises:
         TransportError: the server cannot be reached, or is no parameter server.
@@ -283,7 +299,7 @@ def connect(address: str, secret: str, request: dict[str, Any], patience: float,
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """Returns host and port of ``HOST:PORT``.
+    """Returns the host and the port of ``address``, which has the form ``HOST:PORT`` or ``[IPV6]:PORT``.
 
     Raises:
         ConfigError: ``address`` has another form.
@@ -325,7 +341,16 @@ def _shake_hands(connected: socket.socket, address: str, secret: str) -> Handsha
 
 
 def _read(connected: socket.socket, count: int, deadline: float) -> bytes:
-    """Returns ``count`` bytes; raises an OSError where they do not arrive before the deadline."""
+    """Returns the next ``count`` bytes of a connection.
+
+    Args:
+        connected: the socket of the connection.
+        count: the number of bytes.
+        deadline: the `time.monotonic` before which all bytes must arrive.
+
+    Raises:
+        OSError: the bytes do not arrive before ``deadline``, or the connection is lost.
+    """
     data = b""
     while len(data) < count:
         connected.settimeout(max(deadline - time.monotonic(), 0.001))
@@ -351,7 +376,7 @@ def _reach(host: str, port: int, end: float, address: str) -> socket.socket:
         except OSError as error:
             reason = error.strerror or str(error) or type(error).__name__
             if isinstance(error, socket.gaierror):
-                # A second try would not resolve the name either.
+                # The name does not resolve, and would not at a second attempt.
                 end = 0.0
         if time.monotonic() >= end:
             raise TransportError(f"the parameter server at {address} cannot be reached: {reason}") from None

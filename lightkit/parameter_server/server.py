@@ -1,4 +1,4 @@
-"""A parameter server: holds a shard of the parameters, steps along pushed gradients, and survives failing workers."""
+"""A server: it holds a shard of the parameters, makes steps with pushed gradients, and survives failing workers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import logging
 import math
 import threading
 from pathlib import Path
+
+import torch
 
 from lightkit.errors import ConfigError
 from lightkit.parameter_server.rendezvous import Listener
@@ -25,14 +27,15 @@ class Server:
     """A server of one training, with a thread for each worker.
 
     Args:
-        host: an address of this machine that the workers reach; ``127.0.0.1`` for workers on this machine alone.
-        port: the port; 0 for any free one, which ``listener.port`` names.
+        host: an address of this machine that the workers can reach; ``127.0.0.1`` for workers on this machine alone.
+        port: the port; 0 for any free port, which ``listener.port`` then has.
         secret: the secret that workers must know.
-        directory: the directory of snapshots and log, which the server recovers from; None for neither.
-        timeout: seconds without a heartbeat after which a worker counts as gone. The server notices the end of a
+        directory: the directory of the snapshot and the log, from which the server recovers; None for a server that
+            does not recover.
+        timeout: the seconds without a heartbeat after which a worker counts as gone. The server notices the end of a
             worker's process at once.
-        recover_until_damage: continues from the last update before the damage of a damaged log, and keeps the rest of
-            the log under another name; without it, a damaged log is an error.
+        recover_until_damage: continue from the last update before the damage of a damaged log, and keep the rest of
+            the log under another name; False makes a damaged log an error.
 
     Raises:
         ConfigError: the server cannot listen on the address, or ``timeout`` is out of range.
@@ -58,6 +61,9 @@ class Server:
         self._sessions, self._counting = 0, threading.Lock()
         try:
             self._training.recover()
+            # The first optimizer of a process makes torch import its compiler, which takes seconds: a worker would
+            # miss heartbeats meanwhile.
+            torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.0)
             # No worker can connect before the server knows its training.
             self.listener.listen()
         except BaseException:
@@ -65,10 +71,10 @@ class Server:
             raise
 
     def run(self) -> None:
-        """Serves until all workers have left, and removes snapshot and log then.
+        """Serves until all workers have left, and then removes the snapshot and the log.
 
         Raises:
-            LightkitError: all workers are lost, and none has come back.
+            LightkitError: all workers are lost, and none has come back within ``timeout`` seconds.
         """
         try:
             while not self._stopped.is_set() and not self._training.is_over(seconds=0.2):
@@ -80,11 +86,11 @@ class Server:
             self._close()
 
     def stop(self) -> None:
-        """Ends `run` soon, from any thread, and keeps snapshot and log."""
+        """Makes `run` end soon and keep the snapshot and the log; any thread may call the method."""
         self._stopped.set()
 
     def status(self) -> ServerStatus:
-        """Returns the status of the server, from any thread; waits while the server writes a snapshot."""
+        """Returns the status of the server; waits while the server writes a snapshot. Any thread may call this."""
         return self._training.status(self._sessions)
 
     def _close(self) -> None:

@@ -1,4 +1,4 @@
-"""A worker's session with one server: exchanges over a connection that is made anew when it breaks."""
+"""A worker's session with one server: requests and replies over a connection, which is made anew after it breaks."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ class TransferBuffers:
     """Buffers of one optimizer's gradients and parameters on their way to and from one server.
 
     Args:
-        spec: the part of the training that the server has.
+        spec: the specification of the server's shard of the training.
         optimizer_index: the index of the optimizer.
 
     Attributes:
         parameters: the specifications of the parameters.
         flats: the gradient, one flat tensor for each dtype.
-        views: views of ``flats``, one for each parameter.
-        codecs: the codecs of ``flats``.
+        views: views of ``flats``, one in the shape of each parameter.
+        codecs: the codec of each tensor in ``flats``.
         payload: the tensors that a push sends after its metadata.
-        reply: the parameters that the server has sent, like ``flats``.
-        reply_views: views of ``reply``, one for each parameter.
-        present: for each parameter True if it has a gradient.
-        group_indices: the indices of the groups that have a parameter on the server.
-        metadata: the metadata of the push: see `protocol.PUSH_FLAGS`.
-        push_seq: the sequence number of the latest push.
-        version: the version of the parameters in ``reply``.
+        reply: the parameters that the server has sent, tensors with the shapes and dtypes of ``flats``.
+        reply_views: views of ``reply``, one in the shape of each parameter.
+        present: for each parameter True if the parameter has a gradient.
+        group_indices: the sorted indices of the parameter groups with a parameter on the server.
+        metadata: the metadata of the push, a one-dimensional float64 tensor: see `protocol.PUSH_FLAGS`.
+        push_seq: the sequence number of the latest push; 0 before the first.
+        version: the version of the parameters in ``reply``: the number of the server's updates.
     """
 
     def __init__(self, spec: TrainingSpec, optimizer_index: int) -> None:
@@ -68,19 +68,22 @@ class TransferBuffers:
 class ServerSession:
     """A session with one server, which survives broken connections and restarts of the server.
 
+    The methods that exchange messages (`start`, `push`, `pull`, `state`, `send`) raise a `LightkitError` if the server
+    does not come back within ``patience`` seconds, and a `ConfigError` if the server refuses the worker.
+
     Args:
-        address: ``HOST:PORT`` of the server.
+        address: the address ``HOST:PORT`` of the server.
         secret: the secret of the server.
-        join_request: the message of `lightkit.parameter_server.protocol.JoinRequest`.
-        spec: the part of the training that the server has.
-        timeout: seconds without a byte of the server after which it counts as gone.
-        patience: seconds for the server to come up, and to come back.
-        ended: an event after which the session makes no new connection.
+        join_request: the entries of a `lightkit.parameter_server.protocol.JoinRequest` as JSON values.
+        spec: the specification of the server's shard of the training.
+        timeout: the seconds without a byte from the server after which the server counts as gone.
+        patience: the seconds that the session waits for the server to start, or to come back after a failure.
+        ended: an event; once it is set, the session makes no new connection.
 
     Attributes:
         buffers: the buffers of each optimizer.
-        bytes_sent: bytes of pushes so far.
-        bytes_received: bytes of parameters so far.
+        bytes_sent: the number of bytes of pushes so far.
+        bytes_received: the number of bytes of parameters so far.
     """
 
     def __init__(
@@ -100,7 +103,7 @@ class ServerSession:
         self.address, self._secret, self._join_request = address, secret, join_request
         self._timeout, self._patience, self._ended = timeout, patience, ended
         self._connection: Connection | None = None
-        # The connection that a heartbeat could not be sent over.
+        # The connection over which a heartbeat could not be sent.
         self._broken: Connection | None = None
         self._begin_message: dict[str, Any] = {}
         self._has_started = self._has_begun = False
@@ -109,15 +112,19 @@ class ServerSession:
 
     @property
     def heartbeat_interval(self) -> float:
-        """Seconds from one heartbeat to the next."""
+        """The seconds between two heartbeats to the server."""
         connection = self._connection
         return _HEARTBEAT_INTERVAL if connection is None else connection.heartbeat_interval
 
     def start(self, begin_message: dict[str, Any]) -> bool:
-        """Connects, and begins the training if the server has none.
+        """Connects to the server, and begins the training if the server has none.
+
+        Args:
+            begin_message: the entries ``options``, ``values`` and ``state`` for the server's shard, each with an
+                element for each optimizer: see `lightkit.parameter_server.Client.start`.
 
         Returns:
-            True if this session has begun the training.
+            True if this session has begun the training; False if the server had begun it before.
         """
         self._begin_message = begin_message
         self._exchange(lambda connection: None)
@@ -125,7 +132,13 @@ class ServerSession:
         return self._has_begun
 
     def load(self, optimizer_index: int, gradients: Sequence[Tensor | None]) -> None:
-        """Copies gradients to the buffers; a parameter without a gradient gets zeros."""
+        """Copies gradients to this session's buffers, from which `encode` makes the next push.
+
+        Args:
+            optimizer_index: the index of the optimizer.
+            gradients: the gradients of the parameters in this server's shard, in the order of the specification; None
+                for a parameter without a gradient, for which the method writes zeros.
+        """
         buffers = self.buffers[optimizer_index]
         buffers.present = [gradient is not None for gradient in gradients]
         pairs = list(zip(buffers.views, gradients, strict=True))
@@ -136,13 +149,16 @@ class ServerSession:
                 view.zero_()
 
     def encode(self, optimizer_index: int, flags: Sequence[float], groups: Sequence[GroupOptions], skip: bool) -> None:
-        """Compresses the loaded gradients, and gives the push its sequence number and metadata.
+        """Compresses the loaded gradients into the payload, and sets the sequence number and metadata of the push.
 
         Args:
             optimizer_index: the index of the optimizer.
-            flags: see `protocol.PUSH_FLAGS`.
-            groups: the optimizer's parameter groups.
-            skip: sends zeros in place of the gradients.
+            flags: the flags of the push: see `protocol.PUSH_FLAGS`.
+            groups: all parameter groups of the optimizer.
+            skip: True sends zeros in place of the gradients.
+
+        Raises:
+            ConfigError: a hyperparameter in ``groups`` is not a number any more.
         """
         assert len(flags) == PUSH_FLAGS
         buffers = self.buffers[optimizer_index]
@@ -161,14 +177,14 @@ class ServerSession:
         buffers.push_seq += 1
 
     def push(self, optimizer_index: int, clip_factor: Callable[[str, float], float]) -> None:
-        """Sends the encoded push until the server has replied with the parameters after the step.
+        """Sends the encoded push, again after a broken connection, and receives the parameters after the step.
 
-        A push that is sent more than once counts once.
+        The server counts a push once, also if it receives the push several times.
 
         Args:
             optimizer_index: the index of the optimizer.
-            clip_factor: returns the factor of the mean gradient, from the address of the server and the square of the
-                norm of the server's part.
+            clip_factor: a function that returns the factor of the mean gradient. Its arguments are the address of the
+                server, and the square of the norm of the server's part of the mean gradient.
         """
         buffers = self.buffers[optimizer_index]
 
@@ -188,7 +204,7 @@ class ServerSession:
         self._exchange(exchange)
 
     def pull(self, optimizer_index: int) -> None:
-        """Receives the current parameters."""
+        """Receives the current parameters of an optimizer into its buffers."""
 
         def exchange(connection: Connection) -> None:
             connection.send_header(Request.PULL, optimizer_index)
@@ -197,13 +213,18 @@ class ServerSession:
         self._exchange(exchange)
 
     def state(self) -> list[dict[str, Any]]:
-        """Returns for each optimizer ``flats``, ``state`` of each parameter and ``seeds`` of each group."""
+        """Returns the parameters and the optimizer states of the server.
+
+        Returns:
+            For each optimizer a dict: ``flats``, the parameters as flat tensors; ``state``, the optimizer's state of
+            each parameter; and ``seeds``, the ``rounding_seed`` or None of each group with a parameter on the server.
+        """
 
         def exchange(connection: Connection) -> list[dict[str, Any]]:
             connection.send_header(Request.STATE)
             self._receive_reply(connection)
             found = connection.receive_message(self.spec.max_message_bytes)
-            # The state goes into a checkpoint.
+            # The state of an untrusted server goes into a checkpoint: its form is checked.
             if (
                 not isinstance(found, list)
                 or len(found) != len(self.buffers)
@@ -215,7 +236,7 @@ class ServerSession:
         return self._exchange(exchange)
 
     def send(self, request: Request) -> None:
-        """Sends a request whose reply has no payload."""
+        """Sends a request whose reply has no content, and waits for the reply."""
 
         def exchange(connection: Connection) -> None:
             connection.send_header(request)
@@ -224,7 +245,7 @@ class ServerSession:
         self._exchange(exchange)
 
     def send_heartbeat(self) -> None:
-        """Sends a heartbeat, from any thread."""
+        """Sends a heartbeat if there is a connection; any thread may call the method."""
         connection = self._connection
         if connection is not None and connection is not self._broken:
             try:
@@ -234,7 +255,7 @@ class ServerSession:
                 self._broken = connection
 
     def abandon(self) -> None:
-        """Closes the connection without a request; an exchange in another thread gets an error."""
+        """Closes the connection without a request; a request in another thread then raises an exception."""
         if (connection := self._connection) is not None:
             connection.close()
 
@@ -269,7 +290,7 @@ class ServerSession:
             raise LightkitError("the training has ended")
 
     def _exchange(self, exchange: Callable[[Connection], T]) -> T:
-        """Returns the result of an exchange, repeated over new connections until one does not break."""
+        """Calls ``exchange`` with the connection, again with a new one if it breaks, and returns its result."""
         with self._exchanging:
             deadline = time.monotonic() + self._patience
             broken = 0
@@ -282,7 +303,7 @@ class ServerSession:
                     if (connection := self._connection) is not None:
                         self._connection = None
                         connection.release()
-                        # The server was there until now, however long the exchange took.
+                        # The server was connected until now: the wait for a new connection begins now.
                         deadline = now + self._patience
                         broken += 1
                     elif now >= deadline:
@@ -300,7 +321,7 @@ class ServerSession:
     def _connect(self, deadline: float) -> Connection:
         patience = max(deadline - time.monotonic(), 0.1)
         connection = connect(self.address, self._secret, self._join_request, patience, self._timeout)
-        # The thread of the heartbeats uses the connection from here on.
+        # From this assignment on, the thread of the heartbeats uses the connection.
         self._connection = connection
         self._receive_reply(connection)
         joined = connection.receive_message()
@@ -310,7 +331,7 @@ class ServerSession:
             has_begun, timeout = False, 0.0
         if not 0 < timeout < math.inf:
             raise ProtocolError("the server's first message must say begun and timeout")
-        # Often enough for the less patient of the two.
+        # The smaller of the two timeouts decides how often heartbeats are needed.
         connection.heartbeat_interval = heartbeat_interval(min(self._timeout, timeout))
         if not has_begun:
             if self._has_started:
@@ -327,7 +348,7 @@ class ServerSession:
 
 
 def _is_state_of(part: object, buffers: TransferBuffers) -> bool:
-    """Returns True if the server's message has the state of the parameters in ``buffers``."""
+    """Returns True if ``part``, a dict in the reply to `Request.STATE`, fits the parameters in ``buffers``."""
     if not isinstance(part, dict):
         return False
     flats, state, seeds = (part.get(name) for name in ("flats", "state", "seeds"))

@@ -1,4 +1,4 @@
-"""A server's shard of an optimizer's parameters, and the optimizer that steps them."""
+"""A server's shard of an optimizer's parameters, and the optimizer that updates them."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ ParameterState = dict[str, Any]
 
 
 class Shard:
-    """Parameters and their optimizer.
+    """A server's part of the parameters of one optimizer, and an optimizer of the same class that updates them.
 
     Args:
-        spec: the parameters, and the class of the optimizer.
+        spec: the specification of the parameters, and the class of the optimizer.
         options: the options of all parameter groups, also of groups without a parameter in this shard.
 
     Attributes:
         flats: the parameters, one flat tensor for each dtype.
-        parameters: views of ``flats`` that the optimizer steps.
+        parameters: the parameters of ``optimizer``, views of ``flats``.
+        optimizer: the optimizer; None if the shard has no parameters.
 
     Raises:
         ConfigError: the class is not allowed, or does not accept such options.
@@ -74,15 +75,15 @@ class Shard:
             raise ConfigError(f"the server cannot make {spec.optimizer}: {error}") from None
 
     def count_hyperparameters(self) -> int:
-        """Returns how many hyperparameters a push to this shard carries."""
+        """Returns the number of hyperparameters in a push to this shard."""
         return sum(len(self._hyperparameters[index]) for index in self._group_indices)
 
     def step(self, gradients: Sequence[Tensor], present: Sequence[bool], hyperparameters: Sequence[float]) -> None:
-        """Updates the parameters that have a gradient.
+        """Makes a step of the optimizer.
 
         Args:
-            gradients: one tensor for each parameter.
-            present: for each parameter False if its gradient is to be ignored.
+            gradients: one tensor for each parameter, in its shape.
+            present: for each parameter True if the parameter has a gradient; the step ignores the other gradients.
             hyperparameters: the numbers of all groups of this shard, in the order of `read_hyperparameters`.
         """
         if self.optimizer is None:
@@ -96,7 +97,7 @@ class Shard:
         self.optimizer.step()
 
     def state(self) -> list[ParameterState]:
-        """Returns the optimizer's state of each parameter."""
+        """Returns the optimizer's state of each parameter; an empty dict for a parameter without a state."""
         if self.optimizer is None:
             return []
         return [dict(self.optimizer.state.get(parameter, {})) for parameter in self.parameters]
@@ -106,7 +107,11 @@ class Shard:
         return [group.get("rounding_seed") for group in self.optimizer.param_groups] if self.optimizer else []
 
     def load(self, values: Sequence[Tensor] | None, state: Sequence[ParameterState] | None = None) -> None:
-        """Sets the parameters, and the optimizer's state of each parameter that has one.
+        """Sets the parameters and the optimizer's state.
+
+        Args:
+            values: one tensor for each parameter; None keeps the parameters.
+            state: the state of each parameter, empty for a parameter without a state; None keeps the optimizer's state.
 
         Raises:
             ConfigError: a value has another shape than its parameter.
@@ -126,12 +131,16 @@ class Shard:
         self.optimizer.load_state_dict({"state": entries, "param_groups": groups})
 
     def snapshot(self) -> dict[str, Any]:
-        """Returns copies of the parameters (``flats``), the optimizer's ``state`` and the rounding ``seeds``."""
+        """Returns a copy of the shard.
+
+        Returns:
+            A dict: ``flats``, the parameters as flat tensors; ``state``, see `state`; ``seeds``, see `rounding_seeds`.
+        """
         copied = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, self.state())
         return {"flats": [flat.clone() for flat in self.flats], "state": copied, "seeds": self.rounding_seeds()}
 
     def restore(self, snapshot: dict[str, Any]) -> None:
-        """Restores what `snapshot` returned."""
+        """Sets parameters, state and rounding seeds to those in ``snapshot``, which `snapshot` has returned."""
         for flat, saved in zip(self.flats, snapshot["flats"], strict=True):
             flat.copy_(saved)
         self.load(None, snapshot["state"])

@@ -1,4 +1,4 @@
-"""Status of a server, for monitoring and tests."""
+"""The status of a server, for monitoring and tests."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class WorkerStatus:
-    """Status of a worker at one moment.
+    """The status of a worker at one moment.
 
     Args:
-        pushes: for each optimizer the sequence number of the latest push that counts.
+        pushes: for each optimizer the sequence number of the worker's latest push that an update has counted.
         has_finished: True if the worker pushes no more.
         pending: the indices of the optimizers whose next step in ``sync`` has a push of this worker's connection.
     """
@@ -23,7 +23,7 @@ class WorkerStatus:
 
 @dataclass(frozen=True)
 class ServerStatus:
-    """Status of a server at one moment.
+    """The status of a server at one moment.
 
     Args:
         versions: for each optimizer the number of its updates; empty before the training has begun.
@@ -31,7 +31,7 @@ class ServerStatus:
         connected: the ranks of the workers with a connection.
         expected: the ranks of the workers that have not joined yet, and that the first steps wait for.
         sessions: the number of connections, with those of peers that have not joined.
-        joins: how often a worker has joined since the start of the server, reconnections included.
+        joins: the number of times that a worker has joined since the start of the server, reconnections included.
     """
 
     versions: tuple[int, ...]

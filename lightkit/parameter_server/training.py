@@ -1,4 +1,4 @@
-"""A training on one server: what the sessions of all its workers share."""
+"""A training on one server: the objects that the sessions of all workers share."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ _FIRST_WORKER_TIMEOUT = 600.0
 
 
 class Training:
-    """A training on one server. Every method holds the lock of ``changed`` itself.
+    """A training on one server; each method acquires the lock of ``changed`` itself.
 
     Args:
         log: the write-ahead log; None for a server that does not recover.
-        timeout: see `lightkit.parameter_server.Server`.
+        timeout: the seconds without a heartbeat after which a worker counts as gone.
 
     Attributes:
-        timeout: as above.
-        changed: a condition that guards all parts, notified at each change.
+        timeout: the argument of that name.
+        changed: a condition whose lock guards all parts, and that is notified at each change.
         state: parameters, optimizers and counted pushes.
         members: the workers and their connections.
-        aggregator: turns pushes into updates.
+        aggregator: the aggregator, which makes updates from pushes.
     """
 
     def __init__(self, log: WriteAheadLog | None, timeout: float) -> None:
@@ -43,10 +43,10 @@ class Training:
         self.aggregator = Aggregator(self.state, self.members, self.changed)
 
     def recover(self) -> None:
-        """Recovers from snapshot and log, if there are any; the workers of the snapshot are expected back.
+        """Recovers from the snapshot and the log if there are any, and then expects their unfinished workers back.
 
         Raises:
-            CheckpointError: snapshot or log are damaged.
+            CheckpointError: the snapshot or the log is damaged.
         """
         with self.changed:
             if self.state.recover():
@@ -54,10 +54,14 @@ class Training:
                 self.members.expect(rank for rank, worker in self.state.workers.items() if not worker.finished)
 
     def join(self, connection: Connection, request: JoinRequest) -> tuple[WorkerState, bool]:
-        """Makes a connection that of a worker; a worker other than worker 0 waits until the training has begun.
+        """Registers a connection as that of a worker; a worker other than worker 0 waits until the training has begun.
+
+        Args:
+            connection: the connection.
+            request: the first message of the worker.
 
         Returns:
-            The state of the worker, and True if the training has begun.
+            The state of the worker; and True if the training has begun, False if worker 0 must begin it.
 
         Raises:
             LightkitError: the worker has another specification, its rank is taken, or worker 0 does not come.
@@ -80,14 +84,19 @@ class Training:
             return worker, spec is not None
 
     def remove(self, rank: int, connection: Connection) -> None:
-        """Removes the connection of a worker, if it is the worker's current one."""
+        """Removes ``connection`` as that of the worker ``rank``, unless the worker has another connection by now."""
         with self.changed:
             if self.members.disconnect(rank, connection):
                 self.aggregator.reopen(self.members.connections.keys())
                 self.changed.notify_all()
 
     def begin(self, connection: Connection, request: JoinRequest, worker: WorkerState) -> None:
-        """Receives parameters and optimizer states of worker 0, and begins the training.
+        """Receives the parameters and optimizer states of worker 0, and begins the training.
+
+        Args:
+            connection: the connection of the worker.
+            request: the first message of the worker.
+            worker: the state of the worker.
 
         Raises:
             LightkitError: there is too little memory, or the values do not fit.
@@ -111,7 +120,12 @@ class Training:
             self.changed.notify_all()
 
     def finish(self, connection: Connection, rank: int, worker: WorkerState) -> None:
-        """Notes that a worker pushes no more, and waits until no worker pushes.
+        """Marks a worker as one that pushes no more, and waits until no worker is active or expected.
+
+        Args:
+            connection: the connection of the worker.
+            rank: the rank of the worker.
+            worker: the state of the worker.
 
         Raises:
             TransportError: the worker is gone.
@@ -123,10 +137,10 @@ class Training:
                 self.members.wait(connection, rank)
 
     def is_over(self, seconds: float) -> bool:
-        """Returns True if all workers have left; False if the lock is not free within ``seconds``.
+        """Returns True if all workers have left; False otherwise, or if the lock is not free within ``seconds``.
 
         Raises:
-            LightkitError: all workers are lost, and none has come back.
+            LightkitError: all workers are lost, and none has come back within ``timeout`` seconds.
         """
         if not self.changed.acquire(timeout=seconds):
             return False
@@ -136,7 +150,11 @@ class Training:
             self.changed.release()
 
     def status(self, sessions: int) -> ServerStatus:
-        """Returns the status of the server; ``sessions`` is the number of its connections."""
+        """Returns the status of the server.
+
+        Args:
+            sessions: the number of the server's connections, with those of peers that have not joined.
+        """
         with self.changed:
             connections = self.members.connections
             return ServerStatus(

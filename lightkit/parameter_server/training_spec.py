@@ -28,7 +28,14 @@ _SETTINGS = ("workers", "mode", "staleness", "compression", "fraction", "snapsho
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """Name, shape and dtype of a parameter, and the index of its parameter group in the optimizer."""
+    """The specification of a parameter.
+
+    Args:
+        name: the name of the parameter in the module.
+        shape: the sizes of the parameter.
+        dtype: the name of the dtype, such as ``float32``.
+        group_index: the index of the parameter's group in the optimizer.
+    """
 
     name: str
     shape: list[int]
@@ -43,12 +50,12 @@ class ParameterSpec:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its elements."""
+        """The number of bytes of the parameter's elements."""
         return self.count * dtype_named(self.dtype).itemsize
 
     @property
     def count(self) -> int:
-        """The number of its elements."""
+        """The number of the parameter's elements."""
         return prod(self.shape)
 
     def __str__(self) -> str:
@@ -77,9 +84,10 @@ class OptimizerSpec:
     """The class of an optimizer and its parameters.
 
     Args:
-        optimizer: ``MODULE.CLASS`` of a package that a configuration may use: see `lightkit.targets.allow_targets`.
+        optimizer: the path ``MODULE.CLASS`` of the class, in a package that a configuration may use: see
+            `lightkit.targets.allow_targets`.
         parameters: all parameters, in the order of the optimizer's groups.
-        hyperparameters: for each group the paths of the options that are numbers. Each push carries their values,
+        hyperparameters: for each group the paths of the numbers among its options. Each push contains their values,
             since schedulers change them.
     """
 
@@ -96,7 +104,7 @@ class OptimizerSpec:
 
         Args:
             optimizer: the optimizer.
-            names: the name of each of its parameters.
+            names: the name of each parameter of ``optimizer``.
         """
         kind = type(optimizer)
         parameters = [
@@ -134,15 +142,15 @@ class TrainingSpec:
     Args:
         optimizers: one specification for each optimizer.
         workers: the number of workers that begin together, at most 65536; workers may come and go later.
-        mode: ``sync``: the server steps along the mean gradient when all workers have pushed. ``async``: the server
-            steps at each push. ``bounded``: likewise, and no worker is more than ``staleness`` pushes ahead of the
-            slowest worker.
-        staleness: the bound of ``bounded``.
+        mode: ``sync``: the server makes a step with the mean gradient when all workers have pushed. ``async``: the
+            server makes a step with the gradient of each push. ``bounded``: as ``async``, and no worker is more than
+            ``staleness`` pushes ahead of the slowest worker.
+        staleness: the number of pushes in the mode ``bounded``.
         compression: compression of pushes: ``none``; ``bf16``; ``topk``, the elements that are largest in absolute
             value, with the rest added to the next gradient (error feedback).
         fraction: the fraction of the gradient's elements that ``topk`` sends.
-        snapshot_every: updates from one snapshot of a server to the next, with a log of each update in between; 0
-            writes neither.
+        snapshot_every: the number of updates from one snapshot of a server to the next; the server logs each update in
+            between. 0 writes neither snapshots nor a log.
 
     Raises:
         ConfigError: a value is out of range.
@@ -202,12 +210,12 @@ class TrainingSpec:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all parameters."""
+        """The number of bytes of all parameters."""
         return sum(parameter.nbytes for spec in self.optimizers for parameter in spec.parameters)
 
     @property
     def max_message_bytes(self) -> int:
-        """The most bytes of tensors in a message with the parameters and the optimizer states.
+        """The largest number of bytes of tensors in a message with the parameters and the optimizer states.
 
         The state of torch's optimizers takes a few times as many bytes as the parameters, and a few numbers for each
         parameter.
@@ -215,10 +223,10 @@ class TrainingSpec:
         return 16 * self.nbytes + (1 << 16) * sum(1 + len(spec.parameters) for spec in self.optimizers)
 
     def shards(self, servers: int) -> list[TrainingSpec]:
-        """Returns the specification of each server's shard.
+        """Returns the specification of the shard of each of ``servers`` servers.
 
-        A shard has whole parameters. The parameters go, from the largest to the smallest, to the server with the
-        fewest elements so far.
+        A shard has whole parameters. The method assigns the parameters, from the largest to the smallest, to the server
+        with the fewest elements so far.
         """
         loads = [0] * servers
         owners: dict[tuple[int, int], int] = {}
@@ -238,7 +246,11 @@ class TrainingSpec:
         ]
 
     def difference(self, other: TrainingSpec) -> str | None:
-        """Returns the first difference of another worker's specification, as a message to that worker, or None."""
+        """Returns the first difference between this specification and ``other``, that of another worker.
+
+        Returns:
+            The difference, as a message to that worker; None if the specifications are equal.
+        """
         for name in _SETTINGS:
             here, there = getattr(self, name), getattr(other, name)
             if here != there:

@@ -1,9 +1,9 @@
 """Connections between workers and servers: signed frames over a TCP socket.
 
-A receiver checks every size before it reads the content of a frame, so that a bad peer costs its own connection and
-nothing else. The header of each frame is signed with a key of the connection, together with the content, except the
-bytes of tensors: an attacker who changes packets can read and change elements of a gradient, and cannot add, repeat,
-drop or reorder frames.
+A receiver checks every size before it reads the content of a frame, so that a bad peer loses its own connection and
+does no other harm. A key of the connection signs the header of each frame together with the content, except the bytes
+of tensors: an attacker who changes packets can read and change elements of a gradient, and cannot add, repeat, drop or
+reorder frames.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ class SilenceError(TransportError):
 
 
 class ProtocolError(TransportError):
-    """The peer sent something else than was expected."""
+    """The peer sent a frame or a message that the protocol does not allow at this point."""
 
 
 class FrameKind(IntEnum):
-    """The kinds of frames. A heartbeat is empty; a header has the content of `HEADER`; a message has JSON."""
+    """The kinds of frames: a heartbeat is empty, a header has the integers of `HEADER`, a message has JSON."""
 
     HEARTBEAT = 0
     HEADER = 1
@@ -72,7 +72,7 @@ class Connection:
     Args:
         connected: a TCP socket after the handshake.
         keys: the key that signs sent frames, and the key that checks received frames: 32 bytes each.
-        timeout: seconds without a byte from the peer after which this process gives up the connection.
+        timeout: the seconds without a byte from the peer after which this process gives up the connection.
 
     Attributes:
         heartbeat_interval: the seconds between two heartbeats to the peer.
@@ -99,25 +99,25 @@ class Connection:
     # Sending.
 
     def send(self, *tensors: Tensor) -> None:
-        """Sends contiguous CPU tensors whose dtypes and shapes the peer knows.
+        """Sends the elements of contiguous CPU tensors, whose dtypes and shapes the peer must know.
 
         Raises:
-            TransportError: the connection is gone, or the peer receives nothing.
+            TransportError: the connection is lost, or the peer receives nothing for ``timeout`` seconds.
         """
         for tensor in tensors:
             if tensor.numel():
                 self._send(FrameKind.TENSOR, bytes_of(tensor))
 
     def send_header(self, *numbers: int) -> None:
-        """Sends up to four 64-bit integers, padded with zeros."""
+        """Sends a header: up to four 64-bit integers ``numbers``, padded with zeros."""
         self._send(FrameKind.HEADER, memoryview(HEADER.pack(*numbers, *[0] * (4 - len(numbers)))))
 
     def send_message(self, value: Any) -> None:
-        """Sends a value of JSON with tensors of any shapes and dtypes; the peer receives tuples as lists.
+        """Sends a value of JSON's types and tensors of any shapes and dtypes; the peer receives tuples as lists.
 
         Raises:
             ProtocolError: the message is longer than a peer accepts.
-            TransportError: as `send`.
+            TransportError: the connection is lost, or the peer receives nothing for ``timeout`` seconds.
         """
         text, tensors = encode(value)
         if len(text) > _MAX_TEXT_BYTES:
@@ -128,10 +128,10 @@ class Connection:
         self.send(*tensors)
 
     def send_heartbeat(self) -> None:
-        """Sends a heartbeat, from any thread; does nothing while another thread sends a frame.
+        """Sends a heartbeat; does nothing while another thread sends a frame. Any thread may call the method.
 
         Raises:
-            TransportError: the connection is gone.
+            TransportError: the connection is lost.
         """
         if not self._sending.acquire(blocking=False):
             return
@@ -168,11 +168,11 @@ class Connection:
     # Receiving.
 
     def receive(self, *tensors: Tensor) -> None:
-        """Fills contiguous CPU tensors.
+        """Receives the elements of ``tensors``, contiguous CPU tensors, in place.
 
         Raises:
-            ProtocolError: the peer sent no tensor, or a tensor of another size.
-            TransportError: the connection is gone, or nothing came within the timeout.
+            ProtocolError: the peer sent no tensors, or tensors of another size.
+            TransportError: the connection is lost, or nothing came for ``timeout`` seconds.
         """
         for tensor in tensors:
             if tensor.numel():
@@ -186,19 +186,19 @@ class Connection:
         """Returns the four integers of a header.
 
         Raises:
-            TransportError: as `receive`.
+            TransportError: the connection is lost, or nothing came for ``timeout`` seconds.
         """
         return list(HEADER.unpack(self._receive_content(FrameKind.HEADER, HEADER.size, HEADER.size)))
 
     def receive_message(self, max_bytes: int = 0) -> Any:
-        """Returns the value that the peer gave to `send_message`.
+        """Receives a message, and returns the value that the peer passed to `send_message`.
 
         Args:
-            max_bytes: the limit of the bytes of all its tensors.
+            max_bytes: the largest number of bytes of all tensors in the message.
 
         Raises:
-            ProtocolError: the peer sent no message, or more bytes of tensors.
-            TransportError: as `receive`.
+            ProtocolError: the peer sent no message, or a message with more bytes of tensors.
+            TransportError: the connection is lost, or nothing came for ``timeout`` seconds.
         """
         text = self._receive_content(FrameKind.MESSAGE, 1, _MAX_TEXT_BYTES)
         try:
@@ -208,11 +208,12 @@ class Connection:
             raise ProtocolError(f"a message cannot be read: {error}") from None
 
     def poll(self) -> None:
-        """Receives the heartbeats that have arrived, without waiting, at a time when the peer may send nothing else.
+        """Reads the heartbeats that have arrived, without waiting, while the peer may send nothing except heartbeats.
 
         Raises:
             ProtocolError: the peer sent another frame.
-            TransportError: the connection is gone, or nothing came within the timeout.
+            TransportError: the connection is lost, or the peer has sent nothing for ``timeout`` seconds, also before
+                this call.
         """
         while self._readable.poll(0):
             try:
@@ -239,7 +240,7 @@ class Connection:
         return bytes(content)
 
     def _receive_header(self, expected: FrameKind) -> tuple[int, bytes]:
-        """Returns length and signature of the next frame that is no heartbeat."""
+        """Returns the length in bytes and the signature of the next frame, of kind ``expected``; skips heartbeats."""
         while True:
             deadline = time.monotonic() + self._timeout
             try:
@@ -255,7 +256,7 @@ class Connection:
             self._check_signature(signature, kind, length, memoryview(b""))
 
     def _fill_header(self) -> bool:
-        """Reads once; returns True when the header of a frame is complete."""
+        """Reads from the socket once; returns True when the header of a frame is complete."""
         self._header_filled += self._read(self._header[self._header_filled :])
         return self._header_filled == _FRAME.size
 
@@ -282,7 +283,7 @@ class Connection:
     # Both.
 
     def close(self) -> None:
-        """Ends the connection, from any thread; threads that wait for it on either side get an error."""
+        """Ends the connection; calls that wait for it on either side raise an exception. Any thread may call this."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
@@ -290,7 +291,7 @@ class Connection:
         """Ends the connection and releases its descriptor; only the receiving thread may call this.
 
         Args:
-            seconds: the time in which the peer may read the latest frames; frames of the peer are discarded.
+            seconds: the seconds in which the peer may still read the latest frames; frames of the peer are discarded.
         """
         end = time.monotonic() + seconds
         with contextlib.suppress(OSError):
@@ -326,7 +327,7 @@ def heartbeat_interval(timeout: float) -> float:
     """Returns the seconds between two heartbeats to a peer: a fifth of ``timeout``, at least 0.05 and at most 60.
 
     Args:
-        timeout: seconds without a byte after which the peer gives up the connection.
+        timeout: the seconds without a byte after which the peer gives up the connection.
     """
     return min(max(timeout / 5, _MIN_HEARTBEAT_INTERVAL), _MAX_HEARTBEAT_INTERVAL)
 

@@ -1,4 +1,4 @@
-"""A server's session with one worker: requests and replies over one connection, in a thread of its own."""
+"""A server's session with one worker: requests and replies over one connection, in a thread of the session."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _REFUSAL_GRACE = 1.0
 
 
 class WorkerSession:
-    """A session with one worker.
+    """A server's session with one worker.
 
     Args:
         training: the training, shared by all sessions.
@@ -40,7 +40,10 @@ class WorkerSession:
         self._buffers: dict[int, PushBuffers] = {}
 
     def run(self) -> None:
-        """Replies to the requests of the worker until it leaves or fails; raises nothing."""
+        """Replies to the requests of the worker until the worker leaves or fails.
+
+        The method raises no exception: it logs errors and sends them to the worker.
+        """
         connection, training = self._connection, self._training
         worker: WorkerState | None = None
         try:
@@ -64,7 +67,7 @@ class WorkerSession:
             if worker is not None and not worker.finished:
                 _log.warning("worker %d is gone: %s", self._rank, error)
         except Exception as error:
-            # The worker gets the reason of every error, an error of the optimizer included.
+            # The worker receives the reason of every error, also of an error in the optimizer.
             if not isinstance(error, LightkitError):
                 _log.exception("a request of worker %d", self._rank)
             self._refuse(error)
@@ -80,7 +83,12 @@ class WorkerSession:
             self._connection.release(_REFUSAL_GRACE)
 
     def _reply(self, join_request: JoinRequest, worker: WorkerState) -> bool:
-        """Replies to the next request; returns False after the last one."""
+        """Replies to the next request of the worker; returns False after `Request.LEAVE`.
+
+        Args:
+            join_request: the first message of the worker.
+            worker: the state of the worker.
+        """
         connection, training = self._connection, self._training
         request, optimizer_index, push_seq, version = connection.receive_header()
         training.members.check_current(connection, self._rank)
@@ -117,7 +125,7 @@ class WorkerSession:
         if not 0 <= optimizer_index < len(state.shards):
             raise ProtocolError(f"there is no optimizer {optimizer_index}")
         if optimizer_index not in self._buffers:
-            # The gradient, its compressed form, and the reply.
+            # Three times the bytes of the shard: the gradient, its compressed form, and the reply.
             check_memory(3 * state.spec.nbytes)
             hyperparameters = state.shards[optimizer_index].count_hyperparameters()
             self._buffers[optimizer_index] = PushBuffers(state.spec, optimizer_index, hyperparameters)

@@ -40,21 +40,22 @@ _SNAPSHOT_MAGIC = b"lksnap02"
 class WriteAheadLog:
     """A directory with the latest snapshot and the log of the updates after it.
 
-    The log has an update before the worker that pushed it gets the reply. An update survives the end of the process,
-    however that happens. It is lost if the machine loses power before the system has written it to the disk.
+    The server writes an update to the log before it replies to the worker that pushed the gradient. The update survives
+    the end of the process in any way; it is lost if the machine loses power before the system has written the log to
+    the disk.
 
-    Snapshots and updates have checksums, which are checked before use. A log that ends in an incomplete record or in
-    zeros was not written to its end: that record is left out. Other damage is an error that changes nothing, unless
-    ``recover_until_damage`` is set.
+    Snapshots and updates have checksums, which are checked before use. If the log ends in an incomplete record or in
+    zeros, the server ended while it wrote that record, and the record is left out. Other damage is an error that
+    changes nothing, unless ``recover_until_damage`` is set.
 
     Args:
-        directory: a directory for this server alone; created with access for this user alone.
-        recover_until_damage: moves the rest of a damaged log to ``damaged-log-N-from-byte-M.bin`` in the directory, and
-            continues from the last update before the damage. The server never removes that file.
+        directory: a directory for this server alone, which is created with access for this user alone.
+        recover_until_damage: move the rest of a damaged log to ``damaged-log-N-from-byte-M.bin`` in the directory, and
+            continue from the last update before the damage. The server never removes that file.
 
     Raises:
         ConfigError: another server uses the directory.
-        CheckpointError: the directory is of an earlier release, whose files have no checksums.
+        CheckpointError: an earlier release wrote the files in the directory, which have no checksums.
         OSError: the directory is not writable.
     """
 
@@ -86,15 +87,18 @@ class WriteAheadLog:
 
     @property
     def is_long(self) -> bool:
-        """True if the log is so long that a snapshot would need much less space."""
+        """True if the log is so long that the server should write a new snapshot, which needs much less space."""
         limit = max(_LOG_TO_SNAPSHOT * self._snapshot_bytes, _MIN_LOG_BYTES)
         return self._log is not None and self._log.tell() > limit
 
     def load(self) -> Any:
-        """Returns the latest snapshot or None, and removes the files of an interrupted snapshot.
+        """Returns the latest snapshot, and removes the files of an interrupted snapshot.
+
+        Returns:
+            The state that `snapshot` received; None if the directory has no snapshot.
 
         Raises:
-            CheckpointError: the snapshot is damaged; nothing was removed.
+            CheckpointError: the snapshot is damaged; the method has removed nothing.
         """
         state = None if self._generation < 0 else self._load(self._path("snapshot"))
         self._remove_all_except(self._generation)
@@ -119,7 +123,10 @@ class WriteAheadLog:
             ) from None
 
     def replay(self) -> Iterator[tuple[dict[str, Any], bytes]]:
-        """Yields the updates since the snapshot with the bytes of their tensors; then opens the log to append to it.
+        """Yields the updates since the snapshot, and then opens the log to append to it.
+
+        Yields:
+            The JSON values and the bytes of the tensors that `append` received for an update.
 
         Raises:
             CheckpointError: the log is damaged or missing.
@@ -147,7 +154,18 @@ class WriteAheadLog:
         self._log = path.open("ab")
 
     def _check_rest(self, stream: BinaryIO, end: int, size: int) -> None:
-        """Decides whether the bytes after the last record are an incomplete record or damage."""
+        """Checks whether the bytes after the last complete record are an incomplete record or damage.
+
+        An incomplete record gives a warning. With ``recover_until_damage`` the method copies damage to another file.
+
+        Args:
+            stream: the log.
+            end: the offset after the last complete record.
+            size: the size of the log in bytes.
+
+        Raises:
+            CheckpointError: the bytes are damage, and ``recover_until_damage`` is False.
+        """
         # A complete record with the next sequence number at a later place, or a repeated one, is damage too.
         following, place = 0, end
         while (record := find_record_after(stream, place, self._log_magic, self._next_sequence - 1)) is not None:
@@ -169,7 +187,10 @@ class WriteAheadLog:
         _log.warning("%s: they are left out, and kept in %s", damage, aside)
 
     def snapshot(self, state: dict[str, Any]) -> None:
-        """Writes a snapshot, and begins a new log after it.
+        """Writes a snapshot, and begins a new, empty log after it.
+
+        Args:
+            state: the state as JSON values and tensors.
 
         Raises:
             OSError: the disk is full or gone; the earlier snapshot and its log are as they were.
@@ -197,8 +218,8 @@ class WriteAheadLog:
         """Appends an update to the log; a `snapshot` or a `replay` must have opened the log.
 
         Args:
-            update: JSON values.
-            tensors: contiguous CPU tensors.
+            update: the update as JSON values.
+            tensors: the gradient of the update, contiguous CPU tensors.
 
         Raises:
             OSError: the disk is full or gone; the log is as it was.
@@ -217,13 +238,13 @@ class WriteAheadLog:
         self._next_sequence += 1
 
     def close(self) -> None:
-        """Closes the files, and leaves the directory to another server."""
+        """Closes the files and releases the lock of the directory."""
         if self._log is not None:
             self._log.close()
         self._lock.close()
 
     def clear(self) -> None:
-        """Removes all files, and the directory if it is empty then: the training has ended."""
+        """Removes all files of the log after the end of the training, and the directory if it is empty then."""
         if self._log is not None:
             self._log.close()
         self._remove_all_except(None)
@@ -243,10 +264,14 @@ class WriteAheadLog:
 
 
 def fill(tensors: Sequence[Tensor], body: bytes) -> None:
-    """Writes the bytes of an update to contiguous CPU tensors like those that `WriteAheadLog.append` received.
+    """Copies the bytes of an update to tensors.
+
+    Args:
+        tensors: contiguous CPU tensors with the shapes and dtypes of those that `WriteAheadLog.append` received.
+        body: the bytes that `WriteAheadLog.replay` yields.
 
     Raises:
-        ValueError: the tensors have another number of bytes.
+        ValueError: the tensors have another number of bytes than ``body``.
     """
     expected = sum(tensor.nbytes for tensor in tensors)
     if len(body) != expected:
@@ -277,7 +302,10 @@ def _read_into(stream: BufferedReader, tensors: Sequence[Tensor]) -> None:
 
 
 def _reopen(log: BinaryIO, length: int) -> BinaryIO:
-    """Returns the log, cut to ``length`` bytes: the buffer of the old stream may hold bytes that did not fit."""
+    """Cuts a log to ``length`` bytes, and returns a new stream at its end.
+
+    The buffer of the old stream may hold bytes that did not fit on the disk.
+    """
     path = log.name
     with contextlib.suppress(OSError):
         log.close()

@@ -1,1 +1,1 @@
-"""The processes of a job: how they start, meet, watch each other and end. Knows neither Hydra nor models."""
+"""The processes of a job: how they start, meet, watch each other and end; imports neither Hydra nor models."""

@@ -1,4 +1,4 @@
-"""Begins and ends the process of a command without work that computes nothing.
+"""The process of a command, which skips garbage collection during imports and the destruction of objects at its end.
 
 While modules are imported, Python's cyclic garbage collector walks all objects so far, again and again, and finds
 nothing to free. At the end the interpreter destroys all of them, one by one. Together that takes longer than the
@@ -19,24 +19,25 @@ from typing import NoReturn
 from lightkit._util import lazy_imports
 from lightkit.errors import ConfigError
 
-# The types that `open` returns for a file that is written.
+# The types that `open` returns for a file that is open for writing.
 _WRITERS = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)
 
 # The status with which Python ends when its standard output cannot be written.
 _UNWRITTEN = 120
 
-# New objects between two collections; with Python's own default the collector would run a hundred times while the
-# report imports its libraries. Tensors, which are large, are freed without the collector.
+# The number of new objects between two collections; with Python's default the collector would run a hundred times while
+# the report imports its libraries. Tensors, which are large, are freed without the collector.
 _THRESHOLD = 20_000
 
 _collects_later = False
 
 
 def run_as_process(main: Callable[[], int | None]) -> NoReturn:
-    """Runs the entry point of a command as the only task of this process, and ends the process.
+    """Runs ``main`` with deferred imports as the only task of this process, and ends the process.
 
     Args:
-        main: returns the exit status, or raises SystemExit as `sys.exit` does.
+        main: the entry point of a command. It returns the exit status (None for 0), or raises SystemExit as `sys.exit`
+            does. A `ConfigError` is printed and gives status 1.
     """
     global _collects_later
     _collects_later = True
@@ -55,9 +56,9 @@ def run_as_process(main: Callable[[], int | None]) -> NoReturn:
 
 
 def begin_to_collect() -> None:
-    """Starts the garbage collector for new objects, after the imports of a command.
+    """Starts the cyclic garbage collector, which `run_as_process` has stopped, for objects made from now on.
 
-    In a program that imports lightkit the function does nothing.
+    A command calls the function after its imports. In a process without `run_as_process` the function does nothing.
     """
     global _collects_later
     if _collects_later:
@@ -68,7 +69,10 @@ def begin_to_collect() -> None:
 
 
 def _end(status: int) -> NoReturn:
-    """Ends the process as Python does, except that the operating system frees the memory."""
+    """Ends the process with exit status ``status`` as Python does, except that it destroys no objects.
+
+    If a buffered file cannot be written, the status is Python's 120 for standard output or standard error.
+    """
     # In Python's own order: wait for threads, call the functions registered by `atexit`, write buffered output.
     threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue] (private; Python calls it at its end)
     atexit._run_exitfuncs()

@@ -1,34 +1,42 @@
-"""Tells who started this process: a user, torchrun, or another process of lightkit."""
+"""The environment variables that say who started this process: a user, torchrun, or a supervisor of lightkit."""
 
 from __future__ import annotations
 
 import os
 
-# The supervisor sets it for the processes that it starts; not for those that these may start in turn.
+# The supervisor sets the variable for its processes. The import removes it, so that their own children lack it.
 STARTED = "LIGHTKIT_STARTED"
 _is_started = os.environ.pop(STARTED, None) is not None
 
 
 def is_started() -> bool:
-    """Returns True if a supervisor of lightkit started this process, and prints its errors."""
+    """Returns True if a `lightkit.runtime.supervisor.Supervisor`, which prints this process's errors, started it."""
     return _is_started
 
 
 def is_under_torchrun() -> bool:
-    """Returns True if torchrun, or somebody who sets its variables, started this process."""
+    """Returns True if the environment has torchrun's variables, also if the supervisor or a user has set them."""
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"))
 
 
 def rank() -> int:
-    """Returns the rank of this process among all processes of the job; torchrun or the supervisor has set it."""
+    """Returns the rank of this process among all processes of the job.
+
+    Raises:
+        KeyError: neither torchrun nor the supervisor has set ``RANK``.
+    """
     return int(os.environ["RANK"])
 
 
 def world_size() -> int:
-    """Returns the number of processes of the job; torchrun or the supervisor has set it."""
+    """Returns the number of processes of the job.
+
+    Raises:
+        KeyError: neither torchrun nor the supervisor has set ``WORLD_SIZE``.
+    """
     return int(os.environ["WORLD_SIZE"])
 
 
 def is_follower() -> bool:
-    """Returns True if this process takes its jobs from another one."""
+    """Returns True if this process takes its jobs from the supervisor, or from the process of rank 0 under torchrun."""
     return is_started() or (is_under_torchrun() and rank() != 0)

@@ -2,8 +2,8 @@
 
 In a collective a process waits for the others, for half an hour by default. The connections of a killed process close,
 which the others notice. A machine that is cut off sends nothing at all, and torchrun restarts only the machines whose
-processes end. So each process keeps an idle connection to the process of rank 0, which the kernels on both ends probe:
-a kernel answers also while its process computes.
+processes end. So each process keeps an idle connection to the process of rank 0. The operating systems on both ends
+probe the connection (TCP keepalive); they answer also while the process computes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _IDLE, _INTERVAL, _PROBES = 5, 2, 4
 # A process that ends as it should sends this byte.
 _DONE = b"."
 
-# Seconds for error messages of the lost process, and of this one because of it.
+# Seconds in which the lost process, and then this one, may print their error messages before this one ends.
 _GRACE = 1.0
 
 # Seconds for the connection to the process of rank 0, which already listens.
@@ -33,12 +33,12 @@ _CONNECT = 30.0
 
 
 class Keepalive:
-    """The connections of this process; ends the process when another one is gone.
+    """The connections of this process to the others of its job; ends the process when another process is gone.
 
     Args:
-        store: connects all processes of the job.
-        rank: of this process.
-        host: the address of the process of rank 0.
+        store: the store of torch.distributed that all processes of the job are connected to.
+        rank: the rank of this process.
+        host: the host name or address of the process of rank 0.
 
     Raises:
         OSError: the process of rank 0 cannot be reached.
@@ -64,12 +64,12 @@ class Keepalive:
         threading.Thread(target=target, args=arguments, daemon=True).start()
 
     def release(self) -> None:
-        """Tells the others that this process ends as it should."""
+        """Tells the other processes that this process ends as it should, so that they do not end."""
         for connection in self._connections:
             try:
                 connection.sendall(_DONE)
             except OSError:
-                # The other process has ended before this one.
+                # The process at the other end has ended before this one.
                 continue
 
     def _watch_first(self, connection: socket.socket) -> None:
@@ -96,7 +96,15 @@ class Keepalive:
 
 
 def _read_rank(connection: socket.socket, token: str) -> int | None:
-    """Returns the rank of the process that has connected, or None if it does not belong to this job."""
+    """Returns the rank of the process at the other end of a new connection.
+
+    Args:
+        connection: the connection.
+        token: the random text of this job, which the process must send with its rank within 5 seconds.
+
+    Returns:
+        The rank; None if the process does not send the token, so that it does not belong to this job.
+    """
     connection.settimeout(5.0)
     try:
         with connection.makefile("r") as lines:
@@ -108,7 +116,7 @@ def _read_rank(connection: socket.socket, token: str) -> int | None:
 
 
 def _probe(connection: socket.socket) -> None:
-    """Lets the kernel probe whether the other end can be reached."""
+    """Sets TCP keepalive on ``connection``: the system probes it while it is idle, and closes it without an answer."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     # The options exist on Linux. Elsewhere a cut of the network is noticed after the system's own time.
     for name, value in (("TCP_KEEPIDLE", _IDLE), ("TCP_KEEPINTVL", _INTERVAL), ("TCP_KEEPCNT", _PROBES)):
@@ -117,7 +125,7 @@ def _probe(connection: socket.socket) -> None:
 
 
 def _ended_well(connection: socket.socket) -> bool:
-    """Waits for the end of a connection; returns True if the other process has announced it."""
+    """Waits for the end of ``connection``; returns True if the other process has called `Keepalive.release` before."""
     try:
         return connection.recv(1) == _DONE
     except OSError:
@@ -131,5 +139,5 @@ def _give_up(rank: int) -> None:
         file=sys.stderr,
         flush=True,
     )
-    # At once: the main thread may wait in a collective for ever.
+    # os._exit instead of an orderly end: the main thread may wait in a collective for ever.
     os._exit(1)

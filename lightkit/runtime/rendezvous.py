@@ -1,4 +1,4 @@
-"""Connects this process with the other processes of its job, by torch's variables."""
+"""The rendezvous of the processes of a job, by the environment variables of torch.distributed."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ if TYPE_CHECKING:
 
 
 class Rendezvous:
-    """The store at which the processes of a job meet; from then on each process notices when another one is gone.
+    """The store by which the processes of a job communicate, and the `Keepalive` by which they watch each other.
 
-    The process must have the variables that torchrun sets. The object must live as long as the process trains: the
-    process of rank 0 may be the server of the store, which the process group of the training shares.
+    The process must have the environment variables that torchrun sets. The object must live as long as the process
+    trains: in the process of rank 0 it may be the server of the store, which the process group of the training shares.
+    Processes of a supervisor have no `Keepalive`, since the supervisor watches them.
+
+    Attributes:
+        jobs: the jobs, the result and the errors in the store.
     """
 
     def __init__(self) -> None:
@@ -30,7 +34,7 @@ class Rendezvous:
         self._keepalive = None if is_started() else Keepalive(store, rank(), os.environ["MASTER_ADDR"])
 
     def release(self) -> None:
-        """Tells the other processes that this one ends as it should."""
+        """Tells the other processes that this one ends as it should: see `Keepalive.release`."""
         if self._keepalive is not None:
             self._keepalive.release()
 
@@ -42,7 +46,7 @@ def _new_store_after_restart() -> TCPStore | None:
     where the numbers of restarts may differ, `lightkit.runtime.restart_record` requires that torchrun makes the store.
 
     Returns:
-        The store, if this process is its server.
+        The store if this process, the one of rank 0, is its server; None in other processes and without a restart.
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or attempt == "0":

@@ -1,9 +1,9 @@
-"""The file that tells a job which torchrun has started again where its run lies.
+"""The file in which a job under torchrun records the directory of its run, for the job after a restart.
 
-torchrun starts the processes of a job again by itself. The file is named by torchrun's id of the job, and lies below
-``runs``, next to the runs themselves: whoever can read the checkpoint can read the file. The rendezvous store would
-not do: it goes with the machine that holds it. Neither would the number of restarts that torchrun tells its processes:
-it differs from machine to machine, and is 0 for all of them when a machine comes back.
+torchrun starts the processes of a job again by itself. The file has torchrun's id of the job as its name, and lies
+below ``runs``, next to the runs: a process that can read the checkpoint can read the file. The rendezvous store cannot
+hold the record, since the store is lost with its machine. The number of restarts that torchrun tells its processes
+cannot replace the record either: it differs between machines, and is 0 on all of them after a machine has come back.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from pathlib import Path
 from lightkit._util.atomic_write import write_text_atomically
 from lightkit.errors import CheckpointError, ConfigError
 
-# The ids that torchrun gives to a job that was given none.
+# The ids that torchrun gives to a job without ``--rdzv-id``.
 _NO_ID = ("", "none")
 
 DIRECTORY = Path("runs") / ".torchrun"
 
-# Characters of an id that a file name has room for.
+# The number of characters of an id that a file name contains.
 _LONGEST_ID = 80
 
 
@@ -60,7 +60,10 @@ class RestartFile:
         self._path = DIRECTORY / f"{_job_key()}.json"
 
     def read(self) -> RestartRecord | None:
-        """Returns the record of this job; None if the job has none. The record of another job is removed.
+        """Returns the record of this job; removes the record of another job that has used the same file before.
+
+        Returns:
+            The record; None if this job has none, as at its first start.
 
         Raises:
             CheckpointError: the file is damaged.
@@ -85,7 +88,7 @@ class RestartFile:
         # SLURM or Kubernetes may have started torchrun itself again, under the id that it had before.
         if record.arguments == self._arguments and not record.is_finished and _has_id():
             return record
-        # At once: if this attempt fails before it has a run, the next one must not take that record for its own.
+        # The record must go now: if this attempt fails before it has a run, the next one would take it for its own.
         self.remove()
         return None
 
@@ -94,7 +97,11 @@ class RestartFile:
         write_text_atomically(self._path, json.dumps(asdict(record), indent=2))
 
     def finish(self, record: RestartRecord) -> None:
-        """Records that the whole job is done."""
+        """Records that the whole job is done; removes the file instead if torchrun never restarts.
+
+        Args:
+            record: the record of this job; the method sets its ``is_finished``.
+        """
         if max_restarts() == 0:
             self.remove()
             return
@@ -108,12 +115,12 @@ class RestartFile:
 
 
 def restart_count() -> int:
-    """Returns how often torchrun has started the processes of this machine again."""
+    """Returns the number of times that torchrun has restarted the processes of this machine; 0 without torchrun."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def max_restarts() -> int:
-    """Returns how often torchrun may start the processes again."""
+    """Returns the largest number of restarts by torchrun, its ``--max-restarts``; 0 without torchrun."""
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
 
 
@@ -147,7 +154,7 @@ def _job_key() -> str:
     """Returns a file name for the job: its id, made safe, or the machine and the process of torchrun."""
     name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     if name in _NO_ID:
-        # torchrun itself, the parent, stays over restarts.
+        # The parent of this process is torchrun, which keeps its process id over restarts.
         return f"{socket.gethostname()}-{os.getppid()}"
     safe = "".join(character if character.isalnum() or character in "-_." else "_" for character in name)
     if safe == name and len(name) < _LONGEST_ID:

@@ -17,16 +17,16 @@ from lightkit.errors import LightkitError, Terminated
 from lightkit.runtime.environment import STARTED
 from lightkit.runtime.job_store import JobStore
 
-# Seconds that the others are given to report their errors, when one process has ended in an error.
+# Seconds in which the other processes may report their errors after one process has ended in an error.
 _GRACE = 1.0
 
-# Seconds for putting things in order after Ctrl-C; what is on the disk is whole at any time.
+# Seconds in which the processes may end in order after Ctrl-C; their files are whole at any time.
 _AFTER_INTERRUPT = 8.0
 
-# Seconds for the batch at hand after SIGTERM: SLURM and Kubernetes kill 30 seconds after it.
+# Seconds in which the processes may finish their batch after SIGTERM; SLURM and Kubernetes kill after 30 seconds.
 _AFTER_SIGTERM = 25.0
 
-# Seconds between two looks at the processes.
+# Seconds between two polls of the processes.
 _POLL = 0.05
 
 
@@ -34,9 +34,9 @@ class Supervisor:
     """Runs one job in several processes of this machine.
 
     Args:
-        command: starts a process, which must come to `lightkit.runtime.worker.Worker.follow`.
+        command: the command line that starts a process, which must call `lightkit.runtime.worker.Worker.follow`.
         count: the number of processes.
-        tolerates_worker_loss: let the job go on without a process that was killed, except that of rank 0.
+        tolerates_worker_loss: continue the job after a signal has killed a process other than that of rank 0.
     """
 
     def __init__(self, command: list[str], count: int, tolerates_worker_loss: bool = False) -> None:
@@ -46,14 +46,15 @@ class Supervisor:
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def run(self, job: dict[str, Any]) -> Any:
-        """Runs a job and returns the result of the process of rank 0.
+        """Starts the processes, runs a job in them and returns the result of the process of rank 0.
 
         Args:
-            job: what the processes get from `Worker.follow`; it consists of JSON's types.
+            job: the job that `Worker.follow` passes to its ``run`` in each process; it consists of JSON's types.
 
         Raises:
-            LightkitError: a process has ended in an error; the others have been ended.
-            Terminated: this process got SIGTERM, which the others got too.
+            LightkitError: a process has ended in an error; the supervisor has ended the others.
+            KeyboardInterrupt: Ctrl-C, which the supervisor has passed on to the processes.
+            Terminated: this process received SIGTERM, which the supervisor has passed on to the processes.
         """
         from torch.distributed import PrefixStore, TCPStore
 
@@ -97,13 +98,20 @@ class Supervisor:
         if "lo" in (name for _, name in socket.if_nameindex()):
             # Works where the machine's own name does not resolve, and keeps the port to this machine.
             environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        # A session of its own: Ctrl-C at the terminal reaches the supervisor alone, who passes it on once.
+        # With a session of its own, a process does not receive Ctrl-C from the terminal; the supervisor passes it on.
         return subprocess.Popen(self._command, env=environment, stdin=subprocess.PIPE, start_new_session=True)
 
     def _watch(self, jobs: JobStore) -> None:
-        """Returns when every process has ended well, or was killed while the job goes on without it."""
+        """Waits until every process has ended with status 0, or has been lost as ``tolerates_worker_loss`` allows.
+
+        Args:
+            jobs: the store to which processes report their errors.
+
+        Raises:
+            LightkitError: a process has failed; see `_first_error`.
+        """
         announced: set[int] = set()
-        # A list of all: `any` would poll no further than the first process that still runs.
+        # A list polls all processes: `any` would stop at the first one that still runs.
         while None in [process.poll() for process in self._processes]:
             self._announce_losses(announced)
             if self._has_failed():
@@ -128,19 +136,24 @@ class Supervisor:
                 print(f"process {rank} of {self._count} was ended by {name}: going on without it", file=sys.stderr)
 
     def _wait(self, seconds: float) -> None:
-        """Waits until all processes have ended, at most so long."""
+        """Waits until all processes have ended, for ``seconds`` at most."""
         end = time.monotonic() + seconds
         while any(process.poll() is None for process in self._processes) and time.monotonic() < end:
             time.sleep(_POLL)
 
     def _pass_on(self, number: signal.Signals, seconds: float) -> None:
-        """Sends a signal to all processes, and waits at most so long until they have ended."""
+        """Sends the signal ``number`` to all processes, and waits until they have ended, for ``seconds`` at most."""
         for process in self._processes:
             process.send_signal(number)
         self._wait(seconds)
 
     def _first_error(self, jobs: JobStore) -> LightkitError:
-        """Returns the error that came first: where one process fails, the others fail for missing it."""
+        """Returns the earliest error among the processes; later errors are consequences of the loss of that process.
+
+        Args:
+            jobs: the store to which processes have reported their errors. A process that a signal has ended reports
+                nothing, and comes first.
+        """
         reports = jobs.errors(range(self._count))
         statuses = {rank: process.returncode or 0 for rank, process in enumerate(self._processes)}
         killed = [rank for rank, status in statuses.items() if status < 0 and rank not in reports]
@@ -164,7 +177,7 @@ class Supervisor:
 
 @contextmanager
 def _raising_on_sigterm() -> Iterator[None]:
-    """Makes a SIGTERM an exception, as Ctrl-C is one: otherwise it would end this process at once."""
+    """Raises `Terminated` in the main thread on SIGTERM within the context; by default SIGTERM ends the process."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Terminated

@@ -1,4 +1,4 @@
-"""This process among the processes of its job: it takes jobs, reports errors and leaves."""
+"""This process as one of the processes of its job: it takes jobs, reports errors and leaves."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightkit.runtime.rendezvous import Rendezvous
 
 
 class Worker:
-    """This process as one of a job's; it meets the others when it first has something to say or to ask."""
+    """This process as one of the processes of a job; it connects to the others at the first call that needs them."""
 
     def __init__(self) -> None:
         self._rendezvous: Rendezvous | None = None
@@ -26,17 +26,20 @@ class Worker:
         return self._rendezvous
 
     def publish(self, job: dict[str, Any]) -> None:
-        """Gives a job to the processes that follow this one: see `follow`."""
+        """Publishes ``job``, which consists of JSON's types, for the processes that run `follow`."""
         self._meet().jobs.publish(job)
 
     def follow(self, run: Callable[[dict[str, Any]], Any]) -> None:
-        """Runs the jobs of the process that leads this one, as they come.
+        """Runs the jobs of the leading process: one job of a supervisor, or all jobs of rank 0 under torchrun.
+
+        In processes of other ranks than 0 the method suppresses standard output and warnings.
 
         Args:
-            run: runs a job; the result in the process of rank 0 consists of JSON's types.
+            run: a function that receives a job, runs it and returns the result. Under a supervisor the result in the
+                process of rank 0 must consist of JSON's types.
         """
         if rank() != 0:
-            # One process speaks for all.
+            # The process of rank 0 alone prints.
             sys.stdout = open(os.devnull, "w")
             warnings.simplefilter("ignore")
         if is_started():
@@ -51,7 +54,7 @@ class Worker:
         jobs.leave(rank())
 
     def report_error(self, message: str, trace: str = "") -> None:
-        """Reports the error that ends this process to the process that started it."""
+        """Reports the error that ends this process to the other processes: see `JobStore.report_error`."""
         self._meet().jobs.report_error(rank(), message, trace)
 
     def finish(self) -> None:
@@ -59,7 +62,7 @@ class Worker:
         if is_under_torchrun() and not is_started() and rank() == 0:
             jobs = self._meet().jobs
             jobs.publish(None)
-            # This process may be the server of the store: it stays until all have read that.
+            # This process may be the server of the store, so that it waits until all have read the message.
             jobs.wait_until_left(range(1, world_size()))
         if self._rendezvous is not None:
             self._rendezvous.release()
@@ -67,9 +70,9 @@ class Worker:
 
 
 def leave_process_group() -> None:
-    """Destroys torch's process group, if there is one.
+    """Destroys torch's default process group, if there is one.
 
-    Its threads must not outlive the interpreter, and Lightning destroys the group for NCCL alone.
+    The threads of the group must not outlive the interpreter, and Lightning destroys the group for NCCL alone.
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_initialized():
@@ -77,7 +80,7 @@ def leave_process_group() -> None:
 
 
 def end_by_signal(number: signal.Signals) -> None:
-    """Ends this process by a signal that it has caught, such that the process that started it sees the signal."""
+    """Ends this process by the signal ``number``, so that its parent sees a death by that signal and no exit status."""
     sys.stdout.flush()
     sys.stderr.flush()
     signal.signal(number, signal.SIG_DFL)
@@ -85,7 +88,10 @@ def end_by_signal(number: signal.Signals) -> None:
 
 
 def end_at_once_in_group(status: int) -> None:
-    """Ends this process if it is in a process group: an orderly end would wait for what the others no longer send."""
+    """Ends this process at once with exit status ``status`` if torch's process group exists; else returns.
+
+    An orderly end would wait for messages of processes that no longer send.
+    """
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_initialized():
         sys.stdout.flush()
@@ -94,8 +100,8 @@ def end_at_once_in_group(status: int) -> None:
 
 
 def _end_with_leader() -> NoReturn:
-    """Ends this process when the process that started it is gone, and with it the other end of the standard input."""
-    # `os.read` takes no lock of Python's: one that this thread held would block the end of the interpreter.
+    """Ends this process after its parent has ended: reads standard input, a pipe from the parent, to the end."""
+    # `os.read` takes no lock: a lock of ``sys.stdin`` in this thread would block the end of the interpreter.
     while os.read(0, 4096):
         pass
     os._exit(1)

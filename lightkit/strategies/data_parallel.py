@@ -30,15 +30,15 @@ _POWERSGD_START = 10
 class DataParallel(Parallel):
     """Averages the gradients of all processes in every step; each process trains on its shard of the data.
 
-    It is Lightning's ``DDPStrategy``, with communication hooks on every device (Lightning registers them for CUDA
-    alone) and without the broadcast before each batch.
+    The strategy is Lightning's ``DDPStrategy``, with communication hooks on every device (Lightning registers them for
+    CUDA alone) and without the broadcast before each batch.
 
     Args:
-        compression: compression of the sent gradients: ``none``; ``fp16`` and ``bf16``, which halve the bytes of
+        compression: the compression of the sent gradients: ``none``; ``fp16`` and ``bf16``, which halve the bytes of
             float32; ``powersgd``, an approximation of rank 1 with error feedback [1]_ from the tenth step on. A
             checkpoint does not have the fed back error: a resumed run begins with zero error.
-        find_unused_parameters: supports models that leave out some parameters in some steps.
-        **options: arguments of Lightning's ``DDPStrategy``, such as an own ``ddp_comm_hook``.
+        find_unused_parameters: True supports models that leave out some parameters in some steps.
+        **options: further arguments of Lightning's ``DDPStrategy``, such as a ``ddp_comm_hook`` of the user.
 
     Raises:
         ConfigError: the compression is unknown; at the start of a training, the processes have different numbers of
@@ -62,7 +62,7 @@ class DataParallel(Parallel):
         self.compression = compression
 
     def configure_ddp(self) -> None:
-        """Wraps the module."""
+        """Wraps the module in torch's ``DistributedDataParallel``, with the hook that compresses gradients."""
         super().configure_ddp()
         self._wrap(self.trained_module)
 
@@ -105,7 +105,7 @@ class DataParallel(Parallel):
             self.count_bytes(self._reduced_bytes())
 
     def _reduced_bytes(self) -> float:
-        """Returns the bytes of the gradients that the latest step has reduced, after compression."""
+        """Returns the number of bytes of gradients that the latest step has all-reduced, after compression."""
         if self.compression in _HALF:
             return 2 * self._gradient_count
         if self.compression == "powersgd" and self._steps_counted > _POWERSGD_START:
@@ -115,7 +115,14 @@ class DataParallel(Parallel):
         return self._gradient_bytes
 
     def check_work(self, batches: list[float]) -> None:
-        """Rejects different numbers of batches: every process takes part in every step."""
+        """Rejects different numbers of batches: every process takes part in every step.
+
+        Args:
+            batches: the number of batches of each process in an epoch; infinite if unknown.
+
+        Raises:
+            ConfigError: the numbers differ.
+        """
         if len(set(batches)) > 1:
             counts = ", ".join(f"{count:g}" for count in batches)
             raise ConfigError(
@@ -126,7 +133,11 @@ class DataParallel(Parallel):
 
 # torch checks the annotations of hooks, and does not understand strings: this function has none.
 def _average_in(dtype, bucket):
-    """Averages the gradients of a bucket in another dtype; torch's own hook for bfloat16 needs NCCL."""
+    """Averages the gradients in ``bucket`` over all processes in ``dtype``; torch's own hook for bfloat16 needs NCCL.
+
+    Returns:
+        A future of the averaged gradients, in the dtype of the bucket.
+    """
     gradients = bucket.buffer()
     # Divides first: the sum of many float16 gradients may overflow.
     sent = gradients.to(dtype).div_(dist.get_world_size())

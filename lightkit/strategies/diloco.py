@@ -24,18 +24,18 @@ class DiLoCo(LocalSGD):
     workers' changes. All workers continue with the result. With ``outer_lr=1`` and ``outer_momentum=0`` the strategy
     equals `LocalSGD`, which also describes the rest: every average of `LocalSGD` is an outer step here. A validation
     or a checkpoint within a period causes an outer step with a small gradient and the full momentum: choose a period
-    that divides the distance between them.
+    that divides the number of steps between validations and between checkpoints.
 
     A checkpoint has the outer momentum; the shared weights are those of the checkpoint.
 
     Args:
-        period: steps of a worker from one outer step to the next.
+        period: the number of steps of a worker from one outer step to the next.
         outer_lr: the learning rate of the outer optimizer.
         outer_momentum: the Nesterov momentum of the outer optimizer; 0 for none.
         **options: see `LocalSGD`.
 
     Raises:
-        ConfigError: a value is out of range, or as `LocalSGD`.
+        ConfigError: a value is out of its range, or for a reason that `LocalSGD` lists.
 
     References:
         .. [1] Douillard et al., DiLoCo: distributed low-communication training of language models, 2023.
@@ -90,7 +90,11 @@ class DiLoCo(LocalSGD):
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Restores the optimizers, and the outer momentum if the checkpoint has one."""
+        """Restores the optimizers, and the outer momentum if the checkpoint has one.
+
+        Raises:
+            CheckpointError: the outer optimizer in the checkpoint has other parameters.
+        """
         super().load_optimizer_state_dict(checkpoint)
         if (state := checkpoint.get(OUTER_KEY)) is None:
             return

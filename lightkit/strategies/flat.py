@@ -17,7 +17,7 @@ class FlatBuffer:
         tensors: at least one tensor; all of one dtype and device, with any strides.
 
     Attributes:
-        flat: the buffer.
+        flat: the buffer, a one-dimensional tensor with the values of ``tensors`` one after the other.
     """
 
     def __init__(self, tensors: list[Tensor]) -> None:
@@ -29,7 +29,7 @@ class FlatBuffer:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the buffer."""
+        """The number of bytes of the buffer."""
         return self.flat.nbytes
 
     def load(self) -> None:
@@ -41,7 +41,12 @@ class FlatBuffer:
         torch._foreach_copy_(self._tensors, self._parts)
 
     def average(self, counts: bool, workers: int) -> None:
-        """Sets the buffer to its mean over the ``workers`` processes for which ``counts`` is True."""
+        """Sets the buffer to the mean of the buffers of some processes; all processes must call the method.
+
+        Args:
+            counts: True if the buffer of this process counts in the mean.
+            workers: the number of processes whose buffers count.
+        """
         if not counts:
             self.flat.zero_()
         dist.all_reduce(self.flat)
@@ -49,7 +54,7 @@ class FlatBuffer:
 
 
 def flat_buffers(tensors: Iterable[Tensor]) -> list[FlatBuffer]:
-    """Returns one buffer for each dtype and device."""
+    """Returns a `FlatBuffer` for the tensors of each dtype and device."""
     kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = defaultdict(list)
     for tensor in tensors:
         kinds[tensor.dtype, tensor.device].append(tensor.detach())

@@ -42,8 +42,8 @@ class LocalSGD(Parallel):
     count in their averages.
 
     Args:
-        period: steps from one average to the next.
-        **options: arguments of Lightning's ``DDPStrategy``; those about gradients have no effect.
+        period: the number of steps of a worker from one average to the next.
+        **options: arguments of Lightning's ``DDPStrategy``; the arguments about gradients have no effect.
 
     Raises:
         ConfigError: ``period`` is below 1; at the start of a training, the run uses ``16-mixed``, ``sync_batchnorm``,
@@ -68,7 +68,7 @@ class LocalSGD(Parallel):
         self._trained: list[nn.Parameter] = []
 
     def configure_ddp(self) -> None:
-        """Copies the weights of worker 0 to all workers. Wraps nothing: gradients stay with their worker."""
+        """Copies the weights of worker 0 to all workers; wraps no module, since gradients stay with their worker."""
         super().configure_ddp()
         name = type(self).__name__
         if self._layer_sync is not None:
@@ -102,12 +102,12 @@ class LocalSGD(Parallel):
         self._statistics = flat_buffers(statistics)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Takes up parameters that a callback has frozen or thawed since the latest average."""
+        """Collects the trained parameters anew if a callback has frozen or thawed some after an average."""
         if self._agreed:
             self._collect()
 
     def after_step(self, optimizer: Optimizer) -> None:
-        """Averages after a period of this worker's steps, and at the end of an epoch."""
+        """Averages the weights after ``period`` steps of this worker, and at the end of an epoch."""
         self._agreed, self._has_stepped = False, True
         if optimizer is self.optimizers[0] or optimizer is self._lightning_optimizers[0]:
             self.count_step()
@@ -121,7 +121,8 @@ class LocalSGD(Parallel):
         """Takes part in an average, and at the end of an epoch in all averages of the workers that still train.
 
         Args:
-            at: ``period``; ``pause`` before a validation or a checkpoint, which need all workers; ``end`` of an epoch.
+            at: ``"period"`` after ``period`` steps; ``"pause"`` before a validation or a checkpoint, which need all
+                workers; ``"end"`` at the end of an epoch.
         """
         while True:
             flags = torch.tensor([self._has_stepped, at == "pause", at == "end"], device=self.root_device).float()
@@ -140,7 +141,12 @@ class LocalSGD(Parallel):
         self._agreed = at != "period"
 
     def _merge(self, counts: bool, workers: int) -> None:
-        """Sets the weights of all workers to the mean over the ``workers`` workers that have stepped."""
+        """Sets the weights of all workers to the mean over the workers that have stepped since the latest average.
+
+        Args:
+            counts: True if this worker has stepped.
+            workers: the number of workers that have stepped.
+        """
         for buffer in (*self._parameters, *self._statistics):
             buffer.load()
             buffer.average(counts, workers)
@@ -148,18 +154,18 @@ class LocalSGD(Parallel):
             self.count_bytes(buffer.nbytes)
 
     def _agree(self) -> None:
-        """Averages unless that has happened since the latest step."""
+        """Averages the weights during a fit, unless the workers have averaged since the latest step."""
         trainer = self.trained_module.trainer
         if not self._agreed and trainer.state.fn == TrainerFn.FITTING:
             loop = trainer.fit_loop.epoch_loop
             self._average("end" if loop.batch_progress.is_last_batch or is_training_done(loop) else "pause")
 
     def on_validation_start(self) -> None:
-        """Averages: Lightning validates the average."""
+        """Averages the weights, so that Lightning validates the average."""
         self._agree()
 
     def on_train_end(self) -> None:
-        """Averages: the training ends with the average."""
+        """Averages the weights, so that the training ends with the average."""
         self._agree()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -185,7 +191,14 @@ class LocalSGD(Parallel):
         super().load_optimizer_state_dict(checkpoint)
 
     def check_work(self, batches: list[float]) -> None:
-        """Rejects different numbers of batches with ``max_steps``, which some workers would reach epochs later."""
+        """Rejects different numbers of batches with ``max_steps``, which some workers would reach epochs later.
+
+        Args:
+            batches: the number of batches of each worker in an epoch; infinite if unknown.
+
+        Raises:
+            ConfigError: the numbers differ, and the Trainer has ``max_steps``.
+        """
         if len(set(batches)) > 1 and self.trained_module.trainer.max_steps != -1:
             counts = ", ".join(f"{count:g}" for count in batches)
             raise ConfigError(

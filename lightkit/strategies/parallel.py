@@ -46,9 +46,10 @@ class Parallel(DDPStrategy):
 
     @property
     def communication(self) -> dict[str, float]:
-        """The megabytes that this process has sent to train, and the bytes for each step; empty before the first step.
+        """The megabytes that this process has sent to train, and the bytes for each step, by name.
 
-        The count is that of a ring all-reduce: each of ``n`` processes sends ``2 (n - 1) / n`` of the reduced bytes.
+        The dict is empty before the first step. The counts are those of a ring all-reduce: each of ``n`` processes
+        sends ``2 (n - 1) / n`` of the reduced bytes.
         """
         if self._steps_counted == 0:
             return {}
@@ -56,7 +57,7 @@ class Parallel(DDPStrategy):
         return {"communication/megabytes": sent / 1e6, "communication/bytes_per_step": sent / self._steps_counted}
 
     def count_bytes(self, reduced: float) -> None:
-        """Counts bytes of tensors that all processes have reduced."""
+        """Counts ``reduced`` bytes of tensors that all processes have all-reduced."""
         self._bytes_sent += reduced * 2 * (self.world_size - 1) / self.world_size
 
     def count_step(self) -> None:
@@ -64,7 +65,11 @@ class Parallel(DDPStrategy):
         self._steps_counted += 1
 
     def configure_ddp(self) -> None:
-        """Rejects modules that are sharded or wrapped already."""
+        """Rejects modules that are sharded or wrapped already.
+
+        Raises:
+            ConfigError: a module is sharded or wrapped.
+        """
         for name, module in self.trained_module.named_modules():
             wrapped = isinstance(module, DistributedDataParallel) or is_instance(
                 module, "torch.distributed.fsdp", "FullyShardedDataParallel"
@@ -76,13 +81,13 @@ class Parallel(DDPStrategy):
                 )
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **options: Any) -> Any:
-        """Steps the optimizer, and calls `after_step`."""
+        """Steps the optimizer as Lightning's strategy does, and calls `after_step`."""
         output = super().optimizer_step(optimizer, closure, *args, **options)
         self.after_step(optimizer)
         return output
 
     def after_step(self, optimizer: Optimizer) -> None:
-        """Acts after an optimizer step; Lightning's loop and the lean loop both cause the call."""
+        """Acts after a step of ``optimizer`` in Lightning's loop or in `lightkit.loops`; here it does nothing."""
 
     def on_train_start(self) -> None:
         """Replaces Lightning's handling of SIGTERM, which it has just set up, and checks the numbers of batches."""
@@ -92,7 +97,11 @@ class Parallel(DDPStrategy):
             self.check_work(_gather_floats(trainer.num_training_batches, self.root_device))
 
     def check_work(self, batches: list[float]) -> None:
-        """Checks the number of batches of each process in an epoch; an unknown number is infinite."""
+        """Checks the numbers of batches before the training; here it accepts all.
+
+        Args:
+            batches: the number of batches of each process in an epoch; infinite if unknown.
+        """
 
 
 def _handle_sigterm_locally(trainer: pl.Trainer) -> None:

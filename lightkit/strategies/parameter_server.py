@@ -43,7 +43,7 @@ class ParameterServer(ParallelStrategy):
 
     Workers wait for each other in ``sync`` and ``bounded`` steps, at the beginning and at the end of the training, and
     nowhere else. So each worker validates on the whole validation set, and decides by itself to stop early; worker 0
-    logs and saves. A checkpoint has the parameters and the optimizer states of the servers, and is an ordinary one.
+    logs and saves. An ordinary checkpoint has the parameters and the optimizer states of the servers.
     Running statistics and other buffers are each worker's own; a checkpoint has those of worker 0.
 
     A worker may end at any time, and another one may take its place: the servers continue without it, and the
@@ -57,21 +57,24 @@ class ParameterServer(ParallelStrategy):
 
     Args:
         mode: ``sync``, ``async`` or ``bounded``: see `lightkit.parameter_server.TrainingSpec`.
-        staleness: the most pushes that a worker may be ahead of the slowest worker in ``bounded``.
-        compression: compression of pushes: ``none``, ``bf16`` or ``topk``.
+        staleness: the largest number of pushes that a worker may be ahead of the slowest worker in ``bounded``.
+        compression: the compression of pushes: ``none``, ``bf16`` or ``topk``.
         fraction: the fraction of the gradient's elements that ``topk`` sends.
-        overlap: computes the next batch while a push is under way, with parameters that are older by one step of this
-            worker. Default: True in ``async`` and ``bounded``; ``sync`` does not allow it.
-        servers: the number of servers that worker 0 starts, without ``addresses``.
-        snapshot_every: updates from one snapshot of a server to the next; with 0 the end of a server ends the job.
-        directory: the directory of snapshots and logs of servers that are started here. Default: a directory below the
-            Trainer's ``default_root_dir``.
-        addresses: ``HOST:PORT`` of running servers: a list, or a string with commas. The environment variable
-            ``LIGHTKIT_SECRET`` has their secret.
-        worker: the rank of this process, for processes that are started one by one; goes with ``workers`` and
-            ``addresses``.
+        overlap: True computes the next batch while a push is under way, with parameters that are older by one step of
+            this worker. Default: True in ``async`` and ``bounded``; ``sync`` does not allow True.
+        servers: the number of servers that worker 0 starts; it has no effect with ``addresses``.
+        snapshot_every: the number of updates from one snapshot of a server to the next; with 0 there are no snapshots,
+            and the end of a server ends the job.
+        directory: the directory of snapshots and logs of the servers that worker 0 starts. Default: a directory below
+            the Trainer's ``default_root_dir``.
+        addresses: the addresses ``HOST:PORT`` of running servers: a list, or a string with commas. The environment
+            variable ``LIGHTKIT_SECRET`` has the secret of the servers. None makes worker 0 start servers.
+        worker: the rank of this process, if the processes are started one by one; goes with ``workers`` and
+            ``addresses``. None takes the rank from the Trainer's environment.
         workers: the number of processes that are started one by one, which share the training data.
-        timeout: seconds without a heartbeat after which a worker or a server counts as gone; longer than a push takes.
+        timeout: the seconds without a heartbeat after which a worker or a server counts as gone; it must be longer than
+            a push takes.
+        **options: arguments of Lightning's ``ParallelStrategy``.
 
     Raises:
         ConfigError: an argument is out of range, or arguments exclude each other; at the start of a training, a feature
@@ -212,10 +215,10 @@ class ParameterServer(ParallelStrategy):
             self._rendezvous.wait_for_all()
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """Returns ``src``'s object. During training nothing is synchronized, so each worker returns its own.
+        """Returns the ``obj`` of worker ``src``, and during the training the ``obj`` of this worker.
 
         Raises:
-            ConfigError: the object is not one of JSON.
+            ConfigError: ``obj`` does not consist of JSON's types and paths.
         """
         if self._rendezvous is None or self._is_training:
             return obj
@@ -355,7 +358,11 @@ class ParameterServer(ParallelStrategy):
         return Path(root) / secrets.token_hex(4)
 
     def push(self, index: int, optimizer: Optimizer) -> None:
-        """Pushes the gradients of the optimizer with that index, and copies the parameters that come back.
+        """Pushes the gradients of an optimizer's parameters, and copies the parameters that come back.
+
+        Args:
+            index: the index of the optimizer.
+            optimizer: the optimizer.
 
         Raises:
             ConfigError: the training has not begun, the parameters were written to, or a gradient is sparse.
@@ -364,7 +371,7 @@ class ParameterServer(ParallelStrategy):
         self._remote.push(index, optimizer)
 
     def on_validation_start(self) -> None:
-        """Waits for the pending pushes: the validated parameters include them."""
+        """Waits for the pending pushes, so that the validated parameters include them."""
         self._remote.drain()
 
     def on_train_end(self) -> None:
@@ -374,7 +381,7 @@ class ParameterServer(ParallelStrategy):
 
     @property
     def communication(self) -> dict[str, float]:
-        """The megabytes sent and received, and the bytes sent for each step; empty before the first step."""
+        """The megabytes sent and received, and the bytes sent for each step, by name; empty before the first step."""
         if self._remote.steps == 0:
             return {}
         sent, received = self._remote.traffic

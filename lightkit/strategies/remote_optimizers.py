@@ -22,10 +22,10 @@ class RemoteOptimizers:
     """The optimizers of a worker, while parameter servers make their steps.
 
     Args:
-        overlap: lets the worker compute the next batch while a push is under way.
+        overlap: True lets the worker compute the next batch while a push is under way.
 
     Attributes:
-        steps: the steps of the first optimizer so far.
+        steps: the number of steps of the first optimizer so far.
     """
 
     def __init__(self, overlap: bool) -> None:
@@ -46,7 +46,7 @@ class RemoteOptimizers:
 
     @property
     def traffic(self) -> tuple[int, int]:
-        """The bytes of pushes that were sent, and the bytes of parameters that were received."""
+        """The number of bytes of the sent pushes, and the number of bytes of the received parameters."""
         return self._traffic if self._client is None else self._client.traffic
 
     def attach(self, optimizers: list[Optimizer]) -> None:
@@ -84,7 +84,12 @@ class RemoteOptimizers:
         return step
 
     def start(self, client: Client) -> bool:
-        """Joins the training of the servers, and copies their parameters.
+        """Joins the training of the servers; if the servers have none, worker 0 begins it with its parameters.
+
+        The method copies no parameters from the servers: `pull` does.
+
+        Args:
+            client: the client of the servers.
 
         Returns:
             True if this worker has begun the training with its own parameters.
@@ -98,7 +103,7 @@ class RemoteOptimizers:
         return client.start(options, values, self._restored)
 
     def pull(self) -> None:
-        """Copies the servers' parameters to those of the optimizers."""
+        """Copies the servers' parameters to the parameters of the optimizers."""
         client = self._connected()
         self._restored = self._fetched = None
         for index in range(len(self._optimizers)):
@@ -116,7 +121,13 @@ class RemoteOptimizers:
     def clip_gradients(
         self, optimizer: Optimizer | LightningOptimizer, clip_val: float = 0.0, gradient_clip_algorithm: str = "norm"
     ) -> None:
-        """Has the next step of an optimizer clip the gradients: the servers have the gradient of the step."""
+        """Makes the servers clip the gradients in the next step of an optimizer.
+
+        Args:
+            optimizer: the optimizer.
+            clip_val: the largest norm, or the largest absolute value; 0 or less clips nothing.
+            gradient_clip_algorithm: ``"norm"`` or ``"value"``.
+        """
         if clip_val <= 0:
             return
         inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
@@ -126,6 +137,12 @@ class RemoteOptimizers:
 
     def push(self, index: int, optimizer: Optimizer) -> None:
         """Pushes the gradients of an optimizer's parameters, and copies the parameters that come back.
+
+        With ``overlap`` the parameters are copied by the next `drain`.
+
+        Args:
+            index: the index of the optimizer.
+            optimizer: the optimizer.
 
         Raises:
             ConfigError: the training has not begun, the parameters were written to, or a gradient is sparse.
@@ -165,7 +182,11 @@ class RemoteOptimizers:
         return self._client
 
     def _check_unwritten(self, client: Client, index: int, optimizer: Optimizer) -> None:
-        """Checks that nobody has written to the parameters: the next reply of the servers would overwrite that."""
+        """Checks that no program has written to the parameters: the servers' next reply would overwrite the change.
+
+        Raises:
+            ConfigError: the parameters were written to, or the optimizer has other parameters.
+        """
         parameters = parameters_of(optimizer)
         versions = self._copied_versions[index]
         if len(parameters) != len(versions):
@@ -185,7 +206,10 @@ class RemoteOptimizers:
                 )
 
     def drain(self, index: int | None = None) -> None:
-        """Waits for the pending push of an optimizer, or of all, and copies the parameters.
+        """Waits for pending pushes, and copies the parameters that come back.
+
+        Args:
+            index: the index of the optimizer whose push the method waits for; None waits for all optimizers.
 
         Raises:
             LightkitError: a server is gone, or refuses the push.
@@ -228,7 +252,7 @@ class RemoteOptimizers:
         self.fetch()
 
     def leave(self) -> None:
-        """Leaves the servers; `finish` comes before, or the servers take this worker for lost."""
+        """Leaves the servers; without a `finish` before, the servers count this worker as lost."""
         if self._client is not None:
             self._traffic = self._client.traffic
             self._client.leave()
@@ -238,7 +262,7 @@ class RemoteOptimizers:
         self._copied_versions.clear()
 
     def abandon(self) -> None:
-        """Closes the connections at once: the servers take this worker for lost."""
+        """Closes the connections at once; the servers count this worker as lost."""
         if self._client is not None:
             self._client.abandon()
 

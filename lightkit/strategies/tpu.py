@@ -25,7 +25,7 @@ _DEVICE = "tpu"
 
 
 def unavailable_reason() -> str | None:
-    """Returns the reason why torch_tpu has no TPU on this machine, or None."""
+    """Returns the reason why torch_tpu has no TPU on this machine; None if it has one."""
     if find_spec("torch_tpu") is None:
         return "the package torch_tpu is not installed: pip install torch_tpu"
     try:
@@ -40,7 +40,7 @@ class TorchTPUAccelerator(Accelerator):
     """A TPU by torch_tpu: ``Trainer(accelerator="torch_tpu", strategy="torch_tpu")``. Not run on hardware."""
 
     def setup_device(self, device: torch.device) -> None:
-        """Checks that the device is a TPU. A process has one TPU, and needs no choice.
+        """Checks that ``device`` is a TPU; a process has one TPU, so that there is none to choose.
 
         Raises:
             ConfigError: the device is no TPU.
@@ -59,8 +59,11 @@ class TorchTPUAccelerator(Accelerator):
     def parse_devices(devices: int | str | list[int]) -> int:
         """Returns the number of devices, which must be 1.
 
+        Args:
+            devices: the Trainer's argument: 1 or ``"1"``.
+
         Raises:
-            ConfigError: ``devices`` is another number, or a list.
+            ConfigError: ``devices`` is another number, another string, or a list.
         """
         if devices not in (1, "1"):
             raise ConfigError(f"devices={devices}: torch_tpu gives a process one TPU; several are not supported yet")
@@ -87,7 +90,7 @@ class TorchTPUAccelerator(Accelerator):
 
     @staticmethod
     def name() -> str:
-        """Returns the name for the Trainer."""
+        """Returns the name by which a Trainer finds this accelerator."""
         return "torch_tpu"
 
 

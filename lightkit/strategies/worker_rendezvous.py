@@ -29,8 +29,8 @@ class WorkerRendezvous:
     All workers must call the methods in the same order.
 
     Args:
-        environment: the cluster environment, which names the address of the store.
-        rank: the rank of this worker; worker 0 serves the store, unless torchrun or lightkit.train do.
+        environment: the cluster environment, which has the address of the TCP store.
+        rank: the rank of this worker; worker 0 serves the store, unless torchrun or lightkit.train does.
         world_size: the number of workers.
     """
 
@@ -62,14 +62,18 @@ class WorkerRendezvous:
         self._store.wait([f"{key}/all"], _STARTUP_TIMEOUT)
 
     def wait_for(self, src: int) -> None:
-        """Waits for worker ``src`` alone: after the training, other workers may be lost."""
+        """Waits until worker ``src`` makes the same call; after the training, other workers may be lost."""
         self.broadcast(None, src)
 
     def broadcast(self, value: Any, src: int) -> Any:
-        """Returns the value of worker ``src``, which other workers wait for.
+        """Returns the value of worker ``src``, for which the other workers wait.
+
+        Args:
+            value: the value to send, in worker ``src``; the method ignores it in other workers.
+            src: the rank of the worker that sends.
 
         Raises:
-            ConfigError: the value is not one of JSON.
+            ConfigError: ``value`` does not consist of JSON's types and paths.
         """
         key = self._next_key()
         if self._rank == src:

@@ -17,16 +17,17 @@ from lightkit.tasks.task import Task
 class ClassificationTask(Task):
     """Trains any model that maps inputs to logits of shape ``(N, C)``.
 
-    The last entry of a batch is the labels ``(N)`` in ``[0, C)``; the entries before it are the model's inputs: images,
-    or sequences and their lengths. The task logs ``train/loss`` every step, and ``val/loss``, ``test/loss`` and every
-    metric as ``val/NAME`` and ``test/NAME``.
+    The last entry of a batch is the labels ``(N)``, int64 in ``[0, C)``; the entries before the labels are the model's
+    inputs: images, or sequences and their lengths. The task logs ``train/loss`` every step, and ``val/loss``,
+    ``test/loss`` and every metric as ``val/NAME`` and ``test/NAME``.
 
     Args:
         model: the network.
-        optimizer: returns an optimizer of the given parameters, such as ``partial(SGD, lr=0.1)``.
-        scheduler: returns a learning-rate scheduler of the given optimizer, which Lightning steps once an epoch.
-        loss: maps ``(logits, labels)`` to a scalar. Default: `lightkit.nn.CrossEntropyLoss`.
-        metrics: torchmetrics metrics by name, updated with ``(logits, labels)``.
+        optimizer: a function that returns an optimizer of the given parameters, such as ``partial(SGD, lr=0.1)``.
+        scheduler: a function that returns a learning-rate scheduler of the given optimizer, which Lightning steps once
+            an epoch; None keeps the learning rate.
+        loss: a module that maps ``(logits, labels)`` to a scalar. Default: `lightkit.nn.CrossEntropyLoss`.
+        metrics: metrics of torchmetrics by name, which the task updates with ``(logits, labels)``; None for none.
     """
 
     loss: nn.Module
@@ -42,7 +43,7 @@ class ClassificationTask(Task):
         super().__init__(model, CrossEntropyLoss() if loss is None else loss, optimizer, scheduler, metrics)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Returns logits ``(N, C)``."""
+        """Returns the logits ``(N, C)`` of a batch's inputs."""
         return self.model(*inputs)
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:

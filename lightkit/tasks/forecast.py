@@ -26,23 +26,24 @@ class ForecastTask(Task):
     of targets within their intervals.
 
     The intervals are those of split conformal prediction [1]_: for each step of the horizon, the forecast plus and
-    minus the ``level``-quantile of the absolute errors of the last validation. They are infinite if the validation is
-    too short for the level. The level holds for errors like those of the validation; a series may change, so compare
-    ``test/coverage``.
+    minus the ``level``-quantile of the absolute errors of the last validation. The intervals are infinite if the
+    validation is too short for the level. The level holds for errors like those of the validation; a series may change,
+    so compare ``test/coverage``.
 
     The state dict, and thus every checkpoint, has ``center`` and ``scale`` of the data module's training part, and
     ``half_width`` ``(horizon)`` of the intervals.
 
     Args:
         model: the network.
-        horizon: the values that it forecasts.
-        optimizer: returns an optimizer of the given parameters, such as ``partial(Adam, lr=0.001)``.
-        scheduler: returns a learning-rate scheduler of the given optimizer, which Lightning steps once an epoch.
-        loss: maps standardised forecasts and targets to a scalar. Default: `lightkit.nn.MSELoss`.
-        metrics: torchmetrics metrics by name, updated with ``(forecast, target)``.
-        relative: True makes the model read and forecast differences to the last value of the history. It then does not
-            depend on the level of the series, which may rise beyond the training part, and a loss of 1 is that of the
-            naive forecast. False makes it read and forecast the standardised values.
+        horizon: the number of values that the model forecasts.
+        optimizer: a function that returns an optimizer of the given parameters, such as ``partial(Adam, lr=0.001)``.
+        scheduler: a function that returns a learning-rate scheduler of the given optimizer, which Lightning steps once
+            an epoch; None keeps the learning rate.
+        loss: a module that maps standardised forecasts and targets to a scalar. Default: `lightkit.nn.MSELoss`.
+        metrics: metrics of torchmetrics by name, which the task updates with ``(forecast, target)``; None for none.
+        relative: True makes the model read and forecast differences to the last value of the history. The model then
+            does not depend on the level of the series, which may rise beyond the training part, and a loss of 1 is the
+            loss of the naive forecast. False makes the model read and forecast the standardised values.
         level: the share of targets that the intervals are to contain, between 0 and 1.
 
     Raises:
@@ -82,7 +83,11 @@ class ForecastTask(Task):
         self._errors = CatMetric(nan_strategy="disable")
 
     def setup(self, stage: str) -> None:
-        """Copies center and scale from the data module, if it has them; a checkpoint replaces them later."""
+        """Copies center and scale from the data module, if it has them; a checkpoint replaces the values later.
+
+        Raises:
+            ConfigError: the Trainer's precision is half precision.
+        """
         if self.trainer.precision in ("16-true", "bf16-true"):
             raise ConfigError("a series cannot be represented in half precision: use trainer.precision=bf16-mixed")
         data: Any = getattr(self.trainer, "datamodule", None)
@@ -128,7 +133,10 @@ class ForecastTask(Task):
         return {**found, "target": target}
 
     def predict_step(self, batch: Tensor | Sequence[Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """Returns ``forecast``, ``lower`` and ``upper`` for histories, or for a batch, whose targets are ignored."""
+        """Returns ``forecast``, ``lower`` and ``upper``, each ``(N, horizon)``, for histories ``(N, T, 1)``.
+
+        ``batch`` is the tensor of histories, or a batch, whose targets are ignored.
+        """
         return self._with_interval(self(batch[0] if isinstance(batch, (tuple, list)) else batch))
 
     def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str, metrics: MetricCollection) -> Tensor:
@@ -147,7 +155,7 @@ class ForecastTask(Task):
         return {"forecast": forecast, "lower": forecast - self.half_width, "upper": forecast + self.half_width}
 
     def _base(self, history: Tensor) -> Tensor:
-        """Returns the value that standardises to zero: ``(N, 1)``, or a scalar."""
+        """Returns the value that standardises to zero: ``(N, 1)`` if ``relative`` is True, else a scalar."""
         return history[:, -1] if self.relative else self.center
 
     def _forecast(self, history: Tensor, base: Tensor) -> Tensor:
@@ -170,10 +178,10 @@ def conformal_quantile(errors: Tensor, level: float) -> Tensor:
 
     Args:
         errors: absolute errors ``(N, horizon)``.
-        level: between 0 and 1.
+        level: the probability, between 0 and 1.
 
     Returns:
-        ``(horizon)``: the ``ceil((N + 1) level)``-th smallest error of each step; infinite if there are too few.
+        ``(horizon)``: the ``ceil((N + 1) level)``-th smallest error of each step; infinite if N is less than this rank.
     """
     count = len(errors)
     # Rounding: 0.7 * 10 is slightly more than 7 in floating point.

@@ -37,13 +37,14 @@ class LanguageModelTask(Task):
 
     Args:
         model: the language model.
-        optimizer: returns an optimizer of the given parameters, such as ``partial(AdamW, lr=1e-3)``.
-        scheduler: returns a learning-rate scheduler of the given optimizer, which Lightning steps once an epoch.
+        optimizer: a function that returns an optimizer of the given parameters, such as ``partial(AdamW, lr=1e-3)``.
+        scheduler: a function that returns a learning-rate scheduler of the given optimizer, which Lightning steps once
+            an epoch; None keeps the learning rate.
         label_smoothing: the label smoothing in training, between 0 and 1.
         z_loss: the coefficient of the squared log-partition function in training, see `lightkit.ops.cross_entropy`.
 
     Raises:
-        ValueError: ``model`` is no `lightkit.models.LanguageModel`.
+        ValueError: ``model`` is not a `lightkit.models.LanguageModel`.
     """
 
     model: LanguageModel
@@ -65,7 +66,7 @@ class LanguageModelTask(Task):
         self._recorded = 0
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Returns logits ``(N, T, V)`` of tokens ``(N, T)``."""
+        """Returns logits ``(N, T, V)`` of the token that follows each of ``tokens`` ``(N, T)``."""
         return self.model(tokens)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -79,7 +80,7 @@ class LanguageModelTask(Task):
         self._evaluate(batch, self.val_metrics)
 
     def on_test_start(self) -> None:
-        """Resets the count of returned losses."""
+        """Resets the count of the losses that `test_step` has returned."""
         self._recorded = 0
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor] | None:
@@ -126,14 +127,15 @@ class LanguageModelTask(Task):
     ) -> Tensor:
         """Continues a text token by token.
 
-        When the context of the model is full, the model reads the last half of it again. It thus always sees between
-        half of its context and all of it, at positions that it knows from training.
+        When the context of the model is full, the model reads the last half of the context again. The model thus always
+        sees between half of its context and the whole context, at positions that occurred in training.
 
         Args:
             prompt: the beginning of the text, int64 ``(P)`` with P at least 1, on any device.
             length: the number of tokens to add.
-            temperature: divides the logits: values below 1 make likely tokens likelier, 0 takes the likeliest token.
-            top_k: choose among this number of the likeliest tokens. Default: all.
+            temperature: the divisor of the logits: values below 1 make likely tokens likelier, 0 takes the likeliest
+                token.
+            top_k: the number of the likeliest tokens from which the method chooses. Default: all tokens.
             generator: the generator of the random choices. Default: torch's global one.
 
         Returns:
@@ -163,7 +165,7 @@ class LanguageModelTask(Task):
     def _continue(
         self, tokens: Tensor, given: int, temperature: float, top_k: int | None, generator: torch.Generator | None
     ) -> None:
-        """Fills ``tokens`` in place after the first ``given`` ones."""
+        """Generates the tokens from index ``given`` on, in place in ``tokens``; for the arguments see `generate`."""
         context = self.model.context or len(tokens)
         # The start of the present window, the number of its tokens that the state represents, and the state.
         start, read, state = max(0, given - context), 0, None
@@ -186,14 +188,14 @@ def _choose(logits: Tensor, temperature: float, top_k: int | None, generator: to
 
 
 class _Perplexity(MeanMetric):
-    """The exponential of the mean loss."""
+    """The exponential of the mean of losses in nats."""
 
     def compute(self) -> Tensor:
         return super().compute().exp()
 
 
 class _BitsPerByte(MeanMetric):
-    """The mean loss in bits instead of nats."""
+    """The mean of losses in nats, converted by `compute` to bits; the loss of one token is that of one byte."""
 
     def compute(self) -> Tensor:
         return super().compute() / math.log(2)

@@ -16,16 +16,17 @@ from torchmetrics import Metric, MetricCollection
 class Task(pl.LightningModule):
     """A LightningModule of a model, a loss, an optimizer and metrics.
 
-    A subclass defines the steps. By convention it logs ``train/loss`` every step, and ``val/loss``, ``test/loss`` and
-    every metric as ``val/NAME`` and ``test/NAME``. Its ``test_step`` returns a dict of tensors with one entry a sample,
-    which `lightkit.callbacks.TestRecorder` collects.
+    A subclass defines the steps. By convention a subclass logs ``train/loss`` every step, and ``val/loss``,
+    ``test/loss`` and every metric as ``val/NAME`` and ``test/NAME``. Its ``test_step`` returns a dict of tensors with
+    one entry for each sample, which `lightkit.callbacks.TestRecorder` collects.
 
     Args:
         model: the network.
         loss: the loss module, or None if the task computes the loss by a function.
-        optimizer: returns an optimizer of the given parameters, such as ``partial(SGD, lr=0.1)``.
-        scheduler: returns a learning-rate scheduler of the given optimizer, which Lightning steps once an epoch.
-        metrics: torchmetrics metrics by name.
+        optimizer: a function that returns an optimizer of the given parameters, such as ``partial(SGD, lr=0.1)``.
+        scheduler: a function that returns a learning-rate scheduler of the given optimizer, which Lightning steps once
+            an epoch; None keeps the learning rate.
+        metrics: metrics of torchmetrics by name; None for none.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class Task(pl.LightningModule):
         self.test_metrics = collection.clone(prefix="test/")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Returns the optimizer, and the scheduler if there is one."""
+        """Returns the optimizer, and the scheduler if there is one; a ReduceLROnPlateau reads ``val/loss``."""
         optimizer = self._make_optimizer(self.parameters())
         if self._make_scheduler is None:
             return optimizer

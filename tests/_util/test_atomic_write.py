@@ -13,9 +13,6 @@ from omegaconf import OmegaConf
 
 from lightkit._util import atomic_write
 from lightkit._util.atomic_write import (
-    hold,
-    is_held_by_another,
-    release,
     remove_leftovers,
     write_atomically,
     write_text_atomically,
@@ -90,25 +87,3 @@ def test_leftovers_are_those_of_a_run(tmp_path):
     remove_leftovers(tmp_path)
     assert sorted(os.listdir(tmp_path / "deep")) == sorted([*stay, "other"])
     assert (tmp_path / "deep" / "other" / gone[0]).exists()
-
-
-def test_one_writer(tmp_path):
-    """A directory is held by one process until that releases it or ends, however it ends."""
-    assert hold(tmp_path) and hold(tmp_path) and not is_held_by_another(tmp_path)
-    reader, writer = os.pipe()
-    if (pid := os.fork()) == 0:
-        atomic_write._held.clear()
-        os.write(writer, b"%d" % is_held_by_another(tmp_path))
-        os._exit(0)
-    assert os.read(reader, 1) == b"1"
-    os.waitpid(pid, 0)
-    release(tmp_path)
-    if (pid := os.fork()) == 0:
-        os.write(writer, b"%d" % hold(tmp_path))
-        os.read(os.pipe()[0], 1)
-    assert os.read(reader, 1) == b"1"
-    assert is_held_by_another(tmp_path) and not hold(tmp_path)
-    os.kill(pid, 9)
-    os.waitpid(pid, 0)
-    assert hold(tmp_path)
-    release(tmp_path)

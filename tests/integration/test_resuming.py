@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from support.series import write_wave
 
 import lightkit.app.cli
 import lightkit.app.training
+from lightkit._util import directory_lock
 from lightkit.callbacks import Checkpoint
 from lightkit.checkpoints import load_checkpoint
 from lightkit.train import main
@@ -57,8 +59,8 @@ def train(tmp_path, monkeypatch, capsys):
             with pytest.raises(Killed):
                 main()
             # The end of a process would release the locks.
-            for held in list(getattr(lightkit._util.atomic_write, "_held", ())):
-                lightkit._util.atomic_write.release(held)
+            for held in list(directory_lock._held):
+                directory_lock.release(held)
             return None
         return main(), *capsys.readouterr()
 
@@ -409,17 +411,13 @@ def test_leftovers_are_cleared(train):
 
 def test_a_running_job_is_left_alone(train, monkeypatch):
     """A job neither resumes a sweep nor writes to a run directory that another process holds."""
-    import os
-
-    import lightkit._util.atomic_write as files
-
     train("hydra.sweep.dir=runs/cnn/one", "-m", "seed=0,1")
     record = Path("runs/cnn/one/sweep.json")
     record.write_text(record.read_text().replace('"is_finished": true', '"is_finished": false'))
     reader, writer = os.pipe()
     if (pid := os.fork()) == 0:
-        files.hold(Path("runs/cnn/one"))
-        files.hold(Path("runs/cnn/one/0"))
+        directory_lock.hold(Path("runs/cnn/one"))
+        directory_lock.hold(Path("runs/cnn/one/0"))
         os.write(writer, b".")
         os.read(os.pipe()[0], 1)
     os.read(reader, 1)

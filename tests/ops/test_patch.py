@@ -305,3 +305,13 @@ def test_layouts_and_empty_inputs(layout):
                 F.cross_entropy(logits, target, **options),
                 equal_nan=True,
             )
+
+
+def test_the_old_name_still_works():
+    """`substitute_cross_entropy` is the old name of the function, with a warning."""
+    with pytest.warns(DeprecationWarning, match="patch_cross_entropy"):
+        from lightkit.ops import substitute_cross_entropy
+
+    assert substitute_cross_entropy is patch_cross_entropy
+    with pytest.raises(ImportError, match="no_such_op"):
+        from lightkit.ops import no_such_op  # noqa: F401

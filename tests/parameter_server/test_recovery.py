@@ -113,6 +113,8 @@ def test_killed_servers_recover(tmp_path, workers, snapshot_every):
     servers = [ServerProcess(tmp_path / str(number)) for number in range(2)]
     addresses = [server.address for server in servers]
     settings = {"workers": workers, "snapshot_every": snapshot_every, "mode": "sync" if workers > 1 else "async"}
+    # On a crowded machine a server needs many seconds to start.
+    settings["patience"] = 120.0
 
     def killing(step):
         if step in (3, 6, 7):
@@ -123,7 +125,7 @@ def test_killed_servers_recover(tmp_path, workers, snapshot_every):
     try:
         run = [lambda: train(addresses, 0, before=killing, **settings)]
         run += [lambda rank=rank: train(addresses, rank, **settings) for rank in range(1, workers)]
-        faulty = together(*run)
+        faulty = together(*run, timeout=240)
         assert [server.process.wait(20) for server in servers] == [0, 0]
     finally:
         for server in servers:
@@ -153,7 +155,7 @@ def test_killed_during_a_push(tmp_path):
             kills += 1
 
     def work():
-        training = Training([server.address], 0, make_optimizer=plain, mode="async", snapshot_every=50)
+        training = Training([server.address], 0, make_optimizer=plain, mode="async", snapshot_every=50, patience=120.0)
         start = torch.cat([p.detach().flatten().clone() for p in training.parameters])
         pushes = 0
         while kills < 4 or pushes < 100:
@@ -164,7 +166,7 @@ def test_killed_during_a_push(tmp_path):
         return start, pushes, training.end()[0]
 
     try:
-        (start, pushes, weights), _ = together(work, kill)
+        (start, pushes, weights), _ = together(work, kill, timeout=240)
     finally:
         server.stop()
     # float32 adds whole numbers exactly up to 2^24; the initial weights are no whole numbers.

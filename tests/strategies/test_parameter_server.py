@@ -170,10 +170,10 @@ def test_addresses_need_a_secret(monkeypatch):
         bare_trainer(devices=1, strategy=strategy).fit(Module(), dealt())
 
 
-def alone(strategy=None, module=None, **options):
+def alone(strategy=None, module=None, callbacks=(), **options):
     """Trains with one worker; returns the module."""
     module = module or Module()
-    trainer = bare_trainer(devices=1, strategy=strategy or ParameterServer(), **options)
+    trainer = bare_trainer(*callbacks, devices=1, strategy=strategy or ParameterServer(), **options)
     trainer.fit(module, dealt(), dealt())
     return module
 

@@ -12,7 +12,8 @@ def register() -> None:
     """Registers the launcher with Hydra in this process.
 
     Hydra accepts launchers from the package ``hydra_plugins`` alone, and every program with Hydra imports all modules
-    of that package at its start. The function enters the class under such a name in Hydra's table, without a file.
+    of that package at its start. The function instead registers the class in Hydra's table under a name in that
+    package, without a file there.
     """
     from lightkit.app.fork_launcher.launcher import ForkLauncher
 

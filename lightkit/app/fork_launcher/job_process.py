@@ -39,14 +39,15 @@ class _JobTraceback(Exception):
 
 @dataclass
 class _Outcome:
-    """The result that a job's process sends to its parent.
+    """The outcome of a job, which the job's process sends to its parent.
 
     Args:
-        job_return: Hydra's record of a job that returned, or that failed by a fault of the program.
-        input_error: the message of an error in the input.
-        program_error: the type and the message of a fault of the program.
-        status: the argument of a `SystemExit`.
-        trace: the traceback of the error.
+        job_return: Hydra's record of a job that returned, or that failed by a fault of the program; None if the job
+            ended in another way.
+        input_error: the message of an error in the input; None without such an error.
+        program_error: the type and the message of a fault of the program; None without a fault.
+        status: the argument of a `SystemExit`; None without a `SystemExit`.
+        trace: the traceback of the error; empty without an error.
     """
 
     job_return: JobReturn | None = None
@@ -66,8 +67,8 @@ class JobProcess:
     Args:
         name: the name of the job in messages.
         overrides: the job's own overrides on the command line.
-        run: runs the job.
-        mask: the signal mask that the process restores; the parent has blocked further signals.
+        run: the function that runs the job and returns Hydra's record of it.
+        mask: the numbers of the signals that the process blocks; the parent has blocked further signals.
         threads: the largest number of threads for torch; None keeps torch's choice.
     """
 
@@ -90,11 +91,11 @@ class JobProcess:
         self._process.start()
 
     def has_ended(self) -> bool:
-        """Returns True if the process has ended."""
+        """Returns True if the process has ended; does not wait."""
         return self._process.exitcode is not None
 
     def send(self, number: signal.Signals) -> None:
-        """Sends a signal to the process, unless the process has ended."""
+        """Sends the signal ``number`` to the process, unless the process has ended."""
         pid = self._process.pid
         if pid is not None and not self.has_ended():
             os.kill(pid, number)
@@ -161,7 +162,16 @@ def _run(
     mask: Collection[int],
     threads: int | None,
 ) -> None:
-    """Runs the job in the forked process and writes the `_Outcome` to ``file``."""
+    """Runs the job in the forked process, and writes the `_Outcome` to a file.
+
+    Args:
+        run: the function that runs the job.
+        file: the file from which the parent reads the outcome.
+        parent: the process id of the parent, with which this process ends.
+        state: the state of Python's random generator, which the fork has replaced.
+        mask: the numbers of the signals that this process blocks.
+        threads: the largest number of threads for torch; None keeps torch's choice.
+    """
     os.setsid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:

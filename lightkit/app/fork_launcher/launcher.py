@@ -61,8 +61,8 @@ class ForkLauncher(Launcher):
         """Runs jobs and returns Hydra's records of them, in the order of the jobs.
 
         Args:
-            job_overrides: the overrides of each job.
-            initial_job_idx: the number of the first job.
+            job_overrides: for each job its own overrides.
+            initial_job_idx: the number of the first job in the sweep.
 
         Raises:
             ConfigError: this process cannot fork; no job has started.
@@ -83,12 +83,12 @@ class ForkLauncher(Launcher):
     def _launch(
         self, waiting: list[tuple[int, Sequence[str]]], blocked: Collection[int], mask: Collection[int]
     ) -> list[JobReturn]:
-        """Runs the jobs and waits for the blocked signals.
+        """Runs the jobs, at most ``jobs`` at a time, and returns Hydra's records of them in the order of the jobs.
 
         Args:
-            waiting: the number and the overrides of each job.
-            blocked: the signals that this process has blocked.
-            mask: the signal mask for the jobs.
+            waiting: for each job its number and its overrides.
+            blocked: the numbers of the signals that this process has blocked, and for which it waits.
+            mask: the numbers of the signals that the jobs block.
         """
         running: dict[int, JobProcess] = {}
         returns: dict[int, JobReturn] = {}
@@ -117,7 +117,13 @@ class ForkLauncher(Launcher):
         return [returns[number] for number in sorted(returns)]
 
     def _start(self, number: int, overrides: Sequence[str], mask: Collection[int]) -> JobProcess:
-        """Composes the configuration of a job and starts the job's process."""
+        """Composes the configuration of a job and starts the job's process.
+
+        Args:
+            number: the number of the job in the sweep.
+            overrides: the job's own overrides.
+            mask: the numbers of the signals that the job blocks.
+        """
         log.info(f"\t#{number} : {' '.join(filter_overrides(overrides))}")
         config = self._context.config_loader.load_sweep_config(self._config, list(overrides))
         with open_dict(config):
@@ -141,10 +147,13 @@ class ForkLauncher(Launcher):
 
 @contextmanager
 def _block_signals() -> Iterator[tuple[Collection[int], Collection[int]]]:
-    """Blocks SIGCHLD, SIGINT and SIGTERM; yields the blocked signals, and the signal mask from before.
+    """Blocks SIGCHLD, SIGINT and SIGTERM in this process within the context.
 
     No signal then interrupts this process between the start of a job and its entry in the list of jobs. A signal that
     this process ignores stays ignored.
+
+    Yields:
+        The numbers of the blocked signals, and those of the signals that were blocked before.
     """
     ends = (signal.SIGINT, signal.SIGTERM)
     blocked = {signal.SIGCHLD, *(number for number in ends if signal.getsignal(number) != signal.SIG_IGN)}
@@ -156,13 +165,22 @@ def _block_signals() -> Iterator[tuple[Collection[int], Collection[int]]]:
 
 
 def _wait_for_signal(blocked: Collection[int]) -> signal.Signals | None:
-    """Waits for a blocked signal, at most `_POLL_INTERVAL`; returns SIGINT or SIGTERM, and None otherwise."""
+    """Waits for one of the signals ``blocked``, for `_POLL_INTERVAL` seconds at most.
+
+    Returns:
+        SIGINT or SIGTERM; None after SIGCHLD, or if no signal came.
+    """
     received = signal.sigtimedwait(blocked, _POLL_INTERVAL)
     return None if received is None or received.si_signo == signal.SIGCHLD else signal.Signals(received.si_signo)
 
 
 def _shut_down(jobs: list[JobProcess], received: signal.Signals, blocked: Collection[int]) -> NoReturn:
     """Forwards a signal to the jobs, waits for their ends within the grace period, and raises the signal's exception.
+
+    Args:
+        jobs: the running jobs.
+        received: the signal.
+        blocked: the numbers of the signals that this process has blocked.
 
     Raises:
         KeyboardInterrupt: ``received`` is SIGINT.

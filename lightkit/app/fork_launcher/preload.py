@@ -128,7 +128,10 @@ def check_threads() -> None:
 
 
 def _other_threads() -> Iterator[str]:
-    """Yields the names of all threads except the main one: Python's name, or the kernel's for other threads."""
+    """Yields the names of all threads of this process except the main thread.
+
+    The name of a thread of Python is Python's; the name of any other thread is the operating system's.
+    """
     names = {str(thread.native_id): thread.name for thread in threading.enumerate()}
     for task in _THREADS_DIRECTORY.iterdir():
         if task.name != str(os.getpid()):
@@ -136,7 +139,7 @@ def _other_threads() -> Iterator[str]:
 
 
 def _target_names(node: Any) -> Iterator[str]:
-    """Yields the ``_target_`` of every node of a configuration."""
+    """Yields the ``_target_`` of each node at and below ``node`` in a configuration."""
     if isinstance(node, dict):
         if isinstance(node.get("_target_"), str):
             yield node["_target_"]

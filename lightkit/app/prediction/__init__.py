@@ -61,7 +61,7 @@ def predict(restored: RestoredTask, request: PredictionRequest) -> Prediction:
 
 
 def _input_kind(task: pl.LightningModule) -> str:
-    """Returns the kind of input of a task, a key of `_FIELDS_BY_KIND`."""
+    """Returns the kind of input of ``task``, a key of `_FIELDS_BY_KIND` such as ``images``."""
     if isinstance(task, ClassificationTask):
         return "images"
     if isinstance(task, ForecastTask):

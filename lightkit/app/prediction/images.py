@@ -32,7 +32,7 @@ class ImagePrediction:
     Args:
         path: the file of the image.
         label: the name of the most probable class.
-        probability: the probability of that class.
+        probability: the probability of the class ``label``, from 0 to 1.
         second: the name of the second most probable class; None if the model has one class.
     """
 
@@ -77,7 +77,7 @@ def predict(task: ClassificationTask, data: pl.LightningDataModule, request: Pre
     Args:
         task: the task in evaluation mode.
         data: the data module of the checkpoint, which has the image size and the names of the classes.
-        request: ``input``, ``invert`` and ``batch_size``.
+        request: the request, of which the function reads ``input``, ``invert`` and ``batch_size``.
 
     Raises:
         CheckpointError: the model and the data module have different numbers of classes.
@@ -113,5 +113,14 @@ def predict(task: ClassificationTask, data: pl.LightningDataModule, request: Pre
 
 @torch.inference_mode()
 def _probabilities(task: ClassificationTask, data: ImageDataModule, pictures: Tensor) -> Tensor:
-    """Returns the probabilities ``(N, C)`` of uint8 images ``(N, H, W)``."""
+    """Returns the probabilities of the classes of images.
+
+    Args:
+        task: the task in evaluation mode.
+        data: the data module, which preprocesses the images.
+        pictures: the images, uint8 ``(N, H, W)``.
+
+    Returns:
+        The probabilities ``(N, C)``.
+    """
     return task.predict_step(data.to_input(pictures), 0)

@@ -12,7 +12,7 @@ from lightkit.errors import ConfigError
 class PredictionRequest:
     """The input and the options of a prediction, which are keys of ``conf/predict.yaml``.
 
-    None selects the default of the task.
+    An option that is None has the default of the task. The word before each description names the kind of input.
 
     Args:
         input: the file or folder of images, the CSV file of a series, or the file of a text.
@@ -39,10 +39,10 @@ class PredictionRequest:
     seed: int | None = None
 
     def require_input(self, kind: str) -> str:
-        """Returns ``input``.
+        """Returns ``input`` after a check that it is given.
 
         Args:
-            kind: the kind of input, for the message.
+            kind: the kind of input for the message, such as ``images``.
 
         Raises:
             ConfigError: ``input`` is None.

@@ -29,7 +29,7 @@ class ForecastStep:
 
     Args:
         step: the number of steps after the end of the series, from 1.
-        forecast: the point forecast.
+        forecast: the point forecast, in the unit of the series.
         lower: the lower end of the interval.
         upper: the upper end of the interval.
     """
@@ -76,7 +76,7 @@ def predict(task: ForecastTask, data: pl.LightningDataModule, request: Predictio
     Args:
         task: the task in evaluation mode.
         data: the data module of the checkpoint, which says how to read the file.
-        request: ``input``, ``column`` and ``horizon``.
+        request: the request, of which the function reads ``input``, ``column`` and ``horizon``.
 
     Raises:
         ConfigError: an option is wrong, or the data module has no series.

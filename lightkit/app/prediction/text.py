@@ -55,7 +55,8 @@ def predict(task: LanguageModelTask, data: pl.LightningDataModule, request: Pred
     Args:
         task: the task in evaluation mode.
         data: the data module of the checkpoint, which encodes and decodes text.
-        request: ``input`` or ``text``, ``length``, ``temperature``, ``top_k`` and ``seed``.
+        request: the request, of which the function reads ``input`` or ``text``, ``length``, ``temperature``, ``top_k``
+            and ``seed``.
 
     Raises:
         ConfigError: an option is wrong, or the data module has no text.

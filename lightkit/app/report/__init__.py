@@ -24,7 +24,7 @@ def write(
     """Writes the figures and ``report.html`` into a run directory.
 
     Args:
-        run_dir: the directory, with ``config.yaml``, ``environment.json`` and ``metrics.csv``.
+        run_dir: the run directory, which has ``config.yaml``, ``environment.json`` and ``metrics.csv``.
         metrics: the final metrics by name.
         task: the trained task, whose class decides which sections the report has.
         data: the data module of the run.

@@ -17,12 +17,13 @@ from lightkit.app.report.section import Section
 
 
 def sections(run_dir: Path, data: pl.LightningDataModule, recorded: dict[str, Tensor]) -> list[Section]:
-    """Returns the sections of a test.
+    """Returns the report sections about the test of a classification, and writes their figures into ``run_dir``.
 
     Args:
         run_dir: the directory for the figures.
-        data: the data module; without ``classes`` the report has no sections.
-        recorded: ``logits`` ``(N, C)`` and ``labels`` ``(N)`` of the test set, or nothing.
+        data: the data module; without ``classes`` the function returns an empty list.
+        recorded: a dict with the keys ``logits`` ``(N, C)`` and ``labels`` ``(N)`` of the test set. For an empty dict
+            the function returns an empty list.
     """
     classes = getattr(data, "classes", None)
     if not recorded or classes is None:

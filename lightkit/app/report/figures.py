@@ -39,7 +39,7 @@ _STYLE: dict[Any, Any] = {
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Writes a figure as PNG and returns the path."""
+    """Writes ``figure`` as a PNG file to ``path`` and returns ``path``."""
     # savefig runs the layout engine twice, and a third time for bbox_inches="tight". One run suffices.
     engine = figure.get_layout_engine()
     if engine is not None:
@@ -50,7 +50,7 @@ def save(figure: Figure, path: Path) -> Path:
 
 
 def styled(draw: Callable[P, T]) -> Callable[P, T]:
-    """Decorates a function that draws: it draws in the style of the report and keeps the process's style unchanged."""
+    """Returns the function ``draw`` with the style of the report; the style of the process stays unchanged."""
 
     @functools.wraps(draw)
     def draw_in_style(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -68,7 +68,7 @@ def grid(width: float, height: float, nrows: int, ncols: int) -> tuple[Figure, n
 
 
 def escape_name(name: str) -> str:
-    """Returns a name in a form that matplotlib draws literally: shortened, without control characters or formulas."""
+    """Returns ``name`` in a form that matplotlib draws literally: shortened, without control characters or formulas."""
     shown = printable(name)
     shown = shown if len(shown) <= MAX_NAME_LENGTH else f"{shown[: MAX_NAME_LENGTH - 1]}…"
     return shown.replace("$", r"\$")
@@ -86,7 +86,7 @@ def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
 
 @styled
 def learning_curves(path: Path) -> Figure | None:
-    """Draws loss, and accuracy if the run measured it, over the optimizer step.
+    """Draws the loss, and the accuracy if the run measured it, over the optimizer step.
 
     Args:
         path: ``metrics.csv`` of the run.

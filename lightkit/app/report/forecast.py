@@ -28,14 +28,14 @@ _MAX_TABLE_ROWS = 13
 def sections(
     run_dir: Path, task: ForecastTask, data: pl.LightningDataModule, recorded: dict[str, Tensor]
 ) -> list[Section]:
-    """Returns the sections of a test.
+    """Returns the report sections about the test of a forecast, and writes their figures into ``run_dir``.
 
     Args:
         run_dir: the directory for the figures.
         task: the trained task.
-        data: the data module after `setup`; without a series the report has no sections.
-        recorded: ``forecast``, ``target``, ``lower`` and ``upper``, each ``(N, horizon)``, of the first N windows of
-            the test set, or nothing.
+        data: the data module after `setup`; without a series the function returns an empty list.
+        recorded: a dict with the keys ``forecast``, ``target``, ``lower`` and ``upper``, each ``(N, horizon)``, of the
+            first N windows of the test set. For an empty dict the function returns an empty list.
     """
     if not recorded or not isinstance(data, SeriesDataModule):
         return []
@@ -53,7 +53,7 @@ def forecasts(data: SeriesDataModule, recorded: dict[str, Tensor], level: float)
 
     Args:
         data: the data module after `setup`.
-        recorded: see `sections`.
+        recorded: the recorded tensors by name, as in `sections`.
         level: the nominal coverage of the intervals, from 0 to 1.
     """
     series, test = _series_and_test(data)
@@ -91,7 +91,7 @@ def error_by_step(data: SeriesDataModule, recorded: dict[str, Tensor]) -> Figure
 
     Args:
         data: the data module after `setup`.
-        recorded: see `sections`.
+        recorded: the recorded tensors by name, as in `sections`.
     """
     count = len(recorded["forecast"])
     _, test = _series_and_test(data)
@@ -115,7 +115,7 @@ def step_table(recorded: dict[str, Tensor], level: float) -> str:
     """Returns an HTML table of mean absolute error, bias, and width and coverage of the intervals, by step.
 
     Args:
-        recorded: see `sections`.
+        recorded: the recorded tensors by name, as in `sections`.
         level: the nominal coverage of the intervals, from 0 to 1.
     """
     forecast, target = recorded["forecast"], recorded["target"]
@@ -146,7 +146,14 @@ def _series_and_test(data: SeriesDataModule) -> tuple[Column, Windows]:
 
 
 def _label_times(axis: Axes, series: Column, begin: int, end: int) -> None:
-    """Labels the x axis with the times of the rows, or with the row numbers if the series has no times."""
+    """Labels the x axis of a figure with times, or with row numbers if the series has no times.
+
+    Args:
+        axis: the axes of the figure, whose x values are row numbers.
+        series: the series.
+        begin: the index of the first row in the figure.
+        end: the index after the last row.
+    """
     times = series.times
     if times is None:
         axis.set_xlabel("row")

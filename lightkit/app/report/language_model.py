@@ -40,14 +40,17 @@ def sections(
     data: pl.LightningDataModule,
     recorded: dict[str, Tensor],
 ) -> list[Section]:
-    """Returns the sections of a test.
+    """Returns the report sections about the test of a language model, and writes their figures into ``run_dir``.
+
+    Without `lightkit.data.Text` as the data module, the sections with texts are left out.
 
     Args:
         run_dir: the directory for the figures.
         metrics: the final metrics by name.
         task: the trained task.
         data: the data module after `setup`.
-        recorded: ``losses`` ``(N, T)`` in nats of the first N windows of the test set, or nothing.
+        recorded: a dict with the key ``losses``: the losses ``(N, T)`` in nats of the T targets of the first N windows
+            of the test set. For an empty dict the function returns an empty list.
     """
     if not recorded:
         return []
@@ -70,10 +73,11 @@ def bits_per_byte(metrics: dict[str, Any]) -> Figure | None:
     """Draws the bits per byte of the model and of the baselines that count bytes.
 
     Args:
-        metrics: ``test/bits_per_byte`` and ``baseline/<name>_bits_per_byte``.
+        metrics: the metrics by name, of which the function reads ``test/bits_per_byte`` and, for each baseline,
+            ``baseline/<name>_bits_per_byte``.
 
     Returns:
-        The figure; None if one of them is missing.
+        The figure; None if the metric of the model is missing or there is no baseline.
     """
     suffix = "_bits_per_byte"
     named = {name: value for name, value in metrics.items() if name.startswith("baseline/") and name.endswith(suffix)}
@@ -111,8 +115,8 @@ def samples(task: LanguageModelTask, data: Text, windows: Tensor) -> str:
 
     Args:
         task: the trained task.
-        data: the data module.
-        windows: tokens ``(N, T + 1)`` of the test set.
+        data: the data module, which encodes and decodes text.
+        windows: the tokens of N windows of the test set, uint8 ``(N, T + 1)``.
     """
     generator = torch.Generator(task.device).manual_seed(0)
     parts = []
@@ -182,7 +186,12 @@ def _escape(text: str) -> str:
 
 
 def _decode_characters(tokens: list[int], bits: list[float]) -> Iterator[tuple[str, float]]:
-    """Yields the characters that bytes of UTF-8 encode, each with the sum of the bits of its bytes."""
+    """Yields the characters of a text, each with the sum of the bits of its bytes.
+
+    Args:
+        tokens: the bytes of the text in UTF-8, as numbers from 0 to 255.
+        bits: the bits of each byte.
+    """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     cost = 0.0
     for token, value in zip(tokens, bits, strict=True):

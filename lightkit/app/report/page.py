@@ -35,10 +35,10 @@ _CARDS = (
 
 
 def render(run_dir: Path, metrics: dict[str, Any], sections: Iterable[Section]) -> str:
-    """Returns the HTML of the page.
+    """Returns the page of the report as HTML, which embeds the figures.
 
     Args:
-        run_dir: the run directory with ``config.yaml`` and ``environment.json``.
+        run_dir: the run directory, which has ``config.yaml`` and ``environment.json``.
         metrics: the final metrics by name.
         sections: the sections of the report.
     """

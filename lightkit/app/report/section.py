@@ -12,8 +12,8 @@ class Section:
 
     Args:
         title: the heading.
-        figure: a PNG file, which the page embeds.
-        html: HTML, which the page includes unchanged: names from data must be escaped in it.
+        figure: the path of a PNG file, which the page embeds; None for no figure.
+        html: HTML, which the page includes unchanged, so that names from data must be escaped in it; None for none.
     """
 
     title: str

@@ -28,7 +28,7 @@ class GradientPass {
       use_gradients(begin, end, state_.slice());
     }
     if (kSumsApart && args_.hidden_gradient != nullptr) {
-      parallel_for(0, state_.count, 16, [&](int64_t begin, int64_t end) {
+      parallel_for(0, state_.count, kConvertedRows, [&](int64_t begin, int64_t end) {
         const int64_t offset = begin * args_.features;
         at::vec::convert(
             state_.hidden_sums() + offset,

@@ -62,6 +62,9 @@ inline constexpr int64_t kMaxWeightClasses = 256;
 inline constexpr int64_t kMaxColumns = 512;
 inline constexpr int64_t kMinColumns = 64;
 
+// The fewest rows of the hidden gradient for which a thread is woken to round them. Chosen.
+inline constexpr int64_t kConvertedRows = 16;
+
 // Parts of a product that each thread gets, at least, before parts are made smaller. Chosen.
 inline constexpr int64_t kPartsPerThread = 2;
 

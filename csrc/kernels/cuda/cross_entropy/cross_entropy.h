@@ -12,6 +12,7 @@ namespace lightkit::cuda::cross_entropy {
 // Device memory through which the kernels of one call pass sums over all rows. The rows are summed in parts, whose
 // number depends on the number of rows alone: the result is the same on every device.
 struct Scratch {
+  // Chosen; one block adds the parts up, so that there are at most kSumThreads.
   static constexpr int kParts = 128;
   double weights[kParts];  // each part of the denominator of a mean
   double losses[kParts];   // each part's sum of the losses
