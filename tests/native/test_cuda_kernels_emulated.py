@@ -12,8 +12,8 @@ import torch
 from cuda_emulation import EmulationError
 from torch import Tensor
 
-# One worker builds the emulator.
-pytestmark = pytest.mark.group("emulator")
+# One worker builds the emulator, for a minute.
+pytestmark = [pytest.mark.slow, pytest.mark.group("emulator")]
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # The order in which threads and blocks get their turn: a missing barrier shows in one of them.

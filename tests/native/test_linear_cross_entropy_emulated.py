@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-# One worker builds the emulator.
-pytestmark = pytest.mark.group("emulator")
+# One worker builds the emulator, for a minute.
+pytestmark = [pytest.mark.slow, pytest.mark.group("emulator")]
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 LAUNCH_FAILURE = 719

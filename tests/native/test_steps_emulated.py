@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from lightkit.optim import SGD
 
-# One worker builds the emulator.
-pytestmark = pytest.mark.group("emulator")
+# One worker builds the emulator, for a minute.
+pytestmark = [pytest.mark.slow, pytest.mark.group("emulator")]
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 STATES = {"sgd": ["momentum"], "adam": ["mean", "square", "largest"]}

@@ -13,4 +13,5 @@ def bare_trainer(*callbacks: pl.Callback, **options) -> pl.Trainer:
         options: arguments of `lightning.pytorch.Trainer`, in place of these or beside them.
     """
     nothing = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    return pl.Trainer(**{"accelerator": "cpu", "max_epochs": 1, **nothing, **options}, callbacks=list(callbacks))
+    callbacks = [*callbacks, *options.pop("callbacks", ())]
+    return pl.Trainer(callbacks=callbacks, **{"accelerator": "cpu", "max_epochs": 1, **nothing, **options})
