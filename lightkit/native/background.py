@@ -86,7 +86,7 @@ class Control:
 
 
 class BackgroundWork(Generic[_T]):
-    """Work in a background thread, which ends with the process.
+    """Work in a background thread, which the constructor starts and which ends with the process.
 
     Args:
         work: the function that the thread calls with a `Control`.

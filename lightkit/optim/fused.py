@@ -43,7 +43,7 @@ class FusedStep(torch.optim.Optimizer):
             :func:`torch.nn.utils.clip_grad_norm_` does before a step, without writing the gradients; None scales
             nothing. `grad_norm` is the norm before scaling.
         skip_nonfinite: True changes nothing in a step with NaN or infinite gradients. ``skipped_steps`` counts these
-            steps, and the steps that a ``GradScaler`` skips, except on a GPU.
+            steps. It also counts the steps that a ``GradScaler`` skips on the CPU; those on a GPU it does not see.
         ema_decay: the decay of an exponential moving average of each parameter in float32 (float64 for float64),
             ``average = decay * average + (1 - decay) * parameter``, which starts with the result of the first step; see
             `averaged_parameters`. None keeps no averages. A group may have its own decay.
