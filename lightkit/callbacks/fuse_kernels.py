@@ -102,7 +102,7 @@ class FuseKernels(Callback):
         return tuple(self._report)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Patches ``torch.nn.functional.cross_entropy`` before the ``setup`` of the module runs."""
+        """Patches ``torch.nn.functional.cross_entropy`` before the module's ``setup``, unless kernels are missing."""
         self._restore(trainer)
         if _unsupported_reason(trainer) is None and patch.unsupported_reason() is None:
             self._undo_of(trainer).enter_context(patch_cross_entropy())

@@ -35,7 +35,7 @@ class LeanLoop(Callback):
     module, ``vars``, in a lean step     ``log`` and ``__getstate__`` are attributes of the object
     loader that is sliced, ``vars``      ``_get_iterator`` and ``__getstate__`` are attributes of the object
     private running values, ``type``     ``LazyMetric``, a subclass of Lightning's ``_ResultMetric``
-    hooks patched on a class             take effect at the next epoch or after the next validation
+    hook added to a class                takes effect at the next epoch or after the next validation
     ==================================== ===================================================================
 
     A ``DataLoader`` over a ``TensorDataset`` indexes whole batches of the tensors, which are the same batches: see

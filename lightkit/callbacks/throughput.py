@@ -64,7 +64,7 @@ class Throughput(Callback):
 
     @property
     def flops_per_second(self) -> float | None:
-        """The floating-point operations per second over all epochs; None as long as they or `total` are not known."""
+        """The floating-point operations per second over all epochs; None while they or `total` are unknown."""
         operations, samples = self.flops_per_sample, self.total
         return None if operations is None or samples is None else operations * samples
 

@@ -140,7 +140,13 @@ class CheckTrainingState(Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Checks the weights and counters, and keeps the checkpoint for `on_fit_start`, when the optimizers exist."""
+        """Checks the weights and counters, and keeps the checkpoint for `on_fit_start`, when the optimizers exist.
+
+        The weights become a plain dict: an ``OrderedDict`` in a file could have other methods.
+
+        Raises:
+            CheckpointError: a weight or a counter is not what a training saves.
+        """
         check_training_state(checkpoint, self._path)
         checkpoint["state_dict"] = checked_weights(checkpoint, self._path)
         self._checkpoint = checkpoint

@@ -46,7 +46,7 @@ def before_connecting(reports: list[NodeReport], host: str) -> Iterator[str]:
 
 
 def of_connections(reports: list[NodeReport]) -> Iterator[str]:
-    """Yields a fault for each node that does not reach another node, and for each clock that is wrong."""
+    """Yields a fault for each connection from one node to another that fails, and for each clock that is wrong."""
     by_rank = {node.rank: node for node in reports}
     for node in reports:
         for other, reason in node.unreachable.items():

@@ -111,7 +111,7 @@ class _Decoder(nn.Module):
 
 
 class _Layer(nn.Module):
-    """Attention and feed-forward, each with a residual connection."""
+    """Attention and feed-forward, each with a norm before it and a residual connection around it."""
 
     def __init__(self, dim: int, num_heads: int, feed_forward_size: int, dropout: float) -> None:
         super().__init__()

@@ -83,10 +83,12 @@ class ForecastTask(Task):
         self._errors = CatMetric(nan_strategy="disable")
 
     def setup(self, stage: str) -> None:
-        """Copies center and scale from the data module, if it has them; a checkpoint replaces the values later.
+        """Copies center and scale from the data module before a fit, if it has them; a checkpoint replaces them later.
+
+        Before a validation, a test or a prediction the values stay as they are.
 
         Raises:
-            ConfigError: the Trainer's precision is half precision.
+            ConfigError: the Trainer's precision is ``16-true`` or ``bf16-true``.
         """
         if self.trainer.precision in ("16-true", "bf16-true"):
             raise ConfigError("a series cannot be represented in half precision: use trainer.precision=bf16-mixed")
