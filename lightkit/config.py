@@ -38,7 +38,8 @@ def build(config: Any, **extra: Any) -> Any:
 
     Args:
         config: a configuration of OmegaConf, or plain containers.
-        **extra: further arguments of the outermost class, by name.
+        **extra: further arguments of the outermost class, by name; the configuration must not set them. Without a
+            ``_target_`` they become keys of the returned dict.
 
     Returns:
         The object that ``config`` describes; None if its ``_target_`` is null.

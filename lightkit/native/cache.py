@@ -297,7 +297,8 @@ def publish(work: Path, library: Path, manifest: dict, place: Path) -> Path:
         work: the working directory of the build, on the file system of the cache.
         library: the compiled library.
         manifest: the fields of the `Manifest` except ``library``, ``size`` and ``sha256``.
-        place: the directory of the build; the function replaces a damaged build there.
+        place: the directory of the build. The function replaces a build there without a check: the caller has found
+            it damaged.
     """
     complete = Manifest(library=library.name, size=library.stat().st_size, sha256=sha256_of(library), **manifest)
     final = work / "publish"

@@ -117,7 +117,10 @@ def _choose(
 
 
 def _has_dtypes_of_kernels(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
-    """Returns False for dtypes that torch rejects and lightkit accepts."""
+    """Returns True if lightkit may take the call: torch accepts these dtypes too, and class indices are int64.
+
+    Torch gets the other calls: it raises an error for most of them, and computes the loss of uint8 indices.
+    """
     if target.is_floating_point():
         return weight is None or weight.is_floating_point()
     if target.dtype != torch.int64:

@@ -160,8 +160,9 @@ class Aggregator:
     def step_together(self, push: Push) -> None:
         """Adds a push to its round, and makes a step with the mean gradient once each active worker has a push in it.
 
-        The call returns after that step; for a push that is left out it returns at once. `Membership.active` says which workers are active. Two kinds of pushes are
-        left out: a repeated push, and a push whose gradient belongs to an earlier version of the parameters.
+        The call returns after that step; for a push that is left out it returns at once. `Membership.active` says which
+        workers are active. Two kinds of pushes are left out: a repeated push, and a push whose gradient belongs to an
+        earlier version of the parameters.
 
         Raises:
             TransportError: the worker of ``push`` is gone or has a new connection.

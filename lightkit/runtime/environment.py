@@ -38,5 +38,8 @@ def world_size() -> int:
 
 
 def is_follower() -> bool:
-    """Returns True if this process takes its jobs from the supervisor, or from the process of rank 0 under torchrun."""
+    """Returns True if a supervisor started this process, or if torchrun started it with a rank other than 0.
+
+    A supervisor gives the process its jobs; under torchrun the process of rank 0 gives them.
+    """
     return is_started() or (is_under_torchrun() and rank() != 0)
