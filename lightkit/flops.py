@@ -26,6 +26,10 @@ Shape = Sequence[int]
 _MIN_SECONDS = 3e-3
 _MIN_SIZE, _MAX_SIZE, _REPEATS = 1024, 8192, 5
 
+# Where torch multiplies a dtype by its slow fallback, as bfloat16 on a processor with AVX2 alone, a product of the size
+# above takes seconds: from this size on, a product that takes this long is large enough.
+_FALLBACK_SIZE, _FALLBACK_SECONDS = 256, 0.03
+
 
 class FlopCounter:
     """Counts the floating-point operations within a context: ``with FlopCounter() as counter: ...``.
@@ -163,7 +167,7 @@ def matmul_rate(device: torch.device | str, dtype: torch.dtype) -> float:
     Returns:
         The number of operations a second; a multiplication and an addition are two.
     """
-    size = _MIN_SIZE
+    size = _FALLBACK_SIZE
     while True:
         # Random values would advance the generator; equal values take a GPU less power than real data.
         matrix = torch.linspace(-1, 1, size * size, device=device).view(size, size).to(dtype)
@@ -171,7 +175,8 @@ def matmul_rate(device: torch.device | str, dtype: torch.dtype) -> float:
         # The first product of a size includes memory allocation and the choice of a kernel.
         _, *seconds = (_time(matrix, result) for _ in range(1 + _REPEATS))
         # On a busy machine any single product may be slow: the fastest one decides on the size.
-        if min(seconds) >= _MIN_SECONDS or size >= _MAX_SIZE:
+        enough = _MIN_SECONDS if size >= _MIN_SIZE else _FALLBACK_SECONDS
+        if min(seconds) >= enough or size >= _MAX_SIZE:
             return 2 * size**3 / statistics.median(seconds)
         size *= 2
 

@@ -248,3 +248,22 @@ def test_matmul_rate():
     state = torch.get_rng_state()
     assert 1e8 < matmul_rate("cpu", torch.float32) < 1e15
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("seconds_of_256", "size"),
+    [(70e-3, 256), (1e-5, 1024)],
+    ids=["fallback", "kernel"],
+)
+def test_matmul_rate_of_a_slow_dtype(monkeypatch, seconds_of_256, size):
+    """A product that takes long when it is small is not made larger; one that is fast is measured at full size."""
+    sizes = []
+
+    def time_of(matrix, result):
+        sizes.append(len(matrix))
+        return seconds_of_256 * (len(matrix) / 256) ** 3 * (10 if len(matrix) >= 1024 else 1)
+
+    monkeypatch.setattr("lightkit.flops._time", time_of)
+    rate = matmul_rate("cpu", torch.float32)
+    assert max(sizes) == size
+    assert rate == pytest.approx(2 * 256**3 / seconds_of_256 / (10 if size >= 1024 else 1))
