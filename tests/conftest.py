@@ -49,8 +49,12 @@ def group_of(item: pytest.Item) -> str:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Orders the tests: fast ones first, then slow ones, then those that run alone."""
-    items.sort(key=lambda item: (is_alone(item), is_slow(item)))
+    """Orders the tests: fast ones first, then slow ones, then those that run alone.
+
+    Of the slow ones those of ``native`` come first. They compile for minutes, in one worker: started last, they would
+    leave the other worker with nothing to do.
+    """
+    items.sort(key=lambda item: (is_alone(item), is_slow(item), is_slow(item) and item.path.parent.name != "native"))
 
 
 @pytest.hookimpl(tryfirst=True)
