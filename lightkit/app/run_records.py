@@ -19,8 +19,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from lightkit._util.atomic_write import write_text_atomically
+from lightkit._util.checksums import find_damage
 from lightkit._util.directory_lock import is_held_by_another
-from lightkit.checkpoints.checksums import find_damage
 from lightkit.errors import CheckpointError
 
 _HYDRA_DIRECTORY = ".hydra"

@@ -11,11 +11,11 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO, XLACheckpointIO
 from torch.utils._pytree import tree_map_only
 
 from lightkit._util.atomic_write import write_atomically
+from lightkit._util.checksums import find_damage_in, write_with_checksum
 from lightkit._util.deprecated import renamed, renamed_parameters
 from lightkit._util.printable import printable
 from lightkit._util.regular_files import open_regular
 from lightkit.checkpoints.archives import find_unsafe_content
-from lightkit.checkpoints.checksums import find_damage_in, write_with_checksum
 from lightkit.errors import CheckpointError, DataError
 
 # The key of the configuration in a checkpoint of lightkit.train.
@@ -29,7 +29,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     A checkpoint replaces another of the same name only when it is complete on the disk; if the disk is full or the
     process dies, the previous checkpoint is intact. Each checkpoint has a checksum, which the loader compares: see
-    `lightkit.checkpoints.checksums`. Loading is ``weights_only`` by default: a checkpoint cannot run code.
+    `lightkit._util.checksums`. Loading is ``weights_only`` by default: a checkpoint cannot run code.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:

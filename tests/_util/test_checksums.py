@@ -104,5 +104,5 @@ def test_larger_than_what_is_read_at_once(tmp_path, monkeypatch):
     path = tmp_path / "x.ckpt"
     AtomicCheckpointIO().save_checkpoint(CONTENT, path)
     for chunk in (1, 7, 1 << 10):
-        monkeypatch.setattr("lightkit.checkpoints.checksums._CHUNK", chunk)
+        monkeypatch.setattr("lightkit._util.checksums._CHUNK", chunk)
         assert same(load_checkpoint(path), CONTENT)
