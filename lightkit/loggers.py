@@ -66,7 +66,7 @@ class CSVLogger(loggers.CSVLogger):
 
 
 def read_rows(path: Path) -> Rows:
-    """Reads the complete rows of the ``metrics.csv`` at ``path``.
+    """Reads the rows of the ``metrics.csv`` at ``path`` that have every column and a whole number as ``step``.
 
     Returns:
         A dict for each row, which maps column names to strings; an empty list if the file does not exist or has another

@@ -115,7 +115,7 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Ends the part "optimizer" and adds the samples of the batch."""
+        """Ends the part "optimizer", adds the samples of the batch, and ends a running count of operations."""
         self._end_of("optimizer")
         if pl_module.device.type == "cpu":
             self._steps += 1

@@ -23,10 +23,12 @@ from lightkit.loops.step_logging import StepLogger, fast_log
 class LeanRun:
     """Replaces ``run`` of Lightning's training loop: it runs the same epoch with less work between the steps.
 
-    The constructor sets the object as ``loop.run``; `undo` restores the loop's own method.
+    The constructor sets the object as ``loop.run``; `undo` restores the loop's own method and releases the graphs.
 
     Lightning's own code runs the first and the last batch of an epoch, the batch before a validation, the last step
-    of a training and the first batches after a restart. `LeanStep` runs the other batches. It calls the hooks that a
+    of a training and the first batches after a restart. It also runs all batches of a loader without a length, of a run
+    with ``fast_dev_run`` and while a function of Lightning's step is replaced, and the steps without backward.
+    `LeanStep` runs the other batches. It calls the hooks that a
     callback or the module overrides, in Lightning's order. The loop object and its class stay the same.
 
     Args:

@@ -24,7 +24,9 @@ class Stopped(RuntimeError):
 
 
 class Control:
-    """The state that a background thread shares with the threads that wait for it.
+    """Starts the commands of a background thread, and lets another thread stop them and read their progress.
+
+    A command ends when this process ends.
 
     Attributes:
         progress: the progress of the work, which the background thread updates.

@@ -165,7 +165,7 @@ class _Conversion:
 
 
 class _WeakMethod:
-    """A method bound to an optimizer by a weak reference."""
+    """A method that holds its optimizer by a weak reference; after the optimizer's end the function receives None."""
 
     def __init__(self, optimizer: Optimizer, function: Callable[..., Any]) -> None:
         self._reference = weakref.ref(optimizer)

@@ -174,7 +174,7 @@ class LocalSGD(Parallel):
         return super().lightning_module_state_dict()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Writes a checkpoint with the optimizer states of all workers."""
+        """Writes a checkpoint, to which it adds the optimizer states of the other workers; all workers must call it."""
         if self.world_size > 1 and "optimizer_states" in checkpoint:
             states = tree_map(lambda x: x.cpu() if isinstance(x, Tensor) else x, checkpoint["optimizer_states"])
             gathered: list[Any] | None = [None] * self.world_size if self.is_global_zero else None
