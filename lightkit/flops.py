@@ -39,8 +39,8 @@ class FlopCounter:
     is that of the layers: zeros from a mask, a ReLU or padding count like other values, and the recomputation within a
     kernel, which saves memory, adds nothing. The recomputation of activation checkpointing is counted.
 
-    The results of the operations are the same to the bit as without a counter. If an operation ran that cannot be
-    counted, ``total`` is None.
+    The results of the operations are the same to the bit as without a counter. ``total`` is None if an
+    operation cannot be counted, or if this process has compiled code by torch.compile, even outside the context.
 
     Attributes:
         unsupported_reason: the reason why ``total`` is None; None if every operation so far could be counted.

@@ -159,5 +159,5 @@ def clip_gradients_of(precision: Precision) -> Callable[..., None]:
 
 
 def averages_model(strategy: Strategy) -> bool:
-    """Returns True if ``strategy`` is a DDP strategy that averages the parameters between processes periodically."""
+    """Returns True if Lightning's DDP strategy averages the parameters periodically; False before it is set up."""
     return getattr(strategy, "_model_averager", None) is not None

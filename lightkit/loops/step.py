@@ -202,7 +202,10 @@ class LeanStep:
         return [len(vars(participant)) for participant in self._participants]
 
     def finish(self) -> None:
-        """Collects the metrics and makes the loggers write their files, as after a step of Lightning."""
+        """Ends a series of steps: brings Lightning's metrics up to date, and makes the loggers write unwritten metrics.
+
+        The loop calls this once after the last step of a series; after an error it calls `finish_after_error`.
+        """
         self._connector.on_batch_end()
         self._logger.save()
 

@@ -30,7 +30,8 @@ def conv_relu_pool(
     - ``pool`` is False and the weight is 1x1, or the image or the weight is not small;
     - the dtype is bfloat16, the processor has bfloat16 instructions, and the layer is not small.
 
-    `lightkit.ops._thresholds` has the sizes.
+    `lightkit.ops._thresholds` has the sizes. Under autocast the function casts all tensors to the autocast dtype first,
+    as torch does for a convolution.
 
     Args:
         input: ``(N, C, H, W)``, floating point. The kernel reads a ``torch.channels_last`` input without a copy.

@@ -58,7 +58,7 @@ class Worker:
         self._meet().jobs.report_error(rank(), message, trace)
 
     def finish(self) -> None:
-        """Leaves the job; under torchrun the process of rank 0 tells the others first that there is no further job."""
+        """Leaves the job; under torchrun, rank 0 first tells the others that no job follows, and waits until they left."""
         if is_under_torchrun() and not is_started() and rank() == 0:
             jobs = self._meet().jobs
             jobs.publish(None)
