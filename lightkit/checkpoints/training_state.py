@@ -40,14 +40,17 @@ _KINDS = {"loops": dict, "callbacks": dict, "optimizer_states": list, "lr_schedu
 
 
 def checked_weights(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
-    """Returns the state dict of a checkpoint after a check that it maps names to plain tensors on the CPU.
+    """Returns a copy of a checkpoint's state dict after a check that its values are plain tensors on the CPU.
+
+    The extra state of a module, under a name that ends in ``_extra_state``, may be of any type.
 
     Args:
         checkpoint: the content of the checkpoint.
         path: the path of the checkpoint, for the message.
 
     Raises:
-        CheckpointError: an entry is something else; the message names the first such entry.
+        CheckpointError: the state dict is no mapping, a name is no string, or a value is something else; the message
+            names the first such entry.
     """
     weights = checkpoint["state_dict"]
     if type(weights) not in (dict, OrderedDict):

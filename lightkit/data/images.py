@@ -35,7 +35,8 @@ class ImageSet:
             num_classes: the number of classes; the labels must be from 0 to ``num_classes - 1``.
 
         Raises:
-            DataError: the shapes do not fit, or a label is out of range; the message names the first such image.
+            DataError: the numbers of images and labels differ, the images are not ``(N, H, W)``, the labels are not
+                ``(N)``, or a label is out of range; for a label the message names the first such image.
         """
         if len(self.images) != len(self.labels):
             raise DataError(f"{name}: {len(self.images)} images but {len(self.labels)} labels")

@@ -142,7 +142,7 @@ class SideEffectRecorder:
                 self.record(f"returns {name!r}, which is not all tensors")
 
     def record(self, effect: str) -> None:
-        """Puts a side effect into ``first``, unless that has an earlier one.
+        """Sets ``first`` to the sentence "<class of the module>.training_step <effect>", unless it has an earlier one.
 
         Args:
             effect: a predicate whose subject is ``training_step``, such as ``"uses batch_idx"``.

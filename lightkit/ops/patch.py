@@ -117,9 +117,11 @@ def _choose(
 
 
 def _has_dtypes_of_kernels(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
-    """Returns True if lightkit may take the call: torch accepts these dtypes too, and class indices are int64.
+    """Returns True if class indices are int64, and torch accepts the dtypes of ``target`` and ``weight``.
 
-    Torch gets the other calls: it raises an error for most of them, and computes the loss of uint8 indices.
+    Class indices need a weight of the dtype of ``input``, except under autocast, which casts both to float32. Class
+    probabilities take a weight of any floating dtype. Torch gets the other calls: it raises an error for most of them,
+    and computes the loss of uint8 indices.
     """
     if target.is_floating_point():
         return weight is None or weight.is_floating_point()
