@@ -35,7 +35,8 @@ _collects_later = False
 def run_as_process(main: Callable[[], int | None]) -> NoReturn:
     """Runs ``main`` as the only task of this process, and ends the process with its exit status.
 
-    A module that `lazy_imports` defers is imported at its first use. Garbage collection is off until `begin_to_collect`.
+    A module that `lazy_imports` defers is imported at its first use. Garbage collection is off until
+    `begin_to_collect`.
 
     Args:
         main: the entry point of a command. It returns the exit status (None for 0), or raises SystemExit as `sys.exit`

@@ -58,7 +58,7 @@ class Worker:
         self._meet().jobs.report_error(rank(), message, trace)
 
     def finish(self) -> None:
-        """Leaves the job; under torchrun, rank 0 first tells the others that no job follows, and waits for their end."""
+        """Leaves the job; under torchrun, rank 0 first tells the others that no job follows, and waits for them."""
         if is_under_torchrun() and not is_started() and rank() == 0:
             jobs = self._meet().jobs
             jobs.publish(None)
