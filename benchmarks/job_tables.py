@@ -50,6 +50,24 @@ def headline() -> list[str]:
     return [line(["what", "peer", "times as fast", "machine"]), line(["---"] * 4), *(line(cells) for cells in body)]
 
 
+@table("own-code")
+def own_code() -> list[str]:
+    """Returns the table of programs as people write them: the milliseconds of a stock step, and the ratios to it."""
+    rows = latest("own_code", "program", "what")
+    found = index(rows, "program", "what")
+    ways = ("lean loop", "both callbacks", "torch.compile", "JAX")
+    body = []
+    for program in dict.fromkeys(row["program"] for row in rows):
+        stock, both = found[(program, "stock")], found[(program, "both callbacks")]
+        ratios = [found[(program, way)]["times_stock"] if (program, way) in found else "-" for way in ways]
+        body.append((f"`{program}`", stock["batch"], figures(stock["milliseconds"]), *ratios, both["share_of_matmul"]))
+    header = [
+        *("program", "batch", "stock step, ms", "`LeanLoop`", "`LeanLoop`, `FuseKernels`"),
+        *("`torch.compile`", "JAX", "share of a matrix product's rate"),
+    ]
+    return layout(header, body, "own_code", rows)
+
+
 @table("cnn-job")
 def cnn_job() -> list[str]:
     """Returns the table of an epoch of the documented job, by contender and batch size."""
@@ -85,6 +103,49 @@ def whole_process() -> list[str]:
         spread = f"{fixed(row['seconds'], 2)} ({fixed(row['least'], 2)} to {fixed(row['most'], 2)})"
         body.append((row["program"], f"`{row['command'].replace('|', chr(92) + '|')}`", spread, share, row["n"]))
     return layout(["", "command", "seconds", "lightkit takes, of it", "n"], body, "whole_process", rows)
+
+
+@table("beside-keras")
+def beside_keras() -> list[str]:
+    """Returns the table of the three ways of a reader of Keras: statements, seconds of the process and accuracy."""
+    rows = latest("beside_keras", "way", "what")
+    ways = {
+        "arrays": "arrays: `model.fit`, `lightkit.fit`",
+        "command line": "command line: the program for arrays, `+experiment=cnn`",
+        "folder": "2,000 PNG files: `image_dataset_from_directory`, `lightkit.fit(model, folder)`",
+    }
+    keras = {way: next((row for row in rows if (row["way"], row["what"]) == (way, "Keras")), None) for way in ways}
+    body = []
+    for way, name in ways.items():
+        # The command line has no counterpart in Keras except the program for arrays.
+        peer = keras[way] or keras["arrays"]
+        assert peer is not None
+        for row in [peer, *(row for row in rows if row["way"] == way and row["what"] != "Keras")]:
+            spread = f"{fixed(row['seconds'], 1)} ({fixed(row['least'], 1)} to {fixed(row['most'], 1)})"
+            share = "1" if row is peer else fixed(str(float(row["seconds"]) / float(peer["seconds"])), 2)
+            count = "one command" if row["statements"] == "0" else row["statements"]
+            used = fixed(row["processor_seconds"], 1)
+            body.append((name, row["what"], count, spread, share, used, fixed(row["accuracy"], 3), row["n"]))
+            name = ""
+    header = ["", "", "statements", "seconds", "times Keras", "processor seconds", "accuracy", "n"]
+    lines = layout(header, body, "beside_keras", rows)
+    return [*lines[:-1], f"{lines[-1][:-1]}; {rows[-1]['note']}."]
+
+
+@table("augmentation")
+def augmentation() -> list[str]:
+    """Returns the table of the cost of the random changes of training images."""
+    rows = latest("augmentation", "images", "transform")
+    found = index(rows, "images", "transform")
+    body = []
+    for row in rows:
+        plain = found[(row["images"], "none")]
+        rate = float(row["trained_per_second"]) / float(plain["trained_per_second"])
+        cells = [fixed(row[key], 0) for key in ("converted_per_second", "trained_per_second")]
+        share = "-" if row["transform"] == "none" else f"{100 * float(row['share_of_step']):.1f} %"
+        body.append((row["images"], f"`{row['transform']}`", *cells, fixed(str(rate), 2), share))
+    header = ["images", "transform", "converted a second", "trained a second", "of the rate without", "share of a step"]
+    return layout(header, body, "augmentation", rows)
 
 
 @table("crowded")
@@ -246,5 +307,49 @@ def campaigns() -> list[str]:
     return [line.replace("fuzz_ops.csv`.", f"{names}.") for line in lines]
 
 
+@table("versions")
+def versions() -> list[str]:
+    """Returns the table of the fast tests with other versions of Python and torch."""
+    rows = latest("versions", "python", "torch", "tests")
+    rows.sort(key=lambda row: [int(part) for part in row["python"].split(".")])
+    columns = ("python", "torch", "lightning", "numpy", "passed", "failed", "skipped", "note")
+    header = ["Python", "torch", "Lightning", "NumPy", "passed", "failed", "skipped", "note", "tests"]
+    body = [[*(row[column] for column in columns), _extent(row["tests"])] for row in rows]
+    return [line(header), line(["---"] * len(header)), *map(line, body), "", "Rows: `benchmarks/results/versions.csv`."]
+
+
+def _extent(tests: str) -> str:
+    return "all fast ones" if tests == "tests" else f"{len(tests.split())} folders and files"
+
+
 def _sum(rows: list[Row], column: str) -> int:
     return sum(int(row[column]) for row in rows)
+
+
+@table("compression")
+def compression() -> list[str]:
+    """Returns the table of compressed models beside the dense one: means over the seeds, and ranges of the ratios."""
+    rows = latest("compression", "variant", "model", "seed")
+    found = index(rows, "variant", "model", "seed")
+    seeds = list(dict.fromkeys(row["seed"] for row in rows))
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    kinds = [(variants[0], "dense"), (variants[0], "dense, trained on"), *((v, "compressed") for v in variants)]
+    body = []
+    for variant, model in kinds:
+        own = [found[(variant, model, seed)] for seed in seeds]
+        dense = [found[(variant, "dense", seed)] for seed in seeds]
+
+        def mean(column: str, own: list[Row] = own) -> float:
+            return sum(float(row[column]) for row in own) / len(own)
+
+        def times(column: str, own: list[Row] = own, dense: list[Row] = dense) -> str:
+            ratios = [float(d[column]) / float(o[column]) for d, o in zip(dense, own, strict=True)]
+            return f"{min(ratios):.1f} to {max(ratios):.1f}"
+
+        left = mean("multiply_adds") / mean("multiply_adds", dense)
+        cells = [f"{mean('accuracy'):.4f}", f"{left:.1%}", f"{mean('bytes_zipped') / 1000:.0f} kB"]
+        ratios = ["1"] * 3 if model == "dense" else [times(c) for c in ("bytes_zipped", "ms_1", "ms_32")]
+        body.append((model if model != "compressed" else variant, *cells, *ratios))
+    header = ("model", "accuracy", "multiply-adds left", "zipped weights", "times smaller", "times as fast, batch 1")
+    lines = layout((*header, "times as fast, batch 32"), body, "compression", rows)
+    return [*lines[:-1], f"{lines[-1]} {rows[0]['epochs']} epochs, {len(seeds)} seeds; the machine had other work."]

@@ -25,6 +25,25 @@ def conv_relu_pool() -> list[str]:
     return layout(header, body, "conv_relu_pool", used)
 
 
+@table("convolution")
+def conv2d() -> list[str]:
+    """Returns the table of single convolutions, milliseconds of forward and backward."""
+    key = ("job", "dtype", "batch", "what")
+    rows = latest("conv2d", *key)
+    found = index(rows, *key)
+    body = []
+    for job, dtype, batch in dict.fromkeys(tuple(row[k] for k in key[:3]) for row in rows):
+        way = {what: found[(job, dtype, batch, what)] for what in ("eager", "eager channels-last", "kernel")}
+        times = [figures(row["milliseconds"]) for row in way.values()]
+        kernel = way["kernel"]
+        body.append((job, dtype, batch, *times, kernel["times_faster_eager"], kernel["share_of_matmul"]))
+    header = [
+        *("layer", "dtype", "batch", "torch", "channels-last", "kernel"),
+        *("times the faster of torch's", "share of a matrix product's rate"),
+    ]
+    return layout(header, body, "conv2d", rows)
+
+
 @table("linear-cross-entropy")
 def linear_cross_entropy() -> list[str]:
     """Returns the table of a head and its loss, with the memory that each way takes."""
@@ -47,6 +66,37 @@ def linear_cross_entropy() -> list[str]:
             cells.append(f"{fixed(row['milliseconds'], 0)}{against}, {fixed(row['extra_mib'], 0)} MiB")
         body.append(cells)
     return layout(["rows x features x classes", "dtype", *names.values()], body, "linear_cross_entropy", rows)
+
+
+@table("norm-act")
+def norm_act() -> list[str]:
+    """Returns the table of normalizations: how many times as fast the kernel is, and how many copies long."""
+    rows = latest("norm_act", "layer", "what")
+    found = index(rows, "layer", "what")
+    body = []
+    for layer in dict.fromkeys(row["layer"] for row in rows):
+        eager, last, kernel, given, copy = (
+            float(found[(layer, what)]["microseconds"])
+            for what in ("eager", "eager channels-last", "kernel", "kernel, statistics", "copy")
+        )
+        ratios = (eager / kernel, last / kernel, last / given, kernel / copy)
+        body.append((layer, *(f"{value:.1f}" for value in ratios)))
+    header = ["input, what follows", "against torch", "against channels-last", "with statistics", "copies of the input"]
+    return layout(header, body, "norm_act", rows)
+
+
+@table("dropout")
+def dropout() -> list[str]:
+    """Returns the table of dropout, in ratios: how many times as fast it is, and how many pairs of copies long."""
+    rows = latest("dropout", "shape", "dtype", "what")
+    found = index(rows, "shape", "dtype", "what")
+    body = []
+    for shape, dtype in dict.fromkeys((row["shape"], row["dtype"]) for row in rows):
+        eager, own, copy = (
+            float(found[(shape, dtype, what)]["microseconds"]) for what in ("eager", "lightkit", "copy")
+        )
+        body.append((shape.replace("x", " x "), dtype, f"{eager / own:.1f}", f"{own / copy:.1f}"))
+    return layout(["input", "dtype", "against torch", "copies, forward and backward"], body, "dropout", rows)
 
 
 @table("freed-memory")

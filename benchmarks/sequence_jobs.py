@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from lightkit.app.factory import build_data
 from lightkit.config import build
+from lightkit.data import with_sizes
 
 # For each job, the names of its metric and of its rate.
 JOBS = {
@@ -53,7 +54,7 @@ def plain_loop(job: str, seed: int) -> tuple[float, float]:
     data = build_data(config)
     data.setup()
     torch.manual_seed(seed)
-    model = build(config.model)
+    model = build(with_sizes(config.model, data))
     optimizer = _optimizer(config, model)
     scheduler = build(config.scheduler)(optimizer)
     clip = config.optim.get("max_grad_norm")

@@ -88,6 +88,7 @@ PYBIND11_MODULE(LIGHTKIT_MODULE, module) {
   bind_plan<SgdPlan>(module, "SgdPlan");
   bind_plan<AdamPlan>(module, "AdamPlan");
   module.attr("cross_entropy") = called(cross_entropy_function);
+  module.attr("nll_loss") = called(nll_loss_function);
   // The types of the devices that the ops have kernels for.
 #ifdef LIGHTKIT_CUDA
   module.attr("devices") = py::make_tuple("cpu", "cuda");

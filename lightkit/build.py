@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from lightkit.native import archive, builder, cache, toolchain
+from lightkit.native.versions import add_version_option
 from lightkit.runtime.command_process import run_as_process
 
 
@@ -56,6 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
         The exit status: 0 after success, 1 after an error, which the function prints.
     """
     parser = argparse.ArgumentParser(prog="python -m lightkit.build", description=__doc__)
+    add_version_option(parser)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--archive", type=Path, metavar="FILE", help="build if need be, and write the build to FILE")
     what.add_argument(

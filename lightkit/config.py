@@ -12,7 +12,10 @@ from lightkit._util.installation import how_to_install
 from lightkit.errors import ConfigError
 from lightkit.targets import allow_targets, check_arguments, check_types, find_class, nearest
 
-__all__ = ["allow_targets", "build", "check_types", "construct", "find_class", "nearest"]
+__all__ = ["SIZE_KEYS", "allow_targets", "build", "check_types", "construct", "find_class", "nearest"]
+
+# The arguments of a model that follow the data where a configuration has null: see `lightkit.data.with_sizes`.
+SIZE_KEYS = ("in_channels", "image_size", "input_size", "category_sizes", "num_classes", "num_outputs")
 
 _TARGET, _PARTIAL = "_target_", "_partial_"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NoReturn, TypedDict
+from typing import Any, NoReturn, TypedDict
 
 from omegaconf import DictConfig
 
@@ -19,24 +19,52 @@ class Keys(TypedDict):
     download: bool
     output: str | None
     accelerator: str
+    trust: bool
 
 
 @entry_point("evaluate", Keys)
 def main(config: DictConfig) -> None:
-    """Computes and prints the test metrics of a checkpoint; writes them to ``config.output`` unless it is None."""
+    """Computes and prints the test metrics of a checkpoint, or of several and of their ensemble.
+
+    Args:
+        config: the keys of ``conf/evaluate.yaml``. If ``output`` is set, the function also writes the metrics to that
+            file; of an ensemble with those of each member under ``members``.
+
+    Raises:
+        LightkitError: a checkpoint, its data or an option cannot be used.
+    """
     # As in lightkit.train, --help does not wait for these imports.
+    from lightkit._util.numbers import format_number
     from lightkit.app.console import print_table
-    from lightkit.app.evaluation import evaluate
+    from lightkit.app.ensembles import find_members
+    from lightkit.app.evaluation import evaluate_ensemble
     from lightkit.app.run_files import check_output, write_json
 
     begin_to_collect()
     check_output(config.output)
-    metrics = evaluate(
-        config.ckpt_path, data_dir=config.data_dir, download=config.download, accelerator=config.accelerator
+    paths = find_members(config.ckpt_path)
+    own, metrics = evaluate_ensemble(
+        paths,
+        data_dir=config.data_dir,
+        download=config.download,
+        accelerator=config.accelerator,
+        trust=config.trust,
     )
-    print_table(f"{config.ckpt_path}", {name: f"{value:.6g}" for name, value in metrics.items()})
+    members = [{"ckpt_path": str(path), **values} for path, values in zip(paths, own, strict=True)]
+    # First the file: standard output may fail.
     if config.output is not None:
-        write_json(Path(config.output), metrics)
+        write_json(Path(config.output), metrics if len(own) == 1 else {**metrics, "members": members})
+    if len(own) > 1:
+        rows = {str(path): _in_a_line(values) for path, values in zip(paths, own, strict=True)}
+        print_table("members", rows)
+    title = str(paths[0]) if len(own) == 1 else f"ensemble of {len(own)}"
+    print_table(title, {name: format_number(value) for name, value in metrics.items()})
+
+
+def _in_a_line(metrics: dict[str, Any]) -> str:
+    from lightkit._util.numbers import format_number
+
+    return ", ".join(f"{name} {format_number(value)}" for name, value in metrics.items())
 
 
 def command() -> NoReturn:

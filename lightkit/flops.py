@@ -214,6 +214,17 @@ def _conv_relu_pool(input: Shape, weight: Shape, bias: Any, padding: Shape, pool
     return _layer_chain(input, [weight], [bias], (*padding, True, pool), out_shape=None)
 
 
+def _conv2d(input: Shape, weight: Shape, bias: Any, *settings: Any, out_shape: Any) -> int:
+    output, _ = out_shape
+    # A weight holds the products of one place of the output.
+    return 2 * input[0] * prod(output[2:]) * prod(weight)
+
+
+def _conv2d_backward(grad_output: Shape, input: Shape, weight: Shape, *settings: Any, out_shape: Any) -> int:
+    *_, wanted = settings
+    return sum(wanted[:2]) * 2 * input[0] * prod(grad_output[2:]) * prod(weight)
+
+
 def _layer_chain(
     input: Shape, weights: Sequence[Shape], biases: Any, settings: Sequence[int], *_: Any, out_shape: Any
 ) -> int:
@@ -317,6 +328,8 @@ _OWN = {
     "aten::_scaled_dot_product_efficient_attention_backward": _attention_backward,
     "aten::_scaled_dot_product_cudnn_attention_backward": _attention_backward,
     "lightkit::conv_relu_pool": _conv_relu_pool,
+    "lightkit::conv2d": _conv2d,
+    "lightkit::_conv2d_backward": _conv2d_backward,
     "lightkit::layer_chain": _layer_chain,
     "lightkit::_layer_chain_forward": _layer_chain,
     "lightkit::_layer_chain_backward": _layer_chain_backward,

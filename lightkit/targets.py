@@ -20,7 +20,10 @@ from lightkit.errors import ConfigError
 # classes may open files, sockets and processes.
 _PUBLIC_PACKAGES = (
     "lightkit.callbacks",
+    "lightkit.compress",
     "lightkit.data",
+    "lightkit.data.augment",
+    "lightkit.finetune",
     "lightkit.loggers",
     "lightkit.models",
     "lightkit.nn",
@@ -189,7 +192,8 @@ def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
     return f"; did you mean {', '.join(prefix + c for c in close)}?" if close else ""
 
 
-def _type_hints(cls: type) -> dict[str, Any]:
+def type_hints(cls: type) -> dict[str, Any]:
+    """Returns the type hints of a constructor by name; an empty dict if one of them cannot be resolved."""
     try:
         return typing.get_type_hints(cls.__init__)
     except (NameError, TypeError, AttributeError):
@@ -205,6 +209,11 @@ def _union_members(hint: Any) -> set[Any]:
 _PLAIN_TYPES = (int, float, bool, str, type(None))
 
 
+def is_plain_type(hint: Any) -> bool:
+    """Returns True if ``hint`` is int, float, bool, str or None, or a union of these."""
+    return _union_members(hint) <= set(_PLAIN_TYPES)
+
+
 def _is_accepted(value: Any, hint: Any) -> bool:
     """Returns False if ``hint`` has plain types alone and ``value`` is a plain value or container of another type.
 
@@ -213,7 +222,7 @@ def _is_accepted(value: Any, hint: Any) -> bool:
     """
     options = _union_members(hint)
     is_container = isinstance(value, (list, dict)) or type(value).__module__.startswith("omegaconf.")
-    if not options <= set(_PLAIN_TYPES) or not (isinstance(value, _PLAIN_TYPES) or is_container):
+    if not is_plain_type(hint) or not (isinstance(value, _PLAIN_TYPES) or is_container):
         return True
     return type(value) in options or (type(value) is int and float in options)
 
@@ -264,7 +273,7 @@ def check_arguments(cls: type, target: str, arguments: Mapping[str, Any], as_par
     for name in arguments:
         if name not in named:
             raise ConfigError(f"{target} takes no argument {name!r}{nearest(name, named)}")
-    check_types(arguments, _type_hints(cls), owner=f"{target}: ")
+    check_types(arguments, type_hints(cls), owner=f"{target}: ")
     if as_partial:
         return
     missing = [

@@ -16,10 +16,17 @@ class Keys(TypedDict):
     name: str
     seed: int
     ckpt_path: str | None
+    init_from: str | None
+    init_skip: list[str] | str
+    freeze: list[str] | str
+    unfreeze: dict[int, list[str]] | None
     compile: bool
     test: bool
     objective: str
+    kfold: int | None
+    fold: int | None
     run_dir: str
+    tags: list[str]
 
 
 @entry_point("train", Keys, several_processes=True)

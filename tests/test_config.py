@@ -5,15 +5,21 @@ from __future__ import annotations
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_type_hints
 
 import pytest
 import torch
 from hydra import compose, initialize_config_module
+from lightning.pytorch.callbacks import EarlyStopping
 from omegaconf import OmegaConf
+from support.rows import write_rows
 
 from lightkit.app.factory import build_data, build_task
+from lightkit.app.model_sizes import fill
+from lightkit.app.schema import set_tags
 from lightkit.config import allow_targets, build
+from lightkit.data import MNIST5k, with_sizes
 from lightkit.errors import ConfigError
 from lightkit.models import CNN
 
@@ -125,33 +131,48 @@ OVERRIDES = [
 # For choices that do not classify images: the experiment and the overrides that they need.
 BELONGS_TO = {
     "data=co2": ["+experiment=forecast"],
+    "data=csv": ["+experiment=table", "data.path=TABLE", "data.target=target"],
+    "data=image_folder": ["data.path=images", "data.classes=[a,b]", "data.image_size=28", "data.channels=1"],
     "data=series": ["+experiment=forecast", "data.path=values.csv"],
     "data=sunspots": ["+experiment=forecast"],
     "data=text": ["+experiment=language_model"],
     "model=char_rnn": ["+experiment=char_rnn"],
+    "experiment=table": ["data.path=TABLE", "data.target=target"],
     "model=forecaster": ["+experiment=forecast"],
+    "model=mlp": ["+experiment=table", "data.path=TABLE", "data.target=target"],
     "model=rnn": ["+experiment=rnn"],
     "model=transformer": ["+experiment=language_model"],
     "task=forecast": ["+experiment=forecast"],
     "task=language_model": ["+experiment=language_model"],
+    "task=regression": ["+experiment=table", "data.path=TABLE", "data.target=target", "data.kind=regression"],
+    "task=table": ["+experiment=table", "data.path=TABLE", "data.target=target"],
 }
 
 
 @pytest.mark.parametrize("override", OVERRIDES)
 def test_every_choice_composes_and_builds(override, tmp_path):
     """Every choice of every group composes and builds within its job."""
+    table = write_rows(tmp_path / "t.csv", "a,target", [f"{row % 7},{row % 2}" for row in range(60)])
+    needed = [word.replace("TABLE", str(table)) for word in BELONGS_TO.get(override.lstrip("+"), [])]
     with initialize_config_module("lightkit.conf", version_base="1.3"):
-        config = compose("train", [*BELONGS_TO.get(override, []), override, f"run_dir={tmp_path}"])
-    task, data = build_task(config), build_data(config)
-    build(config.callbacks)
+        config = compose("train", [*needed, override, f"run_dir={tmp_path}"])
+    data = build_data(config)
+    config = fill(config, data)
+    task = build_task(config)
+    build(config.get("callbacks") or {})
     # Lightning rejects a Trainer for a missing device.
     if config.trainer.accelerator in ("auto", "cpu") or (
         config.trainer.accelerator == "gpu" and torch.cuda.is_available()
     ):
         build(config.trainer)
+    # The length of a schedule is that of the training.
+    limits = {"max_epochs": 3, "max_steps": -1, "estimated_stepping_batches": 12, "accumulate_grad_batches": 1}
+    task._trainer = SimpleNamespace(**limits, num_training_batches=4)
     task.configure_optimizers()
     outputs = config.model.get("num_classes", config.model.get("num_outputs"))
-    assert outputs in (None, getattr(data, "num_classes", None), getattr(data, "horizon", None))
+    # A regression has one value.
+    targets = getattr(task, "num_targets", None)
+    assert outputs in (None, getattr(data, "num_classes", None), getattr(data, "horizon", None), targets)
 
 
 @pytest.mark.parametrize(
@@ -183,11 +204,85 @@ def test_documented_job():
     assert (other.data._target_, other.optim._target_) == ("lightkit.data.FashionMNIST", "lightkit.optim.SGD")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "norm"),
+    [
+        (["optim=adam"], None),
+        (["optim=adam", "optim.max_grad_norm=0.5"], 0.5),
+        (["optim=adamw", "optim.max_grad_norm=1"], 1),
+        (["optim=sgd", "optim.max_grad_norm=2.0"], 2.0),
+    ],
+)
+def test_gradient_clipping(overrides, norm):
+    """`optim.max_grad_norm` is a key of every optimizer, and null leaves torch's classes without it."""
+    with initialize_config_module("lightkit.conf", version_base="1.3"):
+        config = compose("train", [*overrides, "run_dir=."])
+        plain = compose("train", ["optim=sgd", "optim._target_=torch.optim.SGD", "run_dir=."])
+    data = build_data(config)
+    assert build_task(fill(config, data)).configure_optimizers().max_grad_norm == norm
+    assert type(build_task(fill(plain, data)).configure_optimizers()) is torch.optim.SGD
+
+
+@pytest.mark.parametrize(
+    ("choice", "names"),
+    [
+        ("default", ["checkpoint", "throughput", "progress", "lean_loop"]),
+        ("none", []),
+        ("[]", []),
+        ("early_stopping", ["early_stopping"]),
+        ("[default,early_stopping]", ["checkpoint", "throughput", "progress", "lean_loop", "early_stopping"]),
+        ("[none,swa,lr_monitor]", ["swa", "lr_monitor"]),
+        ("[ema]", []),
+    ],
+)
+def test_several_callbacks(choice, names):
+    """A list of choices has the callbacks of all of them; early stopping reads the metric of the checkpoints."""
+    monitor = ["callbacks.checkpoint.monitor=val/accuracy", "callbacks.checkpoint.mode=max"]
+    with initialize_config_module("lightkit.conf", version_base="1.3"):
+        config = compose("train", [f"callbacks={choice}", "run_dir=.", *(monitor if "default" in choice else [])])
+    assert list(config.get("callbacks") or {}) == names
+    assert config.optim.ema_decay == (0.999 if "ema" in choice else None)
+    for stopping in (c for c in build(config.get("callbacks") or {}).values() if isinstance(c, EarlyStopping)):
+        expected = ("val/accuracy", "max") if "default" in choice else ("val/loss", "min")
+        assert (stopping.monitor, stopping.mode) == expected
+
+
+@pytest.mark.parametrize(
+    ("choice", "names"),
+    [
+        ("default", ["csv", "tensorboard"]),
+        ("tensorboard", ["tensorboard"]),
+        ("[csv,wandb]", ["csv", "wandb"]),
+        ("all", ["csv", "tensorboard", "wandb", "mlflow"]),
+    ],
+)
+def test_several_loggers(choice, names):
+    """The loggers take the run directory, the name and the tags of the job."""
+    with initialize_config_module("lightkit.conf", version_base="1.3"):
+        config = compose("train", [f"logger={choice}", "run_dir=here", "name=job", "tags=[a,b]"])
+    nodes = OmegaConf.to_container(config.logger, resolve=True)
+    assert list(nodes) == names and all(node["save_dir"] == "here" for node in nodes.values())
+    for name in {"wandb", "mlflow"} & set(names):
+        assert nodes[name]["tags"] == ["a", "b"]
+        assert nodes[name]["project" if name == "wandb" else "experiment_name"] == "job"
+
+
+@pytest.mark.parametrize(
+    ("given", "tags"), [("[a,b]", ["a", "b"]), ("[1,x]", ["1", "x"]), ("one", ["one"]), ("null", []), ("[]", [])]
+)
+def test_tags(given, tags):
+    """Tags are texts; one tag needs no brackets."""
+    with initialize_config_module("lightkit.conf", version_base="1.3"):
+        config = compose("train", [f"tags={given}", "run_dir=."])
+    set_tags(config)
+    assert config.tags == tags
+
+
 @pytest.mark.parametrize("override", ["scheduler=none", "~scheduler"])
 def test_no_scheduler(override):
     """Without a scheduler the task has an optimizer alone."""
     with initialize_config_module("lightkit.conf", version_base="1.3"):
-        task = build_task(compose("train", ["+experiment=cnn", "run_dir=.", override]))
+        task = build_task(fill(compose("train", ["+experiment=cnn", "run_dir=.", override]), MNIST5k()))
     assert isinstance(task.configure_optimizers(), torch.optim.Optimizer)
 
 
@@ -214,7 +309,7 @@ def test_groups_serve_a_hydra_application_of_the_user(tmp_path):
     )
     with initialize_config_dir(str(tmp_path), version_base="1.3"):
         config = compose("mine", ["optim.lr=0.5"])
-    assert isinstance(build(config.model), CNN)
+    assert isinstance(build(with_sizes(config.model, build(config.data))), CNN)
     assert config.optim.lr == 0.5
     OmegaConf.resolve(config)
     assert (config.trainer.default_root_dir, build(config.data).seed) == ("out", 3)

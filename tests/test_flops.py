@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from lightkit.flops import _FORMULAS, FlopCounter, matmul_rate
 from lightkit.models import CNN, RNN, Transformer
-from lightkit.ops import conv_relu_pool, linear_cross_entropy
+from lightkit.ops import conv2d, conv_relu_pool, linear_cross_entropy
 from lightkit.optim import Adam
 
 # One image: three convolutions and two linear maps. The first convolution computes no gradient of the image.
@@ -57,6 +57,17 @@ def test_conv_relu_pool():
             assert count(run) == (1 + of_images + of_weight) * once
     with torch.inference_mode():
         assert count(run) == once
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_conv2d(groups):
+    """The kernel's convolution counts as torch's, forward and backward."""
+    images, weight = torch.randn(2, 6, 10, 10, requires_grad=True), torch.randn(12, 6 // groups, 3, 3)
+    runs = [
+        lambda function=function: function(images, weight.requires_grad_(), None, 2, 1, 1, groups)
+        for function in (conv2d, torch.nn.functional.conv2d)
+    ]
+    assert count(runs[0]) == count(runs[1])
 
 
 @pytest.mark.parametrize("groups", [1, 2, 6])

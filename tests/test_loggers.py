@@ -6,8 +6,8 @@ import errno
 
 import pytest
 
-from lightkit import loggers
 from lightkit.loggers import CSVLogger, read_rows
+from lightkit.loggers import csv_logger as loggers
 
 
 def logger_in(directory):

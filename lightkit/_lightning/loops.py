@@ -53,6 +53,11 @@ if TYPE_CHECKING:
         profiler: Profiler
 
 
+def training_batches(trainer: pl.Trainer) -> Any:
+    """Returns what a fit will iterate over, such as a DataLoader; asks the data module or the module for it."""
+    return trainer.fit_loop._data_source.dataloader()
+
+
 def connected(trainer: pl.Trainer) -> ConnectedTrainer:
     """Returns ``trainer`` itself, with a type that declares the attributes which its connectors set."""
     return cast("ConnectedTrainer", trainer)

@@ -14,6 +14,7 @@ USED: dict[str, tuple[str, ...]] = {
         "lightning.pytorch.loops.fetchers._DataLoaderIterDataFetcher",
         "lightning.pytorch.loops.fit_loop._FitLoop._combined_loader",
         "lightning.pytorch.loops.fit_loop._FitLoop._data_fetcher",
+        "lightning.pytorch.loops.fit_loop._FitLoop._data_source",
         "lightning.pytorch.loops.fit_loop._FitLoop._should_accumulate",
         "lightning.pytorch.loops.fit_loop._FitLoop._skip_backward",
         "lightning.pytorch.loops.optimization.automatic._AutomaticOptimization._make_closure",
@@ -70,9 +71,17 @@ USED: dict[str, tuple[str, ...]] = {
 # Members that a subclass in lightkit overrides or reads of itself.
 INHERITED: dict[str, tuple[str, ...]] = {
     "2.6.6": (
+        "lightning.pytorch.callbacks.WeightAveraging._average_model",
+        "lightning.pytorch.callbacks.WeightAveraging._swap_models",
+        "lightning.pytorch.callbacks.ModelCheckpoint._enable_version_counter",
         "lightning.pytorch.callbacks.ModelCheckpoint._every_n_epochs",
+        "lightning.pytorch.callbacks.ModelCheckpoint._get_metric_interpolated_filepath_name",
         "lightning.pytorch.callbacks.ModelCheckpoint._monitor_candidates",
+        "lightning.pytorch.callbacks.ModelCheckpoint._save_checkpoint",
         "lightning.pytorch.callbacks.ModelCheckpoint._save_last_checkpoint",
+        "lightning.pytorch.callbacks.ModelCheckpoint._save_on_train_epoch_end",
+        "lightning.pytorch.callbacks.ModelCheckpoint._save_topk_checkpoint",
+        "lightning.pytorch.callbacks.ModelCheckpoint._should_save_on_exception",
         "lightning.pytorch.callbacks.ModelCheckpoint._should_save_on_train_epoch_end",
         "lightning.pytorch.callbacks.ModelCheckpoint._should_skip_saving_checkpoint",
         "lightning.pytorch.loggers.CSVLogger._experiment",

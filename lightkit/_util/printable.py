@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 
 # A terminal obeys control characters; characters that turn the direction of writing or begin a line deceive a reader;
 # surrogates cannot be encoded.
@@ -10,6 +11,9 @@ _ESCAPED = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 # Persian, Hindi and emoji of several characters need the joiners.
 _JOINERS = "\u200c\u200d"
+
+# The number of names that a message shows.
+_SHOWN = 3
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -23,6 +27,12 @@ def printable(text: str, keep: str = "") -> str:
         return text
     keep += _JOINERS
     return "".join(c if c in keep or unicodedata.category(c) not in _ESCAPED else _escape(c) for c in text)
+
+
+def few(texts: Sequence[str], separator: str = ", ") -> str:
+    """Returns the first three of ``texts``, escaped by `printable`, and the number of the others."""
+    shown = separator.join(map(printable, texts[:_SHOWN]))
+    return f"{shown} and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else shown
 
 
 def _escape(character: str) -> str:

@@ -10,11 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lightkit._util.printable import printable
+from lightkit._util.printable import few
 from lightkit.errors import DataError
-
-# The number of names that a warning shows.
-_SHOWN = 3
 
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -45,6 +42,8 @@ def open_regular(path: str | Path, most: int | None = None, name: str | None = N
         # another process may have replaced the file in between.
         _check_kind(os.stat(path).st_mode, name)
         raw = _Bounded(path, "rb", opener=_open_without_waiting)
+    except FileNotFoundError as error:
+        raise DataError(f"{name} cannot be read: {error.strerror}{kind_of_missing(path)}") from error
     except OSError as error:
         raise DataError(f"{name} cannot be read: {error.strerror or error}") from error
     file = io.BufferedReader(raw)
@@ -81,15 +80,31 @@ def _open_without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
+def kind_of_missing(path: str | Path) -> str:
+    """Returns ": it is a broken link to TARGET" if ``path``, which does not exist, is a link; else ""."""
+    return f": it is a broken link to {os.readlink(path)}" if os.path.islink(path) else ""
+
+
 def warn_of_skipped(paths: Sequence[Path]) -> None:
     """Warns in one line that ``paths``, entries of a folder such as broken links, pipes or devices, are skipped."""
     if paths:
-        shown = ", ".join(printable(str(path)) for path in paths[:_SHOWN])
-        more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
-        warnings.warn(f"skipped, since they are no files that can be read: {shown}{more}", stacklevel=3)
+        shown = few([f"{path} ({_kind_of(path)})" for path in paths])
+        warnings.warn(f"skipped, since they are no files that can be read: {shown}", stacklevel=3)
+
+
+def _kind_of(path: Path) -> str:
+    """Returns what ``path`` is, if it is no file that can be read, such as "a pipe" or "a broken link"."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        return "a broken link" if os.path.islink(path) else str(error.strerror or error)
+    return _kind(mode)
+
+
+def _kind(mode: int) -> str:
+    return next((kind for is_kind, kind in _KINDS if is_kind(mode)), "something else")
 
 
 def _check_kind(mode: int, name: str) -> None:
     if not stat.S_ISREG(mode):
-        kind = next((kind for is_kind, kind in _KINDS if is_kind(mode)), "something else")
-        raise DataError(f"{name} is {kind}, and must be a regular file")
+        raise DataError(f"{name} is {_kind(mode)}, and must be a regular file")

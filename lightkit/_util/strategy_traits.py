@@ -19,11 +19,13 @@ class StrategyTraits:
         replicates_evaluation: each process evaluates on the whole data set, so that one process suffices.
         tolerates_worker_loss: the training continues after the loss of any process except the first.
         supports_lean_loop: `lightkit.callbacks.LeanLoop` may replace Lightning's training step.
+        trains_locally: each process has its own optimizer state, because the processes do not share the gradients.
     """
 
     replicates_evaluation: bool = False
     tolerates_worker_loss: bool = False
     supports_lean_loop: bool = False
+    trains_locally: bool = False
 
 
 @runtime_checkable

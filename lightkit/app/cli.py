@@ -9,20 +9,22 @@ import traceback
 import typing
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-import lightkit
 from lightkit._util.installation import find_conflict
-from lightkit.app import processes, restarts
+from lightkit.app import cross_validation, own_classes, processes, restarts, run_records
 from lightkit.app.hydra_patches import patch_hydra
 from lightkit.app.log_filters import filter_warnings, with_silent_lightning
 from lightkit.app.messages import explain, explain_null, lightning_exceptions, print_error, user_error_types
-from lightkit.app.schema import CONFIG_MODULE, check_top_level, quote_texts
+from lightkit.app.run_directories import remove_unbegun
+from lightkit.app.schema import CONFIG_MODULE, check_name, check_top_level, set_tags
 from lightkit.app.sweeps import objective_for_sweeper
+from lightkit.app.texts import literal_texts
 from lightkit.errors import CarriedError, ConfigError, Terminated
 from lightkit.runtime.environment import is_follower, is_started, is_under_torchrun
 from lightkit.runtime.worker import Worker, end_at_once_in_group, end_by_signal
@@ -58,7 +60,7 @@ class Command:
         function: the function that runs a job of the composed configuration, and imports slow modules only then.
         config_name: the name of the configuration and of the command's module, ``lightkit.<config_name>``.
         keys: a class whose annotations are the types of the command's own keys. The command checks the values against
-            them, and makes Hydra take the value of a str key as text.
+            them, and Hydra takes the value of a str key literally: see `lightkit.app.texts`.
         several_processes: run ``function`` in as many processes as the configuration has devices.
     """
 
@@ -98,12 +100,20 @@ class Command:
         try:
             check_top_level(config, self._config_name)
             check_types({name: config[name] for name in self._hints}, self._hints)
+            if "name" in self._hints:
+                check_name(config.name)
+            if "tags" in self._hints:
+                set_tags(config)
             if self._worker is None:
                 return self._function(config)
+            if own_classes.adapt(config, self._config_name):
+                run_records.rewrite_hydra_config(config)
             # The command has no arguments, because this process sends its configuration to the others.
             command = [sys.executable, "-m", f"lightkit.{self._config_name}"]
-            return objective_for_sweeper(config, processes.lead(self._function, config, command, self._worker))
+            return objective_for_sweeper(config, cross_validation.lead(self._function, config, command, self._worker))
         except user_error_types() as error:
+            if self._worker is not None:
+                remove_unbegun(Path(HydraConfig.get().runtime.output_dir))
             # Hydra prints its own message for every Exception; a CarriedError is none.
             raise CarriedError(error) from error
 
@@ -113,15 +123,19 @@ class Command:
         # The variable makes Hydra raise an error instead of printing it.
         os.environ["HYDRA_FULL_ERROR"] = "1"
         if "--version" in sys.argv[1:]:
-            print(f"lightkit {lightkit.__version__} (hydra {hydra.__version__})")
+            # Hydra's own flag prints the version of Hydra.
+            from lightkit.native.versions import version_lines
+
+            print(version_lines())
             return 0
         try:
             self._run()
         except (CarriedError, *user_error_types()) as error:
             return _print_explained(explain(error, self._config_name), show_traceback)
-        except ValueError as error:
-            # Hydra answers GROUP=null with this ValueError; any other ValueError is a fault of the program.
-            if not str(error).startswith("Config group override must be") or not (message := explain_null()):
+        except (TypeError, ValueError) as error:
+            # Hydra answers GROUP=null and GROUP=[null] with these errors; any other is a fault of the program.
+            known = ("Config group override must be", "argument of type ")
+            if not str(error).startswith(known) or not (message := explain_null()):
                 raise
             return _print_explained(message, show_traceback)
         except (Terminated, *lightning_exceptions("SIGTERMException")):
@@ -145,7 +159,8 @@ class Command:
         patch_hydra()
         if self._worker is None:
             self._reject_sweep()
-        quote_texts([name for name, hint in self._hints.items() if hint in (str, str | None)])
+        texts = [name for name, hint in self._hints.items() if hint in (str, str | None)]
+        sys.argv[1:] = literal_texts(sys.argv[1:], texts, is_sweep=_is_sweep())
         if self._worker is None:
             _preserve_hydra_config(self._run_hydra)
             return
@@ -186,8 +201,13 @@ class Command:
 
     def _reject_sweep(self) -> None:
         """Rejects the sweep flags for a command that writes no run directory; Hydra would make an empty one."""
-        if any(word in _MULTIRUN_FLAGS for word in sys.argv[1:]):
+        if _is_sweep():
             raise ConfigError(f"-m is for lightkit.train: lightkit.{self._config_name} does one thing at a time")
+
+
+def _is_sweep() -> bool:
+    words = sys.argv[1:]
+    return any(word in _MULTIRUN_FLAGS or word.lstrip("+") == "hydra.mode=MULTIRUN" for word in words)
 
 
 def _print_explained(message: str, show_traceback: bool) -> int:

@@ -10,6 +10,9 @@ from rich.text import Text
 
 from lightkit._util.printable import printable
 
+# A column of names up to this number of characters keeps its width beside long values.
+_MAX_UNFOLDED = 40
+
 
 def print_table(title: str, rows: Mapping[str, str]) -> None:
     """Prints a table of names and values; escapes control characters and rich's markup in both.
@@ -20,8 +23,9 @@ def print_table(title: str, rows: Mapping[str, str]) -> None:
     """
     # rich parses markup in a str and none in a Text.
     table = Table(title=Text(printable(title), style="table.title"), show_header=False, title_justify="left")
-    table.add_column(style="bold", no_wrap=True)
     # A path that a user wants to copy must not be cut.
+    is_short = max(map(len, rows), default=0) <= _MAX_UNFOLDED
+    table.add_column(style="bold", no_wrap=is_short, overflow="fold")
     table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(Text(printable(name)), Text(printable(value)))

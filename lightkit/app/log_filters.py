@@ -24,6 +24,8 @@ def filter_warnings() -> None:
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
     # A resumed run writes to a new directory.
     warnings.filterwarnings("ignore", ".*The dirpath has changed from.*")
+    # lightkit needs no srun on the node of a user's shell.
+    warnings.filterwarnings("ignore", ".*The `srun` command is available on your system.*")
     # Lightning's own code causes this warning of torch.
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
     # The progress bar shows the loss of the first process, which suffices to follow a training.

@@ -11,14 +11,19 @@ import logging.config
 import os
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from lightkit._util.output_log import OutputLog
 from lightkit._util.strategy_traits import traits_of
-from lightkit.app import restarts
+from lightkit.app import cluster, restarts
+from lightkit.app.job_output import start_log
 from lightkit.app.log_filters import import_lightning_silently
+from lightkit.app.run_records import OUTPUT
+from lightkit.app.texts import escape_interpolations
 from lightkit.config import to_plain
 from lightkit.errors import ConfigError
 from lightkit.runtime.environment import is_under_torchrun, rank, world_size
@@ -29,7 +34,7 @@ from lightkit.targets import find_class
 JobFunction = Callable[[DictConfig], Any]
 
 
-def lead(function: JobFunction, config: DictConfig, command: list[str], worker: Worker) -> Any:
+def lead(function: JobFunction, config: DictConfig, command: list[str], worker: Worker, job: str | None = None) -> Any:
     """Runs a job in as many processes as its configuration asks for, or as torchrun has started.
 
     Args:
@@ -37,6 +42,7 @@ def lead(function: JobFunction, config: DictConfig, command: list[str], worker: 
         config: the configuration of the job.
         command: the command line that starts a further process of the program, which must call `follow`.
         worker: this process.
+        job: the id of the cross-validation that the job belongs to; None for a job of its own.
 
     Returns:
         The result of ``function`` in the process of rank 0. With several processes it must consist of JSON's types.
@@ -45,19 +51,26 @@ def lead(function: JobFunction, config: DictConfig, command: list[str], worker: 
         LightkitError: a process ended in an error; the supervisor has ended the others.
     """
     unresolved = config
+    cluster.check_world_size()
     if is_under_torchrun():
         config = with_processes_of_torchrun(config)
     restart = restarts.of_this_process()
-    if not restart.begin(config, unresolved):
-        return restart.result()
-    # Hydra's sweepers draw from Python's generator too: a job that is skipped must not change their next number.
-    state = random.getstate()
-    try:
-        result = _run(function, config, command, worker)
-        restart.end(result)
-    finally:
-        random.setstate(state)
-        restart.leave()
+    with OutputLog() as log:
+        if not restart.begin(config, unresolved, job):
+            return restart.result()
+        # The directory is this run's from here on.
+        start_log(log, config)
+        # Hydra's sweepers draw from Python's generator too: a job that is skipped must not change their next number.
+        state = random.getstate()
+        try:
+            result = _run(function, config, command, worker)
+            restart.end(result)
+        except Exception as error:
+            restart.fail(error)
+            raise
+        finally:
+            random.setstate(state)
+            restart.leave()
     return result
 
 
@@ -65,6 +78,7 @@ def _run(function: JobFunction, config: DictConfig, command: list[str], worker: 
     if is_under_torchrun():
         worker.publish(_to_job(config))
     elif (count := count_processes(config)) > 1:
+        cluster.check_single_start(count)
         return Supervisor(command, count, _tolerates_worker_loss(config)).run(_to_job(config))
     return function(config)
 
@@ -80,7 +94,12 @@ def follow(function: JobFunction, worker: Worker) -> None:
     def run(job: dict[str, Any]) -> Any:
         if rank() == 0 and job["logging"]:
             logging.config.dictConfig(job["logging"])
-        return function(DictConfig(job["config"]))
+        config = DictConfig(escape_interpolations(job["config"]))
+        if rank() != 0:
+            return function(config)
+        with OutputLog() as log:
+            log.open(Path(config.run_dir) / OUTPUT)
+            return function(config)
 
     worker.follow(run)
 
@@ -136,7 +155,7 @@ def with_processes_of_torchrun(config: DictConfig) -> DictConfig:
     asked = config.trainer.devices
     if asked not in (1, -1, "auto", local, str(local)):
         raise ConfigError(f"trainer.devices={asked}, but torchrun started {local} processes on this node")
-    resolved = DictConfig(to_plain(config))
+    resolved = DictConfig(escape_interpolations(to_plain(config)))
     resolved.trainer.devices = local
     resolved.trainer.num_nodes = nodes
     return resolved

@@ -6,8 +6,8 @@ A user restarts a job with ``ckpt_path=last``; torchrun restarts a job by itself
 from __future__ import annotations
 
 import functools
-import re
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,12 +17,19 @@ from omegaconf import DictConfig, open_dict
 
 from lightkit._util.atomic_write import remove_leftovers
 from lightkit._util.directory_lock import hold, release
-from lightkit.app import run_records, sweep_record
+from lightkit.app import run_records, run_search, sweep_record
+from lightkit.app.log_filters import import_lightning_silently
+from lightkit.app.run_directories import check_free, is_within
 from lightkit.app.run_records import Run, display_path
+from lightkit.app.run_search import have_same_overrides
 from lightkit.app.sweep_record import Sweep
+from lightkit.app.texts import quote_word
 from lightkit.errors import ConfigError
 from lightkit.runtime.environment import is_under_torchrun
 from lightkit.runtime.restart_record import DIRECTORY, RestartFile, RestartRecord, is_restart_possible, restart_count
+
+# The largest number of characters of an error in the record of a run.
+_LONGEST_ERROR = 2000
 
 
 @functools.cache
@@ -69,38 +76,42 @@ class Restarts:
             print(f"done before the restart: {self._record.directory}")
             return None
         key = "hydra.sweep.dir" if self._record.is_sweep else "hydra.run.dir"
-        return [*self._arguments, f"{key}={quote_override_value(self._record.directory)}"]
+        return [*self._arguments, quote_word(f"{key}={self._record.directory}")]
 
     def directory(self) -> str | None:
         """Returns Hydra's output directory of a job that torchrun has restarted; None without a restart."""
         return None if self._record is None else self._record.directory
 
-    def begin(self, config: DictConfig, unresolved: DictConfig | None = None) -> bool:
+    def begin(self, config: DictConfig, unresolved: DictConfig | None = None, job: str | None = None) -> bool:
         """Begins or resumes a run: sets ``config.ckpt_path`` to the checkpoint, locks the directory, writes the record.
 
         Args:
             config: the configuration of the job.
             unresolved: the same configuration before interpolation, by which the search compares runs; None takes
                 ``config``.
+            job: the id of the cross-validation that the run belongs to; None for a run of its own.
 
         Returns:
             True if the job must run; False if the run was finished before a restart.
 
         Raises:
             CheckpointError: ``ckpt_path=last``, and no run can be resumed.
-            ConfigError: another process writes to the directory of the run.
+            ConfigError: another process writes to the directory of the run, or it holds another run.
         """
         directory = Path(config.run_dir).absolute()
         self._record_for_restart(directory)
         _lock_directory(directory)
         sweep = sweep_record.current()
-        job = sweep.job if sweep is not None else self._record.job if self._record is not None else None
+        if sweep is not None:
+            job = sweep.job
+        elif job is None and self._record is not None:
+            job = self._record.job
         run = run_records.describe(unresolved or config, job)
-        run = replace(run, directory=directory, overrides=_overrides())
+        run = replace(run, directory=directory, overrides=overrides_of_run())
         before = run_records.read(directory)
         checkpoint = None
         if before is not None and job is not None and before.job == job:
-            if before.is_finished and before.overrides == run.overrides:
+            if before.is_finished and have_same_overrides(before, run):
                 print(f"done before the restart: {directory}", flush=True)
                 self._run = before
                 release(directory)
@@ -112,7 +123,13 @@ class Restarts:
         if checkpoint is not None:
             with open_dict(config):
                 config.ckpt_path = str(checkpoint)
-        if before is not None and _is_within(config.get("ckpt_path"), directory):
+        resumed = config.get("ckpt_path")
+        if before is None or job is None or before.job != job:
+            check_free("run_dir", directory, resumed)
+        if resumed is not None and "optim" in config:
+            _take_settings(config, unresolved or config)
+            run = replace(run, config=run_records.describe(unresolved or config).config)
+        if before is not None and is_within(resumed, directory):
             # The run resumes from a checkpoint in its own directory, so that the checkpoints there are its own.
             run = replace(run, older=min(run.older, before.older))
         run.write()
@@ -141,6 +158,14 @@ class Restarts:
         """
         self._run = self._current_run().finished(result)
         self._run.write()
+        _update_sweep_page()
+
+    def fail(self, error: Exception) -> None:
+        """Records the error that ended the run; a full disk does not replace it by another one."""
+        with suppress(OSError):
+            self._run = replace(self._current_run(), error=f"{type(error).__name__}: {error}"[:_LONGEST_ERROR])
+            self._run.write()
+        _update_sweep_page()
 
     def leave(self) -> None:
         """Releases the lock of the run's directory."""
@@ -158,6 +183,14 @@ class Restarts:
     def _current_run(self) -> Run:
         assert self._run is not None, "call begin first"
         return self._run
+
+
+def _update_sweep_page() -> None:
+    """Writes the page of the sweep that this job belongs to; does nothing outside of a sweep."""
+    if (sweep := sweep_record.current()) is not None:
+        from lightkit.app.runs.sweep_page import update_sweep_page
+
+        update_sweep_page(sweep.directory)
 
 
 def _lock_directory(directory: Path) -> None:
@@ -180,7 +213,7 @@ def _find_own_checkpoint(run: Run, before: Run) -> Path | None:
         run: the run that begins now.
         before: the record of the run in the same directory before the restart.
     """
-    if before.overrides != run.overrides:
+    if not have_same_overrides(before, run):
         print(f"other parameters than before the restart: beginning anew in {run.directory}", flush=True)
         for checkpoint in before.checkpoints():
             checkpoint.unlink()
@@ -205,22 +238,29 @@ def _find_checkpoint(run: Run, config: DictConfig, sweep: Sweep | None) -> Path 
         directory of a run that could be resumed.
     """
     if config.get("ckpt_path") == "last":
-        checkpoint = run_records.find_last(run, config.name, sweep.swept if sweep is not None else ())
+        checkpoint = run_search.find_last(run, config.name, sweep.swept if sweep is not None else ())
         print(f"continuing {display_path(checkpoint)}", flush=True)
         return checkpoint
     if run.job is None and config.get("ckpt_path") is None and "name" in config:
-        if (unfinished := run_records.find_unfinished(run, config.name)) is not None:
+        if (unfinished := run_search.find_unfinished(run, config.name)) is not None:
             print(f"{display_path(unfinished.directory)} is unfinished: ckpt_path=last goes on with it", flush=True)
     return None
 
 
-def _is_within(checkpoint: str | None, directory: Path) -> bool:
-    return checkpoint is not None and Path(checkpoint).absolute().is_relative_to(directory)
+def _take_settings(config: DictConfig, unresolved: DictConfig) -> None:
+    """Sets the settings that the command line does not give to those of the checkpoint that the run resumes from.
 
+    Hydra's record of the composed configuration gets the settings too.
+    """
+    import_lightning_silently()
+    from lightkit.app.resumed_config import take_settings
 
-def quote_override_value(text: str) -> str:
-    """Returns ``text`` in quotes, so that Hydra's override parser accepts commas, equals signs and quotes in it."""
-    return "'" + re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + ("\\'" if match[2] else ""), text) + "'"
+    configs = [unresolved] if config is unresolved else [unresolved, config]
+    # A program that calls the job itself gives the whole configuration.
+    if not HydraConfig.initialized():
+        return
+    if take_settings(configs, config.ckpt_path, overrides_of_run()):
+        run_records.rewrite_hydra_config(unresolved)
 
 
 def _hydra_directory(run_dir: str) -> tuple[str, bool]:
@@ -240,7 +280,7 @@ def _hydra_directory(run_dir: str) -> tuple[str, bool]:
     return hydra.runtime.output_dir, False
 
 
-def _overrides() -> list[str]:
+def overrides_of_run() -> list[str]:
     """Returns the overrides of this run without ``ckpt_path``."""
     if not HydraConfig.initialized():
         return []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 from collections.abc import Mapping
@@ -14,34 +15,47 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from lightkit import __version__, native
+from lightkit._util import strict_json
 from lightkit._util.atomic_write import write_text_atomically
+from lightkit._util.working_copy import git_state
+from lightkit.app.run_records import CONFIG, ENVIRONMENT, LOG, METRICS
 from lightkit.errors import ConfigError
 
-# The names of the files in the directory of a run.
-CONFIG, ENVIRONMENT, METRICS, LOG = "config.yaml", "environment.json", "metrics.json", "metrics.csv"
+__all__ = [
+    "CONFIG",
+    "ENVIRONMENT",
+    "LOG",
+    "METRICS",
+    "check_output",
+    "environment",
+    "read_if_newer",
+    "write_config",
+    "write_json",
+]
 
 _PACKAGES = ("torch", "lightning", "hydra-core", "torchmetrics", "numpy")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes ``content`` as indented JSON to the file ``path``."""
-    write_text_atomically(path, json.dumps(content, indent=2) + "\n")
+    """Writes ``content`` as indented JSON to the file ``path``; NaN and infinities, which JSON lacks, become null."""
+    write_text_atomically(path, strict_json.dumps(content, indent=2) + "\n")
 
 
 def read_if_newer(path: Path, than: Path) -> dict[str, Any]:
-    """Returns the content of a file that `write_json` wrote, if the file is not older than another one.
+    """Returns the metrics in a file that `write_json` wrote, if the file is not older than another one.
 
     Args:
         path: the file.
         than: the other file.
 
     Returns:
-        The content; an empty dict if ``path`` is missing, damaged or older than ``than``.
+        The metrics by name, with NaN for null; an empty dict if ``path`` is missing, damaged or older than ``than``.
     """
     try:
         is_newer = path.stat().st_mtime_ns >= than.stat().st_mtime_ns
-        return json.loads(path.read_text()) if is_newer else {}
-    except (OSError, ValueError):
+        metrics = json.loads(path.read_text()) if is_newer else {}
+        return {name: math.nan if value is None else value for name, value in metrics.items()}
+    except (OSError, ValueError, AttributeError):
         return {}
 
 
@@ -69,13 +83,14 @@ def write_config(directory: Path, config: DictConfig) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Returns the versions of packages and the properties of the machine, by name."""
+    """Returns the versions of packages, the commit of the current directory, and the properties of the machine."""
     facts: dict[str, Any] = {"lightkit": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
             facts[package] = version(package)
         except PackageNotFoundError:
             facts[package] = None
+    facts["git"] = git_state()
     facts["native_kernels"] = [device for device in ("cpu", "cuda") if native.available(device)]
     facts["platform"] = platform.platform()
     facts["cpu"] = _cpu_name()

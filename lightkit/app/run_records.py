@@ -1,4 +1,4 @@
-"""Records of runs, and the search for the run that ``ckpt_path=last`` means.
+"""Records of runs: what a run was, how it ended, and which checkpoints it wrote.
 
 A run writes its record to ``.hydra/run.json``, beside Hydra's files, before the training and again at the end. The
 first edition of lightkit wrote no record; for its runs the module reads Hydra's files instead.
@@ -10,28 +10,30 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from lightkit._util import strict_json
 from lightkit._util.atomic_write import write_text_atomically
 from lightkit._util.checksums import find_damage
 from lightkit._util.directory_lock import is_held_by_another
-from lightkit.errors import CheckpointError
 
-_HYDRA_DIRECTORY = ".hydra"
-_RECORD_FILE = Path(_HYDRA_DIRECTORY) / "run.json"
+HYDRA_DIRECTORY = ".hydra"
+RECORD_FILE = Path(HYDRA_DIRECTORY) / "run.json"
 
-# A run may resume another one if these keys, and the choice of the group `debug`, are the same in both.
-IDENTITY_KEYS = ("data", "model", "task", "seed")
-_DEBUG_GROUP = "debug"
-
-# The number of differences that an error message lists.
-_MAX_DIFFERENCES = 8
+# The names of the files in the directory of a run.
+CONFIG, ENVIRONMENT, METRICS, LOG, REPORT, OUTPUT = (
+    "config.yaml",
+    "environment.json",
+    "metrics.json",
+    "metrics.csv",
+    "report.html",
+    "train.log",
+)
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Run:
             another run wrote; 0 if there is none.
         is_finished: True if the run has written its report.
         result: the objective that a sweeper gets; None without one.
+        error: the error that ended the run; None without one, as after a kill.
     """
 
     directory: Path
@@ -60,11 +63,12 @@ class Run:
     older: int = 0
     is_finished: bool = False
     result: float | None = None
+    error: str | None = None
 
     def write(self) -> None:
         """Writes the record to ``.hydra/run.json`` in the directory of the run."""
         content = {key: value for key, value in asdict(self).items() if key != "directory"}
-        write_text_atomically(self.directory / _RECORD_FILE, json.dumps(content, indent=1, default=str))
+        write_text_atomically(self.directory / RECORD_FILE, strict_json.dumps(content, indent=1, as_text=True))
 
     def finished(self, result: float | None) -> Run:
         """Returns a copy of this record as that of a finished run.
@@ -106,16 +110,30 @@ def describe(config: DictConfig, job: str | None = None) -> Run:
     """
     directory = Path(config.run_dir).absolute()
     choices: dict[str, str] = {}
+    from hydra.core.hydra_config import HydraConfig
+
     if HydraConfig.initialized():
         choices = _groups_of_lightkit(HydraConfig.get().runtime.choices)
-    plain = json.loads(json.dumps(OmegaConf.to_container(config, resolve=False), default=str))
+    plain = json.loads(strict_json.dumps(OmegaConf.to_container(config, resolve=False), as_text=True))
     return Run(directory, time.time(), plain, choices, job=job, older=_latest_checkpoint_time(directory))
+
+
+def rewrite_hydra_config(config: DictConfig) -> None:
+    """Replaces Hydra's record of the composed configuration, ``.hydra/config.yaml``, by ``config``."""
+    from hydra.core.hydra_config import HydraConfig
+
+    hydra = HydraConfig.get()
+    if hydra.output_subdir is not None:
+        record = Path(hydra.runtime.output_dir) / hydra.output_subdir / "config.yaml"
+        write_text_atomically(record, OmegaConf.to_yaml(config))
 
 
 def read(directory: Path) -> Run | None:
     """Returns the record of the run in a directory; None if the record is missing or unreadable."""
     try:
-        return Run(directory, **json.loads((directory / _RECORD_FILE).read_text()))
+        run = Run(directory, **json.loads((directory / RECORD_FILE).read_text()))
+        # A result that is no finite number is a text in JSON.
+        return replace(run, result=None if run.result is None else float(run.result))
     except FileNotFoundError:
         return _read_hydra_files(directory)
     except (OSError, ValueError, TypeError):
@@ -125,105 +143,29 @@ def read(directory: Path) -> Run | None:
 def find_run(checkpoint: Path) -> Run | None:
     """Returns the record of the run in whose directory ``checkpoint`` lies; None if there is no such run or record."""
     for directory in list(checkpoint.absolute().parents)[:3]:
-        if (directory / _HYDRA_DIRECTORY).is_dir():
+        if (directory / HYDRA_DIRECTORY).is_dir():
             return read(directory)
     return None
 
 
-def has_runs(name: str) -> bool:
-    """Returns True if a run lies below ``runs/<name>``."""
-    return any(_run_directories(Path("runs") / name))
+def find_results(directory: Path) -> list[str]:
+    """Returns the names of the files in a directory that a new run would overwrite and that somebody may need.
 
-
-def find_candidates(run: Run, name: str, recorded: bool = False) -> list[Run]:
-    """Returns the runs from which ``run`` might resume, the newest first.
-
-    The candidates lie below ``runs/<name>`` or in the directory of ``run``. Jobs of the same sweep are no candidates.
-
-    Args:
-        run: the run that begins now.
-        name: the name of the job.
-        recorded: leave out runs of the first edition, whose files take long to read.
+    A run that failed before its first step leaves only its configuration, which the next attempt may replace. The
+    result has no empty files.
     """
-    roots = (Path("runs") / name, run.directory)
-    directories = {folder.resolve() for root in roots for folder in _run_directories(root)}
-    if not (run.directory / _RECORD_FILE).exists():
-        # Hydra has just written its files for the new run, which look like a run of the first edition.
-        directories.discard(run.directory.resolve())
-    if recorded:
-        directories = {directory for directory in directories if (directory / _RECORD_FILE).exists()}
-    records = [other for directory in directories if (other := read(directory)) is not None]
-    candidates = [other for other in records if run.job is None or other.job != run.job]
-    return sorted(candidates, key=lambda other: other.started, reverse=True)
+    names = [METRICS, LOG, REPORT]
+    if not (directory / RECORD_FILE).exists():
+        # Without a record the files are not those of a run that failed: they may be anybody's.
+        names += [CONFIG, ENVIRONMENT]
+    found = [directory / name for name in names]
+    found += sorted([*directory.glob("*.ckpt"), *directory.glob("checkpoints/*.ckpt")])
+    return [str(path.relative_to(directory)) for path in found if path.exists() and not is_empty(path)]
 
 
-def find_last(run: Run, name: str, swept: Sequence[str] = ()) -> Path:
-    """Returns the checkpoint that ``ckpt_path=last`` means: that of the newest run without `config_differences`.
-
-    Args:
-        run: the run that begins now.
-        name: the name of the job.
-        swept: the keys and groups that differ between the jobs of the run's sweep, which must be the same too.
-
-    Raises:
-        CheckpointError: no run has such a checkpoint; the message has the nearest run and the differences.
-    """
-    root = Path("runs") / name
-    candidates = find_candidates(run, name)
-    same = [other for other in candidates if not config_differences(run, other, swept)]
-    for other in same:
-        if (path := other.latest_intact_checkpoint()) is not None:
-            return path
-    *most, last = *IDENTITY_KEYS, *swept
-    keys = f"{', '.join(most)} and {last}"
-    if same:
-        raise CheckpointError(
-            f"ckpt_path=last: {display_path(same[0].directory)} has the same {keys}, but no checkpoint to go on from: "
-            "leave ckpt_path out to begin anew"
-        )
-    if not candidates:
-        raise CheckpointError(f"ckpt_path=last: there is no last.ckpt below {root.absolute()}, nor another checkpoint")
-    with_checkpoints = [other for other in candidates if other.checkpoints()]
-    nearest = min(with_checkpoints or candidates, key=lambda other: len(config_differences(run, other, swept)))
-    differences = config_differences(run, nearest, swept)
-    differing = [f"{key}={theirs} there and {mine} here" for key, mine, theirs in differences]
-    more = f"; and {len(differing) - _MAX_DIFFERENCES} more" if len(differing) > _MAX_DIFFERENCES else ""
-    raise CheckpointError(
-        f"ckpt_path=last: no run below {root.absolute()} has the same {keys}; the nearest is "
-        f"{display_path(nearest.directory)}: {'; '.join(differing[:_MAX_DIFFERENCES])}{more}"
-    )
-
-
-def find_unfinished(run: Run, name: str) -> Run | None:
-    """Returns the newest run below ``runs/<name>`` that has no `config_differences` from ``run``.
-
-    Returns:
-        The record of that run; None if there is none, or it is not resumable: see `Run.is_resumable`.
-    """
-    same = (other for other in find_candidates(run, name, recorded=True) if not config_differences(run, other))
-    newest = next((other for other in same if other.is_finished or other.checkpoints()), None)
-    return newest if newest is not None and newest.is_resumable() else None
-
-
-def config_differences(mine: Run, theirs: Run, swept: Sequence[str] = ()) -> list[tuple[str, str, str]]:
-    """Returns the differences for which the run ``mine`` may not resume the run ``theirs``.
-
-    The function compares the keys `IDENTITY_KEYS` and ``swept`` before interpolation, and the choice of the group
-    ``debug``, since a run for debugging trains only a part.
-
-    Returns:
-        For each difference the key, the value of ``mine`` and the value of ``theirs``; the values as JSON.
-    """
-    values: list[tuple[str, Any, Any]] = []
-    for key in (*IDENTITY_KEYS, *swept):
-        if key not in IDENTITY_KEYS and (key in mine.choices or key in theirs.choices):
-            values.append((key, mine.choices.get(key), theirs.choices.get(key)))
-            continue
-        here, there = (_flatten(_select(run.config, key), key) for run in (mine, theirs))
-        for name in dict.fromkeys([*here, *there]):
-            values.append((name, here.get(name), there.get(name)))
-    values.append((f"+{_DEBUG_GROUP}", mine.choices.get(_DEBUG_GROUP), theirs.choices.get(_DEBUG_GROUP)))
-    return [(name, json.dumps(here), json.dumps(there)) for name, here, there in values if not _is_equal(here, there)]
+def is_empty(path: Path) -> bool:
+    """Returns True for a file without content."""
+    return path.is_file() and path.stat().st_size == 0
 
 
 def display_path(path: Path) -> str:
@@ -232,34 +174,15 @@ def display_path(path: Path) -> str:
     return str(path) if relative.startswith("..") else relative
 
 
-def _is_equal(one: Any, other: Any) -> bool:
-    # NaN differs from itself; its JSON does not.
-    return one == other or json.dumps(one) == json.dumps(other)
-
-
-def _select(config: Any, key: str) -> Any:
-    """Returns the value in ``config`` under the dotted key of an override, such as ``model.dim``; None without one."""
-    for part in key.partition("@")[0].lstrip("+~").split("."):
-        config = config.get(part) if isinstance(config, dict) else None
-    return config
-
-
-def _flatten(node: Any, prefix: str) -> dict[str, Any]:
-    """Returns the values at and below ``node`` that are no dicts, by dotted key; each key begins with ``prefix``."""
-    if isinstance(node, dict) and node:
-        return {name: value for key, part in node.items() for name, value in _flatten(part, f"{prefix}.{key}").items()}
-    return {prefix: node}
-
-
 def _groups_of_lightkit(choices: Any) -> dict[str, str]:
     """Returns the choice of each group in ``choices``, by the name of the group, except Hydra's own groups."""
     return {str(group): choice for group, choice in choices.items() if not str(group).startswith("hydra/")}
 
 
-def _run_directories(root: Path) -> Iterator[Path]:
+def run_directories(root: Path) -> Iterator[Path]:
     """Yields the run directories at and below ``root``."""
     for folder, folders, _ in os.walk(root):
-        if _HYDRA_DIRECTORY in folders:
+        if HYDRA_DIRECTORY in folders:
             yield Path(folder)
         folders[:] = [name for name in folders if name[0] != "." and name not in ("checkpoints", "tensorboard")]
 
@@ -270,7 +193,7 @@ def _find_checkpoints(directory: Path) -> list[Path]:
     for folder, folders, files in os.walk(directory):
         parent = Path(folder)
         # The directories of other runs may lie below this one.
-        folders[:] = [name for name in folders if name[0] != "." and not (parent / name / _HYDRA_DIRECTORY).is_dir()]
+        folders[:] = [name for name in folders if name[0] != "." and not (parent / name / HYDRA_DIRECTORY).is_dir()]
         paths += [parent / name for name in files if name.endswith(".ckpt") and name[0] != "."]
     return sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name == "last.ckpt"), reverse=True)
 
@@ -281,13 +204,13 @@ def _latest_checkpoint_time(directory: Path) -> int:
 
 def _read_hydra_files(directory: Path) -> Run | None:
     """Returns the record of a run of the first edition; None if one of Hydra's files is missing or unreadable."""
-    folder = directory / _HYDRA_DIRECTORY
+    folder = directory / HYDRA_DIRECTORY
     try:
         config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=False)
         choices = OmegaConf.load(folder / "hydra.yaml").hydra.runtime.choices
         overrides = [str(word) for word in OmegaConf.load(folder / "overrides.yaml")]
         started = (folder / "config.yaml").stat().st_mtime
-        plain = json.loads(json.dumps(config, default=str))
+        plain = json.loads(strict_json.dumps(config, as_text=True))
     except Exception:
         # YAML and OmegaConf raise many types of errors for an empty or damaged file.
         return None
@@ -300,6 +223,6 @@ def _read_hydra_files(directory: Path) -> Run | None:
 def _has_final_metrics(directory: Path) -> bool:
     """Returns True if ``metrics.json`` has the wall time, which a run writes just before its report."""
     try:
-        return "wall_seconds" in json.loads((directory / "metrics.json").read_text())
+        return "wall_seconds" in json.loads((directory / METRICS).read_text())
     except (OSError, ValueError, TypeError):
         return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import sys
+import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,14 +14,17 @@ from hydra._internal.config_repository import IConfigRepository
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.default_element import GroupDefault
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from lightkit.config import to_plain
 from lightkit.errors import ConfigError
 from lightkit.targets import nearest
 
 CONFIG_MODULE = "lightkit.conf"
+
+# The limit of the usual file systems.
+_MAX_NAME_BYTES = 255
 
 
 @contextmanager
@@ -51,6 +54,42 @@ def check_top_level(config: Mapping[str, Any], config_name: str) -> None:
     for key in config:
         if key not in known:
             raise ConfigError(f"{key!r} is not a key of the configuration{nearest(str(key), [*known, *groups])}")
+
+
+def check_name(name: str) -> None:
+    """Rejects a name of a job that cannot be a directory below ``runs``.
+
+    Args:
+        name: the value of the key ``name``; ``a/b`` makes ``runs/a/b``.
+
+    Raises:
+        ConfigError: the directory would lie outside ``runs``, or no file system or configuration can hold the name.
+    """
+    parts = name.split("/")
+    is_control = any(unicodedata.category(character) == "Cc" for character in name)
+    # An interpolation in the directory that Hydra makes of the name would be resolved a second time.
+    if not name.strip() or {"", ".", ".."} & set(parts) or is_control or "${" in name:
+        raise ConfigError(
+            f"name={name}: the runs lie in runs/NAME, so that NAME must be the name of a directory below runs"
+        )
+    if max(len(part.encode("utf-8", "surrogatepass")) for part in parts) > _MAX_NAME_BYTES:
+        raise ConfigError(f"name={name}: the name of a directory has at most {_MAX_NAME_BYTES} bytes")
+
+
+def set_tags(config: DictConfig) -> None:
+    """Makes the key ``tags`` a list of texts: a single tag becomes a list, and a number becomes a text.
+
+    Args:
+        config: the composed configuration, which the function changes.
+
+    Raises:
+        ConfigError: ``tags`` is neither, or a tag is empty.
+    """
+    value = to_plain(config.get("tags"))
+    tags = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(tag, (str, int, float)) and str(tag).strip() for tag in tags):
+        raise ConfigError(f"tags must be a list of words, such as tags=[baseline,small], got {value!r}")
+    config.tags = [str(tag).strip() for tag in tags]
 
 
 def top_level(config_name: str) -> tuple[list[str], list[str], list[str]]:
@@ -103,18 +142,3 @@ def _dotted(node: Any, prefix: str = "") -> Iterator[str]:
         for key, value in node.items():
             yield prefix + str(key)
             yield from _dotted(value, f"{prefix}{key}.")
-
-
-def quote_texts(names: list[str]) -> None:
-    """Quotes the numbers and truth values in ``sys.argv`` that belong to str keys, such as ``text=1.50`` or ``true``.
-
-    Args:
-        names: the keys whose values are str.
-    """
-    parser = OverridesParser.create()
-    for index, word in enumerate(sys.argv[1:], start=1):
-        key, _, typed = word.partition("=")
-        if key.lstrip("+") in names:
-            (override,) = parser.parse_overrides([word])
-            if isinstance(override.value(), (int, float)):
-                sys.argv[index] = f"{key}='{typed}'"

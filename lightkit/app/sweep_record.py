@@ -16,6 +16,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
+from lightkit._util import strict_json
 from lightkit._util.atomic_write import write_text_atomically
 from lightkit._util.directory_lock import is_held_by_another
 
@@ -35,6 +36,8 @@ class Sweep:
         started: the time of the start, in seconds since the epoch.
         seed: the seed of ``shuffle(...)``, of Optuna's grid, and of Optuna's samplers without a seed of their own.
         is_finished: True if all jobs are finished.
+        objective: the name of the metric by which the sweep compares its jobs; None if it is not known.
+        direction: ``minimize`` or ``maximize``; None if the sweeper has no direction.
     """
 
     directory: Path
@@ -45,11 +48,13 @@ class Sweep:
     started: float = field(default_factory=time.time)
     seed: int = field(default_factory=lambda: random.SystemRandom().randrange(2**31))
     is_finished: bool = False
+    objective: str | None = None
+    direction: str | None = None
 
     def write(self) -> None:
         """Writes the record to ``sweep.json`` in the directory of the sweep."""
         content = {key: value for key, value in asdict(self).items() if key != "directory"}
-        write_text_atomically(self.directory / _RECORD_FILE, json.dumps(content, indent=1))
+        write_text_atomically(self.directory / _RECORD_FILE, strict_json.dumps(content, indent=1))
 
 
 def read(directory: Path) -> Sweep | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import random
-import sqlite3
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,9 +22,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from lightkit._util.atomic_write import remove_leftovers
 from lightkit._util.directory_lock import hold, release
-from lightkit.app.restarts import quote_override_value, restarted_directory
-from lightkit.app.run_records import display_path, has_runs
+from lightkit.app.restarts import restarted_directory
+from lightkit.app.run_directories import check_sweep_directory, is_named_by_time, make_new
+from lightkit.app.run_records import display_path
+from lightkit.app.run_search import has_runs
 from lightkit.app.sweep_record import Sweep, find, find_all, read
+from lightkit.app.texts import quote_word
 from lightkit.errors import CarriedError, CheckpointError, ConfigError, LightkitError
 
 _STUDY_FILE = "study.db"
@@ -55,6 +57,8 @@ class RecordSweep(Callback):
         try:
             with read_write(config), read_write(config.hydra), open_dict(config):
                 self._sweep = _begin_sweep(config)
+            # The reports of the jobs link to it.
+            _write_page(self._sweep.directory)
         except (LightkitError, OSError) as error:
             raise CarriedError(error) from error
 
@@ -62,7 +66,15 @@ class RecordSweep(Callback):
         """Records that all jobs are finished."""
         if self._sweep is not None:
             replace(self._sweep, is_finished=True).write()
+            _write_page(self._sweep.directory)
             release(self._sweep.directory)
+
+
+def _write_page(directory: Path) -> None:
+    # A single run needs none of these modules.
+    from lightkit.app.runs.sweep_page import update_sweep_page
+
+    update_sweep_page(directory, force=True)
 
 
 def objective_for_sweeper(config: Mapping[str, Any], value: float | None) -> float | None:
@@ -99,15 +111,24 @@ def _begin_sweep(config: DictConfig) -> Sweep:
             study.
 
     Raises:
-        ConfigError: another process writes to the directory.
+        ConfigError: another process writes to the directory, or it holds a run.
         CheckpointError: ``ckpt_path=last``, and no sweep can be resumed: see `_find_sweep_to_resume`.
     """
     overrides = config.hydra.overrides
     task = [word for word in overrides.task if _override_key(word) != "ckpt_path" or _is_sweep_override(word)]
     others = [word for word in overrides.hydra if _override_key(word) not in _LOCATION_KEYS]
-    new = Sweep(Path(config.hydra.sweep.dir).absolute(), [*task, *others], _swept_keys(config, task), config.ckpt_path)
+    new = Sweep(
+        Path(config.hydra.sweep.dir).absolute(),
+        [*task, *others],
+        _swept_keys(config, task),
+        config.ckpt_path,
+        objective=config.objective,
+        direction=_direction(config),
+    )
     restarted = restarted_directory()
     old = _find_sweep_to_resume(new, config.name, restarted) if restarted or config.ckpt_path == "last" else None
+    if old is None and not restarted:
+        new = replace(new, directory=_new_directory(config, new.directory))
     sweep = new if old is None else old
     sweep.directory.mkdir(parents=True, exist_ok=True)
     if not hold(sweep.directory) and not restarted:
@@ -117,20 +138,39 @@ def _begin_sweep(config: DictConfig) -> Sweep:
             directory = display_path(unfinished.directory)
             print(f"{directory} is unfinished: ckpt_path=last goes on with that sweep", flush=True)
         new.write()
+        _set_directory(config, new.directory)
     else:
         print(f"continuing the sweep {display_path(old.directory)}", flush=True)
-        given = [] if old.ckpt_path is None else [f"ckpt_path={quote_override_value(old.ckpt_path)}"]
+        given = [] if old.ckpt_path is None else [quote_word(f"ckpt_path={old.ckpt_path}")]
         config.hydra.overrides.task = [*task, *given]
         config.ckpt_path = old.ckpt_path
-        config.hydra.sweep.dir = str(old.directory)
-        # Hydra composes each job from these overrides.
-        kept = [word for word in config.hydra.overrides.hydra if _override_key(word) != "hydra.sweep.dir"]
-        config.hydra.overrides.hydra = [*kept, f"hydra.sweep.dir={quote_override_value(str(old.directory))}"]
+        _set_directory(config, old.directory)
     remove_leftovers(sweep.directory)
     random.seed(sweep.seed)
     if config.hydra.runtime.choices["hydra/sweeper"] == "optuna":
         _configure_optuna(config.hydra.sweeper, sweep, is_continued=old is not None)
     return sweep
+
+
+def _new_directory(config: DictConfig, directory: Path) -> Path:
+    """Returns the directory of a new sweep: ``directory``, or one with a number if it is named by the time and exists.
+
+    Raises:
+        ConfigError: the directory holds a run. With ``ckpt_path=last`` each job searches for a run to resume, and its
+            own check follows later.
+    """
+    if is_named_by_time(config, "hydra.sweep.dir"):
+        return make_new(directory)
+    if config.ckpt_path != "last":
+        check_sweep_directory(directory)
+    return directory
+
+
+def _set_directory(config: DictConfig, directory: Path) -> None:
+    """Sets the directory of the sweep in its configuration, and in the overrides that compose the jobs."""
+    config.hydra.sweep.dir = str(directory)
+    kept = [word for word in config.hydra.overrides.hydra if _override_key(word) != "hydra.sweep.dir"]
+    config.hydra.overrides.hydra = [*kept, quote_word(f"hydra.sweep.dir={directory}")]
 
 
 def _find_sweep_to_resume(new: Sweep, name: str, restarted: str | None) -> Sweep | None:
@@ -155,7 +195,7 @@ def _find_sweep_to_resume(new: Sweep, name: str, restarted: str | None) -> Sweep
             f"{'is finished' if done.is_finished else 'is still running'}"
         )
     if not has_runs(name):
-        # The error must precede the new sweep's directory, which nobody wants.
+        # The error comes before the directory of the new sweep is made, which would stay empty.
         raise CheckpointError(f"ckpt_path=last: there is no last.ckpt below {(Path('runs') / name).absolute()}")
     nearest = max(find_all(new, name), key=lambda old: (_similarity(new, old), old.started), default=None)
     if nearest is not None and not nearest.is_finished:
@@ -182,6 +222,14 @@ def _swept_keys(config: DictConfig, task: list[str]) -> list[str]:
     """
     given = [_override_key(word) for word in task if _is_sweep_override(word)]
     return [*given, *map(str, OmegaConf.select(config, "hydra.sweeper.params") or {})]
+
+
+def _direction(config: DictConfig) -> str | None:
+    """Returns ``minimize`` or ``maximize`` as the sweeper does; None if it has no direction, or several."""
+    direction = OmegaConf.select(config, "hydra.sweeper.direction")
+    # Optuna's sweeper has an enumeration.
+    name = str(getattr(direction, "name", direction))
+    return name if name in ("minimize", "maximize") else None
 
 
 def _is_sweep_override(word: str) -> bool:
@@ -229,6 +277,8 @@ def _create_study(path: Path) -> str | None:
     find it later. The function writes the version beforehand.
     """
     try:
+        import sqlite3
+
         import optuna.storages
         from alembic.script import ScriptDirectory
 

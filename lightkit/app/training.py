@@ -7,18 +7,25 @@ import time
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback, WeightAveraging
 from omegaconf import DictConfig
 
 from lightkit import native
+from lightkit._util.numbers import format_number, format_rate
 from lightkit._util.strategy_traits import TrafficCounter, traits_of
-from lightkit.app import checks, factory, report, run_files
+from lightkit.app import auto_values, checks, factory, hyperparameters, profiling, report, run_files
 from lightkit.app.checks import lightning_errors_as_config_errors
 from lightkit.app.console import print_table
 from lightkit.app.factory import TrainingJob
 from lightkit.callbacks import Throughput
 from lightkit.callbacks.throughput import rate_name
+from lightkit.checkpoints import load_checkpoint, load_weights
+from lightkit.data.tables.advice import settings_named
+from lightkit.loops.hooks import is_overridden
 
 
+@settings_named("data.")
 def train(config: DictConfig) -> dict[str, Any]:
     """Trains, tests and writes the report of a job.
 
@@ -34,6 +41,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     checks.check(config)
     # The compilers, if needed, run while this process builds the data and the model.
     native.start()
+    auto_values.resolve(config)
     started = time.perf_counter()
     job = factory.build(config)
     # The job waits for the compilers here, so that neither the first step nor any timing includes the wait.
@@ -42,14 +50,16 @@ def train(config: DictConfig) -> dict[str, Any]:
     started += time.perf_counter() - waiting
     if job.trainer.is_global_zero:
         job.run_dir.mkdir(parents=True, exist_ok=True)
-        run_files.write_config(job.run_dir, config)
+        run_files.write_config(job.run_dir, job.config)
         run_files.write_json(job.run_dir / run_files.ENVIRONMENT, run_files.environment())
 
-    metrics = _fit(job)
-    if job.trainer.is_global_zero:
-        run_files.write_json(job.run_dir / run_files.METRICS, metrics)
-    if job.tests and (job.trainer.is_global_zero or not traits_of(job.trainer.strategy).replicates_evaluation):
-        metrics |= _test(job)
+    with hyperparameters.finishing(job.trainer.loggers):
+        metrics = _fit(job)
+        if job.trainer.is_global_zero:
+            run_files.write_json(job.run_dir / run_files.METRICS, metrics)
+        takes_part = job.trainer.is_global_zero or not traits_of(job.trainer.strategy).replicates_evaluation
+        if job.tests and takes_part and _can_test(job):
+            metrics |= _test(job)
     metrics["wall_seconds"] = time.perf_counter() - started
     if job.trainer.is_global_zero:
         run_files.write_json(job.run_dir / run_files.METRICS, metrics)
@@ -63,12 +73,12 @@ def _fit(job: TrainingJob) -> dict[str, Any]:
     trainer, resume = job.trainer, job.resume
     if resume is not None:
         resume.continue_logs(trainer.loggers, job.run_dir)
+    hyperparameters.log(trainer, job.config)
     with lightning_errors_as_config_errors():
         trainer.fit(job.task, datamodule=job.data, ckpt_path=resume.path if resume is not None else None)
+    profiling.print_profile(trainer, job.run_dir)
     metrics = _logged_metrics(job) | {"epochs": trainer.current_epoch, "steps": trainer.global_step}
-    # Lightning sets Trainer.callbacks in a connector, where a type checker does not see it.
-    callbacks = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
-    for throughput in (callback for callback in callbacks if isinstance(callback, Throughput)):
+    for throughput in (callback for callback in _callbacks(job) if isinstance(callback, Throughput)):
         metrics |= _throughput_metrics(throughput, rate_name(job.data))
     if isinstance(trainer.strategy, TrafficCounter):
         metrics |= trainer.strategy.communication
@@ -76,6 +86,11 @@ def _fit(job: TrainingJob) -> dict[str, Any]:
         # No epoch was left to train, as after a kill during the test: the resumed run has logged the metrics.
         metrics |= resume.metrics()
     return metrics
+
+
+def _callbacks(job: TrainingJob) -> list[Callback]:
+    # Lightning sets Trainer.callbacks in a connector, where a type checker does not see it.
+    return job.trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _throughput_metrics(throughput: Throughput, rate: str) -> dict[str, Any]:
@@ -97,6 +112,18 @@ def _throughput_metrics(throughput: Throughput, rate: str) -> dict[str, Any]:
     return metrics
 
 
+def _can_test(job: TrainingJob) -> bool:
+    """Returns True if the task and the data of a job have a test; prints a line if not, as the training is done."""
+    lacking = None
+    if not is_overridden("test_step", job.task, pl.LightningModule):
+        lacking = f"{type(job.task).__name__} has no test_step"
+    elif not is_overridden("test_dataloader", job.data, pl.LightningDataModule):
+        lacking = f"{type(job.data).__name__} has no test_dataloader"
+    if lacking is not None and job.trainer.is_global_zero:
+        print(f"no test: {lacking}", flush=True)
+    return lacking is None
+
+
 def _test(job: TrainingJob) -> dict[str, Any]:
     """Tests the best checkpoint of this run, or the current weights if the run has none.
 
@@ -105,6 +132,12 @@ def _test(job: TrainingJob) -> dict[str, Any]:
     """
     # A Checkpoint of another package need not have a best one.
     best = getattr(job.trainer.checkpoint_callback, "best_model_path", None) or None
+    if best is not None and any(isinstance(callback, WeightAveraging) for callback in _callbacks(job)):
+        # Lightning's callback would load the weights of the training, and not their averages, for the test.
+        checkpoint = load_checkpoint(best)
+        load_weights(job.task, checkpoint, best)
+        job.task.on_load_checkpoint(checkpoint)
+        best = None
     with lightning_errors_as_config_errors():
         job.trainer.test(job.task, datamodule=job.data, ckpt_path=best, verbose=False)
     # A data module may know simple rules to compare with on the same test set.
@@ -118,16 +151,17 @@ def _logged_metrics(job: TrainingJob) -> dict[str, Any]:
 
 
 def _print_summary(job: TrainingJob, metrics: dict[str, Any], page: Path | None) -> None:
-    rows = {name: f"{value:.4f}" for name, value in metrics.items() if name.startswith(("test/", "baseline/"))}
-    rows |= {name: f"{value:,.0f}" for name, value in metrics.items() if name.endswith("_per_second")}
+    tested = ("test/", "test_", "baseline/")
+    rows = {name: format_number(value) for name, value in metrics.items() if name.startswith(tested)}
+    rows |= {name: format_rate(value) for name, value in metrics.items() if name.endswith("_per_second")}
     if (fraction := metrics.get("train/fraction_of_matmul_rate")) is not None:
-        rate = metrics["train/gigaflops_per_second"]
-        rows["train/gigaflops_per_second"] = f"{rate:,.1f}, {fraction:.2f} times a matrix product's"
+        rate, times = metrics["train/gigaflops_per_second"], format_number(fraction, 2)
+        rows["train/gigaflops_per_second"] = f"{format_rate(rate)}, {times} times a matrix product's"
     rows |= {"wall_seconds": f"{metrics['wall_seconds']:.1f} s", "epochs": str(metrics["epochs"])}
     parts = {name[len("step/") : -len(" (ms)")]: value for name, value in metrics.items() if name.startswith("step/")}
     if total := sum(parts.values()):
         shares = ", ".join(f"{part} {value / total:.0%}" for part, value in parts.items())
-        rows["step"] = f"{total:.2f} ms: {shares}"
+        rows["step"] = f"{format_number(total)} ms: {shares}"
     rows["run"] = os.path.relpath(job.run_dir)
     if page is not None:
         rows["report"] = os.path.relpath(page)

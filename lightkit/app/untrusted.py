@@ -20,6 +20,7 @@ from lightkit.targets import check_arguments, find_class, is_in_user_package, ne
 ALLOWED_CLASSES: dict[str, tuple[str, ...]] = {
     "model": (
         "lightkit.models.CNN",
+        "lightkit.models.MLP",
         "lightkit.models.RNN",
         "lightkit.models.RNNLanguageModel",
         "lightkit.models.Transformer",
@@ -28,6 +29,7 @@ ALLOWED_CLASSES: dict[str, tuple[str, ...]] = {
         "lightkit.tasks.ClassificationTask",
         "lightkit.tasks.ForecastTask",
         "lightkit.tasks.LanguageModelTask",
+        "lightkit.tasks.RegressionTask",
     ),
     "loss": (
         "lightkit.nn.BCEWithLogitsLoss",
@@ -65,16 +67,22 @@ ALLOWED_CLASSES: dict[str, tuple[str, ...]] = {
     ),
     "data": (
         "lightkit.data.CO2",
+        "lightkit.data.DataModule",
         "lightkit.data.FashionMNIST",
+        "lightkit.data.ImageFolder",
         "lightkit.data.MNIST",
         "lightkit.data.MNIST5k",
         "lightkit.data.Series",
         "lightkit.data.Sunspots",
+        "lightkit.data.TableDataModule",
         "lightkit.data.Text",
     ),
 }
 
 _TARGET = "_target_"
+
+# A model of torch's layers: `lightkit.models.description` has the list of the layers.
+_SEQUENTIAL = "torch.nn.Sequential"
 
 # Limits of a configuration; lightkit's own have some 150 values in four levels.
 _MAX_VALUES, _MAX_DEPTH, _MAX_CHARACTERS, _INTEGER_LIMIT = 10_000, 12, 4096, 2**63
@@ -133,6 +141,8 @@ def build(role: str, node: Any, **extra: Any) -> Any:
     if type(node) is not dict or type(node.get(_TARGET)) is not str:
         raise CheckpointError(f"the configuration in the checkpoint names no class in {role}._target_")
     target = node[_TARGET]
+    if role == "model" and target == _SEQUENTIAL:
+        return _build_sequential(node)
     arguments = {name: value for name, value in node.items() if name not in (_TARGET, "_partial_", *extra)}
     cls, is_user_class = _find_allowed_class(role, target)
     if not_strings := [name for name in arguments if type(name) is not str]:
@@ -148,6 +158,16 @@ def build(role: str, node: Any, **extra: Any) -> Any:
         raise CheckpointError(f"{role} of the checkpoint: {printable(str(error))}") from error
 
 
+def _build_sequential(node: dict[str, Any]) -> Any:
+    """Builds the ``torch.nn.Sequential`` that `lightkit.models.description.describe` has described."""
+    from lightkit.models.description import build_described
+
+    try:
+        return build_described(node)
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError, AttributeError) as error:
+        raise CheckpointError(f"model of the checkpoint: {printable(str(error))}") from error
+
+
 def build_metrics(node: Any) -> dict[str, Any]:
     """Builds the metrics that a checkpoint describes.
 
@@ -155,7 +175,7 @@ def build_metrics(node: Any) -> dict[str, Any]:
     limits the arguments.
 
     Args:
-        node: the configurations of the metrics by name; None for no metrics.
+        node: the configurations of the metrics by name; None for no metrics. A metric that is None is left out.
 
     Raises:
         CheckpointError: the metrics are too many, a name or an argument exceeds its limit, or a metric cannot be built.
@@ -172,7 +192,7 @@ def build_metrics(node: Any) -> dict[str, Any]:
             raise CheckpointError(
                 f"metric of the checkpoint: {name} must have numbers up to {_MAX_METRIC_ARGUMENT} and no validate_args"
             )
-    return {name: build("metric", metric) for name, metric in metrics.items()}
+    return {name: build("metric", metric) for name, metric in metrics.items() if metric is not None}
 
 
 def _is_bounded(value: Any) -> bool:

@@ -16,7 +16,8 @@ class TestRecorder(Callback):
     """Collects the outputs of ``test_step`` on the CPU in the order of the data.
 
     The ``test_step`` of the task must return a dict of tensors with one entry per sample, as the tasks of lightkit do;
-    other outputs are ignored. With several processes, only process 0 has a result, with the outputs of all processes.
+    other outputs, such as scalars, are ignored. With several processes, only process 0 has a result, with the outputs
+    of all processes.
     Each process must then get every ``world_size``-th sample, as from `lightkit.data.TensorBatches` or torch's
     ``DistributedSampler``; otherwise the result is empty.
     """
@@ -40,12 +41,12 @@ class TestRecorder(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Copies the outputs of a batch to the CPU, floating-point outputs as float32."""
-        if not isinstance(outputs, dict):
+        """Copies the outputs of a batch to the CPU, those in half precision as float32."""
+        if not isinstance(outputs, dict) or not _has_samples(outputs):
             return
         for name, values in outputs.items():
             values = values.detach().cpu()
-            self._parts[name].append(values.float() if values.is_floating_point() else values)
+            self._parts[name].append(values.float() if values.dtype in (torch.float16, torch.bfloat16) else values)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Gathers the outputs of all processes in process 0."""
@@ -63,7 +64,15 @@ class TestRecorder(Callback):
 
     def result(self) -> dict[str, Tensor]:
         """Returns the outputs of the whole test by name, each a CPU tensor with N entries; empty without outputs."""
-        return {name: torch.cat(parts) for name, parts in self._parts.items()}
+        # The outputs of a user's task may have another shape in each batch, which nothing can read as a whole.
+        alike = {name: parts for name, parts in self._parts.items() if len({part.shape[1:] for part in parts}) == 1}
+        return {name: torch.cat(parts) for name, parts in alike.items()}
+
+
+def _has_samples(outputs: dict[Any, Any]) -> bool:
+    """Returns True if each of the outputs is a tensor, and all have the same number of samples."""
+    tensors = [values for values in outputs.values() if isinstance(values, Tensor) and values.dim() > 0]
+    return len(tensors) == len(outputs) and len({len(values) for values in tensors}) == 1
 
 
 def _interleave(parts: list[Tensor]) -> Tensor:

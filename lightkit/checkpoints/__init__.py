@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import pickle
+import re
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -16,10 +18,17 @@ from lightkit._util.deprecated import renamed, renamed_parameters
 from lightkit._util.printable import printable
 from lightkit._util.regular_files import open_regular
 from lightkit.checkpoints.archives import find_unsafe_content
+from lightkit.checkpoints.foreign_objects import find_foreign_object
 from lightkit.errors import CheckpointError, DataError
 
 # The key of the configuration in a checkpoint of lightkit.train.
 CONFIG_KEY = "lightkit_config"
+
+# The name of the global for which torch rejects a file, in its error.
+_REFUSED_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
+
+# The keys of the hyperparameters of a module and of a data module.
+_HYPERPARAMETERS = ("hyper_parameters", "datamodule_hyper_parameters")
 
 _Tree = TypeVar("_Tree")
 
@@ -30,7 +39,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     A checkpoint replaces another of the same name only when it is complete on the disk; if the disk is full or the
     process dies, the previous checkpoint is intact. Each checkpoint has a checksum, which the loader compares: see
     `lightkit._util.checksums`. Loading is ``weights_only`` by default: a checkpoint cannot run code.
+
+    Args:
+        plain_hyperparameters: True leaves out of a checkpoint the entries of ``hyper_parameters`` that are not plain
+            values, such as a model that a module has passed to ``save_hyperparameters``. With such an entry a
+            checkpoint does not load with ``weights_only``.
     """
+
+    def __init__(self, plain_hyperparameters: bool = False) -> None:
+        super().__init__()
+        self.plain_hyperparameters = plain_hyperparameters
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Writes a checkpoint to a file; for a remote path (with ``://``) the base class of Lightning writes it.
@@ -43,6 +61,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             CheckpointError: the file cannot be written; a previous checkpoint at ``path`` is intact.
         """
+        if self.plain_hyperparameters:
+            checkpoint = _with_plain_hyperparameters(checkpoint)
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -86,6 +106,23 @@ class AtomicXLACheckpointIO(AtomicCheckpointIO, XLACheckpointIO):
         super().save_checkpoint(to_cpu(checkpoint), path, storage_options)
 
 
+def _with_plain_hyperparameters(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    found = {key: checkpoint[key] for key in _HYPERPARAMETERS if isinstance(checkpoint.get(key), dict)}
+    plain = {
+        key: {name: value for name, value in values.items() if _is_plain_value(value)} for key, values in found.items()
+    }
+    return {**checkpoint, **plain}
+
+
+def _is_plain_value(value: Any) -> bool:
+    """Returns True for numbers, texts, None and tensors, and for lists, tuples and dicts of them."""
+    if type(value) is dict:
+        return all(_is_plain_value(part) for pair in value.items() for part in pair)
+    if type(value) in (list, tuple):
+        return all(map(_is_plain_value, value))
+    return value is None or type(value) in (bool, int, float, str, bytes, torch.Tensor)
+
+
 def to_cpu(checkpoint: _Tree) -> _Tree:
     """Returns the same nested content as ``checkpoint`` with all tensors on the CPU.
 
@@ -105,19 +142,47 @@ def load_checkpoint(path: str | Path, map_location: Any = "cpu", untrusted: bool
             `lightkit.checkpoints.archives`.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or not a Lightning checkpoint.
+        CheckpointError: the file is missing, damaged, or not a Lightning checkpoint; or it holds an object that is no
+            plain data, whose key and type the message has.
+    """
+    checkpoint = load_file(path, map_location, untrusted)
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise CheckpointError(f"{path} is not a Lightning checkpoint: it has no state_dict")
+    return checkpoint
+
+
+def load_file(path: str | Path, map_location: Any = "cpu", untrusted: bool = False) -> Any:
+    """Returns the content of a file of `torch.save`, read with ``weights_only=True`` after a check of its checksum.
+
+    Args:
+        path: the file.
+        map_location: the device of the tensors, as in `torch.load`.
+        untrusted: see `load_checkpoint`.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or it holds other objects than plain values and tensors.
     """
     with _open_intact(path, untrusted) as file:
         try:
-            checkpoint = torch.load(file, map_location=map_location, weights_only=True)
+            return torch.load(file, map_location=map_location, weights_only=True)
         except Exception as error:
+            if (found := _find_refused(file, error)) is not None:
+                raise CheckpointError(
+                    f"{path}: {found}, which loads only by running code: weights_only=True reads tensors and plain "
+                    "values, such as a path as a str. If you trust the file, call the Trainer with weights_only=False"
+                ) from error
             # torch raises half a dozen types here, from EOFError to pickle's own. Its advice to load with
             # weights_only=False, after the first sentence, would run code from the file.
             reason = printable(str(error).partition("\n")[0].partition(". ")[0])
             raise CheckpointError(f"{path} is damaged or not a checkpoint: {reason}") from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise CheckpointError(f"{path} is not a Lightning checkpoint: it has no state_dict")
-    return checkpoint
+
+
+def _find_refused(file: BinaryIO, error: Exception) -> str | None:
+    """Returns the key and the type of the object for which torch has rejected a checkpoint; None for another error."""
+    refused = _REFUSED_GLOBAL.search(str(error))
+    found = None if refused is None else find_foreign_object(file, refused[1])
+    # Newer protocols of pickle have operations that torch rejects before it comes to the object.
+    return found or (find_foreign_object(file) if isinstance(error, pickle.UnpicklingError) else None)
 
 
 def check_intact(path: str | Path) -> None:
@@ -141,7 +206,13 @@ def _open_intact(path: str | Path, untrusted: bool = False) -> BinaryIO:
     except DataError as error:
         raise CheckpointError(f"the checkpoint {error}") from error
     try:
-        damage = find_damage_in(file) or (find_unsafe_content(file) if untrusted else None)
+        damage = find_damage_in(file)
+        if damage is None and untrusted and (damage := find_unsafe_content(file)) is not None:
+            if (found := find_foreign_object(file)) is not None:
+                raise CheckpointError(
+                    f"{path}: {found}, which loads only by running code, and lightkit runs none of a checkpoint: it "
+                    "reads tensors and plain values, such as a path as a str"
+                )
         if damage is not None:
             raise CheckpointError(f"{path} is damaged or not a checkpoint: {printable(damage)}")
         file.seek(0)
@@ -182,6 +253,9 @@ def check_weights(module: torch.nn.Module, checkpoint: dict[str, Any], path: str
     """
     want = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     have = {name: tuple(getattr(value, "shape", ())) for name, value in checkpoint["state_dict"].items()}
+    for name in _late_buffers(module) & have.keys():
+        # A vector of any length: it is set by the data.
+        want[name] = have[name] if len(have[name]) == 1 else ("C",)
     differences = [f"{name} is missing" for name in want.keys() - have.keys()]
     differences += [f"{name} is unknown here" for name in have.keys() - want.keys()]
     differences += [
@@ -193,6 +267,15 @@ def check_weights(module: torch.nn.Module, checkpoint: dict[str, Any], path: str
         shown = printable("; ".join(sorted(differences)[:3]))
         more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
         raise CheckpointError(f"{path} is a checkpoint of another model: {shown}{more}")
+
+
+def _late_buffers(module: torch.nn.Module) -> set[str]:
+    """Returns the names of buffers that are still None, as those of `lightkit.nn.CrossEntropyLoss.late_buffers`."""
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, part in module.named_modules()
+        for name in getattr(part, "late_buffers", tuple)()
+    }
 
 
 __getattr__ = renamed(__name__, {"on_cpu": "lightkit.checkpoints.to_cpu"})

@@ -29,17 +29,18 @@ _MAX_NESTING = 8
 
 # The globals in a pickle of plain data and tensors, besides storages and dtypes.
 _GLOBALS = {
-    "builtins complex",
-    "builtins set",
-    "__builtin__ complex",
-    "__builtin__ set",
-    "collections Counter",
-    "collections OrderedDict",
-    "torch Size",
-    "torch device",
-    "torch.serialization _get_layout",
-    "torch._utils _rebuild_parameter",
-    "torch._utils _rebuild_tensor_v2",
+    "builtins.complex",
+    "builtins.set",
+    "__builtin__.complex",
+    "__builtin__.set",
+    "collections.Counter",
+    "collections.OrderedDict",
+    "torch.Size",
+    "torch.device",
+    "torch.serialization._get_layout",
+    "torch._utils._rebuild_parameter",
+    "torch._utils._rebuild_tensor_v2",
+    "torch.storage.UntypedStorage",
 }
 
 
@@ -144,7 +145,7 @@ def _find_in_pickle(pickle: bytes) -> str | None:
         if name in ("PROTO", "FRAME", "STOP"):
             pass
         elif name == "GLOBAL":
-            if not _is_known(argument):
+            if not is_plain_global(argument.replace(" ", ".", 1)):
                 return f"it names {argument.replace(' ', '.', 1)!r}, which is no plain data"
             stack.append(0)
         elif name == "MARK":
@@ -184,8 +185,9 @@ _VALUES = frozenset(
 )
 
 
-def _is_known(name: str) -> bool:
-    module, _, attribute = name.partition(" ")
+def is_plain_global(name: str) -> bool:
+    """Returns True if a pickle of plain data and tensors may name the global with the dotted ``name``."""
+    module, _, attribute = name.rpartition(".")
     is_dtype = module == "torch" and isinstance(getattr(torch, attribute, None), torch.dtype)
     is_storage = module == "torch" and attribute.endswith("Storage")
-    return is_dtype or is_storage or (module, attribute) == ("torch.storage", "UntypedStorage") or name in _GLOBALS
+    return is_dtype or is_storage or name in _GLOBALS

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import TypedDict, TypeVar
+from typing import Any, NamedTuple, TypedDict, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -27,6 +28,24 @@ class _Position(TypedDict):
     epoch: int
     batch: int
     batch_size: int
+
+
+class BatchNumber(NamedTuple):
+    """The number of a batch, from which the seed of its random draws follows.
+
+    Attributes:
+        epoch: the epoch.
+        batch: the number of the batch in the epoch.
+        rank: the rank of the process that gets the batch.
+    """
+
+    epoch: int
+    batch: int
+    rank: int
+
+    def seed(self, seed: int) -> int:
+        """Returns a seed of 63 bits for this batch, which depends on all of its numbers and on ``seed``."""
+        return random.Random(f"{seed} {self.epoch} {self.batch} {self.rank}").getrandbits(63)
 
 
 class BatchesState(_Position, total=False):
@@ -63,6 +82,20 @@ def to_training_device(trainer: pl.Trainer | None, tensors: Sequence[Tensor]) ->
     return tuple(tensors)
 
 
+def check_positive(**values: int) -> None:
+    """Rejects arguments of a data module that are below 1.
+
+    Args:
+        **values: the arguments by their names.
+
+    Raises:
+        DataError: an argument is below 1; the message has the name and the value of the first one.
+    """
+    for name, value in values.items():
+        if value < 1:
+            raise DataError(f"{name} must be at least 1, got {value}")
+
+
 def after_setup(part: _Part | None) -> _Part:
     """Returns ``part``, an attribute of a data module that its ``setup`` assigns.
 
@@ -74,31 +107,32 @@ def after_setup(part: _Part | None) -> _Part:
     return part
 
 
-class TensorBatches:
-    """An iterable over batches: each batch is a tuple with the same samples of each tensor.
+class Batches:
+    """A base class of iterables over batches of samples that are known by their index.
 
-    One indexing operation per tensor and batch replaces the fetching and collating of a DataLoader. The order of an
-    epoch depends only on ``seed`` and on the number of the epoch, so that a resumed run gets the batches that the
-    stopped run would have got. Lightning saves the position, `state_dict`, in its checkpoints.
+    The order of an epoch depends only on ``seed`` and on the number of the epoch, so that a resumed run gets the
+    batches that the stopped run would have got. Lightning saves the position, `state_dict`, in its checkpoints.
 
     With several processes, each process gets every ``world_size``-th sample. With ``shuffle``, an epoch repeats its
     first samples at the end so that all processes have the same number of batches; without, it repeats no sample.
 
+    A subclass defines `_serve`.
+
     Args:
-        tensors: one or more tensors of equal length in dimension 0, on one device; the batches are on that device.
+        total: the number of samples of all processes together.
         batch_size: the number of samples in a batch of this process; the last batch may be smaller.
-        shuffle: True draws a new order in each epoch; False keeps the order of the tensors.
+        shuffle: True draws a new order in each epoch; False keeps the order of the samples.
         seed: the seed of the order with ``shuffle``.
         rank: the rank of this process.
         world_size: the number of processes.
 
     Raises:
-        ValueError: there are no tensors, their lengths differ, or ``batch_size`` is below 1.
+        ValueError: ``batch_size`` is below 1.
     """
 
     def __init__(
         self,
-        tensors: Sequence[Tensor],
+        total: int,
         batch_size: int,
         *,
         shuffle: bool = False,
@@ -106,12 +140,9 @@ class TensorBatches:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        lengths = [len(tensor) for tensor in tensors]
-        if not lengths or len(set(lengths)) != 1:
-            raise ValueError(f"tensors must be one or more of equal length, got lengths {lengths}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self.tensors = tuple(tensors)
+        self._total = total
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.seed = seed
@@ -120,6 +151,8 @@ class TensorBatches:
         self._epoch = 0
         self._batch = 0
         self._resuming = False
+        # True adds a `BatchNumber` to each batch.
+        self.is_numbered = False
 
     @property
     def num_samples(self) -> int:
@@ -127,7 +160,7 @@ class TensorBatches:
         return self._num_samples(self.world_size)
 
     def _num_samples(self, world_size: int) -> int:
-        total = len(self.tensors[0])
+        total = self._total
         return -(-total // world_size) if self.shuffle else len(range(self.rank, total, world_size))
 
     def __len__(self) -> int:
@@ -137,7 +170,7 @@ class TensorBatches:
     batch_sampler = None
 
     @property
-    def sampler(self) -> TensorBatches:
+    def sampler(self) -> Batches:
         """This object: Lightning calls ``set_epoch`` of a loader's sampler."""
         return self
 
@@ -147,25 +180,33 @@ class TensorBatches:
             return
         self._epoch, self._batch, self._resuming = epoch, 0, False
 
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
         # This code runs at the first batch and not at iter(): Lightning makes iterators that it never reads.
         if self._batch > 0 and not (self._resuming and self._batch < len(self)):
             self._epoch, self._batch = self._epoch + 1, 0
         self._resuming = False
-        order = self._order(self._epoch)
-        if order is not None:
-            order = order.to(self.tensors[0].device)
-        for index in range(self._batch, len(self)):
-            chosen = slice(index * self.batch_size, (index + 1) * self.batch_size)
+        batches = self._serve(self._order(self._epoch), self._batch)
+        for index, batch in enumerate(batches, start=self._batch):
             self._batch = index + 1
-            if order is None:
-                yield tuple(tensor[chosen] for tensor in self.tensors)
-            else:
-                yield tuple(tensor.index_select(0, order[chosen]) for tensor in self.tensors)
+            yield (*batch, BatchNumber(self._epoch, index, self.rank)) if self.is_numbered else batch
+
+    @abstractmethod
+    def _serve(self, order: Tensor | None, first: int) -> Iterator[tuple[Tensor, ...]]:
+        """Yields the batches of an epoch from the number ``first`` on.
+
+        Args:
+            order: the indices of this process's samples, int64; None stands for all samples in their order.
+            first: the number of batches that are left out at the beginning.
+        """
+
+    def _slices(self, first: int) -> Iterator[slice]:
+        """Yields the part of the order that belongs to each batch, from the number ``first`` on."""
+        for index in range(first, len(self)):
+            yield slice(index * self.batch_size, (index + 1) * self.batch_size)
 
     def _order(self, epoch: int) -> Tensor | None:
-        """Returns the int64 indices of this process's samples; None stands for all samples in the tensors' order."""
-        total = len(self.tensors[0])
+        """Returns the int64 indices of this process's samples; None stands for all samples in their order."""
+        total = self._total
         if self.shuffle:
             # Python's random hashes the whole string; torch would give seeds that share 32 bits the same epochs.
             mixed = random.Random(f"{self.seed} {epoch}").getrandbits(32)
@@ -210,3 +251,63 @@ class TensorBatches:
         self._epoch = int(state["epoch"])
         self._batch = len(self) if at_its_end else taken * world_size // (self.batch_size * self.world_size)
         self._resuming = True
+
+
+class TensorBatches(Batches):
+    """An iterable over batches: each batch is a tuple with the same samples of each tensor.
+
+    One indexing operation per tensor and batch replaces the fetching and collating of a DataLoader. Order and position
+    are those of `Batches`.
+
+    Args:
+        tensors: one or more tensors of equal length in dimension 0, on one device; the batches are on that device.
+        batch_size: the number of samples in a batch of this process; the last batch may be smaller.
+        shuffle: True draws a new order in each epoch; False keeps the order of the tensors.
+        seed: the seed of the order with ``shuffle``.
+        rank: the rank of this process.
+        world_size: the number of processes.
+
+    Raises:
+        ValueError: there are no tensors, their lengths differ, or ``batch_size`` is below 1.
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        lengths = [len(tensor) for tensor in tensors]
+        if not lengths or len(set(lengths)) != 1:
+            raise ValueError(f"tensors must be one or more of equal length, got lengths {lengths}")
+        super().__init__(lengths[0], batch_size, shuffle=shuffle, seed=seed, rank=rank, world_size=world_size)
+        self.tensors = tuple(tensors)
+
+    def _serve(self, order: Tensor | None, first: int) -> Iterator[tuple[Tensor, ...]]:
+        if order is not None:
+            order = order.to(self.tensors[0].device)
+        for chosen in self._slices(first):
+            if order is None:
+                yield tuple(tensor[chosen] for tensor in self.tensors)
+            else:
+                yield tuple(tensor.index_select(0, order[chosen]) for tensor in self.tensors)
+
+
+def batches_for(
+    trainer: pl.Trainer | None, tensors: Sequence[Tensor], batch_size: int, *, shuffle: bool, seed: int
+) -> TensorBatches:
+    """Returns the batches of this process: its shard of tensors that lie on the trainer's GPU if they fit there.
+
+    Args:
+        trainer: the trainer; None stands for a single process on the CPU.
+        tensors: as for `TensorBatches`.
+        batch_size: the number of samples in a batch of this process.
+        shuffle: True for batches of training, in a new order in each epoch; False for batches of evaluation, in order.
+        seed: the seed of the order with ``shuffle``.
+    """
+    shard = shard_kwargs(trainer, training=shuffle)
+    return TensorBatches(to_training_device(trainer, tensors), batch_size, shuffle=shuffle, seed=seed, **shard)

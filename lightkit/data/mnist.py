@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import Any, ClassVar
 
 from lightkit._util.atomic_write import write_atomically
 from lightkit._util.cache_dir import cache_root
-from lightkit.data.idx import read_idx
-from lightkit.data.images import ImageDataModule, ImageSet
+from lightkit.data.idx import MAX_BYTES, read_idx, read_idx_shape
+from lightkit.data.images import ImageDataModule, ImageSet, check_same_size
 from lightkit.errors import DataError
 
 _FILES = {
@@ -34,7 +35,8 @@ class MNIST(ImageDataModule):
     public mirrors to the cache directory and checks their published MD5 sums.
 
     Args:
-        data_dir: a directory with the four files, which are then not searched elsewhere.
+        data_dir: a directory with the four files, which are then not searched elsewhere. Their images may have any
+            size, if all have the same.
         download: True downloads the files if they are not on this machine; False raises an error instead.
         **options: the arguments of `ImageDataModule`.
 
@@ -69,14 +71,32 @@ class MNIST(ImageDataModule):
             self._download()
 
     def read(self) -> tuple[ImageSet, ImageSet]:
-        """Reads the official training set (60,000 images) and test set (10,000 images)."""
+        """Reads the training set and the test set; the official ones have 60,000 and 10,000 images."""
         directory = self._find_directory() or self._download()
         return self._read_set(directory, "train"), self._read_set(directory, "test")
+
+    def image_shape(self) -> tuple[int, int]:
+        """Returns height and width of the images in pixels; with ``data_dir``, those in the headers of its files.
+
+        Raises:
+            DataError: ``data_dir`` lacks a file, a header is damaged, or the training and the test set differ.
+        """
+        if self.train is not None or self.data_dir is None or (directory := self._find_directory()) is None:
+            return super().image_shape()
+        paths = [_existing_file(directory, _FILES[f"{part}_images"]) for part in ("train", "test")]
+        shapes = [read_idx_shape(path)[1:] for path in paths]
+        if any(len(shape) != 2 for shape in shapes):
+            # `setup` says what is wrong with such files.
+            return super().image_shape()
+        check_same_size(type(self).__name__, *shapes)
+        height, width = shapes[0]
+        return height, width
 
     def _read_set(self, directory: Path, part: str) -> ImageSet:
         labels = read_idx(_existing_file(directory, _FILES[f"{part}_labels"]), _MAX_LABELS)
         # One image more than there are labels may be read: `ImageSet.check` then reports both numbers.
-        max_bytes = _MAX_HEADER + (len(labels) + 1) * self.image_size**2
+        pixels = math.prod(super().image_shape())
+        max_bytes = max(MAX_BYTES, _MAX_HEADER + (len(labels) + 1) * pixels)
         return ImageSet(read_idx(_existing_file(directory, _FILES[f"{part}_images"]), max_bytes), labels.long())
 
     def _find_directory(self) -> Path | None:

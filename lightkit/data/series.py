@@ -10,8 +10,10 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightkit.data.batches import TensorBatches, after_setup, shard_kwargs, to_training_device
-from lightkit.data.columns import Column, read_column
+from lightkit.data.batches import TensorBatches, after_setup, batches_for, check_positive
+from lightkit.data.columns import Column, check_missing, describe, read_column
+from lightkit.data.folds import Fold, Foldable
+from lightkit.data.tables import TableSettings
 from lightkit.errors import DataError
 
 
@@ -60,13 +62,22 @@ def cut_windows(series: Column, history: int, horizon: int, begin: int, end: int
     return Windows(windows[:, :history].unsqueeze(2), windows[:, history:], first)
 
 
-class SeriesDataModule(pl.LightningDataModule):
+def join_windows(first: Windows, second: Windows) -> Windows:
+    """Returns the windows of two parts of a series, those of ``first`` before those of ``second``."""
+    pairs = ((getattr(first, name), getattr(second, name)) for name in ("history", "target", "origins"))
+    return Windows(*map(torch.cat, pairs))
+
+
+class SeriesDataModule(Foldable, pl.LightningDataModule):
     """A base class for data modules of windows of a series: batches ``(N, history, 1)`` and targets ``(N, horizon)``.
 
     The series is split in the order of time into training, validation and test. The target of a window lies in one
     part; its history may begin in the part before, as in a real forecast. Values are float64 in the units of the
     series. The task takes their scale from the training part only (`scale`) and saves it with the weights. Windows with
     certain gaps are left out: see `cut_windows`. A subclass defines `read`.
+
+    `with_fold` divides the series before the test part into blocks of time and takes one of them for validation. No
+    window of the training then contains a value of that block, neither in its target nor in its history.
 
     Args:
         history: the number of values from which a forecast is made.
@@ -97,17 +108,9 @@ class SeriesDataModule(pl.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        positive = {
-            "history": history,
-            "horizon": horizon,
-            "batch_size": batch_size,
-            "eval_batch_size": eval_batch_size,
-        }
+        check_positive(history=history, horizon=horizon, batch_size=batch_size, eval_batch_size=eval_batch_size)
         if season is not None:
-            positive["season"] = season
-        for name, value in positive.items():
-            if value < 1:
-                raise DataError(f"{name} must be at least 1, got {value}")
+            check_positive(season=season)
         if season is not None and season > history:
             raise DataError(f"history is {history}, which must hold at least one season of {season}")
         for name, value in {"validation_size": validation_size, "test_size": test_size}.items():
@@ -137,20 +140,35 @@ class SeriesDataModule(pl.LightningDataModule):
         series = self.read()
         total = len(series)
         held_out = [size if size >= 1 else round(total * size) for size in (self.validation_size, self.test_size)]
-        validation, test = total - int(sum(held_out)), total - int(held_out[1])
-        parts = {"training": (0, validation), "validation": (validation, test), "test": (test, total)}
-        cut = {}
-        for name, (begin, end) in parts.items():
-            cut[name] = cut_windows(series, self.history, self.horizon, begin, end)
-            if len(cut[name]) == 0:
+        test = total - int(held_out[1])
+        begin, end = (test - int(held_out[0]), test) if self.fold is None else self.fold.block(max(test, 0))
+        # The values before and after the validation; without folds the test follows the validation.
+        before, after = (0, begin), (end, test)
+        cut = {
+            "training": cut_windows(series, self.history, self.horizon, *before),
+            "validation": cut_windows(series, self.history, self.horizon, begin, end),
+            "test": cut_windows(series, self.history, self.horizon, test, total),
+        }
+        if end < test:
+            # The first history after the validation begins after it.
+            later = cut_windows(series, self.history, self.horizon, end + self.history, test)
+            cut["training"] = join_windows(cut["training"], later) if len(cut["training"]) else later
+        sizes = {"training": begin + test - end, "validation": end - begin, "test": total - test}
+        for name, windows in cut.items():
+            if len(windows) == 0:
+                fold = "" if self.fold is None else f" of fold {self.fold.index} of {self.fold.count}"
                 raise DataError(
-                    f"{type(self).__name__}: of {total} values the {name} part has {max(end - begin, 0)}, too few for "
-                    f"one window without a gap: history={self.history} and horizon={self.horizon} come to "
+                    f"{type(self).__name__}: of {total} values the {name} part{fold} has {max(sizes[name], 0)}, too "
+                    f"few for one window without a gap: history={self.history} and horizon={self.horizon} come to "
                     f"{self.history + self.horizon}, of which the horizon must lie in the part"
                 )
         self.train, self.validation, self.test = cut["training"], cut["validation"], cut["test"]
-        self._training_values = series.values[:validation][series.measured[:validation]]
+        parts = [slice(*before), slice(*after)]
+        self._training_values = torch.cat([series.values[part][series.measured[part]] for part in parts])
         self.series = series
+
+    def _begin_fold(self, fold: Fold) -> None:
+        self.series = self.train = self.validation = self.test = None
 
     def scale(self, relative: bool = False) -> tuple[Tensor, Tensor]:
         """Returns the center and the scale of the training part, two float64 tensors without dimensions.
@@ -160,21 +178,37 @@ class SeriesDataModule(pl.LightningDataModule):
                 the root mean square of the differences between each target and the last value of its history.
 
         Raises:
-            DataError: the training part is constant.
+            DataError: all measured values of the training part are equal, they span more than float64 holds, or with
+                ``relative`` no target differs from the last value of its history.
         """
         name = after_setup(self.series).name
         values = self._training_values
-        center, scale = values.mean(), values.std(correction=0)
+        lowest = values.min()
+        span = values.max() - lowest
+        if span == 0:
+            raise DataError(f"{type(self).__name__}: column {name} does not vary in the training part")
+        if not span.isfinite():
+            raise DataError(
+                f"{type(self).__name__}: column {name} is from {lowest:g} to {values.max():g} in the training part, "
+                "which is more than float64 can subtract"
+            )
+        # Shares of the span: squares of the values themselves leave the range of float64, and lose small changes of
+        # large values.
+        shares = (values - lowest) / span
+        center, scale = lowest + span * shares.mean(), shares.std(correction=0)
         if relative:
             train = after_setup(self.train)
             last = train.history[:, -1, 0]
             # One step of the horizon at a time: all differences at once take many times the memory of the series.
-            squares = torch.stack([(step - last).square().mean() for step in train.target.unbind(dim=1)])
-            center, scale = torch.zeros_like(center), squares.mean().sqrt()
-        # A tolerance: rounding may give equal numbers a mean that differs from them.
-        if scale <= 1e-12 * values.abs().max():
-            raise DataError(f"{type(self).__name__}: column {name} does not vary in the training part")
-        return center, scale
+            squares = [((step - last) / span).square().mean() for step in train.target.unbind(dim=1)]
+            center, scale = torch.zeros_like(center), torch.stack(squares).mean().sqrt()
+            if scale == 0:
+                raise DataError(
+                    f"{type(self).__name__}: no target of column {name} differs from the last value of its history in "
+                    "the training part, so that the differences have no scale: set task.relative=false"
+                )
+        # A scale of zero would divide by zero.
+        return center, (span * scale).clamp(min=torch.finfo(torch.float64).tiny)
 
     def baselines(self) -> dict[str, float]:
         """Returns MAE and RMSE of naive forecasts on the test part, in the units of the series.
@@ -206,13 +240,8 @@ class SeriesDataModule(pl.LightningDataModule):
         return windows.history[:, self.history - season + steps, 0]
 
     def _batches(self, windows: Windows, batch_size: int, shuffle: bool = False) -> TensorBatches:
-        return TensorBatches(
-            to_training_device(self.trainer, (windows.history, windows.target)),
-            batch_size,
-            shuffle=shuffle,
-            seed=self.seed,
-            **shard_kwargs(self.trainer, training=shuffle),
-        )
+        tensors = (windows.history, windows.target)
+        return batches_for(self.trainer, tensors, batch_size, shuffle=shuffle, seed=self.seed)
 
     def train_dataloader(self) -> TensorBatches:
         """Returns shuffled batches of the training part."""
@@ -228,13 +257,25 @@ class SeriesDataModule(pl.LightningDataModule):
 
 
 class Series(SeriesDataModule):
-    """A data module of a column of a CSV file: see `lightkit.data.columns.read_column`.
+    """A data module of a column of a table: a CSV file, or an .xlsx workbook; see `lightkit.data.columns.read_column`.
+
+    `setup` prints one line that says how the file was read, unless it is plain CSV: UTF-8, commas, decimal points.
 
     Args:
-        path: the file; its first line names the columns, its rows are in the order of time.
+        path: the file; its first line names the columns, its rows are in the order of time or in the reverse order.
         column: the name of the column of values; None takes the only column of numbers.
-        time_column: the name of a column of increasing dates or numbers, which the report shows; None for no times.
-        missing: ``"error"`` rejects empty cells, ``"interpolate"`` interpolates them linearly.
+        time_column: the name of a column of dates or numbers, which the report shows; None takes the only column of
+            dates, if there is one.
+        missing: what becomes of cells without a value, and of missing times: ``"error"`` rejects them,
+            ``"interpolate"`` interpolates them linearly, ``"drop"`` takes the other rows as evenly spaced.
+        separator: the separator of the cells, such as ``"semicolon"``: this argument and those below are as in
+            `lightkit.data.tables.TableSettings`, and None finds each of them.
+        decimal: the decimal mark, ``"point"`` or ``"comma"``.
+        encoding: the name of the encoding, such as ``"cp1252"``.
+        header: True if the first line has the names of the columns, False if it has values.
+        skip_lines: the number of lines above the table.
+        sheet: the name of the sheet of a workbook.
+        day_first: True if ``01/02/2020`` is the first of February, False if it is the second of January.
         **options: the arguments of `SeriesDataModule`.
 
     Raises:
@@ -244,17 +285,31 @@ class Series(SeriesDataModule):
     def __init__(
         self,
         path: str,
-        column: str | None = None,
-        time_column: str | None = None,
+        column: str | int | None = None,
+        time_column: str | int | None = None,
         missing: str = "error",
+        separator: str | None = None,
+        decimal: str | None = None,
+        encoding: str | None = None,
+        header: bool | None = None,
+        skip_lines: int | None = None,
+        sheet: str | int | None = None,
+        day_first: bool | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        check_missing(missing)
         self.path = path
         self.column = column
         self.time_column = time_column
         self.missing = missing
+        # On a command line the sheet 2020 is a number.
+        sheet = None if sheet is None else str(sheet)
+        self.settings = TableSettings(separator, decimal, encoding, header, skip_lines, sheet, day_first)
 
     def read(self) -> Column:
-        """Reads the column."""
-        return read_column(self.path, self.column, self.time_column, self.missing)
+        """Reads the column, and prints how in the first process of a job."""
+        series = read_column(self.path, self.column, self.time_column, self.missing, self.settings)
+        if series.notes and (self.trainer is None or self.trainer.is_global_zero):
+            print(describe(self.path, series), flush=True)
+        return series

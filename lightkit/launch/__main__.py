@@ -13,6 +13,7 @@ from rich.console import Console
 from lightkit.errors import ConfigError, LightkitError
 from lightkit.launch import addresses
 from lightkit.launch.launch_spec import DEFAULT_PORT, LaunchSpec, parse_endpoint, parse_nodes
+from lightkit.native.versions import add_version_option
 from lightkit.runtime.command_process import run_as_process
 
 _HELP = """Start a training on several machines, or check the network between them first.
@@ -62,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    add_version_option(parser)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--interface", help="interface between the nodes (default: the one that leads to node 0)")

@@ -55,7 +55,7 @@ class LanguageModel(nn.Module):
         self.context = context
         self.embedding = nn.Embedding(vocab_size, embedding_size)
         self.body = body
-        self.head = nn.Linear(hidden_size, vocab_size, bias=False)
+        self.head: nn.Module = nn.Linear(hidden_size, vocab_size, bias=False)
         if tie_weights:
             self.head.weight = self.embedding.weight
 

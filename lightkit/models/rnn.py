@@ -8,9 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
+from lightkit.models.arguments import keeps_arguments
+
 _CELLS: dict[str, Callable[..., nn.RNNBase]] = {"lstm": nn.LSTM, "gru": nn.GRU, "elman": nn.RNN}
 
 
+@keeps_arguments
 class RNN(nn.Module):
     """Recurrent layers and a linear map of the final state of the last layer.
 

@@ -6,10 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightkit.models.arguments import keeps_arguments
 from lightkit.models.language_model import LanguageModel
 from lightkit.models.rnn import recurrent_layers
 
 
+@keeps_arguments
 class RNNLanguageModel(LanguageModel):
     """Recurrent layers between an embedding and a head, see [1]_.
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightkit.models.arguments import keeps_arguments
 from lightkit.models.language_model import LanguageModel
 
 # For each layer its keys and its values, each (N, heads, tokens so far, head size).
@@ -16,6 +17,7 @@ State = list[tuple[Tensor, Tensor]]
 _INIT_STD, _INIT_DIM = 0.02, 768
 
 
+@keeps_arguments
 class Transformer(LanguageModel):
     """A decoder [1]_ with RMSNorm before each block [2]_, rotary positions [3]_ and SwiGLU [4]_.
 
@@ -101,7 +103,11 @@ class _Decoder(nn.Module):
         end = start + embedded.shape[1]
         if end > self.context:
             raise ValueError(f"the transformer reads {self.context} tokens at most, got {end}")
-        rotation = self.rotation[:, start:end]
+        if torch.compiler.is_exporting():
+            # A slice is a view; torch.export would reject the length at which the view is the whole table.
+            rotation = self.rotation.index_select(1, torch.arange(start, end, device=embedded.device))
+        else:
+            rotation = self.rotation[:, start:end]
         hidden = self.dropout(embedded)
         after = []
         for index, layer in enumerate(self.layers):
@@ -134,7 +140,7 @@ class _Attention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.head_size = dim // num_heads
         self.dropout = dropout
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
@@ -142,9 +148,9 @@ class _Attention(nn.Module):
     def forward(
         self, hidden: Tensor, rotation: Tensor, past: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        batch, steps, dim = hidden.shape
-        # (3, N, heads, T, head size)
-        qkv = self.qkv(hidden).view(batch, steps, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        batch, steps, _ = hidden.shape
+        # (3, N, heads, T, head size). A pruned block has fewer heads of the same size.
+        qkv = self.qkv(hidden).view(batch, steps, 3, -1, self.head_size).permute(2, 0, 3, 1, 4)
         query, key, value = rotate(qkv[0], rotation), rotate(qkv[1], rotation), qkv[2]
         mask = None
         if past is not None:
@@ -156,7 +162,13 @@ class _Attention(nn.Module):
         attended = F.scaled_dot_product_attention(
             query, key, value, mask, self.dropout if self.training else 0.0, is_causal=past is None
         )
-        return self.out(attended.transpose(1, 2).reshape(batch, steps, dim)), (key, value)
+        return self.out(attended.transpose(1, 2).reshape(batch, steps, -1)), (key, value)
+
+    def inner_units(self) -> tuple[int, dict[str, tuple[int, Tensor]]]:
+        """Returns the number of heads, and the head of each row of ``qkv`` and each column of ``out``."""
+        heads = torch.arange(self.out.in_features // self.head_size)
+        columns = heads.repeat_interleave(self.head_size)
+        return len(heads), {"qkv.weight": (0, columns.repeat(3)), "out.weight": (1, columns)}
 
 
 class _SwiGLU(nn.Module):
@@ -170,6 +182,11 @@ class _SwiGLU(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         gate, value = self.gate_and_value(hidden).chunk(2, dim=-1)
         return self.out(F.silu(gate) * value)
+
+    def inner_units(self) -> tuple[int, dict[str, tuple[int, Tensor]]]:
+        """Returns the inner width, and the unit of each row of ``gate_and_value`` and each column of ``out``."""
+        units = torch.arange(self.out.in_features)
+        return len(units), {"gate_and_value.weight": (0, units.repeat(2)), "out.weight": (1, units)}
 
 
 def rotation(steps: int, size: int, base: float = 10_000.0) -> Tensor:

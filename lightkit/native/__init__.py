@@ -139,6 +139,9 @@ def _load() -> tuple[ModuleType | None, str]:
 
 
 def _import(library: Path) -> ModuleType:
+    # The library needs those of torch, which are loaded with it.
+    import torch  # noqa: F401
+
     from .toolchain import MODULE_NAME
 
     loader = ExtensionFileLoader(MODULE_NAME, str(library))

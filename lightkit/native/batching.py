@@ -20,6 +20,10 @@ _OPS = (
     "layer_chain",
     "_layer_chain_forward",
     "_layer_chain_backward",
+    "dropout",
+    "conv2d",
+    "_conv2d_backward",
+    "_norm_act_backward",
 )
 
 

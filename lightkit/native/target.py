@@ -14,9 +14,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
-import torch
-
-from . import toolchain
+from . import installed_torch, toolchain
 
 # The values of LIGHTKIT_MARCH: this machine's processor, or a level of x86-64.
 MARCHES = ("native", "x86-64-v3", "x86-64-v4")
@@ -165,7 +163,8 @@ def digest(*parts: str | bytes) -> str:
 
 def torch_build() -> str:
     """Returns the version, the commit and the CUDA version of the installed torch, separated by spaces."""
-    return f"{torch.__version__} {torch.version.git_version} {torch.version.cuda}"
+    facts = (installed_torch.version(), installed_torch.git_version(), installed_torch.cuda_version())
+    return " ".join(map(str, facts))
 
 
 def python_abi() -> str:
@@ -180,7 +179,7 @@ def base_key() -> str:
     sources = (path for path in toolchain.SOURCE_DIR.rglob("*") if path.is_file() and path.suffix != ".md")
     for path in sorted(sources):
         contents += [str(path.relative_to(toolchain.SOURCE_DIR)), path.read_bytes()]
-    architectures = toolchain.cuda_architectures() if torch.version.cuda else ()
+    architectures = toolchain.cuda_architectures() if installed_torch.cuda_version() else ()
     flags = [*toolchain.common_flags(cuda=bool(architectures)), *toolchain.glue_flags(), *toolchain.linked(None)]
     flags += toolchain.CUDA_FLAGS if architectures else ()
     return digest(*contents, *flags, torch_build(), python_abi(), *architectures)
@@ -196,7 +195,7 @@ def compiler_identity() -> tuple[str, ...]:
     if compiler is None:
         return ()
     parts = []
-    for word in (*compiler, toolchain.nvcc_path() if torch.version.cuda else None):
+    for word in (*compiler, toolchain.nvcc_path() if installed_torch.cuda_version() else None):
         tool = shutil.which(word) if word else None
         if tool is None:
             parts.append(str(word))

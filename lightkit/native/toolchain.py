@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import torch
+from . import installed_torch
 
 SOURCE_DIR = Path(__file__).resolve().parent.parent / "csrc"
 MODULE_NAME = "_lightkit_native"
@@ -26,8 +26,9 @@ CUDA_FLAGS = ("-std=c++17", "-O3", "-lineinfo", "--expt-relaxed-constexpr", "-Xc
 
 # The units that take longest to compile, the slowest first, so that two cores finish at about the same time.
 _SLOWEST_UNITS = (
-    *("ops/common", "kernels/cpu/layer_chain", "bindings.cpp", "kernels/cpu/linear_cross_entropy"),
-    *("ops/cross_entropy", "ops/linear_cross_entropy", "ops/layer_chain", "ops/optim"),
+    *("ops/common", "kernels/cpu/layer_chain", "bindings.cpp", "kernels/cpu/conv2d"),
+    *("kernels/cpu/linear_cross_entropy", "ops/cross_entropy", "ops/linear_cross_entropy", "ops/layer_chain"),
+    *("ops/conv2d", "ops/optim"),
 )
 
 # The values of LIGHTKIT_NATIVE_SANITIZE: the sanitizers that work in a library that Python loads.
@@ -160,7 +161,8 @@ def common_flags(cuda: bool) -> list[str]:
         f"-DLIGHTKIT_MODULE={MODULE_NAME}",
         # Each op has a header of its own; without this flag torch's headers include all two thousand.
         "-DAT_PER_OPERATOR_HEADERS",
-        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+        # Every torch that lightkit works with is built so.
+        "-D_GLIBCXX_USE_CXX11_ABI=1",
     ]
 
 
@@ -216,7 +218,7 @@ def find_cuda() -> tuple[CudaToolchain | None, str]:
     Returns:
         The toolchain and an empty string; or None and the reason why there is none, such as a CPU build of torch.
     """
-    if torch.version.cuda is None:
+    if installed_torch.cuda_version() is None:
         return None, "the installed torch is a CPU build"
     return find_nvcc()
 
@@ -233,8 +235,9 @@ def find_nvcc() -> tuple[CudaToolchain | None, str]:
         return None, "nvcc was not found on the path or under CUDA_HOME"
     version = next((line for line in output(nvcc, "--version").splitlines() if "release" in line), "unknown")
     number = version.partition("release ")[2].partition(",")[0]
-    if torch.version.cuda and number.partition(".")[0] != torch.version.cuda.partition(".")[0]:
-        return None, f"nvcc is of CUDA {number} but torch was built for CUDA {torch.version.cuda}"
+    wanted = installed_torch.cuda_version()
+    if wanted and number.partition(".")[0] != wanted.partition(".")[0]:
+        return None, f"nvcc is of CUDA {number} but torch was built for CUDA {wanted}"
     # nvcc prints its directories: it may be a wrapper, or belong to a package without the layout of a toolkit.
     dry_run = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
     include_dirs = re.findall(r'(?:-I|"-isystem" ")([^"\s]+)"', dry_run)
@@ -259,6 +262,9 @@ def cuda_architectures() -> tuple[str, ...]:
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST")
     if listed:
         return tuple(dict.fromkeys(a.replace(".", "").removesuffix("+PTX") for a in listed.replace(";", " ").split()))
+    # The import is local: with a CPU build of torch nothing else here needs torch itself.
+    import torch
+
     if torch.cuda.is_available():
         capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
         return tuple(f"{major}{minor}" for major, minor in sorted(capabilities))

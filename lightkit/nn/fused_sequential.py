@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -34,10 +33,10 @@ class FusedSequential(nn.Sequential):
     layers behind them, as one operation, with the same result except for rounding. The layers run one by one if one of
     them has a hook, which would not be called, is a subclass or parametrized, has settings that the operation does not
     support (stride, dilation, groups, a pool other than 2x2), or is faster in torch. The layers of a nested Sequential
-    run as if they were layers of this one, unless the nested one has a hook. torch.jit.trace and devices other than a
-    CPU see torch's layers; torch.jit.script cannot compile the module. The layers run one by one, too, if ``forward``
-    of torch's classes or a function that the classes call, such as ``torch.nn.functional.conv2d``, is patched, and for
-    an input that the operation rejects: errors are those of torch's layers.
+    run as if they were layers of this one, unless the nested one has a hook. torch.export, torch.jit.trace and devices
+    other than a CPU see torch's layers; torch.jit.script cannot compile the module. The layers run one by one, too, if
+    ``forward`` of torch's classes or a function that the classes call, such as ``torch.nn.functional.conv2d``, is
+    patched, and for an input that the operation rejects: errors are those of torch's layers.
 
     The result has the memory format of the input, and so have the inputs of layers that may depend on it: code that
     calls ``view`` works as with torch's layers, and dropout draws the same numbers.
@@ -71,45 +70,6 @@ def run_fused(layers: Iterable[nn.Module], input: Tensor) -> Tensor:
             x = layer(x)
         index += 1
     return _ordered_as(x, input) if reordered else x
-
-
-class FusedCall:
-    """Replaces the call of a Sequential: ``module(input)`` runs the layers as `FusedSequential` does.
-
-    The constructor sets the object as the compiled call, ``module._compiled_call_impl``, which torch calls in place of
-    ``_call_impl`` if it is set; `undo` removes it. The class and ``forward`` of the module stay torch's. Copies and
-    pickles do not contain this attribute, and torch.compile, torch.export and torch.jit do not read it.
-
-    Args:
-        module: a Sequential for which `can_fuse` returns True, and which is not compiled.
-    """
-
-    def __init__(self, module: nn.Sequential) -> None:
-        self._module = weakref.ref(module)
-        module._compiled_call_impl = self
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns the output of the module for these arguments."""
-        module = self._module()
-        assert module is not None
-        is_plain = len(args) == 1 and not kwargs and _is_plain(module) and _ORIGINALS.are_in_place()
-        if not is_plain or _is_traced():
-            return module._call_impl(*args, **kwargs)
-        return run_fused(_layers(module), args[0])
-
-    def undo(self) -> None:
-        """Restores torch's call of the module, by which the layers run one by one.
-
-        The module stays as it is if ``module.compile()`` has replaced this object since its construction.
-        """
-        module = self._module()
-        if module is not None and vars(module).get("_compiled_call_impl") is self:
-            del module._compiled_call_impl
-
-
-def is_fused(module: nn.Module) -> bool:
-    """Returns True if a `FusedCall` replaces the call of a module."""
-    return isinstance(vars(module).get("_compiled_call_impl"), FusedCall)
 
 
 def can_fuse(layers: nn.Sequential) -> bool:
@@ -208,7 +168,8 @@ def _runs(layers: Iterable[nn.Module]) -> Iterator[list[nn.Module]]:
 
 
 def _is_traced() -> bool:
-    return not torch.compiler.is_compiling() and torch.jit.is_tracing()
+    """Returns True while torch.export or torch.jit.trace records the operations, for programs without lightkit."""
+    return torch.compiler.is_exporting() or (not torch.compiler.is_compiling() and torch.jit.is_tracing())
 
 
 def _are_all_hooked() -> bool:
@@ -228,7 +189,7 @@ def _is_plain(layer: nn.Module) -> bool:
         or own["_backward_hooks"]
         or own["_backward_pre_hooks"]
         or "forward" in own
-        or (own.get("_compiled_call_impl") is not None and not is_fused(layer))
+        or (own.get("_compiled_call_impl") is not None)
     )
 
 

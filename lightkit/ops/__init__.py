@@ -2,23 +2,40 @@
 
 import warnings
 
+from lightkit.ops.activation import ACTIVATIONS, Activation
+from lightkit.ops.conv2d import conv2d, conv2d_is_faster, conv2d_reference
 from lightkit.ops.conv_relu_pool import conv_relu_pool, conv_relu_pool_reference
 from lightkit.ops.cross_entropy import cross_entropy, cross_entropy_reference
+from lightkit.ops.dropout import dropout, dropout_mask, dropout_reference
 from lightkit.ops.layer_chain import ChainLayer, layer_chain, layer_chain_reference
 from lightkit.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from lightkit.ops.norm_act import norm_act, norm_act_is_faster, norm_act_reference
 from lightkit.ops.patch import patch_cross_entropy
+from lightkit.ops.patch_nll import patch_nll_loss
 
 __all__ = [
+    "ACTIVATIONS",
+    "Activation",
     "ChainLayer",
+    "conv2d",
+    "conv2d_is_faster",
+    "conv2d_reference",
     "conv_relu_pool",
     "conv_relu_pool_reference",
     "cross_entropy",
     "cross_entropy_reference",
+    "dropout",
+    "dropout_mask",
+    "dropout_reference",
     "layer_chain",
     "layer_chain_reference",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
+    "norm_act",
+    "norm_act_is_faster",
+    "norm_act_reference",
     "patch_cross_entropy",
+    "patch_nll_loss",
 ]
 
 

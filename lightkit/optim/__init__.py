@@ -1,8 +1,9 @@
-"""Optimizers on lightkit's kernels, with the signatures of torch.optim."""
+"""Optimizers on lightkit's kernels, with the signatures of torch.optim, and a learning-rate scheduler."""
 
 from lightkit.optim.adam import Adam, AdamW
 from lightkit.optim.convert import convert
 from lightkit.optim.fused import FusedStep
 from lightkit.optim.sgd import SGD
+from lightkit.optim.warmup_cosine import WarmupCosine
 
-__all__ = ["SGD", "Adam", "AdamW", "FusedStep", "convert"]
+__all__ = ["SGD", "Adam", "AdamW", "FusedStep", "WarmupCosine", "convert"]

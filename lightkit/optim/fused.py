@@ -282,6 +282,10 @@ class FusedStep(torch.optim.Optimizer):
         """
         return None if self._grad_norm is None else float(self._grad_norm)
 
+    def averages(self) -> dict[Tensor, Tensor]:
+        """Returns the average of each parameter that has one (see ``ema_decay``), float32 or float64."""
+        return {p: entry["average"] for p, entry in list(self.state.items()) if "average" in entry}
+
     @contextmanager
     def averaged_parameters(self) -> Iterator[None]:
         """Sets the parameters to their averages (see ``ema_decay``) within the context.
@@ -289,11 +293,12 @@ class FusedStep(torch.optim.Optimizer):
         Afterwards the parameters have their own values again, whatever a program wrote into them within the context.
         Parameters without an average keep their values.
         """
-        own = {p: p.detach().clone() for p, entry in list(self.state.items()) if "average" in entry}
+        averages = self.averages()
+        own = {p: p.detach().clone() for p in averages}
         try:
             with torch.no_grad():
-                for parameter in own:
-                    parameter.copy_(self.state[parameter]["average"])
+                for parameter, average in averages.items():
+                    parameter.copy_(average)
             yield
         finally:
             with torch.no_grad():

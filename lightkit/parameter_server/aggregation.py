@@ -94,11 +94,14 @@ class Aggregator:
 
     def __init__(self, state: DurableState, members: Membership, changed: threading.Condition) -> None:
         self._state, self._members, self._changed = state, members, changed
+        # For each optimizer the round that is open or waits for its factor, and the latest one whose step was made.
         self._rounds: list[AggregationRound] = []
+        self._latest: list[AggregationRound] = []
 
     def reset(self) -> None:
         """Opens a new round for each optimizer of the training; the caller holds the lock of ``changed``."""
         self._rounds = [AggregationRound() for _ in self._state.shards]
+        self._latest = [AggregationRound() for _ in self._state.shards]
 
     def forget(self, rank: int) -> None:
         """Removes the pushes of the worker ``rank``, which another process has replaced, from the open rounds.
@@ -160,7 +163,7 @@ class Aggregator:
     def step_together(self, push: Push) -> None:
         """Adds a push to its round, and makes a step with the mean gradient once each active worker has a push in it.
 
-        The call returns after that step; for a push that is left out it returns at once. `Membership.active` says which
+        The call returns after that step; a push that is left out does not wait for it. `Membership.active` says which
         workers are active. Two kinds of pushes are left out: a repeated push, and a push whose gradient belongs to an
         earlier version of the parameters.
 
@@ -168,32 +171,22 @@ class Aggregator:
             TransportError: the worker of ``push`` is gone or has a new connection.
             Exception: the step failed; the calls for all pushes of the round raise the same exception.
         """
-        rank, index = push.rank, push.optimizer_index
+        index = push.optimizer_index
         with self._changed:
             if push.is_repeated:
-                return
-            if push.version < self._state.versions[index]:
+                current = self._latest[index]
+            elif push.version < self._state.versions[index]:
                 # The other workers have made this step without the push: its gradient is of earlier parameters.
                 push.worker.pushes[index] = push.push_seq
-                return
-            current = self._rounds[index]
-            while current is self._rounds[index]:
-                present = current.pushes.get(rank)
-                if current.mean is None and (present is None or present.buffers is not push.buffers):
-                    current.pushes[rank] = push
-                    self._changed.notify_all()
-                if current.mean is None and self._is_complete(current):
-                    self._close(index, current)
-                if current.mean is not None and rank in current.pushes:
-                    break
-                self._members.wait(push.connection, rank)
-            if current is not self._rounds[index]:
+                current = self._latest[index]
+            else:
+                current = self._wait_until_closed(push)
                 _raise(current.error)
-                return
-            if not current.needs_norm or rank not in current.pushes:
+            if not current.needs_norm:
                 self._finish(index, current, 1.0)
                 return
-        # Each worker gets the norm, even after the first has replied: it adds up the parts of all servers.
+        # Each worker gets the norm, even after the step: it adds up the parts of all servers, and the factor that it
+        # computes may be the first to reach another server.
         push.connection.send_header(Reply.NORM)
         push.connection.send(torch.tensor([current.square_norm], dtype=torch.float64))
         factor = torch.zeros(1, dtype=torch.float64)
@@ -202,6 +195,22 @@ class Aggregator:
             # All workers compute the same factor.
             self._finish(index, current, factor.item())
             _raise(current.error)
+
+    def _wait_until_closed(self, push: Push) -> AggregationRound:
+        """Adds a push to its round, and returns the round when it is closed, or when its step was made or failed."""
+        rank, index = push.rank, push.optimizer_index
+        current = self._rounds[index]
+        while current is self._rounds[index]:
+            present = current.pushes.get(rank)
+            if current.mean is None and (present is None or present.buffers is not push.buffers):
+                current.pushes[rank] = push
+                self._changed.notify_all()
+            if current.mean is None and self._is_complete(current):
+                self._close(index, current)
+            if current.mean is not None and rank in current.pushes:
+                break
+            self._members.wait(push.connection, rank)
+        return current
 
     def _is_complete(self, current: AggregationRound) -> bool:
         return not self._members.expected and self._members.active() <= current.pushes.keys()
@@ -233,11 +242,15 @@ class Aggregator:
         try:
             update = self._make_update(pushes[min(pushes)], is_skipped, present, counted)
             self._apply(update, current.mean, current.views)
+            self._latest[optimizer_index] = current
         except Exception as error:
             # The threads of the other workers raise the error too.
             current.error = error
             self._changed.notify_all()
             raise
+        finally:
+            # The norm and the error are read later; the tensors are as large as the model.
+            current.mean, current.views, current.pushes = None, [], {}
 
     def _make_update(self, first: Push, is_skipped: bool, present: list[bool], counted: list[Push]) -> Update:
         workers = self._state.workers

@@ -353,9 +353,9 @@ class _NormReduction:
         return self._clipping.factor(norm)
 
     def add_missing(self, address: str) -> None:
-        """Adds 0 for the server ``address`` if it has made the step without a call of `factor`.
+        """Adds 0 for the server ``address`` if it has replied without its part, so that `factor` does not wait for it.
 
-        Another worker had sent the factor to that server before.
+        A server replies so if it was restarted after the step, for which another worker had sent the factor.
         """
         with self._changed:
             self._squares.setdefault(address, 0.0)

@@ -52,9 +52,13 @@ class Membership:
         return {r for r in self.connections.keys() | self.expected if r in workers and not workers[r].finished}
 
     def slowest_clock(self, optimizer_index: int) -> int | None:
-        """Returns the smallest clock of the active workers for an optimizer; None if no worker is active."""
-        clocks = (self._state.workers[rank].clock(optimizer_index) for rank in self.active())
-        return min(clocks, default=None)
+        """Returns the smallest clock of the active workers for an optimizer; None if no worker is active.
+
+        The clock of an expected worker that has never joined is 0: the others wait for its first pushes, too.
+        """
+        workers = self._state.workers
+        clocks = [workers[rank].clock(optimizer_index) for rank in self.active()]
+        return min(clocks + [0 for rank in self.expected if rank not in workers], default=None)
 
     def join(self, connection: Connection, request: JoinRequest) -> tuple[WorkerState, bool]:
         """Registers a connection as that of a worker, and closes an earlier connection of the same worker.

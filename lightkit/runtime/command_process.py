@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable
 from typing import NoReturn
 
-from lightkit._util import lazy_imports
+from lightkit._util import lazy_imports, standard_output
 from lightkit.errors import ConfigError
 
 # The types that `open` returns for a file that is open for writing.
@@ -36,7 +36,7 @@ def run_as_process(main: Callable[[], int | None]) -> NoReturn:
     """Runs ``main`` as the only task of this process, and ends the process with its exit status.
 
     A module that `lazy_imports` defers is imported at its first use. Garbage collection is off until
-    `begin_to_collect`.
+    `begin_to_collect`. Standard output escapes characters that it cannot encode, and a closed pipe is no error.
 
     Args:
         main: the entry point of a command. It returns the exit status (None for 0), or raises SystemExit as `sys.exit`
@@ -45,6 +45,7 @@ def run_as_process(main: Callable[[], int | None]) -> NoReturn:
     global _collects_later
     _collects_later = True
     gc.disable()
+    standard_output.make_tolerant()
     try:
         lazy_imports.defer()
         status = main()

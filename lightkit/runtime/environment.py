@@ -14,9 +14,13 @@ def is_started() -> bool:
     return _is_started
 
 
+# The variables that torchrun sets for each process.
+TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
 def is_under_torchrun() -> bool:
     """Returns True if the environment has torchrun's variables, also if the supervisor or a user has set them."""
-    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"))
+    return all(name in os.environ for name in TORCHRUN_VARIABLES)
 
 
 def rank() -> int:

@@ -41,7 +41,7 @@ class DiLoCo(LocalSGD):
         .. [1] Douillard et al., DiLoCo: distributed low-communication training of language models, 2023.
     """
 
-    traits = StrategyTraits(supports_lean_loop=True)
+    traits = StrategyTraits(supports_lean_loop=True, trains_locally=True)
     takes_lean_steps = RenamedAttribute("traits.supports_lean_loop")
 
     def __init__(self, period: int = 16, outer_lr: float = 0.7, outer_momentum: float = 0.9, **options: Any) -> None:

@@ -53,7 +53,7 @@ class LocalSGD(Parallel):
         .. [1] Stich, Local SGD converges fast and communicates little, ICLR 2019.
     """
 
-    traits = StrategyTraits(supports_lean_loop=True)
+    traits = StrategyTraits(supports_lean_loop=True, trains_locally=True)
     takes_lean_steps = RenamedAttribute("traits.supports_lean_loop")
 
     def __init__(self, period: int = 16, **options: Any) -> None:
@@ -187,7 +187,10 @@ class LocalSGD(Parallel):
         """Restores the optimizer states of this worker."""
         others = checkpoint.get(WORKERS_KEY, [])
         if 0 < self.global_rank <= len(others):
-            checkpoint = {**checkpoint, "optimizer_states": others[self.global_rank - 1]}
+            states = zip(checkpoint["optimizer_states"], others[self.global_rank - 1], strict=True)
+            # The hyperparameters are those of worker 0, which a callback may have changed for this run.
+            own = [{**theirs, "param_groups": shared["param_groups"]} for shared, theirs in states]
+            checkpoint = {**checkpoint, "optimizer_states": own}
         super().load_optimizer_state_dict(checkpoint)
 
     def check_work(self, batches: list[float]) -> None:

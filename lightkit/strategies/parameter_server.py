@@ -371,8 +371,11 @@ class ParameterServer(ParallelStrategy):
         self._remote.push(index, optimizer)
 
     def on_validation_start(self) -> None:
-        """Waits for the pending pushes, so that the validated parameters include them."""
-        self._remote.drain()
+        """Waits for the pending pushes, so that the validated parameters include them; fetches the averages if any."""
+        if any(group.get("ema_decay") is not None for optimizer in self.optimizers for group in optimizer.param_groups):
+            self._remote.fetch()
+        else:
+            self._remote.drain()
 
     def on_train_end(self) -> None:
         """Waits until no worker pushes any more, and copies the final parameters and optimizer states."""

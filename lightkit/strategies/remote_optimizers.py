@@ -33,7 +33,8 @@ class RemoteOptimizers:
         self._optimizers: list[Optimizer] = []
         self._client: Client | None = None
         self._pending: dict[int, PendingPush] = {}
-        # For each optimizer the versions of its parameter tensors after the latest copy from the servers.
+        # For each optimizer the latest parameters of the servers, and the versions of its parameters after their copy.
+        self._copied: dict[int, list[Tensor]] = {}
         self._copied_versions: dict[int, list[int]] = {}
         # Lightning's gradient clipping of the next step, by optimizer.
         self._clipping: dict[int, Clipping] = {}
@@ -149,7 +150,7 @@ class RemoteOptimizers:
             LightkitError: a server is gone.
         """
         client = self._connected()
-        self._check_unwritten(client, index, optimizer)
+        self._check_unwritten(index, optimizer)
         self.drain(index)
         self._fetched = None
         clipping = self._clipping.pop(index, Clipping())
@@ -181,7 +182,7 @@ class RemoteOptimizers:
             raise ConfigError("ParameterServer: an optimizer was stepped before the training began")
         return self._client
 
-    def _check_unwritten(self, client: Client, index: int, optimizer: Optimizer) -> None:
+    def _check_unwritten(self, index: int, optimizer: Optimizer) -> None:
         """Checks that no program has written to the parameters: the servers' next reply would overwrite the change.
 
         Raises:
@@ -198,12 +199,14 @@ class RemoteOptimizers:
             if parameter._version == version:
                 continue
             # A callback may swap weights and swap them back. The latest reply is there while no push is under way.
-            same = index not in self._pending and torch.equal(parameter.cpu(), client.parameters(index)[position])
+            same = index not in self._pending and torch.equal(parameter.cpu(), self._copied[index][position])
             if not same:
                 raise ConfigError(
                     "ParameterServer: between two steps somebody wrote to the parameters of the optimizer; the "
                     "servers, which hold the parameters, would overwrite that"
                 )
+            # While the push is under way there is nothing to compare with.
+            versions[position] = parameter._version
 
     def drain(self, index: int | None = None) -> None:
         """Waits for pending pushes, and copies the parameters that come back.
@@ -222,6 +225,7 @@ class RemoteOptimizers:
     def _copy_parameters(self, index: int, values: Sequence[Tensor]) -> None:
         parameters = parameters_of(self._optimizers[index])
         torch._foreach_copy_([p.detach() for p in parameters], list(values))
+        self._copied[index] = list(values)
         self._copied_versions[index] = [p._version for p in parameters]
 
     def fetch(self) -> None:
@@ -259,6 +263,7 @@ class RemoteOptimizers:
             self._client = None
         self._pending.clear()
         self._clipping.clear()
+        self._copied.clear()
         self._copied_versions.clear()
 
     def abandon(self) -> None:

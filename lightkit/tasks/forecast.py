@@ -23,7 +23,7 @@ class ForecastTask(Task):
     A batch is ``(history, target)`` in the units of the series, as from `lightkit.data.SeriesDataModule`; the model
     reads and returns standardised values. The task logs ``train/loss``, ``val/loss`` and ``test/loss`` of standardised
     values, the metrics as ``val/NAME`` and ``test/NAME`` in the units of the series, and ``test/coverage``, the share
-    of targets within their intervals.
+    of targets within their intervals. The metrics compute in float64.
 
     The intervals are those of split conformal prediction [1]_: for each step of the horizon, the forecast plus and
     minus the ``level``-quantile of the absolute errors of the last validation. The intervals are infinite if the
@@ -37,8 +37,8 @@ class ForecastTask(Task):
         model: the network.
         horizon: the number of values that the model forecasts.
         optimizer: a function that returns an optimizer of the given parameters, such as ``partial(Adam, lr=0.001)``.
-        scheduler: a function that returns a learning-rate scheduler of the given optimizer, which Lightning steps once
-            an epoch; None keeps the learning rate.
+        scheduler: a function that returns a learning-rate scheduler of the given optimizer, which Lightning calls once
+            an epoch, or a `lightkit.tasks.Schedule`; None keeps the learning rate.
         loss: a module that maps standardised forecasts and targets to a scalar. Default: `lightkit.nn.MSELoss`.
         metrics: metrics of torchmetrics by name, which the task updates with ``(forecast, target)``; None for none.
         relative: True makes the model read and forecast differences to the last value of the history. The model then
@@ -81,6 +81,8 @@ class ForecastTask(Task):
         self.register_buffer("scale", torch.ones((), dtype=torch.float64))
         self.register_buffer("half_width", torch.full((horizon,), math.inf, dtype=torch.float64))
         self._errors = CatMetric(nan_strategy="disable")
+        # The intervals of the last validation in this training; None before it.
+        self._validated: Tensor | None = None
 
     def setup(self, stage: str) -> None:
         """Copies center and scale from the data module before a fit, if it has them; a checkpoint replaces them later.
@@ -99,9 +101,9 @@ class ForecastTask(Task):
             self.scale.copy_(scale)
 
     def forward(self, history: Tensor) -> Tensor:
-        """Returns forecasts ``(N, horizon)`` for histories ``(N, T, 1)``, in the units of the series."""
+        """Returns float64 forecasts ``(N, horizon)`` for histories ``(N, T, 1)``, in the units of the series."""
         base = self._base(history)
-        return base + self.scale * self._forecast(history, base)
+        return self._in_units(self._forecast(history, base), base)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Returns and logs the loss of a batch."""
@@ -112,8 +114,9 @@ class ForecastTask(Task):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        """Drops the errors of the previous validation."""
+        """Drops the errors of the previous validation, and makes the metrics compute in float64."""
         self._errors.reset()
+        _to_float64(self._errors, self.val_metrics)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Updates the validation metrics, and keeps the errors for the intervals."""
@@ -123,7 +126,25 @@ class ForecastTask(Task):
     def on_validation_epoch_end(self) -> None:
         """Computes the intervals of the present weights, before a checkpoint is written."""
         if not self.trainer.sanity_checking:
-            self.half_width.copy_(conformal_quantile(self._errors.compute(), self.level))
+            self._validated = conformal_quantile(self._errors.compute(), self.level)
+            self.half_width.copy_(self._validated)
+
+    def on_train_end(self) -> None:
+        """Restores the intervals of the last validation, if a callback has replaced them with averages of buffers."""
+        if self._validated is not None:
+            self.half_width.copy_(self._validated)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Saves the intervals of the last validation with the weights that it validated.
+
+        A callback may save averages of weights and buffers. The average of intervals belongs to no validation.
+        """
+        if self._validated is not None and "half_width" in checkpoint["state_dict"]:
+            checkpoint["state_dict"]["half_width"] = self._validated.clone()
+
+    def on_test_epoch_start(self) -> None:
+        """Makes the metrics compute in float64."""
+        _to_float64(self.test_metrics)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Updates the test metrics; returns ``forecast``, ``target``, ``lower``, ``upper``, each ``(N, horizon)``."""
@@ -147,7 +168,7 @@ class ForecastTask(Task):
         standardised = self._forecast(history, base)
         loss = self.loss(standardised, self._standardised(target, base))
         self.log(f"{stage}/loss", loss, prog_bar=True, batch_size=len(target), sync_dist=True)
-        forecast = base + self.scale * standardised
+        forecast = self._in_units(standardised, base)
         # Windows are strided views of the series, and torchmetrics calls view() on its inputs.
         metrics.update(forecast, target.contiguous())
         self.log_dict(metrics, prog_bar=True, batch_size=len(target))
@@ -178,9 +199,24 @@ class ForecastTask(Task):
             )
         return forecast
 
+    def _in_units(self, standardised: Tensor, base: Tensor) -> Tensor:
+        # A scalar of float64 would leave the product in the model's precision, which cannot represent the series.
+        return base + self.scale * standardised.to(self.scale.dtype)
+
     def _standardised(self, values: Tensor, base: Tensor) -> Tensor:
         # The difference is computed in float64; it is then small enough for the model's precision.
-        return ((values - base) / self.scale).to(next(self.model.parameters()).dtype)
+        # A model without parameters, such as an export, computes in float32.
+        parameter = next(self.model.parameters(), None)
+        return ((values - base) / self.scale).to(torch.float32 if parameter is None else parameter.dtype)
+
+
+def _to_float64(*metrics: Metric | MetricCollection) -> None:
+    """Sets the dtype of metrics, as errors in the units of a series leave the range of float32, the metrics' own dtype.
+
+    A metric that moves to another device forgets the dtype of its inputs, so that each epoch sets it again.
+    """
+    for metric in metrics:
+        metric.set_dtype(torch.float64)
 
 
 def conformal_quantile(errors: Tensor, level: float) -> Tensor:

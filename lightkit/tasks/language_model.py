@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torchmetrics.aggregation import MeanMetric
 
 from lightkit._util.compiler import never_compile
 from lightkit.models import LanguageModel
-from lightkit.ops import linear_cross_entropy
+from lightkit.ops import cross_entropy, linear_cross_entropy
 from lightkit.tasks.task import Task
 
 # Targets that are ignored, such as padding.
@@ -38,8 +39,8 @@ class LanguageModelTask(Task):
     Args:
         model: the language model.
         optimizer: a function that returns an optimizer of the given parameters, such as ``partial(AdamW, lr=1e-3)``.
-        scheduler: a function that returns a learning-rate scheduler of the given optimizer, which Lightning steps once
-            an epoch; None keeps the learning rate.
+        scheduler: a function that returns a learning-rate scheduler of the given optimizer, which Lightning calls once
+            an epoch, or a `lightkit.tasks.Schedule`; None keeps the learning rate.
         label_smoothing: the label smoothing in training, between 0 and 1.
         z_loss: the coefficient of the squared log-partition function in training, see `lightkit.ops.cross_entropy`.
 
@@ -104,16 +105,18 @@ class LanguageModelTask(Task):
     ) -> Tensor:
         inputs, targets = batch
         hidden, _ = self.model.hidden(inputs)
-        head = self.model.head
+        head: Any = self.model.head
+        options: Any = {
+            "ignore_index": _IGNORED,
+            "reduction": reduction,
+            "label_smoothing": label_smoothing,
+            "z_loss": z_loss,
+        }
+        if isinstance(head, nn.Identity):
+            # The hidden states of an export are its logits.
+            return cross_entropy(hidden.flatten(0, 1), targets.flatten(), **options)
         return linear_cross_entropy(
-            hidden.flatten(0, 1),
-            head.weight,
-            targets.flatten(),
-            linear_bias=head.bias,
-            ignore_index=_IGNORED,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
+            hidden.flatten(0, 1), head.weight, targets.flatten(), linear_bias=head.bias, **options
         )
 
     @torch.inference_mode()

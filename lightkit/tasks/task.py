@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterable, Mapping
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRScheduler
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric, MetricCollection
+
+from lightkit.tasks.schedule import make_schedule
 
 
 class Task(pl.LightningModule):
@@ -24,8 +26,10 @@ class Task(pl.LightningModule):
         model: the network.
         loss: the loss module, or None if the task computes the loss by a function.
         optimizer: a function that returns an optimizer of the given parameters, such as ``partial(SGD, lr=0.1)``.
-        scheduler: a function that returns a learning-rate scheduler of the given optimizer, which Lightning steps once
-            an epoch; None keeps the learning rate.
+        scheduler: a function that returns a learning-rate scheduler of the given optimizer, which Lightning calls once
+            an epoch, or a `lightkit.tasks.Schedule`, which sets the interval and the metric; None keeps the learning
+            rate. The function may leave the length of the schedule to the trainer, as ``partial(CosineAnnealingLR,
+            T_max=None)`` does: see `lightkit.tasks.schedule.make_schedule`.
         metrics: metrics of torchmetrics by name; None for none.
     """
 
@@ -46,13 +50,19 @@ class Task(pl.LightningModule):
         self.val_metrics = collection.clone(prefix="val/")
         self.test_metrics = collection.clone(prefix="test/")
 
+    def use_optimizer(
+        self,
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+        scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+    ) -> None:
+        """Replaces the optimizer and the scheduler of the next training; the arguments are those of the constructor."""
+        self._make_optimizer = optimizer
+        self._make_scheduler = scheduler
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Returns the optimizer, and the scheduler if there is one; a ReduceLROnPlateau reads ``val/loss``."""
+        """Returns the optimizer, and the scheduler if there is one: see `lightkit.tasks.schedule.make_schedule`."""
         optimizer = self._make_optimizer(self.parameters())
         if self._make_scheduler is None:
             return optimizer
-        scheduler = self._make_scheduler(optimizer)
-        entry: LRSchedulerConfigType = {"scheduler": scheduler, "interval": "epoch"}
-        if isinstance(scheduler, ReduceLROnPlateau):
-            entry["monitor"] = "val/loss"
-        return {"optimizer": optimizer, "lr_scheduler": entry}
+        schedule = make_schedule(self._make_scheduler, optimizer, lambda: self.trainer)
+        return {"optimizer": optimizer, "lr_scheduler": schedule}

@@ -16,9 +16,20 @@ import torch  # noqa: E402
 import torchmetrics  # noqa: E402
 from torch import nn  # noqa: E402
 
-import lightkit.app.training  # noqa: E402, F401
+from lightkit.capture import Capture, capture_calls  # noqa: E402
 
 DEFERRED = ("torch._dynamo.eval_frame", "torch._inductor", "scipy.stats", "matplotlib", "sympy")
+
+
+class Convolutions(nn.Module):
+    """A network whose operations can be captured."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8 * 9, 2))
+
+    def forward(self, x):
+        return self.layers(x)
 
 
 def imported() -> list[str]:
@@ -33,6 +44,12 @@ def optimizer() -> list[str]:
         optimizer.step()
         optimizer.zero_grad()
         optimizer.load_state_dict(optimizer.state_dict())
+    # As `lightkit.callbacks.FuseKernels` does.
+    capture, net = Capture(), Convolutions()
+    release = capture_calls(net, capture)
+    net(torch.randn(4, 1, 8, 8)).sum().backward()
+    release()
+    assert any(region.replacement is not None for region in capture.regions)
     torch.use_deterministic_algorithms(True)
     return imported()
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import hydra.core.utils
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from lightkit._util import atomic_write
@@ -29,11 +30,13 @@ def draw(path):
     figures.save(figure, path)
 
 
+PICTURE = ImagePrediction(Path("a.png"), "7", 0.5, None)
+
 WRITERS = {
     "config.yaml": lambda path: run_files.write_config(path.parent, OmegaConf.create({"seed": 1})),
     "environment.json": lambda path: run_files.write_json(path, {"python": "3"}),
     "curves.png": draw,
-    "images.csv": lambda path: ImagePredictions([ImagePrediction(Path("a.png"), "7", 0.5, None)]).write(path),
+    "images.csv": lambda path: ImagePredictions([PICTURE], ["7"], torch.ones(1, 1), {}).write(path),
     "series.csv": lambda path: Forecast("x", 0.8, [ForecastStep(1, 2.0, 1.0, 3.0)]).write(path),
     "text.txt": lambda path: Continuation(b"\xff", b"b").write(path),
     "report.html": lambda path: write_text_atomically(path, "<html>"),

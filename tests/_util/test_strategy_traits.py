@@ -20,7 +20,8 @@ def test_a_class_without_a_declaration_has_the_default_traits(cls):
 @pytest.mark.parametrize("cls", [DataParallel, LocalSGD, DiLoCo, TorchTPU])
 def test_data_parallel_strategies_support_the_lean_loop(cls):
     """Each of them shards the evaluation and needs all workers."""
-    assert traits_of(cls) == StrategyTraits(supports_lean_loop=True)
+    assert traits_of(cls).supports_lean_loop and not traits_of(cls).replicates_evaluation
+    assert traits_of(cls).trains_locally == (cls in (LocalSGD, DiLoCo))
 
 
 def test_an_instance_has_the_traits_of_its_class():

@@ -54,7 +54,7 @@ def test_a_first_start_changes_nothing(torchrun, tmp_path):
 @pytest.mark.parametrize("count", [0, 2])
 def test_goes_on_in_the_same_directory(torchrun, tmp_path, capsys, count):
     """The id identifies the job even if torchrun counts no restart, as when a machine joins or after a requeue."""
-    run = tmp_path / "a run, 'x'=1 \\ \u00e9"
+    run = tmp_path / "a run, 'x'=1 \\ \u00e9 \\\n"
     torchrun().begin(config_in(run))
     (run / "checkpoints" / "last.ckpt").touch()
     restarts, config = torchrun(count=count), config_in(run)
@@ -119,22 +119,37 @@ def test_other_parameters_begin_anew(torchrun, tmp_path, monkeypatch, is_done):
     from lightkit.app import restarts as module
 
     run = tmp_path / "0"
-    monkeypatch.setattr(module, "_overrides", lambda: ["optim.lr=0.1"])
+    monkeypatch.setattr(module, "overrides_of_run", lambda: ["optim.lr=0.1"])
     restarts, config = torchrun(), config_in(run)
-    older = run / "checkpoints" / "older.ckpt"
+    older = run / "pretrained" / "older.ckpt"
+    older.parent.mkdir()
     older.touch()
     restarts.begin(config)
     newer = run / "checkpoints" / "best.ckpt"
     newer.touch()
     if is_done:
         restarts.end(0.25)
-    monkeypatch.setattr(module, "_overrides", lambda: ["optim.lr=0.2"])
+    monkeypatch.setattr(module, "overrides_of_run", lambda: ["optim.lr=0.2"])
     again = torchrun(count=1)
     assert again.begin(config) and config.ckpt_path is None and again.result() is None
     # The job must not remove the checkpoints of another job.
     assert older.exists() and not newer.exists()
     # The record now has the new parameters.
     assert torchrun(count=2).begin(config)
+
+
+@pytest.mark.parametrize("checkpoint", [None, "elsewhere.ckpt"])
+def test_the_run_of_another_job_stays(torchrun, tmp_path, checkpoint):
+    """A job of a sweep whose directory holds a run of an earlier sweep writes nothing there."""
+    run = tmp_path / "0"
+    config = config_in(run)
+    (run / "checkpoints" / "best.ckpt").write_bytes(b"weights")
+    config.ckpt_path = checkpoint
+    with pytest.raises(ConfigError, match=r"run_dir=0 holds another run already \(checkpoints/best\.ckpt\)"):
+        torchrun().begin(config)
+    assert [path.name for path in run.rglob("*") if path.is_file()] == ["best.ckpt"]
+    config.ckpt_path = str(run / "checkpoints" / "best.ckpt")
+    assert torchrun().begin(config)
 
 
 def test_half_written_checkpoints_are_removed(torchrun, tmp_path):

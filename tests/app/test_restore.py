@@ -239,8 +239,8 @@ def test_parts_that_do_not_go_together(save, picture, tmp_path):
         seven = {**CNN, "model": {"_target_": "lightkit.models.CNN", "num_classes": 7}}
         predict(save(seven), input=str(picture))
     with pytest.raises(CheckpointError, match="do not work together: CNN takes images of shape"):
-        small = {**CNN, "model": {"_target_": "lightkit.models.CNN", "image_size": 20}}
-        predict(save(small), input=str(picture))
+        coloured = {**CNN, "model": {"_target_": "lightkit.models.CNN", "in_channels": 3}}
+        predict(save(coloured), input=str(picture))
     with pytest.raises(CheckpointError, match=r"trainer\.precision of the checkpoint is 'transformer-engine'"):
         measure(save(CNN, trainer__precision="transformer-engine"))
 
@@ -278,3 +278,20 @@ def test_an_evaluation_says_what_it_reads_and_fetches_nothing(save, tmp_path, ca
     metrics = measure(save(text, data__path=str(folder), data__context=8))
     assert metrics["test/bits_per_byte"] > 0
     assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").rglob("text-*"))
+
+
+@pytest.mark.parametrize("weight", ["balanced", list(range(1, 11))])
+def test_class_weights_of_a_stranger(save, weight, picture):
+    """A checkpoint with class weights is evaluated with the weights in it, and predicts without them."""
+    weights = weights_of(CNN) | {"loss.weight": torch.arange(1.0, 11)}
+    path = save(CNN, weights, task__loss__weight=weight)
+    assert torch.equal(restore(path, for_evaluation=True).task.loss.weight, torch.arange(1.0, 11))
+    predict(path, input=str(picture)).show()
+
+
+@pytest.mark.parametrize("weight", ["all", [1, "x"], [[1.0]], {"a": 1}, [1.0] * 3])
+def test_wrong_class_weights_of_a_stranger(save, weight):
+    """Class weights that are no list of a number for each class are one error."""
+    weights = weights_of(CNN) | {"loss.weight": torch.arange(1.0, 11)}
+    with pytest.raises(CheckpointError):
+        restore(save(CNN, weights, task__loss__weight=weight), for_evaluation=True)

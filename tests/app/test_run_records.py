@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from lightkit.app import run_records
-from lightkit.app.run_records import Run, config_differences, find_last, find_unfinished
+from lightkit.app.run_records import Run
+from lightkit.app.run_search import config_differences, find_last, find_unfinished
 from lightkit.errors import CheckpointError
 
 CONFIG = {
@@ -61,6 +63,25 @@ def test_the_newest_of_the_same_kind(make):
     assert found(mine(), "x") == "sweep/0/checkpoints/last.ckpt"
     assert found(mine(config={"seed": 1}), "x") == "sweep/1/checkpoints/last.ckpt"
     assert found(mine(choices={"debug": "quick"}), "x") == "quick/checkpoints/last.ckpt"
+
+
+@pytest.mark.parametrize("result", [None, 0.25, float("nan"), float("inf"), -float("inf")])
+def test_records_are_json(make, result):
+    """Every reader of JSON takes a record, which keeps an objective that is no number."""
+    run = replace(make("a", config={"optim": {"lr": float("inf")}}), result=result)
+    run.write()
+    text = (run.directory / ".hydra" / "run.json").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    json.loads(text, parse_constant=pytest.fail)
+    again = run_records.read(run.directory).result
+    assert (again is None) if result is None else repr(again) == repr(result)
+
+
+def test_earlier_records_of_nan(make):
+    """A record whose configuration has JSON's extension NaN, as written once, is that of the same job."""
+    path = make("a").directory / ".hydra" / "run.json"
+    path.write_text(path.read_text().replace('"nan"', "NaN"))
+    assert found(mine(), "x") == "a/checkpoints/last.ckpt"
 
 
 def test_compared_before_interpolation(make):
@@ -128,7 +149,7 @@ def test_jobs_of_a_sweep(make):
     job = mine(job="two", config={"optim": {"lr": 1}}, choices={"scheduler": "none"})
     for swept in ("optim.lr", "+optim.lr", "scheduler"):
         assert found(job, "x", [swept]) == "one/0/checkpoints/last.ckpt"
-    with pytest.raises(CheckpointError, match=r"same .* seed and optim\.lr; .*: optim\.lr=2 there and 3 here"):
+    with pytest.raises(CheckpointError, match=r"same .* init_from and optim\.lr; .*: optim\.lr=2 there and 3 here"):
         find_last(replace(job, config={**CONFIG, "optim": {"lr": 3}}), "x", ["optim.lr"])
 
 

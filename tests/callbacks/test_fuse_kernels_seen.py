@@ -20,8 +20,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightkit.callbacks import FuseKernels
+from lightkit.capture import is_captured
 from lightkit.nn import fused_sequential
-from lightkit.nn.fused_sequential import is_fused
 from lightkit.optim.convert import is_converted
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(not have many workers|lower value for log_every|GPU available)")
@@ -83,7 +83,7 @@ def test_classes_are_the_users():
 
     def look(trainer, module):
         (optimizer,) = trainer.optimizers
-        assert is_converted(optimizer) and is_fused(module.net) and is_fused(module.net[0])
+        assert is_converted(optimizer) and is_captured(module.net) and is_captured(module.net[0])
         return (
             [kind_of(thing) for thing in (optimizer, module.net, module.net[0])],
             repr(module),
@@ -186,9 +186,9 @@ def test_copies_of_the_trainer(duplicate):
         copied = duplicate(trainer)
         (optimizer,) = copied.optimizers
         assert not is_converted(optimizer) and "step" not in vars(optimizer)
-        assert is_converted(trainer.optimizers[0]) and is_fused(module.net)
+        assert is_converted(trainer.optimizers[0]) and is_captured(module.net)
         net = duplicate(module.net)
-        assert type(net) is nn.Sequential and not is_fused(net) and not is_fused(net[0])
+        assert type(net) is nn.Sequential and not is_captured(net) and not is_captured(net[0])
         return copied
 
     module = Network()
@@ -197,7 +197,7 @@ def test_copies_of_the_trainer(duplicate):
     copied.callbacks.append(Looking(lambda trainer, module: seen.append(is_converted(trainer.optimizers[0]))))
     copied.fit_loop.max_epochs = 2
     copied.fit(Network(), batches())
-    assert seen and all(seen) and not is_fused(module.net)
+    assert seen and all(seen) and not is_captured(module.net)
 
 
 def test_other_ways_into_a_fused_net():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.idx_files import idx, write_idx_set
 
 from lightkit.data import MNIST, FashionMNIST, ImageSet, MNIST5k, mnist, mnist_5k
 from lightkit.data.images import stratified_split, to_input
@@ -87,18 +89,6 @@ def test_to_input():
     torch.testing.assert_close(to_input(images), torch.tensor([[[[0.0, 1.0], [0.2, 0.4]]]]))
 
 
-def write_idx_set(directory, train=20, test=10, label=None):
-    for prefix, count in (("train", train), ("t10k", test)):
-        labels = (torch.arange(count) % 10).to(torch.uint8)
-        if label is not None and prefix == "train":
-            labels[5] = label
-        header = bytes([0, 0, 8, 3]) + count.to_bytes(4, "big") + (28).to_bytes(4, "big") * 2
-        (directory / f"{prefix}-images-idx3-ubyte").write_bytes(header + bytes(count * 784))
-        (directory / f"{prefix}-labels-idx1-ubyte").write_bytes(
-            bytes([0, 0, 8, 1]) + count.to_bytes(4, "big") + bytes(labels.tolist())
-        )
-
-
 def test_mnist_from_a_directory(tmp_path):
     """The four files are read from the given directory."""
     write_idx_set(tmp_path)
@@ -108,9 +98,34 @@ def test_mnist_from_a_directory(tmp_path):
     assert [len(s) for s in (data.train, data.validation, data.test)] == [10, 10, 10]
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_size_of_the_files_counts(tmp_path, packed):
+    """Images of any size are read, square or not; the headers of packed files tell it before the rest is read."""
+    write_idx_set(tmp_path, train_size=(64, 48))
+    if packed:
+        for path in list(tmp_path.iterdir()):
+            path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+            path.unlink()
+    data = MNIST(data_dir=str(tmp_path), layout="rows")
+    assert data.image_shape() == (64, 48) and data.train is None
+    data.setup()
+    assert data.train.images.shape == (20, 64, 48) and data.image_shape() == (64, 48)
+    (inputs, _) = data.on_after_batch_transfer(next(iter(data.test_dataloader())), 0)
+    assert inputs.shape == (10, 64, 48)
+
+
+@pytest.mark.parametrize("step", [MNIST.image_shape, MNIST.setup])
+def test_sets_of_different_sizes(tmp_path, step):
+    """Training and test images of different sizes are one error, before and at the setup."""
+    write_idx_set(tmp_path, train_size=(28, 28), test_size=(28, 20))
+    with pytest.raises(DataError, match=r"^MNIST: the training images are 28 x 28 pixels and the test images 28 x 20$"):
+        step(MNIST(data_dir=str(tmp_path)))
+
+
 def test_label_out_of_range(tmp_path):
     """The error names the image whose label is no class, before training."""
-    write_idx_set(tmp_path, label=10)
+    write_idx_set(tmp_path)
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(torch.tensor([0] * 5 + [10] * 15, dtype=torch.uint8)))
     with pytest.raises(DataError, match=r"MNIST training set: the label of image 5 is 10, but there are 10 classes"):
         MNIST(data_dir=str(tmp_path)).setup()
 

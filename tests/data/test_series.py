@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
+from fractions import Fraction
 
 import pytest
 import torch
@@ -42,21 +44,25 @@ def series(table, values, **options):
         ("t,x\n1,2\n\n3,4\n", {}, "line 3: 0 cells, but the header has 2"),
         ("t,x\na,2\nb,two\n", {}, "line 3, column x: 'two' is not a number"),
         ("x\n1\n1_000\n", {}, "line 3, column x: '1_000' is not a number"),
-        ("x\n1\nnan\n", {}, "line 3, column x: nan is not finite"),
-        ("x\n1\n-inf\n", {}, "line 3, column x: -inf is not finite"),
+        ("x\n1\nnan\n", {}, "column x: line 3 is a gap, 'nan' (1 in all)"),
+        ("x\n1\n-inf\n", {}, "line 3, column x: '-inf' is not finite"),
         ("x\n1\n\n2\n", {}, "column x: line 3 is empty"),
-        ("t,x\na,1\nb,\nc,2\n", {}, "column x: line 3 is empty (1 in all); missing=interpolate (in training data."),
+        ("t,x\na,1\nb,\nc,2\n", {}, "column x: line 3 is empty (1 in all); missing=interpolate fills gaps"),
         ("t,x\na,1\nb,\n", {"missing": "interpolate"}, "column x: line 3 is empty, and a gap at an end"),
-        ("t,x\na,\nb,1\n", {"missing": "guess"}, "missing must be one of error, interpolate"),
-        ("t,x\n1,2\n", {}, "has the numeric columns t, x: choose one with column=NAME (in training data.column=NAME)"),
-        ("t,x\na,b\n", {}, "has no numeric column: choose one with column=NAME (in training data.column=NAME); the"),
+        ("t,x\na,\nb,1\n", {"missing": "guess"}, "missing must be one of error, interpolate, drop"),
+        ("t,x\n1,2\n", {}, "has the numeric columns t, x: choose one with column=NAME; the columns are t, x"),
+        ("t,x\na,b\n", {}, "has no numeric column: choose one with column=NAME; the columns are t, x"),
         ("t,x\na,1\n", {"column": "y"}, "has no column 'y'; it has t, x"),
         ("x,x\n1,1\n", {"column": "x"}, "has 2 columns of the name 'x'"),
-        ("t,x\n2,1\n1,1\n", {"time_column": "t"}, "column t, line 3: 1 comes before the line above it"),
+        ("t,x\n2,1\n1,1\n3,1\n", {"time_column": "t"}, "column t, line 3: 1 comes before the line above it"),
         ("t,x\n1,1\n2,1\n2,1\n", {"time_column": "t"}, "column t, line 4: 2 is there a second time"),
-        ("t,x\n2020-01-02,1\n2020-01-01,1\n", {"time_column": "t"}, "line 3: 2020-01-01 comes before"),
-        ("t,x\n20200101,1\n20201301,1\n", {"time_column": "t"}, "line 3: '20201301' is not a time like '20200101'"),
-        ("t,x\nMonday,1\n", {"time_column": "t"}, "line 2: 'Monday' is neither a date"),
+        ("t,x\n2020-01-02,1\n2020-01-01,1\n2020-01-03,1\n", {"time_column": "t"}, "line 3: 2020-01-01 comes before"),
+        (
+            "t,x\n20200101,1\n20201301,1\n",
+            {"time_column": "t"},
+            "line 3, column t: '20201301' is not a time like '20200101'",
+        ),
+        ("t,x\nMonday,1\n", {"time_column": "t"}, "line 2, column t: 'Monday' is neither a date"),
     ],
 )
 def test_bad_files(table, text, options, expected):
@@ -73,7 +79,7 @@ def test_missing_and_binary_files(tmp_path):
     with pytest.raises(DataError, match=r"nowhere\.csv cannot be read: No such file"):
         read_column(tmp_path / "nowhere.csv")
     (tmp_path / "picture.csv").write_bytes(b"\x89PNG\xff\xfe")
-    with pytest.raises(DataError, match="is not a CSV file in UTF-8"):
+    with pytest.raises(DataError, match="is no table: it is a PNG image"):
         read_column(tmp_path / "picture.csv")
 
 
@@ -186,6 +192,44 @@ def test_constant_series(table, relative):
         series(table, [0.1] * 20 + list(range(10))).scale(relative)
 
 
+SHAPES = {"steps": [0, 1, 1, 3, 0, 2], "wave": [0, 1, 2, 3, 2, 1]}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("level", "change"), [(0, 1e-31), (0, 1e-200), (0, 1e200), (2.4e12, 0.2), (1e15, 0.125), (7, 1)]
+)
+def test_scale_of_any_units(table, level, change, shape):
+    """The scale is that of exact arithmetic where squares leave float64, or a change is small beside the level."""
+    exact = [Fraction(level + change * step) for step in SHAPES[shape] * 5]
+    data = series(table, [level + change * step for step in SHAPES[shape] * 5])
+    training = exact[: len(data._training_values)]
+    mean = sum(training) / len(training)
+    variance = sum((value - mean) ** 2 for value in training) / len(training)
+    center, scale = data.scale()
+    assert float(center) == pytest.approx(float(mean), rel=1e-15)
+    # Fractions have no roots: the numbers are brought near 1.
+    unit = Fraction(change)
+    assert float(scale) / change == pytest.approx(math.sqrt(variance / unit**2), rel=1e-12)
+    center, scale = data.scale(relative=True)
+    pairs = [(exact[o - 1], exact[o + step]) for o in data.train.origins.tolist() for step in range(data.horizon)]
+    squares = sum(((after - before) / unit) ** 2 for before, after in pairs) / len(pairs)
+    assert center == 0 and float(scale) / change == pytest.approx(math.sqrt(squares), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([1e308] * 10 + [-1e308] * 20, "column x is from -1e.308 to 1e.308 in the training part, which is more than"),
+        ([0.0] + [1.0] * 29, "no target of column x differs from the last value .* set task.relative=false"),
+    ],
+)
+def test_a_series_without_a_scale(table, values, expected):
+    """A series whose differences are all zero or beyond float64 is an error, and none that says it does not vary."""
+    with pytest.raises(DataError, match=expected):
+        series(table, values).scale(relative=True)
+
+
 def test_series_of_statsmodels():
     """Both series are complete, without an import of statsmodels or pandas."""
     code = (
@@ -206,7 +250,7 @@ def test_series_of_statsmodels():
 
 def test_tables_beyond_all_use(table, monkeypatch):
     """A cell takes many times its bytes: cells are counted while they are read."""
-    monkeypatch.setattr("lightkit.data.columns._MAX_CELLS", 100)
+    monkeypatch.setattr("lightkit.data.tables.grid.MAX_CELLS", 100)
     assert len(read_column(table("x\n" + "1\n" * 40))) == 40
     with pytest.raises(DataError, match="has more than 100 cells"):
         read_column(table("x\n" + "1\n" * 60))

@@ -218,6 +218,23 @@ def test_bigram_by_hand():
     assert bits["unigram"] == pytest.approx(-math.log2(5 / total), rel=1e-9)
 
 
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_a_large_text_of_a_checkpoint(tmp_path, monkeypatch, is_folder):
+    """A text that a checkpoint chose is rejected above the limit, before it is read; a user's own has no limit."""
+    path = tmp_path / "text"
+    if is_folder:
+        path.mkdir()
+    (path / "a.txt" if is_folder else path).write_bytes(b"some text " * 10)
+    monkeypatch.setattr("lightkit.data.text_bytes._MAX_IN_MEMORY", 99)
+    data = Text(str(path), context=2, validation_share=0, test_share=0.1)
+    data.is_own = False
+    with pytest.raises(DataError, match="has 100 bytes; a text that a checkpoint chose may have 99"):
+        data.setup()
+    if not is_folder:
+        data.is_own = True
+        data.setup()
+
+
 @given(text=st.binary(min_size=30, max_size=300), context=st.integers(1, 9))
 def test_bigram_is_a_distribution(text, context):
     """No byte has probability 0, and pairs are counted within windows, once each, for any chunks."""
@@ -274,13 +291,44 @@ def test_nothing_there(tmp_path):
 def test_too_short(tmp_path, folder):
     """The error of a part shorter than a window has the sizes of all parts and of a window."""
     (tmp_path / "short").write_bytes(b"x" * 1000)
-    with pytest.raises(DataError, match=r"the validation part of .*short has 50 bytes, .* = 129; .* test 50$"):
+    short = (
+        r"the validation part of .*short has 50 bytes, .* = 129; .* test 50; a larger "
+        r"data\.validation_share \(0\.05\) or a smaller data\.context \(128\) helps; data\.validation_share=0 trains"
+    )
+    with pytest.raises(DataError, match=short):
         Text(str(tmp_path / "short")).setup()
     with pytest.raises(DataError, match=r"the train part of .* has 0 bytes"):
         (tmp_path / "empty").touch()
         Text(str(tmp_path / "empty")).setup()
     with pytest.raises(DataError, match=r"train [0-9,]+, validation [0-9,]+, test [0-9,]+; of a folder each file goes"):
         Text(str(folder), context=10_000).setup()
+
+
+def test_few_small_files(tmp_path):
+    """Where no file of a folder falls into the validation part, the error names the keys that help, and they do."""
+    for index in range(12):
+        (tmp_path / f"{index}.txt").write_bytes(b"a short text " * 20)
+    with pytest.raises(DataError) as error:
+        Text(str(tmp_path), context=16, validation_share=0.02).setup()
+    assert "\n" not in str(error.value) and "the validation part" in str(error.value)
+    helps = ("data.validation_share (0.02)", "data.context (16)", "a single file", "data.validation_share=0 trains")
+    assert all(text in str(error.value) for text in helps)
+    Text(str(tmp_path), context=16, validation_share=0.3, test_share=0.2).setup()
+    Text(str(tmp_path), context=16, validation_share=0, test_share=0.2).setup()
+    with pytest.raises(DataError, match=r"the test part .* a larger data\.test_share \(0\.01\)"):
+        Text(str(tmp_path), context=16, validation_share=0.3, test_share=0.01).setup()
+
+
+def test_litter_is_no_text(folder):
+    """What systems and editors leave behind is left out, in any spelling, and one line counts and names it."""
+    plain = [file.name for file in text_files(folder)]
+    (folder / "__MACOSX").mkdir()
+    for name in ("Thumbs.db", "sub/THUMBS.DB", "desktop.ini", "__MACOSX/00.txt", "~$a.doc", "00.txt~", ".DS_Store"):
+        (folder / name).write_bytes(b"litter " * 10)
+    with pytest.warns(UserWarning) as caught:
+        assert [file.name for file in text_files(folder)] == plain
+    (line,) = (str(warning.message) for warning in caught)
+    assert line == f"{folder}: skipped 6 entries that no user has made: 00.txt~, Thumbs.db, __MACOSX and 3 more"
 
 
 def test_links_that_lead_nowhere(folder):
@@ -290,7 +338,9 @@ def test_links_that_lead_nowhere(folder):
     (folder / "circle.txt").symlink_to(folder / "circle.txt")
     (folder / "zero.txt").symlink_to("/dev/zero")
     os.mkfifo(folder / "pipe.txt")
-    with pytest.warns(UserWarning, match=r"^skipped.*circle\.txt, .*dangling\.txt, .*pipe\.txt and 1 more$") as warned:
+    with pytest.warns(
+        UserWarning, match=r"^skipped.*circle\.txt \(.*dangling\.txt \(.*pipe\.txt \(a pipe\) and 1 more$"
+    ) as warned:
         assert [file.name for file in text_files(folder)] == plain
     assert len(warned) == 1
 

@@ -111,9 +111,75 @@ def layer_chain(rng: random.Random) -> dict[str, Any]:
     return {"input": input}
 
 
+def dropout(rng: random.Random) -> dict[str, Any]:
+    """Dropout of dense and strided tensors."""
+    input = torch.randn(rng.choice([(), (0,), (5, 70), (2, 3, 4, 5)]), dtype=rng.choice(_DTYPES), requires_grad=True)
+    x = input.transpose(0, -1) if input.dim() > 1 and rng.random() < 0.5 else input
+    given = {"p": rng.choice([0.1, 0.5, 1.0]), "seed": torch.tensor(rng.randrange(1 << 40))}
+    ops.dropout(x, **given).sum().backward()
+    return {"input": x, "order": rng.choice([None, list(range(input.dim()))]), **given}
+
+
+def norm_act(rng: random.Random) -> dict[str, Any]:
+    """Normalizations of images and vectors, with and without all that follows."""
+    dtype, channels, training = (
+        rng.choice([torch.float32, torch.float64]),
+        rng.choice([1, 3, 16, 21]),
+        rng.random() < 0.6,
+    )
+    shape = rng.choice([(4, channels), (2, channels, 5, 4), (3, channels, 2, 2)])
+
+    def perhaps(*sizes: int) -> torch.Tensor | None:
+        return torch.rand(*sizes, dtype=dtype) if rng.random() < 0.5 else None
+
+    running = torch.rand(2, channels, dtype=dtype)
+    given = {
+        "weight": perhaps(channels),
+        "bias": perhaps(channels),
+        "running_mean": running[0],
+        "running_var": running[1],
+        "residual": perhaps(*shape),
+        "training": training,
+        "momentum": rng.choice([0.0, 0.1]),
+        "eps": 1e-5,
+        "pool": len(shape) == 4 and rng.random() < 0.5,
+        "statistics": perhaps(2, channels) if training else None,
+    }
+    input = torch.randn(shape, dtype=dtype, requires_grad=True)
+    name = rng.choice([None, *ops.ACTIVATIONS])
+    activation = None if name is None else ops.Activation(name, rng.choice([0.1, 1.0]), 2.0)
+    ops.norm_act(input, activation=activation, **given).sum().backward()
+    codes = {"activation": activation.code, "alpha": activation.alpha, "beta": 2.0} if activation else {"activation": 0}
+    wanted = {name: rng.random() < 0.8 for name in ("input_wanted", "affine_wanted", "residual_wanted")}
+    return {"input": input, "keep": True, "alpha": 0.0, "beta": 0.0, **given, **codes, **wanted}
+
+
+def conv2d(rng: random.Random) -> dict[str, Any]:
+    """One convolution with any stride, padding, dilation and groups."""
+    dtype, groups = rng.choice([torch.float32, torch.float64]), rng.choice([1, 1, 2, 4])
+    channels, out_channels = groups * rng.choice([1, 3, 16]), groups * rng.choice([1, 5, 16, 32])
+    kernel = rng.choice([1, 2, 3, 3])
+    input = torch.randn(rng.choice([0, 1, 3]), channels, rng.choice([6, 9]), 7, dtype=dtype, requires_grad=True)
+    weight = torch.randn(out_channels, channels // groups, kernel, kernel, dtype=dtype, requires_grad=True)
+    given = {
+        "bias": torch.randn(out_channels, dtype=dtype, requires_grad=True) if rng.random() < 0.5 else None,
+        "stride": (rng.randint(1, 3), rng.randint(1, 3)),
+        "padding": (rng.randrange(3), rng.randrange(3)),
+        "dilation": (rng.randint(1, 2), rng.randint(1, 2)),
+        "groups": groups,
+        "statistics": True,
+    }
+    output, _ = ops.conv2d(input, weight, **given)
+    output.sum().backward()
+    return {"input": input, "weight": weight, **given}
+
+
 EXAMPLES: tuple[Callable[[random.Random], dict[str, Any]], ...] = (
     cross_entropy,
     linear_cross_entropy,
     conv_relu_pool,
     layer_chain,
+    dropout,
+    norm_act,
+    conv2d,
 )

@@ -50,11 +50,15 @@ def test_main_job(job):
 
 
 def test_report_is_self_contained(job):
-    """The page embeds its figures and tables and refers to no other file or host."""
+    """The page embeds its figures, scripts and tables, loads nothing, and links to the files of the run."""
     page = (job[0] / "report.html").read_text()
     assert page.count('src="data:image/png;base64,') == 3
-    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert not re.search(r'src="(?!data:)', page) and len(page) < 5e6
+    links = re.findall(r'href="([^"]*)"', page)
+    assert {"./checkpoints/best.ckpt", "./tensorboard/", "./metrics.csv"} <= set(links)
+    assert all((job[0] / link).exists() for link in links)
     assert "Class by class" in page and "The worst mistakes" in page
+    assert "python -m lightkit.train +experiment=cnn" in page and '"name": "accuracy"' in page
 
 
 @pytest.mark.parametrize("name", ["best", "last"])

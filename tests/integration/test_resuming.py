@@ -121,10 +121,21 @@ def assert_same(one, other):
     assert figures(one) == figures(other)
 
 
-QUIET = ["logger=csv", "test=false", "~callbacks.throughput", "trainer.accelerator=cpu", "trainer.max_epochs=2"]
+QUIET = [
+    *("logger=csv", "test=false", "~callbacks.throughput", "trainer.accelerator=cpu", "trainer.max_epochs=2"),
+    # The limit of steps stands for a kill, and must not shorten the schedule.
+    "scheduler.T_max=2",
+]
 LANGUAGE_MODEL = [
     *("+experiment=language_model", "data.path=text.txt", "data.test_share=0.2", "data.validation_share=0.2"),
-    *("model.dim=32", "model.num_layers=1", "data.context=32", "data.batch_size=8", "data.eval_batch_size=64"),
+    *(
+        "model.dim=32",
+        "model.num_layers=1",
+        "data.context=32",
+        "data.batch_size=8",
+        "data.eval_batch_size=64",
+        "model.dropout=0.1",
+    ),
 ]
 FORECAST = [
     *("+experiment=forecast", "data=series", "data.path=wave.csv", "data.column=price", "data.history=12"),
@@ -161,6 +172,55 @@ def test_resume_is_bit_identical(train, experiment, stops, every):
         assert whole.keys() == resumed.keys()
         assert all(torch.equal(whole[key], resumed[key]) for key in whole)
         assert not all(torch.equal(whole[key], stopped[key]) for key in whole)
+
+
+RATES = ["+callbacks.rates._target_=lightning.pytorch.callbacks.LearningRateMonitor", "scheduler=cosine"]
+
+
+def rates(directory):
+    """Returns the learning rate of each epoch."""
+    # The monitor logs the rate at the first step of an epoch.
+    return [float(row[name]) for row in rows(directory) for name in row if name.startswith("lr-")]
+
+
+def test_resume_with_other_settings(train):
+    """A resumed run applies what its command line gives, takes the rest from the checkpoint, and records both."""
+    assert train(*RATES, "optim.lr=0.01", "trainer.max_epochs=1", directory="runs/cnn/a")[0] == 0
+    status, out, _ = train(*RATES, "trainer.max_epochs=4", "ckpt_path=last", directory="runs/cnn/b")
+    assert status == 0 and "from the checkpoint: optim.lr=0.01" in out.splitlines()
+    # A cosine over four epochs, from the second on.
+    assert rates("runs/cnn/b")[-3:] == pytest.approx([0.0085355, 0.005, 0.0014645], rel=1e-4)
+    for record in ("config.yaml", ".hydra/config.yaml"):
+        assert yaml.safe_load((Path("runs/cnn/b") / record).read_text())["optim"]["lr"] == 0.01
+    given = ["optim.lr=0.02", "optim.weight_decay=0.1", "optim.ema_decay=0.9"]
+    status, *_ = train(
+        *RATES, *given, "trainer.max_epochs=4", "ckpt_path=runs/cnn/a/checkpoints/last.ckpt", directory="c"
+    )
+    assert status == 0 and rates("c")[-3:] == pytest.approx([0.017071, 0.01, 0.0029289], rel=1e-4)
+    checkpoint = load_checkpoint("c/checkpoints/last.ckpt")
+    (group,) = checkpoint["optimizer_states"][0]["param_groups"]
+    recorded = yaml.safe_load(Path("c/config.yaml").read_text())["optim"]
+    assert (
+        (group["weight_decay"], group["ema_decay"]) == (0.1, 0.9) == (recorded["weight_decay"], recorded["ema_decay"])
+    )
+    assert "current_model_state" in checkpoint
+    # A run that resumes in turn has what this one was given.
+    status, out, _ = train("trainer.max_epochs=5", "ckpt_path=c/checkpoints/last.ckpt", directory="d")
+    assert status == 0 and "optim.lr=0.02, optim.weight_decay=0.1, optim.ema_decay=0.9" in out
+
+
+def test_resume_with_another_optimizer(train):
+    """Another algorithm, and limits that the checkpoint has reached, are refused in one line."""
+    assert train("trainer.max_epochs=1", directory="a")[0] == 0
+    checkpoint = "ckpt_path=a/checkpoints/last.ckpt"
+    for options, message in {
+        ("optim=sgd",): "optim=SGD cannot go on with the states in a/checkpoints/last.ckpt, which are those of Adam",
+        ("trainer.max_epochs=1",): "has completed 1 epochs and trainer.max_epochs is 1: nothing is left to train",
+        ("trainer.max_steps=3",): "has completed 3 steps and trainer.max_steps is 3: nothing is left to train",
+        ("+trainer.max_time=1", "trainer.max_epochs=-1", "scheduler=cosine"): "the scheduler needs the length of the",
+    }.items():
+        status, _, err = train(*options, checkpoint, directory="b")
+        assert status == 1 and message in err.splitlines()[-1], err
 
 
 def test_last_has_the_same_seed(train):

@@ -119,3 +119,17 @@ def test_without_optuna(tmp_path):
     arguments = ["-m", "lightkit.train", "+experiment=cnn", "hydra/sweeper=optuna", "-m", "seed=1,2"]
     error = the_error(run_python(*arguments, cwd=tmp_path, environment=environment))
     assert error == "error: hydra/sweeper=optuna needs a package that is not installed: pip install -e '.[sweep]'"
+
+
+@pytest.mark.parametrize("launcher", [[], ["hydra/launcher=fork"]], ids=["basic", "fork"])
+def test_page_of_a_sweep(tmp_path, launcher):
+    """A sweep leaves a page with every job, marks the best one, and the reports of the jobs link to it."""
+    words = ["+experiment=cnn", "+debug=quick", "trainer.accelerator=cpu", "hydra.sweep.dir=sweep", *launcher]
+    run("train", *words, "-m", "seed=0,1", cwd=tmp_path, status=0)
+    page = (tmp_path / "sweep" / "sweep.html").read_text()
+    assert "2 finished" in page and page.count('class="best"') == 1 and 'href="./1/report.html"' in page
+    assert 'href="../sweep.html"' in (tmp_path / "sweep" / "0" / "report.html").read_text().replace("./..", "..")
+    # A job that fails is in the page, too.
+    words = ["+experiment=language_model", "hydra.sweep.dir=failed", *launcher]
+    assert run("train", *words, "-m", "data.path=a.txt,b.txt", cwd=tmp_path).returncode == 1
+    assert "1 failed" in (tmp_path / "failed" / "sweep.html").read_text()

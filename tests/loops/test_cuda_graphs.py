@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_lean_loop import HOOKS, MemoryLogger, assert_equal, loader
+from lean_runs import HOOKS, MemoryLogger, assert_equal, loader
 from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader

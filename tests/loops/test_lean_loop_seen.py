@@ -11,10 +11,10 @@ from contextlib import nullcontext
 import lightning.pytorch as pl
 import pytest
 import torch
+from lean_runs import MemoryLogger, Module, assert_equal, bare_trainer, loader
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection, _ResultMetric
-from test_lean_loop import MemoryLogger, Module, assert_equal, bare_trainer, loader
 
 from lightkit.callbacks import LeanLoop
 from lightkit.loops.lazy_metrics import LazyMetric

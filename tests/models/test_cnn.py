@@ -32,10 +32,14 @@ def test_layers_and_parameters():
     ]
 
 
-@pytest.mark.parametrize(("channels", "classes", "size"), [(1, 10, 28), (3, 7, 32), (1, 2, 18), (2, 1, 45)])
+@pytest.mark.parametrize(
+    ("channels", "classes", "size"),
+    [(1, 10, 28), (3, 7, 32), (1, 2, 18), (2, 1, 45), (3, 2, (40, 51)), (1, 3, [18, 90])],
+)
 def test_any_image_size(channels, classes, size):
     """The dense layers follow the size of the image."""
-    assert CNN(channels, classes, size)(torch.randn(4, channels, size, size)).shape == (4, classes)
+    height, width = (size, size) if isinstance(size, int) else size
+    assert CNN(channels, classes, size)(torch.randn(4, channels, height, width)).shape == (4, classes)
 
 
 @pytest.mark.parametrize("shape", [(4, 28, 28), (4, 3, 28, 28), (4, 1, 27, 28), (28, 28)])
@@ -45,7 +49,13 @@ def test_wrong_input(shape):
         CNN()(torch.zeros(shape))
 
 
-@pytest.mark.parametrize("arguments", [{"image_size": 17}, {"in_channels": 0}, {"num_classes": -1}, {"blocks": "fast"}])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *({"image_size": size} for size in (17, (28, 17), (28,), (28, 28, 3), (28, 28.5), "28", None)),
+        *({"in_channels": 0}, {"num_classes": -1}, {"blocks": "fast"}),
+    ],
+)
 def test_wrong_arguments(arguments):
     """The constructor rejects impossible arguments."""
     with pytest.raises(ValueError, match=next(iter(arguments))):
@@ -59,13 +69,13 @@ def twins(**arguments) -> tuple[CNN, CNN]:
     return fused, plain
 
 
-@pytest.mark.parametrize(("channels", "size"), [(1, 28), (3, 33)])
+@pytest.mark.parametrize(("channels", "size"), [(1, (28, 28)), (3, (33, 33)), (3, (40, 51)), (1, (66, 20))])
 def test_blocks_agree(channels, size):
     """Fused blocks and torch's layers give the same logits and gradients from one state dict, in both directions."""
     torch.manual_seed(0)
     fused, plain = twins(in_channels=channels, image_size=size)
     assert fused.state_dict().keys() == plain.state_dict().keys()
-    images, labels = torch.randn(5, channels, size, size), torch.randint(0, 10, (5,))
+    images, labels = torch.randn(5, channels, *size), torch.randint(0, 10, (5,))
     losses = []
     for model in (fused, plain):
         losses.append(nn.functional.cross_entropy(model(images), labels))

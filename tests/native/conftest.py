@@ -108,9 +108,10 @@ def tiny_sources(compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.fixture
-def forget_keys() -> Callable[[], None]:
-    """Makes this process look at its sources and compilers again."""
-    return _forget
+def forget_keys() -> Iterator[Callable[[], None]]:
+    """Makes this process look at its sources and compilers again, when called and after the test."""
+    yield _forget
+    _forget()
 
 
 @pytest.fixture(scope="session")

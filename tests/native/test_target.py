@@ -87,11 +87,11 @@ def test_a_comment_of_the_recipe_changes_no_key_but_a_flag_does(
 ) -> None:
     """The key holds the flags that the compiler gets, not the text of the files that make them."""
     key = target.base_key()
-    flags = toolchain.common_flags(cuda=False)
-    monkeypatch.setattr(toolchain, "common_flags", lambda cuda: list(flags))
+    flags = toolchain.common_flags
+    monkeypatch.setattr(toolchain, "common_flags", lambda cuda: list(flags(cuda)))
     forget_keys()
     assert target.base_key() == key
-    monkeypatch.setattr(toolchain, "common_flags", lambda cuda: [*flags, "-fsomething"])
+    monkeypatch.setattr(toolchain, "common_flags", lambda cuda: [*flags(cuda), "-fsomething"])
     forget_keys()
     assert target.base_key() != key
 

@@ -64,6 +64,21 @@ CASES = {
         (IMAGES, KERNEL),
     ),
     "layer_chain": (chain, plain_chain, (IMAGES, KERNEL, HEAD)),
+    "dropout": (
+        lambda x, y: ops.dropout(x * y, 0.4, seed=1),
+        lambda x, y: x * y * ops.dropout_mask(x.shape[-2:], 0.4, 1, torch.float64),
+        (numbers(4, 5), numbers(4, 5, seed=1)),
+    ),
+    "norm_act": (
+        lambda x, w: ops.norm_act(x, w, training=True, activation="relu", pool=True),
+        lambda x, w: F.max_pool2d(F.relu(F.batch_norm(x, None, None, w, training=True)), 2),
+        (IMAGES, numbers(2, seed=1)),
+    ),
+    "conv2d": (
+        lambda x, w, b: ops.conv2d(x, w, b, 2, 1),
+        lambda x, w, b: F.conv2d(x, w, b, 2, 1),
+        (IMAGES, KERNEL, numbers(4, seed=3)),
+    ),
     "FusedSequential": (module, plain_chain, (IMAGES, KERNEL, HEAD)),
 }
 
@@ -120,15 +135,22 @@ CALLS = {
         *(True, True, False),
     ),
     "layer_chain": (IMAGES, [KERNEL, HEAD], [None, None], [0, 0, 1, 1, 0, 0, 0, 0]),
+    "dropout": (numbers(4, 5), torch.tensor(3), 0.4),
+    "_norm_act_backward": (
+        *(numbers(2, 2, 3, 3), IMAGES, numbers(2, seed=1), numbers(2, 2, seed=2)),
+        *(torch.randint(0, 5, (18, 2)).byte(), None, None, True, 1, 0.0, 0.0, True, True, True, True),
+    ),
+    "conv2d": (IMAGES, KERNEL, None, [2, 2], [1, 1], [1, 1], 1, True),
+    "_conv2d_backward": (numbers(2, 4, 3, 3), IMAGES, KERNEL, [2, 2], [1, 1], [1, 1], 1, [True, True, False]),
     "_layer_chain_forward": (IMAGES, [KERNEL, HEAD], [None, None], [0, 0, 1, 1, 0, 0, 0, 0], True),
 }
 
 
 def test_every_op_has_a_rule():
-    """A new op that computes something gets one, too."""
+    """A new op gets one, too, unless it writes to an argument."""
     assert native.available()
     found = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("lightkit::")}
-    in_place = {name for name in found if name.endswith("_")}
+    in_place = {name for name in found if getattr(torch.ops.lightkit, name).default._schema.is_mutable}
     # It calls layer_chain, whose rule it takes.
     assert found - in_place - {"conv_relu_pool"} == set(_OPS)
 

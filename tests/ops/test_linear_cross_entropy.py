@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from linear_problems import OPTIONS, Problem, assert_as_exact_as_torch, evaluate, make
+from support.commands import run_python
 from support.threads import assert_same_with_any_threads
 from torch.func import functional_call, vmap
 
@@ -69,6 +72,17 @@ def test_memory_limits(limit, dtype):
     assert_as_exact_as_torch(problem, {}, memory_limit=limit)
     assert_as_exact_as_torch(problem, OPTIONS["all"], memory_limit=limit)
     assert_as_exact_as_torch(problem, OPTIONS["none"], memory_limit=limit)
+
+
+@pytest.mark.parametrize("level", ["AVX2", "AVX512_CORE"])
+def test_processors_whose_bfloat16_onednn_refuses(level):
+    """Where oneDNN has no micro-kernel for bfloat16, in torch's check or after it, the loss is computed without it."""
+    code = (
+        "import torch; from linear_problems import assert_as_exact_as_torch, make; "
+        "assert_as_exact_as_torch(make(70, 36, 100, torch.bfloat16, bias=True), {})"
+    )
+    path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    run_python("-c", code, environment={"ONEDNN_MAX_CPU_ISA": level, "PYTHONPATH": path}, status=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

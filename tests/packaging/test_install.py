@@ -167,7 +167,7 @@ def test_installed_package_trains(installation: Installation, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("installation", ["wheel"], indirect=True)
-@pytest.mark.parametrize("command", ["lightkit-evaluate", "lightkit-predict", "lightkit-build", "lightkit-launch"])
+@pytest.mark.parametrize("command", [f"lightkit-{name}" for name in ("evaluate", "predict", "runs", "build", "launch")])
 def test_every_console_script_starts(installation: Installation, command: str, tmp_path: Path) -> None:
     """Each other declared command resolves to a function that explains itself."""
     result = installation.run(installation.python.parent / command, "--help", cwd=tmp_path)

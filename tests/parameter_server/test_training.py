@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 
 import pytest
@@ -26,6 +27,7 @@ import lightkit.optim
 from lightkit.errors import ConfigError
 from lightkit.parameter_server import Clipping
 from lightkit.parameter_server.hyperparameters import HyperparameterPath, write_hyperparameters
+from lightkit.parameter_server.membership import Membership
 
 
 def two_groups(parameters):
@@ -72,6 +74,38 @@ def test_sync_clips_the_norm_of_the_mean(servers):
     expected, _ = reference(clip=lambda parameters: torch.nn.utils.clip_grad_norm_(list(parameters), 0.1))
     torch.testing.assert_close(weights, expected, rtol=0, atol=1e-6)
     assert (weights - reference()[0]).abs().max() > 0.1
+
+
+def test_every_worker_gets_the_norm_of_every_server(monkeypatch):
+    """A worker whose thread on a server wakes after the step gets the norm too: its factor may reach another server."""
+    serving = Serving(2)
+    slow = serving.servers[0]._training.members
+    waits, stepped = threading.Event(), threading.Event()
+    wait = Membership.wait
+
+    def wait_until_stepped(members, connection, rank=None):
+        # The thread of worker 1 on one server sleeps until worker 0 has its reply, as on a crowded machine.
+        if members is slow and rank == 1:
+            waits.set()
+            slow._changed.release()
+            assert stepped.wait(10)
+            slow._changed.acquire()
+        wait(members, connection, rank)
+
+    def work(rank):
+        training = Training(serving.addresses, rank, workers=2)
+        gradients = [torch.ones_like(p) for p in training.parameters]
+        if rank == 0:
+            assert waits.wait(10)
+        push = training.client.push(0, gradients, training.optimizer.param_groups, Clipping(max_norm=0.1))
+        training.take(push.result())
+        stepped.set()
+        training.end()
+        return training.client.norm
+
+    monkeypatch.setattr(Membership, "wait", wait_until_stepped)
+    elements = sum(p.numel() for p in network().parameters())
+    assert together(lambda: work(0), lambda: work(1)) == [pytest.approx(math.sqrt(elements))] * 2
 
 
 def test_sync_clamps_the_mean():
@@ -255,13 +289,16 @@ def test_async_counts_each_push_once():
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("staleness", [0, 2])
-def test_bounded_keeps_its_bound(staleness):
-    """The fast worker reaches the allowed lead over the slow one, and never exceeds it."""
+def test_bounded_keeps_its_bound(staleness, late):
+    """The fast worker reaches the allowed lead over the slow one, even before that joins, and never exceeds it."""
     serving = Serving(2)
     counts, leads = [0, 0], []
 
     def work(rank):
+        if late and rank == 1:
+            time.sleep(0.3)
         training = Training(serving.addresses, rank, workers=2, mode="bounded", staleness=staleness)
         for step in range(8):
             if rank == 1:

@@ -17,9 +17,12 @@ LIST = Path(__file__).parents[1] / "public_names.txt"
 MODULES = (
     "lightkit.callbacks",
     "lightkit.checkpoints",
+    "lightkit.compress",
     "lightkit.config",
     "lightkit.data",
     "lightkit.errors",
+    "lightkit.export",
+    "lightkit.finetune",
     "lightkit.flops",
     "lightkit.loggers",
     "lightkit.memory",
@@ -29,6 +32,7 @@ MODULES = (
     "lightkit.ops",
     "lightkit.optim",
     "lightkit.parameter_server",
+    "lightkit.runs",
     "lightkit.strategies",
     "lightkit.tasks",
 )

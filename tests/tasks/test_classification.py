@@ -10,8 +10,10 @@ from support.trainers import bare_trainer
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
+from lightkit.callbacks import LeanLoop
 from lightkit.data import TensorBatches
 from lightkit.models import RNN
+from lightkit.nn import CrossEntropyLoss
 from lightkit.optim import SGD
 from lightkit.tasks import ClassificationTask
 
@@ -92,3 +94,39 @@ def test_sequences_of_different_lengths():
     assert runner.callback_metrics["val/accuracy"] > 0.95
     assert runner.callback_metrics["train/loss"].isfinite()
     assert task.predict_step((sequences, lengths, labels), 0).shape == (200, 2)
+
+
+class Recorded(nn.Linear):
+    """A layer that keeps the logits of its training passes."""
+
+    def forward(self, inputs):
+        logits = super().forward(inputs)
+        if self.training:
+            vars(self).setdefault("seen", []).append(logits.detach().clone())
+        return logits
+
+
+@pytest.mark.parametrize("callbacks", [[], [LeanLoop()]], ids=["stock", "lean"])
+@pytest.mark.parametrize("limits", [{}, {"max_steps": 3}, {"precision": "bf16-mixed"}], ids=["whole", "short", "bf16"])
+def test_training_accuracy(callbacks, limits):
+    """``train/accuracy`` is the share of right samples in the steps of the epoch, also of one that ends early."""
+    inputs, labels = separable_batches(90)
+    model = Recorded(3, 3)
+    loss = CrossEntropyLoss(inplace=True)
+    task = ClassificationTask(model, loss=loss, metrics={"accuracy": MulticlassAccuracy(3, average="micro")})
+    runner = bare_trainer(callbacks=callbacks, **limits)
+    runner.fit(task, TensorBatches([inputs, labels], 20), TensorBatches([inputs, labels], 64))
+    predicted = torch.cat(model.seen).argmax(1)
+    assert len(predicted) == (60 if "max_steps" in limits else 90)
+    exact = (predicted == labels[: len(predicted)]).double().mean().item()
+    assert runner.callback_metrics["train/accuracy"].item() == pytest.approx(exact)
+
+
+@pytest.mark.parametrize("metric", [None, MulticlassAccuracy(3, average="macro"), MulticlassAccuracy(3, top_k=2)])
+def test_no_training_accuracy(metric):
+    """A run whose validation has no share of right samples has none of the training, which would be another figure."""
+    inputs, labels = separable_batches(40)
+    task = ClassificationTask(nn.Linear(3, 3), metrics={} if metric is None else {"accuracy": metric})
+    runner = bare_trainer()
+    runner.fit(task, TensorBatches([inputs, labels], 20), TensorBatches([inputs, labels], 64))
+    assert "train/accuracy" not in runner.callback_metrics

@@ -11,7 +11,7 @@ from support.trainers import bare_trainer
 from torch import nn
 from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError
 
-from lightkit.callbacks import LeanLoop
+from lightkit.callbacks import LeanLoop, TestRecorder
 from lightkit.data import Series
 from lightkit.errors import ConfigError
 from lightkit.tasks import ForecastTask
@@ -135,3 +135,34 @@ def test_wrong_horizon_precision_and_level(noise):
         bare_trainer(precision="bf16-true").fit(task(), datamodule=data_of(noise))
     with pytest.raises(ConfigError, match="level must be between 0 and 1, got 1"):
         task(level=1)
+
+
+@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize(("level", "change"), [(0, 1e23), (0, 1e40), (0, 1e-31), (0, 1e-60), (2.4e12, 0.2)])
+def test_metrics_of_any_units(tmp_path, level, change, relative, lean):
+    """Metrics, intervals and recorded forecasts are float64: in other units of the series they have the same digits."""
+
+    def results(level, change):
+        torch.manual_seed(0)
+        steps = torch.randint(0, 9, (300,), generator=torch.Generator().manual_seed(1)).tolist()
+        path = tmp_path / "x.csv"
+        path.write_text("x\n" + "\n".join(repr(level + change * step) for step in steps) + "\n")
+        module, data = task(relative=relative), data_of(str(path), validation_size=60, test_size=60)
+        recorder = TestRecorder()
+        runner = bare_trainer(recorder, *([LeanLoop()] if lean else []), max_epochs=2)
+        runner.fit(module, datamodule=data)
+        validation = {name: value.item() for name, value in runner.callback_metrics.items()}
+        (found,) = runner.test(module, datamodule=data, verbose=False)
+        recorded = recorder.result()
+        widths = (recorded["upper"] - recorded["forecast"]).mean().item()
+        error = (recorded["forecast"] - recorded["target"]).abs().mean().item()
+        found |= {"width": widths, "error": error}
+        scales = {"test/mae": change, "test/rmse": change, "width": change, "error": change}
+        kept = {name: value / scales.get(name, 1) for name, value in found.items()}
+        return kept | {name: validation[name] / change for name in ("val/mae", "val/rmse")}
+
+    found, expected = results(level, change), results(0, 1)
+    # The integers have errors of exactly the width of an interval, which rounding may put on its other side.
+    assert found.pop("test/coverage") == pytest.approx(expected.pop("test/coverage"), abs=0.02)
+    assert found == pytest.approx(expected, rel=1e-3)

@@ -84,6 +84,28 @@ bool Backward::is_wanted(size_t input) const {
   return node_->task_should_compute_output(input);
 }
 
+bool Backward::is_observed(size_t input) const {
+  torch::autograd::Node* const node = node_->next_edge(input).function.get();
+  if (!node->pre_hooks().empty() || !node->post_hooks().empty() || !node->tensor_pre_hooks().empty() ||
+      !node->retains_grad_hooks().empty()) {
+    return true;
+  }
+  // Empty for Tensor.backward() without `inputs`.
+  const auto* const tasks = torch::autograd::get_current_graph_task_exec_info();
+  if (tasks == nullptr) {
+    return false;
+  }
+  const auto found = tasks->find(node);
+  return found != tasks->end() && found->second.captures_ != nullptr;
+}
+
+Tensor in_place_of_input(const Tensor& output) {
+  Tensor moved = output.variable_data();
+  torch::autograd::impl::set_version_counter(moved, torch::autograd::impl::version_counter(output));
+  torch::autograd::impl::set_gradient_edge(moved, output.grad_fn()->next_edge(0));
+  return moved;
+}
+
 void record(const Tensor& output, std::unique_ptr<Backward> backward, at::TensorList inputs, at::TensorList saved) {
   for (const Tensor& input : inputs) {
     TORCH_CHECK_NOT_IMPLEMENTED(

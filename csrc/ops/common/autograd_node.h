@@ -29,6 +29,9 @@ class Backward {
   at::Tensor saved(size_t index) const;
   // Returns true if this backward needs the gradient of the input at an index.
   bool is_wanted(size_t input) const;
+  // Returns true if a program observes the gradient of the input at an index, which an operation computed: by a hook of
+  // the tensor or its node, by retain_grad, or as an argument of torch.autograd.grad.
+  bool is_observed(size_t input) const;
 
  private:
   friend class GraphNode;
@@ -38,6 +41,11 @@ class Backward {
 // Records `output` as the result of an op on `inputs`, with `saved` tensors for backward. Raises a NotImplementedError
 // for inputs with forward-mode tangents.
 void record(const at::Tensor& output, std::unique_ptr<Backward> backward, at::TensorList inputs, at::TensorList saved);
+
+// Returns the values of `output` as a tensor whose place in the graph is that of the one input of the node that
+// computed `output`: gradients of the returned tensor are gradients of that input. Both share their memory and its
+// version.
+at::Tensor in_place_of_input(const at::Tensor& output);
 
 // Returns the gradients of `output` with respect to `inputs`, as torch.autograd.grad does.
 std::vector<at::Tensor> differentiate(

@@ -1,9 +1,12 @@
 // The ops at torch's dispatcher: schemas, the functions of each dispatch key, and calls through the dispatcher. Only
 // this file includes the dispatcher's headers, which take 4 s to compile.
 
+#include "../conv2d/conv2d.h"
 #include "../cross_entropy/cross_entropy.h"
+#include "../dropout/dropout.h"
 #include "../layer_chain/layer_chain.h"
 #include "../linear_cross_entropy/linear_cross_entropy.h"
+#include "../norm_act/norm_act.h"
 
 #include <torch/library.h>
 
@@ -133,11 +136,80 @@ std::vector<at::Tensor> call_chain_backward(
   return op.call(grad_output, input, weights, activations, argmax, settings, wanted);
 }
 
+at::Tensor call_dropout(
+    const at::Tensor& input, const at::Tensor& seed, double p, c10::OptionalArrayRef<int64_t> order) {
+  static const auto op = find_op<DropoutOp>("lightkit::dropout");
+  return op.call(input, seed, p, order);
+}
+
+Conv2dResults call_conv2d(
+    const at::Tensor& input,
+    const at::Tensor& weight,
+    const std::optional<at::Tensor>& bias,
+    LIGHTKIT_CONV2D_PARAMETERS,
+    bool statistics) {
+  static const auto op = find_op<Conv2dOp>("lightkit::conv2d");
+  return op.call(input, weight, bias, LIGHTKIT_CONV2D_ARGUMENTS, statistics);
+}
+
+Conv2dGradients call_conv2d_backward(
+    const at::Tensor& grad_output,
+    const at::Tensor& input,
+    const at::Tensor& weight,
+    LIGHTKIT_CONV2D_PARAMETERS,
+    Conv2dWanted wanted) {
+  static const auto op = find_op<Conv2dBackwardOp>("lightkit::_conv2d_backward");
+  return op.call(grad_output, input, weight, LIGHTKIT_CONV2D_ARGUMENTS, wanted);
+}
+
+NormResults call_norm_forward(LIGHTKIT_NORM_PARAMETERS, bool keep) {
+  static const auto op = find_op<NormForwardOp>("lightkit::_norm_act_forward");
+  return op.call(LIGHTKIT_NORM_ARGUMENTS, keep);
+}
+
+NormGradients call_norm_backward(
+    const at::Tensor& grad_output,
+    const at::Tensor& input,
+    const std::optional<at::Tensor>& weight,
+    const at::Tensor& kept,
+    const at::Tensor& live,
+    const std::optional<at::Tensor>& bias,
+    const std::optional<at::Tensor>& residual,
+    bool training,
+    LIGHTKIT_ACTIVATION_PARAMETERS,
+    bool pool,
+    bool input_wanted,
+    bool affine_wanted,
+    bool residual_wanted) {
+  static const auto op = find_op<NormBackwardOp>("lightkit::_norm_act_backward");
+  return op.call(
+      grad_output,
+      input,
+      weight,
+      kept,
+      live,
+      bias,
+      residual,
+      training,
+      activation,
+      alpha,
+      beta,
+      pool,
+      input_wanted,
+      affine_wanted,
+      residual_wanted);
+}
+
 #define LIGHTKIT_OPTION_SCHEMA \
   "int reduction, int ignore_index, float label_smoothing, float z_loss, float softcap, ScalarType? dtype, "
 #define LIGHTKIT_LINEAR_SCHEMA \
   "Tensor hidden, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight, "
 #define LIGHTKIT_WANTED_SCHEMA "bool hidden_wanted, bool weight_wanted, bool bias_wanted"
+#define LIGHTKIT_ACTIVATION_SCHEMA "int activation, float alpha, float beta"
+#define LIGHTKIT_NORM_SCHEMA                                                                                    \
+  "Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "             \
+  "Tensor? residual, Tensor? statistics, bool training, float momentum, float eps, " LIGHTKIT_ACTIVATION_SCHEMA \
+  ", bool pool"
 
 TORCH_LIBRARY_FRAGMENT(lightkit, m) {
   m.def(
@@ -173,7 +245,22 @@ TORCH_LIBRARY_FRAGMENT(lightkit, m) {
   m.def(
       "_layer_chain_backward(Tensor grad_output, Tensor input, Tensor[] weights, Tensor activations, Tensor argmax, "
       "int[] settings, int[] wanted) -> Tensor[]");
+  m.def(
+      "conv2d(Tensor input, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, int groups, "
+      "bool statistics) -> (Tensor output, Tensor statistics)");
+  m.def(
+      "_conv2d_backward(Tensor grad_output, Tensor input, Tensor weight, int[2] stride, int[2] padding, "
+      "int[2] dilation, int groups, bool[3] wanted) -> (Tensor, Tensor, Tensor)");
   m.def("conv_relu_pool(Tensor input, Tensor weight, Tensor? bias, int[2] padding, bool pool) -> Tensor");
+
+  m.def("norm_act(" LIGHTKIT_NORM_SCHEMA ") -> Tensor");
+  m.def("_norm_act_forward(" LIGHTKIT_NORM_SCHEMA ", bool keep) -> (Tensor output, Tensor kept, Tensor live)");
+  m.def(
+      "_norm_act_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor kept, Tensor live, Tensor? bias, "
+      "Tensor? residual, bool training, " LIGHTKIT_ACTIVATION_SCHEMA
+      ", bool pool, bool input_wanted, bool affine_wanted, bool residual_wanted) "
+      "-> (Tensor input_gradient, Tensor weight_gradient, Tensor bias_gradient, Tensor residual_gradient)");
+  m.def("dropout(Tensor input, Tensor seed, float p, int[]? order=None) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(lightkit, CPU, m) {
@@ -184,6 +271,11 @@ TORCH_LIBRARY_IMPL(lightkit, CPU, m) {
   m.impl("_linear_cross_entropy_backward", linear_backward_cpu);
   m.impl("_layer_chain_forward", chain_forward<chain_forward_cpu>);
   m.impl("_layer_chain_backward", chain_backward_cpu);
+  m.impl("_norm_act_forward", norm_forward_cpu);
+  m.impl("_norm_act_backward", norm_backward_cpu);
+  m.impl("dropout", dropout_cpu);
+  m.impl("conv2d", conv2d_cpu);
+  m.impl("_conv2d_backward", conv2d_backward_cpu);
 }
 
 #ifdef LIGHTKIT_CUDA
@@ -202,22 +294,34 @@ TORCH_LIBRARY_IMPL(lightkit, Meta, m) {
   m.impl("_linear_cross_entropy_backward", linear_backward_meta);
   m.impl("_layer_chain_forward", chain_forward<chain_forward_meta>);
   m.impl("_layer_chain_backward", chain_backward_meta);
+  m.impl("_norm_act_forward", norm_forward_meta);
+  m.impl("_norm_act_backward", norm_backward_meta);
+  m.impl("dropout", dropout_meta);
+  m.impl("conv2d", conv2d_meta);
+  m.impl("_conv2d_backward", conv2d_backward_meta);
 }
 
 TORCH_LIBRARY_IMPL(lightkit, Negative, m) {
   m.impl("_cross_entropy_forward_", cross_entropy_inplace_negative);
+  m.impl("_norm_act_forward", norm_forward_negative);
+  // It calls the op above.
+  m.impl("norm_act", torch::CppFunction::makeFallthrough());
 }
 
 TORCH_LIBRARY_IMPL(lightkit, CompositeExplicitAutograd, m) {
   m.impl("cross_entropy", cross_entropy_below_autograd);
   m.impl("linear_cross_entropy", linear_cross_entropy_below_autograd);
   m.impl("layer_chain", layer_chain<layer_chain_below_autograd>);
+  m.impl("norm_act", norm_act_below_autograd);
 }
 
 TORCH_LIBRARY_IMPL(lightkit, Autograd, m) {
   m.impl("cross_entropy", cross_entropy_autograd);
   m.impl("linear_cross_entropy", linear_cross_entropy_autograd);
   m.impl("layer_chain", layer_chain<layer_chain_autograd>);
+  m.impl("norm_act", norm_act_autograd);
+  m.impl("dropout", dropout_autograd);
+  m.impl("conv2d", conv2d_autograd);
 }
 
 TORCH_LIBRARY_IMPL(lightkit, CompositeImplicitAutograd, m) {

@@ -2,14 +2,19 @@
 
 #include "buffer_pool.h"
 
+#include <ATen/ops/arange.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/conv2d.h>
+#include <ATen/ops/elu.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/gelu.h>
+#include <ATen/ops/leaky_relu.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/max_pool2d.h>
+#include <ATen/ops/softplus.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
@@ -42,6 +47,10 @@ Tensor full(at::IntArrayRef sizes, double value, const at::TensorOptions& option
   return at::full(sizes, value, options);
 }
 
+Tensor arange(int64_t end, const at::TensorOptions& options) {
+  return at::arange(end, options);
+}
+
 Tensor pooled_empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
   const size_t bytes = c10::multiply_integers(sizes) * options.dtype().itemsize();
   if (bytes < kMinPooledBytes) {
@@ -59,8 +68,34 @@ Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Ten
   return at::conv2d(input, weight, bias, 1, padding);
 }
 
+Tensor convolution(
+    const Tensor& input,
+    const Tensor& weight,
+    at::IntArrayRef stride,
+    at::IntArrayRef padding,
+    at::IntArrayRef dilation,
+    int64_t groups) {
+  return at::conv2d(input, weight, std::nullopt, stride, padding, dilation, groups);
+}
+
 Tensor max_pool2d(const Tensor& input, int64_t size) {
   return at::max_pool2d(input, size);
+}
+
+Tensor leaky_relu(const Tensor& input, double slope) {
+  return at::leaky_relu(input, slope);
+}
+
+Tensor elu(const Tensor& input, double alpha) {
+  return at::elu(input, alpha);
+}
+
+Tensor gelu(const Tensor& input, std::string_view approximate) {
+  return at::gelu(input, approximate);
+}
+
+Tensor softplus(const Tensor& input, double beta, double threshold) {
+  return at::softplus(input, beta, threshold);
 }
 
 Tensor pad_with_zeros(const Tensor& input, at::IntArrayRef padding) {

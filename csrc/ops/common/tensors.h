@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <string_view>
 
 namespace lightkit {
 
@@ -18,6 +19,7 @@ at::Tensor empty_like(
 at::Tensor zeros(at::IntArrayRef sizes, const at::TensorOptions& options);
 at::Tensor zeros_like(const at::Tensor& like, const at::TensorOptions& options = {});
 at::Tensor full(at::IntArrayRef sizes, double value, const at::TensorOptions& options);
+at::Tensor arange(int64_t end, const at::TensorOptions& options);
 
 // Returns an uninitialised contiguous CPU tensor, aligned to 64 bytes. Large memory comes from the pool of buffers.
 at::Tensor pooled_empty(at::IntArrayRef sizes, const at::TensorOptions& options);
@@ -29,7 +31,18 @@ inline at::Tensor pooled_empty_like(const at::Tensor& like) {
 at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias);
 at::Tensor conv2d(
     const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias, at::IntArrayRef padding);
+at::Tensor convolution(
+    const at::Tensor& input,
+    const at::Tensor& weight,
+    at::IntArrayRef stride,
+    at::IntArrayRef padding,
+    at::IntArrayRef dilation,
+    int64_t groups);
 at::Tensor max_pool2d(const at::Tensor& input, int64_t size);
+at::Tensor leaky_relu(const at::Tensor& input, double slope);
+at::Tensor elu(const at::Tensor& input, double alpha);
+at::Tensor gelu(const at::Tensor& input, std::string_view approximate);
+at::Tensor softplus(const at::Tensor& input, double beta, double threshold);
 at::Tensor pad_with_zeros(const at::Tensor& input, at::IntArrayRef padding);
 
 inline at::Tensor operator+(const at::Tensor& a, const at::Tensor& b) {

@@ -1,14 +1,17 @@
-// A fast path from Python to lightkit::cross_entropy for plain tensors. torch.ops calls the same op, except that the
-// checks in Python and the match of eleven arguments with the schema take longer than a small loss.
+// A fast path from Python to lightkit::cross_entropy for plain tensors, and the negative log-likelihood of a
+// log-softmax. torch.ops calls the same op, except that the checks in Python and the match of eleven arguments with the
+// schema take longer than a small loss.
 
 #include "cross_entropy_python.h"
 
 #include "../common/checks.h"
 #include "../common/element_type.h"
 #include "../common/python_tensor.h"
-#include "cross_entropy.h"
+#include "cross_entropy_checks.h"
+#include "nll_loss.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/core/grad_mode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/Dtype.h>
 
@@ -105,7 +108,53 @@ PyMethodDef definition{
     METH_FASTCALL,
     "The op lightkit::cross_entropy, its arguments by position."};
 
+// Returns the loss of log-probabilities that the caller knows to be the result of a log-softmax over the classes, and
+// NotImplemented where torch computes the loss, and for mistakes.
+PyObject* call_nll_loss(PyObject* const* arguments, Py_ssize_t count) {
+  TORCH_CHECK_TYPE(count == 5, "nll_loss takes 5 arguments, got ", count);
+  if (!is_exact_tensor(arguments[0]) || !is_exact_tensor(arguments[1]) ||
+      !(arguments[2] == Py_None || is_exact_tensor(arguments[2])) || is_transformed()) {
+    Py_RETURN_NOTIMPLEMENTED;
+  }
+  const Tensor& log_probabilities = tensor_of(arguments[0]);
+  const Tensor& target = tensor_of(arguments[1]);
+  const auto weight = arguments[2] == Py_None ? std::nullopt : std::optional(tensor_of(arguments[2]));
+  const int64_t reduction = integer(arguments[3]);
+  const int64_t ignore_index = integer(arguments[4]);
+  const auto type = log_probabilities.scalar_type();
+  if (!at::GradMode::is_enabled() || !log_probabilities.is_cpu() || (type != at::kFloat && type != at::kDouble) ||
+      log_probabilities.dim() == 0 || log_probabilities.numel() == 0 || log_probabilities.grad_fn() == nullptr ||
+      // A change in place gives a tensor another version.
+      log_probabilities._version() != 0 || at::autocast::is_autocast_enabled(at::kCPU) || reduction < 0 ||
+      target.scalar_type() != at::kLong || !target.is_cpu() ||
+      target.sizes() != without_classes(log_probabilities, log_probabilities.sizes()) ||
+      (weight.has_value() && (weight->scalar_type() != type || weight->dim() != 1)) ||
+      has_other_derivatives(log_probabilities, target, weight)) {
+    Py_RETURN_NOTIMPLEMENTED;
+  }
+  Tensor loss;
+  {
+    const WithoutGil release;
+    loss = nll_loss_of_log_softmax(log_probabilities, target, weight, reduction, ignore_index);
+  }
+  return wrapped(loss).release();
+}
+
+PyObject* call_nll_loss_from_python(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  return with_python_errors([&] { return call_nll_loss(arguments, count); });
+}
+
+PyMethodDef nll_loss_definition{
+    "nll_loss",
+    reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_nll_loss_from_python)),
+    METH_FASTCALL,
+    "The negative log-likelihood of a log-softmax: log-probabilities, target, weight, reduction, ignore_index."};
+
 }  // namespace
+
+Object nll_loss_function() {
+  return Object::checked(PyCFunction_New(&nll_loss_definition, nullptr));
+}
 
 Object cross_entropy_function() {
   return Object::checked(PyCFunction_New(&definition, nullptr));

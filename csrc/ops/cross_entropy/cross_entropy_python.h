@@ -1,4 +1,4 @@
-// The Python function that calls lightkit::cross_entropy.
+// The Python functions of lightkit::cross_entropy, and of the negative log-likelihood of a log-softmax.
 #pragma once
 
 #include "../common/python_object.h"
@@ -6,5 +6,6 @@
 namespace lightkit {
 
 Object cross_entropy_function();
+Object nll_loss_function();
 
 }  // namespace lightkit

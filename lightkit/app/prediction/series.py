@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from dataclasses import dataclass
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 
-from lightkit._util.atomic_write import write_text_atomically
+from lightkit._util.numbers import format_number, format_percentage
 from lightkit.app.console import print_table
-from lightkit.app.prediction.request import PredictionRequest
-from lightkit.data.columns import read_column
+from lightkit.app.prediction.output import is_json, write_json, write_rows
+from lightkit.app.prediction.request import COLUMN_FIELDS, TABLE_FIELDS, PredictionRequest
+from lightkit.data.columns import Column, describe, read_column
 from lightkit.data.series import SeriesDataModule
+from lightkit.data.tables import TableSettings
 from lightkit.errors import ConfigError, DataError
 from lightkit.tasks import ForecastTask
-
-# Arguments of `read_column` that a data module may have as attributes, and their defaults.
-_COLUMN_DEFAULTS = {"column": None, "time_column": None, "missing": "error"}
 
 
 @dataclass(frozen=True)
@@ -56,27 +53,32 @@ class Forecast:
 
     def show(self) -> None:
         """Prints all steps."""
-        rows = {f"+{s.step}": f"{s.forecast:.6g}  ({s.lower:.6g} to {s.upper:.6g})" for s in self.steps}
-        print_table(f"{self.name}: forecast ({self.level:.0%} interval)", rows)
+        rows = {f"+{s.step}": _interval(s) for s in self.steps}
+        print_table(f"{self.name}: forecast ({format_percentage(self.level)} interval)", rows)
 
     def write(self, path: Path) -> None:
-        """Writes all steps as CSV."""
-        with io.StringIO(newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["step", "forecast", "lower", "upper"])
-            writer.writerows([s.step, s.forecast, s.lower, s.upper] for s in self.steps)
-            write_text_atomically(path, file.getvalue())
+        """Writes all steps: as JSON to a file whose suffix is that of JSON, else as CSV."""
+        header = [field.name for field in fields(ForecastStep)]
+        if is_json(path):
+            write_json(path, [asdict(step) for step in self.steps])
+        else:
+            write_rows(path, header, [astuple(step) for step in self.steps])
+
+
+def _interval(step: ForecastStep) -> str:
+    """Returns a forecast and its interval for the terminal."""
+    return f"{format_number(step.forecast)}  ({format_number(step.lower)} to {format_number(step.upper)})"
 
 
 def predict(task: ForecastTask, data: pl.LightningDataModule, request: PredictionRequest) -> Forecast:
-    """Forecasts the values after the last row of a CSV file, at most as far ahead as the model was trained for.
+    """Forecasts the values after the last row of a table, at most as far ahead as the model was trained for.
 
     A longer forecast would feed the model its own forecasts, and the level of its intervals would be unknown.
 
     Args:
         task: the task in evaluation mode.
         data: the data module of the checkpoint, which says how to read the file.
-        request: the request, of which the function reads ``input``, ``column`` and ``horizon``.
+        request: the request, of which the function reads ``input``, ``horizon`` and the fields of a series.
 
     Raises:
         ConfigError: an option is wrong, or the data module has no series.
@@ -88,11 +90,7 @@ def predict(task: ForecastTask, data: pl.LightningDataModule, request: Predictio
     if not 1 <= horizon <= task.horizon:
         advice = f"; to see further, train with data.horizon={horizon}" if horizon > task.horizon else ""
         raise ConfigError(f"horizon must be from 1 to {task.horizon}, got {horizon}{advice}")
-    # The options for the training file apply to this file too.
-    column_options: dict[str, Any] = {name: getattr(data, name, default) for name, default in _COLUMN_DEFAULTS.items()}
-    if request.column is not None:
-        column_options["column"] = request.column
-    series = read_column(request.require_input("series"), **column_options)
+    series = _read(data, request)
     if len(series) < data.history:
         raise DataError(f"{request.input} has {len(series)} rows, but the model forecasts from {data.history}")
     with torch.inference_mode():
@@ -100,3 +98,17 @@ def predict(task: ForecastTask, data: pl.LightningDataModule, request: Predictio
     columns = [output[name][0, :horizon].tolist() for name in ("forecast", "lower", "upper")]
     steps = [ForecastStep(number, *values) for number, values in enumerate(zip(*columns, strict=True), start=1)]
     return Forecast(series.name, task.level, steps)
+
+
+def _read(data: SeriesDataModule, request: PredictionRequest) -> Column:
+    """Reads the file of a request as the training file was read, except for what the request says, and prints how."""
+    options: dict[str, Any] = {name: getattr(data, name, None) for name in COLUMN_FIELDS}
+    options |= request.given(COLUMN_FIELDS)
+    if options["missing"] is None:
+        del options["missing"]
+    settings = replace(getattr(data, "settings", TableSettings()), **request.given(TABLE_FIELDS))
+    path = request.require_input("series")
+    series = read_column(path, **options, settings=settings)
+    if series.notes:
+        print(describe(path, series), flush=True)
+    return series

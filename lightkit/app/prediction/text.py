@@ -12,6 +12,7 @@ import torch
 from lightkit._util.atomic_write import write_atomically
 from lightkit._util.printable import printable
 from lightkit._util.regular_files import open_regular
+from lightkit.app.prediction.output import is_json, write_json
 from lightkit.app.prediction.request import PredictionRequest
 from lightkit.data.text import SEPARATOR, Text
 from lightkit.errors import ConfigError
@@ -45,7 +46,11 @@ class Continuation:
         sys.stdout.flush()
 
     def write(self, path: Path) -> None:
-        """Writes the unchanged bytes."""
+        """Writes the unchanged bytes; to a file whose suffix is that of JSON, ``prompt`` and ``added`` as UTF-8."""
+        if is_json(path):
+            parts = {"prompt": self.prompt, "added": self.added}
+            write_json(path, [{name: part.decode(errors="replace") for name, part in parts.items()}])
+            return
         write_atomically(path, lambda stream: stream.write(self.prompt + self.added))
 
 

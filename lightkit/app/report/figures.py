@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from lightkit._util.atomic_write import write_atomically
+from lightkit._util.numbers import format_number
 from lightkit._util.printable import printable
+from lightkit.app.report.fonts import draw_as, families_for
 from lightkit.loggers import read_rows
 
 P = ParamSpec("P")
@@ -35,18 +38,11 @@ _STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "axes.titlelocation": "left",
     "axes.titleweight": "bold",
+    # Every string is a text: a formula in the name of a column may be none that matplotlib can read.
+    "text.parse_math": False,
+    "text.usetex": False,
+    "axes.formatter.use_mathtext": False,
 }
-
-
-def save(figure: Figure, path: Path) -> Path:
-    """Writes ``figure`` as a PNG file to ``path`` and returns ``path``."""
-    # savefig runs the layout engine twice, and a third time for bbox_inches="tight". One run suffices.
-    engine = figure.get_layout_engine()
-    if engine is not None:
-        engine.execute(figure)
-    figure.set_layout_engine("none")
-    write_atomically(path, lambda stream: figure.savefig(stream, format="png", dpi=144, facecolor="white"))
-    return path
 
 
 def styled(draw: Callable[P, T]) -> Callable[P, T]:
@@ -60,6 +56,28 @@ def styled(draw: Callable[P, T]) -> Callable[P, T]:
     return draw_in_style
 
 
+@styled
+def save(figure: Figure | None, path: Path) -> Path | None:
+    """Writes ``figure`` as a PNG file to ``path`` and returns ``path``; texts get the fonts that they need.
+
+    For None instead of a figure the function writes nothing and returns None.
+    """
+    if figure is None:
+        return None
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)
+        # Labels of ticks are made outside the style too, and keep what is set here.
+        text.set_parse_math(False)
+        text.set_fontfamily(families_for(text.get_text()))
+    # savefig runs the layout engine twice, and a third time for bbox_inches="tight". One run suffices.
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)
+    figure.set_layout_engine("none")
+    write_atomically(path, lambda stream: figure.savefig(stream, format="png", dpi=144, facecolor="white"))
+    return path
+
+
 def grid(width: float, height: float, nrows: int, ncols: int) -> tuple[Figure, np.ndarray]:
     """Returns a figure of ``width`` by ``height`` inches and its axes, an array ``(nrows, ncols)``."""
     # Unlike pyplot, a Figure object needs no display and leaves no global state.
@@ -67,11 +85,18 @@ def grid(width: float, height: float, nrows: int, ncols: int) -> tuple[Figure, n
     return figure, figure.subplots(nrows, ncols, squeeze=False)
 
 
+def escape_names(names: Iterable[str]) -> list[str]:
+    """Returns names as a figure shows them: shortened, with escapes for characters that no font has or that control."""
+    return draw_as(_shorten(printable(name)) for name in names)
+
+
 def escape_name(name: str) -> str:
-    """Returns ``name`` in a form that matplotlib draws literally: shortened, without control characters or formulas."""
-    shown = printable(name)
-    shown = shown if len(shown) <= MAX_NAME_LENGTH else f"{shown[: MAX_NAME_LENGTH - 1]}…"
-    return shown.replace("$", r"\$")
+    """Returns a name as a figure shows it: see `escape_names`, which is faster for several names."""
+    return escape_names([name])[0]
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= MAX_NAME_LENGTH else f"{text[: MAX_NAME_LENGTH - 1]}…"
 
 
 def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
@@ -117,7 +142,7 @@ def learning_curves(path: Path) -> Figure | None:
         accuracy = axes[0, 1]
         x, y = np.array(series["val/accuracy"]).T
         accuracy.plot(x, y, color=ORANGE, marker="o", markersize=4, label="validation")
-        accuracy.annotate(f"{y[-1]:.4f}", (x[-1], y[-1]), textcoords="offset points", xytext=(0, 7), ha="right")
+        accuracy.annotate(format_number(y[-1]), (x[-1], y[-1]), textcoords="offset points", xytext=(0, 7), ha="right")
         accuracy.set(title="Accuracy", xlabel="step", ylim=(min(0.9, y.min() - 0.02), 1.0))
         accuracy.legend(loc="lower right")
     return figure

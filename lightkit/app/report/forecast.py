@@ -11,8 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lightkit.app.report.figures import BLUE, GREY, ORANGE, escape_name, grid, save, styled
-from lightkit.app.report.section import Section
+from lightkit._util.numbers import format_number, format_percentage
+from lightkit.app.report.figures import BLUE, GREY, ORANGE, escape_name, escape_names, grid, save, styled
+from lightkit.app.report.section import Section, make_section
 from lightkit.data import SeriesDataModule
 from lightkit.data.columns import Column
 from lightkit.data.series import Windows
@@ -39,11 +40,17 @@ def sections(
     """
     if not recorded or not isinstance(data, SeriesDataModule):
         return []
-    over_time, by_step = forecasts(data, recorded, task.level), error_by_step(data, recorded)
+
+    def over_time() -> Path | None:
+        return save(forecasts(data, recorded, task.level), run_dir / "forecasts.png")
+
+    def by_step() -> Path | None:
+        return save(error_by_step(data, recorded), run_dir / "error_by_step.png")
+
     return [
-        Section("Forecasts of the test", figure=save(over_time, run_dir / "forecasts.png")),
-        Section("Error by step", figure=save(by_step, run_dir / "error_by_step.png")),
-        Section("Step by step", html=step_table(recorded, task.level)),
+        *make_section("Forecasts of the test", over_time),
+        *make_section("Error by step", by_step),
+        *make_section("Step by step", lambda: step_table(recorded, task.level)),
     ]
 
 
@@ -74,7 +81,7 @@ def forecasts(data: SeriesDataModule, recorded: dict[str, Tensor], level: float)
         lower, upper = recorded["lower"][index].numpy(), recorded["upper"][index].numpy()
         first = number == 0
         if np.isfinite(upper).all():
-            label = f"{level:.0%} interval" if first else None
+            label = f"{format_percentage(level)} interval" if first else None
             axis.fill_between(steps, lower, upper, color=BLUE, alpha=0.18, linewidth=0, label=label)
         axis.plot(steps, recorded["forecast"][index].numpy(), color=BLUE, label="forecast" if first else None)
         axis.axvline(steps[0] - 0.5, color=GREY, linewidth=0.8, linestyle=":", label="origins" if first else None)
@@ -126,16 +133,27 @@ def step_table(recorded: dict[str, Tensor], level: float) -> str:
     rows = []
     for step in sorted({round(x) for x in torch.linspace(1, horizon, min(horizon, _MAX_TABLE_ROWS)).tolist()}):
         of_step = error[:, step - 1]
-        cells = (f"{of_step.abs().mean():.4g}", f"{of_step.mean():+.4g}", f"± {half_width[step - 1]:.4g}")
-        rows.append(_table_row(str(step), *cells, f"{inside[step - 1]:.1%}"))
-    cells = (f"{error.abs().mean():.4g}", f"{error.mean():+.4g}", f"± {half_width.mean():.4g}")
-    rows.append(_table_row("all", *cells, f"{inside.mean():.1%}"))
-    names = ("steps ahead", "mean absolute error", "bias", f"{level:.0%} interval", "values in it")
+        rows.append(_table_row(str(step), of_step, half_width[step - 1], inside[step - 1]))
+    rows.append(_table_row("all", error, half_width.mean(), inside.mean()))
+    names = ("steps ahead", "mean absolute error", "bias", f"{format_percentage(level)} interval", "values in it")
     head = "".join(f"<th>{name}</th>" for name in names)
     return f'<table class="classes"><tr>{head}</tr>{"".join(rows)}</table>'
 
 
-def _table_row(*cells: str) -> str:
+def _table_row(name: str, error: Tensor, half_width: Tensor, inside: Tensor) -> str:
+    """Returns a row of the table of steps.
+
+    Args:
+        name: the text of the first cell.
+        error: the errors of the forecasts.
+        half_width: a scalar, the mean half width of the intervals.
+        inside: a scalar, the share of the values in their intervals.
+    """
+    bias = float(error.mean())
+    cells = (
+        *(name, format_number(float(error.abs().mean())), f"{'+' if bias > 0 else ''}{format_number(bias)}"),
+        *(f"± {format_number(float(half_width))}", f"{float(inside):.1%}"),
+    )
     return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
 
@@ -159,4 +177,4 @@ def _label_times(axis: Axes, series: Column, begin: int, end: int) -> None:
         axis.set_xlabel("row")
         return
     positions = np.linspace(begin, end - 1, num=7).round().astype(int)
-    axis.set_xticks(positions, [escape_name(times[position]) for position in positions])
+    axis.set_xticks(positions, escape_names(times[position] for position in positions))

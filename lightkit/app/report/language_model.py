@@ -14,9 +14,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from lightkit._util.numbers import format_number
 from lightkit._util.printable import printable
 from lightkit.app.report.figures import BLUE, GREY, grid, save, styled
-from lightkit.app.report.section import Section
+from lightkit.app.report.section import Section, make_section
 from lightkit.data.text import Text
 from lightkit.tasks import LanguageModelTask
 
@@ -55,16 +56,20 @@ def sections(
     if not recorded:
         return []
     bits = recorded["losses"] / math.log(2)
-    result = []
-    if (bars := bits_per_byte(metrics)) is not None:
-        result.append(Section("Bits a byte of the test", figure=save(bars, run_dir / "bits_per_byte.png")))
-    result.append(Section("By place in the window", figure=save(by_position(bits), run_dir / "by_position.png")))
+
+    def bars() -> Path | None:
+        return save(bits_per_byte(metrics), run_dir / "bits_per_byte.png")
+
+    def positions() -> Path | None:
+        return save(by_position(bits), run_dir / "by_position.png")
+
+    result = [*make_section("Bits a byte of the test", bars), *make_section("By place in the window", positions)]
     if isinstance(data, Text):
         assert data.test is not None, "call setup first"
         windows = data.test[: len(bits)]
-        result.append(Section("What it writes", html=samples(task, data, windows)))
-        result.append(Section("What surprises it", html=passage(windows, bits)))
-        result.append(Section("Where the bits go", html=costs(windows, bits)))
+        result += make_section("What it writes", lambda: samples(task, data, windows))
+        result += make_section("What surprises it", lambda: passage(windows, bits))
+        result += make_section("Where the bits go", lambda: costs(windows, bits))
     return result
 
 
@@ -85,13 +90,15 @@ def bits_per_byte(metrics: dict[str, Any]) -> Figure | None:
         return None
     bars = {name[len("baseline/") : -len(suffix)]: value for name, value in named.items()}
     bars = dict(sorted(bars.items(), key=lambda item: -item[1])) | {"this model": metrics["test/bits_per_byte"]}
+    # The loss of a training that diverged is not finite, and has no bar.
+    lengths = [value if math.isfinite(value) else 0.0 for value in bars.values()]
     figure, axes = grid(7, 0.5 * len(bars) + 0.9, nrows=1, ncols=1)
     axis = axes[0, 0]
     axis.grid(False, axis="y")
-    drawn = axis.barh(list(bars), list(bars.values()), color=[GREY] * (len(bars) - 1) + [BLUE], height=0.6)
-    axis.bar_label(drawn, fmt="%.3f", padding=4)
+    drawn = axis.barh(list(bars), lengths, color=[GREY] * (len(bars) - 1) + [BLUE], height=0.6)
+    axis.bar_label(drawn, [format_number(value) for value in bars.values()], padding=4)
     axis.invert_yaxis()
-    axis.set(xlabel="bits a byte (8: nothing known)", xlim=(0, max(bars.values()) * 1.15))
+    axis.set(xlabel="bits a byte (8: nothing known)", xlim=(0, (max(lengths) or 8.0) * 1.15))
     return figure
 
 

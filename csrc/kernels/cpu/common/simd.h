@@ -1,6 +1,8 @@
 // Vectors for the CPU kernels: accumulators wider than the data, packs, lanes, and an exp for softmax.
 #pragma once
 
+#include "lanes.h"
+
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 #include <c10/util/BFloat16.h>
@@ -157,49 +159,6 @@ template <typename acc_t>
 at::vec::Vectorized<acc_t> load(const acc_t* data, int64_t count, acc_t fill) {
   using Vec = at::vec::Vectorized<acc_t>;
   return count == Vec::size() ? Vec::loadu(data) : Vec::set(Vec(fill), Vec::loadu(data, count), count);
-}
-
-// A vector as the compiler's own type, with one integer and one byte a lane. The compiler selects lanes with mask
-// registers where the processor has them, while at::vec makes vectors of comparisons.
-template <typename T>
-struct LaneTypes {
-  static constexpr int count = at::vec::Vectorized<T>::size();
-  using Number = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
-  typedef T values __attribute__((vector_size(count * sizeof(T))));
-  typedef Number numbers __attribute__((vector_size(count * sizeof(Number))));
-  typedef uint8_t bytes __attribute__((vector_size(count)));
-};
-template <typename T>
-using Lanes = typename LaneTypes<T>::values;
-template <typename T>
-using LaneNumbers = typename LaneTypes<T>::numbers;
-template <typename T>
-using LaneBytes = typename LaneTypes<T>::bytes;
-
-// Loads `count` elements; the other lanes are 0.
-template <typename L, typename T>
-L load_lanes(const T* data, int64_t count = sizeof(L) / sizeof(T)) {
-  L lanes{};
-  if (count == sizeof(L) / sizeof(T)) {
-    std::memcpy(&lanes, data, sizeof(L));
-  } else {
-    std::memcpy(&lanes, data, count * sizeof(T));
-  }
-  return lanes;
-}
-
-template <typename L, typename T>
-void store_lanes(const L& lanes, T* data, int64_t count) {
-  if (count == sizeof(L) / sizeof(T)) {
-    std::memcpy(data, &lanes, sizeof(L));
-  } else {
-    std::memcpy(data, &lanes, count * sizeof(T));
-  }
-}
-
-template <typename T>
-at::vec::Vectorized<T> vectorized(const Lanes<T>& lanes) {
-  return at::vec::Vectorized<T>::loadu(&lanes);
 }
 
 }  // namespace lightkit::cpu

@@ -3,35 +3,12 @@
 // that nothing is stored before it is pooled.
 
 #include "forward_tile.h"
-#include "winograd.h"
+#include "pack_taps.h"
 
 #include <utility>
 
 namespace lightkit::cpu::layer_chain {
 namespace {
-
-// Transposes [rows, taps] to one vector a tap, whose lanes from `rows` on are 0. next() returns the place of the next
-// vector.
-template <typename T>
-void pack_taps(const T* from, int64_t rows, int64_t taps, auto&& next) {
-  constexpr int width = kWidth<T>;
-  int64_t tap = 0;
-  if (rows == width) {
-    alignas(64) T square[width * width];
-    for (; tap + width <= taps; tap += width) {
-      at::vec::transpose_mxn<T, width, width>(from + tap, taps, square, width);
-      for (int64_t t = 0; t < width; ++t) {
-        Vec<T>::loadu(square + t * width).store(next());
-      }
-    }
-  }
-  for (; tap < taps; ++tap) {
-    T* const to = next();
-    for (int64_t lane = 0; lane < width; ++lane) {
-      to[lane] = lane < rows ? from[lane * taps + tap] : T(0);
-    }
-  }
-}
 
 bool is_single_channel(const Shape& shape) {
   return shape.pool && shape.in_channels == 1 && shape.kernel_height == 3 && shape.kernel_width == 3;
@@ -76,7 +53,7 @@ ForwardKernel<T>::ForwardKernel(const Shape& shape, const T* weight, const T* bi
       weight_(weight),
       bias_(bias),
       vectors_(ceil_div(shape.out_channels, kWidth<T>)),
-      winograd_(winograd::applies<T>(shape)),
+      winograd_(winograd_applies<T>(shape)),
       packed_(vectors_ * kWidth<T> * (winograd_ ? winograd::kPoints * shape.in_channels : shape.taps())),
       packed_bias_(vectors_ * kWidth<T>) {}
 
@@ -96,14 +73,14 @@ void ForwardKernel<T>::prepare(int64_t begin, int64_t end) {
     if (winograd_) {
       // [lane, in, k] -> [in, k, lane] -> [point, in, lane].
       T* tap = transposed.data();
-      pack_taps<T>(weight_ + first * taps, filled, taps, [&] { return std::exchange(tap, tap + kWidth<T>); });
+      pack_taps<T>(weight_ + first * taps, taps, filled, taps, [&] { return std::exchange(tap, tap + kWidth<T>); });
       for (int64_t in = 0; in < shape_.in_channels; ++in) {
         winograd::transform_weight<T>(
             transposed.data() + in * shape_.kernel_size() * kWidth<T>, to + in * lanes, shape_.in_channels * lanes);
       }
     } else {
       // [lane, in, k] -> [k, in, lane].
-      pack_taps<T>(weight_ + first * taps, filled, taps, [&, in = int64_t(0), k = int64_t(0)]() mutable {
+      pack_taps<T>(weight_ + first * taps, taps, filled, taps, [&, in = int64_t(0), k = int64_t(0)]() mutable {
         T* const tap = to + (k * shape_.in_channels + in) * lanes;
         if (++k == shape_.kernel_size()) {
           k = 0;
@@ -161,6 +138,8 @@ void ForwardKernel<T>::run(int64_t images, const T* input, T* output, uint8_t* a
     run_winograd(images, input, output, argmax);
   } else if (is_single_channel(shape_)) {
     run_single_channel(images, input, output, argmax);
+  } else if (shape_.pool && vectors_ == 1) {
+    run_one_vector(images, input, output, argmax);
   } else if (shape_.pool) {
     run_direct<4>(images, input, output, argmax);
   } else {

@@ -2,7 +2,6 @@
 // transforms the products back into the positions of a window.
 
 #include "forward_tile.h"
-#include "winograd.h"
 
 namespace lightkit::cpu::layer_chain {
 
@@ -24,10 +23,9 @@ void ForwardKernel<T>::run_winograd(int64_t images, const T* input, T* output, u
     // If the last block is not full, the tiles from `tiles` on keep old values; their products are not read.
     for (int64_t t = 0; t < tiles; ++t, cursor.advance()) {
       for (int64_t c = 0; c < in_channels; c += width) {
+        const T* const tile = input + cursor.offset() + c;
         winograd::transform_input<T>(
-            input + cursor.offset() + c,
-            shape_.row_size(),
-            in_channels,
+            [&](int row, int column) { return Vec<T>::loadu(tile + row * shape_.row_size() + column * in_channels); },
             inputs.data() + t * in_channels + c,
             kWinogradTiles * in_channels);
       }
@@ -56,11 +54,14 @@ void ForwardKernel<T>::run_winograd(int64_t images, const T* input, T* output, u
       for (int64_t t = 0; t < tiles; ++t) {
         for (int64_t c = 0; c < channels; c += width) {
           const int64_t at = (first + t) * shape_.out_channels + channel + c;
-          winograd::transform_output<T>(
+          const auto window = winograd::transform_output<T>(
               products.data() + t * lanes + c,
               kWinogradTiles * lanes,
-              Vec<T>::loadu(packed_bias_.data() + channel + c),
-              positions);
+              Vec<T>::loadu(packed_bias_.data() + channel + c));
+          LIGHTKIT_UNROLL
+          for (int p = 0; p < 4; ++p) {
+            window[p].store(positions + p * width);
+          }
           finish<T, 4>(
               positions,
               width,

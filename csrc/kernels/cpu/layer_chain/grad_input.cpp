@@ -6,6 +6,7 @@
 
 #include "kernels.h"
 #include "live_lists.h"
+#include "pack_taps.h"
 #include "tuning.h"
 
 namespace lightkit::cpu::layer_chain {
@@ -60,12 +61,7 @@ void add_patch(
     LIGHTKIT_UNROLL
     for (int c = 0; c < columns + more; ++c) {
       T* const to = patch.first + r * patch.row_size + c * patch.column_size;
-      if (patch.channels == width) {
-        (Vec<T>::loadu(to) + sums[r][c]).store(to);
-      } else {
-        const int64_t count = patch.channels;
-        (Vec<T>::loadu(to, count) + sums[r][c]).store(to, static_cast<int>(count));
-      }
+      store_lanes(load_lanes<Lanes<T>>(to, patch.channels) + lanes<T>(sums[r][c]), to, patch.channels);
     }
   }
 }
@@ -156,23 +152,24 @@ int64_t GradInputKernel<T>::packed_offset(size_t part, int64_t vector) const {
 template <typename T>
 void GradInputKernel<T>::prepare(int64_t begin, int64_t end) {
   constexpr int width = kWidth<T>;
-  const int64_t stride = shape_.kernel_size();
-  for (size_t p = 0; p < parts_.size(); ++p) {
-    const auto& part = parts_[p];
-    for (int64_t vector = 0; vector < input_vectors<T>(shape_); ++vector) {
-      const int64_t channels = std::min<int64_t>(width, shape_.in_channels - vector * width);
-      for (int64_t out = begin; out < end; ++out) {
-        const T* from = weight_ + out * shape_.taps() + vector * width * stride;
-        T* to = packed_.data() + packed_offset(p, vector) + out * part_size_;
-        for (int64_t row = part.row; row < part.row + part.rows; ++row) {
-          for (int64_t column = part.column; column < part.column + part.columns; ++column, to += width) {
-            const T* tap = from + row * shape_.kernel_width + column;
-            for (int64_t lane = 0; lane < width; ++lane) {
-              to[lane] = lane < channels ? tap[lane * stride] : T(0);
-            }
-          }
-        }
+  const int64_t taps = shape_.kernel_size();
+  // The places of the taps in the packed weight of one output channel.
+  std::vector<int64_t> places(taps);
+  for (int64_t vector = 0; vector < input_vectors<T>(shape_); ++vector) {
+    for (size_t p = 0; p < parts_.size(); ++p) {
+      const auto& part = parts_[p];
+      for (int64_t i = 0; i < part.rows * part.columns; ++i) {
+        const int64_t row = part.row + i / part.columns;
+        const int64_t column = part.column + i % part.columns;
+        places[row * shape_.kernel_width + column] = packed_offset(p, vector) + i * width;
       }
+    }
+    const int64_t channels = std::min<int64_t>(width, shape_.in_channels - vector * width);
+    for (int64_t out = begin; out < end; ++out) {
+      const T* const from = weight_ + out * shape_.taps() + vector * width * taps;
+      pack_taps<T>(from, taps, channels, taps, [&, tap = size_t(0)]() mutable {
+        return packed_.data() + places[tap++] + out * part_size_;
+      });
     }
   }
 }

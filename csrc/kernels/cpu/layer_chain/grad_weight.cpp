@@ -151,7 +151,7 @@ template <typename T>
 T sum(const T* values, int64_t count) {
   Vec<T> sums(T(0));
   for (int64_t i = 0; i < count; i += kWidth<T>) {
-    sums = sums + Vec<T>::loadu(values + i, std::min<int64_t>(kWidth<T>, count - i));
+    sums = sums + vectorized<T>(load_lanes<Lanes<T>>(values + i, std::min<int64_t>(kWidth<T>, count - i)));
   }
   return horizontal_sum(sums);
 }
@@ -176,7 +176,11 @@ class ChannelLists {
       list_outputs<T, kListChannels>(lists_.data(), gradients, argmax, stride_, places, window_offsets_, count);
       return;
     }
-    for (int64_t c = 0; c < channels; ++c) {
+    int64_t c = 0;
+    for (; c + 4 <= channels; c += 4) {
+      list_outputs<T, 4>(lists_.data() + c, gradients + c, argmax + c, stride_, places, window_offsets_, count);
+    }
+    for (; c < channels; ++c) {
       list_outputs<T, 1>(lists_.data() + c, gradients + c, argmax + c, stride_, places, window_offsets_, count);
     }
   }
@@ -200,7 +204,7 @@ int64_t listed_outputs(const Shape& shape) {
                                      : positions * std::clamp<int64_t>(cached, 1, kMaxListOutputs / positions);
 }
 
-// Sums lists of live outputs. A work item is kListChannels output channels.
+// Sums lists of live outputs. A work item is kListChannels output channels of one of `image_parts` parts of the images.
 template <typename T>
 class SparseGradWeight final : public GradWeightKernel<T> {
  public:
@@ -208,7 +212,10 @@ class SparseGradWeight final : public GradWeightKernel<T> {
       : problem_(problem),
         run_(padded_run<T>(problem.shape)),
         max_outputs_(listed_outputs<T>(problem.shape)),
-        segments_(make_segments<T>(problem.shape)) {
+        segments_(make_segments<T>(problem.shape)),
+        groups_(ceil_div(problem.shape.out_channels, kListChannels)),
+        parts_(image_parts(problem.shape, groups_, problem.images)),
+        sums_(parts_ == 1 ? 0 : parts_ * groups_ * group_size()) {
     const Shape& shape = problem.shape;
     // Whole vectors read beyond a run, and so beyond the last image. The sums of those lanes are not used, except that
     // the memory must exist.
@@ -220,28 +227,67 @@ class SparseGradWeight final : public GradWeightKernel<T> {
   }
 
   int64_t work_items() const override {
-    return ceil_div(problem_.shape.out_channels, kListChannels);
+    return groups_ * parts_;
   }
 
   void run(int64_t begin, int64_t end) override {
     ChannelLists<T> lists(problem_.shape);
-    AlignedBuffer<T> sums(kListChannels * problem_.shape.kernel_height * run_);
+    AlignedBuffer<T> own(parts_ == 1 ? group_size() : 0);
     for (int64_t item = begin; item < end; ++item) {
-      sum_channels(item * kListChannels, lists, sums.data());
+      T* const sums = parts_ == 1 ? own.data() : sums_.data() + item * group_size();
+      sum_channels(item / groups_, item % groups_ * kListChannels, lists, sums);
+      if (parts_ == 1) {
+        write(item * kListChannels, sums);
+      }
+    }
+  }
+
+  // Adds up the parts in their order.
+  void finish() override {
+    const int64_t part_size = groups_ * group_size();
+    T* const sums = sums_.data();
+    for (int64_t part = 1; part < parts_; ++part) {
+      for (int64_t i = 0; i < part_size; ++i) {
+        sums[i] += sums[part * part_size + i];
+      }
+    }
+    for (int64_t group = 0; parts_ > 1 && group < groups_; ++group) {
+      write(group * kListChannels, sums + group * group_size());
     }
   }
 
  private:
-  // Computes the gradients of up to kListChannels output channels in `sums`, [kListChannels, kernel_height, padded
-  // run].
-  void sum_channels(int64_t channel, ChannelLists<T>& lists, T* sums) {
+  int64_t patch() const {
+    return problem_.shape.kernel_height * run_;
+  }
+  // Sums of one group of channels: [kListChannels, kernel_height, padded run], and then those of the biases.
+  int64_t group_size() const {
+    return kListChannels * (patch() + 1);
+  }
+
+  // Writes the gradients of up to kListChannels output channels.
+  void write(int64_t channel, const T* sums) {
     const Shape& shape = problem_.shape;
     const int64_t channels = std::min<int64_t>(kListChannels, shape.out_channels - channel);
-    const int64_t patch = shape.kernel_height * run_;
-    const int64_t total = problem_.images * shape.positions();
-    const int64_t before_last = total - shape.positions();
-    std::fill_n(sums, kListChannels * patch, T(0));
-    T bias_sums[kListChannels] = {};
+    for (int64_t c = 0; c < channels; ++c) {
+      unpack(shape, sums + c * patch(), problem_.grad_weight + (channel + c) * shape.taps());
+    }
+    std::copy_n(sums + kListChannels * patch(), channels, problem_.grad_bias + channel);
+  }
+
+  // Computes the sums of up to kListChannels output channels over one part of the images.
+  void sum_channels(int64_t part, int64_t channel, ChannelLists<T>& lists, T* sums) {
+    const Shape& shape = problem_.shape;
+    const int64_t channels = std::min<int64_t>(kListChannels, shape.out_channels - channel);
+    const int64_t begin = part * problem_.images / parts_;
+    const int64_t images = (part + 1) * problem_.images / parts_ - begin;
+    const bool has_last = begin + images == problem_.images;
+    const int64_t total = images * shape.positions();
+    const int64_t before_last = has_last ? total - shape.positions() : total;
+    const T* const input = problem_.input + begin * shape.image_size();
+    const int64_t first_output = begin * shape.output_size();
+    std::fill_n(sums, group_size(), T(0));
+    T* const bias_sums = sums + kListChannels * patch();
     OutputCursor cursor(shape);
     for (int64_t first = 0, last; first < total; first = last) {
       const bool in_last = first >= before_last;
@@ -251,16 +297,16 @@ class SparseGradWeight final : public GradWeightKernel<T> {
       for (int64_t o = first; o < last; ++o, cursor.advance()) {
         places[o - first] = static_cast<int32_t>(cursor.offset() - base);
       }
-      const int64_t at = first * shape.out_channels + channel;
+      const int64_t at = first_output + first * shape.out_channels + channel;
       lists.make(problem_.grad_output + at, problem_.argmax + at, channels, places, last - first);
-      const T* source = in_last && !copy_of_last_.empty() ? copy_of_last_.data() : problem_.input + base;
+      const T* source = in_last && !copy_of_last_.empty() ? copy_of_last_.data() : input + base;
       for (const auto& segment : segments_) {
         for (int64_t c = 0; c < channels; ++c) {
           segment.accumulate(
               {.list = lists[c],
                .from = source + segment.row * shape.row_size() + segment.start,
                .from_row = shape.row_size(),
-               .to = sums + c * patch + segment.row * run_ + segment.start,
+               .to = sums + c * patch() + segment.row * run_ + segment.start,
                .to_row = run_});
         }
       }
@@ -268,16 +314,15 @@ class SparseGradWeight final : public GradWeightKernel<T> {
         bias_sums[c] += sum(lists[c].coefficients, lists[c].size);
       }
     }
-    for (int64_t c = 0; c < channels; ++c) {
-      unpack(shape, sums + c * patch, problem_.grad_weight + (channel + c) * shape.taps());
-    }
-    std::copy_n(bias_sums, channels, problem_.grad_bias + channel);
   }
 
   const GradWeightProblem<T> problem_;
   const int64_t run_;
   const int64_t max_outputs_;
   const std::vector<Segment<T>> segments_;
+  const int64_t groups_;
+  const int64_t parts_;
+  AlignedBuffer<T> sums_;  // [parts, groups, group_size], if there are several parts
   std::vector<T> copy_of_last_;
 };
 

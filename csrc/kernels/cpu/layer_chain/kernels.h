@@ -46,6 +46,7 @@ class ForwardKernel {
   template <int window>
   void run_direct(int64_t images, const T* input, T* output, uint8_t* argmax) const;
   void run_single_channel(int64_t images, const T* input, T* output, uint8_t* argmax) const;
+  void run_one_vector(int64_t images, const T* input, T* output, uint8_t* argmax) const;
   void run_winograd(int64_t images, const T* input, T* output, uint8_t* argmax) const;
 
   const Shape shape_;

@@ -1,42 +1,11 @@
 #include "layer_chain.h"
 
-#include "../common/parallel.h"
+#include "../common/pieces.h"
 #include "kernels.h"
 #include "tuning.h"
 
-#include <atomic>
-
 namespace lightkit::cpu::layer_chain {
 namespace {
-
-// Calls run(begin, end) for pieces of [0, count), which cost `macs` multiply-adds in all. Each thread starts with
-// pieces of its own, and then takes over the pieces of other threads, whose cores may be slowed down by other
-// processes.
-template <typename F>
-void in_pieces(int64_t count, int64_t piece, int64_t macs, const F& run) {
-  struct alignas(64) Queue {
-    std::atomic<int64_t> next;
-    int64_t end;
-  };
-  const int64_t pieces = ceil_div(count, piece);
-  const int64_t allowed = at::in_parallel_region() ? 1 : at::get_num_threads();
-  const int64_t threads = std::max<int64_t>(1, std::min({allowed, macs / kMacsPerThread, pieces}));
-  const auto queues = std::make_unique<Queue[]>(threads);
-  for (int64_t t = 0; t < threads; ++t) {
-    queues[t].next = t * pieces / threads;
-    queues[t].end = (t + 1) * pieces / threads;
-  }
-  parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t own = begin; own < end; ++own) {
-      for (int64_t t = 0; t < threads; ++t) {
-        Queue& queue = queues[(own + t) % threads];
-        for (int64_t p = queue.next++; p < queue.end; p = queue.next++) {
-          run(p * piece, std::min(count, (p + 1) * piece));
-        }
-      }
-    }
-  });
-}
 
 // Calls run(kernel, begin, end) until each kernel has run all its work items, which cost `macs` multiply-adds in all.
 // The items of one kernel cost more than those of another, so each share has the same part of every kernel's items.

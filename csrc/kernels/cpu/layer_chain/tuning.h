@@ -5,8 +5,10 @@
 // constants, to torch.
 #pragma once
 
+#include "../common/winograd.h"
 #include "shape.h"
 
+#include <algorithm>
 #include <cstdint>
 
 namespace lightkit::cpu::layer_chain {
@@ -30,6 +32,15 @@ static_assert(kBlockPositions % kPositions == 0 && kBlockPositions % 4 == 0);
 // one input take 27 of 32 registers; of 1 vector, 14 of 16.
 inline constexpr int kSingleChannelVectors = kVectors / 2;
 
+// Windows of the kernel for one vector of output channels. Derived: their sums, four weights and one input take 4 * 3 +
+// 4 + 1 = 17 of 32 registers, or 4 * 2 + 4 + 1 = 13 of 16, and at least eight multiply-adds are under way, two for each
+// cycle of their latency.
+#if defined(CPU_CAPABILITY_AVX512)
+inline constexpr int kWindows = 3;
+#else
+inline constexpr int kWindows = 2;
+#endif
+
 // Winograd tiles that are multiplied together. Derived: two register tiles. For 64 channels in float32 with AVX-512 the
 // transformed inputs and the products take 16 * 12 * 64 * 4 bytes = 48 KiB each, within L2.
 inline constexpr int kWinogradTiles = 2 * kPositions;
@@ -39,6 +50,15 @@ static_assert(kWinogradTiles % kPositions == 0, "a last register tile would over
 // conv_relu_pool.csv "64 -> 128, 16x16, padded, pool" (512 KiB) is computed with it and "256 -> 256, 8x8, padded, pool"
 // (4 MiB) without it; the limit itself was not measured.
 inline constexpr int64_t kMaxWinogradWeightBytes = int64_t(1) << 20;
+
+// Returns true if the forward pass uses Winograd's algorithm: for pooled 3x3 kernels on whole vectors of input
+// channels, whose transformed weights fit `kMaxWinogradWeightBytes`.
+template <typename T>
+bool winograd_applies(const Shape& shape) {
+  return shape.pool && shape.kernel_height == 3 && shape.kernel_width == 3 && shape.in_channels % kWidth<T> == 0 &&
+      shape.in_channels * shape.out_channels * winograd::kPoints * static_cast<int64_t>(sizeof(T)) <=
+      kMaxWinogradWeightBytes;
+}
 
 // Vectors of sums that the gradients keep in registers, beside a coefficient and a factor. Derived: 32 registers of
 // AVX-512, 16 of AVX2, with some to spare.
@@ -67,6 +87,17 @@ inline constexpr int kMaxSegmentVectors = 12;
 // channels of float32 are half of a cache line; 128 entries of 8 lists take 8 KiB.
 inline constexpr int kListChannels = 8;
 inline constexpr int64_t kMaxListOutputs = 128;
+
+// The items of a gradient of the weight with few groups of channels: parts of the images are summed apart, so that
+// threads share the work. Chosen: two threads then differ by at most a sixteenth.
+inline constexpr int64_t kListItems = 16;
+
+// Returns the number of parts of the images. It does not depend on the number of threads: the order of additions must
+// not. A part has full lists at least.
+inline int64_t image_parts(const Shape& shape, int64_t groups, int64_t images) {
+  const int64_t lists = images * shape.positions() / kMaxListOutputs;
+  return std::clamp<int64_t>(std::min(kListItems / groups, lists), 1, images);
+}
 
 // Bytes of input for which lists are made at a time. Derived: half of an L1 of 48 KiB.
 inline constexpr int64_t kCachedInputBytes = 24 * 1024;
@@ -99,9 +130,6 @@ inline constexpr int64_t kSliceBytes = 512 * 1024;
 // Pieces of the images that each thread starts with, if there are so many. Chosen: a thread that is slowed down by
 // another process gives up to three quarters of its work away.
 inline constexpr int64_t kPiecesPerThread = 4;
-
-// The fewest multiply-adds for which a thread is woken. Chosen: at 64 multiply-adds a cycle about 2000 cycles.
-inline constexpr int64_t kMacsPerThread = int64_t(1) << 17;
 
 // Multiply-adds that take as long as packing one weight does. Chosen.
 inline constexpr int64_t kPackingMacs = 4;

@@ -1,0 +1,372 @@
+"""Compression of a finished run, for `lightkit.compress`: trains a smaller model and compares it with the dense one."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import nn
+
+from lightkit import native
+from lightkit._util.numbers import format_number, format_percentage
+from lightkit.app import cluster, run_files
+from lightkit.app.checks import lightning_errors_as_config_errors
+from lightkit.app.console import print_table
+from lightkit.app.evaluation import build_test_data, precision_of
+from lightkit.app.model_measurements import accuracy_interval, latencies, multiply_adds, weight_bytes
+from lightkit.app.pages.document import escape, render_page
+from lightkit.app.parts import model_of
+from lightkit.app.restore import RestoredTask, restore
+from lightkit.callbacks import Checkpoint, LeanLoop, Progress, TestRecorder
+from lightkit.checkpoints import CONFIG_KEY, AtomicCheckpointIO
+from lightkit.compress import Distil, Prune, Sparsify
+from lightkit.compress.save_widths import SaveWidths
+from lightkit.data import TableDataModule
+from lightkit.errors import ConfigError
+from lightkit.optim import Adam
+from lightkit.tasks import ForecastTask, RegressionTask
+from lightkit.tasks.task import Task
+
+# The shares of the multiply-adds among which max_drop searches.
+_SHARES = (0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.09, 0.06)
+
+_ACCURACY = "accuracy"
+
+_DEFAULT_EPOCHS = 5
+
+_BATCH_SIZES = (1, 32)
+
+
+@dataclass(frozen=True)
+class CompressionRequest:
+    """The options of a compression: the keys of ``conf/compress.yaml`` except the checkpoint."""
+
+    keep_macs: float | None = 0.25
+    zeros: float | None = None
+    max_drop: float | None = None
+    distil: float = 0.0
+    epochs: int | None = None
+    lr: float = 1e-3
+    compare: bool = True
+    output: str | None = None
+    data_dir: str | None = None
+    download: bool = False
+    accelerator: str = "auto"
+    seed: int = 0
+
+    def check(self) -> None:
+        """Rejects options that are out of their ranges, or ask for nothing.
+
+        Raises:
+            ConfigError: an option is one of these; the message names the option.
+        """
+        if self.keep_macs is None and self.zeros is None and self.max_drop is None:
+            raise ConfigError("keep_macs, zeros and max_drop are all null: there is nothing to compress")
+        if self.max_drop is not None and not 0 <= self.max_drop < 1:
+            raise ConfigError(f"max_drop must be a share of the validation set from 0 to below 1, got {self.max_drop}")
+        if not 0 <= self.distil <= 1:
+            raise ConfigError(f"distil must be a number from 0 to 1, got {self.distil}")
+        if self.epochs is not None and self.epochs < 1:
+            raise ConfigError(f"epochs must be at least 1, got {self.epochs}")
+        if not self.lr > 0:
+            raise ConfigError(f"lr must be positive, got {self.lr}")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The outcome of a compression.
+
+    Attributes:
+        directory: the directory of the results.
+        columns: the values of each model by name of the value, by the name of the model: "dense", "dense, trained on"
+            and "compressed".
+        trials: the shares of multiply-adds that ``max_drop`` has tried, with the drop of accuracy of each.
+    """
+
+    directory: Path
+    columns: dict[str, dict[str, Any]]
+    trials: list[dict[str, float]]
+
+
+@dataclass(frozen=True)
+class _Trained:
+    task: Task
+    validation: dict[str, float]
+    path: Path
+
+
+def compress_checkpoint(path: Path, request: CompressionRequest) -> Comparison:
+    """Trains a smaller model from a checkpoint, and compares it with the dense model, trained equally long.
+
+    The checkpoint may come from an untrusted source. The directory of the results gets ``checkpoints/best.ckpt``,
+    ``compression.json`` and ``report.html``.
+
+    Args:
+        path: a checkpoint of lightkit.train.
+        request: the options.
+
+    Raises:
+        LightkitError: the checkpoint, its data or an option cannot be used, or no model keeps ``max_drop``.
+    """
+    request.check()
+    directory = Path(request.output) if request.output is not None else path.with_name(f"{path.stem}-compressed")
+    if directory.exists() and any(directory.iterdir()):
+        raise ConfigError(f"output={directory} holds files already; give another directory")
+    native.start()
+    job = _Job(path, request, directory)
+    native.load()
+    trials: list[dict[str, float]] = []
+    models: dict[str, Any] = {"dense": job.restored.task}
+    if request.compare:
+        # The dense model comes first: it is the better teacher after the same training.
+        models["dense, trained on"] = job.train(None, None, directory / "dense").task
+        job.teacher = models["dense, trained on"].model
+    if request.max_drop is None:
+        compressed = job.train(request.keep_macs, request.zeros, directory / "checkpoints")
+    else:
+        compressed, trials = _search(job, request.max_drop)
+    models["compressed"] = compressed.task
+    columns = job.measure(models)
+    comparison = Comparison(directory, columns, trials)
+    run_files.write_json(directory / "compression.json", _content(comparison, path, job.epochs))
+    (directory / "report.html").write_text(_page(comparison, path, job.epochs), encoding="utf-8")
+    return comparison
+
+
+class _Job:
+    """The trainings from one checkpoint.
+
+    Args:
+        path: the checkpoint.
+        request: the options.
+        directory: the directory of the results.
+    """
+
+    def __init__(self, path: Path, request: CompressionRequest, directory: Path) -> None:
+        self.path, self.request, self.directory = path, request, directory
+        self.restored = self._restore()
+        model = model_of(self.restored.task)
+        if not isinstance(self.restored.task, Task) or model is None:
+            raise ConfigError(f"{type(self.restored.task).__name__} is no task of lightkit.tasks with a model")
+        self.teacher = model
+        trainer = self.restored.config.get("trainer")
+        epochs = trainer.get("max_epochs") if isinstance(trainer, dict) else None
+        trained = epochs if isinstance(epochs, int) and 0 < epochs < 10_000 else _DEFAULT_EPOCHS
+        self.epochs = request.epochs if request.epochs is not None else trained
+
+    def _restore(self) -> RestoredTask:
+        return restore(self.path, for_evaluation=True)
+
+    def _build_data(self) -> pl.LightningDataModule:
+        if self.request.data_dir is not None and isinstance(data := self.restored.build_data(), TableDataModule):
+            data.path = self.request.data_dir
+            return data
+        return build_test_data(self.restored, self.request.data_dir, self.request.download)
+
+    def train(self, keep_macs: float | None, zeros: float | None, directory: Path) -> _Trained:
+        """Trains a copy of the dense model, and returns it with its best weights.
+
+        Args:
+            keep_macs: the share of the multiply-adds that is left; None leaves all.
+            zeros: the share of zeros; None sets none.
+            directory: the directory of the checkpoints.
+        """
+        pl.seed_everything(self.request.seed, workers=True, verbose=False)
+        restored = self._restore()
+        task = restored.task
+        assert isinstance(task, Task)
+        task.train().requires_grad_(True)
+        task.use_optimizer(
+            partial(Adam, lr=self.request.lr), partial(torch.optim.lr_scheduler.CosineAnnealingLR, **{"T_max": None})
+        )
+        compression: list[Callback] = []
+        is_smaller = keep_macs is not None or zeros is not None
+        if self.request.distil > 0 and is_smaller:
+            is_value = isinstance(task, (ForecastTask, RegressionTask))
+            targets = "values" if is_value else "classes"
+            compression.append(Distil(copy.deepcopy(self.teacher), self.request.distil, targets=targets))
+        if keep_macs is not None:
+            compression.append(Prune(keep_macs, start=0.0, end=0.4))
+        if zeros is not None:
+            compression.append(Sparsify(zeros, start=0.2, end=0.7))
+        best = Checkpoint(directory, "best", monitor="val/loss", save_last=False, enable_version_counter=False)
+        trainer = self._trainer(
+            [*compression, SaveWidths(), _SaveConfig(restored.config), best, LeanLoop(), Progress()]
+        )
+        data = self._build_data()
+        with lightning_errors_as_config_errors():
+            trainer.fit(task, datamodule=data)
+            path = best.best_model_path
+            if not path:
+                # Without validation data the last weights are the best.
+                trainer.save_checkpoint(path := str(directory / "best.ckpt"))
+            found = trainer.validate(task, datamodule=data, ckpt_path=path, verbose=False)
+        return _Trained(task, dict(found[0]) if found else {}, Path(path))
+
+    def validate(self) -> dict[str, float]:
+        """Returns the metrics of the dense model on the validation set."""
+        with lightning_errors_as_config_errors():
+            found = self._trainer([]).validate(self.restored.task, datamodule=self._build_data(), verbose=False)
+        return dict(found[0]) if found else {}
+
+    def measure(self, tasks: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """Returns the test metrics, sizes and latencies of tasks by name."""
+        columns: dict[str, dict[str, Any]] = {}
+        models: dict[str, nn.Module] = {}
+        inputs: list[tuple[Any, ...]] = []
+        for name, task in tasks.items():
+            model = model_of(task)
+            assert model is not None
+            recorder = TestRecorder()
+            hook = model.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments))
+            with lightning_errors_as_config_errors():
+                (metrics,) = self._trainer([recorder]).test(task, datamodule=self._build_data(), verbose=False)
+            hook.remove()
+            count = len(next(iter(recorder.result().values()), ()))
+            columns[name] = {**metrics, "test samples": count}
+            share = metrics.get(f"test/{_ACCURACY}")
+            if share is not None and count:
+                columns[name]["interval"] = list(accuracy_interval(share, count))
+            columns[name] |= {f"bytes {kind}": size for kind, size in weight_bytes(model).items()}
+            models[name] = model.eval()
+        arguments = inputs[0] if inputs else None
+        if arguments is None:
+            return columns
+        device = next((x.device for x in arguments if isinstance(x, torch.Tensor)), torch.device("cpu"))
+        for name, model in models.items():
+            columns[name]["multiply-adds"] = multiply_adds(model.to(device), arguments)
+        for size in _BATCH_SIZES:
+            if all(len(x) >= size for x in arguments if isinstance(x, torch.Tensor)):
+                for name, value in latencies(models, arguments, size).items():
+                    columns[name][f"ms at batch {size}"] = value
+        return columns
+
+    def _trainer(self, callbacks: Sequence[Callback]) -> pl.Trainer:
+        return pl.Trainer(
+            accelerator=self.request.accelerator,
+            devices=1,
+            max_epochs=self.epochs,
+            precision=precision_of(self.restored),  # pyright: ignore[reportArgumentType]
+            plugins=[AtomicCheckpointIO(plain_hyperparameters=True), *cluster.plugins()],
+            logger=False,
+            enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
+            enable_progress_bar=any(isinstance(callback, Progress) for callback in callbacks),
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            callbacks=list(callbacks),
+        )
+
+
+class _SaveConfig(Callback):
+    """Saves the plain configuration of the dense run in every checkpoint."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self._config = config
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint[CONFIG_KEY] = self._config
+
+
+def _search(job: _Job, max_drop: float) -> tuple[_Trained, list[dict[str, float]]]:
+    """Returns the smallest model whose validation accuracy has dropped by ``max_drop`` at most, by bisection.
+
+    Raises:
+        ConfigError: the task has no validation accuracy, or each model has lost more.
+    """
+    name = f"val/{_ACCURACY}"
+    dense = job.validate().get(name)
+    if dense is None:
+        raise ConfigError("max_drop needs a task with the metric accuracy, which this one has not")
+    trials: list[dict[str, float]] = []
+    best: tuple[int, _Trained] | None = None
+    low, high = 0, len(_SHARES) - 1
+    while low <= high:
+        middle = (low + high + 1) // 2 if not trials else (low + high) // 2
+        share = _SHARES[middle]
+        trained = job.train(share, job.request.zeros, job.directory / f"keep_{share}")
+        drop = dense - trained.validation[name]
+        trials.append({"keep_macs": share, "drop": drop})
+        print(f"keep_macs={share}: validation accuracy {trained.validation[name]:.4f}, {dense:.4f} dense", flush=True)
+        # Rounding of float32 must not decide.
+        if drop <= max_drop + 1e-6:
+            best, low = (middle, trained), middle + 1
+        else:
+            high = middle - 1
+    if best is None:
+        raise ConfigError(
+            f"max_drop={max_drop}: each model has lost more; train longer with epochs=N, or allow a larger drop"
+        )
+    target = job.directory / "checkpoints"
+    target.mkdir(parents=True, exist_ok=True)
+    os.replace(best[1].path, target / "best.ckpt")
+    return best[1], trials
+
+
+def _content(comparison: Comparison, path: Path, epochs: int) -> dict[str, Any]:
+    return {
+        "ckpt_path": str(path),
+        "epochs": epochs,
+        "models": comparison.columns,
+        "trials": comparison.trials,
+        "environment": run_files.environment(),
+    }
+
+
+def rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
+    """Returns the rows of the comparison: the name of a value and its text for each model."""
+    columns = list(comparison.columns.values())
+    names = list(dict.fromkeys(name for column in columns for name in column if name != "interval"))
+    return [(name, [_text(name, column) for column in columns]) for name in names]
+
+
+def _text(name: str, column: dict[str, Any]) -> str:
+    value = column.get(name)
+    if value is None:
+        return ""
+    if name == f"test/{_ACCURACY}":
+        interval = column.get("interval")
+        around = "" if interval is None else f" ({' to '.join(format_percentage(round(x, 4)) for x in interval)})"
+        return format_percentage(round(value, 4)) + around
+    return f"{value:,}" if isinstance(value, int) else format_number(value)
+
+
+def print_comparison(comparison: Comparison) -> None:
+    """Prints the comparison as tables, and the paths of the results."""
+    for index, name in enumerate(comparison.columns):
+        print_table(name, {row: texts[index] for row, texts in rows(comparison) if texts[index]})
+    directory = comparison.directory
+    places = {"checkpoint": directory / "checkpoints" / "best.ckpt", "report": directory / "report.html"}
+    print_table("results", {name: os.path.relpath(place) for name, place in places.items()})
+
+
+def _page(comparison: Comparison, path: Path, epochs: int) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in comparison.columns)
+    body = "".join(
+        f"<tr><td>{escape(name)}</td>{''.join(f'<td>{escape(text)}</td>' for text in texts)}</tr>"
+        for name, texts in rows(comparison)
+    )
+    note = (
+        f"<p>The compressed model and the dense one that was trained on had {epochs} epochs from {escape(str(path))}. "
+        "The interval of an accuracy has 95 %. Latencies are medians of calls in turn on this machine.</p>"
+    )
+    tried = "".join(
+        f"<tr><td>{trial['keep_macs']}</td><td>{format_number(trial['drop'])}</td></tr>" for trial in comparison.trials
+    )
+    search = (
+        f"<section><h2>Search</h2><table><tr><th>keep_macs</th><th>drop of accuracy in validation</th></tr>{tried}"
+        "</table></section>"
+        if tried
+        else ""
+    )
+    section = f'<section><h2>Dense and compressed</h2><div class="scroll"><table><tr><th></th>{head}</tr>{body}</table>'
+    return render_page("compression", path.name, f"{section}</div>{note}</section>{search}")

@@ -1,0 +1,215 @@
+"""A callback that sets the smallest weights to zero during a training, and keeps them there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+
+from lightkit._util.printable import printable
+from lightkit.compress.distil import begin_distillation
+from lightkit.compress.training_support import check_share, check_training, forget_best, round_steps, training_steps
+from lightkit.errors import CheckpointError, ConfigError
+
+# A tensor keeps this share of its weights at least: with fewer its layer lets nothing through.
+_MIN_SHARE = 0.01
+
+# States of lightkit's optimizers that are weights themselves.
+_WEIGHT_STATES = ("master_weight", "average")
+
+
+class Sparsify(Callback):
+    """Sets the smallest weights of any LightningModule to zero: ``Trainer(callbacks=[Sparsify(zeros=0.9)])``.
+
+    The weights of all layers compete by magnitude [1]_, and the share of zeros grows from round to round by the cubic
+    schedule of Zhu and Gupta [2]_, so that the other weights can take over. Biases, norms and other vectors have no
+    zeros. Zeros stay zeros: after each optimizer step, with every optimizer and precision, the callback multiplies the
+    weights by their masks, which takes a pass over the weights. The averages and master weights of lightkit's
+    optimizers are masked too.
+
+    A checkpoint with many zeros is much smaller once it is zipped. The model is not faster, since the layers multiply
+    zeros like other numbers: `lightkit.compress.Prune` makes layers smaller. Together they compress most: the masks
+    lose what is pruned.
+
+    The masks are in the checkpoints as plain tensors, and a training resumes at any step, to the bit like one that was
+    not interrupted. At each round, checkpoints and early stopping forget the scores so far.
+
+    Args:
+        zeros: the share of the weights of convolutions, linear, recurrent and embedding layers that is zero at the end,
+            from 0 to below 1.
+        start: the share of the training's steps before the first round.
+        end: the share before the last round.
+        rounds: the number of rounds.
+
+    Attributes:
+        sparsity: the present share of masked weights.
+
+    Raises:
+        ConfigError: an argument is out of its range; or the training cannot be masked, see
+            `lightkit.compress.training_support.check_training`.
+
+    References:
+        .. [1] Han, Pool, Tran and Dally, Learning both Weights and Connections for Efficient Neural Networks, NeurIPS
+           2015.
+        .. [2] Zhu and Gupta, To prune, or not to prune: exploring the efficacy of pruning for model compression, 2017.
+    """
+
+    teaches_with_dense_model = True
+
+    def __init__(self, zeros: float = 0.9, start: float = 0.4, end: float = 0.75, rounds: int = 8) -> None:
+        self.zeros = check_share("zeros", zeros)
+        if self.zeros > 1 - _MIN_SHARE:
+            raise ConfigError(f"zeros must be at most {1 - _MIN_SHARE}, got {zeros!r}")
+        self.start, self.end = check_share("start", start), check_share("end", end)
+        if self.end < self.start:
+            raise ConfigError(f"end must be at least start, which is {start}, got {end}")
+        if type(rounds) is not int or rounds < 1:
+            raise ConfigError(f"rounds must be a whole number, at least 1, got {rounds!r}")
+        self.rounds = rounds
+        self._finished_rounds = 0
+        self._seen_step = -1
+        self._round_steps: list[int] = []
+        # False where a weight stays zero, by parameter.
+        self.masks: dict[Tensor, Tensor] = {}
+        self._factors: list[Tensor] = []
+        self._names: dict[Tensor, str] = {}
+        # The masks of a checkpoint, packed to bits, by the name of a parameter.
+        self._loaded: dict[str, Tensor] = {}
+
+    @property
+    def sparsity(self) -> float:
+        """The share of masked weights in the tensors that have masks; 0 without masks."""
+        total = sum(mask.numel() for mask in self.masks.values())
+        return sum(int((~mask).sum()) for mask in self.masks.values()) / total if total else 0.0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Forgets the masks of an earlier training."""
+        if stage == "fit":
+            self._finished_rounds, self._seen_step = 0, -1
+            self.masks, self._factors, self._names, self._loaded = {}, [], {}, {}
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Rejects a training whose weights cannot be masked."""
+        check_training("Sparsify", trainer, pl_module)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Computes the steps of the rounds, and applies the masks of the checkpoint."""
+        total = training_steps("Sparsify", trainer)
+        self._round_steps = round_steps("Sparsify", self.start, self.end, self.rounds, total)
+        self._names = {p: name for name, p in pl_module.named_parameters() if p.dim() > 1 and p.requires_grad}
+        if not self._names:
+            raise ConfigError("Sparsify: no weight with two or more dimensions is trained")
+        parameters = {name: p for p, name in self._names.items()}
+        for name, packed in self._loaded.items():
+            parameter = parameters.get(name)
+            if parameter is None or packed.numel() != -(-parameter.numel() // 8):
+                raise CheckpointError(f"the mask of {printable(name)} in the checkpoint does not fit the model")
+            self.masks[parameter] = _unpacked(packed, parameter)
+        self._loaded = {}
+        self.apply(trainer)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Masks the weights after a step, and renews the masks after the step of a round."""
+        step = trainer.global_step
+        if step == self._seen_step:
+            return
+        self._seen_step = step
+        due = self._finished_rounds < self.rounds and step >= self._round_steps[self._finished_rounds]
+        if due:
+            begin_distillation(trainer, pl_module)
+            self._finished_rounds += 1
+            self.masks = _smallest_masked(self._names, self._target())
+            self._factors = []
+            forget_best(trainer)
+            if self._finished_rounds == self.rounds and trainer.is_global_zero:
+                print(f"masked {self.sparsity:.1%} of the weights", flush=True)
+        self.apply(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Warns if the training has ended before the last round."""
+        if self._finished_rounds < self.rounds:
+            rank_zero_warn(
+                f"Sparsify: the training ended before round {self._finished_rounds + 1} of {self.rounds}: "
+                f"{self.sparsity:.1%} of the weights are masked"
+            )
+
+    @torch.no_grad()
+    def apply(self, trainer: pl.Trainer) -> None:
+        """Sets the masked weights to zero, and those of the averages and master weights of the optimizers."""
+        if not self.masks:
+            return
+        parameters = list(self.masks)
+        if len(self._factors) != len(parameters):
+            self._factors = [mask.to(p.dtype) for p, mask in self.masks.items()]
+        torch._foreach_mul_([p.detach() for p in parameters], self._factors)
+        for optimizer in trainer.optimizers:
+            for parameter, mask in self.masks.items():
+                # A look-up of a missing parameter would make an empty state.
+                state = optimizer.state[parameter] if parameter in optimizer.state else {}
+                for name in _WEIGHT_STATES:
+                    if name in state:
+                        state[name].mul_(mask)
+
+    def follow(self) -> dict[Tensor, Tensor]:
+        """Returns the masks by parameter for a removal of units, which makes the masks smaller."""
+        self._factors = []
+        return self.masks
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the number of finished rounds and the masks, packed to bits, as plain containers and tensors."""
+        masks = {self._names[p]: _packed(mask) for p, mask in self.masks.items()}
+        return {"rounds": self._finished_rounds, "masks": masks}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads the state that `state_dict` returned; the masks are applied when the training starts.
+
+        Raises:
+            CheckpointError: the state has other types.
+        """
+        rounds, masks = state_dict.get("rounds"), state_dict.get("masks")
+        if not (isinstance(rounds, int) and isinstance(masks, dict)) or rounds < 0:
+            raise CheckpointError("the state of Sparsify in the checkpoint is damaged")
+        tensors = [mask for mask in masks.values() if isinstance(mask, Tensor)]
+        if len(tensors) < len(masks) or any(mask.dtype != torch.uint8 or mask.dim() != 1 for mask in tensors):
+            raise CheckpointError("the state of Sparsify in the checkpoint is damaged")
+        self._finished_rounds, self._loaded = rounds, dict(masks)
+
+    def _target(self) -> float:
+        """Returns the share of zeros after the finished rounds."""
+        return self.zeros * (1 - (1 - self._finished_rounds / self.rounds) ** 3)
+
+
+@torch.no_grad()
+def _smallest_masked(names: dict[Tensor, str], share: float) -> dict[Tensor, Tensor]:
+    """Returns masks that are False for a share of the weights: the smallest ones of all tensors.
+
+    Each tensor keeps a hundredth of its weights.
+    """
+    magnitudes = {p: p.detach().float().abs() for p in names}
+    for magnitude in magnitudes.values():
+        # The largest weights of a tensor stay in any case.
+        flat = magnitude.view(-1)
+        kept = max(1, int(_MIN_SHARE * flat.numel()))
+        flat[flat.topk(kept).indices] = torch.inf
+    values = torch.cat([magnitude.flatten().cpu() for magnitude in magnitudes.values()])
+    count = int(share * values.numel())
+    masked = torch.zeros(values.numel(), dtype=torch.bool)
+    masked[values.argsort(stable=True)[:count]] = True
+    parts = masked.split([p.numel() for p in names])
+    return {p: ~part.view(p.shape).to(p.device) for p, part in zip(names, parts, strict=True)}
+
+
+def _packed(mask: Tensor) -> Tensor:
+    return torch.from_numpy(np.packbits(mask.cpu().flatten().numpy()))
+
+
+def _unpacked(packed: Tensor, parameter: nn.Parameter | Tensor) -> Tensor:
+    bits = np.unpackbits(packed.cpu().numpy(), count=parameter.numel())
+    return torch.from_numpy(bits).bool().view(parameter.shape).to(parameter.device)

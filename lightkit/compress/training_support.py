@@ -1,0 +1,130 @@
+"""What the callbacks of compression ask of a training, and change in its other callbacks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import (
+    Callback,
+    EarlyStopping,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+
+from lightkit._lightning.module import is_compiled
+from lightkit._util.strategy_traits import traits_of
+from lightkit.capture.module_call import is_captured
+from lightkit.errors import ConfigError
+
+
+def callbacks_of(trainer: pl.Trainer) -> list[Callback]:
+    """Returns the callbacks of a trainer."""
+    # Lightning sets Trainer.callbacks in a connector, where a type checker does not see it.
+    return trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def check_training(name: str, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Rejects a training that cannot prune or mask weights, before its first step.
+
+    Args:
+        name: the name of the callback, for the message.
+        trainer: the trainer, with its optimizers.
+        pl_module: the module.
+
+    Raises:
+        ConfigError: the strategy shards the weights, or each process or server has its own; the module optimizes
+            manually or has several optimizers; or a callback averages weights from before.
+    """
+    strategy = trainer.strategy
+    traits = traits_of(strategy)
+    is_whole = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy))
+    if not is_whole or traits.trains_locally or traits.tolerates_worker_loss:
+        raise ConfigError(
+            f"{name} needs the same weights in each process, as one device, ddp and DataParallel have them; "
+            f"{type(strategy).__name__} has not"
+        )
+    if not pl_module.automatic_optimization or len(trainer.optimizers) != 1:
+        raise ConfigError(f"{name} needs automatic optimization with one optimizer")
+    averaging = next(
+        (c for c in callbacks_of(trainer) if isinstance(c, (WeightAveraging, StochasticWeightAveraging))), None
+    )
+    if averaging is not None:
+        raise ConfigError(f"{name}: {type(averaging).__name__} would average the weights of models of several sizes")
+
+
+def check_not_compiled(name: str, pl_module: pl.LightningModule) -> None:
+    """Rejects a module under torch.compile, whose code is that of the widths at compilation."""
+    for part, module in pl_module.named_modules():
+        compiled = getattr(module, "_compiled_call_impl", None) is not None and not is_captured(module)
+        if compiled or is_compiled(module):
+            raise ConfigError(f"{name}: {part or 'the module'} is compiled for the widths that it has")
+
+
+def training_steps(name: str, trainer: pl.Trainer) -> int:
+    """Returns the number of optimizer steps of a training.
+
+    Raises:
+        ConfigError: the training has no limit of steps or epochs, or its data have no length.
+    """
+    steps = trainer.estimated_stepping_batches
+    if math.isinf(steps) or steps < 1:
+        raise ConfigError(f"{name} needs the length of the training: set max_epochs or max_steps")
+    return int(steps)
+
+
+def round_steps(name: str, start: float, end: float, rounds: int, total: int) -> list[int]:
+    """Returns the numbers of finished steps at which the rounds of a callback come, in order and all different.
+
+    Args:
+        name: the name of the callback, for the message.
+        start: the share of the steps before the first round.
+        end: the share of the steps before the last round.
+        rounds: the number of rounds.
+        total: the number of steps of the training.
+
+    Raises:
+        ConfigError: the training is too short.
+    """
+    span = (end - start) / max(1, rounds - 1)
+    steps: list[int] = []
+    for index in range(rounds):
+        # Each round needs a step before it, and the last one a step after it.
+        steps.append(max(round(total * (start + span * index)), steps[-1] + 1 if steps else 1))
+    if steps[-1] >= total:
+        raise ConfigError(f"{name}: {rounds} rounds need more than the {total} steps of the training")
+    return steps
+
+
+def check_share(name: str, value: Any, *, zero: bool = True) -> float:
+    """Returns ``value`` as a float if it is a number from 0 to 1.
+
+    Args:
+        name: the name of the argument.
+        value: its value.
+        zero: True if 0 is allowed.
+
+    Raises:
+        ConfigError: ``value`` is none.
+    """
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= 1 or (value == 0 and not zero):
+        raise ConfigError(f"{name} must be a number {'from 0' if zero else 'above 0'} to 1, got {value!r}")
+    return float(value)
+
+
+def forget_best(trainer: pl.Trainer) -> None:
+    """Makes checkpoints and early stopping compare from now on: the scores so far are those of larger models."""
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
+            callback.best_k_models = {}
+            callback.best_model_score = callback.current_score = None
+            callback.best_model_path = callback.kth_best_model_path = ""
+            callback.kth_value = torch.tensor(math.inf if callback.mode == "min" else -math.inf)
+        elif isinstance(callback, EarlyStopping):
+            callback.wait_count = 0
+            callback.best_score = torch.tensor(math.inf if callback.mode == "min" else -math.inf)

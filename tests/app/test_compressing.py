@@ -1,0 +1,114 @@
+"""The command compress: a finished run becomes a smaller checkpoint, and a comparison that says what it cost."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from lightkit import load
+from lightkit.app.compressing import CompressionRequest, compress_checkpoint
+from lightkit.app.model_measurements import accuracy_interval, multiply_adds, weight_bytes
+from lightkit.checkpoints import CONFIG_KEY, load_checkpoint
+from lightkit.compress import WIDTHS_KEY
+from lightkit.errors import ConfigError
+from lightkit.models import CNN
+from lightkit.tasks import ClassificationTask
+
+ACCURACY = {"_target_": "torchmetrics.classification.MulticlassAccuracy", "num_classes": 10, "average": "micro"}
+CONFIG = {
+    "data": {
+        "_target_": "lightkit.data.MNIST5k",
+        "layout": "image",
+        "batch_size": 256,
+        "validation_size": 400,
+        "seed": 0,
+    },
+    "model": {"_target_": "lightkit.models.CNN"},
+    "task": {
+        "_target_": "lightkit.tasks.ClassificationTask",
+        "loss": {"_target_": "lightkit.nn.CrossEntropyLoss"},
+        "metrics": {"accuracy": ACCURACY},
+    },
+    "trainer": {"max_epochs": 1},
+}
+
+
+@pytest.fixture
+def dense(tmp_path):
+    """The path of a checkpoint of a model that has learnt nothing."""
+    torch.manual_seed(0)
+    path = tmp_path / "dense.ckpt"
+    state = ClassificationTask(CNN()).state_dict()
+    torch.save({"state_dict": state, CONFIG_KEY: CONFIG, "pytorch-lightning_version": "2.6.0"}, path)
+    return path
+
+
+@pytest.mark.slow
+def test_compressed(dense, call, tmp_path):
+    """The command writes a checkpoint that the others take, and compares three models."""
+    words = ["ckpt_path=dense.ckpt", "keep_macs=0.4", "zeros=0.5", "epochs=1", "accelerator=cpu", "distil=0.5"]
+    result = call("compress.__main__", *words, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    directory = tmp_path / "dense-compressed"
+    path = directory / "checkpoints" / "best.ckpt"
+    assert load_checkpoint(path)[WIDTHS_KEY]
+    content = json.loads((directory / "compression.json").read_text())
+    models = content["models"]
+    assert list(models) == ["dense", "dense, trained on", "compressed"]
+    assert models["compressed"]["multiply-adds"] <= 0.4 * models["dense"]["multiply-adds"]
+    assert models["compressed"]["bytes zipped"] < 0.6 * models["dense"]["bytes zipped"]
+    low, high = models["compressed"]["interval"]
+    assert low < models["compressed"]["test/accuracy"] < high and content["epochs"] == 1
+    assert models["dense"]["ms at batch 32"] > 0
+    page = (directory / "report.html").read_text()
+    assert "dense, trained on" in page and "multiply-adds" in page
+    # The loaded model is the compressed one.
+    net = load(path).task.model
+    assert multiply_adds(net, [torch.zeros(1, 1, 28, 28)]) == models["compressed"]["multiply-adds"]
+    result = call("evaluate", f"ckpt_path={path}", "output=x.json", cwd=tmp_path)
+    assert json.loads((tmp_path / "x.json").read_text())["test/accuracy"] == models["compressed"]["test/accuracy"]
+    result = call("compress.__main__", *words, cwd=tmp_path)
+    assert result.returncode == 1 and "holds files already" in result.stderr
+
+
+@pytest.mark.slow
+def test_max_drop(dense, monkeypatch):
+    """The search keeps the smallest model that passes, and says what each trial has lost; no model is one line."""
+    monkeypatch.setattr("lightkit.app.compressing._SHARES", (0.7, 0.4, 0.2))
+    request = CompressionRequest(max_drop=0.9, epochs=1, compare=False, accelerator="cpu")
+    comparison = compress_checkpoint(dense, request)
+    assert [trial["keep_macs"] for trial in comparison.trials] == [0.4, 0.2]
+    assert comparison.columns["compressed"]["multiply-adds"] <= 0.2 * comparison.columns["dense"]["multiply-adds"]
+    assert load_checkpoint(comparison.directory / "checkpoints" / "best.ckpt")[WIDTHS_KEY]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"keep_macs": None}, "keep_macs, zeros and max_drop are all null"),
+        ({"max_drop": 1.5}, "max_drop must be a share"),
+        ({"distil": -1}, "distil must be a number from 0 to 1"),
+        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"lr": 0}, "lr must be positive"),
+    ],
+)
+def test_wrong_options(tmp_path, options, expected):
+    """A wrong option is one line before the checkpoint is read."""
+    with pytest.raises(ConfigError, match=expected):
+        compress_checkpoint(tmp_path / "gone.ckpt", CompressionRequest(**options))
+
+
+def test_measurements():
+    """The multiply-adds are those of the layers, zeros make an archive small, and the interval is Wilson's."""
+    model = CNN().eval()
+    by_hand = 9 * 32 * 676 + 9 * 32 * 64 * 121 + 9 * 64 * 64 * 9 + 576 * 64 + 640
+    assert multiply_adds(model, [torch.zeros(4, 1, 28, 28)]) == by_hand
+    before = weight_bytes(model)
+    assert before["raw"] == 4 * 93_322 and before["zipped"] > 0.8 * before["raw"]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert weight_bytes(model)["zipped"] < 5_000
+    assert accuracy_interval(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)

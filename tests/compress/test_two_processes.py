@@ -1,0 +1,39 @@
+"""Pruning in two processes: both remove the same units and go on with the same weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.commands import python_path, run_python
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("pruned")
+    script = Path(__file__).with_name("two_pruned_processes.py")
+    run_python(script, directory, environment=python_path(), status=0)
+    return [torch.load(directory / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", ["ddp", "data_parallel", "powersgd", "whole", "resumed"])
+def test_same_weights(ranks, name):
+    """Both processes have the same smaller model after the last step."""
+    first, second = (rank[name]["state"] for rank in ranks)
+    assert first["net.0.weight"].shape[0] < 8
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+    assert ranks[0][name]["metrics"].get("same", 1.0) == 1.0
+
+
+def test_resumed(ranks):
+    """A training of two processes resumes to the bit between two rounds."""
+    whole, resumed = (ranks[0][name]["state"] for name in ("whole", "resumed"))
+    assert all(torch.equal(value, whole[key]) for key, value in resumed.items())
+
+
+def test_separate_weights(ranks):
+    """Processes with weights of their own would remove different units: one line says so."""
+    assert "Prune needs the same weights in each process" in ranks[0]["local_sgd"]["error"]

@@ -1,0 +1,37 @@
+"""Prunes in two processes: ``python two_pruned_processes.py DIRECTORY`` runs a small training for each strategy."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from support.two_processes import fit
+
+from lightkit.callbacks import LeanLoop
+from lightkit.compress import Prune
+from lightkit.strategies import DataParallel, LocalSGD
+
+
+def prune() -> Prune:
+    return Prune(0.4, rounds=2)
+
+
+def main(directory: Path) -> None:
+    results = {
+        "ddp": fit("ddp", callbacks=[prune()], validate=True),
+        "data_parallel": fit("data_parallel", callbacks=[prune(), LeanLoop()], validate=True),
+        "powersgd": fit(DataParallel("powersgd"), callbacks=[prune()], validate=True, max_epochs=6),
+        "whole": fit("data_parallel", directory / "whole", callbacks=[prune()], every=9),
+        "resumed": fit(
+            "data_parallel", directory / "again", callbacks=[prune()], ckpt_path=directory / "whole" / "step=9.ckpt"
+        ),
+        # Last: after an error one process may connect to the rendezvous that the other is about to leave.
+        "local_sgd": fit(LocalSGD(period=3), callbacks=[prune()]),
+    }
+    torch.save(results, directory / f"rank{os.environ.get('LOCAL_RANK', 0)}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

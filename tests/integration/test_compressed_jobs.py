@@ -1,0 +1,86 @@
+"""Compression by the command line: smaller checkpoints that every command takes, resumption, and mistakes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import lightkit.app.training
+from lightkit.checkpoints import load_checkpoint
+from lightkit.compress import WIDTHS_KEY
+
+pytestmark = pytest.mark.slow
+
+QUICK = ["+experiment=cnn", "trainer=cpu", "logger=csv", "test=false", "trainer.limit_train_batches=12"]
+PRUNE = ["compress=[prune,sparse,distil]", "compress.prune.keep_macs=0.3", "compress.prune.rounds=2"]
+
+
+@pytest.fixture
+def job(call, monkeypatch, tmp_path):
+    """Returns a function that runs a command in this process, without a report."""
+    monkeypatch.setattr(lightkit.app.training.report, "write", lambda *arguments: None)
+    return lambda *words, command="train": call(command, *words, cwd=tmp_path)
+
+
+def test_pruned_job(job, tmp_path):
+    """A pruned checkpoint is evaluated without further keys, and resumes with and without the group."""
+    result = job(*QUICK, *PRUNE, "trainer.max_epochs=2", "hydra.run.dir=runs/cnn/a")
+    assert result.returncode == 0, result.stderr
+    assert "pruned to 3" in result.stdout or "pruned to 2" in result.stdout
+    best = load_checkpoint(tmp_path / "runs/cnn/a/checkpoints/best.ckpt")
+    widths = best[WIDTHS_KEY]
+    assert widths["model.features.3.weight"][0] < 64
+    shares = [float((w == 0).float().mean()) for w in best["state_dict"].values() if w.dim() > 1]
+    assert max(shares) > 0.9
+    result = job("ckpt_path=runs/cnn/a", "output=x.json", command="evaluate")
+    assert result.returncode == 0 and "test/accuracy" in result.stdout, result.stderr
+
+    # The settings of the group come from the checkpoint, whose choice the command line repeats.
+    result = job(*QUICK, PRUNE[0], "ckpt_path=last", "trainer.max_epochs=3", "hydra.run.dir=runs/cnn/b")
+    assert result.returncode == 0, result.stderr
+    assert "compress.prune.keep_macs=0.3" in result.stdout and "pruned to" not in result.stdout
+    resumed = load_checkpoint(tmp_path / "runs/cnn/b/checkpoints/last.ckpt")
+    assert resumed[WIDTHS_KEY] == widths
+
+    result = job(
+        *QUICK, "ckpt_path=runs/cnn/b/checkpoints/last.ckpt", "trainer.max_epochs=4", "hydra.run.dir=runs/cnn/c"
+    )
+    assert result.returncode == 0, result.stderr
+    assert load_checkpoint(tmp_path / "runs/cnn/c/checkpoints/last.ckpt")[WIDTHS_KEY] == widths
+
+
+def test_teacher(job, tmp_path):
+    """A checkpoint teaches from the first step on."""
+    assert job(*QUICK, "trainer.max_epochs=1", "hydra.run.dir=dense").returncode == 0
+    words = ["compress=distil", "compress.distil.teacher=dense/checkpoints/best.ckpt", "compress.distil.weight=1.0"]
+    result = job(*QUICK, *words, "trainer.max_epochs=1", "hydra.run.dir=student")
+    assert result.returncode == 0, result.stderr
+    assert "train/distillation" in (tmp_path / "student" / "metrics.csv").read_text().splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["compress=prune", "compress.prune.keep_macs=2"], "keep_macs must be a number above 0 to 1, got 2"),
+        (["compress=prune", "compile=true"], "compile=true compiles the model as it is at the start"),
+        (["compress=distil"], "Distil has no teacher: give one, or use it with Prune or Sparsify"),
+        (["compress=distil", "compress.distil.teacher=gone.ckpt"], "there is no checkpoint gone.ckpt"),
+        (["compress=pruned"], "prune"),
+        (["compress=prune", "strategy=parameter_server", "trainer.devices=1"], "Prune needs the same weights"),
+        (["compress=prune", "callbacks=[default,swa]"], "would average the weights of models of several sizes"),
+    ],
+)
+def test_mistakes(job, words, expected):
+    """A mistake is one line before the training."""
+    result = job(*QUICK, "trainer.max_epochs=1", *words)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 1 and len(errors) == 1 and expected in errors[0], result.stderr
+
+
+def test_default_is_unchanged(job, tmp_path):
+    """Without the group a checkpoint has no widths, and the model all of its parameters."""
+    assert job(*QUICK, "trainer.max_epochs=1", "hydra.run.dir=dense").returncode == 0
+    checkpoint = load_checkpoint(tmp_path / "dense/checkpoints/last.ckpt")
+    assert WIDTHS_KEY not in checkpoint
+    assert sum(value.numel() for value in checkpoint["state_dict"].values()) == 93_322
+    assert isinstance(checkpoint["state_dict"]["model.features.0.weight"], torch.Tensor)
