@@ -25,6 +25,7 @@ from lightkit.errors import CheckpointError, ConfigError
 from lightkit.export import FORMATS, ExportedModel, InputSpec, export_model, open_export
 from lightkit.export.agreement import Agreement
 from lightkit.export.formats import check_format, format_of
+from lightkit.export.quantized import is_quantized
 from lightkit.export.runtime import BATCH, LENGTH
 from lightkit.models import RNN, Ensemble, LanguageModel
 from lightkit.targets import is_in_user_package
@@ -172,7 +173,8 @@ def rows(agreement: Agreement, path: Path, format: str) -> dict[str, str]:
     """
     files = [path, *(path.with_suffix(suffix) for suffix in FORMATS[format].companions)]
     size = sum(file.stat().st_size for file in files)
-    shown = {"size": f"{size:,} bytes", "weights": "float32", "compared on": f"{agreement.samples:,} test samples"}
+    weights = "int8" if agreement.has_levels else "float32"
+    shown = {"size": f"{size:,} bytes", "weights": weights, "compared on": f"{agreement.samples:,} test samples"}
     if agreement.predictions:
         shown["labels that differ"] = f"{agreement.differing:,} of {agreement.predictions:,}"
     shown["largest difference"] = (
@@ -198,7 +200,7 @@ def compare(
     # This process wrote the file.
     runtime, _ = open_export(path, trust=True)
     exported, exact_model = ExportedModel(runtime), _in_float64(model)
-    agreement, values = Agreement(), 0
+    agreement, values = Agreement(has_levels=is_quantized(model)), 0
     with torch.no_grad():
         for inputs, expected in calls:
             exact = None if exact_model is None else _exact(exact_model, inputs)

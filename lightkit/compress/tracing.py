@@ -25,7 +25,21 @@ from lightkit.compress.widths import GATES, has_widths
 
 # Functions and methods that compute each value from the value at its place, by name.
 _ELEMENTWISE = {
-    *("relu", "relu_", "relu6", "gelu", "silu", "mish", "elu", "selu", "celu", "leaky_relu", "tanh", "sigmoid"),
+    *(
+        "fake_quantize_per_tensor_affine",
+        "relu",
+        "relu_",
+        "relu6",
+        "gelu",
+        "silu",
+        "mish",
+        "elu",
+        "selu",
+        "celu",
+        "leaky_relu",
+        "tanh",
+        "sigmoid",
+    ),
     *("hardtanh", "hardswish", "hardsigmoid", "softplus", "softsign", "logsigmoid", "tanhshrink", "hardshrink"),
     *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "exp", "log", "sqrt"),
     *("abs", "neg", "square", "clamp", "clamp_min", "contiguous", "clone", "detach", "to", "float", "double", "half"),

@@ -14,6 +14,11 @@ _MAX_RATIO = 10.0
 # compute in float64, so that its own rounding error is unknown.
 _FLOOR, _UNKNOWN = 2.0**-20, 1e-4
 
+# What a quantized model is allowed: a sum that rounding moves to the next level changes outputs by more than rounding.
+# A flipped level of the documented CNN moves a logit by up to a hundredth of the largest one; labels that differ are
+# those of samples between two classes.
+_LEVEL_FLOOR, _MAX_DIFFERING = 2.0**-5, 0.005
+
 
 @dataclass
 class Agreement:
@@ -31,6 +36,7 @@ class Agreement:
         export_error: the largest absolute error of the export's outputs against float64; None if the model does not
             compute in float64.
         model_error: that of the model's outputs likewise.
+        has_levels: True if layers of the model round their inputs to 8 bits.
     """
 
     samples: int = 0
@@ -40,6 +46,7 @@ class Agreement:
     largest_output: float = 0.0
     export_error: float | None = None
     model_error: float | None = None
+    has_levels: bool = False
 
     def update(self, output: Tensor, expected: Tensor, exact: Tensor | None, has_labels: bool) -> None:
         """Adds the outputs for a batch.
@@ -72,6 +79,8 @@ class Agreement:
     @property
     def bound(self) -> float:
         """The largest error of the export that rounding explains."""
+        if self.has_levels:
+            return _LEVEL_FLOOR * self.largest_output
         if self.model_error is None:
             return _UNKNOWN * self.largest_output
         return _MAX_RATIO * self.model_error + _FLOOR * self.largest_output
@@ -79,7 +88,10 @@ class Agreement:
     @property
     def is_rounding(self) -> bool:
         """True if rounding explains all differences between the export and the model."""
-        error = self.largest_difference if self.export_error is None else self.export_error
+        if self.has_levels and self.differing > max(1, _MAX_DIFFERING * self.predictions):
+            return False
+        is_unknown = self.has_levels or self.export_error is None
+        error = self.largest_difference if is_unknown else self.export_error
         # NaN is no such error.
         return error <= self.bound
 

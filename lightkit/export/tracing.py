@@ -15,6 +15,7 @@ from torch.export import Dim, ExportedProgram
 from lightkit._util.printable import printable
 from lightkit.errors import ConfigError
 from lightkit.export.folding import fold_batch_norms
+from lightkit.export.quantized import with_integers
 from lightkit.export.recurrent import keep_recurrent
 from lightkit.export.runtime import BATCH, LENGTH, InputSpec
 
@@ -35,7 +36,7 @@ def trace(model: nn.Module, inputs: Sequence[InputSpec], one_by_one: bool = Fals
     Raises:
         ConfigError: torch.export cannot record the model, as one whose operations depend on values.
     """
-    copied = _Positional(in_float32(model))
+    copied = _Positional(with_integers(in_float32(model), signed=one_by_one))
     example = tuple(_example(spec, 1 if one_by_one else _EXAMPLE_BATCH) for spec in inputs)
     shapes = None if one_by_one else tuple(_dynamic_shape(spec) for spec in inputs)
     with warnings.catch_warnings(), torch.no_grad():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from lightkit._util.originals import Originals
+from lightkit.nn.input_quantizer import InputQuantizer, quantizer_of
 from lightkit.ops._dispatch import is_autocast
 from lightkit.ops.layer_chain import ChainLayer, is_faster, layer_chain
 
@@ -58,7 +59,9 @@ def run_fused(layers: Iterable[nn.Module], input: Tensor) -> Tensor:
     while index < len(runs):
         chain, end = _chain(runs, index, x)
         if chain:
+            quantizer = quantizer_of(runs[index][0])
             try:
+                x = x if quantizer is None else quantizer.round(x)
                 x, reordered, index = layer_chain(x, chain), chain[-1].weight.dim() == 4, end
                 continue
             except ValueError:
@@ -96,6 +99,9 @@ def _chain(runs: list[list[nn.Module]], begin: int, x: Tensor) -> tuple[list[Cha
         # A Conv2d, a Linear or any other layer, as `kind` tells.
         first: Any = run[0]
         kind = type(first)
+        scale = _scale_before(first, chain)
+        if scale is None:
+            break
         if kind is nn.Conv2d and len(run) > 1 and size:
             weight, bias = _parameters(first)
             padding, pool = first.padding, len(run) == 3
@@ -115,8 +121,21 @@ def _chain(runs: list[list[nn.Module]], begin: int, x: Tensor) -> tuple[list[Cha
             continue
         else:
             break
+        if scale:
+            chain[-2] = chain[-2]._replace(output_scale=scale)
         end = index + 1
     return chain, end
+
+
+def _scale_before(layer: nn.Module, chain: list[ChainLayer]) -> float | None:
+    """Returns the scale to which the layer before ``layer`` in a chain rounds its output, 0 for none.
+
+    The result is None if the operation cannot round as the quantizer of ``layer`` does.
+    """
+    quantizer = quantizer_of(layer)
+    if quantizer is None or not chain:
+        return 0.0
+    return quantizer.scale if chain[-1].relu and quantizer.zero_point == 0 else None
 
 
 def _parameters(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -185,12 +204,17 @@ def _is_plain(layer: nn.Module) -> bool:
     own = layer.__dict__
     return not (
         own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
+        or not all(_is_frozen(hook) for hook in own["_forward_pre_hooks"].values())
         or own["_backward_hooks"]
         or own["_backward_pre_hooks"]
         or "forward" in own
         or (own.get("_compiled_call_impl") is not None)
     )
+
+
+def _is_frozen(hook: Any) -> bool:
+    """Returns True for a quantizer that changes its input and records nothing."""
+    return type(hook) is InputQuantizer and hook.scale is not None and not hook.is_observing
 
 
 def _has_parameters(layer: nn.Module) -> bool:

@@ -14,6 +14,9 @@ from lightkit.errors import ArgumentError
 from lightkit.ops import _thresholds
 from lightkit.ops._dispatch import is_autocast, kernels_apply
 
+# The largest level of a rounded output.
+MAX_LEVEL = 255
+
 
 class ChainLayer(NamedTuple):
     """A layer of a chain.
@@ -24,6 +27,9 @@ class ChainLayer(NamedTuple):
         padding: the number of zeros on each side of the height and of the width of a convolution's input.
         relu: True adds a ReLU.
         pool: True adds a 2x2 max-pool of stride 2; only for a convolution.
+        output_scale: rounds the output of a layer with a ReLU to 0, 1, ..., 255 times this float32 number, as
+            `torch.fake_quantize_per_tensor_affine` does; 0 leaves the output as it is. No gradient flows to outputs
+            above the last of these values.
     """
 
     weight: Tensor
@@ -31,6 +37,7 @@ class ChainLayer(NamedTuple):
     padding: tuple[int, int] = (0, 0)
     relu: bool = True
     pool: bool = False
+    output_scale: float = 0.0
 
 
 def layer_chain(input: Tensor, layers: Sequence[ChainLayer]) -> Tensor:
@@ -66,8 +73,8 @@ def layer_chain(input: Tensor, layers: Sequence[ChainLayer]) -> Tensor:
         kernel returns a convolution's output as ``torch.channels_last``, for any memory format of ``input``.
 
     Raises:
-        ArgumentError: ``layers`` is empty, shapes do not fit, a padding is negative, or the input of a layer is too
-            small for kernel and pool.
+        ArgumentError: ``layers`` is empty, shapes do not fit, a padding is negative, the input of a layer is too small
+            for kernel and pool, or a layer without a ReLU has an ``output_scale``.
         RuntimeError: dtypes or devices do not fit. Without a kernel, torch's functions raise their own errors.
     """
     if not layers:
@@ -85,8 +92,9 @@ def layer_chain(input: Tensor, layers: Sequence[ChainLayer]) -> Tensor:
             output = layer_chain(input.float(), layers)
         return output.to(torch.get_autocast_dtype(input.device.type))
     settings = [number for layer in layers for number in (*layer.padding, layer.relu, layer.pool)]
+    scales = [layer.output_scale for layer in layers]
     try:
-        return torch.ops.lightkit.layer_chain.default(input, weights, biases, settings)
+        return torch.ops.lightkit.layer_chain.default(input, weights, biases, settings, scales if any(scales) else [])
     except ValueError as error:
         raise ArgumentError(str(error)) from None
 
@@ -101,6 +109,8 @@ def layer_chain_reference(input: Tensor, layers: Sequence[ChainLayer]) -> Tensor
             x = F.conv2d(x, layer.weight, layer.bias, padding=layer.padding)
         x = F.relu(x) if layer.relu else x
         x = F.max_pool2d(x, 2) if layer.pool else x
+        if layer.output_scale:
+            x = torch.fake_quantize_per_tensor_affine(x, layer.output_scale, 0, 0, MAX_LEVEL)
     return x
 
 

@@ -89,7 +89,8 @@ def settings_of(layers: Sequence[ChainLayer]) -> list[int]:
 
 def chain_arguments(input, layers) -> tuple:
     """The arguments of the op `lightkit::layer_chain`."""
-    return input, [layer.weight for layer in layers], [layer.bias for layer in layers], settings_of(layers)
+    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    return input, weights, biases, settings_of(layers), [layer.output_scale for layer in layers]
 
 
 def native_chain(input, layers) -> Tensor:

@@ -36,8 +36,12 @@ std::vector<std::optional<at::Tensor>> as_vector(const OptionalTensorList& list)
 
 template <LayerChainOp op>
 at::Tensor layer_chain(
-    const at::Tensor& input, at::TensorList weights, const OptionalTensorList& biases, at::IntArrayRef settings) {
-  return op(input, weights, as_vector(biases), settings);
+    const at::Tensor& input,
+    at::TensorList weights,
+    const OptionalTensorList& biases,
+    at::IntArrayRef settings,
+    at::ArrayRef<double> scales) {
+  return op(input, weights, as_vector(biases), settings, scales);
 }
 
 template <ChainForwardOp op>
@@ -46,8 +50,9 @@ ChainResults chain_forward(
     at::TensorList weights,
     const OptionalTensorList& biases,
     at::IntArrayRef settings,
-    bool keep) {
-  return op(input, weights, as_vector(biases), settings, keep);
+    bool keep,
+    at::ArrayRef<double> scales) {
+  return op(input, weights, as_vector(biases), settings, keep, scales);
 }
 
 }  // namespace
@@ -113,15 +118,24 @@ LinearGradients call_linear_backward(
 }
 
 at::Tensor call_layer_chain(
-    const at::Tensor& input, at::TensorList weights, OptionalTensors biases, at::IntArrayRef settings) {
+    const at::Tensor& input,
+    at::TensorList weights,
+    OptionalTensors biases,
+    at::IntArrayRef settings,
+    at::ArrayRef<double> scales) {
   static const auto op = find_op<decltype(layer_chain<layer_chain_autograd>)>("lightkit::layer_chain");
-  return op.call(input, weights, as_list(biases), settings);
+  return op.call(input, weights, as_list(biases), settings, scales);
 }
 
 ChainResults call_chain_forward(
-    const at::Tensor& input, at::TensorList weights, OptionalTensors biases, at::IntArrayRef settings, bool keep) {
+    const at::Tensor& input,
+    at::TensorList weights,
+    OptionalTensors biases,
+    at::IntArrayRef settings,
+    bool keep,
+    at::ArrayRef<double> scales) {
   static const auto op = find_op<decltype(chain_forward<chain_forward_cpu>)>("lightkit::_layer_chain_forward");
-  return op.call(input, weights, as_list(biases), settings, keep);
+  return op.call(input, weights, as_list(biases), settings, keep, scales);
 }
 
 std::vector<at::Tensor> call_chain_backward(
@@ -238,10 +252,11 @@ TORCH_LIBRARY_FRAGMENT(lightkit, m) {
       "int memory_limit, " LIGHTKIT_WANTED_SCHEMA
       ") -> (Tensor hidden_gradient, Tensor weight_gradient, Tensor bias_gradient)");
 
-  m.def("layer_chain(Tensor input, Tensor[] weights, Tensor?[] biases, int[] settings) -> Tensor");
   m.def(
-      "_layer_chain_forward(Tensor input, Tensor[] weights, Tensor?[] biases, int[] settings, bool keep) "
-      "-> (Tensor output, Tensor activations, Tensor argmax)");
+      "layer_chain(Tensor input, Tensor[] weights, Tensor?[] biases, int[] settings, float[] scales=[]) -> Tensor");
+  m.def(
+      "_layer_chain_forward(Tensor input, Tensor[] weights, Tensor?[] biases, int[] settings, bool keep, "
+      "float[] scales=[]) -> (Tensor output, Tensor activations, Tensor argmax)");
   m.def(
       "_layer_chain_backward(Tensor grad_output, Tensor input, Tensor[] weights, Tensor activations, Tensor argmax, "
       "int[] settings, int[] wanted) -> Tensor[]");

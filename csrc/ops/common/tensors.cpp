@@ -10,6 +10,7 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/fake_quantize_per_tensor_affine.h>
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/leaky_relu.h>
 #include <ATen/ops/linear.h>
@@ -80,6 +81,10 @@ Tensor convolution(
 
 Tensor max_pool2d(const Tensor& input, int64_t size) {
   return at::max_pool2d(input, size);
+}
+
+Tensor fake_quantize(const Tensor& input, double scale, int64_t max_level) {
+  return at::fake_quantize_per_tensor_affine(input, scale, /*zero_point=*/0, 0, max_level);
 }
 
 Tensor leaky_relu(const Tensor& input, double slope) {

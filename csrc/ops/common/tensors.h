@@ -39,6 +39,7 @@ at::Tensor convolution(
     at::IntArrayRef dilation,
     int64_t groups);
 at::Tensor max_pool2d(const at::Tensor& input, int64_t size);
+at::Tensor fake_quantize(const at::Tensor& input, double scale, int64_t max_level);
 at::Tensor leaky_relu(const at::Tensor& input, double slope);
 at::Tensor elu(const at::Tensor& input, double alpha);
 at::Tensor gelu(const at::Tensor& input, std::string_view approximate);

@@ -6,6 +6,7 @@
 
 #include "layer_chain.h"
 
+#include "../../kernels/cpu/layer_chain/quantize.h"
 #include "../common/autograd_node.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -20,8 +21,13 @@ using at::Tensor;
 using at::TensorList;
 
 ChainResults chain_forward_meta(
-    const Tensor& input, TensorList weights, OptionalTensors biases, at::IntArrayRef numbers, bool keep) {
-  const Settings settings{numbers};
+    const Tensor& input,
+    TensorList weights,
+    OptionalTensors biases,
+    at::IntArrayRef numbers,
+    bool keep,
+    at::ArrayRef<double> scales) {
+  const Settings settings{numbers, scales};
   return allocate_results(input, check_chain(input, weights, biases, settings), settings, keep);
 }
 
@@ -48,6 +54,8 @@ Tensor reference(const Tensor& input, TensorList weights, TensorList biases, con
                               : conv2d(x, weights[l], bias, settings.padding(l));
     x = settings.relu(l) ? x.relu() : x;
     x = settings.pool(l) ? max_pool2d(x, 2) : x;
+    const double scale = settings.scale(l);
+    x = scale > 0 ? fake_quantize(x, scale, cpu::layer_chain::kMaxLevel) : x;
   }
   return x;
 }
@@ -94,7 +102,8 @@ std::vector<Tensor> reference_gradients(
 // argmax.
 class LayerChainBackward : public Backward {
  public:
-  LayerChainBackward(OptionalTensors biases, at::IntArrayRef numbers) : numbers_(numbers.vec()) {
+  LayerChainBackward(OptionalTensors biases, const Settings& settings)
+      : numbers_(settings.numbers.vec()), scales_(settings.scales.vec()) {
     for (const auto& bias : biases) {
       has_bias_.push_back(is_there(bias));
     }
@@ -128,7 +137,7 @@ class LayerChainBackward : public Backward {
       return gradients;
     }
     const auto found = at::GradMode::is_enabled() || is_batched(grad_output)
-        ? reference_gradients(grad_output, input, weights, biases, {numbers_}, wanted)
+        ? reference_gradients(grad_output, input, weights, biases, {numbers_, scales_}, wanted)
         : call_chain_backward(grad_output, input, weights, saved(next), saved(next + 1), numbers_, wanted);
     for (size_t i = 0; i < found.size(); ++i) {
       if (wanted[i]) {
@@ -140,6 +149,7 @@ class LayerChainBackward : public Backward {
 
  private:
   const std::vector<int64_t> numbers_;
+  const std::vector<double> scales_;
   std::vector<bool> has_bias_;
 };
 
@@ -150,11 +160,20 @@ bool needs_gradient(TensorList inputs) {
 }  // namespace
 
 Tensor layer_chain_below_autograd(
-    const Tensor& input, TensorList weights, OptionalTensors biases, at::IntArrayRef numbers) {
-  return std::get<0>(call_chain_forward(input, weights, biases, numbers, /*keep=*/false));
+    const Tensor& input,
+    TensorList weights,
+    OptionalTensors biases,
+    at::IntArrayRef numbers,
+    at::ArrayRef<double> scales) {
+  return std::get<0>(call_chain_forward(input, weights, biases, numbers, /*keep=*/false, scales));
 }
 
-Tensor layer_chain_autograd(const Tensor& input, TensorList weights, OptionalTensors biases, at::IntArrayRef numbers) {
+Tensor layer_chain_autograd(
+    const Tensor& input,
+    TensorList weights,
+    OptionalTensors biases,
+    at::IntArrayRef numbers,
+    at::ArrayRef<double> scales) {
   std::vector<Tensor> inputs{input};
   inputs.insert(inputs.end(), weights.begin(), weights.end());
   for (const auto& bias : biases) {
@@ -164,16 +183,16 @@ Tensor layer_chain_autograd(const Tensor& input, TensorList weights, OptionalTen
   }
   if (!at::GradMode::is_enabled() || !needs_gradient(inputs)) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return layer_chain_below_autograd(input, weights, biases, numbers);
+    return layer_chain_below_autograd(input, weights, biases, numbers, scales);
   }
   Tensor output, activations, argmax;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    std::tie(output, activations, argmax) = call_chain_forward(input, weights, biases, numbers, /*keep=*/true);
+    std::tie(output, activations, argmax) = call_chain_forward(input, weights, biases, numbers, /*keep=*/true, scales);
   }
   std::vector<Tensor> saved = inputs;
   saved.insert(saved.end(), {activations, argmax});
-  record(output, std::make_unique<LayerChainBackward>(biases, numbers), inputs, saved);
+  record(output, std::make_unique<LayerChainBackward>(biases, Settings{numbers, scales}), inputs, saved);
   return output;
 }
 
@@ -190,7 +209,7 @@ Tensor conv_relu_pool(
       weight.sym_sizes());
   auto before = image_sizes(input);
   check_layer({op}, input, before, weight, bias, padding, pool);
-  return call_layer_chain(input, weight, {bias}, {padding[0], padding[1], /*relu=*/1, pool});
+  return call_layer_chain(input, weight, {bias}, {padding[0], padding[1], /*relu=*/1, pool}, {});
 }
 
 }  // namespace lightkit

@@ -17,10 +17,12 @@ using OptionalTensors = at::ArrayRef<std::optional<at::Tensor>>;
 
 inline constexpr auto kChainLayout = at::MemoryFormat::ChannelsLast;
 
-// The settings of the layers, in four numbers a layer as in the schemas: the padding of rows, the padding of columns,
-// relu (0 or 1), pool (0 or 1).
+// The settings of the layers as in the schemas: four numbers a layer, which are the padding of rows, the padding of
+// columns, relu (0 or 1) and pool (0 or 1); and the scale of each layer's quantised output, or 0. An empty list of
+// scales quantises nothing.
 struct Settings {
   at::IntArrayRef numbers;
+  at::ArrayRef<double> scales = {};
 
   at::IntArrayRef padding(size_t layer) const {
     return numbers.slice(4 * layer, 2);
@@ -30,6 +32,9 @@ struct Settings {
   }
   bool pool(size_t layer) const {
     return numbers[4 * layer + 3] != 0;
+  }
+  double scale(size_t layer) const {
+    return scales.empty() ? 0 : scales[layer];
   }
 };
 
@@ -101,12 +106,22 @@ using ChainResults = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
 // lightkit::layer_chain.
 using LayerChainOp =
-    at::Tensor(const at::Tensor& input, at::TensorList weights, OptionalTensors biases, at::IntArrayRef settings);
+    at::Tensor(
+        const at::Tensor& input,
+        at::TensorList weights,
+        OptionalTensors biases,
+        at::IntArrayRef settings,
+        at::ArrayRef<double> scales);
 LayerChainOp layer_chain_below_autograd, layer_chain_autograd, call_layer_chain;
 
 // lightkit::_layer_chain_forward.
 using ChainForwardOp = ChainResults(
-    const at::Tensor& input, at::TensorList weights, OptionalTensors biases, at::IntArrayRef settings, bool keep);
+    const at::Tensor& input,
+    at::TensorList weights,
+    OptionalTensors biases,
+    at::IntArrayRef settings,
+    bool keep,
+    at::ArrayRef<double> scales);
 ChainForwardOp chain_forward_meta, chain_forward_cpu, call_chain_forward;
 
 // lightkit::_layer_chain_backward.

@@ -3,6 +3,7 @@
 #include "layer_chain.h"
 
 #include <algorithm>
+#include <cmath>
 
 namespace lightkit {
 
@@ -61,6 +62,16 @@ void check_flags(const Where& where, const char* name, at::IntArrayRef flags) {
   const auto is_flag = [](int64_t flag) { return flag == 0 || flag == 1; };
   TORCH_CHECK_VALUE(
       std::all_of(flags.begin(), flags.end(), is_flag), where, ": ", name, " must be 0 or 1, got ", flags);
+}
+
+void check_scale(const Where& where, double scale, bool relu) {
+  const auto rounded = static_cast<float>(scale);
+  TORCH_CHECK_VALUE(
+      scale == 0 || (std::isnormal(rounded) && rounded > 0 && std::isnormal(1 / rounded)),
+      where,
+      ": a scale must be 0, or positive and finite with a finite inverse, got ",
+      scale);
+  TORCH_CHECK_VALUE(scale == 0 || relu, where, ": a layer without a ReLU has no scale, got ", scale);
 }
 
 }  // namespace
@@ -189,6 +200,13 @@ std::vector<LayerSizes> check_chain(
       biases.size(),
       " and ",
       settings.numbers.size());
+  TORCH_CHECK_VALUE(
+      settings.scales.empty() || settings.scales.size() == count,
+      op,
+      ": scales must be empty or have a number for each of the ",
+      count,
+      " layers, got ",
+      settings.scales.size());
   check_input(op, input);
   auto before = image_sizes(input);
   std::vector<LayerSizes> sizes;
@@ -199,6 +217,7 @@ std::vector<LayerSizes> check_chain(
         ": a convolution cannot follow a linear layer");
     const Where where{op, static_cast<int64_t>(l)};
     check_flags(where, "relu and pool", settings.numbers.slice(4 * l + 2, 2));
+    check_scale(where, settings.scale(l), settings.relu(l));
     sizes.push_back(check_layer(where, input, before, weights[l], biases[l], settings.padding(l), settings.pool(l)));
   }
   double values = 0;

@@ -91,7 +91,13 @@ struct Prepared {
           .pool = settings.pool(l),
       };
       const bool biased = l < biases.size() && is_there(biases[l]);
-      layers.push_back({shape, padding, hold(weights[l]), biased ? hold(*biases[l]) : nullptr});
+      layers.push_back({
+          .shape = shape,
+          .padding = padding,
+          .weight = hold(weights[l]),
+          .bias = biased ? hold(*biases[l]) : nullptr,
+          .output_scale = static_cast<float>(settings.scale(l)),
+      });
     }
   }
 };
@@ -99,8 +105,13 @@ struct Prepared {
 }  // namespace
 
 ChainResults chain_forward_cpu(
-    const Tensor& input, TensorList weights, OptionalTensors biases, at::IntArrayRef numbers, bool keep) {
-  const Settings settings{numbers};
+    const Tensor& input,
+    TensorList weights,
+    OptionalTensors biases,
+    at::IntArrayRef numbers,
+    bool keep,
+    at::ArrayRef<double> scales) {
+  const Settings settings{numbers, scales};
   const auto sizes = check_chain(input, weights, biases, settings);
   check_memory("layer_chain", "the input", input);
   check_memory_of_layers(weights, biases);

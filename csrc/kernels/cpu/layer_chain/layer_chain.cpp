@@ -2,6 +2,7 @@
 
 #include "../common/pieces.h"
 #include "kernels.h"
+#include "quantize.h"
 #include "tuning.h"
 
 namespace lightkit::cpu::layer_chain {
@@ -137,7 +138,9 @@ void forward(
       const auto& shape = layers[l].shape;
       uint8_t* const kept_argmax = argmax == nullptr ? nullptr : argmax + argmax_start[l] + begin * shape.output_size();
       if (l + 1 == layers.size()) {
-        packed[l].run(count, x, output + begin * shape.output_size(), kept_argmax);
+        T* const last = output + begin * shape.output_size();
+        packed[l].run(count, x, last, kept_argmax);
+        quantize(layers[l].output_scale, count * shape.output_size(), last, kept_argmax);
         break;
       }
       const auto& next = layers[l + 1];
@@ -145,6 +148,7 @@ void forward(
                                           : activations + activation_start[l + 1] + begin * next.shape.image_size();
       T* const unpadded = next.is_padded() ? place(2, count * shape.output_size()) : y;
       packed[l].run(count, x, unpadded, kept_argmax);
+      quantize(layers[l].output_scale, count * shape.output_size(), unpadded, kept_argmax);
       if (next.is_padded()) {
         pad(next, count, unpadded, y);
       }

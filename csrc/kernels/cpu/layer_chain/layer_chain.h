@@ -15,6 +15,7 @@ struct Layer {
   std::array<int64_t, 2> padding;  // zeros on each side of rows and of columns
   const T* weight;                 // [out_channels, in_channels, kernel_height, kernel_width]
   const T* bias;                   // [out_channels], or null
+  float output_scale;              // as in quantize.h, behind ReLU and pool; or 0
 
   // The size of an unpadded image of the input.
   int64_t unpadded_size() const {

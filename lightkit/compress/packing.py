@@ -1,0 +1,120 @@
+"""The rounded weights of a quantized model in a small file: integers of few bits, and their scales."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightkit._util.printable import printable
+from lightkit.compress.weight_formats import QUANTIZATION_KEY, largest_level
+from lightkit.errors import CheckpointError
+
+# The entry of a quantization in a checkpoint with packed weights:
+# {"model.features.0.weight": {"shape": [32, 1, 3, 3], "levels": uint8 tensor, "scales": float32 tensor}}.
+PACKED_KEY = "packed"
+
+
+def pack_levels(levels: Tensor, bits: int) -> Tensor:
+    """Returns integer levels in ``bits`` bits each, without gaps, as uint8.
+
+    A level l is stored as ``l + qmax``, and one of 2 bits, which is odd, as ``(l + 3) / 2``.
+
+    Args:
+        levels: int8 of any shape, from ``-qmax`` to ``qmax``.
+        bits: 2, 3, 4 or 8.
+    """
+    codes = levels.flatten().to(torch.int16) + largest_level(bits)
+    codes = codes // 2 if bits == 2 else codes
+    spread = np.unpackbits(codes.to(torch.uint8).numpy()[:, None], axis=1)[:, 8 - bits :]
+    return torch.from_numpy(np.packbits(spread))
+
+
+def unpack_levels(packed: Tensor, bits: int, count: int) -> Tensor:
+    """Returns the levels that `pack_levels` has packed, int8 ``(count,)``."""
+    spread = np.unpackbits(packed.numpy(), count=count * bits).reshape(count, bits)
+    codes = np.packbits(np.pad(spread, ((0, 0), (8 - bits, 0))), axis=1)[:, 0].astype(np.int16)
+    codes = codes * 2 if bits == 2 else codes
+    return torch.from_numpy((codes - largest_level(bits)).astype(np.int8))
+
+
+def pack_weights(checkpoint: dict[str, Any], levels: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Replaces the weights in the state dict of a checkpoint by their integers.
+
+    Args:
+        checkpoint: the content of a checkpoint of a quantized model, which the function changes.
+        levels: the levels, int8 of the weight's shape, and the scales, float32, of each weight by name.
+    """
+    spec = checkpoint[QUANTIZATION_KEY]
+    state = dict(checkpoint["state_dict"])
+    packed = {}
+    for name, (integers, scales) in levels.items():
+        del state[name]
+        bits, _ = spec["weights"][name]
+        packed[name] = {
+            "shape": list(integers.shape),
+            "levels": pack_levels(integers, bits),
+            "scales": scales.float().cpu(),
+        }
+    checkpoint["state_dict"] = state
+    checkpoint[QUANTIZATION_KEY] = {**spec, PACKED_KEY: packed}
+
+
+def unpack_weights(checkpoint: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Returns the levels and scales of the packed weights of a checkpoint, which is not trusted; {} without any.
+
+    Raises:
+        CheckpointError: the entry is damaged.
+    """
+    spec = checkpoint.get(QUANTIZATION_KEY)
+    packed = spec.get(PACKED_KEY, {}) if type(spec) is dict else {}
+    formats = spec.get("weights") if type(spec) is dict else {}
+    if type(packed) is not dict or type(formats) is not dict:
+        raise CheckpointError("the quantization of the checkpoint is damaged")
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, entry in packed.items():
+        try:
+            bits, group_size = formats[name]
+            shape = [int(size) for size in entry["shape"]]
+            levels, scales = entry["levels"], entry["scales"]
+            largest_level(bits)
+            # The bytes limit what a stranger's shape may allocate.
+            count = 1
+            for size in shape:
+                count *= size
+                if size < 1 or count * bits > levels.numel() * 8:
+                    raise ValueError("the shape")
+            rows = count // group_size if group_size else shape[0]
+            are_tensors = levels.dtype == torch.uint8 and scales.dtype == torch.float32 and levels.dim() == 1
+            if len(shape) < 2 or not are_tensors or levels.numel() != -(-count * bits // 8) or scales.shape != (rows,):
+                raise ValueError("the sizes")
+            if not bool((scales.isfinite() & (scales > 0)).all()):
+                raise ValueError("the scales")
+            integers = unpack_levels(levels, bits, count).view(shape)
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            shown = printable(str(name)[:100])
+            raise CheckpointError(f"the packed weights of the checkpoint are damaged: {shown}") from error
+        found[name] = integers, scales
+    return found
+
+
+def weight_of(levels: Tensor, scales: Tensor) -> Tensor:
+    """Returns the weight of integer levels, float32 of their shape.
+
+    Args:
+        levels: int8; its rows, or equal parts of them, have one scale each.
+        scales: float32 ``(rows,)`` or as many as there are parts.
+    """
+    return (levels.reshape(len(scales), -1) * scales[:, None]).view(levels.shape)
+
+
+def unpacked_weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Returns the packed weights of a checkpoint, which is not trusted, by name; {} without any.
+
+    Raises:
+        CheckpointError: an entry is damaged.
+    """
+    return {name: weight_of(*packed) for name, packed in unpack_weights(checkpoint).items()}

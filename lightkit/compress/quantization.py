@@ -1,0 +1,109 @@
+"""What a checkpoint says of the few bits of its model, and how a model gets them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightkit._util.printable import printable
+from lightkit.compress.packing import unpack_weights
+from lightkit.compress.quantized_weights import QuantizedWeights
+from lightkit.compress.weight_formats import (
+    BITS,
+    QUANTIZATION_KEY,
+    WeightFormat,
+    quantizable_weights,
+    takes_quantizer,
+)
+from lightkit.errors import CheckpointError
+from lightkit.nn.input_quantizer import MAX_LEVEL, MIN_SCALE, InputQuantizer, attach
+from lightkit.nn.weight_levels import set_levels
+
+
+def spec_of(formats: Mapping[str, WeightFormat], quantizers: Mapping[str, InputQuantizer]) -> dict[str, Any]:
+    """Returns what a checkpoint has under `QUANTIZATION_KEY`: plain containers of numbers.
+
+    Args:
+        formats: the format of each weight, by name.
+        quantizers: the quantizer of each layer's input, by the name of the layer.
+    """
+    return {
+        "weights": {name: [weight_format.bits, weight_format.group_size] for name, weight_format in formats.items()},
+        "inputs": {name: [q.scale, q.zero_point] for name, q in quantizers.items() if q.scale is not None},
+    }
+
+
+def apply_quantization(module: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Rounds the weights of a module and the inputs of its layers as a checkpoint says.
+
+    The module has the weights of the checkpoint already, packed ones included. It then computes what the training has
+    validated. The checkpoint is not trusted.
+
+    Args:
+        module: the module whose names the checkpoint uses.
+        checkpoint: the content of the checkpoint.
+
+    Returns:
+        The integer levels, int8 of a weight's shape, and the scales, float32, of each weight by name; {} if the
+        checkpoint is of a model in float.
+
+    Raises:
+        CheckpointError: the entry is none, or does not fit the module.
+    """
+    spec = checkpoint.get(QUANTIZATION_KEY)
+    if spec is None:
+        return {}
+    formats, quantizers = read_spec(module, spec)
+    packed = unpack_weights(checkpoint)
+    if unknown := sorted(packed.keys() - formats.keys()):
+        raise _misfit(unknown[0], "packed")
+    weights = QuantizedWeights(module, {name: value for name, value in formats.items() if name not in packed})
+    weights.round()
+    levels = {**weights.levels(), **packed}
+    for name, layer, _ in quantizable_weights(module):
+        if name in levels and takes_quantizer(layer):
+            set_levels(layer, *levels[name])
+    for name, quantizer in quantizers.items():
+        attach(module.get_submodule(name), quantizer)
+    return levels
+
+
+def read_spec(module: nn.Module, spec: Any) -> tuple[dict[str, WeightFormat], dict[str, InputQuantizer]]:
+    """Returns the formats of weights and the quantizers of inputs that a checkpoint's entry describes.
+
+    Args:
+        module: the module whose names the entry uses.
+        spec: the entry under `QUANTIZATION_KEY`, which is not trusted.
+
+    Raises:
+        CheckpointError: the entry is no such description, or names what the module has not.
+    """
+    weights, inputs = (spec.get(key) if type(spec) is dict else None for key in ("weights", "inputs"))
+    if type(weights) is not dict or type(inputs) is not dict:
+        raise CheckpointError("the quantization of the checkpoint is damaged")
+    known = {name: weight for name, _, weight in quantizable_weights(module)}
+    layers = dict(module.named_modules())
+    formats: dict[str, WeightFormat] = {}
+    for name, value in weights.items():
+        fits = name in known and type(value) is list and len(value) == 2 and all(type(x) is int for x in value)
+        if not fits or value[0] not in BITS or value[1] < 0 or (value[1] > 0 and known[name].shape[-1] % value[1] != 0):
+            raise _misfit(name, value)
+        formats[name] = WeightFormat(*value)
+    quantizers: dict[str, InputQuantizer] = {}
+    for name, value in inputs.items():
+        fits = name in layers and type(value) is list and len(value) == 2
+        if not fits or type(value[0]) is not float or type(value[1]) is not int or not takes_quantizer(layers[name]):
+            raise _misfit(name, value)
+        scale, zero_point = value
+        if not MIN_SCALE <= scale < 1 / MIN_SCALE or not math.isfinite(scale) or not 0 <= zero_point <= MAX_LEVEL:
+            raise _misfit(name, value)
+        quantizers[name] = InputQuantizer(scale, zero_point)
+    return formats, quantizers
+
+
+def _misfit(name: Any, value: Any) -> CheckpointError:
+    shown = printable(f"{name}: {value}"[:100])
+    return CheckpointError(f"the quantization of the checkpoint does not fit the model that it describes: {shown}")
