@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,21 +14,32 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightkit import native
 from lightkit._util.numbers import format_number, format_percentage
 from lightkit.app import cluster, run_files
 from lightkit.app.checks import lightning_errors_as_config_errors
 from lightkit.app.console import print_table
+from lightkit.app.deployment import bytes_of, write_deployed
 from lightkit.app.evaluation import build_test_data, precision_of
-from lightkit.app.model_measurements import accuracy_interval, latencies, multiply_adds, weight_bytes
+from lightkit.app.model_measurements import accuracy_interval, latencies, multiply_adds
 from lightkit.app.pages.document import escape, render_page
 from lightkit.app.parts import model_of
 from lightkit.app.restore import RestoredTask, restore
 from lightkit.callbacks import Checkpoint, LeanLoop, Progress, TestRecorder
-from lightkit.checkpoints import CONFIG_KEY, AtomicCheckpointIO
-from lightkit.compress import Distil, Prune, Sparsify
+from lightkit.checkpoints import CONFIG_KEY, AtomicCheckpointIO, load_checkpoint
+from lightkit.compress import (
+    QUANTIZATION_KEY,
+    Distil,
+    Prune,
+    QuantizationScheme,
+    Quantize,
+    Sparsify,
+    apply_quantization,
+    calibrate,
+)
 from lightkit.compress.save_widths import SaveWidths
 from lightkit.data import TableDataModule
 from lightkit.errors import ConfigError
@@ -44,6 +56,9 @@ _DEFAULT_EPOCHS = 5
 
 _BATCH_SIZES = (1, 32)
 
+# The batches of training data with which ranges are measured without a training.
+_CALIBRATION_BATCHES = 16
+
 
 @dataclass(frozen=True)
 class CompressionRequest:
@@ -51,6 +66,7 @@ class CompressionRequest:
 
     keep_macs: float | None = 0.25
     zeros: float | None = None
+    bits: int | None = None
     max_drop: float | None = None
     distil: float = 0.0
     epochs: int | None = None
@@ -68,14 +84,20 @@ class CompressionRequest:
         Raises:
             ConfigError: an option is one of these; the message names the option.
         """
-        if self.keep_macs is None and self.zeros is None and self.max_drop is None:
-            raise ConfigError("keep_macs, zeros and max_drop are all null: there is nothing to compress")
+        if self.keep_macs is None and self.zeros is None and self.bits is None and self.max_drop is None:
+            raise ConfigError("keep_macs, zeros, bits and max_drop are all null: there is nothing to compress")
+        if self.bits is not None:
+            QuantizationScheme(self.bits)
         if self.max_drop is not None and not 0 <= self.max_drop < 1:
             raise ConfigError(f"max_drop must be a share of the validation set from 0 to below 1, got {self.max_drop}")
         if not 0 <= self.distil <= 1:
             raise ConfigError(f"distil must be a number from 0 to 1, got {self.distil}")
-        if self.epochs is not None and self.epochs < 1:
-            raise ConfigError(f"epochs must be at least 1, got {self.epochs}")
+        if self.epochs is not None and self.epochs < 0:
+            raise ConfigError(f"epochs must be at least 0, got {self.epochs}")
+        if self.epochs == 0 and (self.bits is None or {self.keep_macs, self.zeros, self.max_drop} != {None}):
+            raise ConfigError(
+                "epochs=0 rounds the weights without a training: give bits, and keep_macs=null, which needs a training"
+            )
         if not self.lr > 0:
             raise ConfigError(f"lr must be positive, got {self.lr}")
 
@@ -101,13 +123,14 @@ class _Trained:
     task: Task
     validation: dict[str, float]
     path: Path
+    levels: dict[str, tuple[Tensor, Tensor]]
 
 
 def compress_checkpoint(path: Path, request: CompressionRequest) -> Comparison:
     """Trains a smaller model from a checkpoint, and compares it with the dense model, trained equally long.
 
     The checkpoint may come from an untrusted source. The directory of the results gets ``checkpoints/best.ckpt``,
-    ``compression.json`` and ``report.html``.
+    ``deploy.ckpt``, which is small, ``compression.json`` and ``report.html``.
 
     Args:
         path: a checkpoint of lightkit.train.
@@ -125,16 +148,21 @@ def compress_checkpoint(path: Path, request: CompressionRequest) -> Comparison:
     native.load()
     trials: list[dict[str, float]] = []
     models: dict[str, Any] = {"dense": job.restored.task}
-    if request.compare:
+    if request.compare and job.epochs > 0:
         # The dense model comes first: it is the better teacher after the same training.
-        models["dense, trained on"] = job.train(None, None, directory / "dense").task
+        models["dense, trained on"] = job.train(None, None, directory / "dense", is_smaller=False).task
         job.teacher = models["dense, trained on"].model
-    if request.max_drop is None:
+    if job.epochs == 0:
+        compressed = job.round()
+    elif request.max_drop is None:
         compressed = job.train(request.keep_macs, request.zeros, directory / "checkpoints")
     else:
         compressed, trials = _search(job, request.max_drop)
     models["compressed"] = compressed.task
     columns = job.measure(models)
+    checkpoint = load_checkpoint(compressed.path)
+    sizes = write_deployed(checkpoint, compressed.levels, directory / "deploy.ckpt")
+    columns["compressed"] |= {f"bytes {kind}": size for kind, size in sizes.items()}
     comparison = Comparison(directory, columns, trials)
     run_files.write_json(directory / "compression.json", _content(comparison, path, job.epochs))
     (directory / "report.html").write_text(_page(comparison, path, job.epochs), encoding="utf-8")
@@ -156,6 +184,8 @@ class _Job:
         model = model_of(self.restored.task)
         if not isinstance(self.restored.task, Task) or model is None:
             raise ConfigError(f"{type(self.restored.task).__name__} is no task of lightkit.tasks with a model")
+        if QUANTIZATION_KEY in self.restored.checkpoint:
+            raise ConfigError(f"{path} is of a quantized model; compress the checkpoint of a model in float")
         self.teacher = model
         trainer = self.restored.config.get("trainer")
         epochs = trainer.get("max_epochs") if isinstance(trainer, dict) else None
@@ -171,13 +201,14 @@ class _Job:
             return data
         return build_test_data(self.restored, self.request.data_dir, self.request.download)
 
-    def train(self, keep_macs: float | None, zeros: float | None, directory: Path) -> _Trained:
+    def train(self, keep_macs: float | None, zeros: float | None, directory: Path, is_smaller: bool = True) -> _Trained:
         """Trains a copy of the dense model, and returns it with its best weights.
 
         Args:
             keep_macs: the share of the multiply-adds that is left; None leaves all.
             zeros: the share of zeros; None sets none.
             directory: the directory of the checkpoints.
+            is_smaller: False trains the dense model.
         """
         pl.seed_everything(self.request.seed, workers=True, verbose=False)
         restored = self._restore()
@@ -188,7 +219,7 @@ class _Job:
             partial(Adam, lr=self.request.lr), partial(torch.optim.lr_scheduler.CosineAnnealingLR, **{"T_max": None})
         )
         compression: list[Callback] = []
-        is_smaller = keep_macs is not None or zeros is not None
+        bits = self.request.bits if is_smaller else None
         if self.request.distil > 0 and is_smaller:
             is_value = isinstance(task, (ForecastTask, RegressionTask))
             targets = "values" if is_value else "classes"
@@ -197,6 +228,10 @@ class _Job:
             compression.append(Prune(keep_macs, start=0.0, end=0.4))
         if zeros is not None:
             compression.append(Sparsify(zeros, start=0.2, end=0.7))
+        if bits is not None:
+            # The widths of the layers are final by then, and the ranges are measured anew at the end.
+            start = 0.1 if keep_macs is None else 0.45
+            compression.append(Quantize(bits, start=start, end=0.75))
         best = Checkpoint(directory, "best", monitor="val/loss", save_last=False, enable_version_counter=False)
         trainer = self._trainer(
             [*compression, SaveWidths(), _SaveConfig(restored.config), best, LeanLoop(), Progress()]
@@ -209,7 +244,34 @@ class _Job:
                 # Without validation data the last weights are the best.
                 trainer.save_checkpoint(path := str(directory / "best.ckpt"))
             found = trainer.validate(task, datamodule=data, ckpt_path=path, verbose=False)
-        return _Trained(task, dict(found[0]) if found else {}, Path(path))
+        levels = apply_quantization(task, load_checkpoint(path))
+        return _Trained(task, dict(found[0]) if found else {}, Path(path), levels)
+
+    def round(self) -> _Trained:
+        """Rounds the weights of a copy of the dense model, and measures the ranges of its layers' inputs."""
+        assert self.request.bits is not None
+        restored, data = self._restore(), self._build_data()
+        task = restored.task
+        assert isinstance(task, Task)
+        data.prepare_data()
+        data.setup("fit")
+        loaded = itertools.islice(data.train_dataloader(), _CALIBRATION_BATCHES)
+        # A Trainer without the data module would leave out its preparation of batches.
+        batches = [data.on_after_batch_transfer(batch, 0) for batch in loaded]
+
+        def run() -> None:
+            with lightning_errors_as_config_errors():
+                self._trainer([]).validate(task, DataLoader(batches, batch_size=None), verbose=False)
+
+        spec = calibrate(task, QuantizationScheme(self.request.bits), run)
+        checkpoint = {**restored.checkpoint, QUANTIZATION_KEY: spec}
+        levels = apply_quantization(task, checkpoint)
+        path = self.directory / "checkpoints" / "best.ckpt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        AtomicCheckpointIO(plain_hyperparameters=True).save_checkpoint(checkpoint, path)
+        with lightning_errors_as_config_errors():
+            found = self._trainer([]).validate(task, datamodule=data, verbose=False)
+        return _Trained(task, dict(found[0]) if found else {}, path, levels)
 
     def validate(self) -> dict[str, float]:
         """Returns the metrics of the dense model on the validation set."""
@@ -235,7 +297,7 @@ class _Job:
             share = metrics.get(f"test/{_ACCURACY}")
             if share is not None and count:
                 columns[name]["interval"] = list(accuracy_interval(share, count))
-            columns[name] |= {f"bytes {kind}": size for kind, size in weight_bytes(model).items()}
+            columns[name] |= {f"bytes {kind}": size for kind, size in bytes_of(model.state_dict()).items()}
             models[name] = model.eval()
         arguments = inputs[0] if inputs else None
         if arguments is None:
@@ -253,7 +315,7 @@ class _Job:
         return pl.Trainer(
             accelerator=self.request.accelerator,
             devices=1,
-            max_epochs=self.epochs,
+            max_epochs=max(1, self.epochs),
             precision=precision_of(self.restored),  # pyright: ignore[reportArgumentType]
             plugins=[AtomicCheckpointIO(plain_hyperparameters=True), *cluster.plugins()],
             logger=False,
@@ -345,7 +407,11 @@ def print_comparison(comparison: Comparison) -> None:
     for index, name in enumerate(comparison.columns):
         print_table(name, {row: texts[index] for row, texts in rows(comparison) if texts[index]})
     directory = comparison.directory
-    places = {"checkpoint": directory / "checkpoints" / "best.ckpt", "report": directory / "report.html"}
+    places = {
+        "checkpoint": directory / "checkpoints" / "best.ckpt",
+        "small checkpoint": directory / "deploy.ckpt",
+        "report": directory / "report.html",
+    }
     print_table("results", {name: os.path.relpath(place) for name, place in places.items()})
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import math
 import statistics
 import time
-import zipfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,17 +21,6 @@ _REPEATS = 31
 
 # The quantile of the normal distribution for an interval of 95 %.
 _Z = 1.959964
-
-
-def weight_bytes(model: nn.Module) -> dict[str, int]:
-    """Returns the bytes of a model's parameters and buffers: ``raw``, and ``zipped`` in a compressed archive."""
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    raw = sum(value.numel() * value.element_size() for value in state.values())
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
-        for name, value in state.items():
-            archive.writestr(name, value.flatten().view(torch.uint8).numpy().tobytes())
-    return {"raw": raw, "zipped": buffer.tell()}
 
 
 def multiply_adds(model: nn.Module, arguments: Sequence[Any]) -> int:

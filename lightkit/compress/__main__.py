@@ -17,6 +17,7 @@ class Keys(TypedDict):
     ckpt_path: str
     keep_macs: float | None
     zeros: float | None
+    bits: int | None
     max_drop: float | None
     distil: float
     epochs: int | None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightkit.compress.weight_formats import WeightFormat, quantizable_weights
-from lightkit.ops.fake_quantize_weights import fake_quantize_weights
+from lightkit.ops.fake_quantize import fake_quantize_weights
 
 
 class QuantizedWeights:
@@ -64,7 +64,7 @@ class QuantizedWeights:
 
     def levels(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Returns the integer levels of the rounded weights, int8 of their shapes, and their scales, by name."""
-        assert self.are_rounded
+        assert self.are_rounded or not self.parameters
         found: dict[str, tuple[Tensor, Tensor]] = {}
         for (name, weight), scales in zip(self.parameters.items(), self._scales, strict=True):
             rows = self.formats[name].rows(weight.detach().contiguous()).float()

@@ -9,7 +9,8 @@ import torch
 
 from lightkit import load
 from lightkit.app.compressing import CompressionRequest, compress_checkpoint
-from lightkit.app.model_measurements import accuracy_interval, multiply_adds, weight_bytes
+from lightkit.app.deployment import bytes_of
+from lightkit.app.model_measurements import accuracy_interval, multiply_adds
 from lightkit.checkpoints import CONFIG_KEY, load_checkpoint
 from lightkit.compress import WIDTHS_KEY
 from lightkit.errors import ConfigError
@@ -105,10 +106,10 @@ def test_measurements():
     model = CNN().eval()
     by_hand = 9 * 32 * 676 + 9 * 32 * 64 * 121 + 9 * 64 * 64 * 9 + 576 * 64 + 640
     assert multiply_adds(model, [torch.zeros(4, 1, 28, 28)]) == by_hand
-    before = weight_bytes(model)
+    before = bytes_of(model.state_dict())
     assert before["raw"] == 4 * 93_322 and before["zipped"] > 0.8 * before["raw"]
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    assert weight_bytes(model)["zipped"] < 5_000
+    assert bytes_of(model.state_dict())["zipped"] < 5_000
     assert accuracy_interval(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
