@@ -30,7 +30,7 @@ def fake_quantize_weights(weights: Sequence[Tensor], outputs: Sequence[Tensor], 
     With 2 bits the levels are -3, -1, 1 and 3 times ``scale = alpha / 3``. They follow the statistics of the row, as in
     statistics-aware weight binning (Choi et al., Bridging the Accuracy Gap for 2-bit Quantized Neural Networks, 2018):
     ``alpha = 3.2 * sqrt(mean(w^2)) - 2.1 * mean|w|``, at least ``max|w| / 16``. A weight is rounded to the nearest
-    level, half-way from zero up to the outer one; 0 becomes ``scale``, since there is no level 0.
+    level, half-way from zero up to the outer one; 0 becomes ``scale`` with the sign of the 0, since there is no level 0.
 
     A row whose scale would be below ``2**-64``, such as a row of zeros, gets the scale 1 and becomes zero. With 2 bits
     it gets the scale ``2**-64`` and becomes as small as that. A row with NaN becomes NaN; so does one with an infinite
@@ -55,7 +55,7 @@ def fake_quantize_weights(weights: Sequence[Tensor], outputs: Sequence[Tensor], 
     """
     if bits not in _LEVELS:
         raise ArgumentError(f"fake_quantize_weights: bits must be 2, 3, 4 or 8, got {bits!r}")
-    if not weights or not all(weight.is_cpu for weight in weights) or not kernels_apply(*weights, *outputs):
+    if not weights or not all(weight.is_cpu for weight in weights) or not kernels_apply(*weights):
         return fake_quantize_weights_reference(weights, outputs, bits)
     try:
         return torch.ops.lightkit._fake_quantize_weights_.default(weights, outputs, bits)
@@ -107,11 +107,10 @@ def _two_bit_scales(rows: Tensor) -> Tensor:
     magnitudes = rows.double().abs()
     # Element i is added to lane i % 16, in order: a cumulative sum adds one after the other.
     lanes = F.pad(magnitudes, (0, -columns % _SUM_LANES)).view(rows.shape[0], -1, _SUM_LANES)
-    squares = _sum_of_lanes((lanes * lanes).cumsum(1)[:, -1])
-    alpha = (squares / columns).sqrt() * 16 / 5 - _sum_of_lanes(lanes.cumsum(1)[:, -1]) / columns * 21 / 10
-    least = rows.abs().amax(1) / 16
-    alpha = alpha.float()
-    scale = torch.where(alpha < least, least, alpha) / 3
+    squares, sums = (_sum_of_lanes(terms.cumsum(1)[:, -1]) for terms in (lanes * lanes, lanes))
+    scale = (((squares * columns).sqrt() * 32 - sums * 21) / (30 * columns)).float()
+    least = rows.abs().amax(1) / 48
+    scale = torch.where(scale < least, least, scale)
     return torch.where(scale < _LEAST_SCALE, _LEAST_SCALE, scale)
 
 
@@ -126,5 +125,5 @@ def _sum_of_lanes(lanes: Tensor) -> Tensor:
 def _rounded(rows: Tensor, scale: Tensor, bits: int) -> Tensor:
     if bits == 2:
         magnitude = torch.where(rows.abs() >= 2 * scale, 3 * scale, scale)
-        return torch.where(rows < 0, -magnitude, magnitude)
+        return torch.copysign(magnitude, rows)
     return (rows / scale).round().clamp(-_LEVELS[bits], _LEVELS[bits]) * scale

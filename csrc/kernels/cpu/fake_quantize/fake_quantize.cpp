@@ -18,13 +18,14 @@ using Integers = at::vec::Vectorized<int32_t>;
 // Below this scale a row counts as zero. Chosen: products of scales stay far from the smallest float.
 constexpr float kLeastScale = 0x1p-64f;
 
-// Calls step(i, n) for vectors that make up a row; the last one may have fewer elements.
+// Calls step(i, n) for vectors that make up a row; the last one may have fewer elements. The compiler knows n of all
+// others.
 template <typename Step>
 void for_each_vector(int64_t columns, const Step& step) {
   constexpr int64_t size = Floats::size();
   int64_t i = 0;
   for (; i + size <= columns; i += size) {
-    step(i, size);
+    step(i, std::integral_constant<int64_t, size>());
   }
   if (i < columns) {
     step(i, columns - i);
@@ -36,11 +37,22 @@ float largest_magnitude(const float* row, int64_t columns) {
   static_assert(Floats::size() == Integers::size());
   const Integers magnitude_bits(0x7fffffff);
   Integers largest(0);
-  for_each_vector(columns, [&](int64_t i, int64_t n) {
+  for_each_vector(columns, [&](int64_t i, auto n) {
     largest = at::vec::maximum(largest, Integers::loadu(row + i, n) & magnitude_bits);
   });
-  const auto maximum = [](const Integers& a, const Integers& b) { return at::vec::maximum(a, b); };
-  return std::bit_cast<float>(at::vec::vec_reduce_all<int32_t>(maximum, largest));
+  // A reduction of at::vec takes some hundred cycles.
+  int32_t lanes[Integers::size()];
+  largest.store(lanes);
+  return std::bit_cast<float>(*std::max_element(lanes, lanes + Integers::size()));
+}
+
+// Returns true if no lane of `a` is at least the lane of `limit`, or NaN.
+bool all_below(const Floats& a, const Floats& limit) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_cmp_ps_mask(a, limit, _CMP_NLT_UQ) == 0;
+#else
+  return (a < limit).zero_mask() == 0;
+#endif
 }
 
 // Rounds a row to multiples of `scale`. Needs no clamp: the largest magnitude is `levels` scales up to the rounding of
@@ -51,12 +63,11 @@ void round_row(const float* row, int64_t columns, float scale, float* output) {
   const Floats inverse(1 / scale);
   const Floats scales(scale);
   const Floats limit(0.5f - 0x1p-14f);
-  for_each_vector(columns, [&](int64_t i, int64_t n) {
+  for_each_vector(columns, [&](int64_t i, auto n) {
     const auto x = Floats::loadu(row + i, n);
     const Floats product = x * inverse;
     Floats q = product.round();
-    // Also true for NaN.
-    if (((product - q).abs() < limit).zero_mask() != 0) {
+    if (!all_below((product - q).abs(), limit)) {
       q = (x / scales).round();
     }
     (q * scales).store(output + i, static_cast<int>(n));
@@ -71,60 +82,71 @@ struct Statistics {
 
 constexpr int kSumLanes = 16;
 
-double sum_of_lanes(double* lanes) {  // [kSumLanes]
-  for (int half = kSumLanes / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) {
-      lanes[i] += lanes[i + half];
-    }
-  }
-  return lanes[0];
+typedef float FloatLanes __attribute__((vector_size(kSumLanes / 2 * sizeof(float))));
+typedef double SumLanes __attribute__((vector_size(kSumLanes / 2 * sizeof(double))));
+typedef int64_t BitLanes __attribute__((vector_size(sizeof(SumLanes))));
+
+SumLanes widened(const float* values) {
+#if defined(CPU_CAPABILITY_AVX512)
+  // The compiler converts each half of the vector, and puts the halves together.
+  return reinterpret_cast<SumLanes>(_mm512_cvtps_pd(_mm256_loadu_ps(values)));
+#else
+  FloatLanes lanes;
+  std::memcpy(&lanes, values, sizeof(lanes));
+  return __builtin_convertvector(lanes, SumLanes);
+#endif
+}
+
+double sum_of_lanes(const SumLanes* halves) {  // [2]
+  const SumLanes s = halves[0] + halves[1];
+  return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
 }
 
 Statistics statistics_of(const float* row, int64_t columns) {
-  typedef float Half __attribute__((vector_size(kSumLanes / 2 * sizeof(float))));
-  typedef double Sum __attribute__((vector_size(kSumLanes / 2 * sizeof(double))));
-  Sum squares[2] = {}, magnitudes[2] = {};
-  for (int64_t start = 0; start < columns; start += kSumLanes) {
-    float values[kSumLanes] = {};
-    const float* from = row + start;
-    if (columns - start < kSumLanes) {
-      std::copy_n(from, columns - start, values);
-      from = values;
-    }
+  SumLanes squares[2] = {}, magnitudes[2] = {};
+  const auto add = [&](const float* values) {  // [kSumLanes]
     LIGHTKIT_UNROLL
-    for (int part = 0; part < 2; ++part) {
-      Half half;
-      std::memcpy(&half, from + part * kSumLanes / 2, sizeof(half));
-      const Sum x = __builtin_convertvector(half, Sum);
+    for (int half = 0; half < 2; ++half) {
+      const auto bits = reinterpret_cast<BitLanes>(widened(values + half * kSumLanes / 2));
+      const auto x = reinterpret_cast<SumLanes>(bits & INT64_MAX);
       // The square of a float is exact in double, fused with the sum or not.
-      squares[part] += x * x;
-      magnitudes[part] += x < 0 ? -x : x;
+      squares[half] += x * x;
+      magnitudes[half] += x;
     }
+  };
+  int64_t i = 0;
+  for (; i + kSumLanes <= columns; i += kSumLanes) {
+    add(row + i);
   }
-  double lanes[2][kSumLanes];
-  std::memcpy(lanes[0], squares, sizeof(squares));
-  std::memcpy(lanes[1], magnitudes, sizeof(magnitudes));
-  return {sum_of_lanes(lanes[0]), sum_of_lanes(lanes[1])};
+  if (i < columns) {
+    float rest[kSumLanes] = {};
+    std::copy_n(row + i, columns - i, rest);
+    add(rest);
+  }
+  return {sum_of_lanes(squares), sum_of_lanes(magnitudes)};
 }
 
 float two_bit_scale(const float* row, int64_t columns, float largest) {
   const Statistics sums = statistics_of(row, columns);
   const auto count = static_cast<double>(columns);
-  // Quotients: the compiler could fuse products with the difference.
-  const double alpha = std::sqrt(sums.squares / count) * 16 / 5 - sums.magnitudes / count * 21 / 10;
-  const auto rounded = static_cast<float>(alpha);
-  const float least = largest / 16;
-  return (rounded < least ? least : rounded) / 3;
+  // In memory, because the compiler could fuse the product with the difference. The other product is exact.
+  const volatile double magnitudes = sums.magnitudes * 21;
+  const auto scale = static_cast<float>((std::sqrt(sums.squares * count) * 32 - magnitudes) / (30 * count));
+  const float least = largest / 48;
+  return scale < least ? least : scale;
 }
 
 void split_row(const float* row, int64_t columns, float scale, float* output) {
-  const Floats threshold(2 * scale);
-  const Floats inner(scale);
-  const Floats outer(3 * scale);
-  for_each_vector(columns, [&](int64_t i, int64_t n) {
-    const auto x = Floats::loadu(row + i, n);
-    const Floats magnitude = Floats::blendv(inner, outer, x.abs() >= threshold);
-    Floats::blendv(magnitude, magnitude.neg(), x < Floats(0)).store(output + i, static_cast<int>(n));
+  static_assert(LaneTypes<float>::count == Floats::size());
+  const LaneNumbers<float> sign_bit = LaneNumbers<float>{} + INT32_MIN;
+  const Lanes<float> threshold = Lanes<float>{} + 2 * scale;
+  const Lanes<float> inner = Lanes<float>{} + scale;
+  const Lanes<float> outer = Lanes<float>{} + 3 * scale;
+  for_each_vector(columns, [&](int64_t i, auto n) {
+    const auto bits = reinterpret_cast<LaneNumbers<float>>(load_lanes<Lanes<float>>(row + i, n));
+    const auto magnitude = reinterpret_cast<Lanes<float>>(bits & ~sign_bit);
+    const auto level = reinterpret_cast<LaneNumbers<float>>(magnitude >= threshold ? outer : inner);
+    store_lanes(reinterpret_cast<Lanes<float>>(level | (bits & sign_bit)), output + i, n);
   });
 }
 

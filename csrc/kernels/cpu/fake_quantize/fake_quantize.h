@@ -13,11 +13,11 @@ namespace lightkit::cpu::fake_quantize {
 // and with 2 bits q is -3, -1, 1 or 3, of equal steps, around the statistics of the row (Choi et al., Bridging the
 // accuracy gap for 2-bit quantized neural networks, 2018):
 //
-//   alpha = max(3.2 sqrt(mean x^2) - 2.1 mean |x|, max |x| / 16)
-//   scales[r] = alpha / 3             |q| = |x| < 2 scales[r] ? 1 : 3
+//   alpha = 3.2 sqrt(mean x^2) - 2.1 mean |x| = (32 sqrt(n sum x^2) - 21 sum |x|) / (10 n), for n elements
+//   scales[r] = max(alpha / 3, max |x| / 48)        |q| = |x| < 2 scales[r] ? 1 : 3
 //
-// The sums are those of double, in the order that fake_quantize.cpp has. A scale below 2^-64 becomes 1, or 2^-64 with 2
-// bits: the row is zero, or nearly zero. All other operations are those of float, not fused.
+// Sums and alpha / 3 are computed in double, the sums in the order that fake_quantize.cpp has. A scale below 2^-64
+// becomes 1, or 2^-64 with 2 bits: the row is zero, or nearly zero. All other operations are those of float, not fused.
 struct Rows {
   const float* weights;  // [rows, columns]
   float* outputs;        // [rows, columns]
