@@ -53,19 +53,20 @@ def fake_quantize_weights(weights: Sequence[Tensor], outputs: Sequence[Tensor], 
         ArgumentError: ``bits`` has another value, the numbers of tensors differ, or a tensor has another dtype, device,
             shape or storage than expected.
     """
-    if bits not in _LEVELS:
-        raise ArgumentError(f"fake_quantize_weights: bits must be 2, 3, 4 or 8, got {bits!r}")
+    _check_bits(bits)
     if not weights or not all(weight.is_cpu for weight in weights) or not kernels_apply(*weights):
         return fake_quantize_weights_reference(weights, outputs, bits)
     try:
-        return torch.ops.lightkit._fake_quantize_weights_.default(weights, outputs, bits)
+        scales = torch.ops.lightkit._fake_quantize_weights_.default(weights, outputs, bits)
     except ValueError as error:
         raise ArgumentError(str(error)) from None
+    return list(scales.split_with_sizes([weight.shape[0] for weight in weights]))
 
 
 @torch.no_grad()
 def fake_quantize_weights_reference(weights: Sequence[Tensor], outputs: Sequence[Tensor], bits: int) -> list[Tensor]:
     """Computes `fake_quantize_weights` in torch's operations, with the same bits on a CPU."""
+    _check_bits(bits)
     if len(weights) != len(outputs):
         raise ArgumentError(
             f"fake_quantize_weights: there must be an output for each of the {len(weights)} weights, got {len(outputs)}"
@@ -74,12 +75,19 @@ def fake_quantize_weights_reference(weights: Sequence[Tensor], outputs: Sequence
         _check(index, weight, output)
     scales = []
     for weight, output in zip(weights, outputs, strict=True):
-        rows = weight.detach().reshape(weight.shape[0], -1) if weight.numel() else weight.new_zeros(weight.shape[0], 1)
+        if weight.numel() == 0:
+            scales.append(weight.new_full(weight.shape[:1], _LEAST_SCALE if bits == 2 else 1.0))
+            continue
+        rows = weight.detach().reshape(weight.shape[0], -1)
         scale = _two_bit_scales(rows) if bits == 2 else _scales(rows, _LEVELS[bits])
+        output.copy_(_rounded(rows, scale[:, None], bits).view(weight.shape))
         scales.append(scale)
-        if weight.numel():
-            output.copy_(_rounded(rows, scale[:, None], bits).view(weight.shape))
     return scales
+
+
+def _check_bits(bits: int) -> None:
+    if bits not in _LEVELS:
+        raise ArgumentError(f"fake_quantize_weights: bits must be 2, 3, 4 or 8, got {bits!r}")
 
 
 def _check(index: int, weight: Tensor, output: Tensor) -> None:

@@ -266,7 +266,7 @@ TORCH_LIBRARY_FRAGMENT(lightkit, m) {
 
   m.def("int8_chain(Tensor input, Tensor packed, int[] plan, float input_scale) -> Tensor");
   m.def("int8_chain_pack(Tensor[] weights, Tensor[] biases, Tensor[] multipliers, int[] plan) -> Tensor");
-  m.def("_fake_quantize_weights_(Tensor[] weights, Tensor(a!)[] outputs, int bits) -> Tensor[] scales");
+  m.def("_fake_quantize_weights_(Tensor[] weights, Tensor(a!)[] outputs, int bits) -> Tensor scales");
 }
 
 TORCH_LIBRARY_IMPL(lightkit, CPU, m) {
@@ -318,6 +318,8 @@ TORCH_LIBRARY_IMPL(lightkit, Negative, m) {
   m.impl("_norm_act_forward", norm_forward_negative);
   // It calls the op above.
   m.impl("norm_act", torch::CppFunction::makeFallthrough());
+  // torch's fallback takes no lists that are written.
+  m.impl("_fake_quantize_weights_", torch::CppFunction::makeFallthrough());
 }
 
 TORCH_LIBRARY_IMPL(lightkit, CompositeExplicitAutograd, m) {

@@ -4,6 +4,10 @@
 
 #include "../../kernels/cpu/fake_quantize/fake_quantize.h"
 
+#include <algorithm>
+#include <utility>
+#include <vector>
+
 namespace lightkit {
 
 using at::Tensor;
@@ -13,18 +17,17 @@ namespace {
 
 constexpr auto kOp = "_fake_quantize_weights_";
 
-// Raises for arguments that do not fit, and returns scales, which are not initialised.
-std::vector<Tensor> checked_scales(TensorList weights, TensorList outputs, int64_t bits) {
+// Raises for arguments that do not fit, and returns the number of rows of all tensors.
+c10::SymInt check_rows(TensorList weights, TensorList outputs, int64_t bits) {
   TORCH_CHECK_VALUE(bits == 2 || bits == 3 || bits == 4 || bits == 8, kOp, ": bits must be 2, 3, 4 or 8, got ", bits);
   TORCH_CHECK_VALUE(
-      weights.size() == outputs.size(),
+      !weights.empty() && weights.size() == outputs.size(),
       kOp,
-      ": there must be an output for each of the ",
+      ": there must be at least one weight, and an output for each of the ",
       weights.size(),
       " weights, got ",
       outputs.size());
-  std::vector<Tensor> scales;
-  scales.reserve(weights.size());
+  c10::SymInt rows = 0;
   for (size_t i = 0; i < weights.size(); ++i) {
     const Tensor& weight = weights[i];
     const Tensor& output = outputs[i];
@@ -57,9 +60,9 @@ std::vector<Tensor> checked_scales(TensorList weights, TensorList outputs, int64
         output.sym_sizes(),
         " on ",
         output.device());
-    scales.push_back(empty_symint({weight.sym_size(0)}, weight.options()));
+    rows += weight.sym_size(0);
   }
-  return scales;
+  return rows;
 }
 
 // Returns true if the rows of both tensors lie one behind the other in memory, with their elements in the same order.
@@ -74,12 +77,13 @@ bool has_rows(const Tensor& weight, const Tensor& output, int64_t bits) {
 
 }  // namespace
 
-std::vector<Tensor> fake_quantize_weights_meta(TensorList weights, TensorList outputs, int64_t bits) {
-  return checked_scales(weights, outputs, bits);
+Tensor fake_quantize_weights_meta(TensorList weights, TensorList outputs, int64_t bits) {
+  return empty_symint({check_rows(weights, outputs, bits)}, weights[0].options());
 }
 
-std::vector<Tensor> fake_quantize_weights_cpu(TensorList weights, TensorList outputs, int64_t bits) {
-  auto scales = checked_scales(weights, outputs, bits);
+Tensor fake_quantize_weights_cpu(TensorList weights, TensorList outputs, int64_t bits) {
+  const Tensor scales = empty_symint({check_rows(weights, outputs, bits)}, weights[0].options());
+  auto* next_scales = scales.mutable_data_ptr<float>();
   std::vector<cpu::fake_quantize::Rows> rows;
   rows.reserve(weights.size());
   // Tensors that are not as the kernel takes them, and their outputs.
@@ -96,11 +100,12 @@ std::vector<Tensor> fake_quantize_weights_cpu(TensorList weights, TensorList out
         " must not share the storage of its weight");
   }
   for (size_t i = 0; i < weights.size(); ++i) {
-    // Tensors of a list may have a pending negation.
+    // A weight or an output may have a pending negation.
     Tensor weight = weights[i].resolve_neg();
     Tensor output = outputs[i];
     if (weight.numel() == 0) {
-      scales[i].fill_(bits == 2 ? 0x1p-64 : 1);
+      std::fill_n(next_scales, weight.size(0), bits == 2 ? 0x1p-64f : 1);
+      next_scales += weight.size(0);
       continue;
     }
     if (output.is_neg() || !has_rows(weight, output, bits)) {
@@ -114,9 +119,10 @@ std::vector<Tensor> fake_quantize_weights_cpu(TensorList weights, TensorList out
     rows.push_back(
         {.weights = weight.const_data_ptr<float>(),
          .outputs = output.mutable_data_ptr<float>(),
-         .scales = scales[i].mutable_data_ptr<float>(),
+         .scales = next_scales,
          .rows = weight.size(0),
          .columns = weight.numel() / weight.size(0)});
+    next_scales += weight.size(0);
   }
   cpu::fake_quantize::fake_quantize(rows, bits);
   for (const auto& [output, values] : written) {
