@@ -24,6 +24,8 @@ _OPS = (
     "conv2d",
     "_conv2d_backward",
     "_norm_act_backward",
+    "int8_chain",
+    "int8_chain_pack",
 )
 
 

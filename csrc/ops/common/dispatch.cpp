@@ -4,6 +4,8 @@
 #include "../conv2d/conv2d.h"
 #include "../cross_entropy/cross_entropy.h"
 #include "../dropout/dropout.h"
+#include "../fake_quantize/fake_quantize.h"
+#include "../int8_chain/int8_chain.h"
 #include "../layer_chain/layer_chain.h"
 #include "../linear_cross_entropy/linear_cross_entropy.h"
 #include "../norm_act/norm_act.h"
@@ -276,6 +278,10 @@ TORCH_LIBRARY_FRAGMENT(lightkit, m) {
       ", bool pool, bool input_wanted, bool affine_wanted, bool residual_wanted) "
       "-> (Tensor input_gradient, Tensor weight_gradient, Tensor bias_gradient, Tensor residual_gradient)");
   m.def("dropout(Tensor input, Tensor seed, float p, int[]? order=None) -> Tensor");
+
+  m.def("int8_chain(Tensor input, Tensor packed, int[] plan, float input_scale) -> Tensor");
+  m.def("int8_chain_pack(Tensor[] weights, Tensor[] biases, Tensor[] multipliers, int[] plan) -> Tensor");
+  m.def("_fake_quantize_weights_(Tensor[] weights, Tensor(a!)[] outputs, int bits) -> Tensor scales");
 }
 
 TORCH_LIBRARY_IMPL(lightkit, CPU, m) {
@@ -291,6 +297,9 @@ TORCH_LIBRARY_IMPL(lightkit, CPU, m) {
   m.impl("dropout", dropout_cpu);
   m.impl("conv2d", conv2d_cpu);
   m.impl("_conv2d_backward", conv2d_backward_cpu);
+  m.impl("int8_chain", int8_chain_cpu);
+  m.impl("int8_chain_pack", int8_chain_pack_cpu);
+  m.impl("_fake_quantize_weights_", fake_quantize_weights_cpu);
 }
 
 #ifdef LIGHTKIT_CUDA
@@ -314,6 +323,9 @@ TORCH_LIBRARY_IMPL(lightkit, Meta, m) {
   m.impl("dropout", dropout_meta);
   m.impl("conv2d", conv2d_meta);
   m.impl("_conv2d_backward", conv2d_backward_meta);
+  m.impl("int8_chain", int8_chain_meta);
+  m.impl("int8_chain_pack", int8_chain_pack_meta);
+  m.impl("_fake_quantize_weights_", fake_quantize_weights_meta);
 }
 
 TORCH_LIBRARY_IMPL(lightkit, Negative, m) {
@@ -321,6 +333,8 @@ TORCH_LIBRARY_IMPL(lightkit, Negative, m) {
   m.impl("_norm_act_forward", norm_forward_negative);
   // It calls the op above.
   m.impl("norm_act", torch::CppFunction::makeFallthrough());
+  // torch's fallback takes no lists that are written.
+  m.impl("_fake_quantize_weights_", torch::CppFunction::makeFallthrough());
 }
 
 TORCH_LIBRARY_IMPL(lightkit, CompositeExplicitAutograd, m) {
@@ -337,6 +351,10 @@ TORCH_LIBRARY_IMPL(lightkit, Autograd, m) {
   m.impl("norm_act", norm_act_autograd);
   m.impl("dropout", dropout_autograd);
   m.impl("conv2d", conv2d_autograd);
+  // They round: their results have no gradients.
+  for (const char* name : {"int8_chain", "int8_chain_pack", "_fake_quantize_weights_"}) {
+    m.impl(name, torch::CppFunction::makeFallthrough());
+  }
 }
 
 TORCH_LIBRARY_IMPL(lightkit, CompositeImplicitAutograd, m) {
