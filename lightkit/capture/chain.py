@@ -21,25 +21,32 @@ class ChainStep(Step):
 
     Args:
         indices: the indices of the operations.
-        layers: for each layer the index of the convolution or product, whether a ReLU follows, and whether a pool does.
+        layers: for each layer the index of the convolution or product, whether a ReLU follows, whether a pool does, and
+            the index of the rounding of its output, None for none.
     """
 
     replacement = "lightkit.ops.layer_chain"
 
-    def __init__(self, indices: tuple[int, ...], layers: Sequence[tuple[int, bool, bool]]) -> None:
+    def __init__(self, indices: tuple[int, ...], layers: Sequence[tuple[int, bool, bool, int | None]]) -> None:
         super().__init__(indices)
         self._layers = tuple(layers)
 
     def run(self, nodes: Sequence[Node]) -> Tensor:
         """Returns the output of the last layer."""
-        return layer_chain(nodes[self.indices[0]].operand(), [_layer(nodes[i], *rest) for i, *rest in self._layers])
+        layers = [
+            _layer(nodes[i], relu, pool, 0.0 if rounded is None else nodes[rounded].settings[0])
+            for i, relu, pool, rounded in self._layers
+        ]
+        output = layer_chain(nodes[self.indices[0]].operand(), layers)
+        # A chain may end with the rounding of flattened values.
+        return output.flatten(1) if output.dim() > len(nodes[self.indices[-1]].shape) else output
 
 
-def _layer(node: Node, relu: bool, pool: bool) -> ChainLayer:
+def _layer(node: Node, relu: bool, pool: bool, output_scale: float) -> ChainLayer:
     weight, bias = node.tensors
     assert weight is not None
     padding = node.settings[1] if node.kind == "conv2d" else (0, 0)
-    return ChainLayer(weight, bias, padding, relu, pool)
+    return ChainLayer(weight, bias, padding, relu, pool, output_scale)
 
 
 def find_chain(graph: Graph, start: int) -> ChainStep | None:
@@ -47,7 +54,7 @@ def find_chain(graph: Graph, start: int) -> ChainStep | None:
 
     A chain begins with a convolution: linear layers alone are faster in torch.
     """
-    layers: list[tuple[int, bool, bool]] = []
+    layers: list[tuple[int, bool, bool, int | None]] = []
     indices: list[int] = []
     # Operations that belong to the chain if another layer follows.
     waiting: list[int] = []
@@ -61,11 +68,22 @@ def find_chain(graph: Graph, start: int) -> ChainStep | None:
         if found is None:
             break
         relu, pool = found
-        layers.append((node.index, relu is not None, pool is not None))
         indices += [*waiting, node.index, *(after.index for after in (relu, pool) if after is not None)]
+        rounding = _find_rounding(graph, indices[-1]) if relu is not None else []
+        layers.append((node.index, relu is not None, pool is not None, rounding[-1] if rounding else None))
+        indices += rounding
         waiting = []
         node = graph.only_reader(indices[-1])
     return ChainStep(tuple(indices), layers) if layers else None
+
+
+def _find_rounding(graph: Graph, index: int) -> list[int]:
+    """Returns the rounding behind an operation, after the flattening before a linear layer; [] if there is none."""
+    node = graph.only_reader(index)
+    flattened = [node.index] if node is not None and node.kind == "flatten" else []
+    if flattened:
+        node = graph.only_reader(flattened[0])
+    return [*flattened, node.index] if node is not None and node.kind == "quantize" else []
 
 
 def _find_layer(graph: Graph, node: Node, is_first: bool) -> tuple[Node | None, Node | None] | None:

@@ -17,6 +17,7 @@ from lightkit.capture.deferred import Deferred
 from lightkit.capture.node import Node, Operand
 from lightkit.capture.recorder import Context, Recorder, requires_grad
 from lightkit.ops.dropout import draw_seed
+from lightkit.ops.layer_chain import MAX_LEVEL
 
 _DTYPES = (torch.float32, torch.float64)
 _PLAIN = (Tensor, Parameter)
@@ -196,6 +197,20 @@ def _relu(context: Context, input: Any, inplace: bool = False) -> Node | None:
         return None
     node = input.node
     return Node("relu", (node,), (), (), node.shape, node.dtype, requires_grad(context, node))
+
+
+def _fake_quantize(
+    context: Context, input: Any, scale: Any, zero_point: Any, quant_min: Any, quant_max: Any
+) -> Node | None:
+    # A range without a zero point is that of an output of a ReLU, which the kernels round as they write it.
+    if (
+        type(input) is not Deferred
+        or type(scale) is not float
+        or (zero_point, quant_min, quant_max) != (0, 0, MAX_LEVEL)
+    ):
+        return None
+    node = input.node
+    return Node("quantize", (node,), (), (scale,), node.shape, node.dtype, requires_grad(context, node))
 
 
 def _max_pool2d(
@@ -396,6 +411,7 @@ RECORDERS: Mapping[Any, Recorder] = {
     Tensor.relu: Recorder(_relu),
     torch.relu_: Recorder(_relu, in_place=True),
     Tensor.relu_: Recorder(_relu, in_place=True),
+    torch.fake_quantize_per_tensor_affine: Recorder(_fake_quantize),
     F.max_pool2d: Recorder(_max_pool2d),
     torch.max_pool2d: Recorder(_max_pool2d),
     F.max_pool1d: Recorder(_max_pool1d),

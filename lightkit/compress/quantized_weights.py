@@ -73,20 +73,27 @@ class QuantizedWeights:
 
     def _write(self, sources: list[Tensor], targets: list[Tensor]) -> None:
         by_bits: dict[int, list[int]] = {}
-        self._scales = [weight.new_empty(0) for weight in sources]
         formats = list(self.formats.values())
         for index, weight_format in enumerate(formats):
             by_bits.setdefault(weight_format.bits, []).append(index)
+        self._scales = [weight.new_empty(0) for weight in sources]
         for bits, indices in by_bits.items():
-            whole = [targets[i].is_contiguous() for i in indices]
-            outputs = [targets[i] if ok else torch.empty_like(sources[i]) for i, ok in zip(indices, whole, strict=True)]
+            # Scales and levels are those of float32, whatever dtype the weights train in.
+            weights = [sources[i].float() for i in indices]
+            outputs = [self._output(targets[i]) for i in indices]
             scales = fake_quantize_weights(
-                [formats[i].rows(sources[i]) for i in indices],
+                [formats[i].rows(weight) for i, weight in zip(indices, weights, strict=True)],
                 [formats[i].rows(output) for i, output in zip(indices, outputs, strict=True)],
                 bits,
             )
-            for i, each in zip(indices, scales, strict=True):
+            for i, output, each in zip(indices, outputs, scales, strict=True):
                 self._scales[i] = each
-            for i, output, ok in zip(indices, outputs, whole, strict=True):
-                if not ok:
+                if output is not targets[i]:
                     targets[i].copy_(output)
+
+    @staticmethod
+    def _output(target: Tensor) -> Tensor:
+        """Returns ``target`` itself if rows of float32 can be written to it, else a new tensor."""
+        if target.dtype == torch.float32 and target.is_contiguous():
+            return target
+        return torch.empty_like(target, dtype=torch.float32, memory_format=torch.contiguous_format)

@@ -11,6 +11,7 @@ from torch.nn.modules import module as torch_module
 
 from lightkit._util.originals import Originals
 from lightkit.nn.input_quantizer import InputQuantizer, quantizer_of
+from lightkit.nn.int8_layers import int8_chain_of
 from lightkit.ops._dispatch import is_autocast
 from lightkit.ops.layer_chain import ChainLayer, is_faster, layer_chain
 
@@ -39,6 +40,9 @@ class FusedSequential(nn.Sequential):
     ``forward`` of torch's classes or a function that the classes call, such as ``torch.nn.functional.conv2d``, is
     patched, and for an input that the operation rejects: errors are those of torch's layers.
 
+    In evaluation without autograd, layers whose weights and inputs are all rounded run as one operation on integers:
+    see `lightkit.compress.apply_quantization` and `lightkit.ops.Int8Chain`.
+
     The result has the memory format of the input, and so have the inputs of layers that may depend on it: code that
     calls ``view`` works as with torch's layers, and dropout draws the same numbers.
     """
@@ -54,6 +58,11 @@ def run_fused(layers: Iterable[nn.Module], input: Tensor) -> Tensor:
         for layer in layers:
             input = layer(input)
         return input
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        layers = tuple(layers)
+        chain = int8_chain_of(layers, input)
+        if chain is not None:
+            return _ordered_as(chain(input), input)
     runs = list(_runs(_unnested(layers)))
     x, reordered, index = input, False, 0
     while index < len(runs):

@@ -13,8 +13,11 @@ from lightkit.nn.input_quantizer import InputQuantizer, quantizer_of
 from lightkit.nn.weight_levels import WeightLevels, levels_of
 from lightkit.ops.int8_chain import Int8Chain, Int8Layer
 
-# The largest int32.
-_MAX_SUM = 2**31 - 1
+# The largest bias in units of its layer's sums: the sums of 2^14 products of 8 bits still fit 32 bits beside it.
+_MAX_BIAS = 2**30
+
+# The smallest multiplier, which float32 has with all of its bits also after a division by the scale of an output.
+_MIN_MULTIPLIER = 2.0**-100
 
 
 class _Draft:
@@ -42,15 +45,16 @@ class _Draft:
             scale, bias = scale * factor, bias * factor + shift
         # A multiplier is positive: a negative factor changes the signs of its row.
         signs = torch.where(scale < 0, -1, 1)
+        # An output that a norm multiplies by nearly 0 is its bias alone.
+        is_constant = (scale.abs() * _MAX_BIAS <= bias.abs()) | (scale.abs() < _MIN_MULTIPLIER)
+        signs = torch.where(is_constant, 0, signs)
         levels = (levels * signs.to(torch.int8).view(-1, *(1 for _ in levels.shape[1:]))).contiguous()
-        # An output that a norm multiplies by 0 is its bias alone.
-        tiny = torch.finfo(torch.float32).tiny
-        scale = scale.abs().clamp_min(tiny / (1 if following is None else min(1.0, float(following.scale or 1))))
+        scale = torch.where(is_constant, (bias.abs() / _MAX_BIAS).clamp_min(_MIN_MULTIPLIER), scale.abs())
         output = scale if following is None else scale / float(following.scale or 1)
         is_linear = isinstance(self.layer, nn.Linear)
         return Int8Layer(
             weight=levels,
-            bias=(bias / scale).round().clamp(-_MAX_SUM, _MAX_SUM).to(torch.int32),
+            bias=(bias / scale).round().to(torch.int32),
             multiplier=output.float(),
             stride=(1, 1) if is_linear else _pair(self.layer.stride),
             padding=(0, 0) if is_linear else _pair(self.layer.padding),

@@ -159,7 +159,10 @@ def test_activations_of_extreme_values(activation):
             running = torch.zeros(1, dtype=dtype), torch.ones(1, dtype=dtype)
             output = function(leaf, None, None, *running, training=False, eps=0.0, activation=activation)
             results.append((output.detach(), torch.autograd.grad(output.sum(), leaf)[0]))
-        torch.testing.assert_close(results[0], results[1], equal_nan=True, rtol=2e-6, atol=atol)
+        for actual, expected in zip(*results, strict=True):
+            # Torch's own GELU of an infinite value is NaN on some processors, and infinite on others.
+            told = ~(expected.isnan() & x.isinf())
+            torch.testing.assert_close(actual[told], expected[told], equal_nan=True, rtol=2e-6, atol=atol)
 
 
 @pytest.mark.parametrize("pool", [False, True])

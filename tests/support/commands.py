@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from support.warm_process import WarmProcess
@@ -63,16 +65,34 @@ def run_python(
     status: int | None = None,
     timeout: float = 300,
 ) -> subprocess.CompletedProcess:
-    """Runs this Python in a process of its own, to its end. The arguments are as for `run`."""
-    result = subprocess.run(
-        [sys.executable, *map(str, arguments)],
+    """Runs this Python in a process of its own, to its end. The arguments are as for `run`.
+
+    After ``timeout`` the error has the stacks of the process and of those that it has started.
+    """
+    command = [sys.executable, *map(str, arguments)]
+    variables = {**os.environ, **(environment or {}), "PYTHONFAULTHANDLER": "1"}
+    with subprocess.Popen(
+        command,
         cwd=cwd,
-        env={**os.environ, **(environment or {})},
-        capture_output=True,
-        text=True,
+        env=variables,
         stdin=subprocess.DEVNULL,
-        timeout=timeout,
-    )
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            output, errors = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired as error:
+            os.killpg(process.pid, signal.SIGABRT)
+            with suppress(subprocess.TimeoutExpired):
+                _, errors = process.communicate(timeout=10)
+                raise AssertionError(f"{error}:\n{errors}") from None
+            raise
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    result = subprocess.CompletedProcess(command, process.returncode, output, errors)
     assert status is None or result.returncode == status, result.stderr
     return result
 
