@@ -6,7 +6,7 @@ import copy
 import itertools
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -371,7 +371,7 @@ def _search(job: _Job, max_drop: float) -> tuple[_Trained, list[dict[str, float]
     target = job.directory / "checkpoints"
     target.mkdir(parents=True, exist_ok=True)
     os.replace(best[1].path, target / "best.ckpt")
-    return best[1], trials
+    return replace(best[1], path=target / "best.ckpt"), trials
 
 
 def _content(comparison: Comparison, path: Path, epochs: int) -> dict[str, Any]:

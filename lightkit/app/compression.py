@@ -12,7 +12,7 @@ from torch import nn
 from lightkit._util.printable import printable
 from lightkit.app.parts import model_of
 from lightkit.app.restore import restore
-from lightkit.compress import Distil, Prune
+from lightkit.compress import Distil, Prune, Quantize
 from lightkit.config import build, to_plain
 from lightkit.errors import ConfigError
 from lightkit.targets import find_class
@@ -41,7 +41,7 @@ def build_compression(config: DictConfig) -> list[Callback]:
         callback = build(_resolved(node, config))
         if not isinstance(callback, Callback):
             raise ConfigError(f"compress.{name} must be null or have a _target_ that is a Callback, got {callback!r}")
-        if config.get("compile") and isinstance(callback, (Distil, Prune)):
+        if config.get("compile") and isinstance(callback, (Distil, Prune, Quantize)):
             raise ConfigError(f"compile=true compiles the model as it is at the start; leave compress.{name} out")
         callbacks.append(callback)
     # A teacher is there before the callback that takes the dense model for it.

@@ -25,7 +25,10 @@ _SECTIONS = ("optim", "scheduler")
 _KEYS = {
     "strategy": ("outer_lr", "outer_momentum"),
     "callbacks": ("patience", "min_delta", "start"),
-    "compress": ("keep_macs", "zeros", "start", "end", "rounds", "weight", "temperature"),
+    "compress": (
+        *("keep_macs", "zeros", "start", "end", "rounds", "weight", "temperature"),
+        *("bits", "edge_bits", "activations", "group_size", "batches"),
+    ),
 }
 
 # The groups whose choice a command line must repeat, by which it gives no values.

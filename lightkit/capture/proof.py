@@ -19,7 +19,7 @@ _ATTEMPTS = 3
 # measure.
 _LEAST_ERROR = 1e-6
 
-# The same for operations that round to 8 bits: a sum that rounding moves to the next level is a larger error, in either.
+# The same for operations that round to 8 bits: in either, a sum may move to the next level, which is a larger error.
 _LEAST_LEVEL_ERROR = 2.0**-6
 
 

@@ -19,7 +19,7 @@ from lightkit.compress.weight_formats import (
     takes_quantizer,
 )
 from lightkit.errors import CheckpointError
-from lightkit.nn.input_quantizer import MAX_LEVEL, MIN_SCALE, InputQuantizer, attach
+from lightkit.nn.input_quantizer import MAX_LEVEL, MIN_SCALE, InputQuantizer, attach, detach
 from lightkit.nn.weight_levels import set_levels
 
 
@@ -63,12 +63,24 @@ def apply_quantization(module: nn.Module, checkpoint: Mapping[str, Any]) -> dict
     weights = QuantizedWeights(module, {name: value for name, value in formats.items() if name not in packed})
     weights.round()
     levels = {**weights.levels(), **packed}
-    for name, layer, _ in quantizable_weights(module):
-        if name in levels and takes_quantizer(layer):
-            set_levels(layer, *levels[name])
+    show_levels(module, levels)
+    for layer in module.modules():
+        detach(layer)
     for name, quantizer in quantizers.items():
         attach(module.get_submodule(name), quantizer)
     return levels
+
+
+def show_levels(module: nn.Module, levels: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Gives the layers of a module the levels of their rounded weights, so that an evaluation runs on integers.
+
+    Args:
+        module: the module.
+        levels: the levels and scales by the name of the weight.
+    """
+    for name, layer, _ in quantizable_weights(module):
+        if name in levels and takes_quantizer(layer):
+            set_levels(layer, *levels[name])
 
 
 def read_spec(module: nn.Module, spec: Any) -> tuple[dict[str, WeightFormat], dict[str, InputQuantizer]]:

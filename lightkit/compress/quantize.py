@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightkit.compress.distil import begin_distillation
-from lightkit.compress.quantization import read_spec, spec_of
+from lightkit.compress.quantization import read_spec, show_levels, spec_of
 from lightkit.compress.quantized_weights import QuantizedWeights
 from lightkit.compress.scheme import QuantizationScheme
 from lightkit.compress.sparsify import Sparsify
@@ -113,7 +113,7 @@ class Quantize(Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leaves the rounded weights in the module after a training."""
         if stage == "fit":
-            self._round(pl_module)
+            self._begin_evaluation(pl_module)
             self._is_over = True
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -168,7 +168,7 @@ class Quantize(Callback):
                 begin_distillation(trainer, pl_module)
                 self._begin(pl_module)
             self._finished_rounds += 1
-            self._left = self.batches if self._quantizers else 0
+            self._left = self._observed_batches(trainer) if self._quantizers else 0
             for quantizer in self._quantizers.values():
                 quantizer.is_observing = True
             if self._finished_rounds == 1:
@@ -180,7 +180,7 @@ class Quantize(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Rounds the weights for a batch, whatever weights another callback validates."""
-        self._round(pl_module)
+        self._begin_evaluation(pl_module)
 
     def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *rest: Any) -> None:
         """Gives the weights their values back."""
@@ -190,7 +190,7 @@ class Quantize(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Rounds the weights for a batch."""
-        self._round(pl_module)
+        self._begin_evaluation(pl_module)
 
     def on_test_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *rest: Any) -> None:
         """Gives the weights their values back."""
@@ -200,7 +200,7 @@ class Quantize(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Rounds the weights for a batch."""
-        self._round(pl_module)
+        self._begin_evaluation(pl_module)
 
     def on_predict_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *rest: Any) -> None:
         """Gives the weights their values back."""
@@ -290,9 +290,21 @@ class Quantize(Callback):
         if self._weights is not None:
             self._present(pl_module).round()
 
+    def _begin_evaluation(self, pl_module: pl.LightningModule) -> None:
+        """Rounds the weights, whose integers lightkit's models then compute with, as they do when they are deployed."""
+        if self._weights is not None and not self._is_over:
+            self._round(pl_module)
+            show_levels(pl_module, self._weights.levels())
+
     def _restore(self) -> None:
         if self._weights is not None and not self._is_over:
             self._weights.restore()
+
+    def _observed_batches(self, trainer: pl.Trainer) -> int:
+        """Returns the number of batches of this round, at most half of those before the next one or the end."""
+        following = [*self._round_steps, training_steps("Quantize", trainer)][self._finished_rounds]
+        room = (following - trainer.global_step) * trainer.accumulate_grad_batches
+        return min(self.batches, max(1, room // 2))
 
     def _freeze(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Sets the ranges to the means over the processes."""

@@ -29,6 +29,8 @@ class Format:
         is_safe: True if a file of a stranger makes lightkit compute, and nothing else.
         companions: the suffixes of further files of the same name.
         one_by_one: True if the runtime runs one sample after the other, of a fixed length.
+        integers: the dtype in which the runtime has the rounded inputs of a quantized model's layers, ``"uint8"`` or
+            ``"int8"``; None keeps the weights and inputs of such a model in float32, rounded.
     """
 
     suffix: str
@@ -37,14 +39,30 @@ class Format:
     is_safe: bool
     companions: tuple[str, ...] = ()
     one_by_one: bool = False
+    integers: str | None = None
 
 
 FORMATS = {
     "executorch": Format(
-        ".pte", "lightkit.export.executorch_file", ("executorch",), False, companions=(".json",), one_by_one=True
+        ".pte",
+        "lightkit.export.executorch_file",
+        ("executorch",),
+        is_safe=False,
+        companions=(".json",),
+        one_by_one=True,
+        integers="int8",
     ),
-    "onnx": Format(".onnx", "lightkit.export.onnx_file", ("onnx", "onnxscript", "onnxruntime"), True),
-    "openvino": Format(".xml", "lightkit.export.openvino_file", ("onnx", "onnxscript", "openvino"), False, (".bin",)),
+    "onnx": Format(
+        ".onnx", "lightkit.export.onnx_file", ("onnx", "onnxscript", "onnxruntime"), is_safe=True, integers="uint8"
+    ),
+    "openvino": Format(
+        ".xml",
+        "lightkit.export.openvino_file",
+        ("onnx", "onnxscript", "openvino"),
+        is_safe=False,
+        companions=(".bin",),
+        integers="uint8",
+    ),
     "pt2": Format(".pt2", "lightkit.export.pt2_file", (), False),
 }
 
@@ -82,7 +100,8 @@ def export_model(
 ) -> None:
     """Writes a model in evaluation mode to a file that other programs run.
 
-    The file has the model's operations and weights, which are float32, and ``metadata``: no source lines, no names of
+    The file has the model's operations and weights, which are float32, or int8 in a layer of a quantized model whose
+    format has integers, and ``metadata``: no source lines, no names of
     classes and no samples. A batch norm becomes part of the convolution or linear map before it. The function does not
     compare the file with the model.
 
@@ -106,7 +125,7 @@ def export_model(
     # The import of torch.export takes a second, which reading an export need not wait for.
     from lightkit.export.tracing import trace
 
-    program = trace(model, inputs, chosen.one_by_one)
+    program = trace(model, inputs, chosen.one_by_one, chosen.integers)
     content = {INPUTS: [asdict(spec) for spec in inputs], **(metadata or {})}
     importlib.import_module(chosen.module).write(program, tuple(inputs), Path(path), content)
 

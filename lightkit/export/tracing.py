@@ -23,7 +23,9 @@ from lightkit.export.runtime import BATCH, LENGTH, InputSpec
 _EXAMPLE_BATCH, _EXAMPLE_LENGTH = 2, 5
 
 
-def trace(model: nn.Module, inputs: Sequence[InputSpec], one_by_one: bool = False) -> ExportedProgram:
+def trace(
+    model: nn.Module, inputs: Sequence[InputSpec], one_by_one: bool = False, integers: str | None = None
+) -> ExportedProgram:
     """Records the operations of a model in evaluation mode, with batch norms folded: see `lightkit.export.folding`.
 
     The weights are float32 on the CPU in the result. The example with which torch.export runs the model has zeros.
@@ -32,11 +34,13 @@ def trace(model: nn.Module, inputs: Sequence[InputSpec], one_by_one: bool = Fals
         model: the model, which stays as it is.
         inputs: the forms of its inputs.
         one_by_one: record the model for one sample instead of for batches, with recurrent layers step by step.
+        integers: as in `lightkit.export.formats.Format`.
 
     Raises:
         ConfigError: torch.export cannot record the model, as one whose operations depend on values.
     """
-    copied = _Positional(with_integers(in_float32(model), signed=one_by_one))
+    copied = in_float32(model)
+    copied = _Positional(copied if integers is None else with_integers(copied, signed=integers == "int8"))
     example = tuple(_example(spec, 1 if one_by_one else _EXAMPLE_BATCH) for spec in inputs)
     shapes = None if one_by_one else tuple(_dynamic_shape(spec) for spec in inputs)
     with warnings.catch_warnings(), torch.no_grad():

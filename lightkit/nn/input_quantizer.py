@@ -63,6 +63,10 @@ class InputQuantizer:
     def round(self, input: Tensor) -> Tensor:
         """Returns ``input`` rounded to the levels, in its dtype and shape."""
         assert self.scale is not None
+        if torch.compiler.is_exporting():
+            # torch.export does not know torch's own function.
+            levels = (input * (1 / torch.tensor(self.scale)).item()).round() + self.zero_point
+            return (levels.clamp(0, MAX_LEVEL) - self.zero_point) * self.scale
         return torch.fake_quantize_per_tensor_affine(input, self.scale, self.zero_point, 0, MAX_LEVEL)
 
     def freeze(self) -> None:

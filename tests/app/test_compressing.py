@@ -15,6 +15,7 @@ from lightkit.checkpoints import CONFIG_KEY, load_checkpoint
 from lightkit.compress import WIDTHS_KEY
 from lightkit.errors import ConfigError
 from lightkit.models import CNN
+from lightkit.nn.int8_layers import int8_chain_of
 from lightkit.tasks import ClassificationTask
 
 ACCURACY = {"_target_": "torchmetrics.classification.MulticlassAccuracy", "num_classes": 10, "average": "micro"}
@@ -75,6 +76,31 @@ def test_compressed(dense, call, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_few_bits(dense, call, tmp_path, epochs):
+    """With or without a training, the small checkpoint gives the figures of the comparison in an eighth of the bytes."""
+    words = ["ckpt_path=dense.ckpt", "keep_macs=null", "bits=4", f"epochs={epochs}", "accelerator=cpu", "compare=false"]
+    result = call("compress.__main__", *words, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    directory = tmp_path / "dense-compressed"
+    models = json.loads((directory / "compression.json").read_text())["models"]
+    assert models["compressed"]["bytes raw"] < models["dense"]["bytes raw"] / 6
+    assert (directory / "deploy.ckpt").stat().st_size < dense.stat().st_size / 4
+    checkpoint = load_checkpoint(directory / "deploy.ckpt")
+    assert "optimizer_states" not in checkpoint and "model.features.3.weight" not in checkpoint["state_dict"]
+    for path in (directory / "deploy.ckpt", directory / "checkpoints" / "best.ckpt"):
+        result = call("evaluate", f"ckpt_path={path}", "output=x.json", cwd=tmp_path)
+        found = json.loads((tmp_path / "x.json").read_text())
+        assert found["test/accuracy"] == models["compressed"]["test/accuracy"], path
+    # A loaded model computes with integers.
+    net = load(directory / "deploy.ckpt").task.model
+    with torch.no_grad():
+        assert int8_chain_of((net.features, net.classifier), torch.zeros(1, 1, 28, 28)) is not None
+    again = call("compress.__main__", f"ckpt_path={directory}/deploy.ckpt", *words[1:], cwd=tmp_path)
+    assert again.returncode == 1 and "is of a quantized model" in again.stderr
+
+
+@pytest.mark.slow
 def test_max_drop(dense, monkeypatch):
     """The search keeps the smallest model that passes, and says what each trial has lost; no model is one line."""
     monkeypatch.setattr("lightkit.app.compressing._SHARES", (0.7, 0.4, 0.2))
@@ -88,10 +114,10 @@ def test_max_drop(dense, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"keep_macs": None}, "keep_macs, zeros and max_drop are all null"),
+        ({"keep_macs": None}, "keep_macs, zeros, bits and max_drop are all null"),
         ({"max_drop": 1.5}, "max_drop must be a share"),
         ({"distil": -1}, "distil must be a number from 0 to 1"),
-        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"epochs": 0}, "epochs=0 rounds the weights without a training"),
         ({"lr": 0}, "lr must be positive"),
     ],
 )

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightkit.capture import Capture, capture_calls, chain, is_captured, module_names
 from lightkit.capture.deferred import Deferred
+from lightkit.nn.input_quantizer import InputQuantizer, attach
 from lightkit.ops import _thresholds
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use_reentrant|.*None of the inputs have requires_grad")
@@ -158,6 +159,35 @@ def test_sequences():
     assert found[1] == ("conv1d", "batch_norm", "add", "activation")
     assert both.ours.stride == both.torchs.stride
     assert "conv1" in both.replaced()
+    both.undo()
+
+
+@pytest.mark.parametrize("network", [Functions, Methods])
+def test_rounded_inputs_stay_in_the_chain(network):
+    """Layers whose inputs are rounded to 8 bits are still one call, which saturates and rounds as torch does.
+
+    In float64 no sum is so near to the middle of two levels that the order of additions decides.
+    """
+    network = network().double()
+    for layer, scale in ((network.conv1, 0.02), (network.conv2, 0.004), (network.head, 0.002)):
+        attach(layer, InputQuantizer(scale, 128 if layer is network.conv1 else 0))
+    both = Captured(network)
+    for _ in range(2):
+        both.check(IMAGES.double())
+    (region,) = both.capture.regions
+    assert region.replacement == "lightkit.ops.layer_chain" and region.operations.count("quantize") == 2
+    assert region.operations[-1] == "linear" and region.operations.count("conv2d") == 2
+    both.undo()
+
+
+def test_a_chain_ends_with_a_rounding(monkeypatch):
+    """The flattened input of a linear layer that torch computes has its two dimensions."""
+    monkeypatch.setattr(_thresholds, "MAX_LINEAR_WEIGHTS", 0)
+    network = Functions().double()
+    attach(network.head, InputQuantizer(0.002))
+    both = Captured(network)
+    both.check(IMAGES.double())
+    assert [region.operations[-1] for region in both.capture.regions if region.replacement] == ["quantize"]
     both.undo()
 
 

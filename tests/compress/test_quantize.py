@@ -234,10 +234,22 @@ def test_refused(callbacks, make, message):
 
 def test_ended_early():
     """A training that ends within a round takes the range of the batches so far, and warns."""
+
+    class Stop(pl.Callback):
+        def on_train_batch_end(self, trainer, *arguments):
+            trainer.should_stop = trainer.global_step == 19
+
     module = seeded()
-    with pytest.warns(UserWarning, match="ended before round 2 of 2 was complete"):
-        fit(module, Quantize(8, start=0.5, end=0.95, batches=16))
+    with pytest.warns(UserWarning, match="ended before round 1 of 2 was complete"):
+        fit(module, Quantize(8, start=0.5, end=0.95, batches=16), Stop(), min_steps=1)
     assert quantizer_of(module.net[4]).scale is not None
+
+
+def test_short_training():
+    """A round that has few batches before the next one observes half of them, so that its ranges are used."""
+    module = seeded()
+    fit(module, Quantize(8, batches=1000), epochs=1)
+    assert all(quantizer_of(module.net[i]).scale is not None for i in (0, 4, 6))
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 import lightkit.app.training
 from lightkit.checkpoints import load_checkpoint
-from lightkit.compress import WIDTHS_KEY
+from lightkit.compress import QUANTIZATION_KEY, WIDTHS_KEY
 
 pytestmark = pytest.mark.slow
 
@@ -49,6 +51,28 @@ def test_pruned_job(job, tmp_path):
     assert load_checkpoint(tmp_path / "runs/cnn/c/checkpoints/last.ckpt")[WIDTHS_KEY] == widths
 
 
+def test_quantized_job(job, tmp_path):
+    """A quantized checkpoint is evaluated with its bits, exported with int8 weights, and resumes with its group."""
+    words = ["compress=[prune,int4]", "compress.prune.rounds=2", "compress.quantize.batches=4"]
+    result = job(*QUICK, *words, "trainer.max_epochs=2", "hydra.run.dir=runs/cnn/q", "test=true")
+    assert result.returncode == 0, result.stderr
+    assert "to 4 bits, the first and the last tensor to 8; the inputs of 5 layers have 8 bits" in result.stdout
+    best = load_checkpoint(tmp_path / "runs/cnn/q/checkpoints/best.ckpt")
+    assert best[QUANTIZATION_KEY]["weights"]["model.features.3.weight"] == [4, 0]
+    assert len(best[QUANTIZATION_KEY]["inputs"]) == 5
+    tested = json.loads((tmp_path / "runs/cnn/q/metrics.json").read_text())
+    result = job("ckpt_path=runs/cnn/q", "output=x.json", command="evaluate")
+    evaluated = json.loads((tmp_path / "x.json").read_text())
+    assert evaluated["test/accuracy"] == tested["test/accuracy"]
+    assert evaluated["test/loss"] == pytest.approx(tested["test/loss"], rel=1e-6)
+
+    result = job(*QUICK, words[0], "ckpt_path=last", "trainer.max_epochs=3", "hydra.run.dir=runs/cnn/r")
+    assert result.returncode == 0, result.stderr
+    assert "compress.quantize.batches=4" in result.stdout
+    resumed = load_checkpoint(tmp_path / "runs/cnn/r/checkpoints/last.ckpt")
+    assert resumed[QUANTIZATION_KEY]["weights"] == best[QUANTIZATION_KEY]["weights"]
+
+
 def test_teacher(job, tmp_path):
     """A checkpoint teaches from the first step on."""
     assert job(*QUICK, "trainer.max_epochs=1", "hydra.run.dir=dense").returncode == 0
@@ -66,6 +90,9 @@ def test_teacher(job, tmp_path):
         (["compress=distil"], "Distil has no teacher: give one, or use it with Prune or Sparsify"),
         (["compress=distil", "compress.distil.teacher=gone.ckpt"], "there is no checkpoint gone.ckpt"),
         (["compress=pruned"], "prune"),
+        (["compress=int8", "compress.quantize.bits=6"], "bits must be one of 2, 3, 4, 8, got 6"),
+        (["compress=[int2,sparse]"], "weights of 2 bits have no zero for Sparsify"),
+        (["compress=int8", "compile=true"], "compile=true compiles the model as it is at the start"),
         (["compress=prune", "strategy=parameter_server", "trainer.devices=1"], "Prune needs the same weights"),
         (["compress=prune", "callbacks=[default,swa]"], "would average the weights of models of several sizes"),
     ],
