@@ -328,8 +328,19 @@ def _sum(rows: list[Row], column: str) -> int:
 
 @table("compression")
 def compression() -> list[str]:
-    """Returns the table of compressed models beside the dense one: means over the seeds, and ranges of the ratios."""
-    rows = latest("compression", "variant", "model", "seed")
+    """Returns the table of compressed models of 5,000 digits beside the dense one."""
+    return _compression("mnist_5k", "compression")
+
+
+@table("compression-fashion")
+def compression_of_fashion() -> list[str]:
+    """Returns the table of compressed models of Fashion-MNIST beside the dense one."""
+    return _compression("fashion_mnist", "compression")
+
+
+def _compression(data: str, name: str) -> list[str]:
+    """Returns a table of compressed models: means over the seeds, and ranges of the ratios."""
+    rows = [row for row in latest(name, "data", "variant", "model", "seed") if row["data"] == data]
     found = index(rows, "variant", "model", "seed")
     seeds = list(dict.fromkeys(row["seed"] for row in rows))
     variants = list(dict.fromkeys(row["variant"] for row in rows))
@@ -351,5 +362,34 @@ def compression() -> list[str]:
         ratios = ["1"] * 3 if model == "dense" else [times(c) for c in ("bytes_zipped", "ms_1", "ms_32")]
         body.append((model if model != "compressed" else variant, *cells, *ratios))
     header = ("model", "accuracy", "multiply-adds left", "zipped weights", "times smaller", "times as fast, batch 1")
-    lines = layout((*header, "times as fast, batch 32"), body, "compression", rows)
-    return [*lines[:-1], f"{lines[-1]} {rows[0]['epochs']} epochs, {len(seeds)} seeds; the machine had other work."]
+    lines = layout((*header, "times as fast, batch 32"), body, name, rows)
+    return [*lines[:-1], f"{lines[-1]} {rows[0]['epochs']} epochs, {len(seeds)} seeds."]
+
+
+@table("quantized-step")
+def quantized_step() -> list[str]:
+    """Returns the table of a training step with rounded weights beside one in float."""
+    rows = latest("quantized_step", "what")
+    names = {"float": "float", "torch.ao": "`torch.ao`'s fake quantization, 8 bits"}
+    body = [
+        (names.get(row["what"], f"`Quantize`, {row['what']}"), fixed(row["ms"], 2), fixed(row["times_float"], 2))
+        for row in rows
+    ]
+    return layout(("step of the documented CNN, batch 32", "ms", "times float"), body, "quantized_step", rows)
+
+
+@table("quantized-labels")
+def quantized_labels() -> list[str]:
+    """Returns the table of the labels that differ between the validated model and other runtimes."""
+    rows = latest("quantized_labels", "data", "bits", "runtime")
+    names = {
+        "lightkit": "lightkit's integers, beside the rounded layers in float",
+        "onnxruntime": "ONNX Runtime",
+        "openvino": "OpenVINO",
+        "executorch": "ExecuTorch",
+    }
+    body = [
+        (row["data"], row["bits"], names[row["runtime"]], f"{row['differing']} of {int(row['samples']):,}")
+        for row in rows
+    ]
+    return layout(("data", "bits", "runtime", "labels that differ"), body, "quantized_labels", rows)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from lightkit._util.printable import printable
-from lightkit.compress.packing import unpack_weights
+from lightkit.compress.packing import pack_weights, unpack_weights, weight_of
 from lightkit.compress.quantized_weights import QuantizedWeights
 from lightkit.compress.weight_formats import (
     BITS,
@@ -68,7 +70,35 @@ def apply_quantization(module: nn.Module, checkpoint: Mapping[str, Any]) -> dict
         detach(layer)
     for name, quantizer in quantizers.items():
         attach(module.get_submodule(name), quantizer)
+    remember(module, spec, levels)
     return levels
+
+
+# What modules were quantized with, for files that are written of them later.
+_quantized: WeakKeyDictionary[nn.Module, tuple[dict[str, Any], dict[str, tuple[Tensor, Tensor]]]] = WeakKeyDictionary()
+
+
+def remember(module: nn.Module, spec: Mapping[str, Any], levels: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Keeps what `add_quantization` writes of a module, whose weights are rounded."""
+    _quantized[module] = ({name: spec[name] for name in ("weights", "inputs")}, dict(levels))
+
+
+def add_quantization(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Adds the bits and ranges of a quantized module to a checkpoint with its weights, which become integers there.
+
+    A module in float, or whose weights have changed since, changes nothing.
+
+    Args:
+        module: the module.
+        checkpoint: a checkpoint with its state dict.
+    """
+    spec, levels = _quantized.get(module, ({}, {}))
+    state = checkpoint["state_dict"]
+    if levels and all(
+        name in state and torch.equal(weight_of(*packed), state[name].float()) for name, packed in levels.items()
+    ):
+        checkpoint[QUANTIZATION_KEY] = spec
+        pack_weights(checkpoint, levels)
 
 
 def show_levels(module: nn.Module, levels: Mapping[str, tuple[Tensor, Tensor]]) -> None:

@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightkit.compress.distil import begin_distillation
-from lightkit.compress.quantization import read_spec, show_levels, spec_of
+from lightkit.compress.quantization import read_spec, remember, show_levels, spec_of
 from lightkit.compress.quantized_weights import QuantizedWeights
 from lightkit.compress.scheme import QuantizationScheme
 from lightkit.compress.sparsify import Sparsify
@@ -115,6 +115,8 @@ class Quantize(Callback):
         if stage == "fit":
             self._begin_evaluation(pl_module)
             self._is_over = True
+            if self._weights is not None:
+                remember(pl_module, spec_of(self._weights.formats, self._quantizers), self._weights.levels())
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Gives the weights the values that the optimizer has computed."""

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightkit.checkpoints import CONFIG_KEY, AtomicCheckpointIO
+from lightkit.compress.quantization import add_quantization
+from lightkit.compress.widths import WIDTHS_KEY, changed_shapes, dense_shapes
 from lightkit.data.arrays import DataModule, to_tensor
 from lightkit.data.image_files import ImageFormat
 from lightkit.data.images import ImageDataModule
@@ -142,6 +144,9 @@ class FitResult:
             CONFIG_KEY: config,
             HISTORY_KEY: self.history,
         }
+        if changed := changed_shapes(self.task, dense_shapes(self.task)):
+            checkpoint[WIDTHS_KEY] = changed
+        add_quantization(self.task, checkpoint)
         if isinstance(self.data, (ImageDataModule, TableDataModule)):
             checkpoint[type(self.data).__qualname__] = self.data.state_dict()
         AtomicCheckpointIO().save_checkpoint(checkpoint, str(path))
@@ -198,7 +203,8 @@ class FitResult:
             cls = type(self.task)
             task = {"_target_": f"{cls.__module__}.{cls.__qualname__}"}
         cls = type(self.model)
-        model = describe(self.model) or {"_target_": f"{cls.__module__}.{cls.__qualname__}"}
+        is_pruned = bool(changed_shapes(self.task, dense_shapes(self.task)))
+        model = describe(self.model, is_pruned) or {"_target_": f"{cls.__module__}.{cls.__qualname__}"}
         data: dict[str, Any] = {}
         cls = type(self.data)
         if (arguments := getattr(self.data, "hyperparameters", None)) is not None:

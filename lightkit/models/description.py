@@ -29,11 +29,15 @@ _FACTORY_ARGUMENTS = ("device", "dtype")
 _MAX_LAYERS, _MAX_DEPTH = 1000, 20
 
 
-def describe(module: nn.Module) -> dict[str, Any] | None:
+def describe(module: nn.Module, is_pruned: bool = False) -> dict[str, Any] | None:
     """Returns the description of a module: ``_target_`` and its arguments, as plain containers.
 
     The function knows lightkit's models, ``torch.nn.Sequential``, and the layers of `LAYERS`, whose attributes have the
     values of their arguments.
+
+    Args:
+        module: the module.
+        is_pruned: True if tensors of the module may be smaller than those that the description gives.
 
     Returns:
         The description; None for other modules, and for one whose description gives other weights.
@@ -44,6 +48,10 @@ def describe(module: nn.Module) -> dict[str, Any] | None:
     with torch.device("meta"):
         copy = build_described(node)
     shapes = [{name: value.shape for name, value in m.state_dict().items()} for m in (module, copy)]
+    if is_pruned and shapes[0].keys() == shapes[1].keys():
+        pairs = [(shape, shapes[1][name]) for name, shape in shapes[0].items()]
+        if all(len(a) == len(b) and all(x <= y for x, y in zip(a, b, strict=True)) for a, b in pairs):
+            return node
     return node if shapes[0] == shapes[1] and repr(module) == repr(copy) else None
 
 
