@@ -1,4 +1,4 @@
-"""Pruning in two processes: both remove the same units and go on with the same weights."""
+"""Compression in two processes: both remove the same units, round alike and go on with the same weights."""
 
 from __future__ import annotations
 
@@ -26,6 +26,13 @@ def test_same_weights(ranks, name):
     assert first["net.0.weight"].shape[0] < 8
     assert all(torch.equal(value, second[key]) for key, value in first.items())
     assert ranks[0][name]["metrics"].get("same", 1.0) == 1.0
+
+
+def test_quantized(ranks):
+    """Processes that see different samples have the same ranges and weights, which are those of all samples."""
+    first, second = (rank["quantized"] for rank in ranks)
+    assert first["ranges"] and first["ranges"] == second["ranges"]
+    assert all(torch.equal(value, second["state"][key]) for key, value in first["state"].items())
 
 
 def test_resumed(ranks):

@@ -1,4 +1,4 @@
-"""Prunes in two processes: ``python two_pruned_processes.py DIRECTORY`` runs a small training for each strategy."""
+"""Prunes and quantizes in two processes: ``python two_pruned_processes.py DIRECTORY`` runs a small training for each strategy."""
 
 from __future__ import annotations
 
@@ -7,15 +7,24 @@ import sys
 from pathlib import Path
 
 import torch
-from support.two_processes import fit
+from support.two_processes import Module, fit
 
 from lightkit.callbacks import LeanLoop
-from lightkit.compress import Prune
+from lightkit.compress import Prune, Quantize
+from lightkit.nn.input_quantizer import quantizer_of
 from lightkit.strategies import DataParallel, LocalSGD
 
 
 def prune() -> Prune:
     return Prune(0.4, rounds=2)
+
+
+def quantized() -> dict:
+    """Quantizes in two processes, and returns the ranges of this one's inputs beside what `fit` returns."""
+    module = Module()
+    outcome = fit("ddp", module=module, callbacks=[Quantize(8, "int8", start=0.3, batches=3)], validate=True)
+    quantizers = [quantizer_of(layer) for layer in module.modules()]
+    return {**outcome, "ranges": [(q.scale, q.zero_point) for q in quantizers if q is not None]}
 
 
 def main(directory: Path) -> None:
@@ -27,6 +36,7 @@ def main(directory: Path) -> None:
         "resumed": fit(
             "data_parallel", directory / "again", callbacks=[prune()], ckpt_path=directory / "whole" / "step=9.ckpt"
         ),
+        "quantized": quantized(),
         # Last: after an error one process may connect to the rendezvous that the other is about to leave.
         "local_sgd": fit(LocalSGD(period=3), callbacks=[prune()]),
     }
