@@ -41,7 +41,7 @@ def spec_of(formats: Mapping[str, WeightFormat], quantizers: Mapping[str, InputQ
 def apply_quantization(module: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
     """Rounds the weights of a module and the inputs of its layers as a checkpoint says.
 
-    The module has the weights of the checkpoint already, packed ones included. It then computes what the training has
+    The module has the weights of the checkpoint already, except packed ones. It then computes what the training has
     validated. The checkpoint is not trusted.
 
     Args:
@@ -60,8 +60,13 @@ def apply_quantization(module: nn.Module, checkpoint: Mapping[str, Any]) -> dict
         return {}
     formats, quantizers = read_spec(module, spec)
     packed = unpack_weights(checkpoint)
-    if unknown := sorted(packed.keys() - formats.keys()):
-        raise _misfit(unknown[0], "packed")
+    parameters = {name: parameter for name, _, parameter in quantizable_weights(module)}
+    for name, (integers, _) in packed.items():
+        if name not in formats or integers.shape != parameters[name].shape:
+            raise _misfit(name, "packed")
+    with torch.no_grad():
+        for name, each in packed.items():
+            parameters[name].copy_(weight_of(*each))
     weights = QuantizedWeights(module, {name: value for name, value in formats.items() if name not in packed})
     weights.round()
     levels = {**weights.levels(), **packed}
