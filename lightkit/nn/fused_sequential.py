@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from lightkit._util.originals import Originals
+from lightkit._util.plain_modules import are_all_hooked, is_plain
 from lightkit.ops._dispatch import is_autocast
 from lightkit.ops.layer_chain import ChainLayer, is_faster, layer_chain
 
@@ -49,7 +49,7 @@ class FusedSequential(nn.Sequential):
 
 def run_fused(layers: Iterable[nn.Module], input: Tensor) -> Tensor:
     """Runs ``layers`` in order on ``input`` as `FusedSequential` does; returns the output of the last one."""
-    if _are_all_hooked() or not (torch.compiler.is_compiling() or _ORIGINALS.are_in_place()) or _is_traced():
+    if are_all_hooked() or not (torch.compiler.is_compiling() or _ORIGINALS.are_in_place()) or _is_traced():
         for layer in layers:
             input = layer(input)
         return input
@@ -132,7 +132,7 @@ def _layers(module: nn.Module) -> Iterable[Any]:
 def _unnested(layers: Iterable[nn.Module]) -> Iterator[nn.Module]:
     """Yields the layers in order; yields the layers of a nested Sequential in its place."""
     for layer in layers:
-        if type(layer) in (nn.Sequential, FusedSequential) and _is_plain(layer):
+        if type(layer) in (nn.Sequential, FusedSequential) and is_plain(layer):
             yield from _unnested(_layers(layer))
         else:
             yield layer
@@ -172,27 +172,6 @@ def _is_traced() -> bool:
     return torch.compiler.is_exporting() or (not torch.compiler.is_compiling() and torch.jit.is_tracing())
 
 
-def _are_all_hooked() -> bool:
-    return bool(
-        torch_module._global_forward_hooks
-        or torch_module._global_forward_pre_hooks
-        or torch_module._global_backward_hooks
-        or torch_module._global_backward_pre_hooks
-    )
-
-
-def _is_plain(layer: nn.Module) -> bool:
-    own = layer.__dict__
-    return not (
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or "forward" in own
-        or (own.get("_compiled_call_impl") is not None)
-    )
-
-
 def _has_parameters(layer: nn.Module) -> bool:
     """Returns True if weight and bias of ``layer`` are parameters, not buffers or tensors that pruning computes."""
     parameters = layer._parameters
@@ -205,7 +184,7 @@ def _depends_on_memory_format(layer: nn.Module) -> bool:
     draws = isinstance(layer, (nn.modules.dropout._DropoutNd, nn.RReLU))
     # `_ordered_as` does not reorder the tensors of a tuple.
     gives_tuple = getattr(layer, "return_indices", False)
-    is_torchs = type(layer).__module__.startswith("torch.nn.") and not layer._modules and _is_plain(layer)
+    is_torchs = type(layer).__module__.startswith("torch.nn.") and not layer._modules and is_plain(layer)
     return draws or gives_tuple or not is_torchs
 
 
@@ -220,21 +199,21 @@ def _is_convolution(layer: nn.Module) -> bool:
         and layer.groups == 1
         and layer.padding_mode == "zeros"
         and not isinstance(layer.padding, str)
-        and _is_plain(layer)
+        and is_plain(layer)
         and _has_parameters(layer)
     )
 
 
 def _is_linear(layer: nn.Module) -> bool:
-    return type(layer) is nn.Linear and _is_plain(layer) and _has_parameters(layer)
+    return type(layer) is nn.Linear and is_plain(layer) and _has_parameters(layer)
 
 
 def _is_flatten(layer: nn.Module) -> bool:
-    return type(layer) is nn.Flatten and (layer.start_dim, layer.end_dim) == (1, -1) and _is_plain(layer)
+    return type(layer) is nn.Flatten and (layer.start_dim, layer.end_dim) == (1, -1) and is_plain(layer)
 
 
 def _is_relu(layer: nn.Module) -> bool:
-    return type(layer) is nn.ReLU and _is_plain(layer)
+    return type(layer) is nn.ReLU and is_plain(layer)
 
 
 def _is_pool(layer: nn.Module) -> bool:
@@ -246,5 +225,5 @@ def _is_pool(layer: nn.Module) -> bool:
         and layer.dilation in (1, (1, 1))
         and not layer.ceil_mode
         and not layer.return_indices
-        and _is_plain(layer)
+        and is_plain(layer)
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.aggregation import MeanMetric
 
 from lightkit._util.compiler import never_compile
-from lightkit.models import LanguageModel
+from lightkit.models import Decoder, LanguageModel, decoder
 from lightkit.ops import cross_entropy, linear_cross_entropy
 from lightkit.tasks.task import Task
 
@@ -127,8 +128,10 @@ class LanguageModelTask(Task):
         temperature: float = 1.0,
         top_k: int | None = None,
         generator: torch.Generator | None = None,
+        weights: str = "float32",
+        cache: str = "float32",
     ) -> Tensor:
-        """Continues a text token by token.
+        """Continues a text token by token, natively where `lightkit.models.decoder` does.
 
         When the context of the model is full, the model reads the last half of the context again. The model thus always
         sees between half of its context and the whole context, at positions that occurred in training.
@@ -140,12 +143,15 @@ class LanguageModelTask(Task):
                 token.
             top_k: the number of the likeliest tokens from which the method chooses. Default: all tokens.
             generator: the generator of the random choices. Default: torch's global one.
+            weights: the precision of the weights, ``"float32"`` or ``"int8"``, see `lightkit.models.decoder`.
+            cache: the precision of the keys and values of a transformer, likewise.
 
         Returns:
             The added tokens, int64 ``(length)``, on the device of the model.
 
         Raises:
-            ValueError: the prompt is empty, an argument is out of its range, or a token is not in the vocabulary.
+            ValueError: the prompt is empty, an argument is out of its range, a token is not in the vocabulary, or int8
+                is asked for where the native library does not decode the model.
         """
         if prompt.dim() != 1 or len(prompt) == 0:
             raise ValueError(f"the prompt must be of shape (P) with P at least 1, got {tuple(prompt.shape)}")
@@ -160,29 +166,35 @@ class LanguageModelTask(Task):
         try:
             # torch.compile would compile for every length of the state, which takes longer than the generation.
             with never_compile():
-                self._continue(tokens, len(prompt), temperature, top_k, generator)
+                reader = decoder(self.model, weights, cache)
+                self._continue(tokens, len(prompt), reader, partial(_choose, temperature, top_k, generator))
         finally:
             self.train(was_training)
         return tokens[len(prompt) :]
 
-    def _continue(
-        self, tokens: Tensor, given: int, temperature: float, top_k: int | None, generator: torch.Generator | None
-    ) -> None:
-        """Generates the tokens from index ``given`` on, in place in ``tokens``; for the arguments see `generate`."""
+    def _continue(self, tokens: Tensor, given: int, reader: Decoder, choose: Callable[[Tensor], Tensor]) -> None:
+        """Generates the tokens from index ``given`` on, in place in ``tokens``.
+
+        Args:
+            tokens: the prompt and room for the tokens to add, int64 ``(P + length)``.
+            given: the length of the prompt, P.
+            reader: a decoder that has read nothing.
+            choose: a function of logits ``(V)`` that returns a token.
+        """
         context = self.model.context or len(tokens)
-        # The start of the present window, the number of its tokens that the state represents, and the state.
-        start, read, state = max(0, given - context), 0, None
+        # The start of the present window, and the number of its tokens that the decoder has read.
+        start, read = max(0, given - context), 0
         for end in range(given, len(tokens)):
             if end - start > context:
-                start, read, state = end - (context + 1) // 2, 0, None
-            hidden, state = self.model.hidden(tokens[None, start + read : end], state)
+                start, read = end - (context + 1) // 2, 0
+                reader.reset()
+            logits = reader.read(tokens[None, start + read : end])
             read = end - start
-            logits = self.model.head(hidden[0, -1]).float()
-            tokens[end] = _choose(logits, temperature, top_k, generator)
+            tokens[end] = choose(logits[0])
 
 
-def _choose(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
-    """Draws a token from logits ``(V)``; returns an int64 scalar."""
+def _choose(temperature: float, top_k: int | None, generator: torch.Generator | None, logits: Tensor) -> Tensor:
+    """Draws a token from logits ``(V)``; returns an int64 scalar. For the other arguments see `generate`."""
     if temperature == 0:
         return logits.argmax()
     if top_k is not None and top_k < len(logits):

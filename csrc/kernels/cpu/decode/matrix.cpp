@@ -8,21 +8,27 @@
 namespace lightkit::cpu::decode {
 
 float quantize(const float* values, int64_t count, int8_t* integers) {
-  constexpr float largest = 127;
-  float most = 0;
-  bool finite = true;
-  for (int64_t i = 0; i < count; ++i) {
-    most = std::max(most, std::abs(values[i]));
-    finite = finite && std::isfinite(values[i]);
+  constexpr int64_t size = Vec::size();
+  const Vec largest(127);
+  // A NaN is the maximum.
+  Vec most(0);
+  for (int64_t i = 0; i < count; i += size) {
+    most = at::vec::maximum(most, Vec::loadu(values + i, std::min(size, count - i)).abs());
   }
-  const float scale = most / largest;
-  if (!finite || scale == 0) {
-    std::fill_n(integers, count, int8_t(finite ? 0 : 1));
-    return finite ? 0 : std::numeric_limits<float>::quiet_NaN();
+  const float scale = horizontal_max(most) / 127;
+  if (!std::isfinite(scale) || scale == 0) {
+    std::fill_n(integers, count, int8_t(scale == 0 ? 0 : 1));
+    return scale == 0 ? 0 : std::numeric_limits<float>::quiet_NaN();
   }
-  for (int64_t i = 0; i < count; ++i) {
-    // The quotient of subnormal numbers may lie outside of the range.
-    integers[i] = static_cast<int8_t>(std::clamp(std::rint(values[i] / scale), -largest, largest));
+  for (int64_t i = 0; i < count; i += size) {
+    const int64_t lanes = std::min(size, count - i);
+    // The quotients of subnormal numbers may lie outside of the range.
+    const Vec quotient = (Vec::loadu(values + i, lanes) / Vec(scale)).round();
+    float rounded[size];
+    at::vec::clamp(quotient, largest.neg(), largest).store(rounded);
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      integers[i + lane] = static_cast<int8_t>(rounded[lane]);
+    }
   }
   return scale;
 }

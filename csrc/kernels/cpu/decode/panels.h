@@ -58,10 +58,18 @@ inline Vec load_weights(const float* weights) {
 }
 
 inline Vec load_weights(const int8_t* weights) {
-  constexpr int count = Vec::size();
-  typedef int8_t Bytes __attribute__((vector_size(count)));
-  const auto integers = __builtin_convertvector(load_lanes<Bytes>(weights), LaneNumbers<float>);
-  return vectorized<float>(__builtin_convertvector(integers, Lanes<float>));
+// The compiler converts a vector of bytes in parts.
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(weights))));
+#elif defined(CPU_CAPABILITY_AVX2)
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(weights))));
+#else
+  float lanes[Vec::size()];
+  for (int i = 0; i < Vec::size(); ++i) {
+    lanes[i] = weights[i];
+  }
+  return Vec::loadu(lanes);
+#endif
 }
 
 // Computes the products of the first `blocks` blocks of a panel with `inputs` vectors.

@@ -1,0 +1,114 @@
+"""Decoders, which read the tokens of texts one by one and keep what a language model remembers of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightkit.models.language_model import LanguageModel
+from lightkit.models.native_decoding import native_decoder, unsupported_reason
+
+# The bits of a number by the name of its precision.
+_BITS = {"float32": 32, "int8": 8}
+
+
+class Decoder(ABC):
+    """Reads tokens of N sequences in parallel, in the same number of calls; `decoder` makes one.
+
+    The state of the sequences stays in the decoder: each call goes on after the tokens of the calls before. The weights
+    are those that the model had when the decoder was made.
+    """
+
+    @abstractmethod
+    def read(self, tokens: Tensor, every: bool = False) -> Tensor:
+        """Reads the next tokens of each sequence, and returns the logits of the token after them.
+
+        Args:
+            tokens: the tokens, int64 or int32 ``(N, T)`` in ``[0, V)``, with T at least 1, on the device of the model.
+            every: True returns the logits after each of the T tokens.
+
+        Returns:
+            float32 ``(N, V)``, or with ``every`` ``(N, T, V)``. The logits have no gradient.
+
+        Raises:
+            ValueError: the shape or a token does not fit, or there would be more tokens than the context of the model.
+                The state is then that before the call.
+        """
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forgets the tokens that were read."""
+
+
+class _NativeDecoder(Decoder):
+    """A decoder whose calls are one call each of the native library."""
+
+    def __init__(self, decoder: Any) -> None:
+        self._decoder = decoder
+
+    def read(self, tokens: Tensor, every: bool = False) -> Tensor:
+        return self._decoder.read(tokens.long() if tokens.dtype == torch.int32 else tokens, every)
+
+    def reset(self) -> None:
+        self._decoder.reset()
+
+
+class _TorchDecoder(Decoder):
+    """A decoder that calls the model."""
+
+    def __init__(self, model: LanguageModel, sequences: int) -> None:
+        self._model = model
+        self._sequences = sequences
+        self._state: Any = None
+
+    @torch.no_grad()
+    def read(self, tokens: Tensor, every: bool = False) -> Tensor:
+        if tokens.dim() != 2 or len(tokens) != self._sequences:
+            raise ValueError(
+                f"the tokens must have the shape ({self._sequences}, T) with T at least 1, got {tuple(tokens.shape)}"
+            )
+        hidden, state = self._model.hidden(tokens, self._state)
+        logits = self._model.head(hidden if every else hidden[:, -1]).float()
+        self._state = state
+        return logits
+
+    def reset(self) -> None:
+        self._state = None
+
+
+def decoder(model: LanguageModel, weights: str = "float32", cache: str = "float32", sequences: int = 1) -> Decoder:
+    """Returns a decoder of a language model.
+
+    On a CPU the native library decodes a `Transformer` or an `RNNLanguageModel` with float32 parameters: one call a
+    token, which takes a fraction of the time of torch's operations and gives the same logits up to rounding. The
+    decoder calls the model itself where the library does not apply: on another device, in another dtype, under
+    autocast, with dropout in training mode, or where a layer has a hook or is of another class, so that it runs.
+
+    In int8 each row of a matrix, and each key and value of a head, is rounded to the multiples of the 127th part of its
+    largest magnitude; the activations stay float32. Weights in int8 take a quarter of the memory, and are read faster.
+
+    Args:
+        model: the language model, in evaluation mode or without dropout.
+        weights: the precision of embedding, layers and head: ``"float32"`` or ``"int8"``.
+        cache: the precision of the keys and values of a transformer: ``"float32"`` or ``"int8"``.
+        sequences: the number of sequences N, from 1 to 2^20.
+
+    Raises:
+        ValueError: an argument is out of its range, or int8 is asked for where the native library does not decode the
+            model; the message says why.
+    """
+    for name, value in (("weights", weights), ("cache", cache)):
+        if value not in _BITS:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, _BITS))}, got {value!r}")
+    if not 1 <= sequences <= 1 << 20:
+        raise ValueError(f"sequences must be from 1 to {1 << 20}, got {sequences}")
+    reason = unsupported_reason(model)
+    if reason is None:
+        return _NativeDecoder(native_decoder(model, _BITS[weights], _BITS[cache], sequences))
+    for name, value in (("weights", weights), ("cache", cache)):
+        if value != "float32":
+            raise ValueError(f"{name}={value!r} needs the native decoder, which does not apply: {reason}")
+    return _TorchDecoder(model, sequences)
