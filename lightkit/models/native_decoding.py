@@ -73,16 +73,13 @@ def native_decoder(model: LanguageModel, weight_bits: int, cache_bits: int, sequ
     embedding, head = _data(model.embedding.weight), None if tied else _data(model.head.weight)
     body: Any = model.body
     if type(model) is Transformer:
-        norms = [
-            *(norm for layer in body.layers for norm in (layer.attention_norm, layer.feed_forward_norm)),
-            body.norm,
-        ]
+        norms = [norm for layer in body.layers for norm in (layer.attention_norm, layer.feed_forward_norm)]
         return module.transformer_decoder(
             embedding,
             head,
             [_data(tensor) for layer in body.layers for tensor in _layer_tensors(layer)],
             _data(body.norm.weight),
-            [torch.finfo(torch.float32).eps if norm.eps is None else norm.eps for norm in norms],
+            [torch.finfo(torch.float32).eps if norm.eps is None else norm.eps for norm in (*norms, body.norm)],
             _data(body.rotation),
             sequences,
             weight_bits,

@@ -33,6 +33,27 @@ float quantize(const float* values, int64_t count, int8_t* integers) {
   return scale;
 }
 
+namespace {
+
+// Copies `count` rows to a panel, whose other rows become 0. from [count, columns].
+template <typename T>
+void interleave(const Panels<T>& matrix, int64_t panel, const T* from, int64_t count) {
+  const int64_t columns = matrix.columns, width = matrix.width(panel);
+  T* const to = matrix.panel(panel);
+  // In parts whose cache lines stay in the cache while all rows write to them.
+  constexpr int64_t part = 16;
+  for (int64_t begin = 0; begin < columns; begin += part) {
+    const int64_t end = std::min(columns, begin + part);
+    for (int64_t row = 0; row < width; ++row) {
+      for (int64_t k = begin; k < end; ++k) {
+        to[k * width + row] = row < count ? from[row * columns + k] : T(0);
+      }
+    }
+  }
+}
+
+}  // namespace
+
 Matrix::Matrix(const float* values, int64_t rows, int64_t columns, Precision precision)
     : rows_(rows),
       columns_(columns),
@@ -40,27 +61,18 @@ Matrix::Matrix(const float* values, int64_t rows, int64_t columns, Precision pre
       floats_(precision == Precision::Float ? Panels<float>::size(rows, columns) : 0),
       integers_(precision == Precision::Int8 ? Panels<int8_t>::size(rows, columns) : 0),
       scales_(precision == Precision::Int8 ? rows : 0) {
-  const auto scatter = [&](const auto& panels, int64_t row, const auto* from) {
-    auto* to = panels.at(row, 0);
-    const int64_t width = panels.width(row / kPanel);
-    for (int64_t k = 0; k < columns; ++k) {
-      to[k * width] = from == nullptr ? 0 : from[k];
-    }
-  };
-  const Panels<float> floats{floats_.data(), rows, columns};
-  const Panels<int8_t> integers{integers_.data(), rows, columns};
-  AlignedBuffer<int8_t> of_row(precision == Precision::Int8 ? columns : 0);
-  // The rows that fill the last block are 0.
-  for (int64_t row = 0; row < round_up(rows, kBlock); ++row) {
-    const float* const from = row < rows ? values + row * columns : nullptr;
+  AlignedBuffer<int8_t> rounded(precision == Precision::Int8 ? kPanel * columns : 0);
+  for (int64_t panel = 0; panel < ceil_div(rows, kPanel); ++panel) {
+    const int64_t first = panel * kPanel, count = std::min(kPanel, rows - first);
+    const float* const from = values + first * columns;
     if (precision == Precision::Float) {
-      scatter(floats, row, from);
-    } else if (from == nullptr) {
-      scatter(integers, row, static_cast<const int8_t*>(nullptr));
-    } else {
-      scales_.data()[row] = quantize(from, columns, of_row.data());
-      scatter(integers, row, of_row.data());
+      interleave({floats_.data(), rows, columns}, panel, from, count);
+      continue;
     }
+    for (int64_t row = 0; row < count; ++row) {
+      scales_.data()[first + row] = quantize(from + row * columns, columns, rounded.data() + row * columns);
+    }
+    interleave<int8_t>({integers_.data(), rows, columns}, panel, rounded.data(), count);
   }
 }
 
