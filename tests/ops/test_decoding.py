@@ -1,0 +1,414 @@
+"""The native decoders against the models in float64, in float32 and int8, at the edges of vectors and panels."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support.exact_language_models import logits, round_rows
+from support.threads import assert_same_with_any_threads
+from torch import Tensor, nn
+
+import lightkit.native
+from lightkit.models import RNNLanguageModel, Transformer, decoder
+from lightkit.models.native_decoding import native_decoder, unsupported_reason
+
+# The largest numbers below which a block, a panel, and the tokens that a call reads at once are not full.
+EDGES = [1, 15, 16, 17, 63, 64, 65, 130]
+
+
+def transformer(vocabulary=11, heads=2, head_size=8, layers=2, context=24, inner=20, tied=True, seed=0):
+    """Returns a transformer whose norms and epsilon are not the initial ones."""
+    torch.manual_seed(seed)
+    model = Transformer(vocabulary, heads * head_size, layers, heads, context, inner, tie_weights=tied)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.RMSNorm):
+                module.weight.uniform_(0.5, 1.5)
+        # Logits of a trained model: the initial ones hardly differ.
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    return model.eval()
+
+
+def recurrent(cell="lstm", vocabulary=11, hidden=20, embedding=None, layers=2, tied=False, seed=0):
+    torch.manual_seed(seed)
+    return RNNLanguageModel(vocabulary, hidden, embedding, layers, cell, tie_weights=tied).eval()
+
+
+def pruned(model: Transformer, heads: list[int], inner: list[int]) -> Transformer:
+    """Leaves so many heads and inner units in each layer."""
+    for layer, count, width in zip(model.body.layers, heads, inner, strict=True):
+        attention, feed_forward, size = layer.attention, layer.feed_forward, layer.attention.head_size
+        qkv = attention.qkv.weight.detach().unflatten(0, (3, -1, size))[:, :count].flatten(0, 2)
+        wide = feed_forward.gate_and_value.weight.detach().unflatten(0, (2, -1))[:, :width].flatten(0, 1)
+        for linear, weight in (
+            (attention.qkv, qkv),
+            (attention.out, attention.out.weight.detach()[:, : count * size]),
+            (feed_forward.gate_and_value, wide),
+            (feed_forward.out, feed_forward.out.weight.detach()[:, :width]),
+        ):
+            linear.weight = nn.Parameter(weight.contiguous())
+            linear.out_features, linear.in_features = weight.shape
+    return model
+
+
+def text(vocabulary: int, sequences: int, steps: int, seed: int = 0) -> Tensor:
+    return torch.randint(vocabulary, (sequences, steps), generator=torch.Generator().manual_seed(seed))
+
+
+def read_in_pieces(model, tokens: Tensor, pieces: list[int], **options) -> Tensor:
+    """Returns the logits after each token, of a decoder that reads the tokens in pieces of these lengths."""
+    assert unsupported_reason(model) is None
+    reader = decoder(model, sequences=len(tokens), **options)
+    return torch.cat([reader.read(piece, every=True) for piece in tokens.split(pieces, dim=1)], dim=1)
+
+
+def rounded(model):
+    """Returns a copy of the model whose matrices have the values that int8 rounds them to."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.copy_(round_rows(parameter))
+    return model
+
+
+def assert_close(found: Tensor, model, exact: Tensor, tokens: Tensor, int8_cache: bool = False) -> None:
+    """Fails unless the error is about that of torch's operations in float32.
+
+    The two add in different orders, so that one of them may be luckier: of few logits several times. A key or value at
+    the middle of two integers may be rounded to either, which changes the logits of its sequence from there on, by far
+    less than int8 does: with an int8 cache, the first four tokens of one sequence must have no such value.
+    """
+    with torch.no_grad():
+        torchs = (model(tokens) - (logits(model, tokens) if int8_cache else exact)).abs().max()
+    errors, largest = (found - exact).abs().amax(dim=2), exact.abs().max()
+    bound = 4 * torchs + 2e-6 * largest
+    assert found.dtype == torch.float32
+    if int8_cache:
+        assert errors[:, :4].amax(dim=1).min() <= bound and errors.max() <= 2e-3 * largest, (errors, torchs, largest)
+    else:
+        assert errors.max() <= bound, (errors, torchs, largest)
+
+
+@given(
+    vocabulary=st.integers(1, 70),
+    heads=st.lists(st.integers(1, 3), min_size=1, max_size=3),
+    half=st.integers(1, 20),
+    inner=st.lists(st.integers(1, 70), min_size=3, max_size=3),
+    tied=st.booleans(),
+    sequences=st.integers(1, 6),
+    pieces=st.lists(st.integers(1, 20), min_size=1, max_size=5),
+    spare=st.integers(0, 3),
+    seed=st.integers(0, 3),
+)
+def test_any_transformer(vocabulary, heads, half, inner, tied, sequences, pieces, spare, seed):
+    """Logits after every token, for any sizes, pruned layers, and a text in any pieces up to the end of the context."""
+    context = sum(pieces) + spare
+    model = transformer(vocabulary, 3, 2 * half, len(heads), context, 70, tied, seed)
+    pruned(model, heads, inner[: len(heads)])
+    tokens = text(vocabulary, sequences, sum(pieces), seed)
+    assert_close(read_in_pieces(model, tokens, pieces), model, logits(model, tokens), tokens)
+
+
+@given(
+    cell=st.sampled_from(["lstm", "gru", "elman"]),
+    vocabulary=st.integers(1, 70),
+    hidden=st.integers(1, 70),
+    embedding=st.none() | st.integers(1, 40),
+    layers=st.integers(1, 3),
+    tied=st.booleans(),
+    sequences=st.integers(1, 6),
+    pieces=st.lists(st.integers(1, 20), min_size=1, max_size=5),
+)
+def test_any_recurrent_network(cell, vocabulary, hidden, embedding, layers, tied, sequences, pieces):
+    """Logits after every token, for every cell and any sizes, and a text in any pieces."""
+    model = recurrent(cell, vocabulary, hidden, embedding, layers, tied and embedding is None)
+    tokens = text(vocabulary, sequences, sum(pieces))
+    assert_close(read_in_pieces(model, tokens, pieces), model, logits(model, tokens), tokens)
+
+
+@pytest.mark.sanitized
+@pytest.mark.parametrize("cache", ["float32", "int8"])
+@pytest.mark.parametrize("weights", ["float32", "int8"])
+@pytest.mark.parametrize("size", EDGES)
+def test_edges_of_a_transformer(size, weights, cache):
+    """Each size at the edges of a block and of a panel: vocabulary, head, inner width, context, text at once."""
+    for sizes in (
+        {"vocabulary": size},
+        {"head_size": 2 * size, "heads": 1, "layers": 1},
+        {"inner": size},
+        {"context": size},
+    ):
+        model = transformer(**sizes)
+        tokens = text(model.vocab_size, 3, min(model.context, 30))
+        for pieces in ([1] * tokens.shape[1], [tokens.shape[1]]):
+            found = read_in_pieces(model, tokens, pieces, weights=weights, cache=cache)
+            same = rounded(model) if weights == "int8" else model
+            exact = logits(same, tokens, round_rows if cache == "int8" else Tensor.double)
+            assert_close(found, same, exact, tokens, cache == "int8")
+
+
+@pytest.mark.sanitized
+@pytest.mark.parametrize("weights", ["float32", "int8"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "elman"])
+@pytest.mark.parametrize("size", EDGES)
+def test_edges_of_a_recurrent_network(size, cell, weights):
+    """States, embeddings and vocabularies at the edges of a block and of a panel; int8 is exact up to float32."""
+    for sizes in ({"vocabulary": size}, {"hidden": size}, {"embedding": size}):
+        model = recurrent(cell, **sizes)
+        tokens = text(model.vocab_size, 2, 9)
+        found = read_in_pieces(model, tokens, [1, 3, 5], weights=weights)
+        same = rounded(model) if weights == "int8" else model
+        assert_close(found, same, logits(same, tokens), tokens)
+
+
+@pytest.mark.parametrize("make", [transformer, recurrent])
+def test_last_logits_alone(make):
+    """Without ``every`` a call returns the logits after its last token, the same to the bit."""
+    model, tokens = make(), text(11, 3, 20)
+    every = read_in_pieces(model, tokens, [7, 13])
+    reader = decoder(model, sequences=3)
+    assert torch.equal(reader.read(tokens[:, :7]), every[:, 6])
+    assert torch.equal(reader.read(tokens[:, 7:].int()), every[:, 19])
+
+
+@pytest.mark.parametrize("make", [transformer, recurrent])
+def test_reset_and_weights(make):
+    """After a reset the decoder reads as at first, with the weights that the model had when it was made."""
+    model, tokens = make(), text(11, 1, 12)
+    reader = decoder(model)
+    first = reader.read(tokens, every=True)
+    with torch.no_grad():
+        model.head.weight.zero_()
+    reader.reset()
+    assert torch.equal(reader.read(tokens, every=True), first)
+
+
+@pytest.mark.parametrize("make", [transformer, recurrent])
+def test_an_error_changes_nothing(make):
+    """After tokens that do not fit the decoder goes on as if they had not been."""
+    model, tokens = make(), text(11, 2, 24)
+    expected = read_in_pieces(model, tokens, [5, 19])
+    reader = decoder(model, sequences=2)
+    reader.read(tokens[:, :5])
+    wrong = tokens[:, 5:].clone()
+    wrong[1, 18] = 11
+    below = wrong.clone()
+    below[1, 18] = -1
+    for bad, message in (
+        (wrong, "token 11 is not in the vocabulary of 11"),
+        (below, "token -1 is not in the vocabulary of 11"),
+        (tokens[0], r"must have the shape \(2, T\) with T at least 1, got \[24\]"),
+        (tokens[:1], r"must have the shape \(2, T\)"),
+        (tokens[:, :0], r"must have the shape \(2, T\)"),
+        (tokens.float(), "must be int64 on the CPU, got Float"),
+        (tokens.to("meta"), "must be int64 on the CPU, got Long on meta"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            reader.read(bad)
+    assert torch.equal(reader.read(tokens[:, 5:], every=True), expected[:, 5:])
+
+
+def test_full_context():
+    """The last token of the context is read; one more is an error, after which a reset makes room."""
+    model, tokens = transformer(context=24), text(11, 1, 24)
+    reader = decoder(model)
+    with pytest.raises(ValueError, match="reads 24 tokens at most, got 25 after 0"):
+        reader.read(torch.cat((tokens, tokens[:, :1]), dim=1))
+    last = reader.read(tokens)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="reads 24 tokens at most, got 1 after 24"):
+            reader.read(tokens[:, :1])
+    reader.reset()
+    assert torch.equal(reader.read(tokens), last)
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_values_that_are_not_finite(value, bits):
+    """A weight of the head that is not finite makes its logits NaN or infinite, and no others."""
+    model, tokens = transformer(vocabulary=40, tied=False), text(40, 1, 4)
+    with torch.no_grad():
+        model.head.weight[17, 3] = value
+    found = native_decoder(model, bits, 32, 1).read(tokens, False)[0]
+    assert not found[17].isfinite() and found[torch.arange(40) != 17].isfinite().all()
+
+
+@pytest.mark.parametrize("factor", [0.0, 1e-45, 1e-38, 1e30])
+def test_extreme_rows(factor):
+    """Rows of zeros, of subnormal numbers and of huge ones are rounded without a step out of range."""
+    model, tokens = transformer(vocabulary=40, tied=False), text(40, 1, 4)
+    with torch.no_grad():
+        model.head.weight.mul_(factor)
+    found = read_in_pieces(model, tokens, [4], weights="int8").double()
+    exact = logits(model, tokens)
+    # Two layers in int8 are off by some hundredths. A subnormal weight has few bits: nothing is left of the smallest.
+    assert found.isfinite().all() and (found - exact).abs().max() <= 0.1 * exact.abs().max() + 1e-42
+
+
+@pytest.mark.parametrize("make", [transformer, recurrent])
+def test_any_number_of_threads(make):
+    """Large maps are shared out over threads, and the logits do not depend on their number."""
+    large = {"vocabulary": 3000} | (
+        {"head_size": 64, "heads": 4, "inner": 700} if make is transformer else {"hidden": 300}
+    )
+    model, tokens = make(**large), text(3000, 2, 24)
+    for weights in ("float32", "int8"):
+        assert_same_with_any_threads(lambda w=weights: [read_in_pieces(model, tokens, [20, 1, 1, 2], weights=w)])
+
+
+def test_two_threads_take_turns():
+    """Threads may share a decoder: each call reads its tokens after those of some other call."""
+    model = recurrent(hidden=128)
+    reader, tokens = decoder(model), text(11, 1, 200)
+    threads = [threading.Thread(target=lambda: [reader.read(tokens) for _ in range(20)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    alone = decoder(model)
+    for _ in range(81):
+        expected = alone.read(tokens)
+    assert torch.equal(reader.read(tokens), expected)
+
+
+def transformer_arguments():
+    """Returns right arguments of the native constructor: the width 8, two heads, one layer, 5 tokens."""
+    sizes = [(8,), (24, 8), (8, 8), (8,), (6, 8), (8, 3)]
+    return {
+        "embedding": torch.randn(5, 8),
+        "head": torch.randn(5, 8),
+        "layers": [torch.randn(size) for size in sizes],
+        "norm": torch.randn(8),
+        "epsilons": [1e-6] * 3,
+        "rotation": torch.randn(2, 10, 2),
+        "sequences": 1,
+        "weight_bits": 32,
+        "cache_bits": 32,
+    }
+
+
+def recurrent_arguments():
+    sizes = [(12, 3), (12, 4), (12,), (12,)]
+    return {
+        "cell": "gru",
+        "embedding": torch.randn(5, 3),
+        "head": torch.randn(5, 4),
+        "layers": [torch.randn(size) for size in sizes],
+        "sequences": 1,
+        "weight_bits": 32,
+    }
+
+
+def short(*sizes: int) -> Tensor:
+    """Returns a tensor whose storage has half of its elements."""
+    tensor = torch.zeros(sizes)
+    tensor.untyped_storage().resize_(tensor.untyped_storage().nbytes() // 2)
+    return tensor
+
+
+WRONG_TENSORS = [
+    (lambda t: t.double(), "must be float32 on the CPU, got Double"),
+    (lambda t: t.to("meta"), "must be float32 on the CPU, got Float on meta"),
+    (lambda t: t[..., None], "dimensions of size 1 and more"),
+    (lambda t: t[:0], "dimensions of size 1 and more"),
+    (lambda t: torch.stack((t, t), dim=-1)[..., 0], "must be contiguous"),
+    (lambda t: short(*t.shape), "reaches beyond its storage"),
+    (lambda t: torch.cat((t, t)), "must have the shape|must be a multiple|cannot be the head|epsilons"),
+    (lambda t: 7, "must be a torch.Tensor, got an object of <class 'int'>"),
+    (lambda t: None, "must be a torch.Tensor, got an object of <class 'NoneType'>"),
+    (lambda t: nn.Linear(1, 1), "must be a torch.Tensor"),
+]
+
+
+@pytest.mark.sanitized
+@pytest.mark.parametrize(("change", "message"), WRONG_TENSORS)
+@pytest.mark.parametrize("kind", ["transformer", "recurrent"])
+def test_wrong_tensors(kind, change, message):
+    """A tensor of another type, layout or size is one error that names it, for each tensor of both constructors."""
+    module = lightkit.native.load()
+    make, right = {
+        "transformer": (module.transformer_decoder, transformer_arguments()),
+        "recurrent": (module.recurrent_decoder, recurrent_arguments()),
+    }[kind]
+    make(**right)
+    for name, value in right.items():
+        for index, tensor in enumerate(value if isinstance(value, list) else [value]):
+            if not isinstance(tensor, Tensor):
+                continue
+            if change(tensor) is None and name == "head":
+                continue
+            changed = (
+                [*value[:index], change(tensor), *value[index + 1 :]] if isinstance(value, list) else change(tensor)
+            )
+            with pytest.raises((ValueError, TypeError), match=message):
+                make(**{**right, name: changed})
+
+
+@pytest.mark.sanitized
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sequences": 0}, "sequences must be from 1 to 1048576, got 0"),
+        ({"sequences": -1}, "sequences must be from 1"),
+        ({"sequences": 2**40}, "sequences must be from 1"),
+        ({"weight_bits": 4}, "the bits of weights must be 32 or 8, got 4"),
+        ({"cache_bits": 16}, "the bits of cache must be 32 or 8, got 16"),
+        ({"layers": []}, "layers must have a positive multiple of 6 items, got 0"),
+        ({"layers": [torch.ones(8)] * 5}, "a positive multiple of 6 items, got 5"),
+        ({"layers": ()}, "layers must be a list, got an object of <class 'tuple'>"),
+        ({"epsilons": [1e-6] * 2}, "there must be 3 epsilons of 1 layers, got 2"),
+        ({"epsilons": [1e-6, -1.0, 1e-6]}, "an epsilon must be at least 0, got -1"),
+        ({"epsilons": [1e-6, float("nan"), 1e-6]}, "an epsilon must be at least 0, got nan"),
+        ({"epsilons": [1e-6, "a", 1e-6]}, "must be real number"),
+        ({"rotation": torch.ones(3, 10, 2)}, "the rotation must have the shape"),
+        ({"rotation": torch.ones(2, 10, 3)}, "must be a multiple of the size of a head, 6, got 8"),
+    ],
+)
+def test_wrong_arguments_of_a_transformer(changes, message):
+    """The error names the argument and what was expected."""
+    with pytest.raises((ValueError, TypeError), match=message):
+        lightkit.native.load().transformer_decoder(**{**transformer_arguments(), **changes})
+
+
+@pytest.mark.sanitized
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cell": "rnn"}, "the cell must be 'lstm', 'gru' or 'elman', got 'rnn'"),
+        ({"cell": "lstm"}, r"weight of the input of layer 0 must have the shape \[16, 3\], got \[12, 3\]"),
+        ({"head": None}, "an embedding of size 3 cannot be the head of states of size 4"),
+        ({"sequences": 2**40}, "sequences must be from 1"),
+        ({"weight_bits": 0}, "the bits of weights must be 32 or 8, got 0"),
+        ({"layers": [torch.ones(8)] * 3}, "a positive multiple of 4 items, got 3"),
+    ],
+)
+def test_wrong_arguments_of_a_recurrent_network(changes, message):
+    """The error names the argument and what was expected."""
+    with pytest.raises((ValueError, TypeError), match=message):
+        lightkit.native.load().recurrent_decoder(**{**recurrent_arguments(), **changes})
+
+
+@pytest.mark.sanitized
+def test_wrong_tokens_of_the_native_object():
+    """The object itself rejects what is no tensor, and tensors that reach beyond their storage."""
+    reader = lightkit.native.load().transformer_decoder(**transformer_arguments())
+    tokens = torch.zeros(1, 4, dtype=torch.int64)
+    tokens.untyped_storage().resize_(8)
+    for wrong, message in (
+        ([[1]], "must be a torch.Tensor, got an object of <class 'list'>"),
+        (tokens, "reaches beyond"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            reader.read(wrong, False)
+    assert reader.position == 0
+    # Any strides are read.
+    strided = reader.read(torch.tensor([[1], [2], [3]]).T, True)
+    reader.reset()
+    assert torch.equal(reader.read(torch.tensor([[1, 2, 3]]), True), strided) and reader.position == 3
