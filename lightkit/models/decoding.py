@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightkit.errors import ConfigError
 from lightkit.models.language_model import LanguageModel
 from lightkit.models.native_decoding import native_decoder, unsupported_reason
 
@@ -97,12 +98,13 @@ def decoder(model: LanguageModel, weights: str = "float32", cache: str = "float3
         sequences: the number of sequences N, from 1 to 2^20.
 
     Raises:
-        ValueError: an argument is out of its range, or int8 is asked for where the native library does not decode the
-            model; the message says why.
+        ConfigError: a precision is unknown, or int8 is asked for where the native library does not decode the model,
+            for a reason that the message has.
+        ValueError: ``sequences`` is out of its range.
     """
     for name, value in (("weights", weights), ("cache", cache)):
         if value not in _BITS:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, _BITS))}, got {value!r}")
+            raise ConfigError(f"{name} must be one of {', '.join(map(repr, _BITS))}, got {value!r}")
     if not 1 <= sequences <= 1 << 20:
         raise ValueError(f"sequences must be from 1 to {1 << 20}, got {sequences}")
     reason = unsupported_reason(model)
@@ -110,5 +112,5 @@ def decoder(model: LanguageModel, weights: str = "float32", cache: str = "float3
         return _NativeDecoder(native_decoder(model, _BITS[weights], _BITS[cache], sequences))
     for name, value in (("weights", weights), ("cache", cache)):
         if value != "float32":
-            raise ValueError(f"{name}={value!r} needs the native decoder, which does not apply: {reason}")
+            raise ConfigError(f"{name}={value!r} needs the native decoder, which does not apply: {reason}")
     return _TorchDecoder(model, sequences)

@@ -14,6 +14,7 @@ import lightkit
 from lightkit import native
 from lightkit._util.originals import Originals
 from lightkit._util.plain_modules import are_all_hooked, is_unhooked
+from lightkit.errors import ConfigError
 from lightkit.models import language_model, rnn_language_model, transformer
 from lightkit.models.language_model import LanguageModel
 from lightkit.models.rnn_language_model import RNNLanguageModel, _Recurrent
@@ -22,12 +23,14 @@ from lightkit.ops._dispatch import is_autocast_device, kernels_apply
 
 _CELLS: dict[type[nn.Module], str] = {nn.LSTM: "lstm", nn.GRU: "gru", nn.RNN: "elman"}
 
+_LAYERS = ("Embedding", "Linear", "RMSNorm", "Dropout", "LSTM", "GRU", "RNN")
+
 # The functions of torch and of the models that the native decoders do not call.
 _OF_TORCH = Originals(
     (torch,),
     nn,
-    *(f"{layer}.forward" for layer in ("Embedding", "Linear", "RMSNorm", "Dropout", "LSTM", "GRU", "RNN")),
-    *("Module.__call__", "Module._call_impl"),
+    *(f"{layer}.{method}" for layer in _LAYERS for method in ("forward", "__call__")),
+    "Module._call_impl",
     *(f"functional.{name}" for name in ("embedding", "linear", "rms_norm", "scaled_dot_product_attention", "silu")),
 )
 _OF_MODELS = Originals(
@@ -66,7 +69,7 @@ def native_decoder(model: LanguageModel, weight_bits: int, cache_bits: int, sequ
         sequences: the number of sequences.
 
     Raises:
-        ValueError: keys and values in int8 are asked of a model that has none.
+        ConfigError: keys and values in int8 are asked of a model that has none.
     """
     module: Any = native.load()
     tied = model.head.weight is model.embedding.weight
@@ -86,7 +89,7 @@ def native_decoder(model: LanguageModel, weight_bits: int, cache_bits: int, sequ
             cache_bits,
         )
     if cache_bits != 32:
-        raise ValueError("cache='int8' is for the keys and values of a Transformer; an RNNLanguageModel has none")
+        raise ConfigError("cache='int8' is for the keys and values of a Transformer; an RNNLanguageModel has none")
     layers = [_data(tensor) for tensor in body.core._flat_weights]
     return module.recurrent_decoder(_CELLS[type(body.core)], embedding, head, layers, sequences, weight_bits)
 

@@ -150,8 +150,9 @@ class LanguageModelTask(Task):
             The added tokens, int64 ``(length)``, on the device of the model.
 
         Raises:
-            ValueError: the prompt is empty, an argument is out of its range, a token is not in the vocabulary, or int8
-                is asked for where the native library does not decode the model.
+            ConfigError: a precision is unknown, or int8 is asked for where the native library does not decode the
+                model.
+            ValueError: the prompt is empty, an argument is out of its range, or a token is not in the vocabulary.
         """
         if prompt.dim() != 1 or len(prompt) == 0:
             raise ValueError(f"the prompt must be of shape (P) with P at least 1, got {tuple(prompt.shape)}")
