@@ -35,8 +35,8 @@ class Decoder(ABC):
             float32 ``(N, V)``, or with ``every`` ``(N, T, V)``. The logits have no gradient.
 
         Raises:
-            ValueError: the shape or a token does not fit, or there would be more tokens than the context of the model.
-                The state is then that before the call.
+            ValueError: the shape or a token does not fit, or there is no room for so many tokens. The state stays that
+                before the call.
         """
 
     @abstractmethod
@@ -60,9 +60,11 @@ class _NativeDecoder(Decoder):
 class _TorchDecoder(Decoder):
     """A decoder that calls the model."""
 
-    def __init__(self, model: LanguageModel, sequences: int) -> None:
+    def __init__(self, model: LanguageModel, sequences: int, max_tokens: int | None) -> None:
         self._model = model
         self._sequences = sequences
+        self._max_tokens = max_tokens
+        self._read = 0
         self._state: Any = None
 
     @torch.no_grad()
@@ -71,16 +73,27 @@ class _TorchDecoder(Decoder):
             raise ValueError(
                 f"the tokens must have the shape ({self._sequences}, T) with T at least 1, got {tuple(tokens.shape)}"
             )
+        read = self._read + tokens.shape[1]
+        if self._max_tokens is not None and read > self._max_tokens:
+            raise ValueError(
+                f"the decoder reads {self._max_tokens} tokens at most, got {tokens.shape[1]} after {self._read}"
+            )
         hidden, state = self._model.hidden(tokens, self._state)
         logits = self._model.head(hidden if every else hidden[:, -1]).float()
-        self._state = state
+        self._state, self._read = state, read
         return logits
 
     def reset(self) -> None:
-        self._state = None
+        self._state, self._read = None, 0
 
 
-def decoder(model: LanguageModel, weights: str = "float32", cache: str = "float32", sequences: int = 1) -> Decoder:
+def decoder(
+    model: LanguageModel,
+    weights: str = "float32",
+    cache: str = "float32",
+    sequences: int = 1,
+    max_tokens: int | None = None,
+) -> Decoder:
     """Returns a decoder of a language model.
 
     On a CPU the native library decodes a `Transformer` or an `RNNLanguageModel` with float32 parameters: one call a
@@ -96,21 +109,25 @@ def decoder(model: LanguageModel, weights: str = "float32", cache: str = "float3
         weights: the precision of embedding, layers and head: ``"float32"`` or ``"int8"``.
         cache: the precision of the keys and values of a transformer: ``"float32"`` or ``"int8"``.
         sequences: the number of sequences N, from 1 to 2^20.
+        max_tokens: the number of tokens of a transformer for whose keys and values the decoder has room. Default: the
+            context of the model.
 
     Raises:
         ConfigError: a precision is unknown, or int8 is asked for where the native library does not decode the model,
             for a reason that the message has.
-        ValueError: ``sequences`` is out of its range.
+        ValueError: ``sequences`` or ``max_tokens`` is out of its range.
     """
     for name, value in (("weights", weights), ("cache", cache)):
         if value not in _BITS:
             raise ConfigError(f"{name} must be one of {', '.join(map(repr, _BITS))}, got {value!r}")
     if not 1 <= sequences <= 1 << 20:
         raise ValueError(f"sequences must be from 1 to {1 << 20}, got {sequences}")
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens must be positive, got {max_tokens}")
     reason = unsupported_reason(model)
     if reason is None:
-        return _NativeDecoder(native_decoder(model, _BITS[weights], _BITS[cache], sequences))
+        return _NativeDecoder(native_decoder(model, _BITS[weights], _BITS[cache], sequences, max_tokens))
     for name, value in (("weights", weights), ("cache", cache)):
         if value != "float32":
             raise ConfigError(f"{name}={value!r} needs the native decoder, which does not apply: {reason}")
-    return _TorchDecoder(model, sequences)
+    return _TorchDecoder(model, sequences, None if model.context is None else max_tokens)

@@ -59,7 +59,9 @@ def unsupported_reason(model: LanguageModel) -> str | None:
     return next((reason for reason in layers if reason is not None), None) or _unsupported_tensor(model)
 
 
-def native_decoder(model: LanguageModel, weight_bits: int, cache_bits: int, sequences: int) -> Any:
+def native_decoder(
+    model: LanguageModel, weight_bits: int, cache_bits: int, sequences: int, max_tokens: int | None = None
+) -> Any:
     """Returns the native library's decoder of a model for which `unsupported_reason` returns None.
 
     Args:
@@ -67,14 +69,16 @@ def native_decoder(model: LanguageModel, weight_bits: int, cache_bits: int, sequ
         weight_bits: 32 for float32, 8 for int8.
         cache_bits: the bits of the keys and values of a transformer.
         sequences: the number of sequences.
+        max_tokens: the number of tokens for whose keys and values there is room. Default: the context of the model.
 
     Raises:
         ConfigError: keys and values in int8 are asked of a model that has none.
     """
     module: Any = native.load()
-    tied = model.head.weight is model.embedding.weight
-    embedding, head = _data(model.embedding.weight), None if tied else _data(model.head.weight)
     body: Any = model.body
+    weight: Any = model.head.weight
+    embedding = _data(model.embedding.weight)
+    head = None if weight is model.embedding.weight else _data(weight)
     if type(model) is Transformer:
         norms = [norm for layer in body.layers for norm in (layer.attention_norm, layer.feed_forward_norm)]
         return module.transformer_decoder(
@@ -83,7 +87,7 @@ def native_decoder(model: LanguageModel, weight_bits: int, cache_bits: int, sequ
             [_data(tensor) for layer in body.layers for tensor in _layer_tensors(layer)],
             _data(body.norm.weight),
             [torch.finfo(torch.float32).eps if norm.eps is None else norm.eps for norm in (*norms, body.norm)],
-            _data(body.rotation),
+            _data(body.rotation[:, :max_tokens]),
             sequences,
             weight_bits,
             cache_bits,

@@ -167,7 +167,8 @@ class LanguageModelTask(Task):
         try:
             # torch.compile would compile for every length of the state, which takes longer than the generation.
             with never_compile():
-                reader = decoder(self.model, weights, cache)
+                room = min(self.model.context or len(tokens), len(tokens))
+                reader = decoder(self.model, weights, cache, max_tokens=room)
                 self._continue(tokens, len(prompt), reader, partial(_choose, temperature, top_k, generator))
         finally:
             self.train(was_training)

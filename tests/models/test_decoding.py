@@ -154,6 +154,20 @@ def test_what_users_changed_runs(change, reason):
         read(model, cache="int8")
 
 
+def test_room_for_tokens(monkeypatch):
+    """Both decoders of a transformer read as many tokens as there is room for, and one more is an error."""
+    model = make_transformer()
+    for reason in (None, "the test says so"):
+        monkeypatch.setattr("lightkit.models.decoding.unsupported_reason", lambda model, reason=reason: reason)
+        reader = decoder(model, max_tokens=4)
+        last = reader.read(TEXT[:1, :4])
+        torch.testing.assert_close(last, model(TEXT[:1, :4])[:, -1].detach(), rtol=1e-4, atol=1e-5)
+        with pytest.raises(ValueError, match="reads 4 tokens at most, got 1 after 4"):
+            reader.read(TEXT[:1, :1])
+        reader.reset()
+        assert torch.equal(reader.read(TEXT[:1, :4]), last)
+
+
 def test_epsilon_of_a_norm():
     """A norm with an epsilon of its own is decoded with it."""
     model = make_transformer()
@@ -291,6 +305,7 @@ def test_a_copy_is_decoded():
     [
         ({"weights": "int4"}, "weights must be one of 'float32', 'int8', got 'int4'"),
         ({"cache": "half"}, "cache must be one of 'float32', 'int8', got 'half'"),
+        ({"max_tokens": 0}, "max_tokens must be positive, got 0"),
         ({"sequences": 0}, "sequences must be from 1 to 1048576, got 0"),
     ],
 )

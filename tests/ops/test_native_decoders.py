@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.exact_language_models import logits, round_rows
+from support.exact_language_models import logits, round_rows, rounded
 from support.threads import assert_same_with_any_threads
 from torch import Tensor, nn
 
@@ -66,16 +65,6 @@ def read_in_pieces(model, tokens: Tensor, pieces: list[int], **options) -> Tenso
     assert unsupported_reason(model) is None
     reader = decoder(model, sequences=len(tokens), **options)
     return torch.cat([reader.read(piece, every=True) for piece in tokens.split(pieces, dim=1)], dim=1)
-
-
-def rounded(model):
-    """Returns a copy of the model whose matrices have the values that int8 rounds them to."""
-    model = copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.copy_(round_rows(parameter))
-    return model
 
 
 def assert_close(found: Tensor, model, exact: Tensor, tokens: Tensor, int8_cache: bool = False) -> None:

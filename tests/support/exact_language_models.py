@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -16,6 +17,17 @@ def round_rows(values: Tensor) -> Tensor:
     """Rounds the last dimension to the multiples of the 127th part of its largest magnitude, a float32 number."""
     scale = values.float().abs().amax(dim=-1, keepdim=True) / 127
     return (torch.where(scale > 0, values.float() / scale, 0).round() * scale.double()).to(torch.float64)
+
+
+def rounded(model: nn.Module) -> nn.Module:
+    """Returns a copy of the model whose matrices have the values that int8 rounds them to."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                # A tied weight is one parameter.
+                parameter.copy_(round_rows(parameter))
+    return model
 
 
 def logits(model: nn.Module, tokens: Tensor, cache: Rounding = Tensor.double) -> Tensor:
