@@ -19,8 +19,8 @@ _BITS = {"float32": 32, "int8": 8}
 class Decoder(ABC):
     """Reads tokens of N sequences in parallel, in the same number of calls; `decoder` makes one.
 
-    The state of the sequences stays in the decoder: each call goes on after the tokens of the calls before. The weights
-    are those that the model had when the decoder was made.
+    The state of the sequences stays in the decoder: each call goes on after the tokens of the calls before. A native
+    decoder keeps the weights that the model had when the decoder was made; make another one after they have changed.
     """
 
     @abstractmethod
