@@ -97,6 +97,21 @@ void bind_decoder(py::module_& module) {
           },
           py::arg("tokens"),
           py::arg("every"))
+      .def(
+          "extend",
+          [](Decoder& decoder,
+             const py::object& tokens,
+             int64_t count,
+             double temperature,
+             int64_t top_k,
+             const py::object& draws) {
+            return called([&] { return decoder.extend(tokens.ptr(), count, {temperature, top_k}, draws.ptr()); });
+          },
+          py::arg("tokens"),
+          py::arg("count"),
+          py::arg("temperature"),
+          py::arg("top_k"),
+          py::arg("draws"))
       .def("reset", &Decoder::reset)
       .def_property_readonly("position", &Decoder::position);
   module.def(

@@ -40,6 +40,35 @@ class Decoder(ABC):
         """
 
     @abstractmethod
+    def extend(
+        self,
+        tokens: Tensor,
+        count: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Reads the next tokens of each sequence, and generates ``count`` further ones.
+
+        The decoder reads each generated token before it generates the next one. It has not read the last one, with
+        which the next call begins.
+
+        Args:
+            tokens: as for `read`.
+            count: the number of tokens to generate for each sequence, at least 1.
+            temperature: the divisor of the logits, at least 0; 0 takes the likeliest token.
+            top_k: the number of the likeliest tokens from which the decoder chooses, at least 1. Default: all.
+            generator: the generator of the random choices. Default: torch's global one.
+
+        Returns:
+            int64 ``(N, count)``, on the device of the model.
+
+        Raises:
+            ValueError: as for `read`, or an argument is out of its range.
+            RuntimeError: the probabilities are NaN, since the model has diverged.
+        """
+
+    @abstractmethod
     def reset(self) -> None:
         """Forgets the tokens that were read."""
 
@@ -47,11 +76,31 @@ class Decoder(ABC):
 class _NativeDecoder(Decoder):
     """A decoder whose calls are one call each of the native library."""
 
-    def __init__(self, decoder: Any) -> None:
+    def __init__(self, decoder: Any, sequences: int, vocab_size: int) -> None:
         self._decoder = decoder
+        self._sequences = sequences
+        self._vocab_size = vocab_size
 
     def read(self, tokens: Tensor, every: bool = False) -> Tensor:
-        return self._decoder.read(tokens.long() if tokens.dtype == torch.int32 else tokens, every)
+        return self._decoder.read(_as_int64(tokens), every)
+
+    def extend(
+        self,
+        tokens: Tensor,
+        count: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        _check_sampling(count, temperature, top_k)
+        draws = None
+        if temperature > 0:
+            draws = torch.empty(count, self._sequences, self._vocab_size)
+            # torch.multinomial makes one call for each token: a call for all would draw other numbers.
+            for row in draws.flatten(0, 1).unbind():
+                row.exponential_(generator=generator)
+        top_k = self._vocab_size if top_k is None else top_k
+        return self._decoder.extend(_as_int64(tokens), count, temperature, top_k, draws)
 
     def reset(self) -> None:
         self._decoder.reset()
@@ -83,8 +132,45 @@ class _TorchDecoder(Decoder):
         self._state, self._read = state, read
         return logits
 
+    def extend(
+        self,
+        tokens: Tensor,
+        count: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        _check_sampling(count, temperature, top_k)
+        added = []
+        for _ in range(count):
+            logits = self.read(tokens)
+            tokens = torch.stack([_choose(row, temperature, top_k, generator) for row in logits])[:, None]
+            added.append(tokens)
+        return torch.cat(added, dim=1)
+
     def reset(self) -> None:
         self._state, self._read = None, 0
+
+
+def _as_int64(tokens: Tensor) -> Tensor:
+    return tokens.long() if tokens.dtype == torch.int32 else tokens
+
+
+def _check_sampling(count: int, temperature: float, top_k: int | None) -> None:
+    if count < 1 or not temperature >= 0 or (top_k is not None and top_k < 1):
+        raise ValueError(
+            "count and top_k must be at least 1, temperature must not be negative, "
+            f"got {count}, {top_k} and {temperature}"
+        )
+
+
+def _choose(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
+    """Draws a token from logits ``(V)``; returns an int64 scalar."""
+    if temperature == 0:
+        return logits.argmax()
+    if top_k is not None and top_k < len(logits):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
+    return (logits / temperature).softmax(dim=0).multinomial(1, generator=generator)[0]
 
 
 def decoder(
@@ -126,7 +212,8 @@ def decoder(
         raise ValueError(f"max_tokens must be positive, got {max_tokens}")
     reason = unsupported_reason(model)
     if reason is None:
-        return _NativeDecoder(native_decoder(model, _BITS[weights], _BITS[cache], sequences, max_tokens))
+        native = native_decoder(model, _BITS[weights], _BITS[cache], sequences, max_tokens)
+        return _NativeDecoder(native, sequences, model.vocab_size)
     for name, value in (("weights", weights), ("cache", cache)):
         if value != "float32":
             raise ConfigError(f"{name}={value!r} needs the native decoder, which does not apply: {reason}")

@@ -15,7 +15,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.aggregation import MeanMetric
 
 from lightkit._util.compiler import never_compile
-from lightkit.models import Decoder, LanguageModel, decoder
+from lightkit.models import LanguageModel, decoder
 from lightkit.ops import cross_entropy, linear_cross_entropy
 from lightkit.tasks.task import Task
 
@@ -24,6 +24,10 @@ _IGNORED = -100
 
 # The number of tokens of the test set whose losses `test_step` returns: 16 MB in float32.
 _RECORDED_TOKENS = 1 << 22
+
+# The number of tokens that one call generates, at most. Chosen: the random numbers of so many take 3 MB with a
+# vocabulary of 50,000.
+_TOKENS_AT_ONCE = 16
 
 
 class LanguageModelTask(Task):
@@ -169,51 +173,35 @@ class LanguageModelTask(Task):
             with never_compile():
                 room = min(self.model.context or len(tokens), len(tokens))
                 reader = decoder(self.model, weights, cache, max_tokens=room)
-                self._continue(tokens, len(prompt), reader, partial(_choose, temperature, top_k, generator))
+                extend = partial(reader.extend, temperature=temperature, top_k=top_k, generator=generator)
+                self._continue(tokens, len(prompt), extend, reader.reset)
         finally:
             self.train(was_training)
         return tokens[len(prompt) :]
 
-    def _continue(self, tokens: Tensor, given: int, reader: Decoder, choose: Callable[[Tensor], Tensor]) -> None:
+    def _continue(
+        self, tokens: Tensor, given: int, extend: Callable[[Tensor, int], Tensor], reset: Callable[[], None]
+    ) -> None:
         """Generates the tokens from index ``given`` on, in place in ``tokens``.
 
         Args:
-            tokens: the prompt and room for the tokens to add, int64 ``(P + length)``.
+            tokens: the prompt and room for the tokens to add, ``(P + length)``.
             given: the length of the prompt, P.
-            reader: a decoder that has read nothing.
-            choose: a function of logits ``(V)`` that returns a token.
+            extend: a function that reads tokens ``(1, T)`` and returns that number of further ones ``(1, count)``, of
+                which it has read all except the last.
+            reset: a function that forgets the tokens that were read.
         """
         context = self.model.context or len(tokens)
-        # The start of the present window, and the number of its tokens that the decoder has read.
-        start, read = max(0, given - context), 0
-        for end in range(given, len(tokens)):
+        # The start of the present window, the number of its tokens that were read, and the next token to add.
+        start, read, end = max(0, given - context), 0, given
+        while end < len(tokens):
             if end - start > context:
                 start, read = end - (context + 1) // 2, 0
-                reader.reset()
-            logits = reader.read(tokens[None, start + read : end])
-            read = end - start
-            tokens[end] = choose(logits[0])
-
-
-def _choose(temperature: float, top_k: int | None, generator: torch.Generator | None, logits: Tensor) -> Tensor:
-    """Draws a token from logits ``(V)``; returns an int64 scalar. For the other arguments see `generate`."""
-    if temperature == 0:
-        return logits.argmax()
-    if top_k is not None and top_k < len(logits):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
-    return _sample((logits / temperature).softmax(dim=0), generator)
-
-
-def _sample(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Draws the token that ``probabilities.multinomial(1, generator=generator)`` draws, on a CPU in half of its time.
-
-    Raises:
-        RuntimeError: the probabilities are NaN, since the model has diverged.
-    """
-    if not probabilities.is_cpu or math.isnan(probabilities[0].item()):
-        return probabilities.multinomial(1, generator=generator)[0]
-    # torch draws a single token so, after checks that take as long. A softmax has a NaN only if all are NaN.
-    return (probabilities / torch.empty_like(probabilities).exponential_(generator=generator)).argmax()
+                reset()
+            count = min(len(tokens) - end, start + context + 1 - end, _TOKENS_AT_ONCE)
+            tokens[end : end + count] = extend(tokens[None, start + read : end], count)[0]
+            end += count
+            read = end - 1 - start
 
 
 class _Perplexity(MeanMetric):

@@ -63,6 +63,61 @@ def test_both_decoders_are_one(make, every, monkeypatch):
         fast.reset(), slow.reset()
 
 
+@MODELS
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.3}, {"top_k": 1}, {"top_k": 4}, {"top_k": 100}, {"temperature": 0}], ids=str
+)
+def test_both_decoders_draw_the_same_tokens(make, options, monkeypatch):
+    """From the same seed both generate the same tokens for each sequence, and read all except the last."""
+    model = make()
+    with torch.no_grad():
+        model.head.weight.mul_(4)
+    fast = decoder(model, sequences=2)
+    monkeypatch.setattr("lightkit.models.decoding.unsupported_reason", lambda model: "the test says so")
+    slow = decoder(model, sequences=2)
+    first, second = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
+    tokens = TEXT[:, :3]
+    for count in (4, 1, 2):
+        found = fast.extend(tokens, count, generator=first, **options)
+        assert found.shape == (2, count) and found.dtype == torch.int64
+        assert torch.equal(found, slow.extend(tokens, count, generator=second, **options))
+        tokens = found[:, -1:]
+    assert torch.equal(first.get_state(), second.get_state())
+    torch.testing.assert_close(fast.read(tokens), slow.read(tokens), rtol=1e-4, atol=1e-5)
+
+
+def test_global_generator():
+    """Without a generator the draws are those of torch's global one."""
+    results = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        reader = decoder(make_transformer())
+        torch.manual_seed(8)
+        results.append(reader.extend(TEXT[:1, :1], 10))
+    assert torch.equal(*results) and len(results[0].unique()) > 3
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"count": 0}, "got 0, None and 1.0"),
+        ({"temperature": -1.0}, "got 1, None and -1.0"),
+        ({"temperature": float("nan")}, "got 1, None and nan"),
+        ({"top_k": 0}, "got 1, 0 and 1.0"),
+        ({"tokens": torch.tensor([[11]])}, "token 11 is not in the vocabulary of 11"),
+    ],
+)
+def test_wrong_arguments_of_extend(native, options, named, monkeypatch):
+    """Both decoders name the argument; the state is that before."""
+    if not native:
+        monkeypatch.setattr("lightkit.models.decoding.unsupported_reason", lambda model: "the test says so")
+    reader = decoder(make_transformer())
+    with pytest.raises(ValueError, match=named):
+        reader.extend(**{"tokens": TEXT[:1, :1], "count": 1, **options})
+    assert torch.equal(reader.read(TEXT[:1]), decoder(make_transformer()).read(TEXT[:1]))
+
+
 def hook_of_a_layer(model):
     def hook(module, inputs, output):
         return output * 2

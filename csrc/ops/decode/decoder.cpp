@@ -2,6 +2,7 @@
 
 #include "../common/checks.h"
 #include "../common/tensors.h"
+#include "decoder_weights.h"
 
 #include <algorithm>
 #include <vector>
@@ -50,9 +51,7 @@ std::vector<int64_t> checked_tokens(PyObject* object, int64_t sequences, int64_t
 
 }  // namespace
 
-Object Decoder::read(PyObject* object, bool every) {
-  const std::vector<int64_t> tokens = checked_tokens(object, sequences_, vocabulary_);
-  const int64_t steps = static_cast<int64_t>(tokens.size()) / sequences_;
+std::unique_lock<std::mutex> Decoder::begin(int64_t steps) {
   std::unique_lock<std::mutex> turn;
   {
     // Only threads without the GIL wait for their turn, so that the one that reads can take the GIL.
@@ -67,20 +66,66 @@ Object Decoder::read(PyObject* object, bool every) {
       steps,
       " after ",
       position_);
-  const Tensor logits = empty({every ? steps : 1, sequences_, vocabulary_}, at::kFloat);
+  return turn;
+}
+
+void Decoder::read_parts(const std::vector<int64_t>& tokens, bool every, float* logits) {
+  const int64_t steps = static_cast<int64_t>(tokens.size()) / sequences_;
   const int64_t at_once = std::max<int64_t>(1, kColumns / sequences_);
   for (int64_t begin = 0; begin < steps; begin += at_once) {
     const int64_t count = std::min(at_once, steps - begin);
     {
       const WithoutGil release;
-      float* const output = logits.mutable_data_ptr<float>() + (every ? begin * sequences_ * vocabulary_ : 0);
-      model_->read(tokens.data() + begin * sequences_, count, every, output);
+      model_->read(
+          tokens.data() + begin * sequences_, count, every, logits + (every ? begin * sequences_ * vocabulary_ : 0));
     }
     position_ += count;
-    // A long text takes minutes: Ctrl-C ends it.
+    // A long text takes minutes.
     check_python(PyErr_CheckSignals() != 0);
   }
+}
+
+Object Decoder::read(PyObject* object, bool every) {
+  const std::vector<int64_t> tokens = checked_tokens(object, sequences_, vocabulary_);
+  const int64_t steps = static_cast<int64_t>(tokens.size()) / sequences_;
+  const auto turn = begin(steps);
+  const Tensor logits = empty({every ? steps : 1, sequences_, vocabulary_}, at::kFloat);
+  read_parts(tokens, every, logits.mutable_data_ptr<float>());
   return wrapped(every ? logits.transpose(0, 1) : logits.squeeze(0));
+}
+
+Object Decoder::extend(PyObject* object, int64_t count, const cpu::decode::Sampling& sampling, PyObject* draws) {
+  std::vector<int64_t> tokens = checked_tokens(object, sequences_, vocabulary_);
+  const int64_t steps = static_cast<int64_t>(tokens.size()) / sequences_;
+  TORCH_CHECK_VALUE(count >= 1, "decoder: the number of tokens to add must be at least 1, got ", count);
+  TORCH_CHECK_VALUE(
+      sampling.temperature >= 0 && sampling.top_k >= 1,
+      "decoder: the temperature must be at least 0 and top_k at least 1, got ",
+      sampling.temperature,
+      " and ",
+      sampling.top_k);
+  // They live as long as this function reads them.
+  DecoderWeights given;
+  const float* of_token =
+      sampling.temperature == 0 ? nullptr : given.data("the draws", draws, {count, sequences_, vocabulary_});
+  int64_t last = 0;
+  TORCH_CHECK_VALUE(!c10::add_overflows(steps, count - 1, &last), "decoder: too many tokens to add, got ", count);
+  const auto turn = begin(last);
+  const Tensor added = empty({sequences_, count}, at::kLong);
+  const Tensor logits = empty({sequences_, vocabulary_}, at::kFloat);
+  int64_t* const output = added.mutable_data_ptr<int64_t>();
+  float* const of_sequence = logits.mutable_data_ptr<float>();
+  for (int64_t i = 0; i < count; ++i) {
+    read_parts(tokens, /*every=*/false, of_sequence);
+    tokens.resize(sequences_);
+    for (int64_t n = 0; n < sequences_; ++n) {
+      const int64_t token = cpu::decode::sample(of_sequence + n * vocabulary_, vocabulary_, sampling, of_token);
+      TORCH_CHECK(token >= 0, "decoder: the probabilities of the next token are NaN: the model has diverged");
+      tokens[n] = output[n * count + i] = token;
+      of_token += of_token == nullptr ? 0 : vocabulary_;
+    }
+  }
+  return wrapped(added);
 }
 
 void Decoder::reset() {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "../../kernels/cpu/decode/model.h"
+#include "../../kernels/cpu/decode/sample.h"
 #include "../common/python_tensor.h"
 
 #include <ATen/core/Tensor.h>
@@ -11,6 +12,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <vector>
 
 namespace lightkit {
 
@@ -27,12 +29,24 @@ class Decoder {
   // tokens that do not fit, which changes nothing.
   Object read(PyObject* tokens, bool every);
 
+  // Reads tokens as `read` does, chooses the next token of each sequence, and so on, `count` times; every token that
+  // was chosen is read, except the last one. draws: float32 [count, sequences, vocabulary] with draws of the
+  // exponential distribution, or None at a temperature of 0. Returns the tokens, int64 [sequences, count]. Raises a
+  // ValueError for arguments that do not fit, which changes nothing, and a RuntimeError for probabilities that are NaN.
+  Object extend(PyObject* tokens, int64_t count, const cpu::decode::Sampling& sampling, PyObject* draws);
+
   void reset();
 
   // Returns the number of tokens of a sequence that were read.
   int64_t position();
 
  private:
+  // Waits for the turn of this thread, and checks that there is room for so many tokens.
+  std::unique_lock<std::mutex> begin(int64_t steps);
+
+  // Reads tokens [steps, sequences] in parts, between which Ctrl-C raises.
+  void read_parts(const std::vector<int64_t>& tokens, bool every, float* logits);
+
   const std::unique_ptr<cpu::decode::Model> model_;
   const int64_t sequences_;
   const int64_t vocabulary_;

@@ -1,4 +1,4 @@
-// The checks of the weights of a decoder.
+// The checks of the float32 tensors of a decoder.
 #pragma once
 
 #include "../../kernels/cpu/decode/panels.h"
