@@ -112,8 +112,17 @@ void bind_decoder(py::module_& module) {
           py::arg("temperature"),
           py::arg("top_k"),
           py::arg("draws"))
-      .def("reset", &Decoder::reset)
-      .def_property_readonly("position", &Decoder::position);
+      .def(
+          "reset",
+          [](Decoder& decoder) {
+            return called([&] {
+              decoder.reset();
+              return Object::borrow(Py_None);
+            });
+          })
+      .def_property_readonly("position", [](Decoder& decoder) {
+        return called([&] { return Object::checked(PyLong_FromLongLong(decoder.position())); });
+      });
   module.def(
       "transformer_decoder",
       [](const py::object& embedding,

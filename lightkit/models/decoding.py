@@ -17,7 +17,7 @@ _BITS = {"float32": 32, "int8": 8}
 
 
 class Decoder(ABC):
-    """Reads tokens of N sequences in parallel, in the same number of calls; `decoder` makes one.
+    """Reads the tokens of N sequences side by side, and generates further ones; the function `decoder` makes one.
 
     The state of the sequences stays in the decoder: each call goes on after the tokens of the calls before. A native
     decoder keeps the weights that the model had when the decoder was made; make another one after they have changed.
@@ -55,7 +55,8 @@ class Decoder(ABC):
 
         Args:
             tokens: as for `read`.
-            count: the number of tokens to generate for each sequence, at least 1.
+            count: the number of tokens to generate for each sequence, at least 1. Their random numbers take
+                ``4 * count * N * V`` bytes.
             temperature: the divisor of the logits, at least 0; 0 takes the likeliest token.
             top_k: the number of the likeliest tokens from which the decoder chooses, at least 1. Default: all.
             generator: the generator of the random choices. Default: torch's global one.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 
 import pytest
@@ -264,6 +265,46 @@ def test_two_threads_take_turns():
     for _ in range(81):
         expected = alone.read(tokens)
     assert torch.equal(reader.read(tokens), expected)
+
+
+@pytest.fixture
+def alarm():
+    """Calls a function in a handler of a signal, after some hundredths of a second."""
+    before = signal.getsignal(signal.SIGALRM)
+
+    def set_alarm(handle):
+        signal.signal(signal.SIGALRM, lambda number, frame: handle())
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+
+    yield set_alarm
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def test_ctrl_c_ends_a_long_call(alarm):
+    """A text of a million tokens can be interrupted, and the decoder reads on afterwards."""
+    model = recurrent()
+    reader, tokens = decoder(model), text(11, 1, 1_000_000)
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    for call in (lambda: reader.read(tokens), lambda: reader.extend(tokens, 1)):
+        alarm(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            call()
+        assert 0 < reader._decoder.position < 1_000_000
+        reader.reset()
+    assert torch.equal(reader.read(tokens[:, :9]), decoder(model).read(tokens[:, :9]))
+
+
+def test_a_call_within_a_call_is_an_error(alarm):
+    """A handler of a signal that uses the decoder while it reads gets an error, and does not wait forever."""
+    reader = decoder(recurrent())
+    alarm(reader.reset)
+    with pytest.raises(RuntimeError, match="a call within another call of the same decoder"):
+        reader.read(text(11, 1, 1_000_000))
+    reader.reset()
 
 
 def test_room_for_generated_tokens():

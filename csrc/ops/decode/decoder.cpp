@@ -51,13 +51,18 @@ std::vector<int64_t> checked_tokens(PyObject* object, int64_t sequences, int64_t
 
 }  // namespace
 
-std::unique_lock<std::mutex> Decoder::begin(int64_t steps) {
-  std::unique_lock<std::mutex> turn;
+Decoder::Turn::Turn(Decoder& decoder) : decoder_(decoder), lock_(decoder.mutex_, std::defer_lock) {
+  const std::thread::id self = std::this_thread::get_id();
+  TORCH_CHECK(decoder.user_ != self, "decoder: a call within another call of the same decoder");
   {
-    // Only threads without the GIL wait for their turn, so that the one that reads can take the GIL.
+    // Only threads without the GIL wait, so that the one that reads can take the GIL.
     const WithoutGil release;
-    turn = std::unique_lock<std::mutex>(mutex_);
+    lock_.lock();
   }
+  decoder.user_ = self;
+}
+
+void Decoder::check_room(int64_t steps) const {
   TORCH_CHECK_VALUE(
       !context_.has_value() || steps <= *context_ - position_,
       "the decoder reads ",
@@ -66,7 +71,6 @@ std::unique_lock<std::mutex> Decoder::begin(int64_t steps) {
       steps,
       " after ",
       position_);
-  return turn;
 }
 
 void Decoder::read_parts(const std::vector<int64_t>& tokens, bool every, float* logits) {
@@ -88,7 +92,8 @@ void Decoder::read_parts(const std::vector<int64_t>& tokens, bool every, float* 
 Object Decoder::read(PyObject* object, bool every) {
   const std::vector<int64_t> tokens = checked_tokens(object, sequences_, vocabulary_);
   const int64_t steps = static_cast<int64_t>(tokens.size()) / sequences_;
-  const auto turn = begin(steps);
+  const Turn turn(*this);
+  check_room(steps);
   const Tensor logits = empty({every ? steps : 1, sequences_, vocabulary_}, at::kFloat);
   read_parts(tokens, every, logits.mutable_data_ptr<float>());
   return wrapped(every ? logits.transpose(0, 1) : logits.squeeze(0));
@@ -110,7 +115,8 @@ Object Decoder::extend(PyObject* object, int64_t count, const cpu::decode::Sampl
       sampling.temperature == 0 ? nullptr : given.data("the draws", draws, {count, sequences_, vocabulary_});
   int64_t last = 0;
   TORCH_CHECK_VALUE(!c10::add_overflows(steps, count - 1, &last), "decoder: too many tokens to add, got ", count);
-  const auto turn = begin(last);
+  const Turn turn(*this);
+  check_room(last);
   const Tensor added = empty({sequences_, count}, at::kLong);
   const Tensor logits = empty({sequences_, vocabulary_}, at::kFloat);
   int64_t* const output = added.mutable_data_ptr<int64_t>();
@@ -129,15 +135,13 @@ Object Decoder::extend(PyObject* object, int64_t count, const cpu::decode::Sampl
 }
 
 void Decoder::reset() {
-  const WithoutGil release;
-  const std::lock_guard<std::mutex> turn(mutex_);
+  const Turn turn(*this);
   model_->reset();
   position_ = 0;
 }
 
 int64_t Decoder::position() {
-  const WithoutGil release;
-  const std::lock_guard<std::mutex> turn(mutex_);
+  const Turn turn(*this);
   return position_;
 }
 

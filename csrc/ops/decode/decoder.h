@@ -9,9 +9,11 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <thread>
 #include <vector>
 
 namespace lightkit {
@@ -41,8 +43,24 @@ class Decoder {
   int64_t position();
 
  private:
-  // Waits for the turn of this thread, and checks that there is room for so many tokens.
-  std::unique_lock<std::mutex> begin(int64_t steps);
+  // Waits, without the GIL, until no other thread uses the decoder, and keeps it for this thread while it lives. Raises
+  // a RuntimeError if this thread uses it already: between two tokens the thread runs handlers of signals.
+  class Turn {
+   public:
+    explicit Turn(Decoder& decoder);
+    ~Turn() {
+      decoder_.user_ = std::thread::id();
+    }
+    Turn(const Turn&) = delete;
+    Turn& operator=(const Turn&) = delete;
+
+   private:
+    Decoder& decoder_;
+    std::unique_lock<std::mutex> lock_;
+  };
+
+  // Raises a ValueError unless there is room for so many tokens.
+  void check_room(int64_t steps) const;
 
   // Reads tokens [steps, sequences] in parts, between which Ctrl-C raises.
   void read_parts(const std::vector<int64_t>& tokens, bool every, float* logits);
@@ -52,6 +70,7 @@ class Decoder {
   const int64_t vocabulary_;
   const std::optional<int64_t> context_;
   std::mutex mutex_;
+  std::atomic<std::thread::id> user_{};
   int64_t position_ = 0;
 };
 
