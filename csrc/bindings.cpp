@@ -3,12 +3,14 @@
 #include "ops/common/python_tensor.h"
 #include "ops/common/tensors.h"
 #include "ops/cross_entropy/cross_entropy_python.h"
+#include "ops/decode/decoder.h"
 #include "ops/optim/adam.h"
 #include "ops/optim/sgd.h"
 
 #include <pybind11/pybind11.h>
 
 #include <optional>
+#include <string>
 
 namespace py = pybind11;
 
@@ -75,6 +77,105 @@ void bind_plan(py::module_& module, const char* name) {
           py::arg("found_inf"));
 }
 
+// Returns the decoder that `make` makes, and raises its errors as torch translates them.
+template <typename Make>
+std::unique_ptr<Decoder> made(const Make& make) {
+  std::unique_ptr<Decoder> decoder;
+  called([&] {
+    decoder = make();
+    return Object::borrow(Py_None);
+  });
+  return decoder;
+}
+
+void bind_decoder(py::module_& module) {
+  py::class_<Decoder>(module, "Decoder")
+      .def(
+          "read",
+          [](Decoder& decoder, const py::object& tokens, bool every) {
+            return called([&] { return decoder.read(tokens.ptr(), every); });
+          },
+          py::arg("tokens"),
+          py::arg("every"))
+      .def(
+          "extend",
+          [](Decoder& decoder,
+             const py::object& tokens,
+             int64_t count,
+             double temperature,
+             int64_t top_k,
+             const py::object& draws) {
+            return called([&] { return decoder.extend(tokens.ptr(), count, {temperature, top_k}, draws.ptr()); });
+          },
+          py::arg("tokens"),
+          py::arg("count"),
+          py::arg("temperature"),
+          py::arg("top_k"),
+          py::arg("draws"))
+      .def(
+          "reset",
+          [](Decoder& decoder) {
+            return called([&] {
+              decoder.reset();
+              return Object::borrow(Py_None);
+            });
+          })
+      .def_property_readonly("position", [](Decoder& decoder) {
+        return called([&] { return Object::checked(PyLong_FromLongLong(decoder.position())); });
+      });
+  module.def(
+      "transformer_decoder",
+      [](const py::object& embedding,
+         const py::object& head,
+         const py::object& layers,
+         const py::object& norm,
+         const py::object& epsilons,
+         const py::object& rotation,
+         int64_t sequences,
+         int64_t weight_bits,
+         int64_t cache_bits) {
+        return made([&] {
+          return make_transformer_decoder(
+              embedding.ptr(),
+              head.ptr(),
+              layers.ptr(),
+              norm.ptr(),
+              epsilons.ptr(),
+              rotation.ptr(),
+              sequences,
+              weight_bits,
+              cache_bits);
+        });
+      },
+      py::arg("embedding"),
+      py::arg("head"),
+      py::arg("layers"),
+      py::arg("norm"),
+      py::arg("epsilons"),
+      py::arg("rotation"),
+      py::arg("sequences"),
+      py::arg("weight_bits"),
+      py::arg("cache_bits"));
+  module.def(
+      "recurrent_decoder",
+      [](const std::string& cell,
+         const py::object& embedding,
+         const py::object& head,
+         const py::object& layers,
+         int64_t sequences,
+         int64_t weight_bits) {
+        return made([&] {
+          return make_recurrent_decoder(cell, embedding.ptr(), head.ptr(), layers.ptr(), sequences, weight_bits);
+        });
+      },
+      py::arg("cell"),
+      py::arg("embedding"),
+      py::arg("head"),
+      py::arg("layers"),
+      py::arg("sequences"),
+      py::arg("weight_bits"));
+}
+
 }  // namespace
 }  // namespace lightkit
 
@@ -87,6 +188,7 @@ PYBIND11_MODULE(LIGHTKIT_MODULE, module) {
   });
   bind_plan<SgdPlan>(module, "SgdPlan");
   bind_plan<AdamPlan>(module, "AdamPlan");
+  bind_decoder(module);
   module.attr("cross_entropy") = called(cross_entropy_function);
   module.attr("nll_loss") = called(nll_loss_function);
   // The types of the devices that the ops have kernels for.

@@ -37,6 +37,8 @@ class Keys(TypedDict):
     temperature: float | None
     top_k: int | None
     seed: int | None
+    weights: str | None
+    cache: str | None
 
 
 @entry_point("predict", Keys)

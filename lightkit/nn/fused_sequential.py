@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from lightkit._util.originals import Originals
+from lightkit._util.plain_modules import are_all_hooked, is_plain
 from lightkit.nn.input_quantizer import InputQuantizer, quantizer_of
 from lightkit.nn.int8_layers import int8_chain_of
 from lightkit.ops._dispatch import is_autocast
@@ -54,7 +54,7 @@ class FusedSequential(nn.Sequential):
 
 def run_fused(layers: Iterable[nn.Module], input: Tensor) -> Tensor:
     """Runs ``layers`` in order on ``input`` as `FusedSequential` does; returns the output of the last one."""
-    if _are_all_hooked() or not (torch.compiler.is_compiling() or _ORIGINALS.are_in_place()) or _is_traced():
+    if are_all_hooked() or not (torch.compiler.is_compiling() or _ORIGINALS.are_in_place()) or _is_traced():
         for layer in layers:
             input = layer(input)
         return input
@@ -200,25 +200,9 @@ def _is_traced() -> bool:
     return torch.compiler.is_exporting() or (not torch.compiler.is_compiling() and torch.jit.is_tracing())
 
 
-def _are_all_hooked() -> bool:
-    return bool(
-        torch_module._global_forward_hooks
-        or torch_module._global_forward_pre_hooks
-        or torch_module._global_backward_hooks
-        or torch_module._global_backward_pre_hooks
-    )
-
-
 def _is_plain(layer: nn.Module) -> bool:
-    own = layer.__dict__
-    return not (
-        own["_forward_hooks"]
-        or not all(_is_frozen(hook) for hook in own["_forward_pre_hooks"].values())
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or "forward" in own
-        or (own.get("_compiled_call_impl") is not None)
-    )
+    """Returns True for a layer whose call does what its class says, except that it may round its input."""
+    return is_plain(layer, _is_frozen)
 
 
 def _is_frozen(hook: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.aggregation import MeanMetric
 
 from lightkit._util.compiler import never_compile
-from lightkit.models import LanguageModel
+from lightkit.models import LanguageModel, decoder
 from lightkit.ops import cross_entropy, linear_cross_entropy
 from lightkit.tasks.task import Task
 
@@ -23,6 +24,10 @@ _IGNORED = -100
 
 # The number of tokens of the test set whose losses `test_step` returns: 16 MB in float32.
 _RECORDED_TOKENS = 1 << 22
+
+# The number of tokens that one call generates, at most. Chosen: the random numbers of so many take 3 MB with a
+# vocabulary of 50,000.
+_TOKENS_AT_ONCE = 16
 
 
 class LanguageModelTask(Task):
@@ -127,8 +132,10 @@ class LanguageModelTask(Task):
         temperature: float = 1.0,
         top_k: int | None = None,
         generator: torch.Generator | None = None,
+        weights: str = "float32",
+        cache: str = "float32",
     ) -> Tensor:
-        """Continues a text token by token.
+        """Continues a text token by token, natively where `lightkit.models.decoder` does.
 
         When the context of the model is full, the model reads the last half of the context again. The model thus always
         sees between half of its context and the whole context, at positions that occurred in training.
@@ -140,11 +147,15 @@ class LanguageModelTask(Task):
                 token.
             top_k: the number of the likeliest tokens from which the method chooses. Default: all tokens.
             generator: the generator of the random choices. Default: torch's global one.
+            weights: the precision of the weights, ``"float32"`` or ``"int8"``, see `lightkit.models.decoder`.
+            cache: the precision of the keys and values of a transformer, likewise.
 
         Returns:
             The added tokens, int64 ``(length)``, on the device of the model.
 
         Raises:
+            ConfigError: a precision is unknown, or int8 is asked for where the native library does not decode the
+                model.
             ValueError: the prompt is empty, an argument is out of its range, or a token is not in the vocabulary.
         """
         if prompt.dim() != 1 or len(prompt) == 0:
@@ -160,34 +171,37 @@ class LanguageModelTask(Task):
         try:
             # torch.compile would compile for every length of the state, which takes longer than the generation.
             with never_compile():
-                self._continue(tokens, len(prompt), temperature, top_k, generator)
+                room = min(self.model.context or len(tokens), len(tokens))
+                reader = decoder(self.model, weights, cache, max_tokens=room)
+                extend = partial(reader.extend, temperature=temperature, top_k=top_k, generator=generator)
+                self._continue(tokens, len(prompt), extend, reader.reset)
         finally:
             self.train(was_training)
         return tokens[len(prompt) :]
 
     def _continue(
-        self, tokens: Tensor, given: int, temperature: float, top_k: int | None, generator: torch.Generator | None
+        self, tokens: Tensor, given: int, extend: Callable[[Tensor, int], Tensor], reset: Callable[[], None]
     ) -> None:
-        """Generates the tokens from index ``given`` on, in place in ``tokens``; for the arguments see `generate`."""
+        """Generates the tokens from index ``given`` on, in place in ``tokens``.
+
+        Args:
+            tokens: the prompt and room for the tokens to add, ``(P + length)``.
+            given: the length of the prompt, P.
+            extend: a function that reads tokens ``(1, T)`` and returns that number of further ones ``(1, count)``, of
+                which it has read all except the last.
+            reset: a function that forgets the tokens that were read.
+        """
         context = self.model.context or len(tokens)
-        # The start of the present window, the number of its tokens that the state represents, and the state.
-        start, read, state = max(0, given - context), 0, None
-        for end in range(given, len(tokens)):
+        # The start of the present window, the number of its tokens that were read, and the next token to add.
+        start, read, end = max(0, given - context), 0, given
+        while end < len(tokens):
             if end - start > context:
-                start, read, state = end - (context + 1) // 2, 0, None
-            hidden, state = self.model.hidden(tokens[None, start + read : end], state)
-            read = end - start
-            logits = self.model.head(hidden[0, -1]).float()
-            tokens[end] = _choose(logits, temperature, top_k, generator)
-
-
-def _choose(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
-    """Draws a token from logits ``(V)``; returns an int64 scalar."""
-    if temperature == 0:
-        return logits.argmax()
-    if top_k is not None and top_k < len(logits):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
-    return (logits / temperature).softmax(dim=0).multinomial(1, generator=generator)[0]
+                start, read = end - (context + 1) // 2, 0
+                reset()
+            count = min(len(tokens) - end, start + context + 1 - end, _TOKENS_AT_ONCE)
+            tokens[end : end + count] = extend(tokens[None, start + read : end], count)[0]
+            end += count
+            read = end - 1 - start
 
 
 class _Perplexity(MeanMetric):

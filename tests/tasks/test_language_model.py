@@ -14,6 +14,7 @@ from torch import nn
 
 from lightkit.callbacks import LeanLoop, TestRecorder
 from lightkit.data import TensorBatches
+from lightkit.errors import ConfigError
 from lightkit.models import RNNLanguageModel, Transformer
 from lightkit.optim import AdamW
 from lightkit.tasks import LanguageModelTask
@@ -146,6 +147,45 @@ def test_choices():
     allowed = logits.topk(2, dim=1).indices
     assert (allowed == chosen[:, None]).any(dim=1).all() and not torch.equal(chosen, greedy)
     assert len(make(0, top_k=1000)) == 60 and len(task.generate(prompt, 0)) == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"temperature": 0}], ids=str)
+@pytest.mark.parametrize("model", [transformer, lstm])
+def test_native_generation_is_that_of_the_model(model, options):
+    """The native decoder and the model draw the same tokens from the same seed, also beyond the context."""
+    task = LanguageModelTask(model())
+    with torch.no_grad():
+        task.model.head.weight.mul_(3)
+    make = lambda: task.generate(torch.tensor([2, 3]), 60, generator=torch.Generator().manual_seed(0), **options)  # noqa: E731
+    native = make()
+    calls = []
+    handle = task.model.head.register_forward_hook(lambda *args: calls.append(args))
+    assert torch.equal(make(), native) and len(calls) == 60
+    handle.remove()
+    assert torch.equal(make(), native) and len(calls) == 60
+
+
+def test_generation_in_int8():
+    """Weights and cache in int8 give nearly the likeliest tokens of the model; a wrong precision is an error."""
+    task = LanguageModelTask(transformer(context=40)).eval()
+    prompt = torch.tensor([2, 3])
+    text = torch.cat((prompt, task.generate(prompt, 30, temperature=0, weights="int8", cache="int8")))
+    logits = task(text[None, :-1])[0, 1:]
+    assert (logits.max(dim=1).values - logits.gather(1, text[2:, None])[:, 0]).max() < 0.05 * logits.std()
+    with pytest.raises(ConfigError, match="weights must be one of 'float32', 'int8', got 'int2'"):
+        task.generate(prompt, 3, weights="int2")
+
+
+def test_a_diverged_model_is_an_error():
+    """Logits that are NaN are an error and no text, as with torch's operations."""
+    task = LanguageModelTask(transformer())
+    with torch.no_grad():
+        task.model.head.weight.fill_(torch.nan)
+    with pytest.raises(RuntimeError, match="probabilities of the next token are NaN"):
+        task.generate(torch.tensor([1]), 3)
+    task.model.head.register_forward_hook(lambda *args: None)
+    with pytest.raises(RuntimeError, match="nan"):
+        task.generate(torch.tensor([1]), 3)
 
 
 def test_generation_leaves_the_task_as_it_was():

@@ -18,7 +18,7 @@ _FIELDS_BY_KIND = {
     "images": ("invert", "batch_size", "top_k"),
     "series": ("horizon", *COLUMN_FIELDS, *TABLE_FIELDS),
     "tables": ("batch_size", *TABLE_FIELDS),
-    "text": ("text", "length", "temperature", "top_k", "seed"),
+    "text": ("text", "length", "temperature", "top_k", "seed", "weights", "cache"),
 }
 
 

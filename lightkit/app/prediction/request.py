@@ -45,6 +45,8 @@ class PredictionRequest:
         top_k: images: the number of the most probable classes in the output; text: the number of most probable bytes
             to sample from.
         seed: text: the seed of the sampling.
+        weights: text: the precision of the weights, ``"float32"`` or ``"int8"``, see `lightkit.models.decoder`.
+        cache: text: the precision of the keys and values of a transformer, likewise.
     """
 
     input: str | None = None
@@ -66,6 +68,8 @@ class PredictionRequest:
     temperature: float | None = None
     top_k: int | None = None
     seed: int | None = None
+    weights: str | None = None
+    cache: str | None = None
 
     def given(self, names: Iterable[str]) -> dict[str, Any]:
         """Returns the fields among ``names`` that are not None, by name."""

@@ -60,8 +60,8 @@ def predict(task: LanguageModelTask, data: pl.LightningDataModule, request: Pred
     Args:
         task: the task in evaluation mode.
         data: the data module of the checkpoint, which encodes and decodes text.
-        request: the request, of which the function reads ``input`` or ``text``, ``length``, ``temperature``, ``top_k``
-            and ``seed``.
+        request: the request, of which the function reads ``input`` or ``text``, ``length``, ``temperature``, ``top_k``,
+            ``seed``, ``weights`` and ``cache``.
 
     Raises:
         ConfigError: an option is wrong, or the data module has no text.
@@ -86,7 +86,9 @@ def predict(task: LanguageModelTask, data: pl.LightningDataModule, request: Pred
     else:
         generator.manual_seed(request.seed)
     encoded = data.encode(prompt or SEPARATOR)
-    added = task.generate(encoded, length, temperature, request.top_k, generator=generator)
+    # A request leaves the defaults to `generate`.
+    precision = request.given(("weights", "cache"))
+    added = task.generate(encoded, length, temperature, request.top_k, generator=generator, **precision)
     return Continuation(prompt, data.decode(added))
 
 

@@ -51,6 +51,15 @@ def test_prompt_of_a_file_or_of_the_command_line(restored, tmp_path, capsys):
     assert given.prompt == "naïve".encode() and len(given.added) == 50
 
 
+def test_weights_in_int8(restored):
+    """int8 continues the text with the rounded weights."""
+    rounded = predict(restored, text="a", length=200, seed=1, weights="int8")
+    assert len(rounded.added) == 200 and rounded == predict(restored, text="a", length=200, seed=1, weights="int8")
+    assert predict(restored, text="a", length=200, seed=1, weights="float32") == predict(
+        restored, text="a", length=200, seed=1
+    )
+
+
 def test_empty_prompt(restored):
     """An empty prompt begins like a file, and without a seed each text differs."""
     first, second = predict(restored, text=""), predict(restored, text="")
@@ -68,6 +77,8 @@ def test_empty_prompt(restored):
         ({"text": "a", "top_k": 0}, "top_k must be at least 1, got 0"),
         ({"text": "a", "seed": -1}, "seed must be from 0 to 18446744073709551615, got -1"),
         ({"text": "a", "seed": 2**64}, "seed must be from 0"),
+        ({"text": "a", "weights": "int4"}, "weights must be one of 'float32', 'int8', got 'int4'"),
+        ({"text": "a", "cache": "int8"}, "cache='int8' is for the keys and values of a Transformer"),
         ({"text": "a", "invert": True}, "invert: the checkpoint is of a model for text, these are for images"),
     ],
 )

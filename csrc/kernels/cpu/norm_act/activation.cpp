@@ -3,6 +3,7 @@
 
 #include "activation.h"
 
+#include "../common/logistic.h"
 #include "../common/simd.h"
 
 #include <cmath>
@@ -18,16 +19,6 @@ using Vec = at::vec::Vectorized<T>;
 template <typename T>
 Vec<T> select(const Vec<T>& condition, const Vec<T>& yes, const Vec<T>& no) {
   return Vec<T>::blendv(no, yes, condition);
-}
-
-// Returns 1 / (1 + exp(-x)), and 0 where that is below 1e-37 or, in double precision, 1e-304: there exp would leave its
-// range.
-template <typename T>
-Vec<T> logistic(const Vec<T>& x) {
-  constexpr T limit = sizeof(T) == 8 ? 700 : 87;
-  const Vec<T> one(1), negative = x.neg();
-  const auto result = one / (one + exp_bounded(at::vec::clamp_max(negative, Vec<T>(limit))));
-  return select(negative > Vec<T>(limit), Vec<T>(0), result);
 }
 
 // Each function has `value(x)` and `derivative(x)`.
