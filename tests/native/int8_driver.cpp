@@ -1,5 +1,6 @@
-// Packs and runs a chain of 8-bit layers without torch's dispatcher, for test_int8_targets.py.
+// Runs the kernels of quantized networks without torch's dispatcher, for test_int8_targets.py.
 
+#include "../../csrc/kernels/cpu/fake_quantize/fake_quantize.h"
 #include "../../csrc/kernels/cpu/int8_chain/int8_chain.h"
 
 using namespace lightkit::cpu::int8_chain;
@@ -44,4 +45,9 @@ extern "C" void run_chain(
   const int64_t pixels = chain[0].shape.height * chain[0].shape.width;
   const int64_t values = pixels * chain[0].shape.in_channels;
   forward(chain, {input, {values, pixels, chain[0].shape.width, 1}, images, inverse_scale}, output);
+}
+
+extern "C" void round_rows(
+    const float* weights, float* outputs, float* scales, int64_t rows, int64_t columns, int64_t bits) {
+  lightkit::cpu::fake_quantize::fake_quantize({{weights, outputs, scales, rows, columns}}, bits);
 }

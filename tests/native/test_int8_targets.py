@@ -1,4 +1,4 @@
-"""A chain of 8-bit layers has the same bits with the instructions of every processor."""
+"""Quantized networks and weights have the same bits with the instructions of every processor."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightkit.native import target, toolchain
-from lightkit.ops import Int8Chain, Int8Layer
+from lightkit.ops import Int8Chain, Int8Layer, fake_quantize_weights_reference
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
 import int8_chains
@@ -42,7 +42,8 @@ def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     if missing := target.missing_instructions(instructions):
         pytest.skip(f"this processor has no {', '.join(missing)}")
     kernels = toolchain.SOURCE_DIR / "kernels" / "cpu"
-    sources = [*sorted((kernels / "int8_chain").glob("*.cpp")), kernels / "common" / "parallel.cpp"]
+    families = (kernels / "int8_chain", kernels / "fake_quantize")
+    sources = [*(path for family in families for path in sorted(family.glob("*.cpp"))), kernels / "common" / "parallel.cpp"]
     unit = tmp_path_factory.mktemp("int8") / "unit.cpp"
     sources.append(Path(__file__).with_name("int8_driver.cpp"))
     unit.write_text("".join(f'#include "{source.resolve()}"\n' for source in sources))
@@ -92,7 +93,7 @@ def run(library: ctypes.CDLL, layers: list[Int8Layer], input: Tensor, scale: flo
     return last.movedim(-1, 1)
 
 
-def test_same_bits(library: ctypes.CDLL) -> None:
+def test_chains(library: ctypes.CDLL) -> None:
     """Networks of all kinds of layers, and the largest products of either sign, which 16 bits do not hold."""
     generator = torch.Generator().manual_seed(0)
 
@@ -115,3 +116,18 @@ def test_same_bits(library: ctypes.CDLL) -> None:
             expected = int8_chains.exact(input, layers, 0.0125, zero_point)
             assert torch.equal(run(library, layers, input, 0.0125, zero_point), expected)
             assert torch.equal(Int8Chain(layers, 0.0125, zero_point)(input), expected)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+def test_rounded_weights(library: ctypes.CDLL, bits: int) -> None:
+    """Rows of any length, zeros, and values that are not finite, as torch's operations round them."""
+    for columns in (1, 9, 16, 37, 576):
+        weight = torch.randn(40, columns, generator=torch.Generator().manual_seed(columns))
+        weight[5:8, columns // 2] = torch.tensor([float("nan"), float("inf"), -0.0])
+        weight[9] = 0
+        expected, output, scale = torch.empty_like(weight), torch.empty_like(weight), torch.empty(40)
+        (scales,) = fake_quantize_weights_reference([weight], [expected], bits)
+        pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (weight, output, scale))
+        library.round_rows(*pointers, *map(ctypes.c_int64, (40, columns, bits)))
+        for found, other in ((output, expected), (scale, scales)):
+            torch.testing.assert_close(found, other, rtol=0, atol=0, equal_nan=True)
