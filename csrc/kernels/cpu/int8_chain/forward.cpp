@@ -24,9 +24,10 @@ int64_t padded_bytes(const Shape& s) {
 // Where the inputs of each layer lie in a thread's memory.
 struct Plan {
   const std::vector<Layer>& layers;
-  std::vector<int64_t> image_steps;  // bytes from one image to the next
-  std::vector<int64_t> offsets;      // of the inputs of all images of a group
-  int64_t group;                     // images that go through a layer before the next layer
+  std::vector<int64_t> image_steps;         // bytes from one image to the next
+  std::vector<int64_t> offsets;             // of the inputs of all images of a group
+  std::vector<std::vector<int32_t>> quads;  // offsets_of_quads of each layer
+  int64_t group;                            // images that go through a layer before the next layer
   int64_t bytes;
 
   Plan(const std::vector<Layer>& chain, int64_t images, int64_t threads) : layers(chain) {
@@ -34,6 +35,7 @@ struct Plan {
     for (const Layer& layer : layers) {
       image_steps.push_back(round_up(padded_bytes(layer.shape) + kReadBehind, kCacheLine));
       image_bytes += image_steps.back();
+      quads.push_back(offsets_of_quads(layer.shape));
     }
     group = std::clamp<int64_t>(kGroupBytes / image_bytes, 1, kMaxGroup);
     group = std::min(group, ceil_div(images, threads));
@@ -113,6 +115,7 @@ void forward(const std::vector<Layer>& layers, const Images& images, float* outp
         for (size_t l = 0; l < layers.size(); ++l) {
           compute_layer(
               layers[l],
+              plan.quads[l].data(),
               end - begin,
               memory.data() + plan.offsets[l],
               plan.image_steps[l],
