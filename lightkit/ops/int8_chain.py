@@ -79,14 +79,14 @@ class Int8Chain:
     input_zero_point, 0, 255)``, in float32. Infinite values become 0 or 255, and NaN becomes 0.
 
     Args:
-        layers: the layers in order, at least one, on the CPU: convolutions, and then linear layers. A linear layer behind
-            a convolution reads the values in the order ``(C, H, W)``, as :class:`torch.nn.Flatten` gives them.
-        input_scale: the step between two integers of the images; positive and finite, and so is its inverse, in float32.
+        layers: the layers in order, at least one, on the CPU: convolutions, and then linear layers. A linear layer
+            behind a convolution reads the values in the order ``(C, H, W)``, as :class:`torch.nn.Flatten` gives them.
+        input_scale: the step between two integers of the images; in float32 it and its inverse are positive and finite.
         input_zero_point: the integer, from 0 to 255, that stands for 0 in the images.
 
     Raises:
-        ArgumentError: a tensor has another dtype, device, shape or range, layers do not fit each other, a setting is out
-            of its range, or a sum of a layer could exceed 32 bits.
+        ArgumentError: a tensor has another dtype, device, shape or range, layers do not fit each other, a setting is
+            out of its range, or a sum of a layer could exceed 32 bits.
     """
 
     def __init__(self, layers: Sequence[Int8Layer], input_scale: float, input_zero_point: int) -> None:

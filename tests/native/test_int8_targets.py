@@ -43,11 +43,19 @@ def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         pytest.skip(f"this processor has no {', '.join(missing)}")
     kernels = toolchain.SOURCE_DIR / "kernels" / "cpu"
     families = (kernels / "int8_chain", kernels / "fake_quantize")
-    sources = [*(path for family in families for path in sorted(family.glob("*.cpp"))), kernels / "common" / "parallel.cpp"]
+    sources = [
+        *(path for family in families for path in sorted(family.glob("*.cpp"))),
+        kernels / "common" / "parallel.cpp",
+    ]
     unit = tmp_path_factory.mktemp("int8") / "unit.cpp"
     sources.append(Path(__file__).with_name("int8_driver.cpp"))
     unit.write_text("".join(f'#include "{source.resolve()}"\n' for source in sources))
-    command = [*toolchain.require_compiler(), *toolchain.common_flags(cuda=False), *toolchain.include_flags(None), *flags]
+    command = [
+        *toolchain.require_compiler(),
+        *toolchain.common_flags(cuda=False),
+        *toolchain.include_flags(None),
+        *flags,
+    ]
     made = unit.with_suffix(".so")
     options = ["-fvisibility=default", "-Wno-psabi", str(unit), *toolchain.link_flags(None), "-o", str(made)]
     result = subprocess.run([*command, *options], capture_output=True, text=True)

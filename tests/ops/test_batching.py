@@ -127,7 +127,9 @@ def test_transforms(case, way):
 
 
 INT8_CHAIN = ops.Int8Chain(
-    [ops.Int8Layer(torch.ones(4, 2, 3, 3).to(torch.int8), torch.arange(4).int(), torch.full((4,), 0.5), pool=True)], 0.1, 9
+    [ops.Int8Layer(torch.ones(4, 2, 3, 3).to(torch.int8), torch.arange(4).int(), torch.full((4,), 0.5), pool=True)],
+    0.1,
+    9,
 )
 
 CALLS = {

@@ -300,16 +300,31 @@ def linear(**changes: object) -> Int8Layer:
     ("layers", "message"),
     [
         ([], "there must be at least one layer"),
-        ([convolution(weight=torch.ones(4, 2, 3, 3))], "layer 0: weight must be torch.int8 on the CPU, got torch.float"),
-        ([convolution(bias=torch.ones(4, device="meta"))], "bias must be torch.int32 on the CPU, got torch.float32 on m"),
+        (
+            [convolution(weight=torch.ones(4, 2, 3, 3))],
+            "layer 0: weight must be torch.int8 on the CPU, got torch.float",
+        ),
+        (
+            [convolution(bias=torch.ones(4, device="meta"))],
+            "bias must be torch.int32 on the CPU, got torch.float32 on m",
+        ),
         ([convolution(multiplier=None)], "multiplier must be torch.float32 on the CPU, got None"),
         ([convolution(weight=torch.ones(4, 2, 3, dtype=torch.int8))], "weight must have 4 dimensions"),
         ([convolution(weight=torch.ones(4, 0, 3, 3, dtype=torch.int8))], "and values, got .4, 0, 3, 3."),
         ([convolution(bias=torch.ones(3, dtype=torch.int32))], "bias must have shape .4,., got .3,."),
-        ([convolution(weight=torch.full((4, 2, 3, 3), -128).to(torch.int8))], "weight must be from -127 to 127, got -128"),
+        (
+            [convolution(weight=torch.full((4, 2, 3, 3), -128).to(torch.int8))],
+            "weight must be from -127 to 127, got -128",
+        ),
         ([convolution(multiplier=torch.tensor([1, 2, 0.0, 1]))], "multiplier must be positive and finite, got 0.0"),
-        ([convolution(multiplier=torch.tensor([1, math.nan, 1, 1]))], "multiplier must be positive and finite, got nan"),
-        ([convolution(multiplier=torch.tensor([1, math.inf, 1, 1]))], "multiplier must be positive and finite, got inf"),
+        (
+            [convolution(multiplier=torch.tensor([1, math.nan, 1, 1]))],
+            "multiplier must be positive and finite, got nan",
+        ),
+        (
+            [convolution(multiplier=torch.tensor([1, math.inf, 1, 1]))],
+            "multiplier must be positive and finite, got inf",
+        ),
         ([convolution(bias=torch.full((4,), 2**31 - 9, dtype=torch.int32))], "sums must fit 32 bits, but .* allow 21"),
         ([convolution(stride=(0, 1))], "stride must be a pair of ints from 1 up, got .0, 1."),
         ([convolution(stride=2)], "stride must be a pair of ints from 1 up, got 2"),
