@@ -265,11 +265,14 @@ def _check_range(where: str, layer: Int8Layer, zero_point: int) -> None:
     if not valid.all():
         wrong = layer.multiplier[~valid][0].item()
         raise ArgumentError(f"{where}: multiplier must be positive and finite, got {wrong}")
-    # The largest sum of an output channel, if each input has the value that is farthest from the zero point.
-    magnitudes = layer.weight.flatten(1).long().abs().sum(1)
-    largest = int((layer.bias.long().abs() + magnitudes * max(zero_point, 255 - zero_point)).max())
-    if largest > _MAX_SUM:
-        raise ArgumentError(f"{where}: sums must fit 32 bits, but bias and weight allow {largest}")
+    # The extreme sums of the output channels: each input is 0 or 255, by the sign of its weight.
+    weight, bias = layer.weight.flatten(1).long(), layer.bias.long()
+    positive, negative = weight.clamp(min=0).sum(1), weight.clamp(max=0).sum(1)
+    above, below = 255 - zero_point, zero_point
+    largest = int((bias + positive * above - negative * below).max())
+    least = int((bias - positive * below + negative * above).min())
+    if largest > _MAX_SUM or least < -_MAX_SUM - 1:
+        raise ArgumentError(f"{where}: sums must fit 32 bits, but bias and weight allow from {least} to {largest}")
 
 
 def _check_input(input: Tensor, layers: Sequence[Int8Layer]) -> None:
