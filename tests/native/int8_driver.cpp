@@ -5,9 +5,12 @@
 
 using namespace lightkit::cpu::int8_chain;
 
+// All else is hidden: a process loads several libraries, whose constants differ.
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
 // `numbers` has, for each layer, the members of Shape in their order, and channels_before. `output` is that of the last
 // layer, of `images` contiguous images.
-extern "C" void run_chain(
+EXPORTED void run_chain(
     int64_t layers,
     const int64_t* numbers,
     const int8_t* const* weights,
@@ -47,7 +50,7 @@ extern "C" void run_chain(
   forward(chain, {input, {values, pixels, chain[0].shape.width, 1}, images, inverse_scale}, output);
 }
 
-extern "C" void round_rows(
+EXPORTED void round_rows(
     const float* weights, float* outputs, float* scales, int64_t rows, int64_t columns, int64_t bits) {
   lightkit::cpu::fake_quantize::fake_quantize({{weights, outputs, scales, rows, columns}}, bits);
 }

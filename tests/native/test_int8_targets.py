@@ -57,7 +57,7 @@ def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         *flags,
     ]
     made = unit.with_suffix(".so")
-    options = ["-fvisibility=default", "-Wno-psabi", str(unit), *toolchain.link_flags(None), "-o", str(made)]
+    options = ["-Wno-psabi", str(unit), *toolchain.link_flags(None), "-o", str(made)]
     result = subprocess.run([*command, *options], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return ctypes.CDLL(str(made))

@@ -172,6 +172,10 @@ def test_op_called_directly_is_safe():
         ((input, packed, changed(0, 256), scale), "input_zero_point must be from 0 to 255, got 256"),
         ((input, packed, changed(2, 2**62), scale), "the number of output channels must be from 1 to"),
         ((input, packed, changed(2, 2**29), scale), "weights of less than 2.26 values are supported"),
+        (
+            (input, packed, [0, 0, 2**25, 2**25, 1, 1, *[1, 1, 0, 0, 1, 1], 2**25, 0, 0, 0], scale),
+            "less than 2.31 bytes",
+        ),
         ((input, packed, changed(6, 0), scale), "stride must be from 1 to"),
         ((input, packed, changed(8, 2**30), scale), "images of less than 2.30 values"),
         ((input, packed, changed(10, 14), scale), "is too small for a kernel"),

@@ -134,8 +134,21 @@ inline Sums add_products(Sums sums, Inputs inputs, Weights weights) {
 
 #elif defined(CPU_CAPABILITY_AVX2)
 
+// The type of the instructions' own lanes: with __m256i, whose lanes are of 64 bits, the compiler copies the sums.
+typedef int32_t Lanes256 __attribute__((vector_size(32)));
+
+struct Half {
+  Lanes256 v;
+
+  Half() = default;
+  Half(__m256i lanes) : v(reinterpret_cast<Lanes256>(lanes)) {}
+  operator __m256i() const {
+    return reinterpret_cast<__m256i>(v);
+  }
+};
+
 struct Sums {
-  __m256i low, high;
+  Half low, high;
 };
 struct Floats {
   __m256 low, high;
