@@ -47,7 +47,12 @@ EXPORTED void run_chain(
   }
   const int64_t pixels = chain[0].shape.height * chain[0].shape.width;
   const int64_t values = pixels * chain[0].shape.in_channels;
-  forward(chain, {input, {values, pixels, chain[0].shape.width, 1}, images, inverse_scale}, output);
+  std::vector<uint8_t> memory;
+  const auto allocate = [&](int64_t bytes) {
+    memory.resize(bytes + 64);
+    return memory.data() + -reinterpret_cast<uintptr_t>(memory.data()) % 64;
+  };
+  forward(chain, {input, {values, pixels, chain[0].shape.width, 1}, images, inverse_scale}, output, allocate);
 }
 
 EXPORTED void round_rows(
