@@ -99,7 +99,7 @@ def dropout() -> list[str]:
     return layout(["input", "dtype", "against torch", "copies, forward and backward"], body, "dropout", rows)
 
 
-@table("int8-chain")
+@table("integer-chain")
 def int8_chain() -> list[str]:
     """Returns the table of the CNN on 8-bit integers, microseconds a batch."""
     rows = [row for row in latest("int8_chain", "layer", "what") if "batch" in row["layer"]]

@@ -54,7 +54,8 @@ def fake_quantize_weights(weights: Sequence[Tensor], outputs: Sequence[Tensor], 
             shape or storage than expected.
     """
     _check_bits(bits)
-    if not weights or not all(weight.is_cpu for weight in weights) or not kernels_apply(*weights):
+    # Of many weights the first one stands for the classes of all.
+    if not weights or not all(weight.is_cpu for weight in weights) or not kernels_apply(weights[0]):
         return fake_quantize_weights_reference(weights, outputs, bits)
     try:
         scales = torch.ops.lightkit._fake_quantize_weights_.default(weights, outputs, bits)

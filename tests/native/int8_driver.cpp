@@ -1,7 +1,10 @@
 // Runs the kernels of quantized networks without torch's dispatcher, for test_int8_targets.py.
 
+#include "../../csrc/kernels/cpu/common/aligned_buffer.h"
 #include "../../csrc/kernels/cpu/fake_quantize/fake_quantize.h"
 #include "../../csrc/kernels/cpu/int8_chain/int8_chain.h"
+
+#include <memory>
 
 using namespace lightkit::cpu::int8_chain;
 
@@ -47,10 +50,10 @@ EXPORTED void run_chain(
   }
   const int64_t pixels = chain[0].shape.height * chain[0].shape.width;
   const int64_t values = pixels * chain[0].shape.in_channels;
-  std::vector<uint8_t> memory;
+  std::unique_ptr<lightkit::cpu::AlignedBuffer<uint8_t>> memory;
   const auto allocate = [&](int64_t bytes) {
-    memory.resize(bytes + 64);
-    return memory.data() + -reinterpret_cast<uintptr_t>(memory.data()) % 64;
+    memory = std::make_unique<lightkit::cpu::AlignedBuffer<uint8_t>>(bytes);
+    return memory->data();
   };
   forward(chain, {input, {values, pixels, chain[0].shape.width, 1}, images, inverse_scale}, output, allocate);
 }
