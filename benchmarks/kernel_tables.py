@@ -99,6 +99,39 @@ def dropout() -> list[str]:
     return layout(["input", "dtype", "against torch", "copies, forward and backward"], body, "dropout", rows)
 
 
+@table("integer-chain")
+def int8_chain() -> list[str]:
+    """Returns the table of the CNN on 8-bit integers, microseconds a batch."""
+    rows = [row for row in latest("int8_chain", "layer", "what") if "batch" in row["layer"]]
+    found = index(rows, "layer", "what")
+    ways = ("eager", "onnxruntime float32", "float32", "onnxruntime int8", "int8")
+    body = []
+    for layer in dict.fromkeys(row["layer"] for row in rows):
+        times = [float(found[(layer, what)]["microseconds"]) for what in ways]
+        cells = [figures(found[(layer, what)]["microseconds"]) for what in ways]
+        body.append((layer.partition("batch ")[2], *cells, f"{times[3] / times[4]:.1f}", f"{times[2] / times[4]:.1f}"))
+    header = [
+        *("batch", "torch", "ONNX Runtime", "lightkit", "ONNX Runtime, int8", "lightkit, int8"),
+        *("int8: times as fast as ONNX Runtime's", "as lightkit's float32"),
+    ]
+    return layout(header, body, "int8_chain", rows)
+
+
+@table("fake-quantize")
+def fake_quantize() -> list[str]:
+    """Returns the table of the CNN's weights rounded to a few bits, microseconds."""
+    rows = [row for row in latest("int8_chain", "layer", "what") if "bits" in row["layer"]]
+    found = index(rows, "layer", "what")
+    body = [
+        (
+            layer.partition(", ")[2],
+            *(figures(found[(layer, what)]["microseconds"]) for what in ("eager", "kernel", "copy")),
+        )
+        for layer in dict.fromkeys(row["layer"] for row in rows)
+    ]
+    return layout(["", "torch", "kernel", "a copy"], body, "int8_chain", rows)
+
+
 @table("freed-memory")
 def freed_memory() -> list[str]:
     """Returns the table of the CNN in torch's own layers, with and without `keep_freed_memory`."""

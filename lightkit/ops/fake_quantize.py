@@ -30,7 +30,7 @@ def fake_quantize_weights(weights: Sequence[Tensor], outputs: Sequence[Tensor], 
     With 2 bits the levels are -3, -1, 1 and 3 times ``scale = alpha / 3``. They follow the statistics of the row, as in
     statistics-aware weight binning (Choi et al., Bridging the Accuracy Gap for 2-bit Quantized Neural Networks, 2018):
     ``alpha = 3.2 * sqrt(mean(w^2)) - 2.1 * mean|w|``, at least ``max|w| / 16``. A weight is rounded to the nearest
-    level, half-way from zero up to the outer one; 0 becomes ``scale`` with the sign of the 0, since there is no level 0.
+    level, half-way from zero up to the outer one. There is no level 0: a 0 becomes ``scale`` with the sign of the 0.
 
     A row whose scale would be below ``2**-64``, such as a row of zeros, gets the scale 1 and becomes zero. With 2 bits
     it gets the scale ``2**-64`` and becomes as small as that. A row with NaN becomes NaN; so does one with an infinite
@@ -54,7 +54,8 @@ def fake_quantize_weights(weights: Sequence[Tensor], outputs: Sequence[Tensor], 
             shape or storage than expected.
     """
     _check_bits(bits)
-    if not weights or not all(weight.is_cpu for weight in weights) or not kernels_apply(*weights):
+    # Of many weights the first one stands for the classes of all.
+    if not weights or not all(weight.is_cpu for weight in weights) or not kernels_apply(weights[0]):
         return fake_quantize_weights_reference(weights, outputs, bits)
     try:
         scales = torch.ops.lightkit._fake_quantize_weights_.default(weights, outputs, bits)
@@ -101,7 +102,7 @@ def _check(index: int, weight: Tensor, output: Tensor) -> None:
             f"fake_quantize_weights: output {index} must be float32 of shape {tuple(weight.shape)} on {weight.device}, "
             f"got {output.dtype} of shape {tuple(output.shape)} on {output.device}"
         )
-    if weight.numel() and torch._C._is_alias_of(weight, output):
+    if weight.numel() and torch._C._is_alias_of(weight, output):  # pyright: ignore[reportAttributeAccessIssue]
         raise ArgumentError(f"fake_quantize_weights: output {index} must not share the storage of its weight")
 
 

@@ -79,14 +79,14 @@ class Int8Chain:
     input_zero_point, 0, 255)``, in float32. Infinite values become 0 or 255, and NaN becomes 0.
 
     Args:
-        layers: the layers in order, at least one, on the CPU: convolutions, and then linear layers. A linear layer behind
-            a convolution reads the values in the order ``(C, H, W)``, as :class:`torch.nn.Flatten` gives them.
-        input_scale: the step between two integers of the images; positive and finite, and so is its inverse, in float32.
+        layers: the layers in order, at least one, on the CPU: convolutions, and then linear layers. A linear layer
+            behind a convolution reads the values in the order ``(C, H, W)``, as :class:`torch.nn.Flatten` gives them.
+        input_scale: the step between two integers of the images; in float32 it and its inverse are positive and finite.
         input_zero_point: the integer, from 0 to 255, that stands for 0 in the images.
 
     Raises:
-        ArgumentError: a tensor has another dtype, device, shape or range, layers do not fit each other, a setting is out
-            of its range, or a sum of a layer could exceed 32 bits.
+        ArgumentError: a tensor has another dtype, device, shape or range, layers do not fit each other, a setting is
+            out of its range, or a sum of a layer could exceed 32 bits.
     """
 
     def __init__(self, layers: Sequence[Int8Layer], input_scale: float, input_zero_point: int) -> None:
@@ -265,11 +265,14 @@ def _check_range(where: str, layer: Int8Layer, zero_point: int) -> None:
     if not valid.all():
         wrong = layer.multiplier[~valid][0].item()
         raise ArgumentError(f"{where}: multiplier must be positive and finite, got {wrong}")
-    # The largest sum of an output channel, if each input has the value that is farthest from the zero point.
-    magnitudes = layer.weight.flatten(1).long().abs().sum(1)
-    largest = int((layer.bias.long().abs() + magnitudes * max(zero_point, 255 - zero_point)).max())
-    if largest > _MAX_SUM:
-        raise ArgumentError(f"{where}: sums must fit 32 bits, but bias and weight allow {largest}")
+    # The extreme sums of the output channels: each input is 0 or 255, by the sign of its weight.
+    weight, bias = layer.weight.flatten(1).long(), layer.bias.long()
+    positive, negative = weight.clamp(min=0).sum(1), weight.clamp(max=0).sum(1)
+    above, below = 255 - zero_point, zero_point
+    largest = int((bias + positive * above - negative * below).max())
+    least = int((bias - positive * below + negative * above).min())
+    if largest > _MAX_SUM or least < -_MAX_SUM - 1:
+        raise ArgumentError(f"{where}: sums must fit 32 bits, but bias and weight allow from {least} to {largest}")
 
 
 def _check_input(input: Tensor, layers: Sequence[Int8Layer]) -> None:

@@ -174,6 +174,42 @@ def conv2d(rng: random.Random) -> dict[str, Any]:
     return {"input": input, "weight": weight, **given}
 
 
+def int8_chain(rng: random.Random) -> dict[str, Any]:
+    """One or two 8-bit convolutions and perhaps a linear layer."""
+    channels, size = rng.choice([1, 3, 8]), rng.choice([6, 9])
+    input = torch.randn(rng.choice([0, 1, 3, 6]), channels, size, size)
+    layers = []
+
+    def parameters(out: int, *taps: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        weight = torch.randint(-127, 128, (out, *taps), dtype=torch.int8)
+        return weight, torch.randint(-500, 500, (out,), dtype=torch.int32), torch.rand(out) / 1000 + 1e-6
+
+    def settings() -> dict[str, Any]:
+        return {"relu": rng.random() < 0.5, "output_zero_point": rng.randrange(256)}
+
+    for _ in range(rng.choice([1, 2])):
+        groups = channels if rng.random() < 0.2 else 1
+        out, kernel, pool = groups * rng.choice([1, 5, 17]), rng.choice([1, 3]), rng.random() < 0.4
+        window = {"padding": (kernel // 2, kernel // 2), "groups": groups, "pool": pool}
+        layers.append(ops.Int8Layer(*parameters(out, channels // groups, kernel, kernel), **window, **settings()))
+        channels, size = out, size // (2 if pool else 1)
+    if rng.random() < 0.5:
+        layers.append(ops.Int8Layer(*parameters(rng.choice([1, 20]), channels * size * size), **settings()))
+    chain = ops.Int8Chain(layers, rng.choice([0.01, 1.0]), rng.randrange(256))
+    chain(input)
+    values = {name: [getattr(item, name[:-1]) for item in layers] for name in ("weights", "multipliers")}
+    return {"biases": [item.bias for item in layers], "input": input, **values}
+
+
+def fake_quantize_weights(rng: random.Random) -> dict[str, Any]:
+    """Weights of any shape, rounded to a few bits."""
+    shapes = [rng.choice([(4,), (3, 5), (2, 17, 3, 3), (0, 4), (70, 1)]) for _ in range(rng.randint(1, 3))]
+    given = {"weights": [torch.randn(shape) for shape in shapes], "bits": rng.choice([8, 4, 3, 2])}
+    outputs = [torch.empty_like(weight) for weight in given["weights"]]
+    ops.fake_quantize_weights(given["weights"], outputs, given["bits"])
+    return {"outputs": outputs, **given}
+
+
 EXAMPLES: tuple[Callable[[random.Random], dict[str, Any]], ...] = (
     cross_entropy,
     linear_cross_entropy,
@@ -182,4 +218,6 @@ EXAMPLES: tuple[Callable[[random.Random], dict[str, Any]], ...] = (
     dropout,
     norm_act,
     conv2d,
+    int8_chain,
+    fake_quantize_weights,
 )

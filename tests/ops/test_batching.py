@@ -126,6 +126,12 @@ def test_transforms(case, way):
     torch.testing.assert_close(WAYS[way](own, inputs), WAYS[way](plain, inputs))
 
 
+INT8_CHAIN = ops.Int8Chain(
+    [ops.Int8Layer(torch.ones(4, 2, 3, 3).to(torch.int8), torch.arange(4).int(), torch.full((4,), 0.5), pool=True)],
+    0.1,
+    9,
+)
+
 CALLS = {
     "cross_entropy": (numbers(4, 5), TARGET, None, 1, -100, 0.1, 0.0, 0.0, None, True, False),
     "_cross_entropy_forward": (numbers(4, 5), TARGET, None, 0, -100, 0.0, 0.0, 0.0, None, True, True),
@@ -142,6 +148,7 @@ CALLS = {
     ),
     "conv2d": (IMAGES, KERNEL, None, [2, 2], [1, 1], [1, 1], 1, True),
     "_conv2d_backward": (numbers(2, 4, 3, 3), IMAGES, KERNEL, [2, 2], [1, 1], [1, 1], 1, [True, True, False]),
+    "int8_chain": (IMAGES.float(), INT8_CHAIN._packed, INT8_CHAIN._plan, 0.1),
     "_layer_chain_forward": (IMAGES, [KERNEL, HEAD], [None, None], [0, 0, 1, 1, 0, 0, 0, 0], True),
 }
 

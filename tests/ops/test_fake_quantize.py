@@ -65,7 +65,7 @@ def test_definition(bits):
 
 
 def test_two_bits():
-    """The levels of 2 bits are those of statistics-aware weight binning, in equal steps; each weight has the nearest."""
+    """The levels of 2 bits are those of statistics-aware weight binning; each weight has the nearest one."""
     (weight,) = inputs = weights((64, 3, 3, 3))
     (output,), (scale,) = check(inputs, 2)
     rows = weight.flatten(1).double()
@@ -243,6 +243,6 @@ def test_wrong_arguments(inputs, outputs, bits, message):
 def test_storage_that_is_too_short():
     """Nothing is read or written beyond a storage; nothing is written before all arguments are checked."""
     for inputs, outputs in (([WEIGHT, SHORT], [WEIGHT + 4, WEIGHT + 4]), ([WEIGHT, WEIGHT], [WEIGHT + 4, SHORT])):
-        with pytest.raises(ArgumentError, match="of shape .4, 5. reaches beyond its storage"):
+        with pytest.raises(ArgumentError, match=r"of shape .4, 5. reaches beyond its storage"):
             fake_quantize_weights(inputs, outputs, 8)
         assert torch.equal(outputs[0], WEIGHT + 4)

@@ -78,11 +78,13 @@ bool has_rows(const Tensor& weight, const Tensor& output, int64_t bits) {
 }  // namespace
 
 Tensor fake_quantize_weights_meta(TensorList weights, TensorList outputs, int64_t bits) {
-  return empty_symint({check_rows(weights, outputs, bits)}, weights[0].options());
+  const auto rows = check_rows(weights, outputs, bits);
+  return empty_symint({rows}, weights[0].options());
 }
 
 Tensor fake_quantize_weights_cpu(TensorList weights, TensorList outputs, int64_t bits) {
-  const Tensor scales = empty_symint({check_rows(weights, outputs, bits)}, weights[0].options());
+  const auto all_rows = check_rows(weights, outputs, bits);
+  const Tensor scales = empty_symint({all_rows}, weights[0].options());
   auto* next_scales = scales.mutable_data_ptr<float>();
   std::vector<cpu::fake_quantize::Rows> rows;
   rows.reserve(weights.size());

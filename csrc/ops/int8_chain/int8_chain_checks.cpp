@@ -17,6 +17,10 @@ namespace {
 constexpr double kMaxImage = 0x1p30;
 constexpr double kMaxWeight = 0x1p26;
 
+// The most bytes of a layer's packed parameters, in which a group has whole vectors of output channels. Chosen:
+// ordinary layers have fewer, and a plan cannot ask for all memory.
+constexpr int64_t kMaxPacked = int64_t(1) << 31;
+
 // The largest size, step or padding. Derived: sums and products of two of them have room in 64 bits.
 constexpr int64_t kMaxNumber = int64_t(1) << 30;
 
@@ -74,6 +78,9 @@ void check_numbers(const Place& place, const Int8LayerPlan& layer) {
   const double values =
       product({layer.out_channels, layer.in_channels / layer.groups, layer.kernel_height, layer.kernel_width});
   TORCH_CHECK_VALUE(values < kMaxWeight, place, ": weights of less than 2^26 values are supported, got ", values);
+  const int64_t packed = cpu::int8_chain::packed_bytes(layer.shape());
+  TORCH_CHECK_VALUE(
+      packed < kMaxPacked, place, ": packed parameters of less than 2^31 bytes are supported, got ", packed);
   const bool is_point = layer.kernel_height == 1 && layer.kernel_width == 1 && layer.stride[0] == 1 &&
       layer.stride[1] == 1 && layer.padding[0] == 0 && layer.padding[1] == 0 && layer.dilation[0] == 1 &&
       layer.dilation[1] == 1 && layer.groups == 1 && layer.pool == 0;

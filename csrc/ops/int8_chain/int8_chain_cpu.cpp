@@ -55,7 +55,13 @@ Tensor int8_chain_cpu(const Tensor& input, const Tensor& packed, at::IntArrayRef
     images.strides[2] = input.stride(2);
     images.strides[3] = input.stride(3);
   }
-  cpu::int8_chain::forward(layers, images, output.mutable_data_ptr<float>());
+  // Fresh memory for large images would take longer than the kernels.
+  Tensor activations;
+  const auto allocate = [&](int64_t bytes) {
+    activations = pooled_empty({bytes}, input.options().dtype(at::kByte));
+    return activations.mutable_data_ptr<uint8_t>();
+  };
+  cpu::int8_chain::forward(layers, images, output.mutable_data_ptr<float>(), allocate);
   return output;
 }
 

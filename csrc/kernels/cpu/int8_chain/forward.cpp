@@ -1,10 +1,11 @@
-#include "../common/aligned_buffer.h"
 #include "../common/pieces.h"
 #include "int8_chain.h"
 #include "layer.h"
 #include "packed.h"
 #include "quantize.h"
 
+#include <algorithm>
+#include <atomic>
 #include <cstring>
 
 namespace lightkit::cpu::int8_chain {
@@ -24,16 +25,18 @@ int64_t padded_bytes(const Shape& s) {
 // Where the inputs of each layer lie in a thread's memory.
 struct Plan {
   const std::vector<Layer>& layers;
-  std::vector<int64_t> image_steps;  // bytes from one image to the next
-  std::vector<int64_t> offsets;      // of the inputs of all images of a group
-  int64_t group;                     // images that go through a layer before the next layer
-  int64_t bytes;
+  std::vector<int64_t> image_steps;         // bytes from one image to the next
+  std::vector<int64_t> offsets;             // of the inputs of all images of a group
+  std::vector<std::vector<int32_t>> quads;  // offsets_of_quads of each layer
+  int64_t group;                            // images that go through a layer before the next layer
+  int64_t bytes;                            // of a thread
 
   Plan(const std::vector<Layer>& chain, int64_t images, int64_t threads) : layers(chain) {
     int64_t image_bytes = 0;
     for (const Layer& layer : layers) {
       image_steps.push_back(round_up(padded_bytes(layer.shape) + kReadBehind, kCacheLine));
       image_bytes += image_steps.back();
+      quads.push_back(offsets_of_quads(layer.shape));
     }
     group = std::clamp<int64_t>(kGroupBytes / image_bytes, 1, kMaxGroup);
     group = std::min(group, ceil_div(images, threads));
@@ -44,16 +47,14 @@ struct Plan {
     }
   }
 
-  // Returns the memory of a thread. The padding stays as it is: layers write the interiors alone.
-  AlignedBuffer<uint8_t> make_memory() const {
-    AlignedBuffer<uint8_t> memory(bytes);
+  // Prepares the memory of a thread. The padding stays as it is: layers write the interiors alone.
+  void fill_padding(uint8_t* memory) const {
     for (size_t l = 0; l < layers.size(); ++l) {
       const Shape& s = layers[l].shape;
       if (s.padding[0] != 0 || s.padding[1] != 0) {
-        std::memset(memory.data() + offsets[l], s.zero_point, group * image_steps[l]);
+        std::memset(memory + offsets[l], s.zero_point, group * image_steps[l]);
       }
     }
-    return memory;
   }
 };
 
@@ -91,8 +92,12 @@ Destination destination_of(const Plan& plan, size_t l, uint8_t* memory, float* o
 
 }  // namespace
 
-void forward(const std::vector<Layer>& layers, const Images& images, float* output) {
-  const Plan plan(layers, images.count, at::in_parallel_region() ? 1 : at::get_num_threads());
+void forward(const std::vector<Layer>& layers, const Images& images, float* output, const Allocate& allocate) {
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const Plan plan(layers, images.count, threads);
+  // Each thread that takes part has a piece, at least.
+  uint8_t* const memory_of_all = allocate(std::min(threads, ceil_div(images.count, plan.group)) * plan.bytes);
+  std::atomic<int64_t> taken{0};
   double total = 0;
   for (const Layer& layer : layers) {
     total += static_cast<double>(products(layer.shape));
@@ -104,19 +109,24 @@ void forward(const std::vector<Layer>& layers, const Images& images, float* outp
       images.count,
       plan.group,
       static_cast<int64_t>(macs),
-      [&] { return plan.make_memory(); },
-      [&](AlignedBuffer<uint8_t>& memory, int64_t begin, int64_t end) {
+      [&] {
+        uint8_t* const memory = memory_of_all + taken++ * plan.bytes;
+        plan.fill_padding(memory);
+        return memory;
+      },
+      [&](uint8_t* memory, int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
-          quantize(layers[0].shape, images, i, memory.data() + plan.offsets[0] + (i - begin) * plan.image_steps[0]);
+          quantize(layers[0].shape, images, i, memory + plan.offsets[0] + (i - begin) * plan.image_steps[0]);
         }
         float* results = output + begin * pixels * last.out_channels;
         for (size_t l = 0; l < layers.size(); ++l) {
           compute_layer(
               layers[l],
+              plan.quads[l].data(),
               end - begin,
-              memory.data() + plan.offsets[l],
+              memory + plan.offsets[l],
               plan.image_steps[l],
-              destination_of(plan, l, memory.data(), results));
+              destination_of(plan, l, memory, results));
         }
       });
 }

@@ -16,6 +16,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 namespace lightkit::cpu::int8_chain {
@@ -60,8 +61,11 @@ int64_t packed_bytes(const Shape& shape);
 // Writes a layer's parameters as the kernels read them: the same bytes on every processor.
 void pack(const Shape& shape, const Parameters& parameters, uint8_t* packed);
 
+// Returns uninitialised memory of so many bytes, aligned to 64, that lives until the call of `forward` returns.
+using Allocate = std::function<uint8_t*(int64_t bytes)>;
+
 // Computes the chain: the output is [count, rows, columns, out_channels] of the last layer, behind its pool. Threads
-// share the images. Raises std::bad_alloc.
-void forward(const std::vector<Layer>& layers, const Images& images, float* output);
+// share the images. Calls `allocate` once, for the activations of the images that are computed at a time.
+void forward(const std::vector<Layer>& layers, const Images& images, float* output, const Allocate& allocate);
 
 }  // namespace lightkit::cpu::int8_chain

@@ -53,11 +53,31 @@ class Walk {
 
 }  // namespace
 
-void compute_layer(
-    const Layer& layer, int64_t images, const uint8_t* input, int64_t image_step, const Destination& destination) {
-  const Shape& s = layer.shape;
+std::vector<int32_t> offsets_of_quads(const Shape& s) {
   const Packing packing(s);
   const int64_t row_bytes = (s.width + 2 * s.padding[1]) * s.in_channels;
+  std::vector<int32_t> offsets;
+  offsets.reserve(packing.quads);
+  for (int64_t row = 0; row < s.kernel_height; ++row) {
+    for (int64_t run = 0; run < packing.row_runs; ++run) {
+      const int64_t first = s.dilation[0] * row * row_bytes + s.dilation[1] * run * s.in_channels;
+      for (int64_t quad = 0; quad < packing.run_quads; ++quad) {
+        offsets.push_back(static_cast<int32_t>(first + 4 * quad));
+      }
+    }
+  }
+  return offsets;
+}
+
+void compute_layer(
+    const Layer& layer,
+    const int32_t* offsets,
+    int64_t images,
+    const uint8_t* input,
+    int64_t image_step,
+    const Destination& destination) {
+  const Shape& s = layer.shape;
+  const Packing packing(s);
   const int window = s.pool ? 4 : 1;
   for (int64_t group = 0; group < s.groups; ++group) {
     int64_t block = 0;
@@ -66,11 +86,8 @@ void compute_layer(
       const int64_t lane = (group * packing.vectors + vector) * kLanes;
       const int64_t channel = vector * kLanes;
       const TileTask task{
-          .kernel_rows = s.kernel_height,
-          .row_runs = packing.row_runs,
-          .run_quads = packing.run_quads,
-          .row_step = s.dilation[0] * row_bytes,
-          .run_step = s.dilation[1] * s.in_channels,
+          .quads = packing.quads,
+          .offsets = offsets,
           .weights = reinterpret_cast<const int8_t*>(layer.packed + packing.vector_offset(group, vector)),
           .weight_step = packing.block_vectors(vector) * kWeightBytes,
           .bias = reinterpret_cast<const int32_t*>(layer.packed) + lane,

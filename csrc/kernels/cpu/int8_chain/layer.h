@@ -3,6 +3,9 @@
 
 #include "int8_chain.h"
 
+#include <cstdint>
+#include <vector>
+
 namespace lightkit::cpu::int8_chain {
 
 // Where the outputs of a layer go: the interior of the next layer's padded input, or the output of the chain.
@@ -14,9 +17,18 @@ struct Destination {
   bool last;
 };
 
+// Returns where the quads of a position's inputs begin, in bytes from its first input.
+std::vector<int32_t> offsets_of_quads(const Shape& shape);
+
 // Computes a layer on `images` images. `input` is [images][height + 2 padding][width + 2 padding][in_channels], whose
-// images are `image_step` bytes apart and have kReadBehind readable bytes behind them.
+// images are `image_step` bytes apart and have kReadBehind readable bytes behind them. `offsets` are those of
+// offsets_of_quads.
 void compute_layer(
-    const Layer& layer, int64_t images, const uint8_t* input, int64_t image_step, const Destination& destination);
+    const Layer& layer,
+    const int32_t* offsets,
+    int64_t images,
+    const uint8_t* input,
+    int64_t image_step,
+    const Destination& destination);
 
 }  // namespace lightkit::cpu::int8_chain

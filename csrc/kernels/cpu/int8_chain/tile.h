@@ -11,16 +11,16 @@ namespace lightkit::cpu::int8_chain {
 
 // Some vectors of a layer's output channels, and the way through the inputs of a position.
 struct TileTask {
-  int64_t kernel_rows, row_runs, run_quads;  // as in Packing
-  int64_t row_step, run_step;                // bytes of the input from one row of the kernel, or one run, to the next
-  const int8_t* weights;                     // [kernel_rows, row_runs, run_quads, weight_step]
-  int64_t weight_step;                       // bytes
-  const int32_t* bias;                       // [vectors * kLanes]
-  const float* multiplier;                   // [vectors * kLanes]
-  int64_t channels;                          // that are stored, at most vectors * kLanes
-  bool last;                                 // the outputs are float
-  bool relu;                                 // of the last layer; of others it is in `least`
-  int32_t zero_point, least;                 // of the outputs, as in `quantized`
+  int64_t quads;
+  const int32_t* offsets;     // [quads] of the bytes of a quad, from the first input of a position
+  const int8_t* weights;      // [quads, weight_step]
+  int64_t weight_step;        // bytes
+  const int32_t* bias;        // [vectors * kLanes]
+  const float* multiplier;    // [vectors * kLanes]
+  int64_t channels;           // that are stored, at most vectors * kLanes
+  bool last;                  // the outputs are float
+  bool relu;                  // of the last layer; of others it is in `least`
+  int32_t zero_point, least;  // of the outputs, as in `quantized`
 };
 
 // Stores the output of a position, from a vector's sums: one byte or, of the last layer, one float a channel.
@@ -47,30 +47,22 @@ void compute_tile(const TileTask& task, const uint8_t* const* inputs, void* cons
       sums[p][v] = bias;
     }
   }
+  // One loop: the compiler copies the sums in each step of nested loops.
   const int8_t* weights = task.weights;
-  for (int64_t row = 0; row < task.kernel_rows; ++row) {
-    for (int64_t run = 0; run < task.row_runs; ++run) {
-      const int64_t offset = row * task.row_step + run * task.run_step;
-      const uint8_t* at[positions];
+  for (int64_t quad = 0; quad < task.quads; ++quad) {
+    const int64_t offset = task.offsets[quad];
+    Weights w[vectors];
+    LIGHTKIT_UNROLL
+    for (int v = 0; v < vectors; ++v) {
+      w[v] = load_weights(weights + v * kWeightBytes);
+    }
+    weights += task.weight_step;
+    LIGHTKIT_UNROLL
+    for (int p = 0; p < positions; ++p) {
+      const Inputs four = load_inputs(inputs[p] + offset);
       LIGHTKIT_UNROLL
-      for (int p = 0; p < positions; ++p) {
-        at[p] = inputs[p] + offset;
-      }
-      for (int64_t quad = 0; quad < task.run_quads; ++quad) {
-        Weights w[vectors];
-        LIGHTKIT_UNROLL
-        for (int v = 0; v < vectors; ++v) {
-          w[v] = load_weights(weights + v * kWeightBytes);
-        }
-        weights += task.weight_step;
-        LIGHTKIT_UNROLL
-        for (int p = 0; p < positions; ++p) {
-          const Inputs four = load_inputs(at[p] + 4 * quad);
-          LIGHTKIT_UNROLL
-          for (int v = 0; v < vectors; ++v) {
-            sums[p][v] = add_products(sums[p][v], four, w[v]);
-          }
-        }
+      for (int v = 0; v < vectors; ++v) {
+        sums[p][v] = add_products(sums[p][v], four, w[v]);
       }
     }
   }

@@ -20,8 +20,17 @@ inline constexpr int64_t kWeightBytes = 4 * kLanes;
 
 #if defined(CPU_CAPABILITY_AVX512)
 
+// The type of the instructions' own lanes: with __m512i, whose lanes are of 64 bits, the compiler copies the sums.
+typedef int32_t Lanes512 __attribute__((vector_size(64)));
+
 struct Sums {
-  __m512i v;
+  Lanes512 v;
+
+  Sums() = default;
+  Sums(__m512i lanes) : v(reinterpret_cast<Lanes512>(lanes)) {}
+  operator __m512i() const {
+    return reinterpret_cast<__m512i>(v);
+  }
 };
 struct Floats {
   __m512 v;
@@ -34,13 +43,13 @@ inline Sums load_sums(const int32_t* data) {
   return {_mm512_loadu_si512(data)};
 }
 inline Sums maximum(Sums a, Sums b) {
-  return {_mm512_max_epi32(a.v, b.v)};
+  return {_mm512_max_epi32(a, b)};
 }
 inline Sums add(Sums a, int32_t b) {
-  return {_mm512_add_epi32(a.v, _mm512_set1_epi32(b))};
+  return {_mm512_add_epi32(a, _mm512_set1_epi32(b))};
 }
 inline Floats to_float(Sums a) {
-  return {_mm512_cvtepi32_ps(a.v)};
+  return {_mm512_cvtepi32_ps(a)};
 }
 // Rounds to the nearest even integer.
 inline Sums to_integer(Floats a) {
@@ -71,7 +80,7 @@ inline void store(Floats a, float* data, int64_t count = kLanes) {
 }
 // Stores the low bytes.
 inline void store(Sums a, uint8_t* data, int64_t count = kLanes) {
-  const __m128i bytes = _mm512_cvtepi32_epi8(a.v);
+  const __m128i bytes = _mm512_cvtepi32_epi8(a);
   if (count == kLanes) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(data), bytes);
   } else {
@@ -97,7 +106,7 @@ inline Weights load_weights(const int8_t* data) {
   return {_mm512_loadu_si512(data)};
 }
 inline Sums add_products(Sums sums, Inputs inputs, Weights weights) {
-  return {_mm512_dpbusd_epi32(sums.v, inputs.v, weights.v)};
+  return {_mm512_dpbusd_epi32(sums, inputs, weights)};
 }
 
 #else
@@ -118,15 +127,28 @@ inline Weights load_weights(const int8_t* data) {
 inline Sums add_products(Sums sums, Inputs inputs, Weights weights) {
   const __m512i even = _mm512_madd_epi16(inputs.even, weights.even);
   const __m512i odd = _mm512_madd_epi16(inputs.odd, weights.odd);
-  return {_mm512_add_epi32(_mm512_add_epi32(sums.v, even), odd)};
+  return {_mm512_add_epi32(_mm512_add_epi32(sums, even), odd)};
 }
 
 #endif
 
 #elif defined(CPU_CAPABILITY_AVX2)
 
+// The type of the instructions' own lanes: with __m256i, whose lanes are of 64 bits, the compiler copies the sums.
+typedef int32_t Lanes256 __attribute__((vector_size(32)));
+
+struct Half {
+  Lanes256 v;
+
+  Half() = default;
+  Half(__m256i lanes) : v(reinterpret_cast<Lanes256>(lanes)) {}
+  operator __m256i() const {
+    return reinterpret_cast<__m256i>(v);
+  }
+};
+
 struct Sums {
-  __m256i low, high;
+  Half low, high;
 };
 struct Floats {
   __m256 low, high;
