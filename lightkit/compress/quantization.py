@@ -106,6 +106,13 @@ def add_quantization(module: nn.Module, checkpoint: dict[str, Any]) -> None:
         pack_weights(checkpoint, levels)
 
 
+def has_int8_rows(module: nn.Module) -> bool:
+    """Returns True if `apply_quantization` gave each weight of a module 8 bits, and each of its rows one scale."""
+    spec, _ = _quantized.get(module, ({}, {}))
+    formats = list(spec.get("weights", {}).values())
+    return bool(formats) and all(value == [8, 0] for value in formats)
+
+
 def show_levels(module: nn.Module, levels: Mapping[str, tuple[Tensor, Tensor]]) -> None:
     """Gives the layers of a module the levels of their rounded weights, so that an evaluation runs on integers.
 

@@ -78,7 +78,7 @@ def test_compressed(dense, call, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("epochs", [0, 1])
 def test_few_bits(dense, call, tmp_path, epochs):
-    """With or without a training, the small checkpoint gives the figures of the comparison in an eighth of the bytes."""
+    """With or without a training, the small checkpoint gives the figures of the comparison in few bytes."""
     words = ["ckpt_path=dense.ckpt", "keep_macs=null", "bits=4", f"epochs={epochs}", "accelerator=cpu", "compare=false"]
     result = call("compress.__main__", *words, cwd=tmp_path)
     assert result.returncode == 0, result.stderr

@@ -1,4 +1,4 @@
-"""Prunes and quantizes in two processes: ``python two_pruned_processes.py DIRECTORY`` runs a small training for each strategy."""
+"""Prunes and quantizes in two processes: ``python two_pruned_processes.py DIRECTORY`` runs small trainings."""
 
 from __future__ import annotations
 

@@ -10,7 +10,9 @@ from lightkit._util.printable import printable
 from lightkit.app import prediction
 from lightkit.app.factory import build_task
 from lightkit.app.restore import RestoredTask
+from lightkit.compress import QUANTIZATION_KEY, QuantizationScheme, apply_quantization, calibrate
 from lightkit.errors import ConfigError, DataError
+from lightkit.tasks import LanguageModelTask
 
 
 @pytest.fixture
@@ -92,3 +94,22 @@ def test_input_that_is_not_there(restored, tmp_path):
     """The error names a file that cannot be read."""
     with pytest.raises(DataError, match=r"input=.*nowhere cannot be read: No such file"):
         predict(restored, input=str(tmp_path / "nowhere"))
+
+
+def test_a_checkpoint_of_eight_bits_is_decoded_by_its_integers(restored, monkeypatch):
+    """A model of 8 bits takes the decoder's int8 weights by itself, one of 4 bits or in float does not."""
+    taken = []
+    generate = LanguageModelTask.generate
+
+    def spy(self, *arguments, **options):
+        taken.append(options.get("weights"))
+        return generate(self, *arguments, **options)
+
+    monkeypatch.setattr(LanguageModelTask, "generate", spy)
+    task = restored.task
+    for bits in (None, 4, 8):
+        if bits is not None:
+            apply_quantization(task, {QUANTIZATION_KEY: calibrate(task, QuantizationScheme(bits), lambda: None)})
+        predict(restored, text="a", length=5, seed=1)
+    predict(restored, text="a", length=5, seed=1, weights="float32")
+    assert taken == [None, None, "int8", "float32"]
