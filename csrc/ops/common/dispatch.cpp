@@ -254,8 +254,7 @@ TORCH_LIBRARY_FRAGMENT(lightkit, m) {
       "int memory_limit, " LIGHTKIT_WANTED_SCHEMA
       ") -> (Tensor hidden_gradient, Tensor weight_gradient, Tensor bias_gradient)");
 
-  m.def(
-      "layer_chain(Tensor input, Tensor[] weights, Tensor?[] biases, int[] settings, float[] scales=[]) -> Tensor");
+  m.def("layer_chain(Tensor input, Tensor[] weights, Tensor?[] biases, int[] settings, float[] scales=[]) -> Tensor");
   m.def(
       "_layer_chain_forward(Tensor input, Tensor[] weights, Tensor?[] biases, int[] settings, bool keep, "
       "float[] scales=[]) -> (Tensor output, Tensor activations, Tensor argmax)");

@@ -105,13 +105,12 @@ using ChainResults = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 // The ops, as in cross_entropy.h.
 
 // lightkit::layer_chain.
-using LayerChainOp =
-    at::Tensor(
-        const at::Tensor& input,
-        at::TensorList weights,
-        OptionalTensors biases,
-        at::IntArrayRef settings,
-        at::ArrayRef<double> scales);
+using LayerChainOp = at::Tensor(
+    const at::Tensor& input,
+    at::TensorList weights,
+    OptionalTensors biases,
+    at::IntArrayRef settings,
+    at::ArrayRef<double> scales);
 LayerChainOp layer_chain_below_autograd, layer_chain_autograd, call_layer_chain;
 
 // lightkit::_layer_chain_forward.
