@@ -140,7 +140,7 @@ class Command:
             return _print_explained(message, show_traceback)
         except (Terminated, *lightning_exceptions("SIGTERMException")):
             # Lightning's SystemExit has no status, which a caller would read as success.
-            print(f"ended by SIGTERM{_RESUME_HINT}", file=sys.stderr)
+            print(f"ended by SIGTERM{self._resume_hint()}", file=sys.stderr)
             return 128 + signal.SIGTERM
         except (KeyboardInterrupt, SystemExit) as error:
             if not _is_interrupt(error):
@@ -148,7 +148,7 @@ class Command:
                     # --help ends without a job, for which the other processes would wait.
                     self._worker.finish()
                 raise
-            print(f"interrupted{_RESUME_HINT if self._config_name == 'train' else ''}", file=sys.stderr)
+            print(f"interrupted{self._resume_hint()}", file=sys.stderr)
             return _SIGINT_STATUS
         return 0
 
@@ -172,6 +172,9 @@ class Command:
         self._worker.finish()
         if is_under_torchrun() and not is_follower():
             restarts.of_this_process().finish()
+
+    def _resume_hint(self) -> str:
+        return _RESUME_HINT if self._config_name == "train" else ""
 
     def _follow_starter(self, worker: Worker) -> int:
         """Runs the job of the supervisor that started this process, and returns the exit status.

@@ -58,7 +58,7 @@ class Supervisor:
         """
         from torch.distributed import PrefixStore, TCPStore
 
-        with _raising_on_sigterm():
+        with raising_on_sigterm():
             # The store holds its port from now on: no other program can take the port before the processes use it.
             server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
             jobs = JobStore(PrefixStore("lightkit", server))
@@ -176,7 +176,7 @@ class Supervisor:
 
 
 @contextmanager
-def _raising_on_sigterm() -> Iterator[None]:
+def raising_on_sigterm() -> Iterator[None]:
     """Raises `Terminated` in the main thread on SIGTERM within the context; by default SIGTERM ends the process."""
 
     def stop(number: int, frame: FrameType | None) -> None:

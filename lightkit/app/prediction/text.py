@@ -48,10 +48,14 @@ class Continuation:
     def write(self, path: Path) -> None:
         """Writes the unchanged bytes; to a file whose suffix is that of JSON, ``prompt`` and ``added`` as UTF-8."""
         if is_json(path):
-            parts = {"prompt": self.prompt, "added": self.added}
-            write_json(path, [{name: part.decode(errors="replace") for name, part in parts.items()}])
+            write_json(path, [self.entry()])
             return
         write_atomically(path, lambda stream: stream.write(self.prompt + self.added))
+
+    def entry(self) -> dict[str, str]:
+        """Returns ``prompt`` and ``added`` as UTF-8, with replacement characters for invalid bytes."""
+        parts = {"prompt": self.prompt, "added": self.added}
+        return {name: part.decode(errors="replace") for name, part in parts.items()}
 
 
 def predict(task: LanguageModelTask, data: pl.LightningDataModule, request: PredictionRequest) -> Continuation:
@@ -92,7 +96,9 @@ def check_options(request: PredictionRequest) -> None:
         raise ConfigError(f"seed must be from 0 to {_SEED_LIMIT - 1}, got {request.seed}")
 
 
-def continue_text(task: LanguageModelTask, data: Text, prompt: bytes, request: PredictionRequest) -> Continuation:
+def continue_text(
+    task: LanguageModelTask, data: Text, prompt: bytes, request: PredictionRequest, length: int = DEFAULT_LENGTH
+) -> Continuation:
     """Continues a text: see `predict`.
 
     Args:
@@ -100,8 +106,9 @@ def continue_text(task: LanguageModelTask, data: Text, prompt: bytes, request: P
         data: the data module, which encodes and decodes text.
         prompt: the bytes of the text, which may be empty.
         request: the request, whose fields `check_options` accepts.
+        length: the number of bytes to add if the request does not say it.
     """
-    length = DEFAULT_LENGTH if request.length is None else request.length
+    length = length if request.length is None else request.length
     temperature = DEFAULT_TEMPERATURE if request.temperature is None else request.temperature
     generator = torch.Generator(task.device)
     if request.seed is None:

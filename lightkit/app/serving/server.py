@@ -1,0 +1,273 @@
+"""A server: listens, starts the workers, answers requests until it is stopped, and ends all of its processes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import os
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightkit._util.installation import how_to_install
+from lightkit.app.serving.dispatch import Dispatcher
+from lightkit.app.serving.settings import ServerSettings, find_devices
+from lightkit.app.serving.workers import ProcessWorker, ThreadWorker, Worker
+from lightkit.errors import CheckpointError, ConfigError
+from lightkit.runtime.supervisor import raising_on_sigterm
+
+if TYPE_CHECKING:
+    from lightkit.fitting import FitResult
+
+Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+_PACKAGES = ("fastapi", "fastapi_offline", "uvicorn")
+
+# The seconds in which requests that are being answered may end after the server was asked to stop.
+_SECONDS_TO_FINISH = 3
+
+_SECONDS_TO_LOOK = 0.01
+
+# The connections that the system holds before the server accepts them.
+_BACKLOG = 512
+
+
+class Server:
+    """Serves a model by HTTP.
+
+    As a context manager the server answers requests in the background, from the moment in which the body of ``with``
+    begins until its end. `run` answers them in the calling thread until Ctrl-C or SIGTERM.
+
+    Args:
+        model: files as `lightkit.load` takes them, of which each worker process restores the model, or the model of an
+            ensemble; or the result of `lightkit.fit` or `lightkit.load`, whose model predicts in a thread of this
+            process, on the device on which it is.
+        trust: allow exports in a format in which a file can run code: see `lightkit.export.open_export`.
+        **settings: the fields of a `ServerSettings`.
+
+    Raises:
+        CheckpointError: a file is missing, or a directory has no checkpoint.
+        ConfigError: a setting is wrong, or a package is missing.
+    """
+
+    def __init__(self, model: Paths | FitResult, *, trust: bool = False, **settings: Any) -> None:
+        _check_packages()
+        names = [field.name for field in fields(ServerSettings)]
+        for name in settings:
+            if name not in names:
+                raise ConfigError(f"{name!r} is no setting of a server; expected {', '.join(names)}")
+        self.settings = ServerSettings(**settings)
+        self._start_workers = self._plan(model, trust)
+        self._socket: socket.socket | None = None
+        self._workers: list[Worker] = []
+        self._thread: threading.Thread | None = None
+        self._http: Any = None
+        self._is_ready = threading.Event()
+        self._failure: BaseException | None = None
+
+    @property
+    def port(self) -> int:
+        """The port on which the server listens; before it does, the setting."""
+        return self.settings.port if self._socket is None else self._socket.getsockname()[1]
+
+    @property
+    def url(self) -> str:
+        """The address of the server, such as ``http://127.0.0.1:8000``."""
+        host = self.settings.host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    @property
+    def worker_pids(self) -> list[int]:
+        """The identifiers of the worker processes."""
+        pids = (worker.pid for worker in self._workers if isinstance(worker, ProcessWorker))
+        return [pid for pid in pids if pid is not None]
+
+    def run(self, announce: Callable[[str], None] | None = None) -> None:
+        """Answers requests until Ctrl-C or SIGTERM, which raise `KeyboardInterrupt` and `lightkit.errors.Terminated`.
+
+        The processes of the workers have ended when the method returns or raises.
+
+        Args:
+            announce: a function that gets the address of the server as soon as requests are answered.
+
+        Raises:
+            CheckpointError: the model cannot be restored or does not work.
+            ConfigError: the address is in use or not of this machine.
+        """
+        with (
+            raising_on_sigterm() if threading.current_thread() is threading.main_thread() else contextlib.nullcontext()
+        ):
+            asyncio.run(self._serve(announce))
+
+    def __enter__(self) -> Server:
+        """Starts the server in the background, and returns it when it answers requests.
+
+        Raises:
+            CheckpointError: as `run`.
+            ConfigError: as `run`.
+        """
+        self._thread = threading.Thread(target=self._run_in_background, daemon=True, name="lightkit-serve")
+        self._thread.start()
+        self._is_ready.wait()
+        if self._failure is not None:
+            raise self._failure
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Stops the server and ends its processes."""
+        assert self._thread is not None
+        self._http.should_exit = True
+        self._thread.join()
+
+    def _run_in_background(self) -> None:
+        try:
+            asyncio.run(self._serve(None))
+        except BaseException as error:
+            self._failure = error
+        finally:
+            self._is_ready.set()
+
+    def _plan(self, model: Paths | FitResult, trust: bool) -> Callable[[], list[Worker]]:
+        """Returns the function that makes the workers, after a check of what the model names."""
+        if isinstance(model, (str, os.PathLike)) or isinstance(model, Sequence):
+            from lightkit.app.ensembles import members_of
+
+            given = [model] if isinstance(model, (str, os.PathLike)) else list(model)
+            paths = [member for part in given for member in members_of(Path(part).expanduser())]
+            if not paths:
+                raise ConfigError("model must name at least one file, got an empty list")
+            for path in paths:
+                # The workers would find it, after seconds.
+                if not path.exists():
+                    raise CheckpointError(f"{path} does not exist")
+            devices = [name for name in find_devices(self.settings.devices) for _ in range(self.settings.workers)]
+            return lambda: [ProcessWorker(self._spec(paths, trust, device, len(devices))) for device in devices]
+        if self.settings.workers != 1 or self.settings.devices != "auto":
+            raise ConfigError(
+                "workers and devices go with files: a model in memory predicts in this process, on its own device"
+            )
+        return lambda: [_thread_worker(model, self.settings.max_length)]
+
+    def _spec(self, paths: Sequence[Path], trust: bool, device: str, workers: int) -> dict[str, Any]:
+        # Workers on a CPU share its cores; one alone has torch's own number of threads, as lightkit.predict.
+        threads = max(1, (os.cpu_count() or 1) // workers) if device == "cpu" and workers > 1 else None
+        return {
+            "paths": [str(path.absolute()) for path in paths],
+            "trust": trust,
+            "device": device,
+            "threads": threads,
+            "max_length": self.settings.max_length,
+        }
+
+    async def _serve(self, announce: Callable[[str], None] | None) -> None:
+        self._socket = _listen(self.settings.host, self.settings.port)
+        tasks: list[asyncio.Task[None]] = []
+        try:
+            self._workers = self._start_workers()
+            descriptions = await _gather([worker.start() for worker in self._workers])
+            dispatcher = Dispatcher(self.settings, descriptions[0]["is_batched"])
+            tasks = [asyncio.create_task(dispatcher.run(worker)) for worker in self._workers]
+            self._http = _http_server(descriptions[0], self.settings, dispatcher)
+            tasks.append(asyncio.create_task(self._announce(announce)))
+            await self._http.serve(sockets=[self._socket])
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*(worker.end() for worker in self._workers))
+            self._socket.close()
+
+    async def _announce(self, announce: Callable[[str], None] | None) -> None:
+        while not self._http.started:
+            await asyncio.sleep(_SECONDS_TO_LOOK)
+        self._is_ready.set()
+        if announce is not None:
+            announce(self.url)
+
+
+def serve(model: Paths | FitResult, *, trust: bool = False, **settings: Any) -> None:
+    """Serves a model by HTTP until Ctrl-C or SIGTERM, and prints its address when it answers requests.
+
+    ``lightkit.serve.serve("runs/cnn/2026-01-01_12-00-00", port=8000)`` does what ``python -m lightkit.serve`` does.
+
+    Args:
+        model: as for `Server`.
+        trust: likewise.
+        **settings: the fields of a `ServerSettings`.
+
+    Raises:
+        CheckpointError: a file is missing, or the model cannot be restored or does not work.
+        ConfigError: a setting is wrong, a package is missing, or the address is in use.
+    """
+    Server(model, trust=trust, **settings).run(
+        lambda url: print(f"serving at {url}, described at {url}/docs", flush=True)
+    )
+
+
+def _check_packages() -> None:
+    for name in _PACKAGES:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ConfigError(
+                f"serving needs the package {name.replace('_', '-')}: {how_to_install('serve')}"
+            ) from error
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Returns a socket that listens on an address.
+
+    Raises:
+        ConfigError: the address is in use, or is none of this machine.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, address = found[0]
+        return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(f"the server cannot listen on host={host} port={port}: {reason}") from error
+
+
+def _http_server(description: dict[str, Any], settings: ServerSettings, dispatcher: Dispatcher) -> Any:
+    # Imported here: a worker and --help need no HTTP.
+    import uvicorn
+
+    from lightkit.app.serving.http import build_app
+
+    return uvicorn.Server(
+        uvicorn.Config(
+            build_app(description, settings, dispatcher),
+            lifespan="off",
+            ws="none",
+            access_log=False,
+            log_level="warning",
+            server_header=False,
+            timeout_graceful_shutdown=_SECONDS_TO_FINISH,
+        )
+    )
+
+
+def _thread_worker(result: FitResult, max_length: int) -> ThreadWorker:
+    from lightkit.app.serving.kinds import find_kind
+    from lightkit.app.serving.responder import Responder, describe
+    from lightkit.data import ImageDataModule
+
+    form = result.image_format() if isinstance(result.data, ImageDataModule) else None
+    kind = find_kind(result.task.eval(), result.data, form=form, max_length=max_length)
+    return ThreadWorker(describe(kind, result.task), Responder(kind))
+
+
+async def _gather(starts: Sequence[Any]) -> list[Any]:
+    """Waits for all workers to start; if one fails, cancels the others and raises its error."""
+    tasks = [asyncio.create_task(start) for start in starts]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,82 @@
+"""The process of a worker, ``python -m lightkit.app.serving.worker SOCKET``: see `lightkit.app.serving.workers`.
+
+The first frame says which model to restore; each later one has a batch of requests. The process ends when the server
+closes the connection, also while it computes: a server that was killed leaves no worker behind.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from lightkit.app.log_filters import filter_warnings
+from lightkit.app.serving.answering import answer_frames
+from lightkit.app.serving.frames import read_frame, write_frame
+from lightkit.errors import LightkitError
+
+
+def _restore(spec: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """Returns the description of a model and its responder.
+
+    Args:
+        spec: the checkpoints ``paths``, ``trust``, ``device``, the number of ``threads`` or None, ``max_length``.
+
+    Raises:
+        LightkitError: a checkpoint cannot be used, or the device cannot.
+    """
+    import torch
+
+    from lightkit.app.ensembles import combine, restore_members
+    from lightkit.app.log_filters import import_lightning_silently
+    from lightkit.app.restore import model_errors_as_checkpoint_errors
+    from lightkit.app.serving.kinds import find_kind
+    from lightkit.app.serving.responder import Responder, describe
+
+    import_lightning_silently()
+    if spec["threads"] is not None:
+        torch.set_num_threads(spec["threads"])
+    restored = combine(restore_members([Path(path) for path in spec["paths"]], trust=spec["trust"]))
+    with model_errors_as_checkpoint_errors():
+        task = restored.task.to(spec["device"]).eval()
+        data = restored.build_data()
+        state = restored.checkpoint.get(type(data).__qualname__)
+        kind = find_kind(task, data, state, max_length=spec["max_length"])
+        return describe(kind, task), Responder(kind)
+
+
+def _end_with(connection: socket.socket) -> None:
+    """Ends the process as soon as the other side has closed the connection."""
+    poller = select.poll()
+    # An empty mask still reports the end of the connection, and no data, which the main thread reads.
+    poller.register(connection, 0)
+    poller.poll()
+    os._exit(0)
+
+
+def main(descriptor: int) -> int:
+    """Runs a worker on a connected socket, and returns the exit status."""
+    # Ctrl-C goes to all processes of a terminal: the server decides about the end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    filter_warnings()
+    with socket.socket(fileno=descriptor) as connection, connection.makefile("rwb") as stream:
+        threading.Thread(target=_end_with, args=(connection,), daemon=True).start()
+        if (frame := read_frame(stream)) is None:
+            return 0
+        try:
+            description, responder = _restore(frame[0])
+        except LightkitError as error:
+            write_frame(stream, {"error": str(error)})
+            return 1
+        write_frame(stream, {"description": description})
+        answer_frames(stream, responder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))
