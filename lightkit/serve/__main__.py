@@ -39,12 +39,11 @@ def main(config: DictConfig) -> None:
         LightkitError: the checkpoint or an option cannot be used, or the address is in use.
     """
     # As in lightkit.train, --help does not wait for these imports.
-    from lightkit.app.ensembles import find_members
     from lightkit.app.serving import ServerSettings, serve
 
     begin_to_collect()
     settings = {field.name: config[field.name] for field in fields(ServerSettings)}
-    serve(find_members(config.ckpt_path), trust=config.trust, **settings)
+    serve(config.ckpt_path, trust=config.trust, **settings)
 
 
 def command() -> NoReturn:

@@ -93,13 +93,34 @@ class Dispatcher:
             self._ready += 1
             try:
                 while True:
-                    await self._answer(worker, await self._next_batch())
+                    await self._answer(worker, await self._batch_for(worker))
             except WorkerLost as error:
                 print(f"warning: {error}; it starts again", file=sys.stderr, flush=True)
             finally:
                 self._ready -= 1
             await worker.end()
             await _restart(worker)
+
+    async def _batch_for(self, worker: Worker) -> list[_Waiting]:
+        """Waits for the next batch of a worker.
+
+        Raises:
+            WorkerLost: the worker has ended meanwhile.
+        """
+        assert worker.lost is not None
+        task = asyncio.create_task(self._next_batch())
+        try:
+            await asyncio.wait({task, worker.lost}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            if not task.done():
+                task.cancel()
+        if not worker.lost.done():
+            return task.result()
+        if task.done():
+            # Another worker takes these, or this one after its start.
+            self._queue.extendleft(reversed(task.result()))
+            self._arrived.set()
+        raise await worker.loss()
 
     async def _next_batch(self) -> list[_Waiting]:
         """Waits for requests and takes those of a batch, at least one."""

@@ -8,16 +8,15 @@ import importlib
 import os
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightkit._util.installation import how_to_install
 from lightkit.app.serving.dispatch import Dispatcher
-from lightkit.app.serving.settings import ServerSettings, find_devices
+from lightkit.app.serving.settings import ServerSettings
 from lightkit.app.serving.workers import ProcessWorker, ThreadWorker, Worker
-from lightkit.errors import CheckpointError, ConfigError
+from lightkit.errors import ConfigError
 from lightkit.runtime.supervisor import raising_on_sigterm
 
 if TYPE_CHECKING:
@@ -43,14 +42,13 @@ class Server:
     begins until its end. `run` answers them in the calling thread until Ctrl-C or SIGTERM.
 
     Args:
-        model: files as `lightkit.load` takes them, of which each worker process restores the model, or the model of an
-            ensemble; or the result of `lightkit.fit` or `lightkit.load`, whose model predicts in a thread of this
-            process, on the device on which it is.
+        model: files and directories as ``python -m lightkit.predict`` takes them, a text or a sequence, from which each
+            worker process restores the model; or the result of `lightkit.fit` or `lightkit.load`, whose model predicts
+            in a thread of this process, on the device on which it is.
         trust: allow exports in a format in which a file can run code: see `lightkit.export.open_export`.
         **settings: the fields of a `ServerSettings`.
 
     Raises:
-        CheckpointError: a file is missing, or a directory has no checkpoint.
         ConfigError: a setting is wrong, or a package is missing.
     """
 
@@ -61,7 +59,17 @@ class Server:
             if name not in names:
                 raise ConfigError(f"{name!r} is no setting of a server; expected {', '.join(names)}")
         self.settings = ServerSettings(**settings)
-        self._start_workers = self._plan(model, trust)
+        self._spec: dict[str, Any] | None = None
+        self._result: FitResult | None = None
+        if isinstance(model, (str, os.PathLike, Sequence)):
+            self._spec = {"model": _expanded(model), "trust": trust, "max_length": self.settings.max_length}
+        elif self.settings.workers != 1 or self.settings.devices != "auto":
+            raise ConfigError(
+                "workers and devices go with files: a model in memory predicts in this process, on its own device"
+            )
+        else:
+            self._result = model
+        self._directory = os.getcwd()
         self._socket: socket.socket | None = None
         self._workers: list[Worker] = []
         self._thread: threading.Thread | None = None
@@ -131,47 +139,14 @@ class Server:
         finally:
             self._is_ready.set()
 
-    def _plan(self, model: Paths | FitResult, trust: bool) -> Callable[[], list[Worker]]:
-        """Returns the function that makes the workers, after a check of what the model names."""
-        if isinstance(model, (str, os.PathLike)) or isinstance(model, Sequence):
-            from lightkit.app.ensembles import members_of
-
-            given = [model] if isinstance(model, (str, os.PathLike)) else list(model)
-            paths = [member for part in given for member in members_of(Path(part).expanduser())]
-            if not paths:
-                raise ConfigError("model must name at least one file, got an empty list")
-            for path in paths:
-                # The workers would find it, after seconds.
-                if not path.exists():
-                    raise CheckpointError(f"{path} does not exist")
-            devices = [name for name in find_devices(self.settings.devices) for _ in range(self.settings.workers)]
-            return lambda: [ProcessWorker(self._spec(paths, trust, device, len(devices))) for device in devices]
-        if self.settings.workers != 1 or self.settings.devices != "auto":
-            raise ConfigError(
-                "workers and devices go with files: a model in memory predicts in this process, on its own device"
-            )
-        return lambda: [_thread_worker(model, self.settings.max_length)]
-
-    def _spec(self, paths: Sequence[Path], trust: bool, device: str, workers: int) -> dict[str, Any]:
-        # Workers on a CPU share its cores; one alone has torch's own number of threads, as lightkit.predict.
-        threads = max(1, (os.cpu_count() or 1) // workers) if device == "cpu" and workers > 1 else None
-        return {
-            "paths": [str(path.absolute()) for path in paths],
-            "trust": trust,
-            "device": device,
-            "threads": threads,
-            "max_length": self.settings.max_length,
-        }
-
     async def _serve(self, announce: Callable[[str], None] | None) -> None:
         self._socket = _listen(self.settings.host, self.settings.port)
         tasks: list[asyncio.Task[None]] = []
         try:
-            self._workers = self._start_workers()
-            descriptions = await _gather([worker.start() for worker in self._workers])
-            dispatcher = Dispatcher(self.settings, descriptions[0]["is_batched"])
+            description = await self._start_workers()
+            dispatcher = Dispatcher(self.settings, description["is_batched"])
             tasks = [asyncio.create_task(dispatcher.run(worker)) for worker in self._workers]
-            self._http = _http_server(descriptions[0], self.settings, dispatcher)
+            self._http = _http_server(description, self.settings, dispatcher)
             tasks.append(asyncio.create_task(self._announce(announce)))
             await self._http.serve(sockets=[self._socket])
         finally:
@@ -180,6 +155,29 @@ class Server:
             await asyncio.gather(*tasks, return_exceptions=True)
             await asyncio.gather(*(worker.end() for worker in self._workers))
             self._socket.close()
+
+    async def _start_workers(self) -> dict[str, Any]:
+        """Starts all workers, and returns the description of the model."""
+        if self._result is not None:
+            self._workers = [_thread_worker(self._result, self.settings.max_length)]
+            return await self._workers[0].start()
+        devices, started = self.settings.devices, []
+        if devices == "auto":
+            # The number of GPUs is known to a worker: this process does without torch.
+            started = await self._start_on(["auto"])
+            names = [f"cuda:{index}" for index in range(started[0]["gpus"])] or ["cpu"]
+        else:
+            names = ["cpu"] if isinstance(devices, str) else [f"cuda:{index}" for index in range(devices)]
+        rest = (names * self.settings.workers)[len(started) :]
+        return [*started, *await self._start_on(rest)][0]
+
+    async def _start_on(self, devices: Sequence[str]) -> list[dict[str, Any]]:
+        """Starts a worker on each device, and returns their descriptions."""
+        assert self._spec is not None
+        shared = {**self._spec, "workers": self.settings.workers}
+        workers = [ProcessWorker({**shared, "device": device}, self._directory) for device in devices]
+        self._workers += workers
+        return await _gather([worker.start() for worker in workers])
 
     async def _announce(self, announce: Callable[[str], None] | None) -> None:
         while not self._http.started:
@@ -195,7 +193,7 @@ def serve(model: Paths | FitResult, *, trust: bool = False, **settings: Any) -> 
     ``lightkit.serve.serve("runs/cnn/2026-01-01_12-00-00", port=8000)`` does what ``python -m lightkit.serve`` does.
 
     Args:
-        model: as for `Server`.
+        model: files, directories or a result: see `Server`.
         trust: likewise.
         **settings: the fields of a `ServerSettings`.
 
@@ -206,6 +204,19 @@ def serve(model: Paths | FitResult, *, trust: bool = False, **settings: Any) -> 
     Server(model, trust=trust, **settings).run(
         lambda url: print(f"serving at {url}, described at {url}/docs", flush=True)
     )
+
+
+def _expanded(model: Paths) -> str | list[str]:
+    """Returns the paths of a model, in which ``~`` stands for a home directory.
+
+    Raises:
+        ConfigError: the sequence is empty.
+    """
+    if isinstance(model, (str, os.PathLike)):
+        return os.path.expanduser(os.fspath(model))
+    if not model:
+        raise ConfigError("model must name at least one file, got an empty list")
+    return [os.path.expanduser(os.fspath(path)) for path in model]
 
 
 def _check_packages() -> None:
@@ -266,7 +277,7 @@ def _thread_worker(result: FitResult, max_length: int) -> ThreadWorker:
     return ThreadWorker(describe(kind, result.task), Responder(kind))
 
 
-async def _gather(starts: Sequence[Any]) -> list[Any]:
+async def _gather(starts: Sequence[Coroutine[Any, Any, dict[str, Any]]]) -> list[dict[str, Any]]:
     """Waits for all workers to start; if one fails, cancels the others and raises its error."""
     tasks = [asyncio.create_task(start) for start in starts]
     try:

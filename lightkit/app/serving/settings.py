@@ -70,27 +70,3 @@ class ServerSettings:
     def max_body_bytes(self) -> int:
         """The largest body of a request in bytes."""
         return int(self.max_body_mb * (1 << 20))
-
-
-def find_devices(devices: int | str) -> list[str]:
-    """Returns the devices on which workers compute, such as ``cuda:0``.
-
-    Args:
-        devices: as in `ServerSettings`.
-
-    Raises:
-        ConfigError: there are fewer GPUs.
-    """
-    if devices == "cpu":
-        return ["cpu"]
-    import torch
-
-    count = torch.cuda.device_count()
-    if devices == "auto":
-        return [f"cuda:{index}" for index in range(count)] or ["cpu"]
-    assert isinstance(devices, int)
-    if devices > count:
-        raise ConfigError(
-            f"devices={devices}, but this machine has {count} GPUs; workers=N starts N processes on a CPU"
-        )
-    return [f"cuda:{index}" for index in range(devices)]

@@ -18,36 +18,57 @@ from typing import Any
 from lightkit.app.log_filters import filter_warnings
 from lightkit.app.serving.answering import answer_frames
 from lightkit.app.serving.frames import read_frame, write_frame
-from lightkit.errors import LightkitError
+from lightkit.errors import ConfigError, LightkitError
 
 
 def _restore(spec: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     """Returns the description of a model and its responder.
 
     Args:
-        spec: the checkpoints ``paths``, ``trust``, ``device``, the number of ``threads`` or None, ``max_length``.
+        spec: the ``model``, a value of ``ckpt_path`` or a list of files and directories; ``trust``; the ``device``, or
+            ``auto`` for the first GPU or, without any, the CPU; the number ``workers`` of processes that share this
+            device; and ``max_length``.
 
     Raises:
         LightkitError: a checkpoint cannot be used, or the device cannot.
     """
     import torch
 
-    from lightkit.app.ensembles import combine, restore_members
+    from lightkit.app.ensembles import combine, find_members, members_of, restore_members
     from lightkit.app.log_filters import import_lightning_silently
     from lightkit.app.restore import model_errors_as_checkpoint_errors
     from lightkit.app.serving.kinds import find_kind
     from lightkit.app.serving.responder import Responder, describe
 
     import_lightning_silently()
-    if spec["threads"] is not None:
-        torch.set_num_threads(spec["threads"])
-    restored = combine(restore_members([Path(path) for path in spec["paths"]], trust=spec["trust"]))
+    device = _find_device(spec["device"], torch.cuda.device_count())
+    if device == "cpu" and spec["workers"] > 1:
+        # One alone has torch's own number of threads, as lightkit.predict has.
+        torch.set_num_threads(max(1, torch.get_num_threads() // spec["workers"]))
+    model = spec["model"]
+    parts = [members_of(Path(part)) for part in model] if isinstance(model, list) else [find_members(model)]
+    restored = combine(restore_members([path for paths in parts for path in paths], trust=spec["trust"]))
     with model_errors_as_checkpoint_errors():
-        task = restored.task.to(spec["device"]).eval()
+        task = restored.task.to(device).eval()
         data = restored.build_data()
         state = restored.checkpoint.get(type(data).__qualname__)
         kind = find_kind(task, data, state, max_length=spec["max_length"])
-        return describe(kind, task), Responder(kind)
+        description = {**describe(kind, task), "device": device, "gpus": torch.cuda.device_count()}
+        return description, Responder(kind)
+
+
+def _find_device(name: str, gpus: int) -> str:
+    """Returns the device of a name in a specification, on a machine with a number of GPUs.
+
+    Raises:
+        ConfigError: there is no such GPU.
+    """
+    if name == "auto":
+        return "cuda:0" if gpus else "cpu"
+    if name != "cpu" and int(name.partition(":")[2]) >= gpus:
+        found = "1 GPU" if gpus == 1 else f"{gpus} GPUs"
+        raise ConfigError(f"there is no {name}: this machine has {found}; on a CPU workers=N starts N processes")
+    return name
 
 
 def _end_with(connection: socket.socket) -> None:

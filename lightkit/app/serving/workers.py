@@ -22,7 +22,7 @@ _SECONDS_TO_END = 2.0
 
 
 class WorkerLost(Exception):
-    """A worker has closed its connection: its process has ended."""
+    """A worker has ended, or was ended."""
 
 
 class Worker(ABC):
@@ -31,14 +31,18 @@ class Worker(ABC):
     Attributes:
         name: the name of the worker in messages.
         can_be_killed: True if `end` ends the worker while it computes.
+        lost: a future that is done when a started worker has ended; None before the start.
     """
 
     name: str
     can_be_killed: bool
 
     def __init__(self) -> None:
-        self._reader: asyncio.StreamReader | None = None
+        self.lost: asyncio.Future[None] | None = None
         self._writer: asyncio.StreamWriter | None = None
+        self._receiver: asyncio.Task[None] | None = None
+        # What gets the replies of the batch that is being answered.
+        self._reply: Callable[[int, Reply], None] | None = None
 
     async def start(self) -> dict[str, Any]:
         """Starts the worker, waits until it has restored its model, and returns the description of the model.
@@ -53,10 +57,10 @@ class Worker(ABC):
             ours.close()
             theirs.close()
             raise
-        self._reader, self._writer = await asyncio.open_unix_connection(sock=ours)
+        reader, self._writer = await asyncio.open_unix_connection(sock=ours)
         self._writer.write(self._first_frame())
         try:
-            header, _ = await receive_frame(self._reader)
+            header, _ = await receive_frame(reader)
         except (asyncio.IncompleteReadError, OSError) as error:
             status = await asyncio.to_thread(self._status)
             await self.end()
@@ -64,7 +68,19 @@ class Worker(ABC):
         if "error" in header:
             await self.end()
             raise CheckpointError(header["error"])
+        self.lost = asyncio.get_running_loop().create_future()
+        self._receiver = asyncio.create_task(self._receive(reader, self.lost))
         return header["description"]
+
+    async def _receive(self, reader: asyncio.StreamReader, lost: asyncio.Future[None]) -> None:
+        """Passes replies on until the worker has ended."""
+        with contextlib.suppress(asyncio.IncompleteReadError, OSError):
+            while True:
+                header, body = await receive_frame(reader)
+                if self._reply is not None:
+                    self._reply(header["index"], Reply(header["status"], body))
+        if not lost.done():
+            lost.set_result(None)
 
     async def answer(self, requests: Sequence[Request], reply: Callable[[int, Reply], None]) -> None:
         """Has the worker answer a batch.
@@ -76,7 +92,18 @@ class Worker(ABC):
         Raises:
             WorkerLost: the worker has ended; requests without a reply get none.
         """
-        assert self._reader is not None and self._writer is not None, "start() comes first"
+        assert self._writer is not None and self.lost is not None, "start() comes first"
+        missing = len(requests)
+        complete = asyncio.get_running_loop().create_future()
+
+        def pass_on(index: int, answer: Reply) -> None:
+            nonlocal missing
+            reply(index, answer)
+            missing -= 1
+            if missing == 0 and not complete.done():
+                complete.set_result(None)
+
+        self._reply = pass_on
         heads = [
             {"size": len(one.body), "media_type": one.media_type, "query": dict(one.query or {})} for one in requests
         ]
@@ -85,12 +112,18 @@ class Worker(ABC):
             for request in requests:
                 self._writer.write(request.body)
             await self._writer.drain()
-            for _ in requests:
-                header, body = await receive_frame(self._reader)
-                reply(header["index"], Reply(header["status"], body))
-        except (asyncio.IncompleteReadError, OSError) as error:
-            status = await asyncio.to_thread(self._status)
-            raise WorkerLost(f"{self.name} ended while it computed an answer{status}") from error
+            await asyncio.wait({complete, self.lost}, return_when=asyncio.FIRST_COMPLETED)
+        except OSError:
+            # The worker has closed the connection; replies that it had sent are there.
+            pass
+        finally:
+            self._reply = None
+        if not complete.done():
+            raise await self.loss()
+
+    async def loss(self) -> WorkerLost:
+        """Returns the error of a worker that has ended."""
+        return WorkerLost(f"{self.name} has ended{await asyncio.to_thread(self._status)}")
 
     async def end(self) -> None:
         """Closes the connection, which ends the worker, and waits until it has ended."""
@@ -99,6 +132,9 @@ class Worker(ABC):
             with contextlib.suppress(OSError):
                 await self._writer.wait_closed()
         await asyncio.to_thread(self._join)
+        if self._receiver is not None:
+            # The end of the connection is its end.
+            await self._receiver
 
     @abstractmethod
     def _launch(self, connection: socket.socket) -> None:
@@ -122,13 +158,15 @@ class ProcessWorker(Worker):
 
     Args:
         spec: the model to restore: see `lightkit.app.serving.worker`.
+        directory: the working directory, to which the paths of the model are relative.
     """
 
     can_be_killed = True
 
-    def __init__(self, spec: dict[str, Any]) -> None:
+    def __init__(self, spec: dict[str, Any], directory: str) -> None:
         super().__init__()
         self._spec = spec
+        self._directory = directory
         self.name = f"the worker on {spec['device']}"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -142,6 +180,7 @@ class ProcessWorker(Worker):
             # What a data module prints goes where warnings go.
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "lightkit.app.serving.worker", str(connection.fileno())],
+                cwd=self._directory,
                 pass_fds=[connection.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=sys.stderr.fileno() if _has_descriptor(sys.stderr) else subprocess.DEVNULL,

@@ -60,4 +60,4 @@ def _text(value: Any, name: str, row: int, column: str) -> str:
 
 
 def _kind(value: Any) -> str:
-    return f"a {type(value).__name__}"
+    return f"a value of type {type(value).__name__}"
