@@ -171,7 +171,7 @@ def test_errors_of_the_command_are_one_line(run, tmp_path):
     (tmp_path / "bad.ckpt").write_bytes(b"x" * 100)
     save(tmp_path / "series.ckpt", {**CNN, "data": {"_target_": "lightkit.data.Text", "path": "x"}})
     for arguments, message in [
-        (["ckpt_path=gone.ckpt"], "gone.ckpt does not exist"),
+        (["ckpt_path=gone.ckpt"], "there is no checkpoint gone.ckpt"),
         (["ckpt_path=bad.ckpt", "port=0"], "bad.ckpt"),
         (["ckpt_path=series.ckpt", "port=0"], "there is no prediction with a ClassificationTask for a Text"),
         (["ckpt_path=bad.ckpt", "port=http"], "port must be int, got 'http'"),
