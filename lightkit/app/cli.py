@@ -39,12 +39,12 @@ _SIGINT_STATUS = 128 + signal.SIGINT
 
 
 def entry_point(
-    config_name: str, keys: type, several_processes: bool = False
+    config_name: str, keys: type, several_processes: bool = False, uses_lightning: bool = True
 ) -> Callable[[Callable[[DictConfig], Any]], Command]:
     """Returns a decorator that turns a function of a configuration into a `Command`: see there for the arguments."""
 
     def decorate(function: Callable[[DictConfig], Any]) -> Command:
-        return Command(function, config_name, keys, several_processes)
+        return Command(function, config_name, keys, several_processes, uses_lightning)
 
     return decorate
 
@@ -62,13 +62,19 @@ class Command:
         keys: a class whose annotations are the types of the command's own keys. The command checks the values against
             them, and Hydra takes the value of a str key literally: see `lightkit.app.texts`.
         several_processes: run ``function`` in as many processes as the configuration has devices.
+        uses_lightning: import Lightning before ``function`` runs, and silence its messages.
     """
 
     def __init__(
-        self, function: Callable[[DictConfig], Any], config_name: str, keys: type, several_processes: bool
+        self,
+        function: Callable[[DictConfig], Any],
+        config_name: str,
+        keys: type,
+        several_processes: bool,
+        uses_lightning: bool = True,
     ) -> None:
         self.__doc__ = function.__doc__
-        self._function = with_silent_lightning(function)
+        self._function = with_silent_lightning(function) if uses_lightning else function
         self._config_name = config_name
         self._hints = typing.get_type_hints(keys)
         self._worker = Worker() if several_processes else None

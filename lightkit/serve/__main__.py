@@ -28,7 +28,7 @@ class Keys(TypedDict):
     max_length: int
 
 
-@entry_point("serve", Keys)
+@entry_point("serve", Keys, uses_lightning=False)
 def main(config: DictConfig) -> None:
     """Answers requests by HTTP with the model of a checkpoint, or the ensemble of several, until it is stopped.
 

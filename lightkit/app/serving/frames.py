@@ -9,7 +9,7 @@ from io import BufferedRWPair
 from typing import Any
 
 # The lengths of the header and of the bytes.
-_LENGTHS = struct.Struct("!II")
+_LENGTHS = struct.Struct("!IQ")
 
 
 def pack_header(header: dict[str, Any], length: int) -> bytes:

@@ -11,6 +11,7 @@ from fastapi.exceptions import HTTPException as FastApiError
 from fastapi.responses import JSONResponse, RedirectResponse, Response
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException as HttpError
+from starlette.requests import ClientDisconnect
 
 import lightkit
 from lightkit.app.serving.dispatch import Dispatcher
@@ -56,6 +57,8 @@ def build_app(description: dict[str, Any], settings: ServerSettings, dispatcher:
                 reply = await dispatcher.submit(await _read(request, settings))
         except RequestError as error:
             reply = Reply.error(error.status, str(error))
+        except ClientDisconnect:
+            reply = Reply.error(400, "the client has gone before it had sent the body")
         headers = {"Retry-After": _RETRY_AFTER} if reply.status == 503 else None
         return Response(reply.body, reply.status, headers, _JSON)
 

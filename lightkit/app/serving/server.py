@@ -17,7 +17,8 @@ from lightkit.app.serving.dispatch import Dispatcher
 from lightkit.app.serving.settings import ServerSettings
 from lightkit.app.serving.workers import ProcessWorker, ThreadWorker, Worker
 from lightkit.errors import ConfigError
-from lightkit.runtime.supervisor import raising_on_sigterm
+from lightkit.runtime.termination import raising_on_sigterm
+from lightkit.targets import user_packages
 
 if TYPE_CHECKING:
     from lightkit.fitting import FitResult
@@ -118,6 +119,8 @@ class Server:
             CheckpointError: as `run`.
             ConfigError: as `run`.
         """
+        self._is_ready.clear()
+        self._failure = None
         self._thread = threading.Thread(target=self._run_in_background, daemon=True, name="lightkit-serve")
         self._thread.start()
         self._is_ready.wait()
@@ -125,11 +128,13 @@ class Server:
             raise self._failure
         return self
 
-    def __exit__(self, *error: object) -> None:
-        """Stops the server and ends its processes."""
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        """Stops the server and ends its processes; raises the error of a server that has stopped by itself."""
         assert self._thread is not None
         self._http.should_exit = True
         self._thread.join()
+        if self._failure is not None and kind is None:
+            raise self._failure
 
     def _run_in_background(self) -> None:
         try:
@@ -141,6 +146,7 @@ class Server:
 
     async def _serve(self, announce: Callable[[str], None] | None) -> None:
         self._socket = _listen(self.settings.host, self.settings.port)
+        self._workers = []
         tasks: list[asyncio.Task[None]] = []
         try:
             description = await self._start_workers()
@@ -148,13 +154,23 @@ class Server:
             tasks = [asyncio.create_task(dispatcher.run(worker)) for worker in self._workers]
             self._http = _http_server(description, self.settings, dispatcher)
             tasks.append(asyncio.create_task(self._announce(announce)))
+            for task in tasks:
+                task.add_done_callback(self._stop_after_failure)
             await self._http.serve(sockets=[self._socket])
+            for task in tasks:
+                if task.done() and not task.cancelled():
+                    # A fault of the program: nobody would answer any more.
+                    task.result()
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await asyncio.gather(*(worker.end() for worker in self._workers))
             self._socket.close()
+
+    def _stop_after_failure(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            self._http.should_exit = True
 
     async def _start_workers(self) -> dict[str, Any]:
         """Starts all workers, and returns the description of the model."""
@@ -174,7 +190,7 @@ class Server:
     async def _start_on(self, devices: Sequence[str]) -> list[dict[str, Any]]:
         """Starts a worker on each device, and returns their descriptions."""
         assert self._spec is not None
-        shared = {**self._spec, "workers": self.settings.workers}
+        shared = {**self._spec, "workers": self.settings.workers, "packages": user_packages()}
         workers = [ProcessWorker({**shared, "device": device}, self._directory) for device in devices]
         self._workers += workers
         return await _gather([worker.start() for worker in workers])
@@ -244,7 +260,9 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return listener
     except OSError as error:
-        reason = error.strerror or str(error)
+        # asyncio and the resolver have words of their own, and the resolver negative numbers.
+        number = error.errno or 0
+        reason = os.strerror(number) if number > 0 else error.strerror or str(error)
         raise ConfigError(f"the server cannot listen on host={host} port={port}: {reason}") from error
 
 

@@ -11,7 +11,7 @@ from lightkit.targets import check_types
 
 _MAX_PORT = 65535
 
-# A frame has its length in 32 bits.
+# The server and a worker hold a body in memory as a whole.
 _MAX_BODY_MB = 2000
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import select
-import signal
 import socket
 import sys
 import threading
@@ -19,6 +18,7 @@ from lightkit.app.log_filters import filter_warnings
 from lightkit.app.serving.answering import answer_frames
 from lightkit.app.serving.frames import read_frame, write_frame
 from lightkit.errors import ConfigError, LightkitError
+from lightkit.targets import allow_targets
 
 
 def _restore(spec: dict[str, Any]) -> tuple[dict[str, Any], Any]:
@@ -27,7 +27,7 @@ def _restore(spec: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     Args:
         spec: the ``model``, a value of ``ckpt_path`` or a list of files and directories; ``trust``; the ``device``, or
             ``auto`` for the first GPU or, without any, the CPU; the number ``workers`` of processes that share this
-            device; and ``max_length``.
+            device; ``max_length``; and ``packages``, the names of the user's packages that a checkpoint may name.
 
     Raises:
         LightkitError: a checkpoint cannot be used, or the device cannot.
@@ -40,6 +40,7 @@ def _restore(spec: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     from lightkit.app.serving.kinds import find_kind
     from lightkit.app.serving.responder import Responder, describe
 
+    allow_targets(*spec["packages"])
     import_lightning_silently()
     device = _find_device(spec["device"], torch.cuda.device_count())
     if device == "cpu" and spec["workers"] > 1:
@@ -82,8 +83,6 @@ def _end_with(connection: socket.socket) -> None:
 
 def main(descriptor: int) -> int:
     """Runs a worker on a connected socket, and returns the exit status."""
-    # Ctrl-C goes to all processes of a terminal: the server decides about the end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     filter_warnings()
     with socket.socket(fileno=descriptor) as connection, connection.makefile("rwb") as stream:
         threading.Thread(target=_end_with, args=(connection,), daemon=True).start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import subprocess
 import sys
@@ -177,10 +178,13 @@ class ProcessWorker(Worker):
 
     def _launch(self, connection: socket.socket) -> None:
         with connection:
-            # What a data module prints goes where warnings go.
+            # The worker finds the modules that this process finds. With a session of its own, it does not get the
+            # Ctrl-C of a terminal: the server decides about the end. What it prints goes where warnings go.
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "lightkit.app.serving.worker", str(connection.fileno())],
                 cwd=self._directory,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                start_new_session=True,
                 pass_fds=[connection.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=sys.stderr.fileno() if _has_descriptor(sys.stderr) else subprocess.DEVNULL,

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 from support.http import ask, send
+from support.processes import wait_for
 
 import lightkit
 from lightkit.app.serving import Server, worker
+from lightkit.app.serving.dispatch import Dispatcher
 from lightkit.data import DataModule
 from lightkit.errors import CheckpointError, ConfigError
 from lightkit.fitting import FitResult
@@ -113,6 +115,30 @@ def test_a_slow_client_holds_no_place_for_ever():
         assert send(running.url, body=b"{}")[0] == 400
 
 
+def test_a_client_that_goes_is_no_fault(capfd):
+    """A connection that ends within a body leaves no traceback and no place taken."""
+    with Server(make_result(), port=0, max_waiting=1) as running:
+        for _ in range(3):
+            with socket.create_connection(("127.0.0.1", running.port)) as connection:
+                connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+                # The server has the place only after it has read the head.
+                assert send(running.url, "/health")[0] == 200
+        statuses = {send(running.url, body=b"{}")[0] for _ in range(3)}
+        assert 400 in statuses
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_fault_of_the_server_ends_it(monkeypatch):
+    """A server that cannot answer any more stops, rather than let requests wait for nothing."""
+
+    async def fail(*arguments):
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(Dispatcher, "_batch_for", fail)
+    with pytest.raises(RuntimeError, match="a fault"), Server(make_result(), port=0):
+        wait_for(lambda: not any(thread.name == "lightkit-serve" for thread in threading.enumerate()))
+
+
 def test_a_server_stops_and_leaves_nothing():
     """After the context the port is free and no thread is left; a failure of the start is raised."""
     before = set(threading.enumerate())
@@ -121,8 +147,10 @@ def test_a_server_stops_and_leaves_nothing():
         with pytest.raises(ConfigError, match=rf"cannot listen on host=127\.0\.0\.1 port={port}: "), running_on(port):
             pass
     assert {thread for thread in threading.enumerate() if thread.name.startswith("lightkit")} <= before
-    with Server(make_result(), port=port) as again:
-        assert send(again.url, "/health")[0] == 200
+    again = Server(make_result(), port=port)
+    for _ in range(2):
+        with again:
+            assert send(again.url, "/health")[0] == 200
     with pytest.raises(CheckpointError, match="the model does not answer an example"):
         Server(make_result(torch.nn.Linear(3, 2)), port=0).__enter__()
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from lightkit._util.installation import how_to_install
 from lightkit.app.prediction.images import check_options, classify, name_classes, with_inversion
 from lightkit.app.serving.bodies import is_json, one_of, read_object, shown, take_options
-from lightkit.app.serving.kinds.kind import Kind
+from lightkit.app.serving.kinds.kind import Kind, device_of
 from lightkit.app.serving.messages import Request, RequestError
 from lightkit.data import ImageDataModule
 from lightkit.data.image_decoder import FORMATS, decode
@@ -117,7 +117,7 @@ class Images(Kind):
 
     def predict(self, samples: list[ImageSample]) -> list[Tensor]:
         """Returns the probabilities of the classes, ``(C)``, of each image."""
-        pictures = torch.from_numpy(np.stack([sample.pixels for sample in samples])).to(self._task.device)
+        pictures = torch.from_numpy(np.stack([sample.pixels for sample in samples])).to(device_of(self._task))
         return list(classify(self._task, self._data, pictures).cpu())
 
     def encode(self, sample: ImageSample, output: Tensor) -> dict[str, Any]:

@@ -6,7 +6,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import lightning.pytorch as pl
+import torch
+
 from lightkit.app.serving.messages import Request
+
+
+def device_of(task: pl.LightningModule) -> torch.device:
+    """Returns the device on which a task computes.
+
+    A program may have moved the model, of which Lightning's attribute ``device`` does not know.
+    """
+    parameter = next(task.parameters(), None)
+    return task.device if parameter is None else parameter.device
 
 
 class Kind(ABC):

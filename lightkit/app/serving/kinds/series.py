@@ -13,7 +13,7 @@ from torch import Tensor
 from lightkit.app.prediction.series import ForecastStep, check_horizon, column_options, forecast, table_settings
 from lightkit.app.serving.bodies import is_json, one_of, read_object, shown, take_options
 from lightkit.app.serving.kinds.csv_options import CSV_OPTIONS, CSV_TYPES
-from lightkit.app.serving.kinds.kind import Kind
+from lightkit.app.serving.kinds.kind import Kind, device_of
 from lightkit.app.serving.messages import Request, RequestError
 from lightkit.data.columns import check_missing, close_gaps, column_of
 from lightkit.data.series import SeriesDataModule
@@ -114,7 +114,7 @@ class Histories(Kind):
     def predict(self, samples: list[SeriesSample]) -> list[list[ForecastStep]]:
         """Returns the forecast of each series, as many steps as the model has."""
         histories = torch.stack([sample.history for sample in samples]).unsqueeze(2)
-        return forecast(self._task, histories.to(self._task.device))
+        return forecast(self._task, histories.to(device_of(self._task)))
 
     def encode(self, sample: SeriesSample, output: list[ForecastStep]) -> dict[str, Any]:
         """Returns the steps of the forecast with their intervals, and notes if there are any."""

@@ -13,7 +13,7 @@ from lightkit.app.prediction.request import TABLE_FIELDS
 from lightkit.app.prediction.table import TablePredictions, predict_rows
 from lightkit.app.serving.bodies import is_json, one_of, read_object, shown, take_options
 from lightkit.app.serving.kinds.csv_options import CSV_OPTIONS, CSV_TYPES
-from lightkit.app.serving.kinds.kind import Kind
+from lightkit.app.serving.kinds.kind import Kind, device_of
 from lightkit.app.serving.messages import Request, RequestError
 from lightkit.data.tables import Table, parse_csv
 from lightkit.data.tabular import TableDataModule, TableEncoding, records_to_table
@@ -102,7 +102,7 @@ class Tables(Kind):
     def predict(self, samples: list[TableSample]) -> list[Tensor]:
         """Returns the probabilities ``(R, C)`` or the numbers ``(R, 1)`` of the rows of each sample."""
         parts = zip(*(sample.inputs for sample in samples), strict=True)
-        inputs = [torch.cat(tensors).to(self._task.device) for tensors in parts]
+        inputs = [torch.cat(tensors).to(device_of(self._task)) for tensors in parts]
         values = predict_rows(self._task, self._data, inputs).cpu()
         return list(values.split([len(sample.lines) for sample in samples]))
 
