@@ -162,11 +162,16 @@ class Server:
                     # A fault of the program: nobody would answer any more.
                     task.result()
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            await asyncio.gather(*(worker.end() for worker in self._workers))
-            self._socket.close()
+            # uvicorn raises Ctrl-C again when it has stopped, which cancels this very coroutine.
+            await _to_the_end(self._end(tasks))
+
+    async def _end(self, tasks: Sequence[asyncio.Task[None]]) -> None:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(worker.end() for worker in self._workers))
+        assert self._socket is not None
+        self._socket.close()
 
     def _stop_after_failure(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and task.exception() is not None:
@@ -293,6 +298,20 @@ def _thread_worker(result: FitResult, max_length: int) -> ThreadWorker:
     form = result.image_format() if isinstance(result.data, ImageDataModule) else None
     kind = find_kind(result.task.eval(), result.data, form=form, max_length=max_length)
     return ThreadWorker(describe(kind, result.task), Responder(kind))
+
+
+async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
+    """Runs a coroutine to its end, and raises a cancellation only then."""
+    task = asyncio.create_task(work)
+    cancellation = None
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError as error:
+            cancellation = error
+    task.result()
+    if cancellation is not None:
+        raise cancellation
 
 
 async def _gather(starts: Sequence[Coroutine[Any, Any, dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -128,6 +128,11 @@ def test_a_client_that_goes_is_no_fault(capfd):
     assert "Traceback" not in capfd.readouterr().err
 
 
+def refuses(port):
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) != 0
+
+
 def test_a_fault_of_the_server_ends_it(monkeypatch):
     """A server that cannot answer any more stops, rather than let requests wait for nothing."""
 
@@ -135,8 +140,8 @@ def test_a_fault_of_the_server_ends_it(monkeypatch):
         raise RuntimeError("a fault")
 
     monkeypatch.setattr(Dispatcher, "_batch_for", fail)
-    with pytest.raises(RuntimeError, match="a fault"), Server(make_result(), port=0):
-        wait_for(lambda: not any(thread.name == "lightkit-serve" for thread in threading.enumerate()))
+    with pytest.raises(RuntimeError, match="a fault"), Server(make_result(), port=0) as running:
+        wait_for(lambda: refuses(running.port))
 
 
 def test_a_server_stops_and_leaves_nothing():

@@ -173,7 +173,7 @@ def test_errors_of_the_command_are_one_line(run, tmp_path):
     for arguments, message in [
         (["ckpt_path=gone.ckpt"], "there is no checkpoint gone.ckpt"),
         (["ckpt_path=bad.ckpt", "port=0"], "bad.ckpt"),
-        (["ckpt_path=series.ckpt", "port=0"], "there is no prediction with a ClassificationTask for a Text"),
+        (["ckpt_path=series.ckpt", "port=0"], "a server has no images for a ClassificationTask of a Text"),
         (["ckpt_path=bad.ckpt", "port=http"], "port must be int, got 'http'"),
         (["ckpt_path=bad.ckpt", "wrokers=2"], "did you mean workers?"),
         ([], "ckpt_path"),
