@@ -17,6 +17,8 @@ from lightkit.errors import LightkitError
 # The seconds between two attempts to restart a worker: the first, and the longest.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
 
+_STOPPING = "the server stops"
+
 
 @dataclass(frozen=True)
 class _Waiting:
@@ -49,6 +51,8 @@ class Dispatcher:
         self._max_batch_size = settings.max_batch_size if is_batched else 1
         self._queue: deque[_Waiting] = deque()
         self._arrived = asyncio.Event()
+        self._futures: set[asyncio.Future[Reply]] = set()
+        self._is_closed = False
         self._held = 0
         self._ready = 0
 
@@ -64,6 +68,8 @@ class Dispatcher:
         Raises:
             RequestError: with the status 503, if all places are taken.
         """
+        if self._is_closed:
+            raise RequestError(503, _STOPPING)
         if self._held >= self._settings.max_waiting:
             raise RequestError(503, f"{self._held} requests wait already, which is the limit: try again later")
         self._held += 1
@@ -80,12 +86,22 @@ class Dispatcher:
         """
         loop = asyncio.get_running_loop()
         waiting = _Waiting(request, loop.create_future(), loop.time())
+        self._futures.add(waiting.reply)
         self._queue.append(waiting)
         self._arrived.set()
         try:
             return await asyncio.wait_for(waiting.reply, self._settings.timeout)
         except asyncio.TimeoutError as error:
             raise RequestError(504, f"there is no answer after {self._settings.timeout:g} seconds") from error
+        finally:
+            self._futures.discard(waiting.reply)
+
+    def close(self) -> None:
+        """Answers all requests, and those to come, with the status 503, since the server stops."""
+        self._is_closed = True
+        for future in self._futures:
+            if not future.done():
+                future.set_result(Reply.error(503, _STOPPING))
 
     async def run(self, worker: Worker) -> None:
         """Has a started worker answer requests, and starts it again whenever it is lost; runs until it is cancelled."""

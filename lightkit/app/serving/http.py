@@ -27,6 +27,9 @@ _RETRY_AFTER = "1"
 
 _JSON = "application/json"
 
+# Recent versions of FastAPI pass on every request to OpenTelemetry, where that is installed; earlier ones ignore this.
+_NO_TELEMETRY = dict.fromkeys(("tracing", "metrics", "logs", "operation_spans", "auto_configure"), False)
+
 
 def build_app(description: dict[str, Any], settings: ServerSettings, dispatcher: Dispatcher) -> FastAPI:
     """Returns the application of a server.
@@ -42,6 +45,7 @@ def build_app(description: dict[str, Any], settings: ServerSettings, dispatcher:
         version=lightkit.__version__,
         docs_url="/docs",
         redoc_url=None,
+        telemetry=_NO_TELEMETRY,
         exception_handlers={HttpError: _explain, FastApiError: _explain, Exception: _explain_fault},
     )
     limits = {

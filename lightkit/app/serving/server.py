@@ -27,8 +27,9 @@ Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 _PACKAGES = ("fastapi", "fastapi_offline", "uvicorn")
 
-# The seconds in which requests that are being answered may end after the server was asked to stop.
-_SECONDS_TO_FINISH = 3
+# The seconds in which requests may be answered after the server was asked to stop, and those in which the answers that
+# it stops may then be sent.
+_SECONDS_TO_FINISH, _SECONDS_TO_SEND = 3, 2
 
 _SECONDS_TO_LOOK = 0.01
 
@@ -71,7 +72,7 @@ class Server:
         else:
             self._result = model
         self._directory = os.getcwd()
-        self._socket: socket.socket | None = None
+        self._port = self.settings.port
         self._workers: list[Worker] = []
         self._thread: threading.Thread | None = None
         self._http: Any = None
@@ -80,8 +81,8 @@ class Server:
 
     @property
     def port(self) -> int:
-        """The port on which the server listens; before it does, the setting."""
-        return self.settings.port if self._socket is None else self._socket.getsockname()[1]
+        """The port on which the server listens, or has listened; before that, the setting."""
+        return self._port
 
     @property
     def url(self) -> str:
@@ -145,7 +146,8 @@ class Server:
             self._is_ready.set()
 
     async def _serve(self, announce: Callable[[str], None] | None) -> None:
-        self._socket = _listen(self.settings.host, self.settings.port)
+        listener = _listen(self.settings.host, self.settings.port)
+        self._port = listener.getsockname()[1]
         self._workers = []
         tasks: list[asyncio.Task[None]] = []
         try:
@@ -154,9 +156,10 @@ class Server:
             tasks = [asyncio.create_task(dispatcher.run(worker)) for worker in self._workers]
             self._http = _http_server(description, self.settings, dispatcher)
             tasks.append(asyncio.create_task(self._announce(announce)))
+            tasks.append(asyncio.create_task(self._close_after_stop(dispatcher)))
             for task in tasks:
                 task.add_done_callback(self._stop_after_failure)
-            await self._http.serve(sockets=[self._socket])
+            await self._http.serve(sockets=[listener])
             for task in tasks:
                 if task.done() and not task.cancelled():
                     # A fault of the program: nobody would answer any more.
@@ -164,14 +167,13 @@ class Server:
         finally:
             # uvicorn raises Ctrl-C again when it has stopped, which cancels this very coroutine.
             await _to_the_end(self._end(tasks))
+            listener.close()
 
     async def _end(self, tasks: Sequence[asyncio.Task[None]]) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.gather(*(worker.end() for worker in self._workers))
-        assert self._socket is not None
-        self._socket.close()
 
     def _stop_after_failure(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and task.exception() is not None:
@@ -206,6 +208,12 @@ class Server:
         self._is_ready.set()
         if announce is not None:
             announce(self.url)
+
+    async def _close_after_stop(self, dispatcher: Dispatcher) -> None:
+        while not self._http.should_exit:
+            await asyncio.sleep(10 * _SECONDS_TO_LOOK)
+        await asyncio.sleep(_SECONDS_TO_FINISH)
+        dispatcher.close()
 
 
 def serve(model: Paths | FitResult, *, trust: bool = False, **settings: Any) -> None:
@@ -285,7 +293,7 @@ def _http_server(description: dict[str, Any], settings: ServerSettings, dispatch
             access_log=False,
             log_level="warning",
             server_header=False,
-            timeout_graceful_shutdown=_SECONDS_TO_FINISH,
+            timeout_graceful_shutdown=_SECONDS_TO_FINISH + _SECONDS_TO_SEND,
         )
     )
 
