@@ -35,10 +35,10 @@ def read_frame(stream: BufferedRWPair) -> tuple[dict[str, Any], bytes] | None:
     if len(lengths) < _LENGTHS.size:
         return None
     of_header, of_content = _LENGTHS.unpack(lengths)
-    content = stream.read(of_header + of_content)
-    if len(content) < of_header + of_content:
+    header, content = stream.read(of_header), stream.read(of_content)
+    if len(header) < of_header or len(content) < of_content:
         return None
-    return json.loads(content[:of_header]), content[of_header:]
+    return json.loads(header), content
 
 
 async def receive_frame(reader: asyncio.StreamReader) -> tuple[dict[str, Any], bytes]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import socket
 import sys
 import threading
@@ -12,15 +14,17 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_module
 from support.http import ask, send
 from support.processes import wait_for
 
-import lightkit
-from lightkit.app.serving import Server, worker
+import lightkit.serve
+from lightkit.app.serving import Server, ServerSettings, worker
 from lightkit.app.serving.dispatch import Dispatcher
 from lightkit.data import DataModule
-from lightkit.errors import CheckpointError, ConfigError
+from lightkit.errors import CheckpointError, ConfigError, Terminated
 from lightkit.fitting import FitResult
+from lightkit.serve.__main__ import Keys
 from lightkit.tasks import ClassificationTask
 
 pytest.importorskip("fastapi_offline")
@@ -206,3 +210,29 @@ def test_no_files():
     """An empty list of files is found before a process starts."""
     with pytest.raises(ConfigError, match="model must name at least one file, got an empty list"):
         Server([])
+
+
+def test_the_command_has_the_settings():
+    """The keys of conf/serve.yaml are those of the command, with the defaults of a server in a program."""
+    with initialize_config_module("lightkit.conf", version_base="1.3"):
+        config = compose("serve")
+    assert set(map(str, config)) == set(Keys.__annotations__)
+    assert {name: config[name] for name in vars(ServerSettings())} == vars(ServerSettings())
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
+def test_signals_end_a_server_of_a_program(number, error, capsys):
+    """Ctrl-C and SIGTERM end the server in the main thread, and the program goes on with the exception."""
+    before = signal.getsignal(number)
+    with pytest.raises(error):
+        Server(make_result(), port=0).run(lambda url: os.kill(os.getpid(), number))
+    assert signal.getsignal(number) is before
+
+
+def test_a_result_serves_itself(monkeypatch):
+    """The method of a result passes its settings on, and prints the address."""
+    seen = []
+    monkeypatch.setattr(Server, "run", lambda self, announce: seen.append((self.settings.port, announce)))
+    make_result().serve(port=0, max_batch_size=3)
+    lightkit.serve.serve(make_result(), port=0)
+    assert [port for port, _ in seen] == [0, 0]

@@ -10,6 +10,8 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from support.rows import write_customers
 from support.series import write_wave
@@ -357,6 +359,44 @@ def test_a_fault_of_the_model_tells_nothing(capsys):
     assert [status for status, _ in found] == [200, 500, 200]
     assert found[1][1] == {"error": "the server has failed to answer this request; its output has the reason"}
     assert "in /secret/path" in capsys.readouterr().err
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-300, 300) | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=12,
+)
+NAMES = st.sampled_from(["image", "pixels", "rows", "values", "text", "x", "top_k", "invert", "horizon", "length"])
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory):
+    place = tmp_path_factory.mktemp("kinds")
+    data = DataModule.from_arrays(np.random.default_rng(0).random((20, 5)), ["a", "b"] * 10)
+    arrays = find_kind(ClassificationTask(torch.nn.Linear(5, 2)).eval(), data)
+    return [digits(), find_kind(*customers(place)), find_kind(*wave(place)), writer(3)[2], arrays]
+
+
+@given(fields=st.dictionaries(NAMES, VALUES, max_size=3), query=st.dictionaries(NAMES, st.text(max_size=5), max_size=1))
+@settings(max_examples=150, deadline=None)
+def test_any_object_is_answered_or_a_wrong_request(kinds, fields, query):
+    """No object of JSON is a fault of the server, whatever stands in its fields."""
+    for kind in kinds:
+        status, content = answer(kind, json.dumps(fields, allow_nan=True).encode(), JSON, **query)
+        assert status == 200 or (400 <= status < 500 and list(content) == ["error"]), content
+
+
+@given(
+    st.binary(max_size=60),
+    st.sampled_from([b"", b"{", b"a,b\n", b"BM", b"GIF89a", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"]),
+)
+@settings(max_examples=150, deadline=None)
+def test_any_bytes_are_answered_or_a_wrong_request(kinds, content, beginning):
+    """No file is a fault of the server either."""
+    for kind in kinds:
+        for media_type in ("", JSON, *(name + "png" if name == "image/" else name for name in kind.media_types)):
+            status, found = answer(kind, beginning + content, media_type)
+            assert status == 200 or (400 <= status < 500 and list(found) == ["error"]), found
 
 
 def test_the_description_has_what_a_client_needs(tmp_path):
