@@ -39,9 +39,12 @@ def _restore(spec: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     from lightkit.app.restore import model_errors_as_checkpoint_errors
     from lightkit.app.serving.kinds import find_kind
     from lightkit.app.serving.responder import Responder, describe
+    from lightkit.data.image_decoder import ignore_warnings_of_pillow
 
     allow_targets(*spec["packages"])
     import_lightning_silently()
+    # Clients would write them into the server's log.
+    ignore_warnings_of_pillow()
     device = _find_device(spec["device"], torch.cuda.device_count())
     if device == "cpu" and spec["workers"] > 1:
         # One alone has torch's own number of threads, as lightkit.predict has.
