@@ -68,7 +68,7 @@ def build_app(description: dict[str, Any], settings: ServerSettings, dispatcher:
 
     @app.get("/info", summary="Describe the model, its input and the limits of a request")
     async def info() -> dict[str, Any]:
-        return {**about, "options": list(description["options"]), "limits": limits}
+        return {**about, "options": [*description["options"], *description["file_options"]], "limits": limits}
 
     @app.get("/health", summary="Tell whether requests are answered")
     async def health() -> JSONResponse:

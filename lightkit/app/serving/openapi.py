@@ -24,9 +24,7 @@ def predict_operation(description: dict[str, Any]) -> dict[str, Any]:
         description: the description of the model: see `lightkit.app.serving.responder.describe`.
     """
     options, content = description["options"], description["content"]
-    # An option of a file stands in the query alone.
-    of_json = {name: schema for name, schema in options.items() if not schema["description"].startswith("CSV")}
-    body: dict[str, Any] = {"type": "object", "properties": {**content, **of_json}, "additionalProperties": False}
+    body: dict[str, Any] = {"type": "object", "properties": {**content, **options}, "additionalProperties": False}
     if len(content) == 1:
         body["required"] = list(content)
     else:
@@ -48,7 +46,7 @@ def predict_operation(description: dict[str, Any]) -> dict[str, Any]:
                 "description": schema["description"],
                 "schema": {key: value for key, value in schema.items() if key != "description"},
             }
-            for name, schema in options.items()
+            for name, schema in {**options, **description["file_options"]}.items()
         ],
         "responses": {
             "200": {

@@ -123,6 +123,7 @@ def describe(kind: Kind, task: pl.LightningModule) -> dict[str, Any]:
         "is_batched": kind.is_batched,
         "media_types": list(kind.media_types),
         "options": dict(kind.options),
+        "file_options": dict(kind.file_options),
         "content": kind.content_schema(),
         "example": example,
         "answer": json.loads(text),

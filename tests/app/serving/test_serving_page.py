@@ -12,11 +12,12 @@ from support.http import send
 from support.pictures import write_picture
 from support.rows import write_customers
 from support.series import write_wave
+from support.serving import customers
 
 from lightkit.app.serving import Server, ServerSettings
-from lightkit.data import MNIST5k, Series, TableDataModule, Text
+from lightkit.data import MNIST5k, Series, Text
 from lightkit.fitting import FitResult
-from lightkit.models import CNN, MLP, RNN, Transformer
+from lightkit.models import CNN, RNN, Transformer
 from lightkit.tasks import ClassificationTask, ForecastTask, LanguageModelTask
 
 pytest.importorskip("fastapi_offline")
@@ -34,13 +35,10 @@ def results(tmp_path_factory):
     place = tmp_path_factory.mktemp("data")
     torch.manual_seed(0)
     write_wave(place / "wave.csv")
-    table = TableDataModule(str(write_customers(place / "customers.csv")), "leaves")
-    table.setup()
-    sizes = {name: table.model_sizes()[name] for name in ("input_size", "category_sizes", "num_outputs")}
     wave = Series(path=str(place / "wave.csv"), column="price", history=4, horizon=2)
     models = {
         "pixels": (ClassificationTask(CNN()), MNIST5k()),
-        "customers": (ClassificationTask(MLP(**sizes)), table),
+        "customers": customers(place),
         "values": (ForecastTask(RNN(1, 4, 2), horizon=2), wave),
         "main": (LanguageModelTask(Transformer(256, 16, 1, 2, context=16)), Text(context=16)),
     }

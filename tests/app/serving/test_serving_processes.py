@@ -8,14 +8,13 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from support.http import ask, send
-from support.processes import is_alive, wait_for
+from support.processes import children, is_alive, wait_for
 
 from lightkit.app import untrusted
 from lightkit.app.prediction import predict_from
@@ -45,19 +44,6 @@ def save(path, config, seed=0):
     torch.manual_seed(seed)
     task = untrusted.build("task", config["task"], model=untrusted.build("model", config["model"]))
     torch.save({"state_dict": task.state_dict(), CONFIG_KEY: config}, path)
-
-
-def children(pid):
-    """Returns the processes that a process has started."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
-        except (OSError, IndexError):
-            continue
-        if parent == pid:
-            found.append(int(stat.parent.name))
-    return found
 
 
 @contextmanager

@@ -59,7 +59,7 @@ class Arrays(Kind):
             raise RequestError(415, "Content-Type must be application/json: the samples are nested lists")
         fields = read_object(request.body)
         one_of(fields, ("x",))
-        take_options(fields, request.query, (), ("x",))
+        take_options(fields, request.query, tuple(self.options), ("x",))
         x = fields["x"]
         if not are_texts(x):
             x = self._to_array(x)

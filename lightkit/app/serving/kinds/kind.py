@@ -28,12 +28,14 @@ class Kind(ABC):
         name: the kind of input, such as ``images``.
         media_types: the content types of files that a body may be; one that ends in a slash stands for all below it.
         options: the description of each option of a request, a JSON schema by name.
+        file_options: those of further options, which say how a file is read and stand in the query alone.
         is_batched: True if one call of the model answers several requests.
     """
 
     name: str
     media_types: Sequence[str] = ()
     options: Mapping[str, Any] = {}
+    file_options: Mapping[str, Any] = {}
     is_batched = True
 
     @abstractmethod

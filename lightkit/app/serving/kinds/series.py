@@ -21,15 +21,8 @@ from lightkit.data.tables import parse_csv
 from lightkit.errors import DataError
 from lightkit.tasks import ForecastTask
 
-_OPTIONS: dict[str, Any] = {
-    "horizon": {"type": "integer", "minimum": 1, "description": "The number of steps to forecast."},
-    "missing": {
-        "type": "string",
-        "enum": ["error", "interpolate", "drop"],
-        "description": "What becomes of gaps: error rejects them, interpolate fills them, drop leaves them out.",
-    },
-}
-_OPTIONS_OF_FILES: dict[str, Any] = {
+
+_FILE_OPTIONS: dict[str, Any] = {
     "column": {"type": "string", "description": "CSV: the column of the values."},
     "time_column": {"type": "string", "description": "CSV: the column of times."},
     **CSV_OPTIONS,
@@ -63,12 +56,24 @@ class Histories(Kind):
 
     name = "series"
     media_types = CSV_TYPES
+    file_options = _FILE_OPTIONS
 
     def __init__(self, task: ForecastTask, data: SeriesDataModule) -> None:
         self._task = task
         self._data = data
-        horizon = {**_OPTIONS["horizon"], "maximum": task.horizon}
-        self.options = {**_OPTIONS, "horizon": horizon, **_OPTIONS_OF_FILES}
+        self.options = {
+            "horizon": {
+                "type": "integer",
+                "minimum": 1,
+                "maximum": task.horizon,
+                "description": "The number of steps to forecast.",
+            },
+            "missing": {
+                "type": "string",
+                "enum": ["error", "interpolate", "drop"],
+                "description": "The fate of gaps: error rejects them, interpolate fills them, drop leaves them out.",
+            },
+        }
 
     def about(self) -> dict[str, Any]:
         """Returns the number of values that a forecast needs, that of its steps, and the level of its intervals."""
@@ -96,13 +101,13 @@ class Histories(Kind):
         if is_json(request, self.media_types):
             fields = read_object(request.body)
             one_of(fields, ("values",))
-            options = take_options(fields, request.query, tuple(_OPTIONS), ("values",))
+            options = take_options(fields, request.query, tuple(self.options), ("values",))
             check_horizon(self._task, options)
             missing = column_options(self._data, options).get("missing", "error")
             check_missing(missing)
             values, name, notes = _close(_to_array(fields["values"]), missing), None, []
         else:
-            options = take_options({}, request.query, tuple(self.options))
+            options = take_options({}, request.query, (*self.options, *self.file_options))
             check_horizon(self._task, options)
             table = parse_csv(request.body, table_settings(self._data, options), Path("the table"))
             column = column_of(table, **column_options(self._data, options))

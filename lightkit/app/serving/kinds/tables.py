@@ -44,7 +44,7 @@ class Tables(Kind):
 
     name = "tables"
     media_types = CSV_TYPES
-    options = CSV_OPTIONS
+    file_options = CSV_OPTIONS
 
     def __init__(self, task: Any, data: TableDataModule) -> None:
         self._task = task
@@ -87,11 +87,11 @@ class Tables(Kind):
         if is_json(request, self.media_types):
             fields = read_object(request.body)
             one_of(fields, ("rows",))
-            take_options(fields, request.query, (), ("rows",))
+            take_options(fields, request.query, tuple(self.options), ("rows",))
             if not isinstance(fields["rows"], list):
                 raise RequestError(400, f"rows must be a list of objects, got {shown(fields['rows'])}")
             return self._encode(records_to_table(fields["rows"]))
-        options = take_options({}, request.query, tuple(self.options))
+        options = take_options({}, request.query, tuple(self.file_options))
         settings = replace(self._data.settings, **options.given(TABLE_FIELDS))
         return self._encode(parse_csv(request.body, settings, Path("the table")))
 
