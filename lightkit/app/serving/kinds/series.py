@@ -21,7 +21,6 @@ from lightkit.data.tables import parse_csv
 from lightkit.errors import DataError
 from lightkit.tasks import ForecastTask
 
-
 _FILE_OPTIONS: dict[str, Any] = {
     "column": {"type": "string", "description": "CSV: the column of the values."},
     "time_column": {"type": "string", "description": "CSV: the column of times."},
