@@ -9,6 +9,7 @@ _COMMANDS = {
     "evaluate": "measure a checkpoint on its test set",
     "predict": "classify images, forecast a series, or continue a text",
     "export": "write a checkpoint's model to a file that other programs run",
+    "serve": "answer requests by HTTP with a checkpoint, in batches",
     "compress": "make a checkpoint's model smaller and faster, and compare it with the dense one",
     "runs": "show runs, compare them, and remove those that came to nothing",
     "build": "compile the native kernels ahead of time",

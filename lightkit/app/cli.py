@@ -39,12 +39,12 @@ _SIGINT_STATUS = 128 + signal.SIGINT
 
 
 def entry_point(
-    config_name: str, keys: type, several_processes: bool = False
+    config_name: str, keys: type, several_processes: bool = False, uses_lightning: bool = True
 ) -> Callable[[Callable[[DictConfig], Any]], Command]:
     """Returns a decorator that turns a function of a configuration into a `Command`: see there for the arguments."""
 
     def decorate(function: Callable[[DictConfig], Any]) -> Command:
-        return Command(function, config_name, keys, several_processes)
+        return Command(function, config_name, keys, several_processes, uses_lightning)
 
     return decorate
 
@@ -62,13 +62,19 @@ class Command:
         keys: a class whose annotations are the types of the command's own keys. The command checks the values against
             them, and Hydra takes the value of a str key literally: see `lightkit.app.texts`.
         several_processes: run ``function`` in as many processes as the configuration has devices.
+        uses_lightning: import Lightning before ``function`` runs, and silence its messages.
     """
 
     def __init__(
-        self, function: Callable[[DictConfig], Any], config_name: str, keys: type, several_processes: bool
+        self,
+        function: Callable[[DictConfig], Any],
+        config_name: str,
+        keys: type,
+        several_processes: bool,
+        uses_lightning: bool = True,
     ) -> None:
         self.__doc__ = function.__doc__
-        self._function = with_silent_lightning(function)
+        self._function = with_silent_lightning(function) if uses_lightning else function
         self._config_name = config_name
         self._hints = typing.get_type_hints(keys)
         self._worker = Worker() if several_processes else None
@@ -140,7 +146,7 @@ class Command:
             return _print_explained(message, show_traceback)
         except (Terminated, *lightning_exceptions("SIGTERMException")):
             # Lightning's SystemExit has no status, which a caller would read as success.
-            print(f"ended by SIGTERM{_RESUME_HINT}", file=sys.stderr)
+            print(f"ended by SIGTERM{self._resume_hint()}", file=sys.stderr)
             return 128 + signal.SIGTERM
         except (KeyboardInterrupt, SystemExit) as error:
             if not _is_interrupt(error):
@@ -148,7 +154,7 @@ class Command:
                     # --help ends without a job, for which the other processes would wait.
                     self._worker.finish()
                 raise
-            print(f"interrupted{_RESUME_HINT if self._config_name == 'train' else ''}", file=sys.stderr)
+            print(f"interrupted{self._resume_hint()}", file=sys.stderr)
             return _SIGINT_STATUS
         return 0
 
@@ -172,6 +178,9 @@ class Command:
         self._worker.finish()
         if is_under_torchrun() and not is_follower():
             restarts.of_this_process().finish()
+
+    def _resume_hint(self) -> str:
+        return _RESUME_HINT if self._config_name == "train" else ""
 
     def _follow_starter(self, worker: Worker) -> int:
         """Runs the job of the supervisor that started this process, and returns the exit status.

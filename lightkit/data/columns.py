@@ -83,7 +83,15 @@ def read_column(
             message names the line and the column.
     """
     check_missing(missing)
-    table = read_table(path, settings)
+    # No file is read for a wrong argument.
+    return column_of(read_table(path, settings), column, time_column, missing)
+
+
+def column_of(
+    table: Table, column: str | int | None = None, time_column: str | int | None = None, missing: str = "error"
+) -> Column:
+    """Returns a column of a table: see `read_column`, which reads the table from a file."""
+    check_missing(missing)
     # The name of a year is a number on a command line.
     column, time_column = (None if name is None else str(name) for name in (column, time_column))
     time_index, times = _read_times(table, time_column, column)

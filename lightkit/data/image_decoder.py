@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 import threading
@@ -98,25 +99,27 @@ def read_header(path: Path) -> ImageHeader:
     Raises:
         DataError: as in `decode`.
     """
-    with _opened(path) as (image, _):
+    with _opened(path, str(path)) as (image, _):
         sides = image.size if _orientation(image) in _LYING else (image.height, image.width)
         return ImageHeader(*sides, is_grey(image))
 
 
-def decode(path: Path, size: tuple[int, int], channels: int = 1) -> DecodedImage:
+def decode(source: Path | bytes, size: tuple[int, int], channels: int = 1, name: str | None = None) -> DecodedImage:
     """Decodes the first frame or page of an image file, and turns it upright as its EXIF data say.
 
     Args:
-        path: a file of one of `FORMATS`, whatever its suffix.
+        source: a file of one of `FORMATS`, whatever its suffix, or the content of such a file.
         size: height and width to which the caller scales the image. A large JPEG file is decoded smaller, at several
             times this size.
         channels: 1 for grey, 3 for colour.
+        name: the name of the image in messages; None for the path of the file.
 
     Raises:
         DataError: Pillow is missing, or the file cannot be read, is empty, has too many pixels, is damaged, is no
             image, or has values of an unknown range.
     """
-    with _opened(path) as (image, png_depth):
+    name = str(source if isinstance(source, Path) else "the image") if name is None else name
+    with _opened(source, name) as (image, png_depth):
         # The number of frames is known before the first is loaded, and lost after that.
         several = image.format in _FORMATS_WITH_FRAMES and bool(getattr(image, "is_animated", False))
         if image.format in _JPEG and image.width * image.height > _LARGE:
@@ -124,7 +127,7 @@ def decode(path: Path, size: tuple[int, int], channels: int = 1) -> DecodedImage
         key = _transparent_value(image, png_depth)
         depth = _depth(image, png_depth)
         image.load()
-        pixels = to_pixels(image, str(path), depth, key, channels)
+        pixels = to_pixels(image, name, depth, key, channels)
         return DecodedImage(_upright(pixels.values, _orientation(image)), pixels.source, several)
 
 
@@ -138,8 +141,12 @@ def ignore_warnings_of_pillow() -> None:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[Image.Image, int | None]]:
+def _opened(source: Path | bytes, name: str) -> Iterator[tuple[Image.Image, int | None]]:
     """Opens an image file, and yields the image, not loaded yet, and the bits of a channel of a PNG file.
+
+    Args:
+        source: the file or its content.
+        name: the name of the file in messages.
 
     Raises:
         DataError: the file, or the use of the image within the context, fails: see `decode`.
@@ -148,24 +155,25 @@ def _opened(path: Path) -> Iterator[tuple[Image.Image, int | None]]:
         from PIL import Image, UnidentifiedImageError
     except ImportError as error:
         raise DataError(f"reading images needs Pillow: {how_to_install('app')}") from error
-    with open_regular(path, _MAX_BYTES) as file:
-        if os.fstat(file.fileno()).st_size == 0:
-            raise DataError(f"{path} is empty (0 bytes)")
-        png_depth = _check_png_header(file, path)
+    with open_regular(source, _MAX_BYTES, name) if isinstance(source, Path) else io.BytesIO(source) as file:
+        length = os.fstat(file.fileno()).st_size if isinstance(source, Path) else len(source)
+        if length == 0:
+            raise DataError(f"{name} is empty (0 bytes)")
+        png_depth = _check_png_header(file, length, name)
         try:
             with _without_limit_of_pillow():
                 image = Image.open(file, formats=_FORMATS)
-                _check_size(image, path)
+                _check_size(image, name)
             with image:
                 yield image, png_depth
         except DataError:
             raise
         except UnidentifiedImageError as error:
-            raise DataError(f"{path} is not an image ({FORMATS}), or of a kind that Pillow cannot read") from error
+            raise DataError(f"{name} is not an image ({FORMATS}), or of a kind that Pillow cannot read") from error
         except MemoryError as error:
-            raise DataError(f"{path} takes more memory than there is") from error
+            raise DataError(f"{name} takes more memory than there is") from error
         except _DAMAGE as error:
-            raise DataError(f"{path} is a damaged image: {error}") from error
+            raise DataError(f"{name} is a damaged image: {error}") from error
 
 
 @contextmanager
@@ -181,17 +189,22 @@ def _without_limit_of_pillow() -> Iterator[None]:
             Image.MAX_IMAGE_PIXELS = limit
 
 
-def _check_size(image: Image.Image, path: Path) -> None:
+def _check_size(image: Image.Image, name: str) -> None:
     most = _MAX_PIXELS_OF_WEBP if image.format == "WEBP" else _MAX_PIXELS
     if image.width * image.height > most or max(image.size) > _MAX_SIDE:
         raise DataError(
-            f"{path} is too large: it has {image.width} x {image.height} pixels; the limits are {most:,} pixels and "
+            f"{name} is too large: it has {image.width} x {image.height} pixels; the limits are {most:,} pixels and "
             f"sides of {_MAX_SIDE:,}"
         )
 
 
-def _check_png_header(file: BinaryIO, path: Path) -> int | None:
+def _check_png_header(file: BinaryIO, length: int, name: str) -> int | None:
     """Rejects a PNG file that is too short for the pixels that its header declares, before they take any memory.
+
+    Args:
+        file: the file at its beginning, where the function leaves it.
+        length: its length in bytes.
+        name: its name in messages.
 
     Returns:
         The number of bits of a channel; None if the file is no PNG file.
@@ -202,10 +215,9 @@ def _check_png_header(file: BinaryIO, path: Path) -> int | None:
         return None
     width, height, bits, colours = struct.unpack(">IIBB", header[16:])
     declared = height * ((width * bits * _PNG_CHANNELS.get(colours, 1) + 7) // 8)
-    length = os.fstat(file.fileno()).st_size
     if width * height <= _MAX_PIXELS and declared > _MAX_DEFLATE_RATIO * length:
         raise DataError(
-            f"{path} is truncated: it has {width} x {height} pixels, for which its {length:,} bytes are too few"
+            f"{name} is truncated: it has {width} x {height} pixels, for which its {length:,} bytes are too few"
         )
     return bits
 

@@ -231,7 +231,19 @@ def read_picture(path: Path, form: ImageFormat) -> Picture:
         DataError: as in `read_image`.
     """
     decoded = decode(path, form.size, form.channels)
-    pixels = decoded.pixels
+    return Picture(path, to_format(decoded.pixels, form), decoded.source, decoded.is_first_of_several)
+
+
+def to_format(pixels: NDArray[np.uint8], form: ImageFormat) -> NDArray[np.uint8]:
+    """Converts the pixels of an image of any size to a format.
+
+    Args:
+        pixels: uint8 ``(H, W)`` in grey, ``(H, W, 3)`` in colour, as the channels of ``form``.
+        form: the format.
+
+    Returns:
+        The pixels, uint8 of the shape of ``form``, contiguous.
+    """
     is_other = pixels.shape[:2] != form.size
     needs_border = (form.invert == "auto" or form.fit == "pad") and is_other
     border = _border(pixels) if needs_border else np.zeros(1)
@@ -241,7 +253,7 @@ def read_picture(path: Path, form: ImageFormat) -> Picture:
         pixels = _FITS[form.fit](pixels, form.size, np.median(border, axis=0).astype(np.uint8))
     if form.channels == 3:
         pixels = pixels.transpose(2, 0, 1)
-    return Picture(path, np.ascontiguousarray(pixels), decoded.source, decoded.is_first_of_several)
+    return np.ascontiguousarray(pixels)
 
 
 def _border(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:

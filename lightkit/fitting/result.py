@@ -29,6 +29,7 @@ from lightkit.models import Ensemble
 from lightkit.models.description import describe
 from lightkit.nn import CrossEntropyLoss
 from lightkit.tasks import ClassificationTask, ForecastTask, LanguageModelTask, RegressionTask
+from lightkit.tasks.batch_prediction import predict_batch
 
 if TYPE_CHECKING:
     from lightkit.export.agreement import Agreement
@@ -116,7 +117,7 @@ class FitResult:
         was_training = self.task.training
         self.task.eval()
         try:
-            parts = [self._predict_batch(batch) for batch in self._batches(x, batch_size)]
+            parts = [predict_batch(self.task, batch) for batch in self._batches(x, batch_size)]
         finally:
             self.task.train(was_training)
         return torch.cat(parts).cpu().numpy()
@@ -181,6 +182,22 @@ class FitResult:
         batches = self._loader(None, None, batch_size) if x is None else self._unlabelled(x, batch_size)
         return export_task(self.task, self.data, self._config(), state, batches, Path(path))
 
+    def serve(self, **settings: Any) -> None:
+        """Answers requests by HTTP until Ctrl-C or SIGTERM, and prints the address.
+
+        The model predicts in a thread of this process, on the device on which it is. ``lightkit.serve.serve`` takes a
+        file, for which it starts processes; `lightkit.serve.Server` serves in the background.
+
+        Args:
+            **settings: the fields of a `lightkit.serve.ServerSettings`, such as ``port=8000``.
+
+        Raises:
+            ConfigError: a setting is wrong, a package is missing, or the address is in use.
+        """
+        from lightkit.app.serving import serve
+
+        serve(self, **settings)
+
     def _unlabelled(self, x: Any, batch_size: int) -> Iterator[Any]:
         """Yields batches of samples as tasks take them, whose labels are ignored."""
         for batch in self._batches(x, batch_size):
@@ -231,7 +248,7 @@ class FitResult:
         if isinstance(self.data, ImageDataModule) and are_files(x):
             if y is not None:
                 raise ConfigError(f"evaluate() of a folder takes y from the names of its folders; leave y out of {x}")
-            return _Converted(self.data, labelled_batches(x, self.data, self._image_format(), batch_size))
+            return _Converted(self.data, labelled_batches(x, self.data, self.image_format(), batch_size))
         if not isinstance(self.data, DataModule):
             raise ConfigError(f"evaluate() of a model that was trained on {type(self.data).__name__} takes no arrays")
         if y is None:
@@ -249,7 +266,7 @@ class FitResult:
             for (part,) in _slices(self.data.encode(x), batch_size):
                 yield self.data.to_input(part)
         elif isinstance(self.data, ImageDataModule) and are_files(x):
-            for part in file_batches(x, self._image_format(), batch_size):
+            for part in file_batches(x, self.image_format(), batch_size):
                 yield self.data.to_input(part)
         elif (to_input := getattr(self.data, "to_input", None)) is not None:
             # A data module of lightkit.train.
@@ -262,21 +279,10 @@ class FitResult:
             for part in to_tensor(x).split(batch_size):
                 yield part
 
-    def _image_format(self) -> ImageFormat:
+    def image_format(self) -> ImageFormat:
+        """Returns the format into which predictions convert image files; the model must be one of images."""
         form = cast("ImageDataModule", self.data).image_format()
         return form if self._image_size is None else replace(form, size=self._image_size)
-
-    def _predict_batch(self, batch: Any) -> Tensor:
-        parameter = next(self.task.parameters(), None)
-        if parameter is not None:
-            # A series stays float64: its task converts differences.
-            dtype = None if isinstance(self.task, ForecastTask) else parameter.dtype
-            batch = _moved(batch, parameter.device, dtype)
-        if isinstance(self.task, ForecastTask):
-            return self.task.predict_step(batch, 0)["forecast"]
-        if isinstance(self.task, (ClassificationTask, RegressionTask)):
-            return self.task.predict_step(batch, 0)
-        return self.task(batch)
 
 
 class _Converted:
@@ -293,13 +299,6 @@ class _Converted:
         for batch in self._batches:
             is_raw = isinstance(self._data, (DataModule, ImageDataModule, Text))
             yield self._data.on_after_batch_transfer(batch, 0) if is_raw else batch
-
-
-def _moved(batch: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
-    """Returns a tensor, or a tuple of tensors, on a device; floating point in ``dtype`` unless that is None."""
-    if isinstance(batch, tuple):
-        return tuple(_moved(tensor, device, dtype) for tensor in batch)
-    return batch.to(device, dtype) if dtype is not None and batch.is_floating_point() else batch.to(device)
 
 
 def _slices(tensors: tuple[Tensor, ...], size: int) -> Iterator[tuple[Tensor, ...]]:

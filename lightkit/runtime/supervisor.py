@@ -8,14 +8,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 from lightkit.errors import LightkitError, Terminated
 from lightkit.runtime.environment import STARTED
 from lightkit.runtime.job_store import JobStore
+from lightkit.runtime.termination import raising_on_sigterm
 
 # Seconds in which the other processes may report their errors after one process has ended in an error.
 _GRACE = 1.0
@@ -58,7 +56,7 @@ class Supervisor:
         """
         from torch.distributed import PrefixStore, TCPStore
 
-        with _raising_on_sigterm():
+        with raising_on_sigterm():
             # The store holds its port from now on: no other program can take the port before the processes use it.
             server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
             jobs = JobStore(PrefixStore("lightkit", server))
@@ -173,17 +171,3 @@ class Supervisor:
             return LightkitError(report.message)
         print(report.trace, file=sys.stderr)
         return LightkitError(f"process {first} of {self._count}: {report.message}")
-
-
-@contextmanager
-def _raising_on_sigterm() -> Iterator[None]:
-    """Raises `Terminated` in the main thread on SIGTERM within the context; by default SIGTERM ends the process."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

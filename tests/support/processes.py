@@ -25,15 +25,27 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def servers_of(pid: int) -> list[int]:
-    """Returns the parameter servers that a process has started."""
+def children(pid: int) -> list[int]:
+    """Returns the processes that a process has started and whose end it has not waited for."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             parent = int(stat.read_text().rpartition(")")[2].split()[1])
-            words = (stat.parent / "cmdline").read_bytes().split(b"\0")
         except (OSError, IndexError):
             continue
-        if parent == pid and b"lightkit.parameter_server" in words:
+        if parent == pid:
             found.append(int(stat.parent.name))
+    return found
+
+
+def servers_of(pid: int) -> list[int]:
+    """Returns the parameter servers that a process has started."""
+    found = []
+    for child in children(pid):
+        try:
+            words = Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"lightkit.parameter_server" in words:
+            found.append(child)
     return found

@@ -33,6 +33,7 @@ MODULES = (
     "lightkit.optim",
     "lightkit.parameter_server",
     "lightkit.runs",
+    "lightkit.serve",
     "lightkit.strategies",
     "lightkit.tasks",
 )

@@ -59,7 +59,7 @@ def predict(restored: RestoredTask, request: PredictionRequest) -> Prediction:
     task = restored.task
     with model_errors_as_checkpoint_errors():
         data = restored.build_data()
-    kind = _input_kind(task, data)
+    kind = input_kind(task, data)
     for other, keys in _FIELDS_BY_KIND.items():
         given = request.given(key for key in keys if key not in _FIELDS_BY_KIND[kind])
         if other != kind and given:
@@ -79,7 +79,7 @@ def predict(restored: RestoredTask, request: PredictionRequest) -> Prediction:
         return images.predict(task, data, request, restored.checkpoint.get(type(data).__qualname__))
 
 
-def _input_kind(task: pl.LightningModule, data: pl.LightningDataModule) -> str:
+def input_kind(task: pl.LightningModule, data: pl.LightningDataModule) -> str:
     """Returns the kind of input of a task, a key of `_FIELDS_BY_KIND` such as ``images``.
 
     The data module decides about the task of a user.

@@ -149,32 +149,60 @@ def predict(
         DataError: no file is an image that can be read.
     """
     batch_size = request.batch_size_or(_DEFAULT_BATCH_SIZE)
-    # 1 == True, so that a comparison of values would accept 1.
-    if request.invert not in ("auto", None) and type(request.invert) is not bool:
-        raise ConfigError(f"invert must be auto, true or false, got {request.invert!r}")
-    _check_top_k(request.top_k, data)
+    check_options(request, data)
     paths = find_inputs(request.require_input("images"))
     if not isinstance(data, ImageDataModule):
         raise ConfigError(f"the checkpoint is of a model for {type(data).__name__}, which are not images")
-    form = replace(data.image_format(), size=picture_size(data, model_of(task), state))
-    form = form if request.invert is None else replace(form, invert=request.invert)
+    form = with_inversion(model_format(task, data, state), request)
     paths, probabilities, skipped = _predict_files(task, data, paths, form, batch_size)
-    if probabilities.shape[1] != data.num_classes:
-        raise CheckpointError(
-            f"the model of the checkpoint tells {probabilities.shape[1]} classes apart, and its data have "
-            f"{data.num_classes}"
-        )
+    return name_classes(paths, probabilities, data, skipped, request.top_k)
+
+
+def model_format(task: pl.LightningModule, data: ImageDataModule, state: Any) -> ImageFormat:
+    """Returns the format of the images that the model of a checkpoint takes: see `predict` for the arguments."""
+    return replace(data.image_format(), size=picture_size(data, model_of(task), state))
+
+
+def with_inversion(form: ImageFormat, request: PredictionRequest) -> ImageFormat:
+    """Returns a format with the inversion that a request asks for; without one, the format itself."""
+    return form if request.invert is None else replace(form, invert=request.invert)
+
+
+def name_classes(
+    paths: Sequence[Path],
+    probabilities: Tensor,
+    data: ImageDataModule,
+    skipped: Mapping[Path, str],
+    top_k: int | None,
+) -> ImagePredictions:
+    """Returns predictions with the names of their classes.
+
+    Args:
+        paths: the file of each image.
+        probabilities: the probabilities of the classes, ``(N, C)``.
+        data: the data module, which has the names.
+        skipped: see `ImagePredictions`.
+        top_k: likewise.
+    """
     values, indices = probabilities.topk(min(2, probabilities.shape[1]))
     names = [[data.classes[i] for i in row] for row in indices.tolist()]
     images = [
         ImagePrediction(path, best, float(value[0]), second[0] if second else None)
         for path, value, (best, *second) in zip(paths, values, names, strict=True)
     ]
-    return ImagePredictions(images, data.classes, probabilities, skipped, request.top_k)
+    return ImagePredictions(images, data.classes, probabilities, skipped, top_k)
 
 
-def _check_top_k(top_k: int | None, data: Any) -> None:
-    most = getattr(data, "num_classes", None)
+def check_options(request: PredictionRequest, data: Any) -> None:
+    """Checks the fields ``invert`` and ``top_k`` of a request.
+
+    Raises:
+        ConfigError: one of them is wrong.
+    """
+    # 1 == True, so that a comparison of values would accept 1.
+    if request.invert not in ("auto", None) and type(request.invert) is not bool:
+        raise ConfigError(f"invert must be auto, true or false, got {request.invert!r}")
+    top_k, most = request.top_k, getattr(data, "num_classes", None)
     if top_k is not None and most is not None and not 1 <= top_k <= most:
         raise ConfigError(f"top_k must be from 1 to {most}, the number of classes, got {top_k}")
 
@@ -192,24 +220,25 @@ def _predict_files(
     for begin in range(0, len(paths), batch_size):
         read, pictures = reader.read(paths[begin : begin + batch_size])
         kept += read
-        probabilities += [_probabilities(task, data, pictures)] if read else []
+        probabilities += [classify(task, data, pictures)] if read else []
     reader.warn()
     return kept, torch.cat(probabilities), {path: str(error) for path, error in reader.problems.items()}
 
 
 @torch.inference_mode()
-def _probabilities(task: pl.LightningModule, data: ImageDataModule, pictures: Tensor) -> Tensor:
+def classify(task: pl.LightningModule, data: ImageDataModule, pictures: Tensor) -> Tensor:
     """Returns the probabilities of the classes of images.
 
     Args:
         task: the task in evaluation mode.
         data: the data module, which preprocesses the images.
-        pictures: the images, uint8 ``(N, H, W)``.
+        pictures: the images, uint8 ``(N, H, W)`` or ``(N, C, H, W)``; the model computes on their device.
 
     Returns:
-        The probabilities ``(N, C)``.
+        The probabilities ``(N, classes)``.
 
     Raises:
+        CheckpointError: the model and the data module have different numbers of classes.
         ConfigError: ``predict_step`` of a user's task returns something else, such as logits.
     """
     found = task.predict_step(data.to_input(pictures), 0)
@@ -218,6 +247,10 @@ def _probabilities(task: pl.LightningModule, data: ImageDataModule, pictures: Te
         raise ConfigError(
             f"predict needs a predict_step of {type(task).__name__} that returns the probabilities of the classes for "
             f"a tensor of images, a tensor ({len(pictures)}, classes) of rows whose sum is 1; it returns {kind}"
+        )
+    if found.shape[1] != data.num_classes:
+        raise CheckpointError(
+            f"the model of the checkpoint tells {found.shape[1]} classes apart, and its data have {data.num_classes}"
         )
     return found
 

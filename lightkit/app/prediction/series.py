@@ -8,12 +8,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from torch import Tensor
 
 from lightkit._util.numbers import format_number, format_percentage
 from lightkit.app.console import print_table
 from lightkit.app.prediction.output import is_json, write_json, write_rows
 from lightkit.app.prediction.request import COLUMN_FIELDS, TABLE_FIELDS, PredictionRequest
-from lightkit.data.columns import Column, describe, read_column
+from lightkit.data.columns import describe, read_column
 from lightkit.data.series import SeriesDataModule
 from lightkit.data.tables import TableSettings
 from lightkit.errors import ConfigError, DataError
@@ -86,29 +87,54 @@ def predict(task: ForecastTask, data: pl.LightningDataModule, request: Predictio
     """
     if not isinstance(data, SeriesDataModule):
         raise ConfigError(f"the checkpoint is of a model for {type(data).__name__}, which is not a series")
+    check_horizon(task, request)
+    path = request.require_input("series")
+    series = read_column(path, **column_options(data, request), settings=table_settings(data, request))
+    if series.notes:
+        print(describe(path, series), flush=True)
+    if len(series) < data.history:
+        raise DataError(f"{path} has {len(series)} rows, but the model forecasts from {data.history}")
+    (steps,) = forecast(task, series.values[-data.history :].reshape(1, -1, 1))
+    return Forecast(series.name, task.level, steps[: request.horizon])
+
+
+def check_horizon(task: ForecastTask, request: PredictionRequest) -> None:
+    """Checks the field ``horizon`` of a request.
+
+    Raises:
+        ConfigError: it is below 1, or above the horizon of the task.
+    """
     horizon = task.horizon if request.horizon is None else request.horizon
     if not 1 <= horizon <= task.horizon:
         advice = f"; to see further, train with data.horizon={horizon}" if horizon > task.horizon else ""
         raise ConfigError(f"horizon must be from 1 to {task.horizon}, got {horizon}{advice}")
-    series = _read(data, request)
-    if len(series) < data.history:
-        raise DataError(f"{request.input} has {len(series)} rows, but the model forecasts from {data.history}")
-    with torch.inference_mode():
-        output = task.predict_step(series.values[-data.history :].reshape(1, -1, 1), 0)
-    columns = [output[name][0, :horizon].tolist() for name in ("forecast", "lower", "upper")]
-    steps = [ForecastStep(number, *values) for number, values in enumerate(zip(*columns, strict=True), start=1)]
-    return Forecast(series.name, task.level, steps)
 
 
-def _read(data: SeriesDataModule, request: PredictionRequest) -> Column:
-    """Reads the file of a request as the training file was read, except for what the request says, and prints how."""
+@torch.inference_mode()
+def forecast(task: ForecastTask, histories: Tensor) -> list[list[ForecastStep]]:
+    """Forecasts the values after each of several histories, as many steps as the task has.
+
+    Args:
+        task: the task in evaluation mode.
+        histories: float64 ``(N, history, 1)``; the model computes on their device.
+    """
+    output = task.predict_step(histories, 0)
+    columns = [output[name].tolist() for name in ("forecast", "lower", "upper")]
+    return [
+        [ForecastStep(number, *values) for number, values in enumerate(zip(*series, strict=True), start=1)]
+        for series in zip(*columns, strict=True)
+    ]
+
+
+def column_options(data: SeriesDataModule, request: PredictionRequest) -> dict[str, Any]:
+    """Returns arguments of `read_column`: those of the training, except for what a request says."""
     options: dict[str, Any] = {name: getattr(data, name, None) for name in COLUMN_FIELDS}
     options |= request.given(COLUMN_FIELDS)
     if options["missing"] is None:
         del options["missing"]
-    settings = replace(getattr(data, "settings", TableSettings()), **request.given(TABLE_FIELDS))
-    path = request.require_input("series")
-    series = read_column(path, **options, settings=settings)
-    if series.notes:
-        print(describe(path, series), flush=True)
-    return series
+    return options
+
+
+def table_settings(data: SeriesDataModule, request: PredictionRequest) -> TableSettings:
+    """Returns the settings of a table: those of the training, except for what a request says."""
+    return replace(getattr(data, "settings", TableSettings()), **request.given(TABLE_FIELDS))

@@ -65,14 +65,19 @@ class TablePredictions:
         A row of the CSV file has the number of the row, from 1; the prediction; and for classes the probability of the
         prediction and that of each class. An entry of the JSON list has the same.
         """
-        rows = enumerate(zip(self.predicted(), self.values, strict=True), start=1)
         if is_json(path):
-            write_json(path, [self._entry(number, found, values) for number, (found, values) in rows])
+            write_json(path, self.entries())
             return
+        rows = enumerate(zip(self.predicted(), self.values, strict=True), start=1)
         names = [] if self.classes is None else ["probability", *(f"probability of {name}" for name in self.classes)]
         shares = (lambda values: []) if self.classes is None else lambda values: [float(values.max()), *values.tolist()]
         cells = ([number, found, *shares(values)] for number, (found, values) in rows)
         write_rows(path, ["row", self.target, *names], cells)
+
+    def entries(self) -> list[dict[str, Any]]:
+        """Returns a dict for each row: its number, the prediction, and of classes the probabilities."""
+        rows = enumerate(zip(self.predicted(), self.values, strict=True), start=1)
+        return [self._entry(number, found, values) for number, (found, values) in rows]
 
     def _entry(self, number: int, found: str | float, values: Tensor) -> dict[str, Any]:
         entry: dict[str, Any] = {"row": number, "prediction": found}
@@ -101,13 +106,36 @@ def predict(
     batch_size = request.batch_size_or(_DEFAULT_BATCH_SIZE)
     data.settings = replace(data.settings, **request.given(TABLE_FIELDS))
     table = data.read(request.require_input("table"))
-    inputs = data.encode(table)
-    with torch.inference_mode():
-        parts = [
-            task.predict_step((*(tensor[begin : begin + batch_size] for tensor in inputs), torch.empty(0)), 0)
-            for begin in range(0, len(inputs[0]), batch_size)
-        ]
+    values = predict_rows(task, data, data.encode(table), batch_size)
+    return TablePredictions(data.fitted.target, data.classes, values, [table.line(row) for row in range(len(table))])
+
+
+@torch.inference_mode()
+def predict_rows(
+    task: ClassificationTask | RegressionTask,
+    data: TableDataModule,
+    inputs: Sequence[Tensor],
+    batch_size: int = _DEFAULT_BATCH_SIZE,
+) -> Tensor:
+    """Predicts the target of encoded rows.
+
+    Args:
+        task: the task in evaluation mode.
+        data: the data module of the checkpoint.
+        inputs: the rows as `TableDataModule.encode` returns them; the model computes on their device.
+        batch_size: the number of rows in a batch.
+
+    Returns:
+        The probabilities ``(R, C)`` of the classes, or the numbers ``(R, 1)``.
+
+    Raises:
+        CheckpointError: the model has another number of outputs than the data have classes.
+    """
+    parts = [
+        task.predict_step((*(tensor[begin : begin + batch_size] for tensor in inputs), torch.empty(0)), 0)
+        for begin in range(0, len(inputs[0]), batch_size)
+    ]
     values, classes = torch.cat(parts), data.classes
     if values.shape[1] != (1 if classes is None else len(classes)):
         raise CheckpointError(f"the model of the checkpoint has {values.shape[1]} outputs, which its data do not have")
-    return TablePredictions(data.fitted.target, classes, values, [table.line(row) for row in range(len(table))])
+    return values

@@ -20,8 +20,8 @@ from lightkit.errors import ConfigError
 from lightkit.models.native_decoding import unsupported_reason
 from lightkit.tasks import LanguageModelTask
 
-_DEFAULT_LENGTH = 400
-_DEFAULT_TEMPERATURE = 0.8
+DEFAULT_LENGTH = 400
+DEFAULT_TEMPERATURE = 0.8
 
 # The largest number of bytes that a prompt takes from a file.
 _MAX_PROMPT_BYTES = 16 << 20
@@ -50,10 +50,14 @@ class Continuation:
     def write(self, path: Path) -> None:
         """Writes the unchanged bytes; to a file whose suffix is that of JSON, ``prompt`` and ``added`` as UTF-8."""
         if is_json(path):
-            parts = {"prompt": self.prompt, "added": self.added}
-            write_json(path, [{name: part.decode(errors="replace") for name, part in parts.items()}])
+            write_json(path, [self.entry()])
             return
         write_atomically(path, lambda stream: stream.write(self.prompt + self.added))
+
+    def entry(self) -> dict[str, str]:
+        """Returns ``prompt`` and ``added`` as UTF-8, with replacement characters for invalid bytes."""
+        parts = {"prompt": self.prompt, "added": self.added}
+        return {name: part.decode(errors="replace") for name, part in parts.items()}
 
 
 def predict(task: LanguageModelTask, data: pl.LightningDataModule, request: PredictionRequest) -> Continuation:
@@ -71,18 +75,44 @@ def predict(task: LanguageModelTask, data: pl.LightningDataModule, request: Pred
     """
     if not isinstance(data, Text):
         raise ConfigError(f"the checkpoint is of a model for {type(data).__name__}, which is not text")
-    length = _DEFAULT_LENGTH if request.length is None else request.length
-    temperature = _DEFAULT_TEMPERATURE if request.temperature is None else request.temperature
+    check_options(request)
+    return continue_text(task, data, _read_prompt(request), request)
+
+
+def check_options(request: PredictionRequest) -> None:
+    """Checks the fields ``length``, ``temperature``, ``top_k`` and ``seed`` of a request.
+
+    Raises:
+        ConfigError: one of them is out of its range.
+    """
+    length = DEFAULT_LENGTH if request.length is None else request.length
+    temperature = DEFAULT_TEMPERATURE if request.temperature is None else request.temperature
     if length < 1:
         raise ConfigError(f"length must be at least 1, got {length}")
-    if temperature < 0:
+    # A comparison with NaN is false.
+    if not temperature >= 0:
         raise ConfigError(f"temperature must be at least 0, got {temperature}")
     if request.top_k is not None and request.top_k < 1:
         raise ConfigError(f"top_k must be at least 1, got {request.top_k}")
     if request.seed is not None and not 0 <= request.seed < _SEED_LIMIT:
         raise ConfigError(f"seed must be from 0 to {_SEED_LIMIT - 1}, got {request.seed}")
-    prompt = _read_prompt(request)
-    generator = torch.Generator()
+
+
+def continue_text(
+    task: LanguageModelTask, data: Text, prompt: bytes, request: PredictionRequest, length: int = DEFAULT_LENGTH
+) -> Continuation:
+    """Continues a text: see `predict`.
+
+    Args:
+        task: the task in evaluation mode.
+        data: the data module, which encodes and decodes text.
+        prompt: the bytes of the text, which may be empty.
+        request: the request, whose fields `check_options` accepts.
+        length: the number of bytes to add if the request does not say it.
+    """
+    length = length if request.length is None else request.length
+    temperature = DEFAULT_TEMPERATURE if request.temperature is None else request.temperature
+    generator = torch.Generator(task.device)
     if request.seed is None:
         generator.seed()
     else:

@@ -17,7 +17,7 @@ from lightkit.data.tables.text_cells import read_text
 from lightkit.data.tables.times import Times
 from lightkit.data.tables.workbook_cells import read_workbook
 
-__all__ = ["Numbers", "Table", "TableSettings", "Times", "read_table"]
+__all__ = ["Numbers", "Table", "TableSettings", "Times", "parse_csv", "read_table"]
 
 
 def read_table(path: str | Path, settings: TableSettings | None = None) -> Table:
@@ -34,11 +34,28 @@ def read_table(path: str | Path, settings: TableSettings | None = None) -> Table
     path = Path(path)
     settings = settings or TableSettings()
     content, packed = read_content(path)
-    if content.startswith(WORKBOOK):
-        grid = read_workbook(content, settings, path)
+    if not content.startswith(WORKBOOK):
+        table = parse_csv(content, settings, path)
     else:
-        grid = read_text(decode(content, settings.encoding, path), settings, path)
+        grid = read_workbook(content, settings, path)
+        names, start = split_header(grid, settings.header, path)
+        table = Table(path, names, grid, start, settings)
     if packed:
-        grid.notes.insert(0, "gzip")
+        table.notes.insert(0, "gzip")
+    return table
+
+
+def parse_csv(content: bytes, settings: TableSettings, path: Path) -> Table:
+    """Reads the table in the content of a CSV file.
+
+    Args:
+        content: the bytes of the text.
+        settings: how the table is written.
+        path: the name of the table in messages.
+
+    Raises:
+        DataError: the content is no table, or a setting is needed. The message names the line.
+    """
+    grid = read_text(decode(content, settings.encoding, path), settings, path)
     names, start = split_header(grid, settings.header, path)
     return Table(path, names, grid, start, settings)

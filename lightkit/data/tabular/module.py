@@ -193,13 +193,22 @@ class TableDataModule(Foldable, pl.LightningDataModule):
         if with_target:
             prepared = prepare_rows(table, found)
             numbers, categories, target, notes = *prepared.tensors, prepared.notes
+            inputs = (numbers, categories, target) if found.category_sizes else (numbers, target)
         else:
-            numbers, categories, notes = found.encode(table)
-            target = None
+            inputs, notes = self.encode_rows(table)
         for note in [*([", ".join(table.notes)] if table.notes else []), *notes]:
             print(_line(table, note), flush=True)
-        inputs = (numbers, categories) if found.category_sizes else (numbers,)
-        return inputs if target is None else (*inputs, target)
+        return inputs
+
+    def encode_rows(self, table: Table) -> tuple[tuple[Tensor, ...], list[str]]:
+        """Returns the rows of a table as the inputs of the model, and notes on what is unknown in them.
+
+        Raises:
+            DataError: the table has not the columns of the training, or a cell has no number.
+        """
+        found = self._found()
+        numbers, categories, notes = found.encode(table)
+        return (numbers, categories) if found.category_sizes else (numbers,), notes
 
     def read(self, x: Any) -> Table:
         """Reads a table as this data module reads its own: ``x`` is a file, a table, or a DataFrame."""
