@@ -18,14 +18,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightkit import native
-from lightkit._util.numbers import format_number, format_percentage
 from lightkit.app import cluster, run_files
 from lightkit.app.checks import lightning_errors_as_config_errors
-from lightkit.app.console import print_table
+from lightkit.app.compression_report import ACCURACY, Comparison, content, page
 from lightkit.app.deployment import bytes_of, write_deployed
 from lightkit.app.evaluation import build_test_data, precision_of
 from lightkit.app.model_measurements import accuracy_interval, latencies, multiply_adds
-from lightkit.app.pages.document import escape, render_page
 from lightkit.app.parts import model_of
 from lightkit.app.restore import RestoredTask, restore
 from lightkit.callbacks import Checkpoint, LeanLoop, Progress, TestRecorder
@@ -49,8 +47,6 @@ from lightkit.tasks.task import Task
 
 # The shares of the multiply-adds among which max_drop searches.
 _SHARES = (0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.09, 0.06)
-
-_ACCURACY = "accuracy"
 
 _DEFAULT_EPOCHS = 5
 
@@ -103,22 +99,6 @@ class CompressionRequest:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """The outcome of a compression.
-
-    Attributes:
-        directory: the directory of the results.
-        columns: the values of each model by name of the value, by the name of the model: "dense", "dense, trained on"
-            and "compressed".
-        trials: the shares of multiply-adds that ``max_drop`` has tried, with the drop of accuracy of each.
-    """
-
-    directory: Path
-    columns: dict[str, dict[str, Any]]
-    trials: list[dict[str, float]]
-
-
-@dataclass(frozen=True)
 class _Trained:
     task: Task
     validation: dict[str, float]
@@ -164,8 +144,8 @@ def compress_checkpoint(path: Path, request: CompressionRequest) -> Comparison:
     sizes = write_deployed(checkpoint, compressed.levels, directory / "deploy.ckpt")
     columns["compressed"] |= {f"bytes {kind}": size for kind, size in sizes.items()}
     comparison = Comparison(directory, columns, trials)
-    run_files.write_json(directory / "compression.json", _content(comparison, path, job.epochs))
-    (directory / "report.html").write_text(_page(comparison, path, job.epochs), encoding="utf-8")
+    run_files.write_json(directory / "compression.json", content(comparison, path, job.epochs))
+    (directory / "report.html").write_text(page(comparison, path, job.epochs), encoding="utf-8")
     return comparison
 
 
@@ -257,7 +237,7 @@ class _Job:
         data.setup("fit")
         loaded = itertools.islice(data.train_dataloader(), _CALIBRATION_BATCHES)
         # A Trainer without the data module would leave out its preparation of batches.
-        batches = [data.on_after_batch_transfer(batch, 0) for batch in loaded]
+        batches: Any = [data.on_after_batch_transfer(batch, 0) for batch in loaded]
 
         def run() -> None:
             with lightning_errors_as_config_errors():
@@ -294,7 +274,7 @@ class _Job:
             hook.remove()
             count = len(next(iter(recorder.result().values()), ()))
             columns[name] = {**metrics, "test samples": count}
-            share = metrics.get(f"test/{_ACCURACY}")
+            share = metrics.get(f"test/{ACCURACY}")
             if share is not None and count:
                 columns[name]["interval"] = list(accuracy_interval(share, count))
             columns[name] |= {f"bytes {kind}": size for kind, size in bytes_of(model.state_dict()).items()}
@@ -345,7 +325,7 @@ def _search(job: _Job, max_drop: float) -> tuple[_Trained, list[dict[str, float]
     Raises:
         ConfigError: the task has no validation accuracy, or each model has lost more.
     """
-    name = f"val/{_ACCURACY}"
+    name = f"val/{ACCURACY}"
     dense = job.validate().get(name)
     if dense is None:
         raise ConfigError("max_drop needs a task with the metric accuracy, which this one has not")
@@ -372,67 +352,3 @@ def _search(job: _Job, max_drop: float) -> tuple[_Trained, list[dict[str, float]
     target.mkdir(parents=True, exist_ok=True)
     os.replace(best[1].path, target / "best.ckpt")
     return replace(best[1], path=target / "best.ckpt"), trials
-
-
-def _content(comparison: Comparison, path: Path, epochs: int) -> dict[str, Any]:
-    return {
-        "ckpt_path": str(path),
-        "epochs": epochs,
-        "models": comparison.columns,
-        "trials": comparison.trials,
-        "environment": run_files.environment(),
-    }
-
-
-def rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
-    """Returns the rows of the comparison: the name of a value and its text for each model."""
-    columns = list(comparison.columns.values())
-    names = list(dict.fromkeys(name for column in columns for name in column if name != "interval"))
-    return [(name, [_text(name, column) for column in columns]) for name in names]
-
-
-def _text(name: str, column: dict[str, Any]) -> str:
-    value = column.get(name)
-    if value is None:
-        return ""
-    if name == f"test/{_ACCURACY}":
-        interval = column.get("interval")
-        around = "" if interval is None else f" ({' to '.join(format_percentage(round(x, 4)) for x in interval)})"
-        return format_percentage(round(value, 4)) + around
-    return f"{value:,}" if isinstance(value, int) else format_number(value)
-
-
-def print_comparison(comparison: Comparison) -> None:
-    """Prints the comparison as tables, and the paths of the results."""
-    for index, name in enumerate(comparison.columns):
-        print_table(name, {row: texts[index] for row, texts in rows(comparison) if texts[index]})
-    directory = comparison.directory
-    places = {
-        "checkpoint": directory / "checkpoints" / "best.ckpt",
-        "small checkpoint": directory / "deploy.ckpt",
-        "report": directory / "report.html",
-    }
-    print_table("results", {name: os.path.relpath(place) for name, place in places.items()})
-
-
-def _page(comparison: Comparison, path: Path, epochs: int) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in comparison.columns)
-    body = "".join(
-        f"<tr><td>{escape(name)}</td>{''.join(f'<td>{escape(text)}</td>' for text in texts)}</tr>"
-        for name, texts in rows(comparison)
-    )
-    note = (
-        f"<p>The compressed model and the dense one that was trained on had {epochs} epochs from {escape(str(path))}. "
-        "The interval of an accuracy has 95 %. Latencies are medians of calls in turn on this machine.</p>"
-    )
-    tried = "".join(
-        f"<tr><td>{trial['keep_macs']}</td><td>{format_number(trial['drop'])}</td></tr>" for trial in comparison.trials
-    )
-    search = (
-        f"<section><h2>Search</h2><table><tr><th>keep_macs</th><th>drop of accuracy in validation</th></tr>{tried}"
-        "</table></section>"
-        if tried
-        else ""
-    )
-    section = f'<section><h2>Dense and compressed</h2><div class="scroll"><table><tr><th></th>{head}</tr>{body}</table>'
-    return render_page("compression", path.name, f"{section}</div>{note}</section>{search}")

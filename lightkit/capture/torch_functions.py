@@ -63,6 +63,6 @@ TORCH: Mapping[str, Callable[[Node], Tensor]] = {
     "linear": _linear,
     "max_pool1d": lambda node: torch.max_pool1d(node.operand(), *node.settings),
     "max_pool2d": lambda node: torch.max_pool2d(node.operand(), *node.settings),
-    "quantize": lambda node: torch.fake_quantize_per_tensor_affine(node.operand(), *node.settings, 0, 0, MAX_LEVEL),
+    "quantize": lambda node: torch.fake_quantize_per_tensor_affine(node.operand(), node.settings[0], 0, 0, MAX_LEVEL),
     "relu": lambda node: torch.relu(node.operand()),
 }

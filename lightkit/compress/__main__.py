@@ -41,7 +41,8 @@ def main(config: DictConfig) -> None:
         LightkitError: the checkpoint, its data or an option cannot be used, or no model keeps ``max_drop``.
     """
     # As in lightkit.train, --help does not wait for these imports.
-    from lightkit.app.compressing import CompressionRequest, compress_checkpoint, print_comparison
+    from lightkit.app.compressing import CompressionRequest, compress_checkpoint
+    from lightkit.app.compression_report import print_comparison
     from lightkit.app.ensembles import find_members
     from lightkit.errors import ConfigError
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightkit.compress.error_compensation import InputProducts, compensated
 from lightkit.compress.packing import PACKED_KEY
@@ -42,12 +42,11 @@ def calibrate(module: nn.Module, scheme: QuantizationScheme, run: Callable[[], o
         for name, layer, _ in quantizable_weights(module)
         if formats[name].bits < _EXACT_BITS and InputProducts.are_known(layer)
     }
-    observers = [(module.get_submodule(name), quantizer) for name, quantizer in quantizers.items()]
-    observers += [(each.layer, each) for each in products.values()]
-    handles = [
-        layer.register_forward_pre_hook(lambda _, arguments, observer=observer: observer.observe(arguments[0]))
-        for layer, observer in observers
+    observers: list[tuple[nn.Module, InputQuantizer | InputProducts]] = [
+        (module.get_submodule(name), quantizer) for name, quantizer in quantizers.items()
     ]
+    observers += [(each.layer, each) for each in products.values()]
+    handles = [layer.register_forward_pre_hook(_observing(observer.observe)) for layer, observer in observers]
     try:
         with torch.no_grad():
             run()
@@ -63,3 +62,8 @@ def calibrate(module: nn.Module, scheme: QuantizationScheme, run: Callable[[], o
         if each.total is not None
     }
     return {**spec, PACKED_KEY: packed} if packed else spec
+
+
+def _observing(observe: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    """Returns a forward pre-hook that calls ``observe`` with the input."""
+    return lambda module, arguments: observe(arguments[0])

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 
 from lightkit.compress.distil import begin_distillation
 from lightkit.compress.quantization import read_spec, remember, show_levels, spec_of
@@ -256,8 +257,11 @@ class Quantize(Callback):
             CheckpointError: the state has other types.
         """
         rounds, left, ranges = (state_dict.get(name) for name in ("rounds", "left", "ranges"))
-        are_counts = type(rounds) is int and type(left) is int and rounds >= 0 and left >= 0
-        if not are_counts or type(ranges) is not dict or not all(map(_is_range, ranges.values())):
+        if (
+            not (isinstance(rounds, int) and isinstance(left, int) and rounds >= 0 and left >= 0)
+            or not isinstance(ranges, dict)
+            or not all(map(_is_range, ranges.values()))
+        ):
             raise CheckpointError("the state of Quantize in the checkpoint is damaged")
         self._finished_rounds, self._left, self._loaded = rounds, left, dict(ranges)
 
@@ -274,9 +278,10 @@ class Quantize(Callback):
             quantizer = self._quantizers.get(name)
             if quantizer is None:
                 raise CheckpointError(f"the checkpoint has a range for {name}, whose input is not rounded")
-            *scale, quantizer.lows, quantizer.highs, quantizer.batches = values
+            *scale, quantizer.lows, quantizer.highs, count = values
+            quantizer.batches = int(count)
             if scale:
-                quantizer.scale, quantizer.zero_point = scale
+                quantizer.scale, quantizer.zero_point = scale[0], int(scale[1])
             quantizer.is_observing = self._left > 0
         self._loaded = None
 
@@ -317,7 +322,9 @@ class Quantize(Callback):
             sums = torch.tensor(
                 [[q.lows, q.highs, q.batches] for q in quantizers], dtype=torch.float64, device=pl_module.device
             )
-            total = pl_module.all_gather(sums).sum(0)
+            gathered = pl_module.all_gather(sums)
+            assert isinstance(gathered, Tensor)
+            total = gathered.sum(0)
             for quantizer, (low, high, count) in zip(quantizers, total.tolist(), strict=True):
                 quantizer.lows, quantizer.highs, quantizer.batches = low, high, int(count)
         for quantizer in quantizers:

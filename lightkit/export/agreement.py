@@ -90,8 +90,9 @@ class Agreement:
         """True if rounding explains all differences between the export and the model."""
         if self.has_levels and self.differing > max(1, _MAX_DIFFERING * self.predictions):
             return False
-        is_unknown = self.has_levels or self.export_error is None
-        error = self.largest_difference if is_unknown else self.export_error
+        error = self.largest_difference
+        if self.export_error is not None and not self.has_levels:
+            error = self.export_error
         # NaN is no such error.
         return error <= self.bound
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,15 +52,15 @@ class _Draft:
         levels = (levels * signs.to(torch.int8).view(-1, *(1 for _ in levels.shape[1:]))).contiguous()
         scale = torch.where(is_constant, (bias.abs() / _MAX_BIAS).clamp_min(_MIN_MULTIPLIER), scale.abs())
         output = scale if following is None else scale / float(following.scale or 1)
-        is_linear = isinstance(self.layer, nn.Linear)
+        settings: dict[str, Any] = {}
+        if isinstance(self.layer, nn.Conv2d):
+            settings = {name: _pair(getattr(self.layer, name)) for name in ("stride", "padding", "dilation")}
+            settings["groups"] = self.layer.groups
         return Int8Layer(
             weight=levels,
             bias=(bias / scale).round().to(torch.int32),
             multiplier=output.float(),
-            stride=(1, 1) if is_linear else _pair(self.layer.stride),
-            padding=(0, 0) if is_linear else _pair(self.layer.padding),
-            dilation=(1, 1) if is_linear else _pair(self.layer.dilation),
-            groups=1 if is_linear else self.layer.groups,
+            **settings,
             relu=self.relu,
             pool=self.pool,
             output_zero_point=0 if following is None else following.zero_point,
@@ -145,8 +146,7 @@ def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     return factor, shift if norm.bias is None else shift + norm.bias.detach().double()
 
 
-def _pair(value: int | tuple[int, ...] | str) -> tuple[int, int]:
-    assert not isinstance(value, str)
+def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
