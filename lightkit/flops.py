@@ -264,6 +264,27 @@ def _layer_flops(input: Shape, weights: Sequence[Shape], settings: Sequence[int]
     return flops
 
 
+# The numbers of a layer in the plan of `lightkit.ops.Int8Chain`.
+_PLANNED = 15
+
+
+def _int8_chain(input: Shape, packed: Shape, plan: Sequence[int], *_: Any, out_shape: Any) -> int:
+    # A multiplication of integers counts like one of floats.
+    flops, size = 0, list(input[2:])
+    for first in range(1, len(plan), _PLANNED):
+        is_linear, outputs, inputs, *numbers = plan[first : first + _PLANNED]
+        if is_linear:
+            flops += 2 * input[0] * inputs * outputs
+            continue
+        kernel, stride, padding, dilation = (numbers[i : i + 2] for i in (0, 2, 4, 6))
+        groups, _, pool, _ = numbers[8:]
+        each = zip(size, kernel, stride, padding, dilation, strict=True)
+        size = [(s + 2 * p - d * (k - 1) - 1) // step + 1 for s, k, step, p, d in each]
+        flops += 2 * input[0] * prod(size) * outputs * inputs // groups * prod(kernel)
+        size = [s // 2 for s in size] if pool else size
+    return flops
+
+
 def _linear_cross_entropy(hidden: Shape, weight: Shape, *_: Any, out_shape: Any) -> int:
     return 2 * prod(hidden) * weight[0]
 
@@ -333,6 +354,7 @@ _OWN = {
     "lightkit::layer_chain": _layer_chain,
     "lightkit::_layer_chain_forward": _layer_chain,
     "lightkit::_layer_chain_backward": _layer_chain_backward,
+    "lightkit::int8_chain": _int8_chain,
     "lightkit::linear_cross_entropy": _linear_cross_entropy,
     "lightkit::_linear_cross_entropy_forward": _linear_cross_entropy_forward,
     "lightkit::_linear_cross_entropy_backward": _linear_cross_entropy_backward,

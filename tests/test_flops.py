@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
+from lightkit.compress import QUANTIZATION_KEY, QuantizationScheme, apply_quantization, calibrate
 from lightkit.flops import _FORMULAS, FlopCounter, matmul_rate
 from lightkit.models import CNN, RNN, Transformer
+from lightkit.nn.int8_layers import find_int8_chain
 from lightkit.ops import conv2d, conv_relu_pool, linear_cross_entropy
 from lightkit.optim import Adam
 
@@ -278,3 +280,21 @@ def test_matmul_rate_of_a_slow_dtype(monkeypatch, seconds_of_256, size):
     rate = matmul_rate("cpu", torch.float32)
     assert max(sizes) == size
     assert rate == pytest.approx(2 * 256**3 / seconds_of_256 / (10 if size >= 1024 else 1))
+
+
+def test_integers_count_like_floats():
+    """A quantized model in evaluation has the operations of the layers that its integers compute."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=2), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Linear(6 * 2 * 2, 5)),
+    ).eval()
+    x = torch.rand(3, 4, 12, 12)
+    with torch.no_grad(), FlopCounter() as floats:
+        model(x)
+    spec = calibrate(model, QuantizationScheme(8), lambda: model(x))
+    apply_quantization(model, {QUANTIZATION_KEY: spec})
+    chain = find_int8_chain((model,))
+    with FlopCounter() as integers:
+        chain(x)
+    assert integers.total == floats.total > 0
