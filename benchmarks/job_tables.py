@@ -363,11 +363,14 @@ def _compression(data: str, name: str) -> list[str]:
     found = index(rows, "variant", "model", "seed")
     seeds = list(dict.fromkeys(row["seed"] for row in rows))
     variants = list(dict.fromkeys(row["variant"] for row in rows))
-    kinds = [(variants[0], "dense"), (variants[0], "dense, trained on"), *((v, "compressed") for v in variants)]
-    body = []
+    # The dense model is trained on beside one variant alone.
+    compared = next(row["variant"] for row in rows if row["model"] == "dense, trained on")
+    kinds = [(compared, "dense"), (compared, "dense, trained on"), *((v, "compressed") for v in variants)]
+    body, used = [], []
     for variant, model in kinds:
         own = [found[(variant, model, seed)] for seed in seeds]
         dense = [found[(variant, "dense", seed)] for seed in seeds]
+        used += [*own, *dense]
 
         def mean(column: str, own: list[Row] = own) -> float:
             return sum(float(row[column]) for row in own) / len(own)
@@ -381,8 +384,8 @@ def _compression(data: str, name: str) -> list[str]:
         ratios = ["1"] * 3 if model == "dense" else [times(c) for c in ("bytes_zipped", "ms_1", "ms_32")]
         body.append((model if model != "compressed" else variant, *cells, *ratios))
     header = ("model", "accuracy", "multiply-adds left", "zipped weights", "times smaller", "times as fast, batch 1")
-    lines = layout((*header, "times as fast, batch 32"), body, name, rows)
-    return [*lines[:-1], f"{lines[-1]} {rows[0]['epochs']} epochs, {len(seeds)} seeds."]
+    lines = layout((*header, "times as fast, batch 32"), body, name, used)
+    return [*lines[:-1], f"{lines[-1]} {used[0]['epochs']} epochs, {len(seeds)} seeds."]
 
 
 @table("quantized-step")
@@ -399,10 +402,10 @@ def quantized_step() -> list[str]:
 
 @table("quantized-labels")
 def quantized_labels() -> list[str]:
-    """Returns the table of the labels that differ between the validated model and other runtimes."""
+    """Returns the table of the labels of other runtimes that differ from the validated ones."""
     rows = latest("quantized_labels", "data", "bits", "runtime")
     names = {
-        "lightkit": "lightkit's integers, beside the rounded layers in float",
+        "lightkit": "the rounded layers in float",
         "onnxruntime": "ONNX Runtime",
         "openvino": "OpenVINO",
         "executorch": "ExecuTorch",
@@ -411,4 +414,6 @@ def quantized_labels() -> list[str]:
         (row["data"], row["bits"], names[row["runtime"]], f"{row['differing']} of {int(row['samples']):,}")
         for row in rows
     ]
-    return layout(("data", "bits", "runtime", "labels that differ"), body, "quantized_labels", rows)
+    return layout(
+        ("data", "bits", "runtime", "labels that differ from the validated ones"), body, "quantized_labels", rows
+    )

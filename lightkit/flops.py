@@ -270,17 +270,18 @@ _PLANNED = 15
 
 def _int8_chain(input: Shape, packed: Shape, plan: Sequence[int], *_: Any, out_shape: Any) -> int:
     # A multiplication of integers counts like one of floats.
-    flops, size = 0, list(input[2:])
+    flops = 0
+    size = [int(number) for number in input[2:]]
     for first in range(1, len(plan), _PLANNED):
         is_linear, outputs, inputs, *numbers = plan[first : first + _PLANNED]
         if is_linear:
             flops += 2 * input[0] * inputs * outputs
             continue
         kernel, stride, padding, dilation = (numbers[i : i + 2] for i in (0, 2, 4, 6))
-        groups, _, pool, _ = numbers[8:]
+        groups, pool = numbers[8], numbers[10]
         each = zip(size, kernel, stride, padding, dilation, strict=True)
         size = [(s + 2 * p - d * (k - 1) - 1) // step + 1 for s, k, step, p, d in each]
-        flops += 2 * input[0] * prod(size) * outputs * inputs // groups * prod(kernel)
+        flops += 2 * input[0] * prod(size) * outputs * (inputs // groups) * prod(kernel)
         size = [s // 2 for s in size] if pool else size
     return flops
 
