@@ -29,8 +29,8 @@ class Format:
         is_safe: True if a file of a stranger makes lightkit compute, and nothing else.
         companions: the suffixes of further files of the same name.
         one_by_one: True if the runtime runs one sample after the other, of a fixed length.
-        integers: the dtype in which the runtime has the rounded inputs of a quantized model's layers, ``"uint8"`` or
-            ``"int8"``; None keeps the weights and inputs of such a model in float32, rounded.
+        has_integers: True if layers of a quantized model have int8 weights, and uint8 inputs; False keeps weights and
+            inputs of such a model in float32, rounded. ExecuTorch's kernels would want more roundings than it has.
     """
 
     suffix: str
@@ -39,7 +39,7 @@ class Format:
     is_safe: bool
     companions: tuple[str, ...] = ()
     one_by_one: bool = False
-    integers: str | None = None
+    has_integers: bool = False
 
 
 FORMATS = {
@@ -50,10 +50,9 @@ FORMATS = {
         is_safe=False,
         companions=(".json",),
         one_by_one=True,
-        integers="int8",
     ),
     "onnx": Format(
-        ".onnx", "lightkit.export.onnx_file", ("onnx", "onnxscript", "onnxruntime"), is_safe=True, integers="uint8"
+        ".onnx", "lightkit.export.onnx_file", ("onnx", "onnxscript", "onnxruntime"), is_safe=True, has_integers=True
     ),
     "openvino": Format(
         ".xml",
@@ -61,7 +60,7 @@ FORMATS = {
         ("onnx", "onnxscript", "openvino"),
         is_safe=False,
         companions=(".bin",),
-        integers="uint8",
+        has_integers=True,
     ),
     "pt2": Format(".pt2", "lightkit.export.pt2_file", (), False),
 }
@@ -125,7 +124,7 @@ def export_model(
     # The import of torch.export takes a second, which reading an export need not wait for.
     from lightkit.export.tracing import trace
 
-    program = trace(model, inputs, chosen.one_by_one, chosen.integers)
+    program = trace(model, inputs, chosen.one_by_one, chosen.has_integers)
     content = {INPUTS: [asdict(spec) for spec in inputs], **(metadata or {})}
     importlib.import_module(chosen.module).write(program, tuple(inputs), Path(path), content)
 

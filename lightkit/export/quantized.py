@@ -20,7 +20,7 @@ def is_quantized(model: nn.Module) -> bool:
     return any(quantizer_of(layer) is not None for layer in model.modules())
 
 
-def with_integers(model: nn.Module, signed: bool) -> nn.Module:
+def with_integers(model: nn.Module) -> nn.Module:
     """Makes a model show the integers of its layers to torch.export, in place; it computes the same.
 
     The weight of a layer becomes a buffer of int8 and its dequantization, and the rounding of an input becomes a
@@ -29,7 +29,6 @@ def with_integers(model: nn.Module, signed: bool) -> nn.Module:
 
     Args:
         model: the model in evaluation mode.
-        signed: give inputs the levels -128 to 127, which ExecuTorch's kernels take, instead of 0 to 255.
 
     Returns:
         The model.
@@ -41,7 +40,7 @@ def with_integers(model: nn.Module, signed: bool) -> nn.Module:
         quantizer, levels = quantizer_of(layer), levels_of(layer)
         if quantizer is not None and quantizer.scale is not None:
             detach(layer)
-            layer.register_forward_pre_hook(_Rounding(quantizer, signed), prepend=True)
+            layer.register_forward_pre_hook(_Rounding(quantizer), prepend=True)
         if levels is not None and levels.scales.shape == levels.levels.shape[:1]:
             parametrize.register_parametrization(layer, "weight", _Dequantize(levels), unsafe=True)
     return model
@@ -50,10 +49,8 @@ def with_integers(model: nn.Module, signed: bool) -> nn.Module:
 class _Rounding:
     """A forward pre-hook that rounds the input of a layer by a quantization and its dequantization."""
 
-    def __init__(self, quantizer: InputQuantizer, signed: bool) -> None:
-        offset = 128 if signed else 0
-        dtype = torch.int8 if signed else torch.uint8
-        self._arguments = (quantizer.scale, quantizer.zero_point - offset, -offset, MAX_LEVEL - offset, dtype)
+    def __init__(self, quantizer: InputQuantizer) -> None:
+        self._arguments = (quantizer.scale, quantizer.zero_point, 0, MAX_LEVEL, torch.uint8)
 
     def __call__(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         input, *others = arguments

@@ -24,7 +24,7 @@ _EXAMPLE_BATCH, _EXAMPLE_LENGTH = 2, 5
 
 
 def trace(
-    model: nn.Module, inputs: Sequence[InputSpec], one_by_one: bool = False, integers: str | None = None
+    model: nn.Module, inputs: Sequence[InputSpec], one_by_one: bool = False, has_integers: bool = False
 ) -> ExportedProgram:
     """Records the operations of a model in evaluation mode, with batch norms folded: see `lightkit.export.folding`.
 
@@ -34,13 +34,13 @@ def trace(
         model: the model, which stays as it is.
         inputs: the forms of its inputs.
         one_by_one: record the model for one sample instead of for batches, with recurrent layers step by step.
-        integers: as in `lightkit.export.formats.Format`.
+        has_integers: as in `lightkit.export.formats.Format`.
 
     Raises:
         ConfigError: torch.export cannot record the model, as one whose operations depend on values.
     """
     copied = in_float32(model)
-    copied = _Positional(copied if integers is None else with_integers(copied, signed=integers == "int8"))
+    copied = _Positional(with_integers(copied) if has_integers else copied)
     example = tuple(_example(spec, 1 if one_by_one else _EXAMPLE_BATCH) for spec in inputs)
     shapes = None if one_by_one else tuple(_dynamic_shape(spec) for spec in inputs)
     with warnings.catch_warnings(), torch.no_grad():
