@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from lightkit import native
 from lightkit.app import cluster, run_files
 from lightkit.app.checks import lightning_errors_as_config_errors
-from lightkit.app.compression_report import ACCURACY, Comparison, content, page
+from lightkit.app.compression_report import ACCURACY, Comparison, content, layer_errors, page
 from lightkit.app.deployment import bytes_of, write_deployed
 from lightkit.app.evaluation import build_test_data, precision_of
 from lightkit.app.model_measurements import accuracy_interval, latencies, multiply_adds
@@ -143,7 +143,7 @@ def compress_checkpoint(path: Path, request: CompressionRequest) -> Comparison:
     checkpoint = load_checkpoint(compressed.path)
     sizes = write_deployed(checkpoint, compressed.levels, directory / "deploy.ckpt")
     columns["compressed"] |= {f"bytes {kind}": size for kind, size in sizes.items()}
-    comparison = Comparison(directory, columns, trials)
+    comparison = Comparison(directory, columns, trials, layer_errors(checkpoint, compressed.levels))
     run_files.write_json(directory / "compression.json", content(comparison, path, job.epochs))
     (directory / "report.html").write_text(page(comparison, path, job.epochs), encoding="utf-8")
     return comparison

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from lightkit._util.numbers import format_number, format_percentage
 from lightkit.app import run_files
 from lightkit.app.console import print_table
 from lightkit.app.pages.document import escape, render_page
+from lightkit.compress.packing import weight_of
+from lightkit.compress.weight_formats import QUANTIZATION_KEY
 
 # The name of the accuracy among metrics.
 ACCURACY = "accuracy"
@@ -25,11 +30,28 @@ class Comparison:
         columns: the values of each model by name of the value, by the name of the model: "dense", "dense, trained on"
             and "compressed".
         trials: the shares of multiply-adds that ``max_drop`` has tried, with the drop of accuracy of each.
+        layers: the bits and the relative error of each rounded weight, by name: see `layer_errors`.
     """
 
     directory: Path
     columns: dict[str, dict[str, Any]]
     trials: list[dict[str, float]]
+    layers: dict[str, dict[str, float]]
+
+
+def layer_errors(checkpoint: Mapping[str, Any], levels: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:
+    """Returns for each rounded weight its bits, and the norm of the rounding error relative to that of the weight.
+
+    Args:
+        checkpoint: the content of a checkpoint with the weights in float.
+        levels: what `lightkit.compress.apply_quantization` has returned for it.
+    """
+    errors: dict[str, Any] = {}
+    for name, packed in levels.items():
+        weight = checkpoint["state_dict"][name].float()
+        error = float((weight_of(*packed) - weight).norm() / weight.norm().clamp_min(1e-30))
+        errors[name] = {"bits": checkpoint[QUANTIZATION_KEY]["weights"][name][0], "error": error}
+    return errors
 
 
 def content(comparison: Comparison, path: Path, epochs: int) -> dict[str, Any]:
@@ -45,6 +67,7 @@ def content(comparison: Comparison, path: Path, epochs: int) -> dict[str, Any]:
         "epochs": epochs,
         "models": comparison.columns,
         "trials": comparison.trials,
+        "layers": comparison.layers,
         "environment": run_files.environment(),
     }
 
@@ -100,5 +123,12 @@ def page(comparison: Comparison, path: Path, epochs: int) -> str:
         if tried
         else ""
     )
+    rounded = "".join(
+        f"<tr><td>{escape(name)}</td><td>{layer['bits']}</td><td>{format_percentage(round(layer['error'], 4))}</td></tr>"
+        for name, layer in comparison.layers.items()
+    )
+    if rounded:
+        names = "<tr><th>weight</th><th>bits</th><th>rounding error, relative</th></tr>"
+        search += f"<section><h2>Rounded weights</h2><table>{names}{rounded}</table></section>"
     section = f'<section><h2>Dense and compressed</h2><div class="scroll"><table><tr><th></th>{head}</tr>{body}</table>'
     return render_page("compression", path.name, f"{section}</div>{note}</section>{search}")

@@ -86,6 +86,10 @@ def test_few_bits(dense, call, tmp_path, epochs):
     models = json.loads((directory / "compression.json").read_text())["models"]
     assert models["compressed"]["bytes raw"] < models["dense"]["bytes raw"] / 6
     assert (directory / "deploy.ckpt").stat().st_size < dense.stat().st_size / 4
+    layers = json.loads((directory / "compression.json").read_text())["layers"]
+    assert layers["model.features.3.weight"]["bits"] == 4 and 0.02 < layers["model.features.3.weight"]["error"] < 0.3
+    assert layers["model.classifier.3.weight"]["error"] < 0.01
+    assert "Rounded weights" in (directory / "report.html").read_text()
     checkpoint = load_checkpoint(directory / "deploy.ckpt")
     assert "optimizer_states" not in checkpoint and "model.features.3.weight" not in checkpoint["state_dict"]
     for path in (directory / "deploy.ckpt", directory / "checkpoints" / "best.ckpt"):
