@@ -124,7 +124,9 @@ def page(comparison: Comparison, path: Path, epochs: int) -> str:
         else ""
     )
     rounded = "".join(
-        f"<tr><td>{escape(name)}</td><td>{layer['bits']}</td><td>{format_percentage(round(layer['error'], 4))}</td></tr>"
+        "<tr>"
+        f"<td>{escape(name)}</td><td>{layer['bits']}</td><td>{format_percentage(round(layer['error'], 4))}</td>"
+        "</tr>"
         for name, layer in comparison.layers.items()
     )
     if rounded:
