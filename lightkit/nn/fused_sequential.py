@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -62,7 +63,9 @@ def run_fused(layers: Iterable[nn.Module], input: Tensor) -> Tensor:
         layers = tuple(layers)
         chain = int8_chain_of(layers, input)
         if chain is not None:
-            return _ordered_as(chain(input), input)
+            # torch's layers raise other errors for shapes that do not fit.
+            with suppress(ValueError):
+                return _ordered_as(chain(input), input)
     runs = list(_runs(_unnested(layers)))
     x, reordered, index = input, False, 0
     while index < len(runs):

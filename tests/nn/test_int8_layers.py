@@ -112,6 +112,16 @@ def test_other_layers_stay_in_float(change):
     assert find_int8_chain((net,)) is None
 
 
+def test_errors_are_torchs():
+    """An input that does not fit raises the error of torch's layers, as it does in float."""
+    torch.manual_seed(0)
+    net = FusedSequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+    quantized(net, torch.rand(4, 1, 8, 8))
+    for wrong in (torch.rand(4, 2, 8, 8), torch.rand(4, 1, 9, 9), torch.rand(4, 1, 2, 2)):
+        with torch.no_grad(), pytest.raises(RuntimeError):
+            net(wrong)
+
+
 def test_attached_again():
     """A quantizer that is attached twice counts once."""
     net = nn.Sequential(nn.Linear(4, 2))
