@@ -104,7 +104,6 @@ class Quantize(Callback):
         self._shapes: list[torch.Size] = []
         self._quantizers: dict[str, InputQuantizer] = {}
         self._loaded: dict[str, list[float]] | None = None
-        self._loaded_spec: dict[str, Any] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Forgets an earlier training."""
