@@ -100,12 +100,16 @@ def layer_chain(rng: random.Random) -> dict[str, Any]:
     for _ in range(convolutions):
         out, kernel, pool = rng.choice([2, 16, 20]), rng.choice([1, 3]), rng.random() < 0.5
         padding = (kernel // 2, kernel // 2)
-        layers.append(ops.ChainLayer(*parameters(out, channels, kernel, kernel), padding, rng.random() < 0.5, pool))
+        relu = rng.random() < 0.5
+        scale = rng.choice([0.0, 0.05]) if relu else 0.0
+        layers.append(ops.ChainLayer(*parameters(out, channels, kernel, kernel), padding, relu, pool, scale))
         channels, size = out, size // (2 if pool else 1)
         values = channels * size * size
     for _ in range(linear):
         out = rng.choice([1, 4, 16])
-        layers.append(ops.ChainLayer(*parameters(out, values), relu=rng.random() < 0.5))
+        relu = rng.random() < 0.5
+        scale = rng.choice([0.0, 0.05]) if relu else 0.0
+        layers.append(ops.ChainLayer(*parameters(out, values), relu=relu, output_scale=scale))
         values = out
     ops.layer_chain(input, layers).sum().backward()
     return {"input": input}

@@ -132,12 +132,12 @@ def test_opcheck(name, dtype):
         detached = CHAINS["cnn"].arguments(
             input.detach(), with_tensors(layers, [t.detach() for t in tensors_of(layers)])
         )
-        input, weights, _, settings = detached
+        input, weights, biases, settings, scales = detached
         inner = ("test_schema", "test_faketensor")
         forward = torch.ops.lightkit._layer_chain_forward.default
         for keep in (True, False):
-            torch.library.opcheck(forward, (*detached, keep), test_utils=inner)
-        output, activations, index = forward(*detached, True)
+            torch.library.opcheck(forward, (input, weights, biases, settings, keep, scales), test_utils=inner)
+        output, activations, index = forward(input, weights, biases, settings, True, scales)
         backward = torch.ops.lightkit._layer_chain_backward.default
         for wanted in ([1] * (1 + 2 * len(layers)), [0, 1] * len(layers) + [0]):
             arguments = (output, input, weights, activations, index, settings, wanted)

@@ -78,6 +78,7 @@ def chain_values() -> dict[str, Any]:
         "biases": biases,
         "settings": settings,
         "keep": True,
+        "scales": [0.1, 0.0],
         "grad_output": torch.ones_like(output),
         "activations": activations,
         "argmax": argmax,
