@@ -182,6 +182,7 @@ CHOICES = {
     "callbacks.checkpoint.mode",
     "callbacks.early_stopping.mode",
     "compress.distil.targets",
+    "compress.quantize.activations",
     "data.fit",
     "data.kind",
     "data.layout",
