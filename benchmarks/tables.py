@@ -14,6 +14,7 @@ import re
 import sys
 from pathlib import Path
 
+import compression_tables  # noqa: F401
 import job_tables  # noqa: F401
 import kernel_tables  # noqa: F401
 from markdown_tables import TABLES

@@ -187,7 +187,7 @@ def int8_chain_of(layers: Iterable[nn.Module], input: Tensor) -> Int8Chain | Non
 
 @dataclass(frozen=True)
 class _MadeFrom:
-    """What a chain was made from: the levels of its layers, and the scales and zero points of their inputs."""
+    """Describes the origin of a chain: the levels of its layers, and the scales and zero points of their inputs."""
 
     levels: list[WeightLevels | None]
     ranges: list[tuple[float | None, int]]
