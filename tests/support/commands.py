@@ -15,6 +15,14 @@ _TESTS = Path(__file__).parents[1]
 
 _warm = WarmProcess()
 
+# What Lightning sets in a process that it trains in: a process that inherits it would take itself for one of several.
+_RANKS = ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "RANK", "WORLD_SIZE")
+
+
+def _variables(given: dict[str, str] | None) -> dict[str, str]:
+    """Returns the variables of this process, except those of a training in it, and the given ones."""
+    return {**{name: value for name, value in os.environ.items() if name not in _RANKS}, **(given or {})}
+
 
 def python_path(*directories: str | Path) -> dict[str, str]:
     """Returns the variable with which a process finds modules of directories below tests/, and ``support``."""
@@ -45,7 +53,7 @@ def run(
         status: the exit status it must have; None allows any.
         timeout: seconds after which it is killed.
     """
-    variables = {**os.environ, **(environment or {})}
+    variables = _variables(environment)
     result = _warm.run("-m", f"lightkit.{name}", *arguments, cwd=cwd, environment=variables, timeout=timeout)
     assert status is None or result.returncode == status, result.stderr
     return result
@@ -70,7 +78,7 @@ def run_python(
     After ``timeout`` the error has the stacks of the process and of those that it has started.
     """
     command = [sys.executable, *map(str, arguments)]
-    variables = {**os.environ, **(environment or {}), "PYTHONFAULTHANDLER": "1"}
+    variables = {**_variables(environment), "PYTHONFAULTHANDLER": "1"}
     with subprocess.Popen(
         command,
         cwd=cwd,
