@@ -3,13 +3,17 @@
     python benchmarks/int8_chain.py --threads 1 [--seconds 10]
 
 All contenders run the same random weights on the same images of 28x28, batch by batch. The 8-bit ones have per-channel
-weights and unsigned activations, with ranges from 256 images. Peers: ONNX Runtime on the float32 network and on the
-network that its quantize_static makes of it (QDQ, which its kernels fuse), torch eager, and lightkit's own float32
-operation. A second table has `fake_quantize_weights` for the weights of the CNN, beside torch's operations.
+weights, with ranges from 256 images. Peers: ONNX Runtime on the float32 network and on the network that its
+quantize_static makes of it (QDQ, which its kernels fuse), torch eager, lightkit's own float32 operation, and, where the
+packages executorch and torchao are installed, XNNPACK on the network as ExecuTorch's own quantizer prepares it. XNNPACK
+has a thread for each core that the process may use, so that `--threads 1` keeps the process on one core. A second table
+has `fake_quantize_weights` for the weights of the CNN, beside torch's operations.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import tempfile
 from collections.abc import Callable
 from functools import cache
@@ -106,6 +110,34 @@ def session(quantized: bool) -> object:
         return onnxruntime.InferenceSession((smaller if quantized else path).read_bytes(), options)
 
 
+def xnnpack(batch: int) -> Callable[[Tensor], object]:
+    """Returns ExecuTorch's program of the CNN in 8 bits for a batch, all of it computed by XNNPACK."""
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+        XNNPACKQuantizer,
+        get_symmetric_quantization_config,
+    )
+    from executorch.exir import to_edge_transform_and_lower
+    from executorch.runtime import Runtime
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    if torch.get_num_threads() == 1:
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    images = calibration()
+    network = nn.Sequential(*modules()).eval()
+    quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
+    prepared = prepare_pt2e(torch.export.export(network, (images[:batch],)).module(), quantizer)
+    for part in images.split(batch):
+        prepared(part)
+    exported = torch.export.export(convert_pt2e(prepared), (images[:batch],))
+    program = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()]).to_executorch()
+    # A method reads the memory of its program, which a plain method object does not keep.
+    buffer = program.buffer
+    loaded = Runtime.get().load_program(buffer)
+    method = loaded.load_method("forward")
+    return lambda x: (buffer, loaded, method.execute([x]))[-1]
+
+
 @torch.no_grad()
 def run(model: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
     return model(input)
@@ -118,7 +150,12 @@ def predictions(batch: int) -> dict[str, Callable[[], object]]:
     own, float32, int8 = int8_chain(), session(False), session(True)
     agreement = (own(input).argmax(1) == run(network("torch"), input).argmax(1)).double().mean()
     print(f"batch {batch}: {agreement:.1%} of the classes are those of float32")
+    peers: dict[str, Callable[[], object]] = {}
+    if all(importlib.util.find_spec(name) for name in ("executorch", "torchao")):
+        program = xnnpack(batch)
+        peers["xnnpack int8"] = lambda: program(input)
     return {
+        **peers,
         "eager": lambda: run(network("torch"), input),
         "float32": lambda: run(network("fused"), input),
         "onnxruntime float32": lambda: float32.run(None, feed),

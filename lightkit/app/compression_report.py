@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,14 +29,17 @@ class Comparison:
         directory: the directory of the results.
         columns: the values of each model by name of the value, by the name of the model: "dense", "dense, trained on"
             and "compressed".
-        trials: the shares of multiply-adds that ``max_drop`` has tried, with the drop of accuracy of each.
+        trials: what ``max_drop`` has tried: the share of multiply-adds, or the mean bits of a weight and whether the
+            model was trained, with the drop of accuracy of each.
         layers: the bits and the relative error of each rounded weight, by name: see `layer_errors`.
+        runtimes: what other runtimes do with the models: see `lightkit.app.runtime_comparison.measure_runtimes`.
     """
 
     directory: Path
     columns: dict[str, dict[str, Any]]
-    trials: list[dict[str, float]]
+    trials: list[dict[str, Any]]
     layers: dict[str, dict[str, float]]
+    runtimes: dict[str, dict[str, dict[str, Any]]]
 
 
 def layer_errors(checkpoint: Mapping[str, Any], levels: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:
@@ -68,6 +71,7 @@ def content(comparison: Comparison, path: Path, epochs: int) -> dict[str, Any]:
         "models": comparison.columns,
         "trials": comparison.trials,
         "layers": comparison.layers,
+        "runtimes": comparison.runtimes,
         "environment": run_files.environment(),
     }
 
@@ -94,6 +98,8 @@ def print_comparison(comparison: Comparison) -> None:
     """Prints the comparison as tables, and the paths of the results."""
     for index, name in enumerate(comparison.columns):
         print_table(name, {row: texts[index] for row, texts in rows(comparison) if texts[index]})
+    for runtime, models in comparison.runtimes.items():
+        print_table(f"in {runtime}", {name: ", ".join(_described(values)) for name, values in models.items()})
     directory = comparison.directory
     places = {
         "checkpoint": directory / "checkpoints" / "best.ckpt",
@@ -114,23 +120,60 @@ def page(comparison: Comparison, path: Path, epochs: int) -> str:
         f"<p>The compressed model and the dense one that was trained on had {epochs} epochs from {escape(str(path))}. "
         "The interval of an accuracy has 95 %. Latencies are medians of calls in turn on this machine.</p>"
     )
-    tried = "".join(
-        f"<tr><td>{trial['keep_macs']}</td><td>{format_number(trial['drop'])}</td></tr>" for trial in comparison.trials
-    )
-    search = (
-        f"<section><h2>Search</h2><table><tr><th>keep_macs</th><th>drop of accuracy in validation</th></tr>{tried}"
-        "</table></section>"
-        if tried
-        else ""
-    )
-    rounded = "".join(
-        "<tr>"
-        f"<td>{escape(name)}</td><td>{layer['bits']}</td><td>{format_percentage(round(layer['error'], 4))}</td>"
-        "</tr>"
-        for name, layer in comparison.layers.items()
-    )
-    if rounded:
-        names = "<tr><th>weight</th><th>bits</th><th>rounding error, relative</th></tr>"
-        search += f"<section><h2>Rounded weights</h2><table>{names}{rounded}</table></section>"
+    search = _section("Search", *_trial_rows(comparison.trials)) if comparison.trials else ""
+    if comparison.layers:
+        layers = [
+            [name, str(layer["bits"]), format_percentage(round(layer["error"], 4))]
+            for name, layer in comparison.layers.items()
+        ]
+        search += _section("Rounded weights", ["weight", "bits", "rounding error, relative"], layers)
+    if comparison.runtimes:
+        search += _section("In other runtimes", *_runtime_rows(comparison.runtimes))
     section = f'<section><h2>Dense and compressed</h2><div class="scroll"><table><tr><th></th>{head}</tr>{body}</table>'
     return render_page("compression", path.name, f"{section}</div>{note}</section>{search}")
+
+
+def _section(title: str, head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    names = "".join(f"<th>{escape(name)}</th>" for name in head)
+    lines = "".join(f"<tr>{''.join(f'<td>{escape(text)}</td>' for text in line)}</tr>" for line in body)
+    table = f"<table><tr>{names}</tr>{lines}</table>"
+    return f'<section><h2>{escape(title)}</h2><div class="scroll">{table}</div></section>'
+
+
+def _trial_rows(trials: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Returns the names of the columns and the rows of the models that a search has tried."""
+    names = {
+        "keep_macs": "share of multiply-adds",
+        "bits": "mean bits of a weight",
+        "trained": "trained",
+        "drop": "drop of accuracy in validation",
+    }
+    known = [name for name in names if any(name in trial for trial in trials)]
+    rows = [[_plain(trial.get(name)) for name in known] for trial in trials]
+    return [names[name] for name in known], rows
+
+
+def _runtime_rows(runtimes: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> tuple[list[str], list[list[str]]]:
+    """Returns the names of the columns and the rows of the models in the runtimes."""
+    return ["runtime", "model", ""], [
+        [runtime, name, ", ".join(_described(values))]
+        for runtime, models in runtimes.items()
+        for name, values in models.items()
+    ]
+
+
+def _described(values: Mapping[str, Any]) -> list[str]:
+    """Returns what a runtime does with a model, as texts."""
+    if "reason" in values:
+        return [f"cannot take it: {values['reason']}"]
+    texts = [f"{values['bytes']:,} bytes"]
+    texts += [f"{format_number(value)} {name}" for name, value in values.items() if name.startswith("ms at")]
+    if "labels" in values:
+        texts.append(f"{values['labels that differ']:,} of {values['labels']:,} labels differ from lightkit's")
+    elif "largest difference" in values:
+        texts.append(f"outputs differ by up to {format_number(values['largest difference'])}")
+    return texts
+
+
+def _plain(value: Any) -> str:
+    return "" if value is None else format_number(value) if isinstance(value, float) else str(value)

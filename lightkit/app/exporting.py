@@ -80,7 +80,7 @@ def export_task(
             f"{'several, and means of values' if model is not None else 'no attribute model that is a module'}"
         )
     task.eval()
-    calls = _calls(task, model, batches)
+    calls = model_calls(task, model, batches)
     first = next(calls, None)
     if first is None:
         raise ConfigError("an export is compared with the model, and there is no sample to compare them on")
@@ -187,7 +187,12 @@ def rows(agreement: Agreement, path: Path, format: str) -> dict[str, str]:
 
 
 def compare(
-    path: Path, model: nn.Module, calls: Iterable[tuple[tuple[Tensor, ...], Tensor]], has_labels: Any
+    path: Path,
+    model: nn.Module,
+    calls: Iterable[tuple[tuple[Tensor, ...], Tensor]],
+    has_labels: Any,
+    *,
+    measure_errors: bool = True,
 ) -> Agreement:
     """Compares a file with the model from which this process wrote it.
 
@@ -196,10 +201,11 @@ def compare(
         model: the model in evaluation mode.
         calls: the inputs of each call of the model, and what it returned.
         has_labels: True if the outputs are logits of classes.
+        measure_errors: True computes the model in float64, too.
     """
     # This process wrote the file.
     runtime, _ = open_export(path, trust=True)
-    exported, exact_model = ExportedModel(runtime), _in_float64(model)
+    exported, exact_model = ExportedModel(runtime), _in_float64(model) if measure_errors else None
     agreement, values = Agreement(has_levels=is_quantized(model)), 0
     with torch.no_grad():
         for inputs, expected in calls:
@@ -246,10 +252,19 @@ def input_specs(model: nn.Module, inputs: tuple[Tensor, ...], is_fixed: bool = F
     return tuple(specs)
 
 
-def _calls(
+def model_calls(
     task: pl.LightningModule, model: nn.Module, batches: Iterable[Any]
 ) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
-    """Yields the inputs and the output of each call of a model, one for each batch."""
+    """Yields the inputs and the output of each call of a model, one for each batch.
+
+    Args:
+        task: the task, in evaluation mode.
+        model: its model.
+        batches: the batches, as ``predict_step`` of the task takes them, for a language model ``(tokens, targets)``.
+
+    Raises:
+        ConfigError: the task does not call the model once for a batch, with tensors.
+    """
     calls: list[tuple[Any, Any]] = []
     step: Callable[..., Any] = task.predict_step
     if isinstance(task, LanguageModelTask):

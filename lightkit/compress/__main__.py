@@ -17,7 +17,7 @@ class Keys(TypedDict):
     ckpt_path: str
     keep_macs: float | None
     zeros: float | None
-    bits: int | None
+    bits: int | str | None
     max_drop: float | None
     distil: float
     epochs: int | None
@@ -28,6 +28,7 @@ class Keys(TypedDict):
     download: bool
     accelerator: str
     seed: int
+    runtimes: bool
 
 
 @entry_point("compress", Keys)
@@ -41,8 +42,9 @@ def main(config: DictConfig) -> None:
         LightkitError: the checkpoint, its data or an option cannot be used, or no model keeps ``max_drop``.
     """
     # As in lightkit.train, --help does not wait for these imports.
-    from lightkit.app.compressing import CompressionRequest, compress_checkpoint
+    from lightkit.app.compressing import compress_checkpoint
     from lightkit.app.compression_report import print_comparison
+    from lightkit.app.compression_request import CompressionRequest
     from lightkit.app.ensembles import find_members
     from lightkit.errors import ConfigError
 

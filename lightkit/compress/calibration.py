@@ -2,21 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightkit.compress.error_compensation import InputProducts, compensated
-from lightkit.compress.packing import PACKED_KEY
+from lightkit.compress.packing import PACKED_KEY, packed_entry
 from lightkit.compress.quantization import spec_of
 from lightkit.compress.scheme import QuantizationScheme
-from lightkit.compress.weight_formats import quantizable_weights
+from lightkit.compress.weight_formats import WeightFormat, quantizable_weights
 from lightkit.nn.input_quantizer import InputQuantizer
+from lightkit.ops.fake_quantize import fake_quantize_weights
 
 # Weights of so many bits are rounded to the nearest level: their errors do not matter.
 _EXACT_BITS = 8
+
+
+class Calibration:
+    """What samples say of a trained module: the ranges of its layers' inputs, and the products of these inputs.
+
+    Args:
+        module: the module, in evaluation mode, which stays as it is.
+        scheme: decides which layers' inputs are rounded.
+        run: calls the module with samples of the training data.
+        bits: the smallest number of bits that weights will get; with 8 there is no need for products.
+    """
+
+    def __init__(self, module: nn.Module, scheme: QuantizationScheme, run: Callable[[], object], bits: int) -> None:
+        self._weights = {name: weight for name, _, weight in quantizable_weights(module)}
+        self._quantizers = {name: InputQuantizer() for name in scheme.rounded_layers(module)}
+        self._products = {
+            name: InputProducts(layer)  # pyright: ignore[reportArgumentType]
+            for name, layer, _ in quantizable_weights(module)
+            if bits < _EXACT_BITS and InputProducts.are_known(layer)
+        }
+        observers: list[tuple[nn.Module, InputQuantizer | InputProducts]] = [
+            (module.get_submodule(name), quantizer) for name, quantizer in self._quantizers.items()
+        ]
+        observers += [(each.layer, each) for each in self._products.values()]
+        handles = [layer.register_forward_pre_hook(_observing(observer.observe)) for layer, observer in observers]
+        try:
+            with torch.no_grad():
+                run()
+        finally:
+            for handle in handles:
+                handle.remove()
+        for quantizer in self._quantizers.values():
+            quantizer.freeze()
+
+    def levels(self, name: str, weight_format: WeightFormat) -> tuple[Tensor, Tensor]:
+        """Returns the integer levels of a weight, int8 of its shape, and the scales of its rows, float32.
+
+        Below 8 bits the levels of convolutions and linear layers are those that change the outputs of the layer least
+        on the samples: see `lightkit.compress.error_compensation`.
+
+        Args:
+            name: the name of the weight.
+            weight_format: its bits.
+        """
+        products = self._products.get(name)
+        if weight_format.bits < _EXACT_BITS and products is not None and products.total is not None:
+            return compensated(self._weights[name], weight_format, products.total)
+        source = self._weights[name].detach().float().contiguous()
+        rows = weight_format.rows(source)
+        rounded = torch.empty_like(rows)
+        (scales,) = fake_quantize_weights([rows], [rounded], weight_format.bits)
+        return (rounded / scales[:, None]).round().to(torch.int8).view(source.shape), scales
+
+    def spec(self, formats: Mapping[str, WeightFormat]) -> dict[str, Any]:
+        """Returns the entry of a checkpoint under `lightkit.compress.QUANTIZATION_KEY`.
+
+        Args:
+            formats: the format of each weight, by name.
+        """
+        spec = spec_of(formats, self._quantizers)
+        packed = {
+            name: packed_entry(*self.levels(name, formats[name]), formats[name].bits)
+            for name, products in self._products.items()
+            if products.total is not None and formats[name].bits < _EXACT_BITS
+        }
+        return {**spec, PACKED_KEY: packed} if packed else spec
 
 
 def calibrate(module: nn.Module, scheme: QuantizationScheme, run: Callable[[], object]) -> dict[str, Any]:
@@ -35,33 +102,7 @@ def calibrate(module: nn.Module, scheme: QuantizationScheme, run: Callable[[], o
     Returns:
         The entry of a checkpoint under `lightkit.compress.QUANTIZATION_KEY`.
     """
-    quantizers = {name: InputQuantizer() for name in scheme.rounded_layers(module)}
-    formats = scheme.formats(module)
-    products = {
-        name: InputProducts(layer)  # pyright: ignore[reportArgumentType]
-        for name, layer, _ in quantizable_weights(module)
-        if formats[name].bits < _EXACT_BITS and InputProducts.are_known(layer)
-    }
-    observers: list[tuple[nn.Module, InputQuantizer | InputProducts]] = [
-        (module.get_submodule(name), quantizer) for name, quantizer in quantizers.items()
-    ]
-    observers += [(each.layer, each) for each in products.values()]
-    handles = [layer.register_forward_pre_hook(_observing(observer.observe)) for layer, observer in observers]
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    for quantizer in quantizers.values():
-        quantizer.freeze()
-    spec = spec_of(formats, quantizers)
-    packed = {
-        name: compensated(each.layer.weight, formats[name], each.total)
-        for name, each in products.items()
-        if each.total is not None
-    }
-    return {**spec, PACKED_KEY: packed} if packed else spec
+    return Calibration(module, scheme, run, scheme.least_bits).spec(scheme.formats(module))
 
 
 def _observing(observe: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple[Any, ...]], None]:

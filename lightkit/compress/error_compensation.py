@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightkit.compress.packing import pack_levels
 from lightkit.compress.weight_formats import WeightFormat, largest_level
 from lightkit.ops.fake_quantize import fake_quantize_weights
 
@@ -53,8 +50,8 @@ class InputProducts:
         self.total = products if self.total is None else self.total + products
 
 
-def compensated(weight: Tensor, weight_format: WeightFormat, products: Tensor) -> dict[str, Any]:
-    """Returns the packed levels of a weight by GPTQ [1]_.
+def compensated(weight: Tensor, weight_format: WeightFormat, products: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the levels of a weight by GPTQ [1]_, int8 of its shape, and the scales of its rows, float32.
 
     The columns of the weight are rounded one after the other, with the scales of rounding to the nearest level. The
     error of each is spread over the columns that are still to be rounded, so that the outputs change least.
@@ -63,9 +60,6 @@ def compensated(weight: Tensor, weight_format: WeightFormat, products: Tensor) -
         weight: the weight of a convolution or linear layer, floating point.
         weight_format: its bits.
         products: float64 ``(inputs, inputs)``, see `InputProducts`.
-
-    Returns:
-        What `lightkit.compress.packing` has of a weight.
 
     References:
         .. [1] Frantar, Ashkboos, Hoefler and Alistarh, GPTQ: Accurate Post-Training Quantization for Generative
@@ -84,8 +78,7 @@ def compensated(weight: Tensor, weight_format: WeightFormat, products: Tensor) -
         levels[:, column] = _nearest(rows[:, column] / step, weight_format.bits)
         error = (rows[:, column] - levels[:, column] * step) / factor[column, column]
         rows[:, column + 1 :] -= error[:, None] * factor[column, column + 1 :]
-    integers = levels.to(torch.int8).view(weight.shape)
-    return {"shape": list(weight.shape), "levels": pack_levels(integers, weight_format.bits), "scales": scales}
+    return levels.to(torch.int8).view(weight.shape), scales
 
 
 def _inverse_factor(products: Tensor) -> Tensor:

@@ -54,13 +54,20 @@ def pack_weights(checkpoint: dict[str, Any], levels: Mapping[str, tuple[Tensor, 
     for name, (integers, scales) in levels.items():
         del state[name]
         bits, _ = spec["weights"][name]
-        packed[name] = {
-            "shape": list(integers.shape),
-            "levels": pack_levels(integers, bits),
-            "scales": scales.float().cpu(),
-        }
+        packed[name] = packed_entry(integers, scales, bits)
     checkpoint["state_dict"] = state
     checkpoint[QUANTIZATION_KEY] = {**spec, PACKED_KEY: packed}
+
+
+def packed_entry(levels: Tensor, scales: Tensor, bits: int) -> dict[str, Any]:
+    """Returns the entry of a weight under `PACKED_KEY`.
+
+    Args:
+        levels: int8 of the weight's shape.
+        scales: float32 ``(rows,)``.
+        bits: the bits of the weight.
+    """
+    return {"shape": list(levels.shape), "levels": pack_levels(levels, bits), "scales": scales.float().cpu()}
 
 
 def unpack_weights(checkpoint: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:

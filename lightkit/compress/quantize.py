@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -49,7 +51,7 @@ class Quantize(Callback):
     the first round, checkpoints and early stopping forget the scores so far, which are those of the model in float.
 
     Args:
-        bits: see `lightkit.compress.QuantizationScheme`, as for the next three.
+        bits: see `lightkit.compress.QuantizationScheme`, as for the next three and ``layers``.
         activations: as there.
         edge_bits: as there.
         group_size: as there.
@@ -57,6 +59,7 @@ class Quantize(Callback):
         end: the share before the last round.
         rounds: the number of rounds.
         batches: the number of batches that a round observes.
+        layers: the bits of some weights by patterns of names, such as ``{"features.3": 4}``.
 
     Raises:
         ConfigError: an argument is none of these; or the training cannot be quantized, see
@@ -80,8 +83,9 @@ class Quantize(Callback):
         end: float = 0.85,
         rounds: int = 2,
         batches: int = 16,
+        layers: Mapping[str, int] | None = None,
     ) -> None:
-        self.scheme = QuantizationScheme(bits, activations, edge_bits, group_size)
+        self.scheme = QuantizationScheme(bits, activations, edge_bits, group_size, layers)
         self.start, self.end = check_share("start", start), check_share("end", end)
         if self.end < self.start:
             raise ConfigError(f"end must be at least start, which is {start}, got {end}")
@@ -130,7 +134,8 @@ class Quantize(Callback):
             raise ConfigError("Quantize: LBFGS evaluates the model within a step; use another optimizer")
         if not any(True for _ in quantizable_weights(pl_module)):
             raise ConfigError("Quantize: the module has no convolution, linear, recurrent or embedding layer")
-        if self.scheme.bits == 2 and any(isinstance(callback, Sparsify) for callback in callbacks_of(trainer)):
+        self.scheme.formats(pl_module)
+        if self.scheme.least_bits == 2 and any(isinstance(callback, Sparsify) for callback in callbacks_of(trainer)):
             raise ConfigError("Quantize: weights of 2 bits have no zero for Sparsify; use more bits")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -334,9 +339,11 @@ class Quantize(Callback):
         count = sum(p.numel() for p in self._weights.parameters.values())
         rest = sum(p.numel() for p in pl_module.parameters()) - count
         inputs = f"; the inputs of {len(self._quantizers)} layers have 8 bits" if self._quantizers else ""
-        bits, edge_bits = self.scheme.bits, self.scheme.edge_bits
-        edges = f", the first and the last tensor to {edge_bits}" if edge_bits > bits else ""
-        return f"quantized {count:,} weights to {bits} bits{edges}{inputs}; {rest:,} parameters stay in float"
+        by_bits: Counter[int] = Counter()
+        for name, weight_format in self._weights.formats.items():
+            by_bits[weight_format.bits] += self._weights.parameters[name].numel()
+        shown = ", ".join(f"{number:,} to {bits} bits" for bits, number in sorted(by_bits.items()))
+        return f"quantized {count:,} weights: {shown}{inputs}; {rest:,} parameters stay in float"
 
 
 def _is_range(value: Any) -> bool:

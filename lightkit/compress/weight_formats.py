@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -84,7 +84,9 @@ def takes_quantizer(layer: nn.Module) -> bool:
     return isinstance(layer, (_ConvNd, nn.Linear)) and not isinstance(layer, _ConvTransposeNd)
 
 
-def choose_formats(module: nn.Module, bits: int, group_size: int, edge_bits: int) -> dict[str, WeightFormat]:
+def choose_formats(
+    module: nn.Module, bits: int, group_size: int, edge_bits: int, exceptions: Mapping[str, int]
+) -> dict[str, WeightFormat]:
     """Returns the format of each weight of a module, by name.
 
     Args:
@@ -93,13 +95,14 @@ def choose_formats(module: nn.Module, bits: int, group_size: int, edge_bits: int
         group_size: the number of values that share a scale in linear layers whose rows are a multiple of it; 0 gives
             each row a scale.
         edge_bits: the least bits of the first and the last weight, which the model is most sensitive to.
+        exceptions: the bits of some weights, by name.
     """
     # The head of a language model may have the weight of its embedding.
     parameters = [parameter for _, _, parameter in _weights(module)]
     edges = {parameters[0], parameters[-1]} if parameters else set()
     formats: dict[str, WeightFormat] = {}
     for name, layer, weight in quantizable_weights(module):
-        is_edge = weight in edges
+        usual = max(bits, edge_bits) if weight in edges else bits
         grouped = group_size > 0 and isinstance(layer, nn.Linear) and weight.shape[1] % group_size == 0
-        formats[name] = WeightFormat(max(bits, edge_bits) if is_edge else bits, group_size if grouped else 0)
+        formats[name] = WeightFormat(exceptions.get(name, usual), group_size if grouped else 0)
     return formats

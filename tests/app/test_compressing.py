@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from lightkit import load
-from lightkit.app.compressing import CompressionRequest, compress_checkpoint
+from lightkit.app.compressing import compress_checkpoint
+from lightkit.app.compression_job import CompressionJob
+from lightkit.app.compression_request import CompressionRequest
 from lightkit.app.deployment import bytes_of
 from lightkit.app.model_measurements import accuracy_interval, multiply_adds
+from lightkit.app.runtime_comparison import measure_runtimes
 from lightkit.checkpoints import CONFIG_KEY, load_checkpoint
-from lightkit.compress import WIDTHS_KEY
+from lightkit.compress import QUANTIZATION_KEY, WIDTHS_KEY
 from lightkit.errors import ConfigError
 from lightkit.models import CNN
 from lightkit.nn.int8_layers import int8_chain_of
@@ -35,6 +39,9 @@ CONFIG = {
     },
     "trainer": {"max_epochs": 1},
 }
+
+LAYERS = ("features.0", "features.3", "features.6", "classifier.1", "classifier.3")
+LAYERS = tuple(f"model.{name}.weight" for name in LAYERS)
 
 
 @pytest.fixture
@@ -66,6 +73,12 @@ def test_compressed(dense, call, tmp_path):
     assert models["dense"]["ms at batch 32"] > 0
     page = (directory / "report.html").read_text()
     assert "dense, trained on" in page and "multiply-adds" in page
+    # The runtime has the same labels as lightkit.
+    measured = content["runtimes"]["onnx"]
+    assert list(measured) == ["dense", "compressed"] and measured["dense"]["ms at batch 32"] > 0
+    assert measured["compressed"]["labels that differ"] == 0 and measured["compressed"]["labels"] == 1000
+    assert measured["compressed"]["bytes"] < measured["dense"]["bytes"]
+    assert "0 of 1,000 labels differ" in page and "in onnx" in result.stdout
     # The loaded model is the compressed one.
     net = load(path).task.model
     assert multiply_adds(net, [torch.zeros(1, 1, 28, 28)]) == models["compressed"]["multiply-adds"]
@@ -79,7 +92,8 @@ def test_compressed(dense, call, tmp_path):
 @pytest.mark.parametrize("epochs", [0, 1])
 def test_few_bits(dense, call, tmp_path, epochs):
     """With or without a training, the small checkpoint gives the figures of the comparison in few bytes."""
-    words = ["ckpt_path=dense.ckpt", "keep_macs=null", "bits=4", f"epochs={epochs}", "accelerator=cpu", "compare=false"]
+    words = ["keep_macs=null", "bits=4", f"epochs={epochs}", "accelerator=cpu", "compare=false", "runtimes=false"]
+    words = ["ckpt_path=dense.ckpt", *words]
     result = call("compress.__main__", *words, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     directory = tmp_path / "dense-compressed"
@@ -107,17 +121,81 @@ def test_few_bits(dense, call, tmp_path, epochs):
 @pytest.mark.slow
 def test_max_drop(dense, monkeypatch):
     """The search keeps the smallest model that passes, and says what each trial has lost; no model is one line."""
-    monkeypatch.setattr("lightkit.app.compressing._SHARES", (0.7, 0.4, 0.2))
-    request = CompressionRequest(max_drop=0.9, epochs=1, compare=False, accelerator="cpu")
+    monkeypatch.setattr("lightkit.app.compression_search._SHARES", (0.7, 0.4, 0.2))
+    request = CompressionRequest(max_drop=0.9, epochs=1, compare=False, accelerator="cpu", runtimes=False)
     comparison = compress_checkpoint(dense, request)
     assert [trial["keep_macs"] for trial in comparison.trials] == [0.4, 0.2]
     assert comparison.columns["compressed"]["multiply-adds"] <= 0.2 * comparison.columns["dense"]["multiply-adds"]
     assert load_checkpoint(comparison.directory / "checkpoints" / "best.ckpt")[WIDTHS_KEY]
 
 
+@pytest.mark.slow
+def test_bits_by_layer(dense, monkeypatch):
+    """Without a training the search takes as many bits as the accuracy allows; the checkpoint has the bits of each."""
+    options = {"keep_macs": None, "bits": "auto", "epochs": 0, "compare": False, "accelerator": "cpu"}
+    # A model that has learnt nothing loses nothing: all weights get 2 bits.
+    comparison = compress_checkpoint(dense, CompressionRequest(max_drop=0.99, runtimes=False, **options))
+    assert {layer["bits"] for layer in comparison.layers.values()} == {2}
+    assert comparison.trials[-1]["bits"] == 2 and {trial["trained"] for trial in comparison.trials} == {"no"}
+    assert "mean bits of a weight" in (comparison.directory / "report.html").read_text()
+    # The search stops at the first weight whose bits cost too much.
+    wanted = {"model.features.3.weight", "model.features.6.weight"}
+
+    def fits(self, task):
+        levels = {name: len(values.unique()) for name, values, _ in weights(task)}
+        return {"val/accuracy": 1.0 if all(count > 4 for name, count in levels.items() if name not in wanted) else 0.5}
+
+    def weights(task):
+        return [(name, p.flatten(1)[0], p) for name, p in task.named_parameters() if p.dim() > 1]
+
+    order = [dict.fromkeys(LAYERS, 8), dict.fromkeys(LAYERS, 8) | dict.fromkeys(wanted, 2), dict.fromkeys(LAYERS, 2)]
+    monkeypatch.setattr("lightkit.app.compression_search.order_of_bits", lambda losses, sizes: order)
+    monkeypatch.setattr("lightkit.app.compression_job.CompressionJob.validate", fits)
+    request = CompressionRequest(max_drop=0.1, runtimes=False, output=str(dense.parent / "second"), **options)
+    comparison = compress_checkpoint(dense, request)
+    assert {name for name, layer in comparison.layers.items() if layer["bits"] == 2} == wanted
+    assert load_checkpoint(comparison.directory / "deploy.ckpt")[QUANTIZATION_KEY]["weights"][min(wanted)] == [2, 0]
+
+
+@pytest.mark.slow
+def test_bits_by_layer_with_a_training(dense, monkeypatch):
+    """Where rounding alone loses too much, a training with these bits follows, and the better model is kept."""
+    order = [dict.fromkeys(LAYERS, 8), dict.fromkeys(LAYERS, 2)]
+    monkeypatch.setattr("lightkit.app.compression_search.order_of_bits", lambda losses, sizes: order)
+    rounded = CompressionJob.round
+
+    def round(self, spec):
+        trained = rounded(self, spec)
+        few = [2, 0] in spec["weights"].values()
+        return replace(trained, validation={"val/accuracy": 0.0 if few else 1.0})
+
+    monkeypatch.setattr(CompressionJob, "round", round)
+    options = {"keep_macs": None, "bits": "auto", "epochs": 1, "compare": False, "accelerator": "cpu"}
+    comparison = compress_checkpoint(dense, CompressionRequest(max_drop=0.01, runtimes=False, **options))
+    assert [trial["trained"] for trial in comparison.trials] == ["no", "no", "yes"]
+    assert {layer["bits"] for layer in comparison.layers.values()} == {2}
+    assert comparison.columns["compressed"]["test/accuracy"] > comparison.columns["dense"]["test/accuracy"]
+
+
+def test_a_runtime_that_cannot_take_a_model():
+    """The table has the reason in one line, and the other runtimes are measured."""
+
+    class Odd(torch.nn.Module):
+        def forward(self, images):
+            return images.flatten(1) if images.sum() > 0 else images.flatten(1) * 2
+
+    calls = [((torch.zeros(40, 1, 4, 4),), torch.zeros(40, 16))]
+    found = measure_runtimes({"dense": Odd(), "compressed": torch.nn.Flatten().eval()}, calls, True, (1, 32))["onnx"]
+    assert list(found["dense"]) == ["reason"] and "\n" not in found["dense"]["reason"]
+    assert found["compressed"]["labels that differ"] == 0 and found["compressed"]["ms at batch 1"] > 0
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
+        ({"bits": "auto"}, "bits must be 8, 4, 3, 2 or null, or with max_drop auto"),
+        ({"bits": "all", "max_drop": 0.1}, "bits must be 8, 4, 3, 2 or null"),
+        ({"bits": "auto", "max_drop": 0.1, "zeros": 0.5}, "bits=auto may choose 2 bits, which have no zero"),
         ({"keep_macs": None}, "keep_macs, zeros, bits and max_drop are all null"),
         ({"max_drop": 1.5}, "max_drop must be a share"),
         ({"distil": -1}, "distil must be a number from 0 to 1"),

@@ -10,7 +10,7 @@ from torch import nn
 
 from lightkit.compress import QUANTIZATION_KEY, QuantizationScheme, apply_quantization, calibrate
 from lightkit.compress.error_compensation import InputProducts, compensated
-from lightkit.compress.packing import PACKED_KEY, unpack_levels
+from lightkit.compress.packing import PACKED_KEY, weight_of
 from lightkit.compress.weight_formats import WeightFormat
 from lightkit.models import Transformer
 from lightkit.nn.input_quantizer import quantizer_of
@@ -41,10 +41,8 @@ def test_outputs_change_less(bits, group_size):
     products = InputProducts(layer)
     products.observe(x[:250].view(5, 50, 32))
     products.observe(x[250:])
-    packed = compensated(layer.weight, WeightFormat(bits, group_size), products.total)
     better = copy.deepcopy(layer)
-    levels = unpack_levels(packed["levels"], bits, 24 * 32).view(len(packed["scales"]), -1)
-    better.weight.data = (levels * packed["scales"][:, None]).view(24, 32)
+    better.weight.data = weight_of(*compensated(layer.weight, WeightFormat(bits, group_size), products.total))
     with torch.no_grad():
         errors = [float((net(x) - layer(x)).square().mean()) for net in (better, nearest(layer, bits, group_size))]
     assert errors[0] < 0.5 * errors[1]
@@ -53,9 +51,8 @@ def test_outputs_change_less(bits, group_size):
 def test_independent_inputs_are_rounded_to_the_nearest():
     """Without dependence there is nothing to make up for."""
     layer = nn.Linear(16, 8)
-    packed = compensated(layer.weight, WeightFormat(4), torch.eye(16, dtype=torch.float64))
-    levels = unpack_levels(packed["levels"], 4, 128).view(8, 16)
-    assert torch.equal(levels * packed["scales"][:, None], nearest(layer, 4).weight)
+    rounded = weight_of(*compensated(layer.weight, WeightFormat(4), torch.eye(16, dtype=torch.float64)))
+    assert torch.equal(rounded, nearest(layer, 4).weight)
 
 
 @pytest.mark.parametrize("padding", [0, 1])
