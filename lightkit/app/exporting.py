@@ -173,7 +173,7 @@ def rows(agreement: Agreement, path: Path, format: str) -> dict[str, str]:
     """
     files = [path, *(path.with_suffix(suffix) for suffix in FORMATS[format].companions)]
     size = sum(file.stat().st_size for file in files)
-    weights = "int8" if agreement.has_levels and FORMATS[format].has_integers else "float32"
+    weights = FORMATS[format].weights if agreement.has_levels else "float32"
     shown = {"size": f"{size:,} bytes", "weights": weights, "compared on": f"{agreement.samples:,} test samples"}
     if agreement.predictions:
         shown["labels that differ"] = f"{agreement.differing:,} of {agreement.predictions:,}"

@@ -29,8 +29,10 @@ class Format:
         is_safe: True if a file of a stranger makes lightkit compute, and nothing else.
         companions: the suffixes of further files of the same name.
         one_by_one: True if the runtime runs one sample after the other, of a fixed length.
-        has_integers: True if layers of a quantized model have int8 weights, and uint8 inputs; False keeps weights and
-            inputs of such a model in float32, rounded. ExecuTorch's kernels would want more roundings than it has.
+        weights: the dtype of weights in layers of a quantized model: ``"int8"`` or ``"uint8"``, with uint8 inputs; or
+            ``"float32"``, which keeps weights and inputs of such a model in float32, rounded. ExecuTorch's kernels
+            would want more roundings than it has. ONNX Runtime's products of uint8 and int8 saturate at 16 bits on
+            processors without VNNI, and change labels by percents; those of uint8 and uint8 are exact everywhere.
     """
 
     suffix: str
@@ -39,7 +41,7 @@ class Format:
     is_safe: bool
     companions: tuple[str, ...] = ()
     one_by_one: bool = False
-    has_integers: bool = False
+    weights: str = "float32"
 
 
 FORMATS = {
@@ -52,7 +54,7 @@ FORMATS = {
         one_by_one=True,
     ),
     "onnx": Format(
-        ".onnx", "lightkit.export.onnx_file", ("onnx", "onnxscript", "onnxruntime"), is_safe=True, has_integers=True
+        ".onnx", "lightkit.export.onnx_file", ("onnx", "onnxscript", "onnxruntime"), is_safe=True, weights="uint8"
     ),
     "openvino": Format(
         ".xml",
@@ -60,7 +62,7 @@ FORMATS = {
         ("onnx", "onnxscript", "openvino"),
         is_safe=False,
         companions=(".bin",),
-        has_integers=True,
+        weights="int8",
     ),
     "pt2": Format(".pt2", "lightkit.export.pt2_file", (), False),
 }
@@ -99,10 +101,9 @@ def export_model(
 ) -> None:
     """Writes a model in evaluation mode to a file that other programs run.
 
-    The file has the model's operations and weights, which are float32, or int8 in a layer of a quantized model whose
-    format has integers, and ``metadata``: no source lines, no names of
-    classes and no samples. A batch norm becomes part of the convolution or linear map before it. The function does not
-    compare the file with the model.
+    The file has the model's operations and weights, which are float32, or integers in layers of a quantized model:
+    see `Format`; and ``metadata``. It has no source lines, no names of classes and no samples. A batch norm becomes part
+    of the convolution or linear map before it. The function does not compare the file with the model.
 
     Args:
         model: the model, which stays as it is. It returns one tensor.
@@ -124,7 +125,7 @@ def export_model(
     # The import of torch.export takes a second, which reading an export need not wait for.
     from lightkit.export.tracing import trace
 
-    program = trace(model, inputs, chosen.one_by_one, chosen.has_integers)
+    program = trace(model, inputs, chosen.one_by_one, chosen.weights)
     content = {INPUTS: [asdict(spec) for spec in inputs], **(metadata or {})}
     importlib.import_module(chosen.module).write(program, tuple(inputs), Path(path), content)
 

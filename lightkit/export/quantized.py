@@ -20,18 +20,16 @@ def is_quantized(model: nn.Module) -> bool:
     return any(quantizer_of(layer) is not None for layer in model.modules())
 
 
-def with_integers(model: nn.Module) -> nn.Module:
+def with_integers(model: nn.Module, dtype: torch.dtype) -> None:
     """Makes a model show the integers of its layers to torch.export, in place; it computes the same.
 
-    The weight of a layer becomes a buffer of int8 and its dequantization, and the rounding of an input becomes a
+    The weight of a layer becomes a buffer of integers and its dequantization, and the rounding of an input becomes a
     quantization and its dequantization, by the operations of PyTorch 2 Export Quantization [1]_. Weights whose rows
     have several scales, and those of recurrent and embedding layers, stay float32 numbers.
 
     Args:
         model: the model in evaluation mode.
-
-    Returns:
-        The model.
+        dtype: int8, or uint8 with the zero point 128.
 
     References:
         .. [1] https://docs.pytorch.org/ao/stable/pt2e_quantization/
@@ -42,8 +40,7 @@ def with_integers(model: nn.Module) -> nn.Module:
             detach(layer)
             layer.register_forward_pre_hook(_Rounding(quantizer), prepend=True)
         if levels is not None and levels.scales.shape == levels.levels.shape[:1]:
-            parametrize.register_parametrization(layer, "weight", _Dequantize(levels), unsafe=True)
-    return model
+            parametrize.register_parametrization(layer, "weight", _Dequantize(levels, dtype), unsafe=True)
 
 
 class _Rounding:
@@ -65,11 +62,13 @@ class _Dequantize(nn.Module):
     scales: Tensor
     zero_points: Tensor
 
-    def __init__(self, levels: WeightLevels) -> None:
+    def __init__(self, levels: WeightLevels, dtype: torch.dtype) -> None:
         super().__init__()
-        self.register_buffer("levels", levels.levels)
+        zero_point = 128 if dtype == torch.uint8 else 0
+        self.register_buffer("levels", (levels.levels.to(torch.int16) + zero_point).to(dtype))
         self.register_buffer("scales", levels.scales)
-        self.register_buffer("zero_points", torch.zeros(len(levels.scales), dtype=torch.int64))
+        self.register_buffer("zero_points", torch.full((len(levels.scales),), zero_point, dtype=torch.int64))
+        self._range = (zero_point - 127, zero_point + 127, dtype)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return _OPS.dequantize_per_channel(self.levels, self.scales, self.zero_points, 0, -127, 127, torch.int8)
+        return _OPS.dequantize_per_channel(self.levels, self.scales, self.zero_points, 0, *self._range)

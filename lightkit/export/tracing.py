@@ -24,23 +24,25 @@ _EXAMPLE_BATCH, _EXAMPLE_LENGTH = 2, 5
 
 
 def trace(
-    model: nn.Module, inputs: Sequence[InputSpec], one_by_one: bool = False, has_integers: bool = False
+    model: nn.Module, inputs: Sequence[InputSpec], one_by_one: bool = False, weights: str = "float32"
 ) -> ExportedProgram:
     """Records the operations of a model in evaluation mode, with batch norms folded: see `lightkit.export.folding`.
 
-    The weights are float32 on the CPU in the result. The example with which torch.export runs the model has zeros.
+    Weights without integers are float32 in the result, on the CPU. The example with which torch.export runs the model has zeros.
 
     Args:
         model: the model, which stays as it is.
         inputs: the forms of its inputs.
         one_by_one: record the model for one sample instead of for batches, with recurrent layers step by step.
-        has_integers: as in `lightkit.export.formats.Format`.
+        weights: as in `lightkit.export.formats.Format`.
 
     Raises:
         ConfigError: torch.export cannot record the model, as one whose operations depend on values.
     """
     copied = in_float32(model)
-    copied = _Positional(with_integers(copied) if has_integers else copied)
+    if weights != "float32":
+        with_integers(copied, getattr(torch, weights))
+    copied = _Positional(copied)
     example = tuple(_example(spec, 1 if one_by_one else _EXAMPLE_BATCH) for spec in inputs)
     shapes = None if one_by_one else tuple(_dynamic_shape(spec) for spec in inputs)
     with warnings.catch_warnings(), torch.no_grad():

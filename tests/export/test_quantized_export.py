@@ -1,4 +1,4 @@
-"""Quantized models as exports: int8 weights and roundings that other runtimes know, and the labels of the model."""
+"""Quantized models as exports: integer weights and roundings that other runtimes know, and the labels of the model."""
 
 from __future__ import annotations
 
@@ -60,18 +60,36 @@ def check(net, path, batch=5):
 
 
 def test_onnx(tmp_path, model):
-    """Every weight is int8 with a scale a channel, and each rounding a pair of operations that runtimes fuse."""
+    """Every weight is uint8 with a scale a channel, and each rounding a pair of operations that runtimes fuse."""
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     check(model, tmp_path / "model.onnx")
     graph = onnx.load(tmp_path / "model.onnx").graph
     layers = [layer for layer in model.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
-    sizes = [list(tensor.dims) for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.INT8]
+    sizes = [list(tensor.dims) for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.UINT8]
     assert sum(len(dims) > 1 for dims in sizes) == len(layers)
     assert not [t.name for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) > 1]
     operations = [node.op_type for node in graph.node]
     assert operations.count("QuantizeLinear") == len(layers)
     assert operations.count("DequantizeLinear") == 2 * len(layers)
+
+
+def test_large_products_do_not_saturate(tmp_path):
+    """The largest inputs times the largest weights: on a processor without VNNI, uint8 times int8 would saturate."""
+    pytest.importorskip("onnxscript")
+    net = nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.Flatten(), nn.Linear(32 * 64, 10))
+    net.eval()
+    with torch.no_grad():
+        for layer in (net[0], net[2], net[4]):
+            layer.weight.abs_()
+            layer.weight[:, 1::2].mul_(1 if layer is not net[4] else -1)
+    x = torch.ones(8, 1, 12, 12)
+    apply_quantization(net, {QUANTIZATION_KEY: calibrate(net, QuantizationScheme(8), lambda: net(x))})
+    export_model(net, [IMAGES], tmp_path / "model.onnx")
+    runtime, _ = open_export(tmp_path / "model.onnx")
+    with torch.no_grad():
+        expected = net(x)
+    torch.testing.assert_close(ExportedModel(runtime)(x), expected, rtol=0.01, atol=0.01 * float(expected.abs().max()))
 
 
 def test_pt2(tmp_path, model):
