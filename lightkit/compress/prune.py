@@ -16,10 +16,8 @@ from lightkit.compress.distil import begin_distillation
 from lightkit.compress.importance import squared_derivatives
 from lightkit.compress.save_widths import SaveWidths
 from lightkit.compress.selection import choose_units, smallest_macs
-from lightkit.compress.sparsify import Sparsify
 from lightkit.compress.surgery import provable_graph, remove_units
 from lightkit.compress.training_support import (
-    callbacks_of,
     check_not_compiled,
     check_share,
     check_training,
@@ -258,13 +256,12 @@ class Prune(SaveWidths):
         target = self.dense_macs * self.keep_macs ** (self._finished_rounds / self.rounds)
         present = sum(graph.macs() for _, graph in self._roots)
         widths = {name: len(tensor) for name, tensor in pl_module.named_parameters() if name.endswith("weight")}
-        masks = [callback.follow() for callback in callbacks_of(trainer) if isinstance(callback, Sparsify)]
         roots: list[tuple[nn.Module, UnitGraph]] = []
         for (root, graph), total in zip(self._roots, self._sums, strict=True):
             removed = choose_units(graph, total, target * graph.macs() / present, self.multiple)
             # The same units in all processes, whatever the rounding of their gradients.
             removed = torch.tensor(trainer.strategy.broadcast(removed.tolist()), dtype=torch.bool)
-            remove_units(root, graph, removed, trainer.optimizers, masks)
+            remove_units(root, graph, removed, trainer.optimizers)
             roots.append((root, graph.without(removed)))
         self._roots = roots
         self.macs = sum(graph.macs() for _, graph in roots)

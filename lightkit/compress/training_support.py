@@ -14,12 +14,17 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
 
 from lightkit._lightning.module import is_compiled
 from lightkit._util.strategy_traits import traits_of
 from lightkit.capture.module_call import is_captured
 from lightkit.errors import ConfigError
+
+
+# The kinds of strategies by where the weights are: the same in each process; the same after each average; a part in
+# each process.
+WHOLE, LOCAL, SHARDED = frozenset({"whole"}), frozenset({"local"}), frozenset({"sharded"})
 
 
 def callbacks_of(trainer: pl.Trainer) -> list[Callback]:
@@ -28,22 +33,23 @@ def callbacks_of(trainer: pl.Trainer) -> list[Callback]:
     return trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def check_training(name: str, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Rejects a training that cannot prune or mask weights, before its first step.
+def check_training(
+    name: str, trainer: pl.Trainer, pl_module: pl.LightningModule, kinds: frozenset[str] = WHOLE
+) -> None:
+    """Rejects a training in which a callback cannot change the weights, before its first step.
 
     Args:
         name: the name of the callback, for the message.
         trainer: the trainer, with its optimizers.
         pl_module: the module.
+        kinds: the kinds of strategies that the callback supports, such as ``WHOLE | LOCAL``.
 
     Raises:
-        ConfigError: the strategy shards the weights, or each process or server has its own; the module optimizes
-            manually or has several optimizers; or a callback averages weights from before.
+        ConfigError: the strategy is of another kind; the module optimizes manually or has several optimizers; or a
+            callback averages weights from before.
     """
     strategy = trainer.strategy
-    traits = traits_of(strategy)
-    is_whole = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy))
-    if not is_whole or traits.trains_locally or traits.tolerates_worker_loss:
+    if _kind_of(strategy) not in kinds:
         raise ConfigError(
             f"{name} needs the same weights in each process, as one device, ddp and DataParallel have them; "
             f"{type(strategy).__name__} has not"
@@ -55,6 +61,17 @@ def check_training(name: str, trainer: pl.Trainer, pl_module: pl.LightningModule
     )
     if averaging is not None:
         raise ConfigError(f"{name}: {type(averaging).__name__} would average the weights of models of several sizes")
+
+
+def _kind_of(strategy: Strategy) -> str:
+    traits = traits_of(strategy)
+    if traits.tolerates_worker_loss:
+        return "server"
+    if traits.trains_locally:
+        return "local"
+    if isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+        return "whole"
+    return "sharded" if isinstance(strategy, ModelParallelStrategy) else "other"
 
 
 def check_not_compiled(name: str, pl_module: pl.LightningModule) -> None:
