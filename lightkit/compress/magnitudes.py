@@ -126,7 +126,7 @@ def like(parameter: Tensor, local: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     assert isinstance(parameter, DTensor)
-    return DTensor.fromlocal_part(
+    return DTensor.from_local(
         local, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape,
         stride=parameter.stride(),
     )

@@ -21,6 +21,7 @@ from lightkit.compress.training_support import (
     WHOLE,
     check_share,
     check_training,
+    decide_together,
     forget_best,
     round_steps,
     training_steps,
@@ -134,11 +135,14 @@ class Sparsify(Callback):
         if step == self._seen_step:
             return
         self._seen_step = step
-        if self._finished_rounds >= self.rounds or not self._is_due(trainer, step):
+        if self._finished_rounds >= self.rounds:
+            return
+        if not decide_together(trainer, step >= self._round_steps[self._finished_rounds]):
             return
         begin_distillation(trainer, pl_module)
-        while self._finished_rounds < self.rounds and step >= self._round_steps[self._finished_rounds]:
-            self._finished_rounds += 1
+        # An average may come after the steps of several rounds.
+        passed = sum(step >= due for due in self._round_steps)
+        self._finished_rounds = trainer.strategy.broadcast(max(passed, self._finished_rounds + 1))
         self._set(trainer, self._choose(trainer))
         forget_best(trainer)
         if self._finished_rounds == self.rounds:
@@ -177,15 +181,6 @@ class Sparsify(Callback):
     def _target(self) -> float:
         """Returns the share of zeros after the finished rounds."""
         return self.zeros * (1 - (1 - self._finished_rounds / self.rounds) ** 3)
-
-    def _is_due(self, trainer: pl.Trainer, step: int) -> bool:
-        """Returns True if a round comes after this step, in all processes alike."""
-        due = step >= self._round_steps[self._finished_rounds]
-        strategy = trainer.strategy
-        if not isinstance(strategy, LocalTrainer):
-            return due
-        # Workers with different numbers of batches count other steps: worker 0 decides.
-        return strategy.has_common_weights and strategy.broadcast(due)
 
     def _choose(self, trainer: pl.Trainer) -> dict[Tensor, Tensor]:
         """Returns the masks of the finished rounds, the same in all processes."""

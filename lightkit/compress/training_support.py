@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
 
 from lightkit._lightning.module import is_compiled
-from lightkit._util.strategy_traits import traits_of
+from lightkit._util.strategy_traits import LocalTrainer, traits_of
 from lightkit.capture.module_call import is_captured
 from lightkit.errors import ConfigError
 
@@ -25,6 +25,11 @@ from lightkit.errors import ConfigError
 # The kinds of strategies by where the weights are: the same in each process; the same after each average; a part in
 # each process.
 WHOLE, LOCAL, SHARDED = frozenset({"whole"}), frozenset({"local"}), frozenset({"sharded"})
+_STRATEGIES = {
+    "whole": "one device, ddp and DataParallel",
+    "local": "LocalSGD and DiLoCo",
+    "sharded": "ModelParallelStrategy",
+}
 
 
 def callbacks_of(trainer: pl.Trainer) -> list[Callback]:
@@ -50,10 +55,8 @@ def check_training(
     """
     strategy = trainer.strategy
     if _kind_of(strategy) not in kinds:
-        raise ConfigError(
-            f"{name} needs the same weights in each process, as one device, ddp and DataParallel have them; "
-            f"{type(strategy).__name__} has not"
-        )
+        known = " and ".join(text for kind, text in _STRATEGIES.items() if kind in kinds)
+        raise ConfigError(f"{name} does not go with {type(strategy).__name__}; it goes with {known}")
     if not pl_module.automatic_optimization or len(trainer.optimizers) != 1:
         raise ConfigError(f"{name} needs automatic optimization with one optimizer")
     averaging = next(
@@ -80,6 +83,22 @@ def check_not_compiled(name: str, pl_module: pl.LightningModule) -> None:
         compiled = getattr(module, "_compiled_call_impl", None) is not None and not is_captured(module)
         if compiled or is_compiled(module):
             raise ConfigError(f"{name}: {part or 'the module'} is compiled for the widths that it has")
+
+
+def decide_together(trainer: pl.Trainer, decision: bool) -> bool:
+    """Returns what a callback decides after a step of the optimizer, in all processes alike.
+
+    Where processes train by themselves, the decision is that of process 0, since processes with other numbers of
+    batches count other steps; and False unless they have just averaged their weights.
+
+    Args:
+        trainer: the trainer; all its processes call the function after each step of theirs.
+        decision: the decision of this process.
+    """
+    strategy = trainer.strategy
+    if not isinstance(strategy, LocalTrainer):
+        return decision
+    return strategy.has_common_weights and bool(strategy.broadcast(decision))
 
 
 def training_steps(name: str, trainer: pl.Trainer) -> int:
