@@ -61,6 +61,28 @@ class LocalTrainer(Protocol):
 
 
 @runtime_checkable
+class WeightServers(Protocol):
+    """A strategy whose weights are on servers, which step them."""
+
+    @property
+    def mask_number(self) -> int:
+        """The number of the masks of the weights that this process has; 0 without masks."""
+        ...
+
+    def set_masks(self, masks: Mapping[Tensor, Tensor], number: int) -> None:
+        """Makes the servers keep masked entries of the weights at zero, from the update with the next gradient on.
+
+        Args:
+            masks: for each masked parameter a bool tensor of its shape, False where an entry stays zero.
+            number: a number from 1; the servers ignore masks whose number is not larger than that of theirs.
+        """
+
+    def fetch_masks(self) -> dict[Tensor, Tensor]:
+        """Returns the servers' masks by parameter."""
+        ...
+
+
+@runtime_checkable
 class TrafficCounter(Protocol):
     """A strategy that counts the bytes that its process sends."""
 

@@ -37,7 +37,9 @@ def smallest_masked(parameters: Sequence[Tensor], share: float) -> dict[Tensor, 
     sharded = any(is_sharded(p) for p in parameters)
     # The bits of floats that are not negative have the order of the floats.
     sizes = [local_part(p).detach().float().abs().flatten().view(torch.int32) for p in parameters]
-    masked = _smallest([[x] for x in sizes], [p.numel() - max(1, int(MIN_SHARE * p.numel())) for p in parameters], sharded)
+    masked = _smallest(
+        [[x] for x in sizes], [p.numel() - max(1, int(MIN_SHARE * p.numel())) for p in parameters], sharded
+    )
     # The largest weights of a tensor stay in any case.
     sizes = [torch.where(candidate, x, _LARGEST) for x, (candidate,) in zip(sizes, masked, strict=True)]
     free = sum(p.numel() - max(1, int(MIN_SHARE * p.numel())) for p in parameters)
@@ -75,10 +77,12 @@ def _smallest(groups: Sequence[Sequence[Tensor]], counts: Sequence[int], sharded
         low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
     # Numbers at the limit are masked in the order of the processes and tensors, until there are enough.
     missing = wanted - count(high - 1)
-    ties = torch.stack([
-        sum(((x == limit).sum() for x in group), torch.zeros((), dtype=torch.int64, device=device))
-        for group, limit in zip(groups, high, strict=True)
-    ])
+    ties = torch.stack(
+        [
+            sum(((x == limit).sum() for x in group), torch.zeros((), dtype=torch.int64, device=device))
+            for group, limit in zip(groups, high, strict=True)
+        ]
+    )
     if sharded:
         gathered = [torch.empty_like(ties) for _ in range(dist.get_world_size())]
         dist.all_gather(gathered, ties)
@@ -127,7 +131,11 @@ def like(parameter: Tensor, local: Tensor) -> Tensor:
 
     assert isinstance(parameter, DTensor)
     return DTensor.from_local(
-        local, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape,
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
         stride=parameter.stride(),
     )
 
@@ -146,4 +154,3 @@ def sharded_like(parameter: Tensor, whole: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """Returns all entries of a tensor; all processes must call the function for a DTensor."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
-

@@ -5,20 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightkit._util.packed_masks import pack_mask, unpack_mask
 from lightkit._util.printable import printable
-from lightkit._util.strategy_traits import LocalTrainer
-from lightkit.compress.distil import begin_distillation
+from lightkit._util.strategy_traits import LocalTrainer, WeightServers
+from lightkit.compress.distil import Distil, begin_distillation
 from lightkit.compress.magnitudes import MIN_SHARE, check_sharded, is_sharded, sharded_like, smallest_masked, whole
 from lightkit.compress.training_support import (
     LOCAL,
+    SERVED,
     SHARDED,
     WHOLE,
+    callbacks_of,
     check_share,
     check_training,
     decide_together,
@@ -42,7 +44,9 @@ class Sparsify(Callback):
 
     With `lightkit.strategies.LocalSGD` and `DiLoCo` a round comes with the first average at or after its step, where
     all workers have the same weights; the shared weights and the outer momentum of `DiLoCo` are masked as well. With
-    ``fully_shard`` under Lightning's ``ModelParallelStrategy`` the weights of all shards compete.
+    ``fully_shard`` under Lightning's ``ModelParallelStrategy`` the weights of all shards compete. With
+    `lightkit.strategies.ParameterServer` worker 0 chooses, and its masks go with its next gradient: from that update on
+    the servers keep the zeros, for workers that come later and over restarts, too.
 
     A checkpoint with many zeros is much smaller once it is zipped. The model is not faster, since the layers multiply
     zeros like other numbers: `lightkit.compress.Prune` makes layers smaller. Together they compress most: the masks
@@ -60,7 +64,7 @@ class Sparsify(Callback):
 
     Attributes:
         masks: for each masked parameter a bool tensor, False where a weight stays zero; an empty dict before the first
-            round.
+            round, and with a parameter server at other workers than worker 0.
 
     Raises:
         ConfigError: an argument is out of its range; or the training cannot be masked, see
@@ -86,6 +90,8 @@ class Sparsify(Callback):
         self.rounds = rounds
         self._finished_rounds = 0
         self._seen_step = -1
+        # The latest round whose masks the weights of this process have, if the weights are on servers.
+        self._seen_round = 0
         self._round_steps: list[int] = []
         self.masks: dict[Tensor, Tensor] = {}
         self._names: dict[Tensor, str] = {}
@@ -107,7 +113,13 @@ class Sparsify(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Rejects a training whose weights cannot be masked."""
-        check_training("Sparsify", trainer, pl_module, WHOLE | LOCAL | SHARDED)
+        check_training("Sparsify", trainer, pl_module, WHOLE | LOCAL | SHARDED | SERVED)
+        distils = any(isinstance(callback, Distil) and not callback.has_teacher for callback in callbacks_of(trainer))
+        if distils and isinstance(trainer.strategy, WeightServers):
+            raise ConfigError(
+                "Sparsify: with a parameter server the masks reach a worker at any step, so that none knows the dense "
+                "model at the end; give Distil a teacher"
+            )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Computes the steps of the rounds, and applies the masks of the checkpoint."""
@@ -123,8 +135,8 @@ class Sparsify(Callback):
             parameter = parameters.get(name)
             if parameter is None or packed.numel() != -(-parameter.numel() // 8):
                 raise CheckpointError(f"the mask of {printable(name)} in the checkpoint does not fit the model")
-            masks[parameter] = sharded_like(parameter, _unpacked(packed, parameter.shape))
-        self._loaded = {}
+            masks[parameter] = sharded_like(parameter, unpack_mask(packed, parameter.shape))
+        self._loaded, self._seen_round = {}, self._finished_rounds
         self._set(trainer, masks)
 
     def on_train_batch_end(
@@ -135,7 +147,11 @@ class Sparsify(Callback):
         if step == self._seen_step:
             return
         self._seen_step = step
+        if isinstance(trainer.strategy, WeightServers):
+            self._follow(trainer, trainer.strategy)
         if self._finished_rounds >= self.rounds:
+            return
+        if isinstance(trainer.strategy, WeightServers) and not trainer.is_global_zero:
             return
         if not decide_together(trainer, step >= self._round_steps[self._finished_rounds]):
             return
@@ -144,12 +160,8 @@ class Sparsify(Callback):
         passed = sum(step >= due for due in self._round_steps)
         self._finished_rounds = trainer.strategy.broadcast(max(passed, self._finished_rounds + 1))
         self._set(trainer, self._choose(trainer))
-        forget_best(trainer)
-        if self._finished_rounds == self.rounds:
-            masks = [whole(mask) for mask in self.masks.values()]
-            share = sum(int((~mask).sum()) for mask in masks) / sum(mask.numel() for mask in masks)
-            if trainer.is_global_zero:
-                print(f"masked {share:.1%} of the weights", flush=True)
+        if not isinstance(trainer.strategy, WeightServers):
+            self._begin_round(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Warns if the training has ended before the last round."""
@@ -161,7 +173,7 @@ class Sparsify(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the number of finished rounds and the masks, packed to bits, as plain containers and tensors."""
-        masks = {self._names[p]: _packed(whole(mask)) for p, mask in self.masks.items()}
+        masks = {self._names[p]: pack_mask(whole(mask)) for p, mask in self.masks.items()}
         return {"rounds": self._finished_rounds, "masks": masks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -182,26 +194,42 @@ class Sparsify(Callback):
         """Returns the share of zeros after the finished rounds."""
         return self.zeros * (1 - (1 - self._finished_rounds / self.rounds) ** 3)
 
+    def _follow(self, trainer: pl.Trainer, strategy: WeightServers) -> None:
+        """Notices masks that have come with the weights; the worker that chose them has waited for that, too."""
+        number = strategy.mask_number
+        if number > self._seen_round:
+            self._seen_round = number
+            if number > self._finished_rounds:
+                # Another process has chosen them: another worker, or the one that this one replaces.
+                self._finished_rounds = number
+                self.masks = strategy.fetch_masks() if trainer.is_global_zero else {}
+            self._begin_round(trainer)
+
+    def _begin_round(self, trainer: pl.Trainer) -> None:
+        """Forgets the scores of the weights before the masks, and prints the share of zeros at the end."""
+        forget_best(trainer)
+        if self._finished_rounds == self.rounds and self.masks:
+            masks = [whole(mask) for mask in self.masks.values()]
+            share = sum(int((~mask).sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+            if trainer.is_global_zero:
+                print(f"masked {share:.1%} of the weights", flush=True)
+
     def _choose(self, trainer: pl.Trainer) -> dict[Tensor, Tensor]:
         """Returns the masks of the finished rounds, the same in all processes."""
         masks = smallest_masked(list(self._names), self._target())
-        if trainer.world_size == 1 or any(map(is_sharded, masks)):
+        if any(map(is_sharded, masks)) or isinstance(trainer.strategy, WeightServers):
             return masks
-        packed = trainer.strategy.broadcast([_packed(mask) for mask in masks.values()])
-        return {p: _unpacked(mask, p.shape).to(p.device) for p, mask in zip(masks, packed, strict=True)}
+        packed = trainer.strategy.broadcast([pack_mask(mask) for mask in masks.values()])
+        return {p: unpack_mask(mask, p.shape).to(p.device) for p, mask in zip(masks, packed, strict=True)}
 
     def _set(self, trainer: pl.Trainer, masks: dict[Tensor, Tensor]) -> None:
+        if isinstance(trainer.strategy, WeightServers):
+            self.masks = masks
+            trainer.strategy.set_masks(masks, self._finished_rounds if masks else 0)
+            return
         (optimizer,) = trainer.optimizers
         set_masks(optimizer, masks)
         # `Prune` exchanges the entries of the optimizer's masks.
         self.masks = masks_of(optimizer)
         if isinstance(trainer.strategy, LocalTrainer):
             trainer.strategy.set_masks(self.masks)
-
-
-def _packed(mask: Tensor) -> Tensor:
-    return torch.from_numpy(np.packbits(mask.cpu().flatten().numpy()))
-
-
-def _unpacked(packed: Tensor, shape: torch.Size) -> Tensor:
-    return torch.from_numpy(np.unpackbits(packed.cpu().numpy(), count=shape.numel())).bool().view(shape)

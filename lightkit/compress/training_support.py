@@ -17,18 +17,19 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
 
 from lightkit._lightning.module import is_compiled
-from lightkit._util.strategy_traits import LocalTrainer, traits_of
+from lightkit._util.strategy_traits import LocalTrainer, WeightServers, traits_of
 from lightkit.capture.module_call import is_captured
 from lightkit.errors import ConfigError
 
-
 # The kinds of strategies by where the weights are: the same in each process; the same after each average; a part in
-# each process.
+# each process; on servers.
 WHOLE, LOCAL, SHARDED = frozenset({"whole"}), frozenset({"local"}), frozenset({"sharded"})
+SERVED = frozenset({"served"})
 _STRATEGIES = {
     "whole": "one device, ddp and DataParallel",
     "local": "LocalSGD and DiLoCo",
     "sharded": "ModelParallelStrategy",
+    "served": "ParameterServer",
 }
 
 
@@ -68,8 +69,8 @@ def check_training(
 
 def _kind_of(strategy: Strategy) -> str:
     traits = traits_of(strategy)
-    if traits.tolerates_worker_loss:
-        return "server"
+    if isinstance(strategy, WeightServers):
+        return "served"
     if traits.trains_locally:
         return "local"
     if isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):

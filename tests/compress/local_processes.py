@@ -14,9 +14,9 @@ from support.two_processes import Module, dealt, fit, uneven
 from torch.distributed.fsdp import fully_shard
 
 from lightkit.callbacks import LeanLoop
-from lightkit.compress import Quantize, Sparsify
+from lightkit.compress import Distil, Quantize, Sparsify
 from lightkit.optim import SGD, Adam
-from lightkit.strategies import DiLoCo, LocalSGD
+from lightkit.strategies import DiLoCo, LocalSGD, ParameterServer
 
 
 class Averaging(Module):
@@ -127,6 +127,16 @@ def main(directory: Path) -> None:
         "resumed": masked(
             DiLoCo(period=3), directory / "again", every=6, ckpt_path=directory / "whole" / "step=18.ckpt"
         ),
+        "sync": masked("parameter_server", directory / "served", every=6, validate=True),
+        "sync, resumed": masked(
+            "parameter_server", directory / "served again", every=6, ckpt_path=directory / "served" / "step=18.ckpt"
+        ),
+        # Worker 0 has chosen masks after this step, and they go with its next push.
+        "sync, resumed between": masked(
+            "parameter_server", directory / "served more", every=6, ckpt_path=directory / "served" / "step=12.ckpt"
+        ),
+        "two servers": masked(ParameterServer(servers=2), module=Averaging(), callbacks=[LeanLoop()]),
+        "async": masked("parameter_server_async", validate=True),
         "quantized": quantized(LocalSGD(period=3), directory / "ints", every=5),
         "quantized, resumed": quantized(
             LocalSGD(period=3), directory / "ints again", every=5, ckpt_path=directory / "ints" / "step=10.ckpt"
@@ -140,6 +150,8 @@ def main(directory: Path) -> None:
         "sharded": sharded(save=directory / "sharded.ckpt"),
         "sharded, resumed": sharded(ckpt_path=directory / "sharded.ckpt"),
         "sharded, lightkit's": sharded(optimizer=SGD),
+        # Last: an error leaves a worker in the middle of a rendezvous.
+        "distilled": masked("parameter_server", callbacks=[Distil()]),
     }
     torch.save(results, directory / f"rank{os.environ.get('LOCAL_RANK', 0)}.pt")
 

@@ -16,6 +16,7 @@ from lightkit.strategies.diloco import OUTER_KEY
 pytestmark = pytest.mark.slow
 
 MASKED = ["ddp", "local_sgd", "local_sgd, lean", "local_sgd, averages", "uneven", "uneven diloco", "diloco", "resumed"]
+SERVED = ["sync", "sync, resumed", "sync, resumed between", "two servers", "async"]
 QUANTIZED = ["quantized", "quantized, resumed", "quantized diloco", "quantized uneven", "quantized ddp"]
 
 
@@ -53,6 +54,33 @@ def test_same_masks_and_weights(ranks, name):
     assert same(first["masks"], second["masks"]) and same(first["state"], second["state"])
 
 
+def zeros_of(weights):
+    """Counts the zeros among the two layers' weights in the weights of all layers."""
+    return int((weights[:40] == 0).sum() + (weights[48:72] == 0).sum())
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_servers_keep_zeros(ranks, name):
+    """Both workers get weights with more and more zeros, as many as asked for, and end with the same ones."""
+    for rank in ranks:
+        zeros = [zeros_of(weights) for weights in rank[name]["steps"]]
+        assert zeros == sorted(zeros) and zeros[-1] == 44
+    assert same(ranks[0][name]["state"], ranks[1][name]["state"])
+
+
+def test_servers_mask_at_the_same_step(ranks):
+    """In sync both workers get the zeros in the same step: that after worker 0 has chosen them."""
+    counts = [[zeros_of(weights) for weights in rank["sync"]["steps"]] for rank in ranks]
+    assert counts[0] == counts[1]
+    # Chosen after 8, 14 and 20 of 28 steps.
+    assert [index for index in range(1, 28) if counts[0][index] > counts[0][index - 1]] == [8, 14, 20]
+
+
+def test_servers_and_the_dense_teacher(ranks):
+    """Masks come to a worker without a notice, so that the dense model cannot teach: one line says so."""
+    assert "give Distil a teacher" in ranks[0]["distilled"]["error"]
+
+
 def test_outer_momentum_is_masked(ranks, directory):
     """The outer momentum of DiLoCo, from before the masks, is zero where they are, and nowhere else."""
     outer = torch.load(directory / "whole" / "step=24.ckpt", weights_only=False)[OUTER_KEY]["state"][0]
@@ -64,7 +92,13 @@ def test_outer_momentum_is_masked(ranks, directory):
 
 @pytest.mark.parametrize(
     ("whole", "resumed"),
-    [("diloco", "resumed"), ("quantized", "quantized, resumed"), ("quantized ddp", "quantized ddp, resumed")],
+    [
+        ("diloco", "resumed"),
+        ("sync", "sync, resumed"),
+        ("sync", "sync, resumed between"),
+        ("quantized", "quantized, resumed"),
+        ("quantized ddp", "quantized ddp, resumed"),
+    ],
 )
 def test_resumed(ranks, whole, resumed):
     """A resumed training is the uninterrupted one, to the bit, between rounds and while ranges are observed."""

@@ -72,7 +72,10 @@ def test_dtypes(dtype, options):
     set_masks(optimizer, masks)
     step(net, optimizer)
     for p, mask in masks.items():
-        tensors = [p, *(optimizer.state[p][name] for name in ("master_weight", "average") if name in optimizer.state[p])]
+        tensors = [
+            p,
+            *(optimizer.state[p][name] for name in ("master_weight", "average") if name in optimizer.state[p]),
+        ]
         assert all(is_zero(x[~mask]) and bool((x[mask] != 0).any()) for x in tensors)
 
 
