@@ -38,9 +38,9 @@ class Sparsify(Callback):
 
     The weights of all layers compete by magnitude [1]_, and the share of zeros grows from round to round by the cubic
     schedule of Zhu and Gupta [2]_, so that the other weights can take over. Biases, norms and other vectors have no
-    zeros. Zeros stay zeros with every optimizer and precision: they are masks of the optimizer, which sets the weights to
-    zero within its step, see `lightkit.optim.set_masks`. The averages and master weights of lightkit's optimizers are
-    masked too.
+    zeros. Zeros stay zeros with every optimizer and precision: they are masks of the optimizer, which sets the weights
+    to zero within its step, see `lightkit.optim.set_masks`. The averages and master weights of lightkit's optimizers
+    are masked too.
 
     With `lightkit.strategies.LocalSGD` and `DiLoCo` a round comes with the first average at or after its step, where
     all workers have the same weights; the shared weights and the outer momentum of `DiLoCo` are masked as well. With

@@ -20,7 +20,8 @@ class MaskUpdate:
 
     Args:
         number: the number of the masks, from 1, which grows with each change; 0 stands for no masks.
-        packed: for each parameter its mask packed to bits by `lightkit._util.packed_masks.pack_mask`; None for a parameter without a mask.
+        packed: for each parameter its mask packed to bits, see `lightkit._util.packed_masks`; None for a parameter
+            without a mask.
     """
 
     number: int

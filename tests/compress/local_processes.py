@@ -1,4 +1,4 @@
-"""Compresses where processes have weights of their own: ``python local_processes.py DIRECTORY`` runs small trainings."""
+"""Compresses where processes have weights of their own: ``python local_processes.py DIRECTORY`` runs the trainings."""
 
 from __future__ import annotations
 

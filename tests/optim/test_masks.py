@@ -188,6 +188,6 @@ def test_wrong_masks():
     with pytest.raises(ValueError, match=r"must be bool of shape \(5, 7\), got torch.bool of shape \(7,\)"):
         set_masks(optimizer, {weight: torch.zeros(7, dtype=torch.bool)})
     number = nn.Parameter(torch.ones(2, dtype=torch.complex64))
-    with pytest.raises(ValueError, match="must have real numbers, got torch.complex64"):
+    with pytest.raises(ValueError, match="must have real numbers"):
         set_masks(torch.optim.SGD([number], lr=0.1), {number: torch.ones(2, dtype=torch.bool)})
     assert torch.equal(weight, before)
