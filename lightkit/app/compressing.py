@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader
 from lightkit import native
 from lightkit.app import cluster, run_files
 from lightkit.app.checks import lightning_errors_as_config_errors
-from lightkit.app.compression_report import ACCURACY, Comparison, content, layer_errors, page
+from lightkit.app.compression_outcome import compression_outcome
+from lightkit.app.compression_report import ACCURACY, Comparison, content, page
 from lightkit.app.deployment import bytes_of, write_deployed
 from lightkit.app.evaluation import build_test_data, precision_of
 from lightkit.app.model_measurements import accuracy_interval, latencies, multiply_adds
@@ -104,6 +105,7 @@ class _Trained:
     validation: dict[str, float]
     path: Path
     levels: dict[str, tuple[Tensor, Tensor]]
+    callbacks: list[Callback]
 
 
 def compress_checkpoint(path: Path, request: CompressionRequest) -> Comparison:
@@ -143,7 +145,8 @@ def compress_checkpoint(path: Path, request: CompressionRequest) -> Comparison:
     checkpoint = load_checkpoint(compressed.path)
     sizes = write_deployed(checkpoint, compressed.levels, directory / "deploy.ckpt")
     columns["compressed"] |= {f"bytes {kind}": size for kind, size in sizes.items()}
-    comparison = Comparison(directory, columns, trials, layer_errors(checkpoint, compressed.levels))
+    outcome = compression_outcome(compressed.callbacks, checkpoint, compressed.levels, sizes)
+    comparison = Comparison(directory, columns, trials, outcome)
     run_files.write_json(directory / "compression.json", content(comparison, path, job.epochs))
     (directory / "report.html").write_text(page(comparison, path, job.epochs), encoding="utf-8")
     return comparison
@@ -225,7 +228,7 @@ class _Job:
                 trainer.save_checkpoint(path := str(directory / "best.ckpt"))
             found = trainer.validate(task, datamodule=data, ckpt_path=path, verbose=False)
         levels = apply_quantization(task, load_checkpoint(path))
-        return _Trained(task, dict(found[0]) if found else {}, Path(path), levels)
+        return _Trained(task, dict(found[0]) if found else {}, Path(path), levels, compression)
 
     def round(self) -> _Trained:
         """Rounds the weights of a copy of the dense model, and measures the ranges of its layers' inputs."""
@@ -251,7 +254,7 @@ class _Job:
         AtomicCheckpointIO(plain_hyperparameters=True).save_checkpoint(checkpoint, path)
         with lightning_errors_as_config_errors():
             found = self._trainer([]).validate(task, datamodule=data, verbose=False)
-        return _Trained(task, dict(found[0]) if found else {}, path, levels)
+        return _Trained(task, dict(found[0]) if found else {}, path, levels, [Quantize(self.request.bits)])
 
     def validate(self) -> dict[str, float]:
         """Returns the metrics of the dense model on the validation set."""

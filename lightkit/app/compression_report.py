@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from lightkit._util.numbers import format_number, format_percentage
 from lightkit.app import run_files
+from lightkit.app.compression_outcome import CompressionOutcome, outcome_tables
 from lightkit.app.console import print_table
-from lightkit.app.pages.document import escape, render_page
-from lightkit.compress.packing import weight_of
-from lightkit.compress.weight_formats import QUANTIZATION_KEY
+from lightkit.app.pages.document import escape, html_table, render_page
 
 # The name of the accuracy among metrics.
 ACCURACY = "accuracy"
@@ -30,28 +26,13 @@ class Comparison:
         columns: the values of each model by name of the value, by the name of the model: "dense", "dense, trained on"
             and "compressed".
         trials: the shares of multiply-adds that ``max_drop`` has tried, with the drop of accuracy of each.
-        layers: the bits and the relative error of each rounded weight, by name: see `layer_errors`.
+        outcome: what the compression has made of the layers; None without a callback of compression.
     """
 
     directory: Path
     columns: dict[str, dict[str, Any]]
     trials: list[dict[str, float]]
-    layers: dict[str, dict[str, float]]
-
-
-def layer_errors(checkpoint: Mapping[str, Any], levels: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:
-    """Returns for each rounded weight its bits, and the norm of the rounding error relative to that of the weight.
-
-    Args:
-        checkpoint: the content of a checkpoint with the weights in float.
-        levels: what `lightkit.compress.apply_quantization` has returned for it.
-    """
-    errors: dict[str, Any] = {}
-    for name, packed in levels.items():
-        weight = checkpoint["state_dict"][name].float()
-        error = float((weight_of(*packed) - weight).norm() / weight.norm().clamp_min(1e-30))
-        errors[name] = {"bits": checkpoint[QUANTIZATION_KEY]["weights"][name][0], "error": error}
-    return errors
+    outcome: CompressionOutcome | None
 
 
 def content(comparison: Comparison, path: Path, epochs: int) -> dict[str, Any]:
@@ -62,12 +43,15 @@ def content(comparison: Comparison, path: Path, epochs: int) -> dict[str, Any]:
         path: the checkpoint of the dense model.
         epochs: the number of epochs of each training.
     """
+    outcome = comparison.outcome
     return {
         "ckpt_path": str(path),
         "epochs": epochs,
         "models": comparison.columns,
         "trials": comparison.trials,
-        "layers": comparison.layers,
+        "layers": {} if outcome is None else outcome.layers,
+        "widths": {} if outcome is None else outcome.widths,
+        "zeros": {} if outcome is None else outcome.zeros,
         "environment": run_files.environment(),
     }
 
@@ -114,23 +98,12 @@ def page(comparison: Comparison, path: Path, epochs: int) -> str:
         f"<p>The compressed model and the dense one that was trained on had {epochs} epochs from {escape(str(path))}. "
         "The interval of an accuracy has 95 %. Latencies are medians of calls in turn on this machine.</p>"
     )
-    tried = "".join(
-        f"<tr><td>{trial['keep_macs']}</td><td>{format_number(trial['drop'])}</td></tr>" for trial in comparison.trials
-    )
-    search = (
-        f"<section><h2>Search</h2><table><tr><th>keep_macs</th><th>drop of accuracy in validation</th></tr>{tried}"
-        "</table></section>"
-        if tried
-        else ""
-    )
-    rounded = "".join(
-        "<tr>"
-        f"<td>{escape(name)}</td><td>{layer['bits']}</td><td>{format_percentage(round(layer['error'], 4))}</td>"
-        "</tr>"
-        for name, layer in comparison.layers.items()
-    )
-    if rounded:
-        names = "<tr><th>weight</th><th>bits</th><th>rounding error, relative</th></tr>"
-        search += f"<section><h2>Rounded weights</h2><table>{names}{rounded}</table></section>"
+    tables: dict[str, str] = {}
+    if comparison.trials:
+        tried = [(str(trial["keep_macs"]), format_number(trial["drop"])) for trial in comparison.trials]
+        tables["Search"] = html_table(("keep_macs", "drop of accuracy in validation"), tried)
+    if comparison.outcome is not None:
+        tables |= outcome_tables(comparison.outcome)
+    rest = "".join(f"<section><h2>{title}</h2>{table}</section>" for title, table in tables.items())
     section = f'<section><h2>Dense and compressed</h2><div class="scroll"><table><tr><th></th>{head}</tr>{body}</table>'
-    return render_page("compression", path.name, f"{section}</div>{note}</section>{search}")
+    return render_page("compression", path.name, f"{section}</div>{note}</section>{rest}")
