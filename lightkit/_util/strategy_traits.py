@@ -8,6 +8,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+    from torch import Tensor
     from torch.optim import Optimizer
 
 
@@ -34,6 +38,48 @@ class StepObserver(Protocol):
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Acts after a step of ``optimizer``."""
+
+
+@runtime_checkable
+class LocalTrainer(Protocol):
+    """A strategy whose processes have weights of their own between two averages."""
+
+    @property
+    def has_common_weights(self) -> bool:
+        """True after a step in which all processes have taken part in an average and go on together."""
+        ...
+
+    def set_masks(self, masks: Mapping[Tensor, Tensor]) -> None:
+        """Keeps the masked entries of the weights that the processes share at zero.
+
+        Args:
+            masks: for each masked parameter a bool tensor, False where an entry is zero; the same in all processes.
+        """
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """Returns the ``obj`` of process ``src``; all processes must call the method."""
+
+
+@runtime_checkable
+class WeightServers(Protocol):
+    """A strategy whose weights are on servers, which step them."""
+
+    @property
+    def mask_number(self) -> int:
+        """The number of the masks of the weights that this process has; 0 without masks."""
+        ...
+
+    def set_masks(self, masks: Mapping[Tensor, Tensor], number: int) -> None:
+        """Makes the servers keep masked entries of the weights at zero, from the update with the next gradient on.
+
+        Args:
+            masks: for each masked parameter a bool tensor of its shape, False where an entry stays zero.
+            number: a number from 1; the servers ignore masks whose number is not larger than that of theirs.
+        """
+
+    def fetch_masks(self) -> dict[Tensor, Tensor]:
+        """Returns the servers' masks by parameter."""
+        ...
 
 
 @runtime_checkable

@@ -9,7 +9,8 @@ from lightkit import native
 from lightkit.app import run_files
 from lightkit.app.compression_job import CompressionJob, Trained
 from lightkit.app.compression_measurements import measure_in_runtimes, measure_models
-from lightkit.app.compression_report import Comparison, content, layer_errors, page
+from lightkit.app.compression_outcome import compression_outcome
+from lightkit.app.compression_report import Comparison, content, page
 from lightkit.app.compression_request import CompressionRequest
 from lightkit.app.compression_search import search
 from lightkit.app.deployment import write_deployed
@@ -54,7 +55,8 @@ def compress_checkpoint(path: Path, request: CompressionRequest) -> Comparison:
     checkpoint = load_checkpoint(compressed.path)
     sizes = write_deployed(checkpoint, compressed.levels, directory / "deploy.ckpt")
     columns["compressed"] |= {f"bytes {kind}": size for kind, size in sizes.items()}
-    comparison = Comparison(directory, columns, trials, layer_errors(checkpoint, compressed.levels), runtimes)
+    outcome = compression_outcome(compressed.callbacks, checkpoint, compressed.levels, sizes)
+    comparison = Comparison(directory, columns, trials, outcome, runtimes)
     run_files.write_json(directory / "compression.json", content(comparison, path, job.epochs))
     (directory / "report.html").write_text(page(comparison, path, job.epochs), encoding="utf-8")
     return comparison

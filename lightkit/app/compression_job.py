@@ -57,12 +57,14 @@ class Trained:
         validation: the metrics of the validation set.
         path: the checkpoint.
         levels: the levels and scales of the rounded weights, by name.
+        callbacks: the callbacks that made the model smaller.
     """
 
     task: Task
     validation: dict[str, float]
     path: Path
     levels: dict[str, tuple[Tensor, Tensor]]
+    callbacks: list[Callback]
 
 
 class CompressionJob:
@@ -156,7 +158,7 @@ class CompressionJob:
                 trainer.save_checkpoint(path := str(directory / "best.ckpt"))
             found = trainer.validate(task, datamodule=data, ckpt_path=path, verbose=False)
         levels = apply_quantization(task, load_checkpoint(path))
-        return Trained(task, dict(found[0]) if found else {}, Path(path), levels)
+        return Trained(task, dict(found[0]) if found else {}, Path(path), levels, compression)
 
     def calibrate(self, scheme: QuantizationScheme, bits: int) -> tuple[Task, Calibration]:
         """Returns a copy of the dense model, and what samples of the training data say of it.
@@ -189,7 +191,7 @@ class CompressionJob:
         path = self.directory / "checkpoints" / "best.ckpt"
         path.parent.mkdir(parents=True, exist_ok=True)
         AtomicCheckpointIO(plain_hyperparameters=True).save_checkpoint(checkpoint, path)
-        return Trained(task, self.validate(task), path, levels)
+        return Trained(task, self.validate(task), path, levels, [Quantize()])
 
     def _evaluation(
         self, task: Task, stage: str, loader: Callable[[pl.LightningDataModule], Any]
@@ -209,7 +211,7 @@ class CompressionJob:
 
         return run
 
-    def validate(self, task: Task) -> dict[str, float]:
+    def validate(self, task: pl.LightningModule) -> dict[str, float]:
         """Returns the metrics of a task on the validation set."""
         with lightning_errors_as_config_errors():
             found = self._trainer([]).validate(task, datamodule=self._build_data(), verbose=False)

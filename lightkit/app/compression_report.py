@@ -8,14 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from lightkit._util.numbers import format_number, format_percentage
 from lightkit.app import run_files
+from lightkit.app.compression_outcome import CompressionOutcome, outcome_tables
 from lightkit.app.console import print_table
-from lightkit.app.pages.document import escape, render_page
-from lightkit.compress.packing import weight_of
-from lightkit.compress.weight_formats import QUANTIZATION_KEY
+from lightkit.app.pages.document import escape, html_table, render_page
 
 # The name of the accuracy among metrics.
 ACCURACY = "accuracy"
@@ -31,30 +28,15 @@ class Comparison:
             and "compressed".
         trials: what ``max_drop`` has tried: the share of multiply-adds, or the mean bits of a weight and whether the
             model was trained, with the drop of accuracy of each.
-        layers: the bits and the relative error of each rounded weight, by name: see `layer_errors`.
+        outcome: what the compression has made of the layers; None without a callback of compression.
         runtimes: what other runtimes do with the models: see `lightkit.app.runtime_comparison.measure_runtimes`.
     """
 
     directory: Path
     columns: dict[str, dict[str, Any]]
     trials: list[dict[str, Any]]
-    layers: dict[str, dict[str, float]]
+    outcome: CompressionOutcome | None
     runtimes: dict[str, dict[str, dict[str, Any]]]
-
-
-def layer_errors(checkpoint: Mapping[str, Any], levels: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:
-    """Returns for each rounded weight its bits, and the norm of the rounding error relative to that of the weight.
-
-    Args:
-        checkpoint: the content of a checkpoint with the weights in float.
-        levels: what `lightkit.compress.apply_quantization` has returned for it.
-    """
-    errors: dict[str, Any] = {}
-    for name, packed in levels.items():
-        weight = checkpoint["state_dict"][name].float()
-        error = float((weight_of(*packed) - weight).norm() / weight.norm().clamp_min(1e-30))
-        errors[name] = {"bits": checkpoint[QUANTIZATION_KEY]["weights"][name][0], "error": error}
-    return errors
 
 
 def content(comparison: Comparison, path: Path, epochs: int) -> dict[str, Any]:
@@ -65,12 +47,15 @@ def content(comparison: Comparison, path: Path, epochs: int) -> dict[str, Any]:
         path: the checkpoint of the dense model.
         epochs: the number of epochs of each training.
     """
+    outcome = comparison.outcome
     return {
         "ckpt_path": str(path),
         "epochs": epochs,
         "models": comparison.columns,
         "trials": comparison.trials,
-        "layers": comparison.layers,
+        "layers": {} if outcome is None else outcome.layers,
+        "widths": {} if outcome is None else outcome.widths,
+        "zeros": {} if outcome is None else outcome.zeros,
         "runtimes": comparison.runtimes,
         "environment": run_files.environment(),
     }
@@ -120,24 +105,18 @@ def page(comparison: Comparison, path: Path, epochs: int) -> str:
         f"<p>The compressed model and the dense one that was trained on had {epochs} epochs from {escape(str(path))}. "
         "The interval of an accuracy has 95 %. Latencies are medians of calls in turn on this machine.</p>"
     )
-    search = _section("Search", *_trial_rows(comparison.trials)) if comparison.trials else ""
-    if comparison.layers:
-        layers = [
-            [name, str(layer["bits"]), format_percentage(round(layer["error"], 4))]
-            for name, layer in comparison.layers.items()
-        ]
-        search += _section("Rounded weights", ["weight", "bits", "rounding error, relative"], layers)
+    tables: dict[str, str] = {}
+    if comparison.trials:
+        tables["Search"] = html_table(*_trial_rows(comparison.trials))
+    if comparison.outcome is not None:
+        tables |= outcome_tables(comparison.outcome)
     if comparison.runtimes:
-        search += _section("In other runtimes", *_runtime_rows(comparison.runtimes))
+        tables["In other runtimes"] = html_table(*_runtime_rows(comparison.runtimes))
+    rest = "".join(
+        f'<section><h2>{title}</h2><div class="scroll">{table}</div></section>' for title, table in tables.items()
+    )
     section = f'<section><h2>Dense and compressed</h2><div class="scroll"><table><tr><th></th>{head}</tr>{body}</table>'
-    return render_page("compression", path.name, f"{section}</div>{note}</section>{search}")
-
-
-def _section(title: str, head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    names = "".join(f"<th>{escape(name)}</th>" for name in head)
-    lines = "".join(f"<tr>{''.join(f'<td>{escape(text)}</td>' for text in line)}</tr>" for line in body)
-    table = f"<table><tr>{names}</tr>{lines}</table>"
-    return f'<section><h2>{escape(title)}</h2><div class="scroll">{table}</div></section>'
+    return render_page("compression", path.name, f"{section}</div>{note}</section>{rest}")
 
 
 def _trial_rows(trials: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:

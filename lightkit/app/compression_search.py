@@ -59,7 +59,10 @@ def search(job: CompressionJob) -> tuple[Trained, list[dict[str, Any]]]:
         rounding = job if best is None else CompressionJob(best.path, replace(request, keep_macs=None), job.directory)
         # The teacher of a pruned model is the dense one.
         rounding.teacher, rounding.epochs = job.teacher, job.epochs
-        best = _search_bits(rounding, dense, request.max_drop, trials) or best
+        rounded = _search_bits(rounding, dense, request.max_drop, trials)
+        if rounded is not None:
+            before = [] if best is None else best.callbacks
+            best = replace(rounded, callbacks=[*before, *rounded.callbacks])
     if best is None:
         raise ConfigError(
             f"max_drop={request.max_drop}: each model has lost more; train longer with epochs=N, or allow a larger drop"

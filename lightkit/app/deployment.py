@@ -33,15 +33,28 @@ def write_deployed(
     Returns:
         The bytes of its tensors: see `bytes_of`.
     """
-    deployed = {name: value for name, value in checkpoint.items() if name not in _OF_TRAINING}
-    if levels:
-        pack_weights(deployed, levels)
+    deployed, sizes = deployed_part(checkpoint, levels)
     buffer = io.BytesIO()
     torch.save(deployed, buffer)
     write_atomically(path, lambda stream: stream.write(buffer.getvalue()))
+    return sizes
+
+
+def deployed_part(
+    checkpoint: Mapping[str, Any], levels: Mapping[str, tuple[Tensor, Tensor]]
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Returns what predictions need of a checkpoint, and the bytes of its tensors: see `bytes_of`.
+
+    Args:
+        checkpoint: the content of a checkpoint.
+        levels: see `write_deployed`.
+    """
+    deployed = {name: value for name, value in checkpoint.items() if name not in _OF_TRAINING}
+    if levels:
+        pack_weights(deployed, levels)
     packed = deployed[QUANTIZATION_KEY][PACKED_KEY] if levels else {}
     parts = {f"{name}.{part}": entry[part] for name, entry in packed.items() for part in ("levels", "scales")}
-    return bytes_of({**deployed["state_dict"], **parts})
+    return deployed, bytes_of({**deployed["state_dict"], **parts})
 
 
 def bytes_of(tensors: Mapping[str, Any]) -> dict[str, int]:

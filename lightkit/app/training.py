@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,19 @@ from lightkit._util.numbers import format_number, format_rate
 from lightkit._util.strategy_traits import TrafficCounter, traits_of
 from lightkit.app import auto_values, checks, factory, hyperparameters, profiling, report, run_files
 from lightkit.app.checks import lightning_errors_as_config_errors
+from lightkit.app.compression_outcome import (
+    CompressionOutcome,
+    compression_outcome,
+    outcome_facts,
+    outcome_metrics,
+)
 from lightkit.app.console import print_table
 from lightkit.app.factory import TrainingJob
+from lightkit.app.report.section import describe_error
 from lightkit.callbacks import Throughput
 from lightkit.callbacks.throughput import rate_name
 from lightkit.checkpoints import load_checkpoint, load_weights
+from lightkit.compress.magnitudes import is_sharded
 from lightkit.data.tables.advice import settings_named
 from lightkit.loops.hooks import is_overridden
 
@@ -60,11 +69,13 @@ def train(config: DictConfig) -> dict[str, Any]:
         takes_part = job.trainer.is_global_zero or not traits_of(job.trainer.strategy).replicates_evaluation
         if job.tests and takes_part and _can_test(job):
             metrics |= _test(job)
+    outcome = _compression_outcome(job) if job.trainer.is_global_zero else None
+    metrics |= {} if outcome is None else outcome_metrics(outcome)
     metrics["wall_seconds"] = time.perf_counter() - started
     if job.trainer.is_global_zero:
         run_files.write_json(job.run_dir / run_files.METRICS, metrics)
-        page = report.write(job.run_dir, metrics, job.task, job.data, job.recorder.result())
-        _print_summary(job, metrics, page)
+        page = report.write(job.run_dir, metrics, job.task, job.data, job.recorder.result(), outcome)
+        _print_summary(job, metrics, page, outcome)
     return metrics
 
 
@@ -150,7 +161,26 @@ def _logged_metrics(job: TrainingJob) -> dict[str, Any]:
     return {name: value.item() for name, value in sorted(job.trainer.callback_metrics.items())}
 
 
-def _print_summary(job: TrainingJob, metrics: dict[str, Any], page: Path | None) -> None:
+def _compression_outcome(job: TrainingJob) -> CompressionOutcome | None:
+    """Returns what the callbacks of compression have made of the model of the best checkpoint, or of the last one."""
+    best = getattr(job.trainer.checkpoint_callback, "best_model_path", None) or None
+    try:
+        if best is not None:
+            # A sharded checkpoint is a directory, which a process cannot read by itself.
+            return compression_outcome(_callbacks(job), load_checkpoint(best)) if Path(best).is_file() else None
+        state = job.task.state_dict()
+        if any(map(is_sharded, state.values())):
+            return None
+        return compression_outcome(_callbacks(job), {"state_dict": state})
+    except Exception as error:
+        # The training is done, and must not end in an error.
+        warnings.warn(f"no summary of the compression: {describe_error(error)}", stacklevel=2)
+        return None
+
+
+def _print_summary(
+    job: TrainingJob, metrics: dict[str, Any], page: Path | None, outcome: CompressionOutcome | None
+) -> None:
     tested = ("test/", "test_", "baseline/")
     rows = {name: format_number(value) for name, value in metrics.items() if name.startswith(tested)}
     rows |= {name: format_rate(value) for name, value in metrics.items() if name.endswith("_per_second")}
@@ -162,6 +192,7 @@ def _print_summary(job: TrainingJob, metrics: dict[str, Any], page: Path | None)
     if total := sum(parts.values()):
         shares = ", ".join(f"{part} {value / total:.0%}" for part, value in parts.items())
         rows["step"] = f"{format_number(total)} ms: {shares}"
+    rows |= {} if outcome is None else outcome_facts(outcome)
     rows["run"] = os.path.relpath(job.run_dir)
     if page is not None:
         rows["report"] = os.path.relpath(page)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +14,7 @@ from torch.utils._pytree import tree_map
 
 from lightkit.compress.units import HasInnerUnits
 from lightkit.compress.widths import has_widths
+from lightkit.models.language_model import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class CallRecorder:
     """Records the outermost calls of the modules of a LightningModule, from `start` to `stop`.
 
     At first it watches the LightningModule and its own attributes, so that the layers within them run as they do
-    without hooks. If a step calls none of these, the next recording watches all modules.
+    without hooks. If a step calls none of these, the next recording watches all modules. A call of ``hidden`` of a
+    `lightkit.models.LanguageModel`, by which losses without logits read it, counts as a call of the model.
 
     Args:
         pl_module: the LightningModule.
@@ -53,6 +57,9 @@ class CallRecorder:
         for module in self._watched():
             self._hooks.callback(module.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
             self._hooks.callback(module.register_forward_hook(self._leave, always_call=True).remove)
+            if isinstance(module, LanguageModel):
+                vars(module)["hidden"] = functools.partial(self._read_hidden, module, module.hidden)
+                self._hooks.callback(vars(module).pop, "hidden")
 
     def stop(self) -> list[ModelCall] | None:
         """Ends the recording.
@@ -76,6 +83,16 @@ class CallRecorder:
         for child in self._pl_module.children():
             modules += child.children() if isinstance(child, (nn.ModuleList, nn.ModuleDict)) else [child]
         return [module for module in modules if _has_layers(module)]
+
+    def _read_hidden(self, model: LanguageModel, hidden: Callable[..., Any], tokens: Tensor, state: Any = None) -> Any:
+        # With a state the model continues another call.
+        if state is None:
+            self._enter(model, (tokens,), {})
+        try:
+            return hidden(tokens, state)
+        finally:
+            if state is None:
+                self._leave(model, None, None)
 
     def _enter(self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         # With a wrapper such as DistributedDataParallel, Lightning calls training_step through the module's forward.

@@ -77,6 +77,11 @@ class Distil(Callback):
         self._distance: Tensor | None = None
         self._undo = ExitStack()
 
+    @property
+    def has_teacher(self) -> bool:
+        """True if a teacher was given, False if the dense model is to teach."""
+        return self._given is not None
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Forgets the teacher of an earlier training."""
         if stage == "fit":

@@ -16,10 +16,8 @@ from lightkit.compress.distil import begin_distillation
 from lightkit.compress.importance import squared_derivatives
 from lightkit.compress.save_widths import SaveWidths
 from lightkit.compress.selection import choose_units, smallest_macs
-from lightkit.compress.sparsify import Sparsify
 from lightkit.compress.surgery import provable_graph, remove_units
 from lightkit.compress.training_support import (
-    callbacks_of,
     check_not_compiled,
     check_share,
     check_training,
@@ -65,6 +63,7 @@ class Prune(SaveWidths):
         dense_macs: the multiply-adds of the dense model for one sample, which its layers take; None before the first
             step.
         macs: those of the present model.
+        widths: the number of units of each layer in the dense and in the present model, by the layer's name.
 
     Raises:
         ConfigError: an argument is out of its range; at the start of a training, its strategy, optimizer or callbacks
@@ -89,6 +88,7 @@ class Prune(SaveWidths):
         self.rounds, self.multiple = rounds, multiple
         self.dense_macs: float | None = None
         self.macs: float | None = None
+        self.widths: dict[str, tuple[int, int]] = {}
         self._finished_rounds = 0
         self._recorder: CallRecorder | None = None
         self._roots: list[tuple[nn.Module, UnitGraph]] = []
@@ -105,7 +105,7 @@ class Prune(SaveWidths):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._finished_rounds, self._roots, self._sums, self._summed_steps = 0, [], [], 0
-            self._dense_counts = {}
+            self._dense_counts, self.widths = {}, {}
             self._recorder, self._seen_step, self.dense_macs, self.macs = None, -1, None, None
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -225,6 +225,7 @@ class Prune(SaveWidths):
         graphs = [_trained_graph(call).with_dense_counts(self._dense_counts) for call in calls]
         self._roots = [(call.module, graph) for call, graph in zip(calls, graphs, strict=True)]
         self._dense_counts = {group.name: group.dense_count for graph in graphs for group in graph.groups}
+        self._count_widths(pl_module)
         macs = sum(graph.macs() for _, graph in self._roots)
         if not any(graph.groups for _, graph in self._roots):
             reasons = {name: why for _, graph in self._roots for name, why in graph.kept.items()}
@@ -247,6 +248,14 @@ class Prune(SaveWidths):
                 total[numbers] = values.to(total)
             self._summed_steps = steps
 
+    def _count_widths(self, pl_module: pl.LightningModule) -> None:
+        paths = {module: f"{name}." if name else "" for name, module in pl_module.named_modules()}
+        self.widths = {
+            " + ".join(paths[root] + name for name in group.name.split(" + ")): (group.dense_count, len(group.units))
+            for root, graph in self._roots
+            for group in graph.groups
+        }
+
     def _clear_sums(self) -> None:
         self._sums = [torch.zeros(graph.count, device=_device(root)) for root, graph in self._roots]
         self._summed_steps = 0
@@ -258,15 +267,15 @@ class Prune(SaveWidths):
         target = self.dense_macs * self.keep_macs ** (self._finished_rounds / self.rounds)
         present = sum(graph.macs() for _, graph in self._roots)
         widths = {name: len(tensor) for name, tensor in pl_module.named_parameters() if name.endswith("weight")}
-        masks = [callback.follow() for callback in callbacks_of(trainer) if isinstance(callback, Sparsify)]
         roots: list[tuple[nn.Module, UnitGraph]] = []
         for (root, graph), total in zip(self._roots, self._sums, strict=True):
             removed = choose_units(graph, total, target * graph.macs() / present, self.multiple)
             # The same units in all processes, whatever the rounding of their gradients.
             removed = torch.tensor(trainer.strategy.broadcast(removed.tolist()), dtype=torch.bool)
-            remove_units(root, graph, removed, trainer.optimizers, masks)
+            remove_units(root, graph, removed, trainer.optimizers)
             roots.append((root, graph.without(removed)))
         self._roots = roots
+        self._count_widths(pl_module)
         self.macs = sum(graph.macs() for _, graph in roots)
         self._clear_sums()
         forget_best(trainer)

@@ -23,6 +23,7 @@ from lightkit.compress.weight_formats import (
 from lightkit.errors import CheckpointError
 from lightkit.nn.input_quantizer import MAX_LEVEL, MIN_SCALE, InputQuantizer, attach, detach
 from lightkit.nn.weight_levels import set_levels
+from lightkit.ops.fake_quantize import fake_quantize_weights
 
 
 def spec_of(formats: Mapping[str, WeightFormat], quantizers: Mapping[str, InputQuantizer]) -> dict[str, Any]:
@@ -77,6 +78,22 @@ def apply_quantization(module: nn.Module, checkpoint: Mapping[str, Any]) -> dict
         attach(module.get_submodule(name), quantizer)
     remember(module, spec, levels)
     return levels
+
+
+def levels_of(checkpoint: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Returns the levels and scales to which the weights of a checkpoint are rounded, as `apply_quantization` does.
+
+    Args:
+        checkpoint: the content of a checkpoint of a training, with weights in float; it is trusted.
+    """
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, (bits, group_size) in checkpoint.get(QUANTIZATION_KEY, {"weights": {}})["weights"].items():
+        weight = checkpoint["state_dict"][name].detach().float().contiguous()
+        rows = WeightFormat(bits, group_size).rows(weight)
+        rounded = torch.empty_like(rows)
+        (scales,) = fake_quantize_weights([rows], [rounded], bits)
+        found[name] = (rounded / scales[:, None]).round().to(torch.int8).view(weight.shape), scales
+    return found
 
 
 # What modules were quantized with, for files that are written of them later.

@@ -8,21 +8,26 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightkit._util.strategy_traits import LocalTrainer
 from lightkit.compress.distil import begin_distillation
 from lightkit.compress.quantization import read_spec, remember, show_levels, spec_of
 from lightkit.compress.quantized_weights import QuantizedWeights
 from lightkit.compress.scheme import QuantizationScheme
 from lightkit.compress.sparsify import Sparsify
 from lightkit.compress.training_support import (
+    LOCAL,
+    WHOLE,
     callbacks_of,
     check_not_compiled,
     check_share,
     check_training,
+    decide_together,
     forget_best,
     round_steps,
     training_steps,
@@ -107,7 +112,8 @@ class Quantize(Callback):
         # The shapes for which the formats of the weights were chosen.
         self._shapes: list[torch.Size] = []
         self._quantizers: dict[str, InputQuantizer] = {}
-        self._loaded: dict[str, list[float]] | None = None
+        # What each process has observed, by its rank.
+        self._loaded: list[dict[str, list[float]]] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Forgets an earlier training."""
@@ -128,7 +134,7 @@ class Quantize(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Rejects a training that cannot be quantized."""
-        check_training("Quantize", trainer, pl_module)
+        check_training("Quantize", trainer, pl_module, WHOLE | LOCAL)
         check_not_compiled("Quantize", pl_module)
         if isinstance(trainer.optimizers[0], torch.optim.LBFGS):
             raise ConfigError("Quantize: LBFGS evaluates the model within a step; use another optimizer")
@@ -146,7 +152,7 @@ class Quantize(Callback):
             detach(layer)
         if self._finished_rounds > 0:
             self._begin(pl_module)
-            self._load_ranges()
+            self._load_ranges(trainer.global_rank)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -163,14 +169,12 @@ class Quantize(Callback):
     ) -> None:
         """Begins a round after its step, and ends it after its last observed batch."""
         self._restore()
-        if self._left > 0:
-            self._left -= 1
-            if self._left == 0:
-                self._freeze(trainer, pl_module)
         step = trainer.global_step
         is_new, self._seen_step = step != self._seen_step, step
-        due = self._finished_rounds < self.rounds and step >= self._round_steps[self._finished_rounds]
-        if is_new and due:
+        if self._left > 0:
+            self._end_observation(trainer, pl_module, is_new)
+        is_open = is_new and self._finished_rounds < self.rounds
+        if is_open and decide_together(trainer, step >= self._round_steps[self._finished_rounds]):
             if self._finished_rounds == 0:
                 begin_distillation(trainer, pl_module)
                 self._begin(pl_module)
@@ -247,12 +251,20 @@ class Quantize(Callback):
             attach(pl_module.get_submodule(name), quantizer)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the number of rounds and what they have observed, as plain containers."""
+        """Returns the number of rounds and what they have observed, as plain containers.
+
+        While several processes observe, all of them must call the method.
+        """
         ranges = {
             name: [*(() if q.scale is None else (q.scale, q.zero_point)), q.lows, q.highs, q.batches]
             for name, q in self._quantizers.items()
         }
-        return {"rounds": self._finished_rounds, "left": self._left, "ranges": ranges}
+        state = {"rounds": self._finished_rounds, "left": self._left, "ranges": ranges}
+        if self._left > 0 and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            workers: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(workers, ranges)
+            state["workers"] = workers[1:]
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads the state that `state_dict` returned; the training goes on with it when it starts.
@@ -261,13 +273,14 @@ class Quantize(Callback):
             CheckpointError: the state has other types.
         """
         rounds, left, ranges = (state_dict.get(name) for name in ("rounds", "left", "ranges"))
+        workers = state_dict.get("workers", [])
         if (
             not (isinstance(rounds, int) and isinstance(left, int) and rounds >= 0 and left >= 0)
-            or not isinstance(ranges, dict)
-            or not all(map(_is_range, ranges.values()))
+            or not isinstance(workers, list)
+            or not all(isinstance(found, dict) and all(map(_is_range, found.values())) for found in (ranges, *workers))
         ):
             raise CheckpointError("the state of Quantize in the checkpoint is damaged")
-        self._finished_rounds, self._left, self._loaded = rounds, left, dict(ranges)
+        self._finished_rounds, self._left, self._loaded = rounds, left, [ranges, *workers]
 
     def _begin(self, pl_module: pl.LightningModule) -> None:
         """Chooses the bits of the weights, and the layers whose inputs are rounded."""
@@ -277,17 +290,20 @@ class Quantize(Callback):
             self._quantizers[name] = InputQuantizer()
             attach(layer, self._quantizers[name])
 
-    def _load_ranges(self) -> None:
-        for name, values in (self._loaded or {}).items():
+    def _load_ranges(self, rank: int) -> None:
+        for name, values in self._loaded[0].items() if self._loaded else ():
             quantizer = self._quantizers.get(name)
             if quantizer is None:
                 raise CheckpointError(f"the checkpoint has a range for {name}, whose input is not rounded")
-            *scale, quantizer.lows, quantizer.highs, count = values
-            quantizer.batches = int(count)
+            *scale, _, _, _ = values
             if scale:
                 quantizer.scale, quantizer.zero_point = scale[0], int(scale[1])
             quantizer.is_observing = self._left > 0
-        self._loaded = None
+            # A process that is new has observed nothing.
+            observed = self._loaded[rank].get(name) if rank < len(self._loaded) else None
+            if observed is not None:
+                quantizer.lows, quantizer.highs, quantizer.batches = observed[-3], observed[-2], int(observed[-1])
+        self._loaded = []
 
     def _present(self, pl_module: pl.LightningModule) -> QuantizedWeights:
         """Returns the weights with the formats of their present shapes, which pruning changes."""
@@ -316,6 +332,23 @@ class Quantize(Callback):
         following = [*self._round_steps, training_steps("Quantize", trainer)][self._finished_rounds]
         room = (following - trainer.global_step) * trainer.accumulate_grad_batches
         return min(self.batches, max(1, room // 2))
+
+    def _end_observation(self, trainer: pl.Trainer, pl_module: pl.LightningModule, is_new: bool) -> None:
+        """Counts an observed batch, and sets the ranges after the last one.
+
+        Processes that train by themselves observe until an average, in which all of them take part.
+
+        Args:
+            trainer: the trainer.
+            pl_module: the module.
+            is_new: True if the batch ended with a step of the optimizer.
+        """
+        is_last = self._left == 1
+        if isinstance(trainer.strategy, LocalTrainer):
+            is_last = is_new and decide_together(trainer, is_last)
+        self._left = 0 if is_last else max(1, self._left - 1)
+        if is_last:
+            self._freeze(trainer, pl_module)
 
     def _freeze(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Sets the ranges to the means over the processes."""

@@ -5,22 +5,32 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 
+from lightkit._util.packed_masks import pack_mask, unpack_mask
 from lightkit._util.printable import printable
-from lightkit.compress.distil import begin_distillation
-from lightkit.compress.training_support import check_share, check_training, forget_best, round_steps, training_steps
+from lightkit._util.strategy_traits import LocalTrainer, WeightServers
+from lightkit.compress.distil import Distil, begin_distillation
+from lightkit.compress.magnitudes import MIN_SHARE, check_sharded, is_sharded, sharded_like, smallest_masked, whole
+from lightkit.compress.training_support import (
+    LOCAL,
+    SERVED,
+    SHARDED,
+    WHOLE,
+    callbacks_of,
+    check_share,
+    check_training,
+    decide_together,
+    forget_best,
+    round_steps,
+    training_steps,
+)
 from lightkit.errors import CheckpointError, ConfigError
-
-# A tensor keeps this share of its weights at least: with fewer its layer lets nothing through.
-_MIN_SHARE = 0.01
-
-# States of lightkit's optimizers that are weights themselves.
-_WEIGHT_STATES = ("master_weight", "average")
+from lightkit.optim import masks_of, set_masks
+from lightkit.optim.masked_entries import local_part
 
 
 class Sparsify(Callback):
@@ -28,9 +38,15 @@ class Sparsify(Callback):
 
     The weights of all layers compete by magnitude [1]_, and the share of zeros grows from round to round by the cubic
     schedule of Zhu and Gupta [2]_, so that the other weights can take over. Biases, norms and other vectors have no
-    zeros. Zeros stay zeros: after each optimizer step, with every optimizer and precision, the callback multiplies the
-    weights by their masks, which takes a pass over the weights. The averages and master weights of lightkit's
-    optimizers are masked too.
+    zeros. Zeros stay zeros with every optimizer and precision: they are masks of the optimizer, which sets the weights
+    to zero within its step, see `lightkit.optim.set_masks`. The averages and master weights of lightkit's optimizers
+    are masked too.
+
+    With `lightkit.strategies.LocalSGD` and `DiLoCo` a round comes with the first average at or after its step, where
+    all workers have the same weights; the shared weights and the outer momentum of `DiLoCo` are masked as well. With
+    ``fully_shard`` under Lightning's ``ModelParallelStrategy`` the weights of all shards compete. With
+    `lightkit.strategies.ParameterServer` worker 0 chooses, and its masks go with its next gradient: from that update on
+    the servers keep the zeros, for workers that come later and over restarts, too.
 
     A checkpoint with many zeros is much smaller once it is zipped. The model is not faster, since the layers multiply
     zeros like other numbers: `lightkit.compress.Prune` makes layers smaller. Together they compress most: the masks
@@ -47,7 +63,8 @@ class Sparsify(Callback):
         rounds: the number of rounds.
 
     Attributes:
-        sparsity: the present share of masked weights.
+        masks: for each masked parameter a bool tensor, False where a weight stays zero; an empty dict before the first
+            round, and with a parameter server at other workers than worker 0.
 
     Raises:
         ConfigError: an argument is out of its range; or the training cannot be masked, see
@@ -63,8 +80,8 @@ class Sparsify(Callback):
 
     def __init__(self, zeros: float = 0.9, start: float = 0.4, end: float = 0.75, rounds: int = 8) -> None:
         self.zeros = check_share("zeros", zeros)
-        if self.zeros > 1 - _MIN_SHARE:
-            raise ConfigError(f"zeros must be at most {1 - _MIN_SHARE}, got {zeros!r}")
+        if self.zeros > 1 - MIN_SHARE:
+            raise ConfigError(f"zeros must be at most {1 - MIN_SHARE}, got {zeros!r}")
         self.start, self.end = check_share("start", start), check_share("end", end)
         if self.end < self.start:
             raise ConfigError(f"end must be at least start, which is {start}, got {end}")
@@ -73,29 +90,36 @@ class Sparsify(Callback):
         self.rounds = rounds
         self._finished_rounds = 0
         self._seen_step = -1
+        # The latest round whose masks the weights of this process have, if the weights are on servers.
+        self._seen_round = 0
         self._round_steps: list[int] = []
-        # False where a weight stays zero, by parameter.
         self.masks: dict[Tensor, Tensor] = {}
-        self._factors: list[Tensor] = []
         self._names: dict[Tensor, str] = {}
         # The masks of a checkpoint, packed to bits, by the name of a parameter.
         self._loaded: dict[str, Tensor] = {}
 
     @property
     def sparsity(self) -> float:
-        """The share of masked weights in the tensors that have masks; 0 without masks."""
-        total = sum(mask.numel() for mask in self.masks.values())
-        return sum(int((~mask).sum()) for mask in self.masks.values()) / total if total else 0.0
+        """The share of masked weights in the tensors that have masks; of this process's shards; 0 without masks."""
+        masks = [local_part(mask) for mask in self.masks.values()]
+        total = sum(mask.numel() for mask in masks)
+        return sum(int((~mask).sum()) for mask in masks) / total if total else 0.0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Forgets the masks of an earlier training."""
         if stage == "fit":
             self._finished_rounds, self._seen_step = 0, -1
-            self.masks, self._factors, self._names, self._loaded = {}, [], {}, {}
+            self.masks, self._names, self._loaded = {}, {}, {}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Rejects a training whose weights cannot be masked."""
-        check_training("Sparsify", trainer, pl_module)
+        check_training("Sparsify", trainer, pl_module, WHOLE | LOCAL | SHARDED | SERVED)
+        distils = any(isinstance(callback, Distil) and not callback.has_teacher for callback in callbacks_of(trainer))
+        if distils and isinstance(trainer.strategy, WeightServers):
+            raise ConfigError(
+                "Sparsify: with a parameter server the masks reach a worker at any step, so that none knows the dense "
+                "model at the end; give Distil a teacher"
+            )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Computes the steps of the rounds, and applies the masks of the checkpoint."""
@@ -105,32 +129,39 @@ class Sparsify(Callback):
         if not self._names:
             raise ConfigError("Sparsify: no weight with two or more dimensions is trained")
         parameters = {name: p for p, name in self._names.items()}
+        check_sharded("Sparsify", parameters)
+        masks: dict[Tensor, Tensor] = {}
         for name, packed in self._loaded.items():
             parameter = parameters.get(name)
             if parameter is None or packed.numel() != -(-parameter.numel() // 8):
                 raise CheckpointError(f"the mask of {printable(name)} in the checkpoint does not fit the model")
-            self.masks[parameter] = _unpacked(packed, parameter)
-        self._loaded = {}
-        self.apply(trainer)
+            masks[parameter] = sharded_like(parameter, unpack_mask(packed, parameter.shape))
+        self._loaded, self._seen_round = {}, self._finished_rounds
+        self._set(trainer, masks)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Masks the weights after a step, and renews the masks after the step of a round."""
+        """Renews the masks after the step of a round."""
         step = trainer.global_step
         if step == self._seen_step:
             return
         self._seen_step = step
-        due = self._finished_rounds < self.rounds and step >= self._round_steps[self._finished_rounds]
-        if due:
-            begin_distillation(trainer, pl_module)
-            self._finished_rounds += 1
-            self.masks = _smallest_masked(self._names, self._target())
-            self._factors = []
-            forget_best(trainer)
-            if self._finished_rounds == self.rounds and trainer.is_global_zero:
-                print(f"masked {self.sparsity:.1%} of the weights", flush=True)
-        self.apply(trainer)
+        if isinstance(trainer.strategy, WeightServers):
+            self._follow(trainer, trainer.strategy)
+        if self._finished_rounds >= self.rounds:
+            return
+        if isinstance(trainer.strategy, WeightServers) and not trainer.is_global_zero:
+            return
+        if not decide_together(trainer, step >= self._round_steps[self._finished_rounds]):
+            return
+        begin_distillation(trainer, pl_module)
+        # An average may come after the steps of several rounds.
+        passed = sum(step >= due for due in self._round_steps)
+        self._finished_rounds = trainer.strategy.broadcast(max(passed, self._finished_rounds + 1))
+        self._set(trainer, self._choose(trainer))
+        if not isinstance(trainer.strategy, WeightServers):
+            self._begin_round(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Warns if the training has ended before the last round."""
@@ -140,31 +171,9 @@ class Sparsify(Callback):
                 f"{self.sparsity:.1%} of the weights are masked"
             )
 
-    @torch.no_grad()
-    def apply(self, trainer: pl.Trainer) -> None:
-        """Sets the masked weights to zero, and those of the averages and master weights of the optimizers."""
-        if not self.masks:
-            return
-        parameters = list(self.masks)
-        if len(self._factors) != len(parameters):
-            self._factors = [mask.to(p.dtype) for p, mask in self.masks.items()]
-        torch._foreach_mul_([p.detach() for p in parameters], self._factors)
-        for optimizer in trainer.optimizers:
-            for parameter, mask in self.masks.items():
-                # A look-up of a missing parameter would make an empty state.
-                state = optimizer.state[parameter] if parameter in optimizer.state else {}
-                for name in _WEIGHT_STATES:
-                    if name in state:
-                        state[name].mul_(mask)
-
-    def follow(self) -> dict[Tensor, Tensor]:
-        """Returns the masks by parameter for a removal of units, which makes the masks smaller."""
-        self._factors = []
-        return self.masks
-
     def state_dict(self) -> dict[str, Any]:
         """Returns the number of finished rounds and the masks, packed to bits, as plain containers and tensors."""
-        masks = {self._names[p]: _packed(mask) for p, mask in self.masks.items()}
+        masks = {self._names[p]: pack_mask(whole(mask)) for p, mask in self.masks.items()}
         return {"rounds": self._finished_rounds, "masks": masks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -185,31 +194,42 @@ class Sparsify(Callback):
         """Returns the share of zeros after the finished rounds."""
         return self.zeros * (1 - (1 - self._finished_rounds / self.rounds) ** 3)
 
+    def _follow(self, trainer: pl.Trainer, strategy: WeightServers) -> None:
+        """Notices masks that have come with the weights; the worker that chose them has waited for that, too."""
+        number = strategy.mask_number
+        if number > self._seen_round:
+            self._seen_round = number
+            if number > self._finished_rounds:
+                # Another process has chosen them: another worker, or the one that this one replaces.
+                self._finished_rounds = number
+                self.masks = strategy.fetch_masks() if trainer.is_global_zero else {}
+            self._begin_round(trainer)
 
-@torch.no_grad()
-def _smallest_masked(names: dict[Tensor, str], share: float) -> dict[Tensor, Tensor]:
-    """Returns masks that are False for a share of the weights: the smallest ones of all tensors.
+    def _begin_round(self, trainer: pl.Trainer) -> None:
+        """Forgets the scores of the weights before the masks, and prints the share of zeros at the end."""
+        forget_best(trainer)
+        if self._finished_rounds == self.rounds and self.masks:
+            masks = [whole(mask) for mask in self.masks.values()]
+            share = sum(int((~mask).sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+            if trainer.is_global_zero:
+                print(f"masked {share:.1%} of the weights", flush=True)
 
-    Each tensor keeps a hundredth of its weights.
-    """
-    magnitudes = {p: p.detach().float().abs() for p in names}
-    for magnitude in magnitudes.values():
-        # The largest weights of a tensor stay in any case.
-        flat = magnitude.view(-1)
-        kept = max(1, int(_MIN_SHARE * flat.numel()))
-        flat[flat.topk(kept).indices] = torch.inf
-    values = torch.cat([magnitude.flatten().cpu() for magnitude in magnitudes.values()])
-    count = int(share * values.numel())
-    masked = torch.zeros(values.numel(), dtype=torch.bool)
-    masked[values.argsort(stable=True)[:count]] = True
-    parts = masked.split([p.numel() for p in names])
-    return {p: ~part.view(p.shape).to(p.device) for p, part in zip(names, parts, strict=True)}
+    def _choose(self, trainer: pl.Trainer) -> dict[Tensor, Tensor]:
+        """Returns the masks of the finished rounds, the same in all processes."""
+        masks = smallest_masked(list(self._names), self._target())
+        if any(map(is_sharded, masks)) or isinstance(trainer.strategy, WeightServers):
+            return masks
+        packed = trainer.strategy.broadcast([pack_mask(mask) for mask in masks.values()])
+        return {p: unpack_mask(mask, p.shape).to(p.device) for p, mask in zip(masks, packed, strict=True)}
 
-
-def _packed(mask: Tensor) -> Tensor:
-    return torch.from_numpy(np.packbits(mask.cpu().flatten().numpy()))
-
-
-def _unpacked(packed: Tensor, parameter: nn.Parameter | Tensor) -> Tensor:
-    bits = np.unpackbits(packed.cpu().numpy(), count=parameter.numel())
-    return torch.from_numpy(bits).bool().view(parameter.shape).to(parameter.device)
+    def _set(self, trainer: pl.Trainer, masks: dict[Tensor, Tensor]) -> None:
+        if isinstance(trainer.strategy, WeightServers):
+            self.masks = masks
+            trainer.strategy.set_masks(masks, self._finished_rounds if masks else 0)
+            return
+        (optimizer,) = trainer.optimizers
+        set_masks(optimizer, masks)
+        # `Prune` exchanges the entries of the optimizer's masks.
+        self.masks = masks_of(optimizer)
+        if isinstance(trainer.strategy, LocalTrainer):
+            trainer.strategy.set_masks(self.masks)

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from lightkit.compress.tracing import evaluating, trace
 from lightkit.compress.units import HasInnerUnits, UnitAxis, UnitGraph, UnitGroup, is_removed, mask_of, named_tensors
 from lightkit.compress.widths import has_widths, replace_data, update_attributes
+from lightkit.optim import masks_of
 
 # The largest difference of a proof, relative to the largest output: other orders of sums round differently.
 _TOLERANCE = 1e-3
@@ -24,7 +25,6 @@ def remove_units(
     graph: UnitGraph,
     removed: Tensor,
     optimizers: Iterable[Optimizer] = (),
-    companions: Iterable[dict[Tensor, Tensor]] = (),
 ) -> None:
     """Removes units from a module in place.
 
@@ -36,19 +36,18 @@ def remove_units(
         root: the traced module.
         graph: the units of the module: see `lightkit.compress.tracing.trace`.
         removed: True for each unit that is removed, bool of the size ``graph.count``.
-        optimizers: the optimizers of the parameters.
-        companions: mappings from parameters to tensors of their shape, such as masks, which lose the same entries.
+        optimizers: the optimizers of the parameters, whose masks lose the same entries: see `lightkit.optim.set_masks`.
     """
-    optimizers, companions = list(optimizers), list(companions)
+    optimizers = list(optimizers)
     tensors = named_tensors(root)
     for name, changes in graph.kept_indices(removed).items():
         tensor = tensors[name]
         before = tensor.shape
         replace_data(tensor, _select(tensor.detach(), changes))
-        for companion in companions:
-            if tensor in companion:
-                companion[tensor] = _select(companion[tensor], changes)
         for optimizer in optimizers:
+            masks = masks_of(optimizer)
+            if tensor in masks:
+                masks[tensor] = _select(masks[tensor], changes)
             if tensor in optimizer.state:
                 _select_state(optimizer.state[tensor], before, changes)
     _update(root)

@@ -14,12 +14,23 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
 
 from lightkit._lightning.module import is_compiled
-from lightkit._util.strategy_traits import traits_of
+from lightkit._util.strategy_traits import LocalTrainer, WeightServers, traits_of
 from lightkit.capture.module_call import is_captured
 from lightkit.errors import ConfigError
+
+# The kinds of strategies by where the weights are: the same in each process; the same after each average; a part in
+# each process; on servers.
+WHOLE, LOCAL, SHARDED = frozenset({"whole"}), frozenset({"local"}), frozenset({"sharded"})
+SERVED = frozenset({"served"})
+_STRATEGIES = {
+    "whole": "one device, ddp and DataParallel",
+    "local": "LocalSGD and DiLoCo",
+    "sharded": "ModelParallelStrategy",
+    "served": "ParameterServer",
+}
 
 
 def callbacks_of(trainer: pl.Trainer) -> list[Callback]:
@@ -28,26 +39,25 @@ def callbacks_of(trainer: pl.Trainer) -> list[Callback]:
     return trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def check_training(name: str, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Rejects a training that cannot prune or mask weights, before its first step.
+def check_training(
+    name: str, trainer: pl.Trainer, pl_module: pl.LightningModule, kinds: frozenset[str] = WHOLE
+) -> None:
+    """Rejects a training in which a callback cannot change the weights, before its first step.
 
     Args:
         name: the name of the callback, for the message.
         trainer: the trainer, with its optimizers.
         pl_module: the module.
+        kinds: the kinds of strategies that the callback supports, such as ``WHOLE | LOCAL``.
 
     Raises:
-        ConfigError: the strategy shards the weights, or each process or server has its own; the module optimizes
-            manually or has several optimizers; or a callback averages weights from before.
+        ConfigError: the strategy is of another kind; the module optimizes manually or has several optimizers; or a
+            callback averages weights from before.
     """
     strategy = trainer.strategy
-    traits = traits_of(strategy)
-    is_whole = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy))
-    if not is_whole or traits.trains_locally or traits.tolerates_worker_loss:
-        raise ConfigError(
-            f"{name} needs the same weights in each process, as one device, ddp and DataParallel have them; "
-            f"{type(strategy).__name__} has not"
-        )
+    if _kind_of(strategy) not in kinds:
+        known = " and ".join(text for kind, text in _STRATEGIES.items() if kind in kinds)
+        raise ConfigError(f"{name} does not go with {type(strategy).__name__}; it goes with {known}")
     if not pl_module.automatic_optimization or len(trainer.optimizers) != 1:
         raise ConfigError(f"{name} needs automatic optimization with one optimizer")
     averaging = next(
@@ -57,12 +67,39 @@ def check_training(name: str, trainer: pl.Trainer, pl_module: pl.LightningModule
         raise ConfigError(f"{name}: {type(averaging).__name__} would average the weights of models of several sizes")
 
 
+def _kind_of(strategy: Strategy) -> str:
+    traits = traits_of(strategy)
+    if isinstance(strategy, WeightServers):
+        return "served"
+    if traits.trains_locally:
+        return "local"
+    if isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+        return "whole"
+    return "sharded" if isinstance(strategy, ModelParallelStrategy) else "other"
+
+
 def check_not_compiled(name: str, pl_module: pl.LightningModule) -> None:
     """Rejects a module under torch.compile, whose code is that of the widths at compilation."""
     for part, module in pl_module.named_modules():
         compiled = getattr(module, "_compiled_call_impl", None) is not None and not is_captured(module)
         if compiled or is_compiled(module):
             raise ConfigError(f"{name}: {part or 'the module'} is compiled for the widths that it has")
+
+
+def decide_together(trainer: pl.Trainer, decision: bool) -> bool:
+    """Returns what a callback decides after a step of the optimizer, in all processes alike.
+
+    Where processes train by themselves, the decision is that of process 0, since processes with other numbers of
+    batches count other steps; and False unless they have just averaged their weights.
+
+    Args:
+        trainer: the trainer; all its processes call the function after each step of theirs.
+        decision: the decision of this process.
+    """
+    strategy = trainer.strategy
+    if not isinstance(strategy, LocalTrainer):
+        return decision
+    return strategy.has_common_weights and bool(strategy.broadcast(decision))
 
 
 def training_steps(name: str, trainer: pl.Trainer) -> int:

@@ -102,8 +102,8 @@ def export_model(
     """Writes a model in evaluation mode to a file that other programs run.
 
     The file has the model's operations and weights, which are float32, or integers in layers of a quantized model:
-    see `Format`; and ``metadata``. It has no source lines, no names of classes and no samples. A batch norm becomes part
-    of the convolution or linear map before it. The function does not compare the file with the model.
+    see `Format`; and ``metadata``. It has no source lines, no names of classes and no samples. A batch norm becomes
+    part of the convolution or linear map before it. The function does not compare the file with the model.
 
     Args:
         model: the model, which stays as it is. It returns one tensor.

@@ -28,7 +28,8 @@ def trace(
 ) -> ExportedProgram:
     """Records the operations of a model in evaluation mode, with batch norms folded: see `lightkit.export.folding`.
 
-    Weights without integers are float32 in the result, on the CPU. The example with which torch.export runs the model has zeros.
+    Weights without integers are float32 in the result, on the CPU. The example with which torch.export runs the model
+    has zeros.
 
     Args:
         model: the model, which stays as it is.

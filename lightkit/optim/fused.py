@@ -12,6 +12,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from lightkit import native
 from lightkit._util.compiler import undisguised
+from lightkit.optim.masked_entries import apply_masks
 from lightkit.optim.reference import Rule, step_reference
 
 # Options of parameter groups in addition to torch's. The groups of an optimizer of torch that `convert` has converted
@@ -197,7 +198,7 @@ class FusedStep(torch.optim.Optimizer):
         Returns:
             The loss from the closure, or None without a closure.
         """
-        return self._observed_step(closure) if is_observed(self) else self.step_for(self, closure)
+        return self._observed_step(closure) if is_observed(self) else self._masked_step(closure)
 
     # torch wraps the step of every class without this mark, to run hooks and open a profiler range. With a small model
     # that takes as long as the step. `step` calls the wrapper only if there are hooks or a profiler.
@@ -269,9 +270,14 @@ class FusedStep(torch.optim.Optimizer):
                 group["rounding_seed"] += 1
         return loss
 
+    def _masked_step(self, closure: Callable[[], float] | None = None) -> float | None:
+        loss = self.step_for(self, closure)
+        apply_masks(self)
+        return loss
+
     @torch.optim.Optimizer.profile_hook_step
     def _observed_step(self, closure: Callable[[], float] | None = None) -> float | None:
-        return self.step_for(self, closure)
+        return self._masked_step(closure)
 
     @property
     def grad_norm(self) -> float | None:

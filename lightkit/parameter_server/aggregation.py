@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightkit.parameter_server.durable_state import CountedPush, DurableState, Update, WorkerState
 from lightkit.parameter_server.flat_tensors import allocate_flat
+from lightkit.parameter_server.mask_update import MaskUpdate
 from lightkit.parameter_server.membership import Membership
 from lightkit.parameter_server.protocol import Reply
 from lightkit.parameter_server.push_buffers import PushBuffers
@@ -30,6 +31,7 @@ class Push:
         push_seq: the sequence number of the push among those of the worker for this optimizer, from 1.
         version: the version of the parameters with which the gradient was computed: the number of updates before.
         buffers: the buffers with the gradient.
+        masks: the masks that the worker has sent before the push; None for none.
     """
 
     connection: Connection
@@ -39,6 +41,7 @@ class Push:
     push_seq: int
     version: int
     buffers: PushBuffers
+    masks: MaskUpdate | None = None
 
     @property
     def is_repeated(self) -> bool:
@@ -254,6 +257,7 @@ class Aggregator:
 
     def _make_update(self, first: Push, is_skipped: bool, present: list[bool], counted: list[Push]) -> Update:
         workers = self._state.workers
+        masks = [push.masks for push in counted if push.masks is not None]
         return Update(
             first.optimizer_index,
             is_skipped,
@@ -263,6 +267,7 @@ class Aggregator:
                 push.rank: CountedPush(workers[push.rank].incarnation, push.push_seq, workers[push.rank].clock_offset)
                 for push in counted
             },
+            max(masks, key=lambda masks: masks.number, default=None),
         )
 
     def _apply(self, update: Update, flats: list[Tensor], views: list[Tensor]) -> None:

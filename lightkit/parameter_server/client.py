@@ -7,49 +7,24 @@ import secrets
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from lightkit._util.deprecated import renamed_parameters
-from lightkit.errors import ConfigError, LightkitError
+from lightkit._util.packed_masks import pack_mask, unpack_mask
+from lightkit.errors import ConfigError
+from lightkit.parameter_server.clipping import Clipping, NormReduction, OtherServerError
 from lightkit.parameter_server.flat_tensors import view_flat
 from lightkit.parameter_server.hyperparameters import GroupOptions
+from lightkit.parameter_server.mask_update import MaskUpdate
 from lightkit.parameter_server.protocol import Request
 from lightkit.parameter_server.server_session import ServerSession
 from lightkit.parameter_server.shard import ParameterState
 from lightkit.parameter_server.training_spec import TrainingSpec
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Clipping:
-    """Gradient clipping before a step: of the mean gradient in the mode ``sync``, else of each worker's gradient.
-
-    Args:
-        max_norm: the largest norm of all gradients of the optimizer together, as in
-            :func:`torch.nn.utils.clip_grad_norm_`; None for no such limit.
-        max_value: the largest absolute value of an element; None for no such limit.
-        skip_nonfinite: skip the step if a gradient has an element that is NaN or infinite.
-    """
-
-    max_norm: float | None = None
-    max_value: float | None = None
-    skip_nonfinite: bool = False
-
-    @property
-    def needs_norm(self) -> bool:
-        """True if `factor` depends on the norm of the gradient."""
-        return self.max_norm is not None or self.skip_nonfinite
-
-    def factor(self, norm: float) -> float:
-        """Returns the factor for a gradient of the norm ``norm``; a negative factor skips the step."""
-        if self.skip_nonfinite and not math.isfinite(norm):
-            return -1.0
-        return 1.0 if self.max_norm is None or norm < self.max_norm else self.max_norm / (norm + 1e-6)
 
 
 class OptimizerState(NamedTuple):
@@ -191,7 +166,7 @@ class Client:
         ]
         for session in self._sessions:
             session.encode(optimizer_index, flags, groups, skip)
-        reduction = _NormReduction(len(self._sessions), clipping, self)
+        reduction = NormReduction(len(self._sessions), clipping, self._set_norm)
 
         def exchange(session: ServerSession) -> None:
             try:
@@ -203,6 +178,37 @@ class Client:
 
         futures = [self._pool.submit(exchange, session) for session in self._sessions]
         return PendingPush(futures, lambda: self.parameters(optimizer_index))
+
+    def set_masks(self, optimizer_index: int, number: int, masks: Sequence[Tensor | None]) -> None:
+        """Makes the servers keep entries of parameters at zero.
+
+        The masks go with the next push of the optimizer: from the update with that push on, masked entries are zero on
+        the servers, at all workers that receive the parameters later, and after a restart of a server, which writes the
+        masks to its log. A lost push is sent again with its masks.
+
+        Args:
+            optimizer_index: the index of the optimizer.
+            number: a number from 1; servers ignore masks whose number is not larger than that of the masks they have.
+            masks: for each parameter a bool tensor of its shape, False where an entry stays zero; None for no mask.
+        """
+        update = MaskUpdate(number, [None if mask is None else pack_mask(mask) for mask in masks])
+        for session, positions in zip(self._sessions, self._positions, strict=True):
+            session.buffers[optimizer_index].masks = update.part(positions[optimizer_index])
+
+    def masks(self, optimizer_index: int) -> list[Tensor | None]:
+        """Returns the masks on the servers, as `set_masks` takes them."""
+        found: dict[int, Tensor] = {}
+        states = self._for_all(lambda session, _: session.state()[optimizer_index])
+        for session, positions, part in zip(self._sessions, self._positions, states, strict=True):
+            views = session.buffers[optimizer_index].views
+            for i, view, packed in zip(positions[optimizer_index], views, part["masks"], strict=False):
+                if packed is not None:
+                    found[i] = unpack_mask(packed, view.shape)
+        return [found.get(i) for i in range(len(self._spec.optimizers[optimizer_index].parameters))]
+
+    def mask_number(self, optimizer_index: int) -> int:
+        """Returns the number of the masks of the parameters that the servers have sent last; 0 without masks."""
+        return min(session.buffers[optimizer_index].mask_number for session in self._sessions)
 
     def state(self) -> list[OptimizerState]:
         """Returns, for each optimizer, the parameters and the optimizer state on the servers."""
@@ -263,6 +269,9 @@ class Client:
             found.update(zip(positions[optimizer_index], views, strict=True))
         return [found[i] for i in range(len(found))]
 
+    def _set_norm(self, norm: float) -> None:
+        self.norm = norm
+
     def _for_all(self, action: Callable[[ServerSession, list[list[int]]], T]) -> list[T]:
         pairs = list(zip(self._sessions, self._positions, strict=True))
         futures = [self._pool.submit(action, session, positions) for session, positions in pairs]
@@ -304,68 +313,9 @@ class PendingPush:
         """
         errors = [error for future in self._futures if (error := future.exception()) is not None]
         if errors:
-            # An `_OtherServerError` is an effect of another error: the cause is raised if there is one.
-            raise min(errors, key=lambda error: isinstance(error, _OtherServerError))
+            # An `OtherServerError` is an effect of another error: the cause is raised if there is one.
+            raise min(errors, key=lambda error: isinstance(error, OtherServerError))
         return self._parameters()
-
-
-class _OtherServerError(LightkitError):
-    """The error of a push to one server after the push to another one has failed."""
-
-
-class _NormReduction:
-    """The norm of a mean gradient, which the client computes from the parts that the servers send.
-
-    One thread for each server uses the object.
-
-    Args:
-        servers: the number of servers.
-        clipping: the gradient clipping, which gives the factor for the norm.
-        client: the client, whose ``norm`` is set.
-    """
-
-    def __init__(self, servers: int, clipping: Clipping, client: Client) -> None:
-        self._servers = servers
-        self._clipping, self._client = clipping, client
-        self._squares: dict[str, float] = {}
-        self._changed = threading.Condition()
-        self._error: BaseException | None = None
-
-    def factor(self, address: str, square: float) -> float:
-        """Waits for the parts of all servers, and returns the factor by which the servers multiply the mean gradient.
-
-        Args:
-            address: the address of the server; a restarted server sends its part again.
-            square: the square of the norm of that server's part.
-
-        Raises:
-            LightkitError: the push to another server has failed.
-        """
-        with self._changed:
-            self._squares[address] = square
-            self._changed.notify_all()
-            while len(self._squares) < self._servers and self._error is None:
-                self._changed.wait()
-            if self._error is not None:
-                raise _OtherServerError("another parameter server failed") from self._error
-            norm = math.sqrt(math.fsum(self._squares.values()))
-        self._client.norm = norm
-        return self._clipping.factor(norm)
-
-    def add_missing(self, address: str) -> None:
-        """Adds 0 for the server ``address`` if it has replied without its part, so that `factor` does not wait for it.
-
-        A server replies so if it was restarted after the step, for which another worker had sent the factor.
-        """
-        with self._changed:
-            self._squares.setdefault(address, 0.0)
-            self._changed.notify_all()
-
-    def fail(self, error: BaseException) -> None:
-        """Makes the waiting calls of `factor` raise an exception, since ``error`` ended the push to a server."""
-        with self._changed:
-            self._error = error
-            self._changed.notify_all()
 
 
 def _positions(spec: TrainingSpec, shard: TrainingSpec) -> list[list[int]]:

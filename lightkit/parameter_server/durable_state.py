@@ -15,6 +15,7 @@ from torch import Tensor
 from lightkit.errors import CheckpointError
 from lightkit.parameter_server.flat_tensors import allocate_flat
 from lightkit.parameter_server.hyperparameters import GroupOptions
+from lightkit.parameter_server.mask_update import MaskUpdate
 from lightkit.parameter_server.shard import Shard
 from lightkit.parameter_server.training_spec import TrainingSpec
 from lightkit.parameter_server.write_ahead_log import WriteAheadLog, fill
@@ -95,6 +96,7 @@ class Update:
         hyperparameters: the numbers among the options of the parameter groups, group by group.
         present: for each parameter True if the parameter has a gradient.
         pushes: the pushes that the gradient comes from, by the rank of the worker.
+        masks: the masks of the parameters from this update on; None keeps those before.
     """
 
     optimizer_index: int
@@ -102,6 +104,7 @@ class Update:
     hyperparameters: list[float]
     present: list[bool]
     pushes: dict[int, CountedPush]
+    masks: MaskUpdate | None = None
 
     # The JSON keys of the previous release: servers replay its logs.
 
@@ -113,6 +116,7 @@ class Update:
             "numbers": self.hyperparameters,
             "present": self.present,
             "pushes": {str(rank): list(push) for rank, push in self.pushes.items()},
+            **({} if self.masks is None else {"masks": self.masks.to_json()}),
         }
 
     @classmethod
@@ -123,7 +127,8 @@ class Update:
             KeyError, TypeError, ValueError: ``value`` is no such description.
         """
         pushes = {int(rank): CountedPush(*push) for rank, push in value["pushes"].items()}
-        return cls(value["table"], value["skip"], value["numbers"], value["present"], pushes)
+        masks = MaskUpdate.from_json(value["masks"]) if "masks" in value else None
+        return cls(value["table"], value["skip"], value["numbers"], value["present"], pushes, masks)
 
 
 class DurableState:
@@ -213,6 +218,8 @@ class DurableState:
         index = update.optimizer_index
         if not update.is_skipped:
             self.shards[index].step(views, update.present, update.hyperparameters)
+        if update.masks is not None:
+            self.shards[index].set_masks(update.masks)
         self.versions[index] += 1
         for rank, push in update.pushes.items():
             worker = self.workers.get(rank)

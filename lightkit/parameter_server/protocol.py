@@ -63,6 +63,9 @@ class Request(IntEnum):
 
     The other three numbers are the index of the optimizer, the sequence number of the push, and the version of the
     parameters with which the gradient was computed; a request that does not need a number has 0.
+
+    MASK has no reply: the message after it has new masks, which the update with the worker's next push sets. Its third
+    number is the number of the masks.
     """
 
     BEGIN = 1
@@ -71,10 +74,13 @@ class Request(IntEnum):
     STATE = 4
     FINISH = 5
     LEAVE = 6
+    MASK = 7
 
 
 class Reply(IntEnum):
-    """The first number of a server's header; the second number is the version of the optimizer's parameters.
+    """The first number of a server's header.
+
+    The second number is the version of the optimizer's parameters, and the third one the number of their masks.
 
     OK answers a request. WAIT is a heartbeat before the answer. NORM asks for the factor of the mean gradient, whose
     squared norm follows. REFUSED precedes a message with the reason, after which the server closes the connection.

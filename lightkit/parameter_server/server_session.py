@@ -15,6 +15,7 @@ from lightkit.errors import ConfigError, LightkitError
 from lightkit.parameter_server.compression import make_codec
 from lightkit.parameter_server.flat_tensors import allocate_flat
 from lightkit.parameter_server.hyperparameters import GroupOptions, read_hyperparameters
+from lightkit.parameter_server.mask_update import NO_MASKS, MaskUpdate
 from lightkit.parameter_server.protocol import PUSH_FLAGS, Reply, Request
 from lightkit.parameter_server.rendezvous import connect
 from lightkit.parameter_server.training_spec import TrainingSpec
@@ -50,6 +51,9 @@ class TransferBuffers:
         metadata: the metadata of the push, a one-dimensional float64 tensor: see `protocol.PUSH_FLAGS`.
         push_seq: the sequence number of the latest push; 0 before the first.
         version: the version of the parameters in ``reply``: the number of the server's updates.
+        masks: the masks that the server is to set with the next push.
+        push_masks: those that go with the latest push.
+        mask_number: the number of the masks that the server has.
     """
 
     def __init__(self, spec: TrainingSpec, optimizer_index: int) -> None:
@@ -63,6 +67,8 @@ class TransferBuffers:
         self.metadata = torch.zeros(0, dtype=torch.float64)
         self.push_seq = 0
         self.version = 0
+        self.masks = self.push_masks = NO_MASKS
+        self.mask_number = 0
 
 
 class ServerSession:
@@ -174,6 +180,7 @@ class ServerSession:
         buffers.metadata = torch.tensor(
             [*map(float, flags), *values, *map(float, buffers.present)], dtype=torch.float64
         )
+        buffers.push_masks = buffers.masks
         buffers.push_seq += 1
 
     def push(self, optimizer_index: int, clip_factor: Callable[[str, float], float]) -> None:
@@ -187,8 +194,12 @@ class ServerSession:
                 server, and the square of the norm of the server's part of the mean gradient.
         """
         buffers = self.buffers[optimizer_index]
+        masks = buffers.push_masks
 
         def exchange(connection: Connection) -> None:
+            if masks.number > buffers.mask_number:
+                connection.send_header(Request.MASK, optimizer_index, masks.number)
+                connection.send_message(masks.packed)
             connection.send_header(Request.PUSH, optimizer_index, buffers.push_seq, buffers.version)
             connection.send(buffers.metadata, *buffers.payload)
             self.bytes_sent += buffers.metadata.nbytes + sum(tensor.nbytes for tensor in buffers.payload)
@@ -217,7 +228,8 @@ class ServerSession:
 
         Returns:
             For each optimizer a dict: ``flats``, the parameters as flat tensors; ``state``, the optimizer's state of
-            each parameter; and ``seeds``, the ``rounding_seed`` or None of each group with a parameter on the server.
+            each parameter; ``seeds``, the ``rounding_seed`` or None of each group with a parameter on the server; and
+            ``mask_number`` and ``masks``, see `lightkit.parameter_server.mask_update.MaskUpdate`.
         """
 
         def exchange(connection: Connection) -> list[dict[str, Any]]:
@@ -271,7 +283,7 @@ class ServerSession:
 
     def _receive_parameters(self, buffers: TransferBuffers, connection: Connection, reply: list[int]) -> None:
         connection.receive(*buffers.reply)
-        buffers.version = reply[1]
+        buffers.version, buffers.mask_number = reply[1], reply[2]
         self.bytes_received += sum(tensor.nbytes for tensor in buffers.reply)
 
     def _receive_reply(self, connection: Connection, *expected: Reply) -> list[int]:
@@ -364,4 +376,16 @@ def _is_state_of(part: object, buffers: TransferBuffers) -> bool:
         )
         and all(isinstance(entry, dict) for entry in state)
         and all(seed is None or type(seed) is int for seed in seeds)
+        and _has_masks_of(part, buffers)
     )
+
+
+def _has_masks_of(part: dict[str, Any], buffers: TransferBuffers) -> bool:
+    number, packed = part.get("mask_number"), part.get("masks")
+    if number == 0 and packed == []:
+        return True
+    try:
+        MaskUpdate(number, packed).check(buffers.parameters)  # pyright: ignore[reportArgumentType]
+    except ValueError:
+        return False
+    return True

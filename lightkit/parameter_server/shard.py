@@ -13,8 +13,10 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils._pytree import tree_map
 
 from lightkit.errors import ConfigError
+from lightkit.optim import set_masks
 from lightkit.parameter_server.flat_tensors import allocate_flat
 from lightkit.parameter_server.hyperparameters import GroupOptions, write_hyperparameters
+from lightkit.parameter_server.mask_update import NO_MASKS, MaskUpdate
 from lightkit.parameter_server.training_spec import OptimizerSpec
 from lightkit.targets import find_class
 
@@ -33,6 +35,7 @@ class Shard:
         flats: the parameters, one flat tensor for each dtype.
         parameters: the parameters of ``optimizer``, views of ``flats``.
         optimizer: the optimizer; None if the shard has no parameters.
+        masks: the masks of the parameters, whose masked entries are zero after each step.
 
     Raises:
         ConfigError: the class is not allowed, or does not accept such options.
@@ -45,6 +48,7 @@ class Shard:
         self._group_indices = sorted({p.group_index for p in spec.parameters})
         self._hyperparameters = spec.hyperparameters
         self.optimizer = self._make_optimizer(spec, options) if self.parameters else None
+        self.masks = NO_MASKS
 
     def _make_optimizer(self, spec: OptimizerSpec, options: list[GroupOptions]) -> Optimizer:
         cls = find_class(spec.optimizer)
@@ -96,6 +100,14 @@ class Shard:
             write_hyperparameters(group, paths, itertools.islice(remaining, len(paths)))
         self.optimizer.step()
 
+    def set_masks(self, masks: MaskUpdate) -> None:
+        """Keeps masked entries of the parameters at zero from now on, unless the shard has masks of a larger number."""
+        if masks.number <= self.masks.number:
+            return
+        self.masks = masks
+        if self.optimizer is not None:
+            set_masks(self.optimizer, masks.masks(self.parameters))
+
     def state(self) -> list[ParameterState]:
         """Returns the optimizer's state of each parameter; an empty dict for a parameter without a state."""
         if self.optimizer is None:
@@ -134,19 +146,28 @@ class Shard:
         """Returns a copy of the shard.
 
         Returns:
-            A dict: ``flats``, the parameters as flat tensors; ``state``, see `state`; ``seeds``, see `rounding_seeds`.
+            A dict: ``flats``, the parameters as flat tensors; ``state``, see `state`; ``seeds``, see `rounding_seeds`;
+            ``mask_number`` and ``masks``, see `MaskUpdate`.
         """
         copied = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, self.state())
-        return {"flats": [flat.clone() for flat in self.flats], "state": copied, "seeds": self.rounding_seeds()}
+        return {
+            "flats": [flat.clone() for flat in self.flats],
+            "state": copied,
+            "seeds": self.rounding_seeds(),
+            "mask_number": self.masks.number,
+            "masks": list(self.masks.packed),
+        }
 
     def restore(self, snapshot: dict[str, Any]) -> None:
-        """Sets parameters, state and rounding seeds to those in ``snapshot``, which `snapshot` has returned."""
+        """Sets parameters, state, rounding seeds and masks to those in ``snapshot``, which `snapshot` has returned."""
         for flat, saved in zip(self.flats, snapshot["flats"], strict=True):
             flat.copy_(saved)
         self.load(None, snapshot["state"])
         for group, seed in zip(self.optimizer.param_groups if self.optimizer else [], snapshot["seeds"], strict=True):
             if seed is not None:
                 group["rounding_seed"] = seed
+        # A snapshot of the previous release has no masks.
+        self.set_masks(MaskUpdate(snapshot.get("mask_number", 0), snapshot.get("masks", [])))
 
 
 def _has_index(option: object, position: int) -> bool:

@@ -9,6 +9,7 @@ from lightkit.errors import LightkitError
 from lightkit.parameter_server.aggregation import Push
 from lightkit.parameter_server.available_memory import check_memory
 from lightkit.parameter_server.durable_state import WorkerState
+from lightkit.parameter_server.mask_update import MaskUpdate
 from lightkit.parameter_server.protocol import JoinRequest, Reply, Request
 from lightkit.parameter_server.push_buffers import PushBuffers
 from lightkit.parameter_server.training import Training
@@ -38,6 +39,8 @@ class WorkerSession:
         self._training, self._connection = training, connection
         self._rank = -1
         self._buffers: dict[int, PushBuffers] = {}
+        # By the index of the optimizer. The worker sends them anew until a reply has their number.
+        self._masks: dict[int, MaskUpdate] = {}
 
     def run(self) -> None:
         """Replies to the requests of the worker until the worker leaves or fails.
@@ -104,8 +107,11 @@ class WorkerSession:
                 if worker.finished:
                     raise ProtocolError("a push came from a worker that had said that it pushes no more")
                 buffers.receive(connection)
-                self._push(Push(connection, self._rank, worker, optimizer_index, push_seq, version, buffers))
+                masks = self._masks.pop(optimizer_index, None)
+                self._push(Push(connection, self._rank, worker, optimizer_index, push_seq, version, buffers, masks))
             self._send_parameters(optimizer_index, buffers)
+        elif request == Request.MASK:
+            self._receive_masks(optimizer_index, push_seq)
         elif request == Request.STATE:
             self._send_state()
         elif request == Request.FINISH:
@@ -140,13 +146,26 @@ class WorkerSession:
         else:
             training.aggregator.step_alone(push, spec.staleness if spec.mode == "bounded" else None)
 
+    def _receive_masks(self, optimizer_index: int, number: int) -> None:
+        spec = self._training.state.spec
+        assert spec is not None
+        if not 0 <= optimizer_index < len(spec.optimizers):
+            raise ProtocolError(f"there is no optimizer {optimizer_index}")
+        packed = self._connection.receive_message(spec.nbytes)
+        try:
+            masks = MaskUpdate(number, packed).check(spec.optimizers[optimizer_index].parameters)
+        except ValueError as error:
+            raise ProtocolError(str(error)) from None
+        self._masks[optimizer_index] = masks
+
     def _send_parameters(self, optimizer_index: int, buffers: PushBuffers) -> None:
         training = self._training
         with training.changed:
             for copy, flat in zip(buffers.reply, training.state.shards[optimizer_index].flats, strict=True):
                 copy.copy_(flat)
             version = training.state.versions[optimizer_index]
-        self._connection.send_header(Reply.OK, version)
+            mask_number = training.state.shards[optimizer_index].masks.number
+        self._connection.send_header(Reply.OK, version, mask_number)
         self._connection.send(*buffers.reply)
 
     def _send_state(self) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightkit._util.deprecated import RenamedAttribute
 from lightkit._util.strategy_traits import StrategyTraits
 from lightkit.errors import CheckpointError, ConfigError
-from lightkit.optim import SGD
+from lightkit.optim import SGD, set_masks
 from lightkit.strategies.local_sgd import LocalSGD
 
 # The key of a checkpoint with the state of the outer optimizer.
@@ -52,6 +53,34 @@ class DiLoCo(LocalSGD):
             raise ConfigError(f"outer_momentum must be from 0 to below 1, got {outer_momentum!r}")
         self.outer_lr = outer_lr
         self.outer_momentum = outer_momentum
+        self._masks: dict[Tensor, Tensor] = {}
+
+    def configure_ddp(self) -> None:
+        """Copies the weights of worker 0 to all workers, without the masks of an earlier training."""
+        self._masks = {}
+        super().configure_ddp()
+
+    def set_masks(self, masks: Mapping[Tensor, Tensor]) -> None:
+        """Keeps masked entries of the shared weights and of the outer momentum at zero.
+
+        Args:
+            masks: for each masked parameter a bool tensor, False where an entry is zero; the same in all workers.
+        """
+        self._masks = dict(masks)
+        self._mask_shared()
+
+    @torch.no_grad()
+    def _mask_shared(self) -> None:
+        flat: dict[Tensor, Tensor] = {}
+        for shared in self._shared if self._masks else ():
+            members = [p for p in self._trained if (p.dtype, p.device) == (shared.dtype, shared.device)]
+            parts = [self._masks.get(p, torch.ones_like(p, dtype=torch.bool)) for p in members]
+            flat[shared] = torch.cat([part.flatten() for part in parts])
+        set_masks(self._outer, flat)
+        for shared, mask in flat.items():
+            if (buffer := self._outer.state.get(shared, {}).get("momentum_buffer")) is not None:
+                # From now on its gradients are 0 there.
+                buffer.mul_(mask)
 
     def _collect(self) -> None:
         before = self._trained
@@ -65,6 +94,7 @@ class DiLoCo(LocalSGD):
         self._outer = SGD(
             self._shared, lr=self.outer_lr, momentum=self.outer_momentum, nesterov=self.outer_momentum > 0
         )
+        self._mask_shared()
 
     def _merge(self, counts: bool, workers: int) -> None:
         for buffer, shared in zip(self._parameters, self._shared, strict=True):

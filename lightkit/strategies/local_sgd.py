@@ -65,6 +65,8 @@ class LocalSGD(Parallel):
         self._own_steps, self._has_stepped = 0, False
         # True while the weights of all workers are the same, and every worker knows that.
         self._agreed = True
+        # True from an average of workers that all go on until their next step.
+        self._is_common = True
         self._trained: list[nn.Parameter] = []
 
     def configure_ddp(self) -> None:
@@ -90,6 +92,18 @@ class LocalSGD(Parallel):
                 "copies, which are not averaged"
             )
 
+    @property
+    def has_common_weights(self) -> bool:
+        """True after a step in which all workers have averaged, unless one waits for the end of the others' epoch."""
+        return self._is_common
+
+    def set_masks(self, masks: Mapping[Tensor, Tensor]) -> None:
+        """Does nothing, since the mean of zeros is zero; `DiLoCo` masks its shared weights.
+
+        Args:
+            masks: for each masked parameter a bool tensor, False where an entry is zero; the same in all workers.
+        """
+
     def _collect(self) -> None:
         """Allocates buffers for the trained parameters and the running statistics, if the parameters have changed."""
         trained = [p for p in self.trained_module.parameters() if p.requires_grad]
@@ -108,7 +122,7 @@ class LocalSGD(Parallel):
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Averages the weights after ``period`` steps of this worker, and at the end of an epoch."""
-        self._agreed, self._has_stepped = False, True
+        self._agreed, self._has_stepped, self._is_common = False, True, False
         if optimizer is self.optimizers[0] or optimizer is self._lightning_optimizers[0]:
             self.count_step()
             self._own_steps += 1
@@ -136,6 +150,7 @@ class LocalSGD(Parallel):
             if workers:
                 self._merge(self._has_stepped, workers)
             self._own_steps, self._has_stepped = 0, False
+            self._is_common = ended in (0, self.world_size)
             if at != "end" or ended == self.world_size:
                 break
         self._agreed = at != "period"

@@ -370,6 +370,24 @@ class ParameterServer(ParallelStrategy):
         """
         self._remote.push(index, optimizer)
 
+    def set_masks(self, masks: Mapping[Tensor, Tensor], number: int) -> None:
+        """Makes the servers keep masked entries at zero, from the update with this worker's next push on.
+
+        Args:
+            masks: for each masked parameter a bool tensor of its shape, False where an entry stays zero.
+            number: see `lightkit.parameter_server.Client.set_masks`; 0 for no masks.
+        """
+        self._remote.set_masks(masks, number)
+
+    @property
+    def mask_number(self) -> int:
+        """The number of the masks of the parameters that this worker has; 0 without masks."""
+        return self._remote.mask_number
+
+    def fetch_masks(self) -> dict[Tensor, Tensor]:
+        """Returns the servers' masks by parameter."""
+        return self._remote.fetch_masks()
+
     def on_validation_start(self) -> None:
         """Waits for the pending pushes, so that the validated parameters include them; fetches the averages if any."""
         if any(group.get("ema_decay") is not None for optimizer in self.optimizers for group in optimizer.param_groups):

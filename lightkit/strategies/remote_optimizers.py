@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MethodType
 from typing import Any, cast
 
@@ -42,6 +42,9 @@ class RemoteOptimizers:
         self._restored: list[list[ParameterState]] | None = None
         # The servers' states since the latest push.
         self._fetched: list[OptimizerState] | None = None
+        # The masks that the servers are to set, and their number.
+        self._masks: dict[Tensor, Tensor] = {}
+        self._mask_number = 0
         self._traffic = (0, 0)
         self.steps = 0
 
@@ -70,6 +73,7 @@ class RemoteOptimizers:
         for optimizer in self._optimizers:
             vars(optimizer).pop("step", None)
         self._restored = self._fetched = None
+        self._masks, self._mask_number = {}, 0
 
     def _make_step(self, index: int) -> Callable[..., Any]:
         def step(optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
@@ -101,7 +105,42 @@ class RemoteOptimizers:
         self._client = client
         values = [[p.detach() for p in parameters_of(optimizer)] for optimizer in self._optimizers]
         options = [group_options(optimizer) for optimizer in self._optimizers]
-        return client.start(options, values, self._restored)
+        has_begun = client.start(options, values, self._restored)
+        self._send_masks(client)
+        return has_begun
+
+    def set_masks(self, masks: Mapping[Tensor, Tensor], number: int) -> None:
+        """Makes the servers keep masked entries at zero, from the update with the next push on.
+
+        Args:
+            masks: for each masked parameter a bool tensor of its shape, False where an entry stays zero.
+            number: see `lightkit.parameter_server.Client.set_masks`; 0 for no masks.
+        """
+        self._masks, self._mask_number = dict(masks), number
+        if self._client is not None:
+            self._send_masks(self._client)
+
+    def _send_masks(self, client: Client) -> None:
+        for index, optimizer in enumerate(self._optimizers if self._mask_number else ()):
+            client.set_masks(index, self._mask_number, [self._masks.get(p) for p in parameters_of(optimizer)])
+
+    @property
+    def mask_number(self) -> int:
+        """The number of the masks of the parameters that this worker has; 0 without masks."""
+        if self._client is None:
+            return 0
+        return min((self._client.mask_number(index) for index in range(len(self._optimizers))), default=0)
+
+    def fetch_masks(self) -> dict[Tensor, Tensor]:
+        """Returns the servers' masks by parameter."""
+        client = self._connected()
+        self.drain()
+        found: dict[Tensor, Tensor] = {}
+        for index, optimizer in enumerate(self._optimizers):
+            for parameter, mask in zip(parameters_of(optimizer), client.masks(index), strict=True):
+                if mask is not None:
+                    found[parameter] = mask.to(parameter.device)
+        return found
 
     def pull(self) -> None:
         """Copies the servers' parameters to the parameters of the optimizers."""

@@ -135,7 +135,7 @@ def test_bits_by_layer(dense, monkeypatch):
     options = {"keep_macs": None, "bits": "auto", "epochs": 0, "compare": False, "accelerator": "cpu"}
     # A model that has learnt nothing loses nothing: all weights get 2 bits.
     comparison = compress_checkpoint(dense, CompressionRequest(max_drop=0.99, runtimes=False, **options))
-    assert {layer["bits"] for layer in comparison.layers.values()} == {2}
+    assert {layer["bits"] for layer in comparison.outcome.layers.values()} == {2}
     assert comparison.trials[-1]["bits"] == 2 and {trial["trained"] for trial in comparison.trials} == {"no"}
     assert "mean bits of a weight" in (comparison.directory / "report.html").read_text()
     # The search stops at the first weight whose bits cost too much.
@@ -153,7 +153,7 @@ def test_bits_by_layer(dense, monkeypatch):
     monkeypatch.setattr("lightkit.app.compression_job.CompressionJob.validate", fits)
     request = CompressionRequest(max_drop=0.1, runtimes=False, output=str(dense.parent / "second"), **options)
     comparison = compress_checkpoint(dense, request)
-    assert {name for name, layer in comparison.layers.items() if layer["bits"] == 2} == wanted
+    assert {name for name, layer in comparison.outcome.layers.items() if layer["bits"] == 2} == wanted
     assert load_checkpoint(comparison.directory / "deploy.ckpt")[QUANTIZATION_KEY]["weights"][min(wanted)] == [2, 0]
 
 
@@ -173,7 +173,7 @@ def test_bits_by_layer_with_a_training(dense, monkeypatch):
     options = {"keep_macs": None, "bits": "auto", "epochs": 1, "compare": False, "accelerator": "cpu"}
     comparison = compress_checkpoint(dense, CompressionRequest(max_drop=0.01, runtimes=False, **options))
     assert [trial["trained"] for trial in comparison.trials] == ["no", "no", "yes"]
-    assert {layer["bits"] for layer in comparison.layers.values()} == {2}
+    assert {layer["bits"] for layer in comparison.outcome.layers.values()} == {2}
     assert comparison.columns["compressed"]["test/accuracy"] > comparison.columns["dense"]["test/accuracy"]
 
 

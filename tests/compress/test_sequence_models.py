@@ -62,7 +62,30 @@ def test_recurrent(cell):
     assert isinstance(model.core, nn.RNNBase)
 
 
-def test_recurrent_language_model_is_refused():
-    """Its loss reads the hidden states by a function, so that no unit can go: one line in the first step."""
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_recurrent_language_model(cell):
+    """Its loss reads the hidden states by a function, and its hidden units go like those of a call of the model."""
+    torch.manual_seed(0)
+    model = RNNLanguageModel(20, 24, embedding_size=8, num_layers=2, cell=cell)
+    task = LanguageModelTask(model)
+    prune = fit(task, *batches(), keep_macs=0.4)
+    assert prune.macs <= 0.4 * prune.dense_macs
+    core = model.body.core
+    assert core.hidden_size == model.head.in_features < 20 and core.input_size == 8
+    # The multiply-adds of a token: two layers, and the head.
+    gates = {"lstm": 4, "gru": 3}[cell]
+    size = core.hidden_size
+    assert prune.macs == 8 * (gates * size * (8 + size) + gates * size * 2 * size + 20 * size)
+    assert torch.allclose(model(tokens()[:, :4]), model.head(model.hidden(tokens()[:, :4])[0]))
+    assert "hidden" not in vars(model)
+    added = task.generate(tokens()[0, :3], 5, temperature=0)
+    expected = tokens()[0, :3]
+    for _ in range(5):
+        expected = torch.cat([expected, model.eval()(expected[None])[0, -1].argmax()[None]])
+    assert torch.equal(added, expected[3:])
+
+
+def test_tied_language_model_is_refused():
+    """The head has the embedding's weight, so that no unit can go: one line in the first step says so."""
     with pytest.raises(ConfigError, match="no layer can lose units"):
-        fit(LanguageModelTask(RNNLanguageModel(20, 16)), *batches(), keep_macs=0.5)
+        fit(LanguageModelTask(RNNLanguageModel(20, 16, tie_weights=True)), *batches(), keep_macs=0.5)

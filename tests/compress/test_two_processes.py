@@ -43,4 +43,7 @@ def test_resumed(ranks):
 
 def test_separate_weights(ranks):
     """Processes with weights of their own would remove different units: one line says so."""
-    assert "Prune needs the same weights in each process" in ranks[0]["local_sgd"]["error"]
+    assert (
+        "Prune does not go with LocalSGD; it goes with one device, ddp and DataParallel"
+        in ranks[0]["local_sgd"]["error"]
+    )

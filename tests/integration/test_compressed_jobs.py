@@ -32,8 +32,12 @@ def test_pruned_job(job, tmp_path):
     best = load_checkpoint(tmp_path / "runs/cnn/a/checkpoints/best.ckpt")
     widths = best[WIDTHS_KEY]
     assert widths["model.features.3.weight"][0] < 64
-    shares = [float((w == 0).float().mean()) for w in best["state_dict"].values() if w.dim() > 1]
-    assert max(shares) > 0.9
+    weights = [w for w in best["state_dict"].values() if w.dim() > 1]
+    assert max(float((w == 0).float().mean()) for w in weights) > 0.9
+    metrics = json.loads((tmp_path / "runs/cnn/a/metrics.json").read_text())
+    zeros = sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
+    assert metrics["compression/zeros"] == pytest.approx(zeros) and 0.1 < metrics["compression/macs_left"] <= 0.3
+    assert "zeros" in result.stdout and "multiply-adds a sample" in result.stdout
     result = job("ckpt_path=runs/cnn/a", "output=x.json", command="evaluate")
     assert result.returncode == 0 and "test/accuracy" in result.stdout, result.stderr
 
@@ -61,6 +65,7 @@ def test_quantized_job(job, tmp_path):
     assert best[QUANTIZATION_KEY]["weights"]["model.features.3.weight"] == [4, 0]
     assert len(best[QUANTIZATION_KEY]["inputs"]) == 5
     tested = json.loads((tmp_path / "runs/cnn/q/metrics.json").read_text())
+    assert tested["compression/bits"] == 4 and "4, 8" in result.stdout
     result = job("ckpt_path=runs/cnn/q", "output=x.json", command="evaluate")
     evaluated = json.loads((tmp_path / "x.json").read_text())
     assert evaluated["test/accuracy"] == tested["test/accuracy"]
@@ -93,7 +98,10 @@ def test_teacher(job, tmp_path):
         (["compress=int8", "compress.quantize.bits=6"], "bits must be one of 2, 3, 4, 8, got 6"),
         (["compress=[int2,sparse]"], "weights of 2 bits have no zero for Sparsify"),
         (["compress=int8", "compile=true"], "compile=true compiles the model as it is at the start"),
-        (["compress=prune", "strategy=parameter_server", "trainer.devices=1"], "Prune needs the same weights"),
+        (
+            ["compress=prune", "strategy=parameter_server", "trainer.devices=1"],
+            "Prune does not go with ParameterServer",
+        ),
         (["compress=prune", "callbacks=[default,swa]"], "would average the weights of models of several sizes"),
     ],
 )

@@ -96,6 +96,13 @@ def table_rows(values: Mapping[str, str]) -> str:
     return "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in values.items())
 
 
+def html_table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Returns an HTML table of plain texts with a line of names."""
+    names = "".join(f"<th>{escape(name)}</th>" for name in head)
+    lines = "".join(f"<tr>{''.join(f'<td>{escape(text)}</td>' for text in row)}</tr>" for row in rows)
+    return f"<table><tr>{names}</tr>{lines}</table>"
+
+
 @functools.cache
 def _asset(name: str) -> str:
     return (_ASSETS / name).read_text(encoding="utf-8")

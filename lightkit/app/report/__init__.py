@@ -15,6 +15,7 @@ from lightkit.app.run_records import LOG, REPORT
 from lightkit.tasks import ClassificationTask, ForecastTask, LanguageModelTask, RegressionTask
 
 if TYPE_CHECKING:
+    from lightkit.app.compression_outcome import CompressionOutcome
     from lightkit.app.report.section import Section
 
 
@@ -24,6 +25,7 @@ def write(
     task: pl.LightningModule,
     data: pl.LightningDataModule,
     recorded: dict[str, Tensor],
+    outcome: CompressionOutcome | None = None,
 ) -> Path | None:
     """Writes the figures and ``report.html`` into a run directory; a section that cannot be made says why.
 
@@ -33,12 +35,13 @@ def write(
         task: the trained task, whose class decides which sections the report has.
         data: the data module of the run.
         recorded: the tensors of the test that `lightkit.callbacks.TestRecorder` recorded, by name.
+        outcome: what the callbacks of compression have made of the model; None without one.
 
     Returns:
         The path of ``report.html``; None, with a warning, if matplotlib is not installed or the page cannot be made.
     """
     try:
-        from lightkit.app.report import figures, page
+        from lightkit.app.report import compression, figures, page
     except ImportError as error:
         warnings.warn(f"no report: {error.name} is not installed; {how_to_install('app')}", stacklevel=2)
         return None
@@ -52,6 +55,8 @@ def write(
     curves = next((section.figure for section in drawn if section.figure is not None), None)
     sections = [section for section in drawn if section.figure is None]
     sections += attempt("The test", lambda: _test_sections(run_dir, metrics, task, data, recorded))
+    if outcome is not None:
+        sections += attempt("Compression", lambda: compression.sections(outcome))
     try:
         content = page.render(run_dir, metrics, sections, curves)
     except Exception as error:

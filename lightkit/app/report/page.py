@@ -32,6 +32,9 @@ _CARDS = (
     ("train/windows_per_second", "windows a second in training", format_rate),
     ("train/gigaflops_per_second", "gigaflops a second in training", format_rate),
     ("train/fraction_of_matmul_rate", "times the rate of a matrix product", format_number),
+    ("compression/macs_left", "of the multiply-adds left", format_percentage),
+    ("compression/zeros", "of the weights are zero", format_percentage),
+    ("compression/zipped_bytes", "bytes of the weights, zipped", format_rate),
     ("epochs", "epochs", str),
     ("wall_seconds", "seconds in all", format_rate),
 )

@@ -20,6 +20,9 @@ _WITHOUT_RUNS = {"checkpoints", "tensorboard"}
 _PREFERRED = ("test/accuracy", "test/mae", "test/bits_per_byte", "test/loss", "val/accuracy", "val/loss")
 _SHOWN_METRICS = 3
 
+# The key figures of a compression, which a table shows as well.
+_COMPRESSION = ("compression/macs_left", "compression/zipped_bytes")
+
 # What runs can be sorted by besides metrics.
 _SORT_KEYS = ("started", "name")
 
@@ -136,7 +139,7 @@ def choose_metrics(runs: Sequence[RunSummary], limit: int = _SHOWN_METRICS) -> l
 
     Args:
         runs: the runs.
-        limit: the largest number of names.
+        limit: the largest number of names, without those of a compression.
     """
     counts = Counter(name for run in runs for name in run.metrics)
     objectives = Counter(run.objective for run in runs if run.objective in run.metrics)
@@ -144,7 +147,7 @@ def choose_metrics(runs: Sequence[RunSummary], limit: int = _SHOWN_METRICS) -> l
     # First what most runs have.
     preferred = sorted(_PREFERRED, key=lambda name: -counts[name] if name.startswith("test/") else 0)
     wanted += [name for name in preferred if counts[name]]
-    return list(dict.fromkeys(wanted))[:limit]
+    return [*list(dict.fromkeys(wanted))[:limit], *(name for name in _COMPRESSION if counts[name])]
 
 
 def _run_directories(root: Path) -> Iterator[Path]:
