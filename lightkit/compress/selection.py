@@ -26,7 +26,8 @@ def choose_units(graph: UnitGraph, importance: Tensor, target: float, multiple: 
         graph: the units.
         importance: the importance of each unit, ``(graph.count)``.
         target: the number of multiply-adds for one sample.
-        multiple: wide layers, of at least twice as many units, keep a multiple of this number.
+        multiple: wide layers, of at least twice as many units, keep a multiple of this number; or of half of it, where
+            the multiply-adds that whole multiples would leave unused allow that.
 
     Returns:
         The units to remove, bool ``(graph.count)``, on the CPU.
@@ -54,7 +55,39 @@ def choose_units(graph: UnitGraph, importance: Tensor, target: float, multiple: 
         _, name, count = best
         removed[left[name][-count:]] = True
         del left[name][-count:]
+    if multiple % 2 == 0:
+        _keep_more(graph, importance, target, multiple // 2, removed)
     return removed
+
+
+def _keep_more(graph: UnitGraph, importance: Tensor, target: float, count: int, removed: Tensor) -> None:
+    """Takes the most important removed units of wide layers back, while the multiply-adds stay within the target.
+
+    Args:
+        graph: the units.
+        importance: the importance of each unit, float64 ``(graph.count)``.
+        target: the number of multiply-adds.
+        count: the number of units of a layer that come back at once.
+        removed: the removed units, which the function changes.
+    """
+    wide = [group for group in graph.groups if group.dense_count >= 4 * count]
+    while True:
+        present = graph.macs(removed)
+        best: tuple[float, list[int]] | None = None
+        for group in wide:
+            gone = sorted((unit for unit in group.units if removed[unit]), key=lambda unit: -float(importance[unit]))
+            units = gone[:count]
+            if len(units) < count:
+                continue
+            kept = removed.clone()
+            kept[units] = False
+            macs = graph.macs(kept)
+            score = float(importance[units].sum()) / max(macs - present, 1.0)
+            if macs <= target and (best is None or score > best[0]):
+                best = score, units
+        if best is None:
+            return
+        removed[best[1]] = False
 
 
 def smallest_macs(graph: UnitGraph, multiple: int = 1) -> float:

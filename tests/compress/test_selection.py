@@ -51,15 +51,26 @@ def test_a_layer_keeps_some():
 
 @pytest.mark.parametrize("target", [0.8, 0.5, 0.3])
 def test_multiples(target):
-    """Wide layers keep a multiple; narrow ones any number. The target holds."""
+    """Wide layers keep a multiple, or a half more; narrow ones any number. The target holds."""
     net, graph, _ = traced(40, 50, 64, 20, 2)
     torch.manual_seed(1)
     removed = choose_units(graph, torch.rand(graph.count), target * graph.macs(), multiple=16)
     remove_units(net, graph, removed)
     widths = [layer.out_features for layer in net if isinstance(layer, nn.Linear)]
-    assert all(width % 16 == 0 or width == dense for width, dense in zip(widths[:2], (50, 64), strict=True))
+    assert all(width % 8 == 0 or width == dense for width, dense in zip(widths[:2], (50, 64), strict=True))
     assert graph.macs(removed) <= target * graph.macs()
     assert smallest_macs(graph, 16) >= smallest_macs(graph)
+
+
+def test_what_multiples_leave_unused():
+    """Halves of a multiple come back where they fit, the most important units first."""
+    _, graph, _ = traced(64, 64, 2)
+    importance = torch.arange(graph.count, dtype=torch.float32)
+    # 26.5 hidden units fit: 16 of them as a multiple, and 8 more.
+    removed = choose_units(graph, importance, 26.5 * 66, multiple=16)
+    kept = [unit for unit in graph.groups[0].units if not bool(removed[unit])]
+    assert kept == list(graph.groups[0].units)[-24:]
+    assert graph.macs(removed) == 24 * 66
 
 
 def test_importance_is_the_derivative():
