@@ -43,6 +43,9 @@ from lightkit.tasks.task import Task
 
 _DEFAULT_EPOCHS = 5
 
+# Arguments of the dense run's Trainer that say how long an epoch is.
+_LIMITS = ("limit_train_batches", "limit_val_batches")
+
 # The batches of training data with which ranges are measured without a training, and those of validation data on which
 # the loss of a rounding is measured.
 _CALIBRATION_BATCHES = 16
@@ -236,11 +239,23 @@ class CompressionJob:
         for batch in data.test_dataloader():
             yield data.on_after_batch_transfer(batch, 0)
 
+    def _limits(self) -> dict[str, Any]:
+        """Returns the shares of the data that the dense run took for an epoch, as arguments of a Trainer."""
+        trainer = self.restored.config.get("trainer")
+        found = {name: trainer.get(name) for name in _LIMITS} if isinstance(trainer, dict) else {}
+        # The configuration is a stranger's.
+        return {
+            name: value
+            for name, value in found.items()
+            if (type(value) is int and value > 0) or (type(value) is float and 0 < value <= 1)
+        }
+
     def _trainer(self, callbacks: Sequence[Callback]) -> pl.Trainer:
         return pl.Trainer(
             accelerator=self.request.accelerator,
             devices=1,
             max_epochs=max(1, self.epochs),
+            **self._limits(),
             precision=precision_of(self.restored),  # pyright: ignore[reportArgumentType]
             plugins=[AtomicCheckpointIO(plain_hyperparameters=True), *cluster.plugins()],
             logger=False,

@@ -56,9 +56,9 @@ class Prune(SaveWidths):
         end: the share before the last round.
         rounds: the number of rounds, each of which leaves the same share of the multiply-adds.
         multiple: layers of at least twice as many units keep a multiple of this number: lightkit's kernels compute 16
-            channels of float32 at once with AVX-512, so that other widths take the time of the next multiple. Where that
-            would leave multiply-adds unused, a layer keeps half a multiple more. The share at the end may be smaller
-            for that.
+            channels of float32 at once with AVX-512, so that other widths take the time of the next multiple. Where
+            that would leave multiply-adds unused, a layer keeps half a multiple more. The share at the end may be
+            smaller for that.
 
     Attributes:
         dense_macs: the multiply-adds of the dense model for one sample, which its layers take; None before the first

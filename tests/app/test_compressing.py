@@ -118,6 +118,23 @@ def test_few_bits(dense, call, tmp_path, epochs):
     assert again.returncode == 1 and "is of a quantized model" in again.stderr
 
 
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({"limit_train_batches": 3, "limit_val_batches": 0.5}, (3, 0.5)),
+        ({"limit_train_batches": "all", "limit_val_batches": -1}, (1.0, 1.0)),
+        ({"limit_train_batches": None, "limit_val_batches": True}, (1.0, 1.0)),
+    ],
+)
+def test_epochs_are_those_of_the_dense_run(dense, limits, expected):
+    """An epoch has as many batches as one of the dense run: that of a language model is a part of a long text."""
+    content = torch.load(dense)
+    content[CONFIG_KEY] = {**CONFIG, "trainer": {"max_epochs": 1, **limits}}
+    torch.save(content, dense)
+    trainer = CompressionJob(dense, CompressionRequest(accelerator="cpu"), dense.parent)._trainer([])
+    assert (trainer.limit_train_batches, trainer.limit_val_batches) == expected
+
+
 @pytest.mark.slow
 def test_max_drop(dense, monkeypatch):
     """The search keeps the smallest model that passes, and says what each trial has lost; no model is one line."""
