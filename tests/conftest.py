@@ -9,7 +9,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from unittest.mock import patch
 
 # Threads of OpenMP sleep where they wait for each other. By default they spin, and where other tests want their cores,
 # each small operation of torch takes a turn of the scheduler: a test of a second takes half a minute. OpenMP reads this
@@ -89,12 +88,21 @@ def no_warm_process_is_left() -> Iterator[None]:
     commands.close()
 
 
-@pytest.fixture
-def leaves_no_process_group() -> Iterator[None]:
-    """Lightning's strategies leave theirs, and its address in the environment, to the end of the process."""
-    with patch.dict(os.environ):
-        yield
-    if torch.distributed.is_initialized():
+@pytest.fixture(autouse=True)
+def leaves_no_training_behind() -> Iterator[None]:
+    """Ends the process group of a training in the test, and restores the variables that Lightning set for it.
+
+    Lightning leaves both to the end of the process. A later training would take itself for one of several processes,
+    or for one with a seed.
+    """
+    names = (*commands.RANK_VARIABLES, "PL_GLOBAL_SEED", "PL_SEED_WORKERS")
+    before = {name: os.environ[name] for name in names if name in os.environ}
+    is_in_group = torch.distributed.is_initialized()
+    yield
+    for name in names:
+        os.environ.pop(name, None)
+    os.environ.update(before)
+    if torch.distributed.is_initialized() and not is_in_group:
         torch.distributed.destroy_process_group()
 
 
