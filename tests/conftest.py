@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import subprocess
 import sys
@@ -107,8 +108,10 @@ def leaves_no_training_behind() -> Iterator[None]:
 
 
 @pytest.fixture
-def call(monkeypatch, capsys) -> Callable[..., subprocess.CompletedProcess]:
+def call(monkeypatch, capsys) -> Iterator[Callable[..., subprocess.CompletedProcess]]:
     """Runs a command in this process: for what it says and returns, which takes no process to see."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
 
     def run(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
         monkeypatch.chdir(cwd)
@@ -120,4 +123,10 @@ def call(monkeypatch, capsys) -> Callable[..., subprocess.CompletedProcess]:
         status = importlib.import_module(f"lightkit.{name}").main()
         return subprocess.CompletedProcess(arguments, status, *capsys.readouterr())
 
-    return run
+    yield run
+    # Hydra's handlers write to the files of its job: a later test would, in a directory that may be gone.
+    for handler in root.handlers:
+        if handler not in handlers:
+            handler.close()
+    root.handlers[:] = handlers
+    root.setLevel(level)
