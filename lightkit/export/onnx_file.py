@@ -29,6 +29,7 @@ from lightkit._util.regular_files import open_regular
 from lightkit.errors import CheckpointError, ConfigError, DataError
 from lightkit.export.metadata import KEY, from_json, input_specs, to_json
 from lightkit.export.runtime import BATCH, LENGTH, InputSpec
+from lightkit.native.target import processor
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -120,6 +121,15 @@ def read(path: Path) -> tuple[OnnxRuntime, dict[str, Any]]:
     return OnnxRuntime(model.SerializeToString(), input_specs(metadata, path), path), metadata
 
 
+def _products_saturate() -> bool:
+    """Returns whether ONNX Runtime's products of 8-bit integers on this processor are wrong where they are large.
+
+    Without the instructions of VNNI, x86 processors add two products of uint8 and int8 in 16 bits, which saturate.
+    """
+    instructions = processor()
+    return "sse4_1" in instructions and not instructions & {"avx512_vnni", "avx_vnni"}
+
+
 class OnnxRuntime:
     """A `Runtime` of ONNX Runtime on the CPU, with as many threads as torch has.
 
@@ -138,6 +148,9 @@ class OnnxRuntime:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
         options.log_severity_level = _LOG_SEVERITY
+        if _products_saturate():
+            # The roundings of a quantized model are computed in float32 then, as in the model.
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         try:
             self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         except Exception as error:

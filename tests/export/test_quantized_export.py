@@ -74,6 +74,28 @@ def test_onnx(tmp_path, model):
     assert operations.count("DequantizeLinear") == 2 * len(layers)
 
 
+@pytest.mark.parametrize(
+    ("instructions", "is_float"),
+    [(("sse4_1", "avx2"), True), (("sse4_1", "avx512f", "avx512_vnni"), False), (("asimd",), False)],
+)
+def test_onnx_runtime_without_vnni(tmp_path, monkeypatch, model, instructions, is_float):
+    """On x86 without VNNI, where ONNX Runtime's products of integers saturate, it computes in float."""
+    pytest.importorskip("onnxscript")
+    export_model(model, [replace(IMAGES, shape=("batch", 1, *size_of(model)))], tmp_path / "model.onnx")
+    monkeypatch.setattr("lightkit.export.onnx_file.processor", lambda: frozenset(instructions))
+    onnxruntime = pytest.importorskip("onnxruntime")
+    entries = []
+
+    class Options(onnxruntime.SessionOptions):
+        def add_session_config_entry(self, key, value):
+            entries.append((key, value))
+            super().add_session_config_entry(key, value)
+
+    monkeypatch.setattr(onnxruntime, "SessionOptions", Options)
+    open_export(tmp_path / "model.onnx", trust=True)
+    assert (("session.disable_quant_qdq", "1") in entries) == is_float
+
+
 def test_pt2(tmp_path, model):
     """A .pt2 file has operations of torch alone, which need no registration of others."""
     check(model, tmp_path / "model.pt2")
