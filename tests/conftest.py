@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from unittest.mock import patch
 
 # Threads of OpenMP sleep where they wait for each other. By default they spin, and where other tests want their cores,
 # each small operation of torch takes a turn of the scheduler: a test of a second takes half a minute. OpenMP reads this
@@ -89,18 +89,29 @@ def no_warm_process_is_left() -> Iterator[None]:
     commands.close()
 
 
-@pytest.fixture
-def leaves_no_process_group() -> Iterator[None]:
-    """Lightning's strategies leave theirs, and its address in the environment, to the end of the process."""
-    with patch.dict(os.environ):
-        yield
-    if torch.distributed.is_initialized():
+@pytest.fixture(autouse=True)
+def leaves_no_training_behind() -> Iterator[None]:
+    """Ends the process group of a training in the test, and restores the variables that Lightning set for it.
+
+    Lightning leaves both to the end of the process. A later training would take itself for one of several processes,
+    or for one with a seed.
+    """
+    names = (*commands.RANK_VARIABLES, "PL_GLOBAL_SEED", "PL_SEED_WORKERS")
+    before = {name: os.environ[name] for name in names if name in os.environ}
+    is_in_group = torch.distributed.is_initialized()
+    yield
+    for name in names:
+        os.environ.pop(name, None)
+    os.environ.update(before)
+    if torch.distributed.is_initialized() and not is_in_group:
         torch.distributed.destroy_process_group()
 
 
 @pytest.fixture
-def call(monkeypatch, capsys) -> Callable[..., subprocess.CompletedProcess]:
+def call(monkeypatch, capsys) -> Iterator[Callable[..., subprocess.CompletedProcess]]:
     """Runs a command in this process: for what it says and returns, which takes no process to see."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
 
     def run(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
         monkeypatch.chdir(cwd)
@@ -112,4 +123,10 @@ def call(monkeypatch, capsys) -> Callable[..., subprocess.CompletedProcess]:
         status = importlib.import_module(f"lightkit.{name}").main()
         return subprocess.CompletedProcess(arguments, status, *capsys.readouterr())
 
-    return run
+    yield run
+    # Hydra's handlers write to the files of its job: a later test would, in a directory that may be gone.
+    for handler in root.handlers:
+        if handler not in handlers:
+            handler.close()
+    root.handlers[:] = handlers
+    root.setLevel(level)

@@ -47,7 +47,6 @@ def test_ops_alone():
     assert last < 0.8 * first
 
 
-@pytest.mark.usefixtures("leaves_no_process_group")
 def test_a_strategy():
     """One process takes the same way as two."""
     assert _main("strategy")(processes=1) < 0.05

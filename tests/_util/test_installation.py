@@ -81,7 +81,7 @@ def test_an_overwritten_package_is_named(tmp_path: Path):
         (package / path.name).symlink_to(path)
     (package / "__init__.py").unlink()
     (package / "__init__.py").write_text("__all__ = []\n")
-    result = subprocess.run([sys.executable, "-c", _IMPORTS], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", _IMPORTS], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert len(lines) == 5 and all("was overwritten by another project's distribution" in line for line in lines)

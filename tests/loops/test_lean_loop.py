@@ -193,7 +193,7 @@ class OwnStrategy(DDPStrategy):
         ("validation comes by the clock", {"val_check_interval": {"seconds": 30}, "check_val_every_n_epoch": None}),
     ],
 )
-def test_what_is_not_lightnings_step_stays_as_it_is(tmp_path, leaves_no_process_group, cause, options):
+def test_what_is_not_lightnings_step_stays_as_it_is(tmp_path, cause, options):
     """If a part of the step is replaced, no lean step runs, and the callback has a reason."""
     _, (steps, obstacle) = run(True, tmp_path, **options)
     assert cause in obstacle

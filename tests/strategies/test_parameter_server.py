@@ -18,8 +18,6 @@ from lightkit.errors import ConfigError
 from lightkit.optim import SGD
 from lightkit.strategies import ParameterServer
 
-pytestmark = pytest.mark.usefixtures("leaves_no_process_group")
-
 SCRIPT = Path(__file__).with_name("parameter_server_scenarios.py")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -299,7 +300,7 @@ def test_checkpoint_is_ordinary(ranks, directory):
     assert len(ranks[0]["from one device"]["steps"]) == 14
 
 
-def test_one_process(leaves_no_process_group):
+def test_one_process():
     """With one device each strategy trains as that device does, and sends nothing."""
     expected = None
     for strategy in ("auto", LocalSGD(period=3), DiLoCo(period=3, outer_lr=1.0, outer_momentum=0.0), DataParallel()):
@@ -310,7 +311,14 @@ def test_one_process(leaves_no_process_group):
         assert_near(flat(module), expected)
         if strategy != "auto":
             assert trainer.strategy.communication["communication/megabytes"] == 0
-    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_training_leaves_nothing_to_the_next_test(number):
+    """Of two equal tests the second finds no rank and no process group of the first."""
+    assert "LOCAL_RANK" not in os.environ and not torch.distributed.is_initialized()
+    bare_trainer(devices=1, strategy="ddp", max_steps=1).fit(Module(), dealt())
+    assert "LOCAL_RANK" in os.environ and torch.distributed.is_initialized()
 
 
 def test_loss_scale():

@@ -16,12 +16,12 @@ _TESTS = Path(__file__).parents[1]
 _warm = WarmProcess()
 
 # What Lightning sets in a process that it trains in: a process that inherits it would take itself for one of several.
-_RANKS = ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "RANK", "WORLD_SIZE")
+RANK_VARIABLES = ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "RANK", "WORLD_SIZE")
 
 
 def _variables(given: dict[str, str] | None) -> dict[str, str]:
     """Returns the variables of this process, except those of a training in it, and the given ones."""
-    return {**{name: value for name, value in os.environ.items() if name not in _RANKS}, **(given or {})}
+    return {**{name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}, **(given or {})}
 
 
 def python_path(*directories: str | Path) -> dict[str, str]:
