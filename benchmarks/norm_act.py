@@ -5,9 +5,9 @@
 The shapes are those of small residual networks at batch 64, and some without ReLU and pool; "mean" is the mean of each
 image, as in the head of a network. Each is measured forward and backward together, in training, with all gradients.
 Peers: torch eager on contiguous and on channels-last data, and "mean by torch", where the kernel computes all before
-the mean. The statistics of "kernel, statistics" are given, as the convolution before it may compute them. "copy" copies the input:
-the kernel reads the input twice and writes the output once forward, and reads input and gradient twice and writes once
-backward. Freed memory is kept, as in a job of lightkit: fresh memory costs more than the kernels.
+the mean. The statistics of "kernel, statistics" are given, as the convolution before it may compute them. "copy" copies
+the input: the kernel reads the input twice and writes the output once forward, and reads input and gradient twice and
+writes once backward. Freed memory is kept, as in a job of lightkit: fresh memory costs more than the kernels.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ class Layer:
 LAYERS = [
     *(Layer((64, *size), residual=r) for size in ((16, 32, 32), (32, 16, 16), (64, 8, 8)) for r in (False, True)),
     *(Layer((64, *size), pool="max") for size in ((32, 32, 32), (64, 16, 16), (128, 8, 8))),
-    *(Layer(shape, activation=None) for shape in ((64, 16, 32, 32), (64, 64, 8, 8), (4, 16, 8, 8), (64, 128), (2048, 512))),
+    *(
+        Layer(shape, activation=None)
+        for shape in ((64, 16, 32, 32), (64, 64, 8, 8), (4, 16, 8, 8), (64, 128), (2048, 512))
+    ),
     *(Layer(shape) for shape in ((64, 20, 16, 16), (64, 128))),
     *(Layer((64, *size), pool="mean", residual=True) for size in ((64, 8, 8), (512, 4, 4), (512, 7, 7))),
     *(Layer((64, *size), pool="mean") for size in ((32, 16, 16), (128, 4, 4))),

@@ -88,15 +88,7 @@ class NormStep(Step):
             residual = _as_images(nodes[self._residual[0]].operand(self._residual[1]))
         if self._norm is None:
             assert self._conv is not None
-            x = _convolve(nodes[self._conv])[0]
-            mean, variance = _identity(x.shape[1], x.dtype)
-            return norm_act(
-                *(x, None, None, mean, variance, residual),
-                training=False,
-                eps=0.0,
-                activation=self._activation,
-                pool=self._pool,
-            )
+            return apply_activation(_convolve(nodes[self._conv])[0], self._activation, residual, self._pool)
         norm = nodes[self._norm]
         mean, variance, weight, bias = norm.tensors
         training, momentum, eps = norm.settings
@@ -114,6 +106,23 @@ class NormStep(Step):
             statistics=statistics,
         )
         return _like(nodes[self.indices[-1]], output)
+
+
+def apply_activation(
+    x: Tensor, activation: Activation | None, residual: Tensor | None = None, pool: str | None = None
+) -> Tensor:
+    """Returns ``pool(activation(x + residual))`` by `lightkit.ops.norm_act`, with a normalization that changes nothing.
+
+    Args:
+        x: ``(N, C, H, W)`` or ``(N, C)``.
+        activation: the activation function; None for none.
+        residual: of the shape of ``x``; None for none.
+        pool: as in `lightkit.ops.norm_act`.
+    """
+    mean, variance = _identity(x.shape[1], x.dtype)
+    return norm_act(
+        *(x, None, None, mean, variance, residual), training=False, eps=0.0, activation=activation, pool=pool
+    )
 
 
 @lru_cache(maxsize=256)

@@ -49,9 +49,9 @@ def norm_act(
     the end neither the values before it nor their gradients are stored. Sums are accumulated in blocks, which are added
     in double precision. The result does not depend on the number of threads.
 
-    The argmax of a max-pool's window is the first of equals, and NaN goes through the function and the pool, as in torch.
-    `norm_act_reference` takes calls that the kernel does not (another device or dtype, no native library, an empty
-    input, torch.func, tensor subclasses). The second derivative is computed by torch's operations.
+    The argmax of a max-pool's window is the first of equals, and NaN goes through the function and the pool, as in
+    torch. `norm_act_reference` takes calls that the kernel does not (another device or dtype, no native library, an
+    empty input, torch.func, tensor subclasses). The second derivative is computed by torch's operations.
     `norm_act_is_faster` tells which calls are faster on the kernel.
 
     Args:
@@ -67,19 +67,19 @@ def norm_act(
         eps: added to the variance.
         activation: the activation function, a name of `lightkit.ops.ACTIVATIONS` with torch's default arguments, or an
             `lightkit.ops.Activation`; None for none.
-        pool: ``"max"``, or True for the same, computes a 2x2 max-pool of stride 2 at the end, of ``(N, C, H, W)``; an odd
-            last row or column is dropped. ``"mean"`` computes the mean of each channel of an image, as a global average
-            pool. None, or False, is no pool.
+        pool: ``"max"``, or True for the same, computes a 2x2 max-pool of stride 2 at the end, of ``(N, C, H, W)``; an
+            odd last row or column is dropped. ``"mean"`` computes the mean of each channel of an image, as a global
+            average pool. None, or False, is no pool.
         statistics: ``(2, C)``, mean and biased variance of ``input``, if they are known; only with ``training=True``.
             The gradient is the same as if they were computed here.
 
     Returns:
-        ``(N, C, H, W)``, or ``(N, C, H // 2, W // 2)`` with a max-pool, or ``(N, C, 1, 1)`` with a mean, which the kernel
-        returns as ``torch.channels_last``; or ``(N, C)``.
+        ``(N, C, H, W)``, or ``(N, C, H // 2, W // 2)`` with a max-pool, or ``(N, C, 1, 1)`` with a mean, which the
+        kernel returns as ``torch.channels_last``; or ``(N, C)``.
 
     Raises:
-        ArgumentError: shapes do not fit, ``activation`` or ``pool`` is unknown, there is one value per channel in training, images
-            are too small for the pool, or the running statistics are missing with ``training=False``.
+        ArgumentError: shapes do not fit, ``activation`` or ``pool`` is unknown, there is one value per channel in
+            training, images are too small for the pool, or the running statistics are missing with ``training=False``.
         RuntimeError: dtypes or devices do not fit. Without a kernel, torch's functions raise their own errors.
     """
     function, pooled = as_activation(activation), _as_pool(pool)

@@ -173,6 +173,53 @@ def test_other_means_are_torchs(pool):
     both.undo()
 
 
+class Perceptron(nn.Module):
+    """Linear layers with an activation function between them, of vectors or sequences."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.first, self.function, self.second = nn.Linear(18, 96), function, nn.Linear(96, 5)
+
+    def forward(self, x):
+        return self.second(self.function(self.first(x.flatten(1, 2))))
+
+
+SEQUENCES = IMAGES.repeat(2, 1, 2, 1)
+
+
+def replaced_gelu(function, images=SEQUENCES) -> list[tuple[str, ...]]:
+    """Checks a perceptron on 12 sequences of 36 vectors, and returns the operations that lightkit computed."""
+    # The dropout has the calls captured, whatever the function is.
+    both = Captured(nn.Sequential(nn.Dropout(0.0), Perceptron(function)))
+    for _ in range(2):
+        both.check(images)
+    both.undo()
+    return [region.operations for region in both.capture.regions if region.replacement is not None]
+
+
+def test_gelu_of_linear_layers():
+    """GELU approximated by tanh of many values runs on a kernel, as a module and as a function."""
+    assert replaced_gelu(lambda x: F.gelu(x, approximate="tanh")) == [("gelu",)]
+    both = Captured(Perceptron(nn.GELU("tanh")))
+    both.check(SEQUENCES)
+    assert [region.replacement for region in both.capture.regions] == ["lightkit.ops.norm_act"]
+    both.undo()
+
+
+def test_gelu_that_stays_torchs():
+    """Torch computes the exact GELU, that of few values, of narrow rows, of views with gaps, and under autocast."""
+    assert replaced_gelu(nn.GELU()) == []
+    assert replaced_gelu(nn.GELU("tanh"), IMAGES) == []
+    tanh = nn.GELU("tanh")
+    assert replaced_gelu(nn.Sequential(nn.Unflatten(-1, (3, 32)), tanh, nn.Flatten(-2))) == []
+    assert replaced_gelu(lambda x: F.gelu(x.transpose(0, 1), approximate="tanh").transpose(0, 1)) == []
+    both = Captured(Perceptron(tanh))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert both.ours(SEQUENCES).dtype == torch.bfloat16
+    assert both.capture.regions == ()
+    both.undo()
+
+
 def test_arguments_of_activation_functions():
     """Arguments that torch refuses, or that no kernel takes, are torch's, with torch's error."""
 

@@ -371,7 +371,9 @@ def test_gradcheck_and_gradgradcheck(shape, training, relu, pool):
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize(("relu", "pool"), [(True, None), (True, "max"), (False, None), (True, "mean"), (False, "mean")])
+@pytest.mark.parametrize(
+    ("relu", "pool"), [(True, None), (True, "max"), (False, None), (True, "mean"), (False, "mean")]
+)
 def test_batched_and_second_gradients(relu, pool, training):
     """A batch of upstream gradients gives the gradients one by one; second derivatives are torch's."""
     check_derivatives(Problem((3, 4, 4, 5), residual=True, training=training, activation=relu_if(relu), pool=pool))
