@@ -15,22 +15,6 @@ constexpr auto op = "norm_act";
 // Images have fewer values, so that no product of sizes overflows 64 bits. Chosen.
 constexpr double kMaxValues = static_cast<double>(int64_t(1) << 60);
 
-void check_same_kind(const char* name, const Tensor& tensor, const Tensor& input) {
-  TORCH_CHECK(
-      tensor.scalar_type() == input.scalar_type() && tensor.device() == input.device(),
-      op,
-      ": ",
-      name,
-      " must be of the dtype and on the device of the input, ",
-      input.scalar_type(),
-      " on ",
-      input.device(),
-      ", got ",
-      tensor.scalar_type(),
-      " on ",
-      tensor.device());
-}
-
 // Checks a tensor of one value a channel.
 void check_of_channels(
     const char* name, const std::optional<Tensor>& tensor, const Tensor& input, const SymInt& channels) {
@@ -46,7 +30,7 @@ void check_of_channels(
       channels,
       " channels, got shape ",
       tensor->sym_sizes());
-  check_same_kind(name, *tensor, input);
+  check_same_kind(op, name, *tensor, input);
 }
 
 void check_residual(const std::optional<Tensor>& residual, const Tensor& input) {
@@ -60,7 +44,7 @@ void check_residual(const std::optional<Tensor>& residual, const Tensor& input) 
       input.sym_sizes(),
       ", got ",
       residual->sym_sizes());
-  check_same_kind("the residual", *residual, input);
+  check_same_kind(op, "the residual", *residual, input);
 }
 
 NormSizes check_input(const Tensor& input, int64_t activation, int64_t pool) {
@@ -76,11 +60,7 @@ NormSizes check_input(const Tensor& input, int64_t activation, int64_t pool) {
   constexpr auto last_pool = static_cast<int64_t>(Pool::Last);
   TORCH_CHECK_VALUE(
       pool >= 0 && pool <= last_pool, op, ": pool must be a number from 0 to ", last_pool, ", got ", pool);
-  TORCH_CHECK(
-      input.scalar_type() == at::kFloat || input.scalar_type() == at::kDouble,
-      op,
-      ": the input must be float32 or float64, got ",
-      input.scalar_type());
+  check_single_or_double(op, input);
   const bool is_image = input.dim() == 4;
   TORCH_CHECK_VALUE(
       is_image || input.dim() == 2, op, ": the input must have 2 or 4 dimensions, got shape ", input.sym_sizes());
@@ -160,7 +140,7 @@ NormSizes check_norm(LIGHTKIT_NORM_PARAMETERS) {
         sizes.channels,
         "], got ",
         statistics->sym_sizes());
-    check_same_kind("statistics", *statistics, input);
+    check_same_kind(op, "statistics", *statistics, input);
   }
   check_residual(residual, input);
   TORCH_CHECK_VALUE(
@@ -185,8 +165,8 @@ NormSizes check_norm_backward(
   check_of_channels("weight", weight, input, sizes.channels);
   check_of_channels("bias", bias, input, sizes.channels);
   check_residual(residual, input);
-  check_same_kind("the gradient", grad_output, input);
-  check_same_kind("`kept`", kept, input);
+  check_same_kind(op, "the gradient", grad_output, input);
+  check_same_kind(op, "`kept`", kept, input);
   const auto output = sizes.output();
   const auto live_sizes = sizes.live();
   const std::vector<SymInt> kept_sizes{2, sizes.channels};
