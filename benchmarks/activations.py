@@ -3,7 +3,8 @@
     python benchmarks/activations.py [--threads 2] [--seconds 1]
 
 Each layer is measured forward and backward together: a batch norm in training, an activation function, and a 2x2
-max-pool or none; or the function and the pool without a batch norm. Peers: torch eager on contiguous and on
+max-pool or none; or the function and the pool without a batch norm; or the function alone, of the output of a linear
+layer. Peers: torch eager on contiguous and on
 channels-last data, and "norm alone", where the kernel computes the batch norm and torch what follows. The kernel's data
 are channels-last. Freed memory is kept, as in a job of lightkit.
 """
@@ -44,6 +45,8 @@ LAYERS = [
     for norm, pool in ((True, False), (True, True), (False, True))
     for activation in ACTIVATIONS
 ]
+LAYERS += [Layer((64, width), "gelu_tanh", False, False) for width in (128, 512, 1024)]
+LAYERS += [Layer((2048, 512), activation, False, False) for activation in ACTIVATIONS]
 
 
 def calls(layer: Layer) -> dict[str, Callable[[], object]]:
@@ -58,7 +61,7 @@ def calls(layer: Layer) -> dict[str, Callable[[], object]]:
     def torchs(x: Tensor, *affine: Tensor) -> Tensor:
         if layer.norm:
             return norm_act_reference(x, *affine, *running, training=True, activation=function, pool=layer.pool)
-        return F.max_pool2d(function(x), 2)
+        return F.max_pool2d(function(x), 2) if layer.pool else function(x)
 
     def kernel(x: Tensor, *affine: Tensor) -> Tensor:
         if layer.norm:
@@ -70,7 +73,8 @@ def calls(layer: Layer) -> dict[str, Callable[[], object]]:
         return F.max_pool2d(x, 2) if layer.pool else x
 
     def run(compute: Callable[..., Tensor], memory_format: torch.memory_format) -> Callable[[], object]:
-        leaves = [input.contiguous(memory_format=memory_format).requires_grad_()]
+        leaves = [input.contiguous(memory_format=memory_format) if input.dim() == 4 else input.clone()]
+        leaves[0].requires_grad_()
         if layer.norm:
             leaves += [torch.rand(channels, generator=generator).add(0.5).requires_grad_() for _ in range(2)]
         with torch.no_grad():

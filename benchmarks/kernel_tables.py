@@ -68,10 +68,13 @@ def linear_cross_entropy() -> list[str]:
     return layout(["rows x features x classes", "dtype", *names.values()], body, "linear_cross_entropy", rows)
 
 
+_MEAN = ", mean"
+
+
 @table("norm-act")
 def norm_act() -> list[str]:
     """Returns the table of normalizations: how many times as fast the kernel is, and how many copies long."""
-    rows = latest("norm_act", "layer", "what")
+    rows = [row for row in latest("norm_act", "layer", "what") if not row["layer"].endswith(_MEAN)]
     found = index(rows, "layer", "what")
     body = []
     for layer in dict.fromkeys(row["layer"] for row in rows):
@@ -82,6 +85,21 @@ def norm_act() -> list[str]:
         ratios = (eager / kernel, last / kernel, last / given, kernel / copy)
         body.append((layer, *(f"{value:.1f}" for value in ratios)))
     header = ["input, what follows", "against torch", "against channels-last", "with statistics", "copies of the input"]
+    return layout(header, body, "norm_act", rows)
+
+
+@table("norm-act-mean")
+def norm_act_mean() -> list[str]:
+    """Returns the table of normalizations that end with a mean: how many times as fast the kernel is."""
+    rows = [row for row in latest("norm_act", "layer", "what") if row["layer"].endswith(_MEAN)]
+    found = index(rows, "layer", "what")
+    peers = ("eager", "eager channels-last", "mean by torch")
+    body = []
+    for layer in dict.fromkeys(row["layer"] for row in rows):
+        kernel = float(found[(layer, "kernel")]["microseconds"])
+        ratios = (float(found[(layer, peer)]["microseconds"]) / kernel for peer in peers)
+        body.append((layer, *(f"{value:.1f}" for value in ratios)))
+    header = ["input, what follows", "against torch", "against channels-last", "against the kernel and torch's mean"]
     return layout(header, body, "norm_act", rows)
 
 

@@ -137,7 +137,7 @@ class FuseKernels(Callback):
         self._restore(trainer)
         if _unsupported_reason(trainer) is not None:
             return
-        if patch.unsupported_reason() is None:
+        if patch.PATCH.unsupported_reason() is None:
             self._undo_of(trainer).enter_context(patch_cross_entropy())
         if _nll_unsupported_reason(trainer) is None:
             self._undo_of(trainer).enter_context(patch_nll_loss())
@@ -185,7 +185,7 @@ class FuseKernels(Callback):
         compiled = _CompiledModules(pl_module)
         if reason is None:
             self._capture(trainer, pl_module)
-        function_reason = reason or patch.unsupported_reason()
+        function_reason = reason or patch.PATCH.unsupported_reason()
         self._report += _losses(pl_module, function_reason, compiled)
         replacement = None if function_reason else _REPLACEMENT
         self._report.append(Replacement(_FUNCTION, _FUNCTION, replacement, function_reason))
@@ -232,7 +232,7 @@ def _unsupported_reason(trainer: pl.Trainer) -> str | None:
 
 def _nll_unsupported_reason(trainer: pl.Trainer) -> str | None:
     device = trainer.strategy.root_device.type
-    reason = _unsupported_reason(trainer) or patch_nll.unsupported_reason()
+    reason = _unsupported_reason(trainer) or patch_nll.PATCH.unsupported_reason()
     return reason or (None if device == "cpu" else f"it is torch's on {device}")
 
 

@@ -40,8 +40,10 @@ def _as_images(tensor: Tensor) -> Tensor:
 
 
 def _like(node: Node, images: Tensor) -> Tensor:
-    """Returns images as sequences if those are the values of ``node``."""
-    return images.squeeze(2) if len(node.shape) == 3 else images
+    """Returns images as sequences, or the means of images as vectors, if those are the values of ``node``."""
+    if len(node.shape) == 3:
+        return images.squeeze(2)
+    return images.flatten(1) if len(node.shape) < images.dim() else images
 
 
 def _convolve(node: Node, statistics: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -62,7 +64,7 @@ class NormStep(Step):
         residual: the index of the sum, and the place of its operand that is not the batch norm or the convolution; None
             for no sum.
         activation: the activation function; None for none.
-        pool: True for a 2x2 max-pool of stride 2.
+        pool: ``"max"`` for a 2x2 max-pool of stride 2, ``"mean"`` for the mean of each image; None for no pool.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class NormStep(Step):
         conv: int | None,
         residual: tuple[int, int] | None,
         activation: Activation | None,
-        pool: bool,
+        pool: str | None,
     ) -> None:
         super().__init__(indices)
         self.replacement = "lightkit.ops.norm_act" if conv is None else "lightkit.ops.conv2d, lightkit.ops.norm_act"
@@ -86,15 +88,7 @@ class NormStep(Step):
             residual = _as_images(nodes[self._residual[0]].operand(self._residual[1]))
         if self._norm is None:
             assert self._conv is not None
-            x = _convolve(nodes[self._conv])[0]
-            mean, variance = _identity(x.shape[1], x.dtype)
-            return norm_act(
-                *(x, None, None, mean, variance, residual),
-                training=False,
-                eps=0.0,
-                activation=self._activation,
-                pool=self._pool,
-            )
+            return apply_activation(_convolve(nodes[self._conv])[0], self._activation, residual, self._pool)
         norm = nodes[self._norm]
         mean, variance, weight, bias = norm.tensors
         training, momentum, eps = norm.settings
@@ -111,7 +105,24 @@ class NormStep(Step):
             pool=self._pool,
             statistics=statistics,
         )
-        return _like(norm, output)
+        return _like(nodes[self.indices[-1]], output)
+
+
+def apply_activation(
+    x: Tensor, activation: Activation | None, residual: Tensor | None = None, pool: str | None = None
+) -> Tensor:
+    """Returns ``pool(activation(x + residual))`` by `lightkit.ops.norm_act`, with a normalization that changes nothing.
+
+    Args:
+        x: ``(N, C, H, W)`` or ``(N, C)``.
+        activation: the activation function; None for none.
+        residual: of the shape of ``x``; None for none.
+        pool: as in `lightkit.ops.norm_act`.
+    """
+    mean, variance = _identity(x.shape[1], x.dtype)
+    return norm_act(
+        *(x, None, None, mean, variance, residual), training=False, eps=0.0, activation=activation, pool=pool
+    )
 
 
 @lru_cache(maxsize=256)
@@ -163,14 +174,14 @@ class _Tail:
         indices: the indices of the operations of the tail.
         residual: the index of the sum, and the place of its operand that is not ``node``; None for no sum.
         activation: the activation function; None for none.
-        pool: True for a 2x2 max-pool of stride 2.
+        pool: ``"max"`` for a 2x2 max-pool of stride 2, ``"mean"`` for the mean of each image; None for no pool.
     """
 
     def __init__(self, graph: Graph, node: Node, with_function: bool = True) -> None:
         self.indices: list[int] = []
         self.residual: tuple[int, int] | None = None
         self.activation: Activation | None = None
-        self.pool = False
+        self.pool: str | None = None
         after = graph.only_reader(node.index)
         if after is not None and after.kind == "add":
             self.residual = after.index, 1 if after.operands[0] is node else 0
@@ -180,8 +191,8 @@ class _Tail:
         if after is not None and after.kind in ("relu", "activation"):
             self.activation = Activation("relu") if after.kind == "relu" else after.settings[0]
             after = self._take(graph, after)
-        if after is not None and after.kind == "max_pool2d" and after.settings == _POOL:
-            self.pool = True
+        if after is not None and (after.kind == "mean" or (after.kind == "max_pool2d" and after.settings == _POOL)):
+            self.pool = "mean" if after.kind == "mean" else "max"
             self._take(graph, after)
 
     def _take(self, graph: Graph, node: Node) -> Node | None:
@@ -202,7 +213,7 @@ def _norm_step(graph: Graph, norm: Node, conv: int | None) -> NormStep | None:
 
 def _conv_step(graph: Graph, conv: Node) -> NormStep | None:
     tail = _Tail(graph, conv)
-    if tail.activation is None or not tail.pool or tail.activation.name not in _thresholds.POOLED_ACTIVATIONS:
+    if tail.activation is None or tail.pool != "max" or tail.activation.name not in _thresholds.POOLED_ACTIVATIONS:
         return None
     if not norm_act_is_faster(conv.shape, conv.dtype, tail.activation, tail.pool, tail.residual is not None):
         return None

@@ -11,9 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightkit.capture.norm import apply_activation
+from lightkit.ops import _thresholds
+from lightkit.ops.activation import Activation
 from lightkit.ops.dropout import dropout, dropout_is_faster
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_GELU_TANH = Activation("gelu_tanh")
 
 
 def _dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor | None:
@@ -21,6 +25,20 @@ def _dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = 
     if not training or inplace or type(input) not in _PLAIN or not 0 < p < 1 or not dropout_is_faster(input):
         return None
     return dropout(input, p)
+
+
+def _gelu(input: Any, approximate: str = "none") -> Tensor | None:
+    """Returns the GELU approximated by tanh of the output of a linear layer or the like; None if torch computes it."""
+    if (
+        approximate != "tanh"
+        or type(input) not in _PLAIN
+        or input.numel() < _thresholds.MIN_GELU_TANH
+        or input.shape[-1] < _thresholds.MIN_GELU_TANH_CHANNELS
+        or not (input.is_cpu and input.is_contiguous() and input.dtype in (torch.float32, torch.float64))
+        or torch.is_autocast_enabled("cpu")
+    ):
+        return None
+    return apply_activation(input.view(-1, input.shape[-1]), _GELU_TANH).view(input.shape)
 
 
 def _attention(
@@ -97,6 +115,7 @@ class Replacement(NamedTuple):
 
 
 REPLACEMENTS: Mapping[Any, Replacement] = {
+    F.gelu: Replacement(_gelu, "lightkit.ops.norm_act"),
     F.dropout: Replacement(_dropout, "lightkit.ops.dropout"),
     F.scaled_dot_product_attention: Replacement(_attention, "lightkit.ops.dropout"),
     F.multi_head_attention_forward: Replacement(_multi_head_attention(), "lightkit.ops.dropout"),

@@ -77,6 +77,8 @@ def _modules(module: nn.Module) -> Iterator[nn.Module]:
 
 def _has_operations(module: nn.Module) -> bool:
     # The weight of a convolution has four dimensions, in a module of any class.
+    if isinstance(module, nn.GELU):
+        return module.approximate == "tanh"
     return isinstance(module, _LAYERS) or any(p is not None and p.dim() == 4 for p in module._parameters.values())
 
 

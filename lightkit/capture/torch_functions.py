@@ -61,7 +61,7 @@ TORCH: Mapping[str, Callable[[Node], Tensor]] = {
     "conv2d": _conv2d,
     "flatten": lambda node: node.operand().flatten(1),
     "linear": _linear,
-    "max_pool1d": lambda node: torch.max_pool1d(node.operand(), *node.settings),
+    "max_pool1d": lambda node: torch.max_pool1d(node.operand(), *(width for _, width in node.settings)),
     "max_pool2d": lambda node: torch.max_pool2d(node.operand(), *node.settings),
     "quantize": lambda node: torch.fake_quantize_per_tensor_affine(node.operand(), node.settings[0], 0, 0, MAX_LEVEL),
     "relu": lambda node: torch.relu(node.operand()),

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.overrides import has_torch_function_variadic
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 
@@ -73,7 +74,19 @@ class CodePatch:
             return f"torch {torch.__version__} defines it in another way"
         return None
 
-    def is_in_scope(self) -> bool:
+    def applies_to(self, *arguments: Any) -> bool:
+        """Returns True if lightkit may compute a call with these tensors in this thread.
+
+        Compilers, tracers and modes that watch torch's functions or operators see torch's function.
+        """
+        return not is_watched() and self._is_in_scope() and not has_torch_function_variadic(*arguments)
+
+    def torchs_function(self, *args: Any) -> Any:
+        """Calls torch's function."""
+        assert self.torchs is not None
+        return self.torchs(*args)
+
+    def _is_in_scope(self) -> bool:
         """Returns True if this thread is within a context of the patch, or is a thread of autograd."""
         if threading.get_ident() in self.threads:
             return True

@@ -56,6 +56,13 @@ SLOW_ACTIVATIONS = frozenset({"tanh", "softplus"})
 # torch on channels-last tensors: they are 1.08 to 2.50, each of the others is 1.00 or less in a row.
 POOLED_ACTIVATIONS = frozenset({"elu", "gelu_tanh", "tanh"})
 
+# Alone, as behind a linear layer, GELU approximated by tanh is faster on the kernel with at least so many values, in
+# rows of so many. activations.csv, in times of torch's, forward and backward on one thread of a crowded machine:
+# 64 x 128 is 0.88, 64 x 512 1.10, 2048 x 512 1.79. At the second; the size of the rows was chosen. Each of the other
+# functions is 0.95 or less with 2048 x 512: torch computes them.
+MIN_GELU_TANH = 1 << 15
+MIN_GELU_TANH_CHANNELS = 64
+
 # The negative log-likelihood of a log-softmax has at least so many log-probabilities. nll_loss.csv, in times of torch's
 # two functions, forward and backward: 256 x 100 (2^14.6) is 0.89, 4096 x 10 (2^15.3) 1.42, 128 x 1000 1.18. Between the
 # first two rows.

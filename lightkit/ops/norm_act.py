@@ -1,4 +1,4 @@
-"""Batch normalization, residual, activation function and max-pool as one operation."""
+"""Batch normalization, residual, activation function and pool as one operation."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from lightkit.ops.activation import Activation, as_activation
 
 _DTYPES = (torch.float32, torch.float64)
 
+# The order is that of `Pool` in csrc/kernels/cpu/norm_act/shape.h.
+_POOLS = (None, "max", "mean")
+
 
 def norm_act(
     input: Tensor,
@@ -28,26 +31,27 @@ def norm_act(
     momentum: float = 0.1,
     eps: float = 1e-5,
     activation: str | Activation | None = None,
-    pool: bool = False,
+    pool: str | bool | None = None,
     statistics: Tensor | None = None,
 ) -> Tensor:
-    """Computes ``max_pool2d(f(batch_norm(input) + residual), 2)`` on a native CPU kernel (Ioffe and Szegedy, 2015).
+    """Computes ``pool(f(batch_norm(input) + residual))`` on a native CPU kernel (Ioffe and Szegedy, 2015).
 
-    ``f`` is an activation function.
+    ``f`` is an activation function, and ``pool`` a 2x2 max-pool of stride 2 or the mean of each image.
 
     In training each channel is normalized with its mean and its biased variance over all other dimensions, and the
     running statistics are updated in place as by `torch.nn.functional.batch_norm`, the variance with the unbiased one.
     Otherwise the running statistics are those that normalize.
 
     One pass over the input computes the statistics, and one computes the output. Backward is one pass that sums and one
-    that writes the gradients. For backward the op keeps the input, and a bit of each output of a ReLU or a byte of
-    each output of the pool. With another activation function it also keeps the residual, and backward computes the
-    values before the function once more; a pool is computed before a function that is increasing. Sums are accumulated
-    in blocks, which are added in double precision. The result does not depend on the number of threads.
+    that writes the gradients. For backward the op keeps the input, and a bit of each value behind a ReLU or a byte of
+    each output of the max-pool. With another activation function it also keeps the residual, and backward computes the
+    values before the function once more; a max-pool is computed before a function that is increasing. With a mean at
+    the end neither the values before it nor their gradients are stored. Sums are accumulated in blocks, which are added
+    in double precision. The result does not depend on the number of threads.
 
-    The argmax of a pool's window is the first of equals, and NaN goes through the function and the pool, as in torch.
-    `norm_act_reference` takes calls that the kernel does not (another device or dtype, no native library, an empty
-    input, torch.func, tensor subclasses). The second derivative is computed by torch's operations.
+    The argmax of a max-pool's window is the first of equals, and NaN goes through the function and the pool, as in
+    torch. `norm_act_reference` takes calls that the kernel does not (another device or dtype, no native library, an
+    empty input, torch.func, tensor subclasses). The second derivative is computed by torch's operations.
     `norm_act_is_faster` tells which calls are faster on the kernel.
 
     Args:
@@ -63,21 +67,22 @@ def norm_act(
         eps: added to the variance.
         activation: the activation function, a name of `lightkit.ops.ACTIVATIONS` with torch's default arguments, or an
             `lightkit.ops.Activation`; None for none.
-        pool: True computes a 2x2 max-pool of stride 2 at the end, of ``(N, C, H, W)``. An odd last row or column is
-            dropped.
+        pool: ``"max"``, or True for the same, computes a 2x2 max-pool of stride 2 at the end, of ``(N, C, H, W)``; an
+            odd last row or column is dropped. ``"mean"`` computes the mean of each channel of an image, as a global
+            average pool. None, or False, is no pool.
         statistics: ``(2, C)``, mean and biased variance of ``input``, if they are known; only with ``training=True``.
             The gradient is the same as if they were computed here.
 
     Returns:
-        ``(N, C, H, W)``, or ``(N, C, H // 2, W // 2)`` with ``pool``, which the kernel returns as
-        ``torch.channels_last``; or ``(N, C)``.
+        ``(N, C, H, W)``, or ``(N, C, H // 2, W // 2)`` with a max-pool, or ``(N, C, 1, 1)`` with a mean, which the
+        kernel returns as ``torch.channels_last``; or ``(N, C)``.
 
     Raises:
-        ArgumentError: shapes do not fit, ``activation`` is unknown, there is one value per channel in training, images
-            are too small for the pool, or the running statistics are missing with ``training=False``.
+        ArgumentError: shapes do not fit, ``activation`` or ``pool`` is unknown, there is one value per channel in
+            training, images are too small for the pool, or the running statistics are missing with ``training=False``.
         RuntimeError: dtypes or devices do not fit. Without a kernel, torch's functions raise their own errors.
     """
-    function = as_activation(activation)
+    function, pooled = as_activation(activation), _as_pool(pool)
     tensors = [weight, bias, running_mean, running_var, residual, statistics]
     if not _has_kernel(input, *(t for t in tensors if t is not None)):
         return norm_act_reference(
@@ -91,7 +96,7 @@ def norm_act(
             momentum=momentum,
             eps=eps,
             activation=function,
-            pool=pool,
+            pool=pooled,
             statistics=statistics,
         )
     try:
@@ -109,7 +114,7 @@ def norm_act(
             0 if function is None else function.code,
             0.0 if function is None else function.alpha,
             0.0 if function is None else function.beta,
-            pool,
+            _POOLS.index(pooled),
         )
     except ValueError as error:
         raise ArgumentError(str(error)) from None
@@ -127,7 +132,7 @@ def norm_act_reference(
     momentum: float = 0.1,
     eps: float = 1e-5,
     activation: str | Activation | None = None,
-    pool: bool = False,
+    pool: str | bool | None = None,
     statistics: Tensor | None = None,
 ) -> Tensor:
     """Computes `norm_act` in torch's operations, which compute the statistics anew if they are given."""
@@ -135,14 +140,17 @@ def norm_act_reference(
     x = x if residual is None else x + residual
     function = as_activation(activation)
     x = x if function is None else function(x)
-    return F.max_pool2d(x, 2) if pool else x
+    pooled = _as_pool(pool)
+    if pooled == "mean":
+        return x.mean((2, 3), keepdim=True)
+    return F.max_pool2d(x, 2) if pooled == "max" else x
 
 
 def norm_act_is_faster(
     shape: Sequence[int],
     dtype: torch.dtype,
     activation: str | Activation | None = None,
-    pool: bool = False,
+    pool: str | bool | None = None,
     residual: bool = False,
 ) -> bool:
     """Returns True if `norm_act`, forward and backward together, is faster on the kernel than in torch.
@@ -156,15 +164,24 @@ def norm_act_is_faster(
         shape: the shape of the input, ``(N, C, H, W)`` or ``(N, C)``.
         dtype: the dtype of the input.
         activation: the activation function that follows; None for none.
-        pool: True if a 2x2 max-pool follows.
+        pool: the pool that follows, as in `norm_act`.
         residual: True if a residual is added.
     """
-    if dtype not in _DTYPES or not (len(shape) == 4 or (len(shape) == 2 and not pool)):
+    pooled = _as_pool(pool)
+    if dtype not in _DTYPES or not (len(shape) == 4 or (len(shape) == 2 and pooled is None)):
         return False
     function = as_activation(activation)
-    if function is None or function.name == "relu" or pool:
+    if function is None or function.name == "relu" or pooled is not None:
         return True
     return function.name not in _thresholds.SLOW_ACTIVATIONS
+
+
+def _as_pool(pool: str | bool | None) -> str | None:
+    """Returns the name of a pool; None for none."""
+    named = ("max" if pool else None) if isinstance(pool, bool) else pool
+    if named not in _POOLS:
+        raise ArgumentError(f"pool must be None, 'max', 'mean' or a bool, got {pool!r}")
+    return named
 
 
 def _has_kernel(input: Tensor, *others: Tensor) -> bool:

@@ -7,9 +7,8 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.overrides import has_torch_function_variadic
 
-from lightkit.ops._code_patch import CodePatch, is_watched
+from lightkit.ops._code_patch import CodePatch
 from lightkit.ops.cross_entropy import cross_entropy, has_kernel
 
 _PLAIN = (Tensor, Parameter)
@@ -27,14 +26,9 @@ def patch_cross_entropy() -> AbstractContextManager[None]:
 
     Returns:
         The context within which the function is patched. To enter it raises a RuntimeError if the function cannot be
-        patched: see `unsupported_reason`.
+        patched: ``PATCH.unsupported_reason()`` tells the reason.
     """
     return PATCH.applied()
-
-
-def unsupported_reason() -> str | None:
-    """Returns the reason why :func:`torch.nn.functional.cross_entropy` cannot be patched; None if it can be."""
-    return PATCH.unsupported_reason()
 
 
 def _entrance(
@@ -64,21 +58,17 @@ def _choose(
 ) -> Tensor:
     # The reference calls torch's function. There is no recursion: a call with a kernel does not take the reference.
     if (
-        not is_watched()
-        and PATCH.is_in_scope()
+        PATCH.applies_to(input, target)
         and size_average is None
         and reduce is None
         and type(input) in _PLAIN
         and type(target) in _PLAIN
         and (weight is None or type(weight) in _PLAIN)
-        # Modes that watch torch's functions or operators, such as tracers, see torch's function.
-        and not has_torch_function_variadic(input, target)
         and _has_dtypes_of_kernels(input, target, weight)
         and has_kernel(input, target, weight)
     ):
         return cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
-    assert PATCH.torchs is not None
-    return PATCH.torchs(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+    return PATCH.torchs_function(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
 
 
 def _has_dtypes_of_kernels(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:

@@ -6,12 +6,11 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
-from torch.overrides import has_torch_function_variadic
 
 from lightkit import native
 from lightkit.errors import ArgumentError
 from lightkit.ops import _thresholds
-from lightkit.ops._code_patch import CodePatch, is_watched
+from lightkit.ops._code_patch import CodePatch
 from lightkit.ops._dispatch import REDUCTIONS, kernels_apply
 
 
@@ -29,14 +28,9 @@ def patch_nll_loss() -> AbstractContextManager[None]:
 
     Returns:
         The context within which the function is patched. To enter it raises a RuntimeError if the function cannot be
-        patched: see `unsupported_reason`.
+        patched: ``PATCH.unsupported_reason()`` tells the reason.
     """
     return PATCH.applied()
-
-
-def unsupported_reason() -> str | None:
-    """Returns the reason why :func:`torch.nn.functional.nll_loss` cannot be patched; None if it can be."""
-    return PATCH.unsupported_reason()
 
 
 def _entrance(
@@ -63,22 +57,19 @@ def _choose(
     reduction: str,
 ) -> Tensor:
     if (
-        not is_watched()
+        PATCH.applies_to(input, target)
         and isinstance(input, Tensor)
         and input.numel() >= _thresholds.MIN_NLL_LOSS
         and _is_log_softmax(input)
         and size_average is None
         and reduce is None
         and type(ignore_index) is int
-        and PATCH.is_in_scope()
-        and not has_torch_function_variadic(input, target)
         and kernels_apply(input)
     ):
         loss = _nll_loss(input, target, weight, REDUCTIONS.get(reduction, -1), ignore_index)
         if loss is not NotImplemented:
             return loss
-    assert PATCH.torchs is not None
-    return PATCH.torchs(input, target, weight, size_average, ignore_index, reduce, reduction)
+    return PATCH.torchs_function(input, target, weight, size_average, ignore_index, reduce, reduction)
 
 
 def _is_log_softmax(input: Tensor) -> bool:

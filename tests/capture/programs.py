@@ -173,6 +173,20 @@ class Activated(nn.Module):
         return self.head(F.max_pool2d(self.function(self.conv3(x)), 2).flatten(1))
 
 
+class Headed(nn.Module):
+    """A residual block and the mean of each image, which ``mean`` computes of a batch of size 18 x 18."""
+
+    def __init__(self, mean, function=F.relu):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.mean, self.function, self.head = mean, function, nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        return self.head(self.mean(self.function(self.bn2(self.conv2(x)) + x)))
+
+
 class Sequences(nn.Module):
     """Convolutions of sequences with strides, padding, groups, dilation, batch norm, sums, pools and a mean."""
 

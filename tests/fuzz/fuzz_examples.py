@@ -16,6 +16,7 @@ import torch
 from lightkit import ops
 
 _DTYPES = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_POOLS = (None, "max", "mean")
 _REDUCTIONS = ("none", "mean", "sum")
 
 
@@ -146,15 +147,16 @@ def norm_act(rng: random.Random) -> dict[str, Any]:
         "training": training,
         "momentum": rng.choice([0.0, 0.1]),
         "eps": 1e-5,
-        "pool": len(shape) == 4 and rng.random() < 0.5,
         "statistics": perhaps(2, channels) if training else None,
     }
     input = torch.randn(shape, dtype=dtype, requires_grad=True)
     name = rng.choice([None, *ops.ACTIVATIONS])
     activation = None if name is None else ops.Activation(name, rng.choice([0.1, 1.0]), 2.0)
-    ops.norm_act(input, activation=activation, **given).sum().backward()
+    pool = rng.choice(_POOLS if len(shape) == 4 else _POOLS[:1])
+    ops.norm_act(input, activation=activation, pool=pool, **given).sum().backward()
     codes = {"activation": activation.code, "alpha": activation.alpha, "beta": 2.0} if activation else {"activation": 0}
     wanted = {name: rng.random() < 0.8 for name in ("input_wanted", "affine_wanted", "residual_wanted")}
+    codes["pool"] = _POOLS.index(pool)
     return {"input": input, "keep": True, "alpha": 0.0, "beta": 0.0, **given, **codes, **wanted}
 
 

@@ -144,7 +144,7 @@ CALLS = {
     "dropout": (numbers(4, 5), torch.tensor(3), 0.4),
     "_norm_act_backward": (
         *(numbers(2, 2, 3, 3), IMAGES, numbers(2, seed=1), numbers(2, 2, seed=2)),
-        *(torch.randint(0, 5, (18, 2)).byte(), None, None, True, 1, 0.0, 0.0, True, True, True, True),
+        *(torch.randint(0, 5, (18, 2)).byte(), None, None, True, 1, 0.0, 0.0, 1, True, True, True),
     ),
     "conv2d": (IMAGES, KERNEL, None, [2, 2], [1, 1], [1, 1], 1, True),
     "_conv2d_backward": (numbers(2, 4, 3, 3), IMAGES, KERNEL, [2, 2], [1, 1], [1, 1], 1, [True, True, False]),

@@ -41,7 +41,7 @@ class Problem:
         self.residual = draw(*shape).to(dtype) if residual else None
         self.running = [draw(channels).to(dtype), (draw(channels).square() + 0.5).to(dtype)]
         self.upstream = draw(*shape).to(dtype)
-        self.options = {"training": True, "activation": "relu", "pool": False, **options}
+        self.options = {"training": True, "activation": "relu", "pool": None, **options}
 
     def to(self, dtype) -> Problem:
         """Returns the same problem in another dtype."""
@@ -89,6 +89,8 @@ def assert_accurate(problem: Problem) -> None:
         assert error <= 2 * other + 8 * eps * (truth.abs().max() + 1), f"{name}: {error} against torch's {other}"
 
 
+POOLS = [None, "max", "mean"]
+
 # The edges of vectors and groups of channels, of images and windows, and of blocks of rows.
 SHAPES = [
     (2, 1, 5, 7),
@@ -108,7 +110,8 @@ SHAPES = [
 @pytest.mark.sanitized
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(("relu", "pool"), [(True, False), (True, True), (False, True), (False, False)])
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("pool", POOLS)
 def test_images(relu, pool, shape, dtype):
     """Values, gradients and updates of every combination of settings are as accurate as torch's."""
     for residual, training, affine in itertools.product((False, True), repeat=3):
@@ -141,7 +144,8 @@ ACTIVATED = [
 @pytest.mark.parametrize("activation", ACTIVATED, ids=str)
 def test_activations(activation, dtype):
     """Values and gradients of every activation function are as accurate as torch's, with all that is around it."""
-    for shape, pool in (((2, 5, 5, 7), True), ((3, 17, 4, 6), True), ((3, 17, 4, 3), False), ((20, 37), False)):
+    cases = [((2, 5, 5, 7), "max"), ((3, 17, 4, 6), "max"), ((3, 17, 4, 3), None), ((20, 37), None)]
+    for shape, pool in (*cases, ((3, 17, 4, 3), "mean"), ((2, 5, 9, 70), "mean")):
         for residual, training in itertools.product((False, True), repeat=2):
             options = {"residual": residual, "training": training, "affine": training or not residual}
             assert_accurate(Problem(shape, dtype, activation=activation, pool=pool, **options))
@@ -179,7 +183,7 @@ def test_activations_of_extreme_values(activation, dtype):
         assert not worse.any(), f"{name} of {x[told][worse]}: {actual[worse]}, torch has {expected[worse]}"
 
 
-@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("activation", ["silu", "leaky_relu", "gelu"])
 def test_gradients_that_are_not_wanted(activation, pool):
     """Each subset of the gradients is that of all of them."""
@@ -199,12 +203,13 @@ def test_gradients_that_are_not_wanted(activation, pool):
 
 @given(
     shape=st.tuples(st.integers(2, 5), st.integers(1, 70), st.integers(2, 9), st.integers(2, 9)),
-    flags=st.tuples(*[st.booleans()] * 4),
+    flags=st.tuples(*[st.booleans()] * 3),
+    pool=st.sampled_from(POOLS),
     seed=st.integers(0, 1000),
 )
-def test_any_image_in_float64(shape, flags, seed):
+def test_any_image_in_float64(shape, flags, pool, seed):
     """Whatever the sizes: torch's results, to the rounding of float64."""
-    relu, pool, residual, training = flags
+    relu, residual, training = flags
     problem = Problem(shape, seed=seed, residual=residual, activation=relu_if(relu), pool=pool, training=training)
     ours, torchs = problem.results(norm_act), problem.results(norm_act_reference)
     torch.testing.assert_close(ours, torchs, rtol=1e-10, atol=1e-10)
@@ -212,7 +217,7 @@ def test_any_image_in_float64(shape, flags, seed):
 
 def statistics_of(input: torch.Tensor) -> torch.Tensor:
     """Returns mean and inverse standard deviation of each channel, as the op keeps them."""
-    settings = (True, 0.1, 1e-5, 0, 0.0, 0.0, False)
+    settings = (True, 0.1, 1e-5, 0, 0.0, 0.0, 0)
     return torch.ops.lightkit._norm_act_forward(input, *[None] * 6, *settings, False)[1]
 
 
@@ -226,7 +231,7 @@ def test_large_means(mean):
     assert ((kept[1].double() ** -2 - 1e-5) / variance - 1).abs().max() < 2e-6
 
 
-@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("pool", POOLS)
 def test_equal_gradients(pool):
     """Gradients that are equal in an image, as behind a mean, add up without the error of a long chain of additions."""
     problem = Problem((4, 64, 16, 16), torch.float32, pool=pool)
@@ -279,7 +284,7 @@ def test_given_statistics(residual):
 
 
 @pytest.mark.sanitized
-@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("pool", POOLS)
 def test_not_finite_values(pool):
     """NaN and infinite values of one channel go where torch's go, and into no other channel."""
     for value, training in itertools.product((math.nan, math.inf, -math.inf), (True, False)):
@@ -303,7 +308,7 @@ def test_ties_and_zeros():
 
 
 @pytest.mark.sanitized
-@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("relu", [False, True])
 def test_memory_formats(relu, pool):
     """Contiguous, strided, expanded and negative tensors are read right; images come out as channels-last."""
@@ -333,7 +338,7 @@ def test_memory_formats(relu, pool):
 
 
 @pytest.mark.sanitized
-@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("training", [False, True])
 def test_gradients_of_some(training, pool):
     """Each gradient is there if and only if it is wanted, and is the same whatever else is."""
@@ -358,7 +363,7 @@ def test_gradients_of_some(training, pool):
                 assert tensor.grad is None or torch.equal(tensor.grad, expected[f"gradient of {name}"])
 
 
-@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("shape", [(2, 3, 3, 5), (4, 3)], ids=str)
@@ -379,7 +384,9 @@ def test_gradcheck_and_gradgradcheck(shape, training, relu, pool):
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize(("relu", "pool"), [(True, False), (True, True), (False, False)])
+@pytest.mark.parametrize(
+    ("relu", "pool"), [(True, None), (True, "max"), (False, None), (True, "mean"), (False, "mean")]
+)
 def test_batched_and_second_gradients(relu, pool, training):
     """A batch of upstream gradients gives the gradients one by one; second derivatives are torch's."""
     check_derivatives(Problem((3, 4, 4, 5), residual=True, training=training, activation=relu_if(relu), pool=pool))
@@ -389,7 +396,7 @@ def test_batched_and_second_gradients(relu, pool, training):
 @pytest.mark.parametrize("activation", [a for a in ACTIVATED if a != "hardsigmoid"], ids=str)
 def test_derivatives_of_activations(activation):
     """So are those of every activation function, with a pool and without, in training and not."""
-    for training, pool in ((True, False), (False, True)):
+    for training, pool in ((True, None), (False, "max"), (True, "mean")):
         check_derivatives(Problem((3, 4, 4, 5), residual=True, training=training, activation=activation, pool=pool))
 
 
@@ -410,7 +417,7 @@ def check_derivatives(problem: Problem) -> None:
 
 
 @pytest.mark.parametrize("activation", ["relu", "elu", "silu"])
-@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("shape", [(6, 16, 40, 41), (6, 70, 20, 20)], ids=str)
 def test_bit_identical_across_threads(shape, pool, activation):
     """Output, gradients and statistics do not depend on the number of threads."""
@@ -425,11 +432,11 @@ def arguments_of(problem: Problem, running=True) -> tuple:
     tensors = (problem.input, problem.weight, problem.bias, *given, problem.residual, None)
     code = 0 if options["activation"] is None else 1
     settings = tuple(options[name] for name in ("training", "momentum", "eps"))
-    return (*tensors, *settings, code, 0.0, 0.0, options["pool"])
+    return (*tensors, *settings, code, 0.0, 0.0, POOLS.index(options["pool"]))
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize(("relu", "pool"), [(True, False), (True, True), (False, False)])
+@pytest.mark.parametrize(("relu", "pool"), [(True, None), (True, "max"), (False, None), (True, "mean")])
 def test_opcheck(relu, pool, training):
     """Schema, mutation, fake tensors and autograd registration are consistent, for the inner ops as well."""
     problem = Problem(
@@ -439,14 +446,14 @@ def test_opcheck(relu, pool, training):
     for name in ("input", "weight", "bias", "residual"):
         getattr(problem, name).requires_grad_()
     torch.library.opcheck(ops.norm_act.default, arguments_of(problem))
-    torch.library.opcheck(ops.norm_act.default, (*arguments_of(Problem((8, 5), pool=False)),))
+    torch.library.opcheck(ops.norm_act.default, arguments_of(Problem((8, 5))))
     with torch.no_grad():
         inner = ("test_schema", "test_faketensor")
         for keep in (True, False):
             torch.library.opcheck(ops._norm_act_forward.default, (*arguments_of(problem), keep), test_utils=inner)
         output, kept, live = ops._norm_act_forward(*arguments_of(problem), True)
         for wanted in itertools.product((False, True), repeat=3):
-            settings = (training, int(relu), 0.0, 0.0, pool, *wanted)
+            settings = (training, int(relu), 0.0, 0.0, POOLS.index(pool), *wanted)
             arguments = (output, problem.input, problem.weight, kept, live, None, None, *settings)
             torch.library.opcheck(ops._norm_act_backward.default, arguments, test_utils=inner)
 
@@ -515,6 +522,8 @@ THREE, FOUR = torch.ones(3), torch.ones(4)
             ValueError,
             "statistics must be None if training is False",
         ),
+        ({"input": torch.ones(2, 3), "pool": "mean"}, ValueError, "a pool takes an input of 4 dimensions"),
+        ({"pool": "average"}, ValueError, "pool must be None, 'max', 'mean' or a bool, got 'average'"),
         ({"input": torch.ones(2, 3), "pool": True}, ValueError, "a pool takes an input of 4 dimensions"),
         ({"input": torch.ones(2, 3, 1, 4), "pool": True}, ValueError, "images of 1x4 are too small for a pool of 2x2"),
         ({"eps": 0.0}, ValueError, "eps must be positive"),
@@ -538,16 +547,19 @@ def test_ops_called_directly_are_safe():
     ops = torch.ops.lightkit
     short = torch.ones(2, 3, 4, 4)
     short.untyped_storage().resize_(40)
-    options = (True, 0.1, 1e-5, 1, 0.0, 0.0, True)
+    options = (True, 0.1, 1e-5, 1, 0.0, 0.0, 1)
     with pytest.raises(ValueError, match=r"the input of shape .* reaches beyond its storage"):
         ops.norm_act(short, *[None] * 6, *options)
     with pytest.raises(ValueError, match=r"the residual of shape .* reaches beyond its storage"):
         ops.norm_act(IMAGES, *[None] * 4, short, None, *options)
     for code in (-1, 13):
         with pytest.raises(ValueError, match="activation must be a number from 0 to 12"):
-            ops.norm_act(IMAGES, *[None] * 6, *options[:3], code, 0.0, 0.0, True)
+            ops.norm_act(IMAGES, *[None] * 6, *options[:3], code, 0.0, 0.0, 1)
+    for code in (-1, 3):
+        with pytest.raises(ValueError, match="pool must be a number from 0 to 2"):
+            ops.norm_act(IMAGES, *[None] * 6, *options[:-1], code)
     with pytest.raises(ValueError, match="must not be empty"):
-        ops.norm_act(torch.ones(0, 3), *[None] * 6, *options[:-1], False)
+        ops.norm_act(torch.ones(0, 3), *[None] * 6, *options[:-1], 0)
     for negative in ((torch._neg_view(-THREE), THREE), (THREE, torch._neg_view(-THREE))):
         with torch.inference_mode(), pytest.raises(ValueError, match="without negative bit"):
             ops.norm_act(IMAGES, None, None, *negative, None, None, *options)
@@ -556,7 +568,7 @@ def test_ops_called_directly_are_safe():
     with pytest.raises(ValueError, match="2 or 4 dimensions"):
         ops.norm_act(torch.ones(2, 3, 4), *[None] * 6, *options)
     output, kept, live = ops._norm_act_forward(IMAGES, *[None] * 6, *options, True)
-    settings = (None, None, True, 1, 0.0, 0.0, True, True, True, True)
+    settings = (None, None, True, 1, 0.0, 0.0, 1, True, True, True)
     for arguments in (
         (output[:1], IMAGES, None, kept, live),
         (output, IMAGES, None, kept[:1], live),
@@ -575,7 +587,9 @@ def test_ops_called_directly_are_safe():
 def test_who_is_faster():
     """The kernel takes float32 and float64 of two or four dimensions."""
     assert norm_act_is_faster((64, 16, 32, 32), torch.float32, activation="relu")
-    assert norm_act_is_faster((64, 32, 32, 32), torch.float32, activation="relu", pool=True)
+    assert norm_act_is_faster((64, 32, 32, 32), torch.float32, activation="relu", pool="max")
+    assert norm_act_is_faster((64, 512, 7, 7), torch.float32, activation="relu", pool="mean", residual=True)
+    assert not norm_act_is_faster((64, 512), torch.float32, activation="relu", pool="mean")
     assert not norm_act_is_faster((64, 16, 32, 32), torch.bfloat16, activation="relu")
     assert not norm_act_is_faster((64, 16, 32), torch.float32)
 

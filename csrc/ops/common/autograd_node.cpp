@@ -2,6 +2,8 @@
 
 #include "../cross_entropy/cross_entropy.h"
 
+#include <ATen/record_function.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -123,12 +125,30 @@ std::vector<Tensor> differentiate(
   return torch::autograd::grad({output}, inputs.vec(), {grad_output}, /*retain_graph=*/std::nullopt, create_graph);
 }
 
+bool is_direct(const Tensor& tensor) {
+  using c10::DispatchKey;
+  constexpr c10::DispatchKeySet plain(
+      {DispatchKey::CPU, DispatchKey::ADInplaceOrView, DispatchKey::AutogradCPU, DispatchKey::AutocastCPU});
+  constexpr c10::DispatchKeySet watching(
+      {DispatchKey::Python,
+       DispatchKey::PythonDispatcher,
+       DispatchKey::PythonTLSSnapshot,
+       DispatchKey::Functionalize,
+       DispatchKey::FuncTorchDynamicLayerFrontMode,
+       DispatchKey::FuncTorchDynamicLayerBackMode,
+       DispatchKey::Tracer});
+  return (tensor.key_set().raw_repr() & ~plain.raw_repr()) == 0 &&
+      !c10::impl::tls_local_dispatch_key_set().included_.has_any(watching) &&
+      !c10::impl::TorchDispatchModeTLS::any_modes_set() && !at::hasCallbacks();
+}
+
 Tensor take_gradient(Tensor& gradient, const Tensor& upstream) {
   if (!is_concrete(gradient) || is_batched(upstream) || torch::autograd::get_current_graph_task_keep_graph()) {
     return gradient.mul(upstream).to(gradient.scalar_type());
   }
   Tensor taken = std::exchange(gradient, Tensor());
-  return call_apply_upstream(taken, upstream);
+  return is_direct(taken) && is_direct(upstream) ? apply_upstream_cpu(taken, upstream)
+                                                 : call_apply_upstream(taken, upstream);
 }
 
 }  // namespace lightkit

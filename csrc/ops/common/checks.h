@@ -55,6 +55,32 @@ inline void check_memory(const char* op, const char* name, const std::optional<a
   }
 }
 
+// Raises an error for a tensor of another dtype or device than the input. `op` and `name` begin the message.
+template <typename Op>
+void check_same_kind(const Op& op, const char* name, const at::Tensor& tensor, const at::Tensor& input) {
+  TORCH_CHECK(
+      tensor.scalar_type() == input.scalar_type() && tensor.device() == input.device(),
+      op,
+      ": ",
+      name,
+      " must be of the dtype and on the device of the input, ",
+      input.scalar_type(),
+      " on ",
+      input.device(),
+      ", got ",
+      tensor.scalar_type(),
+      " on ",
+      tensor.device());
+}
+
+inline void check_single_or_double(const char* op, const at::Tensor& input) {
+  TORCH_CHECK(
+      input.scalar_type() == at::kFloat || input.scalar_type() == at::kDouble,
+      op,
+      ": the input must be float32 or float64, got ",
+      input.scalar_type());
+}
+
 // Returns the product of some of a tensor's sizes. Raises a ValueError for a product of 2^63 or more, which is possible
 // if another size is 0.
 inline int64_t checked_product(const char* op, at::IntArrayRef sizes) {

@@ -193,7 +193,7 @@ NormGradients call_norm_backward(
     const std::optional<at::Tensor>& residual,
     bool training,
     LIGHTKIT_ACTIVATION_PARAMETERS,
-    bool pool,
+    int64_t pool,
     bool input_wanted,
     bool affine_wanted,
     bool residual_wanted) {
@@ -225,7 +225,7 @@ NormGradients call_norm_backward(
 #define LIGHTKIT_NORM_SCHEMA                                                                                    \
   "Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "             \
   "Tensor? residual, Tensor? statistics, bool training, float momentum, float eps, " LIGHTKIT_ACTIVATION_SCHEMA \
-  ", bool pool"
+  ", int pool"
 
 TORCH_LIBRARY_FRAGMENT(lightkit, m) {
   m.def(
@@ -274,7 +274,7 @@ TORCH_LIBRARY_FRAGMENT(lightkit, m) {
   m.def(
       "_norm_act_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor kept, Tensor live, Tensor? bias, "
       "Tensor? residual, bool training, " LIGHTKIT_ACTIVATION_SCHEMA
-      ", bool pool, bool input_wanted, bool affine_wanted, bool residual_wanted) "
+      ", int pool, bool input_wanted, bool affine_wanted, bool residual_wanted) "
       "-> (Tensor input_gradient, Tensor weight_gradient, Tensor bias_gradient, Tensor residual_gradient)");
   m.def("dropout(Tensor input, Tensor seed, float p, int[]? order=None) -> Tensor");
 

@@ -2,6 +2,7 @@
 
 #include "buffer_pool.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/conv2d.h>
@@ -24,7 +25,8 @@ namespace lightkit {
 using at::Tensor;
 
 Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  return at::empty(sizes, options);
+  // A small op spends more time in the dispatcher's calls for its results than in its kernel.
+  return options.device().is_cpu() ? Tensor(at::detail::empty_cpu(sizes, options)) : at::empty(sizes, options);
 }
 
 Tensor empty_symint(
@@ -55,7 +57,7 @@ Tensor arange(int64_t end, const at::TensorOptions& options) {
 Tensor pooled_empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
   const size_t bytes = c10::multiply_integers(sizes) * options.dtype().itemsize();
   if (bytes < kMinPooledBytes) {
-    return at::empty(sizes, options);
+    return empty(sizes, options);
   }
   const PooledBuffer buffer = take_buffer(bytes);
   return at::from_blob(buffer.data, sizes, [buffer](void*) { give_back_buffer(buffer); }, options);

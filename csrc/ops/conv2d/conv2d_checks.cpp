@@ -29,22 +29,6 @@ double product(std::initializer_list<SymInt> sizes) {
   return result;
 }
 
-void check_same_kind(const char* name, const Tensor& tensor, const Tensor& input) {
-  TORCH_CHECK(
-      tensor.scalar_type() == input.scalar_type() && tensor.device() == input.device(),
-      kOp,
-      ": ",
-      name,
-      " must be of the dtype and on the device of the input, ",
-      input.scalar_type(),
-      " on ",
-      input.device(),
-      ", got ",
-      tensor.scalar_type(),
-      " on ",
-      tensor.device());
-}
-
 void check_pair(const char* name, at::IntArrayRef pair, int64_t least) {
   TORCH_CHECK_VALUE(
       pair.size() == 2 && std::min(pair[0], pair[1]) >= least && std::max(pair[0], pair[1]) < int64_t(1) << 30,
@@ -61,11 +45,7 @@ void check_pair(const char* name, at::IntArrayRef pair, int64_t least) {
 
 std::vector<SymInt> check_conv2d(
     const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, LIGHTKIT_CONV2D_PARAMETERS) {
-  TORCH_CHECK(
-      input.scalar_type() == at::kFloat || input.scalar_type() == at::kDouble,
-      kOp,
-      ": the input must be float32 or float64, got ",
-      input.scalar_type());
+  check_single_or_double(kOp, input);
   TORCH_CHECK_VALUE(
       input.dim() == 4 && weight.dim() == 4,
       kOp,
@@ -73,7 +53,7 @@ std::vector<SymInt> check_conv2d(
       input.sym_sizes(),
       " and ",
       weight.sym_sizes());
-  check_same_kind("the weight", weight, input);
+  check_same_kind(kOp, "the weight", weight, input);
   TORCH_CHECK_VALUE(weight.sym_numel() > 0, kOp, ": the weight must not be empty, got shape ", weight.sym_sizes());
   TORCH_CHECK_VALUE(
       weight.sym_numel().maybe_as_int().value_or(0) < kMaxWeight,
@@ -96,7 +76,7 @@ std::vector<SymInt> check_conv2d(
       channels,
       " channels");
   if (is_there(bias)) {
-    check_same_kind("the bias", *bias, input);
+    check_same_kind(kOp, "the bias", *bias, input);
     TORCH_CHECK_VALUE(
         bias->dim() == 1 && bias->sym_size(0) == out_channels,
         kOp,
@@ -143,7 +123,7 @@ std::vector<SymInt> check_conv2d(
 void check_conv2d_backward(
     const Tensor& grad_output, const Tensor& input, const Tensor& weight, LIGHTKIT_CONV2D_PARAMETERS) {
   const auto sizes = check_conv2d(input, weight, std::nullopt, LIGHTKIT_CONV2D_ARGUMENTS);
-  check_same_kind("the gradient", grad_output, input);
+  check_same_kind(kOp, "the gradient", grad_output, input);
   TORCH_CHECK_VALUE(
       grad_output.sym_sizes() == at::SymIntArrayRef(sizes),
       kOp,

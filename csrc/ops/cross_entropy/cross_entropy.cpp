@@ -60,11 +60,33 @@ std::tuple<Tensor, Tensor> cross_entropy_inplace_negative(
   return call_cross_entropy_inplace(logits, target.resolve_neg(), positive_weight, LIGHTKIT_OPTION_ARGUMENTS, with_lse);
 }
 
+namespace {
+
+// Returns true for a scalar that is 1, of the types that a loss has.
+bool is_one(const Tensor& tensor) {
+  if (tensor.dim() != 0) {
+    return false;
+  }
+  switch (tensor.scalar_type()) {
+    case at::kFloat:
+      return *tensor.const_data_ptr<float>() == 1;
+    case at::kDouble:
+      return *tensor.const_data_ptr<double>() == 1;
+    case at::kBFloat16:
+      return *tensor.const_data_ptr<at::BFloat16>() == 1;
+    case at::kHalf:
+      return *tensor.const_data_ptr<at::Half>() == 1;
+    default:
+      return false;
+  }
+}
+
+}  // namespace
+
 Tensor& apply_upstream_cpu(Tensor& gradient, const Tensor& upstream) {
   check_memory("_apply_upstream_", "the gradient", gradient);
   check_memory("_apply_upstream_", "upstream", upstream);
-  const bool is_real = !at::isComplexType(upstream.scalar_type());
-  return upstream.dim() == 0 && is_real && upstream.item<double>() == 1 ? gradient : gradient.mul_(upstream);
+  return is_one(upstream) ? gradient : gradient.mul_(upstream);
 }
 
 namespace {
@@ -173,6 +195,19 @@ class CrossEntropyBackward : public Backward {
   const bool inplace_;
 };
 
+// Calls lightkit::_cross_entropy_forward.
+Results forward(
+    const Tensor& logits,
+    const Tensor& target,
+    const std::optional<Tensor>& weight,
+    LIGHTKIT_OPTION_PARAMETERS,
+    bool with_gradient,
+    bool with_lse) {
+  const bool direct = is_direct(logits) && is_direct(target) && (!is_there(weight) || is_direct(*weight));
+  const auto call = direct ? cross_entropy_forward_cpu : call_cross_entropy_forward;
+  return call(logits, target, weight, LIGHTKIT_OPTION_ARGUMENTS, with_gradient, with_lse);
+}
+
 std::tuple<Tensor, Tensor> cross_entropy_with_gradient(
     const Tensor& logits,
     const Tensor& target,
@@ -191,8 +226,8 @@ std::tuple<Tensor, Tensor> cross_entropy_with_gradient(
       // Tells functions that saved the logits for their backward that the values are lost.
       logits.unsafeGetTensorImpl()->bump_version();
     } else {
-      std::tie(loss, lse, backward->gradient) = call_cross_entropy_forward(
-          logits, target, weight, LIGHTKIT_OPTION_ARGUMENTS, /*with_gradient=*/true, with_lse);
+      std::tie(loss, lse, backward->gradient) =
+          forward(logits, target, weight, LIGHTKIT_OPTION_ARGUMENTS, /*with_gradient=*/true, with_lse);
     }
   }
   if (inplace) {
@@ -213,8 +248,8 @@ std::tuple<Tensor, Tensor> cross_entropy_below_autograd(
     LIGHTKIT_OPTION_PARAMETERS,
     bool return_lse,
     bool inplace) {
-  auto [loss, lse, gradient] = call_cross_entropy_forward(
-      logits, target, weight, LIGHTKIT_OPTION_ARGUMENTS, /*with_gradient=*/false, return_lse);
+  auto [loss, lse, gradient] =
+      forward(logits, target, weight, LIGHTKIT_OPTION_ARGUMENTS, /*with_gradient=*/false, return_lse);
   return {loss, lse};
 }
 

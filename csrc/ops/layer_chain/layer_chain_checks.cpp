@@ -13,22 +13,6 @@ using c10::SymInt;
 
 namespace {
 
-void check_same_kind(const Where& where, const char* name, const Tensor& tensor, const Tensor& input) {
-  TORCH_CHECK(
-      tensor.scalar_type() == input.scalar_type() && tensor.device() == input.device(),
-      where,
-      ": the ",
-      name,
-      " must be of the dtype and on the device of the input, ",
-      input.scalar_type(),
-      " on ",
-      input.device(),
-      ", got ",
-      tensor.scalar_type(),
-      " on ",
-      tensor.device());
-}
-
 // The most values of an image and of a weight, whose rows are filled up to vectors. Derived: offsets in them have 32
 // bits.
 constexpr int64_t kMaxImage = int64_t(1) << 30;
@@ -84,7 +68,7 @@ LayerSizes check_layer(
     const std::optional<Tensor>& bias,
     at::IntArrayRef padding,
     bool pool) {
-  check_same_kind(where, "weight", weight, input);
+  check_same_kind(where, "the weight", weight, input);
   TORCH_CHECK_VALUE(
       weight.dim() == 4 || weight.dim() == 2,
       where,
@@ -131,7 +115,7 @@ LayerSizes check_layer(
         weight.sym_size(0),
         " output channels, got shape ",
         bias->sym_sizes());
-    check_same_kind(where, "bias", *bias, input);
+    check_same_kind(where, "the bias", *bias, input);
   }
   const SymInt kernel_height = linear ? height : weight.sym_size(2);
   const SymInt kernel_width = linear ? width : weight.sym_size(3);
@@ -247,7 +231,7 @@ std::vector<LayerSizes> check_backward(
   auto sizes = check_chain(input, weights, no_biases, settings);
   const auto [kept, outputs] = kept_sizes(input, sizes, settings);
   const auto output = output_sizes(input, sizes.back());
-  check_same_kind({op}, "gradient", grad_output, input);
+  check_same_kind(Where{op}, "the gradient", grad_output, input);
   const auto is_kept = [&](const Tensor& tensor, const SymInt& count, at::ScalarType type) {
     return tensor.sym_numel() == count && tensor.scalar_type() == type && tensor.device() == input.device();
   };

@@ -15,6 +15,7 @@
 namespace lightkit {
 
 using at::Tensor;
+using cpu::norm_act::Pool;
 
 NormResults norm_forward_meta(LIGHTKIT_NORM_PARAMETERS, bool keep) {
   return allocate_norm_results(input, check_norm(LIGHTKIT_NORM_ARGUMENTS), keep);
@@ -57,7 +58,7 @@ NormGradients norm_backward_meta(
     const std::optional<Tensor>& residual,
     bool training,
     LIGHTKIT_ACTIVATION_PARAMETERS,
-    bool pool,
+    int64_t pool,
     bool input_wanted,
     bool affine_wanted,
     bool residual_wanted) {
@@ -72,7 +73,7 @@ struct NormOptions {
   bool training;
   double eps;
   cpu::norm_act::Activation activation;
-  bool pool;
+  Pool pool;
 
   bool relu() const {
     return activation.kind == cpu::norm_act::Kind::Relu;
@@ -84,21 +85,27 @@ enum NodeInput : size_t { kInput, kWeight, kBias, kResidual };
 
 using Gradients = std::array<Tensor, 4>;
 
+// Returns 1 where the value behind a ReLU is live and 0 elsewhere, of the shape and dtype of the input.
+Tensor live_bits(const Tensor& input, const Tensor& live) {
+  const int64_t channels = input.size(1);
+  const Tensor shifts = arange(8, live.options());
+  const Tensor bits = live.unsqueeze(-1).bitwise_right_shift(shifts).bitwise_and(1).flatten(1).narrow(1, 0, channels);
+  const Tensor of_images = input.dim() == 4
+      ? bits.view({input.size(0), input.size(2), input.size(3), channels}).permute({0, 3, 1, 2})
+      : bits;
+  return of_images.to(input.scalar_type());
+}
+
 // Returns the gradient of the normalized input, in differentiable ops: that of the output where it is live.
 Tensor live_gradient(const Tensor& grad_output, const Tensor& input, const Tensor& live, const NormOptions& options) {
-  if (!options.relu() && !options.pool) {
-    return grad_output;
+  if (options.pool != Pool::Max) {
+    const Tensor of_values = options.pool == Pool::Mean
+        ? (grad_output / static_cast<double>(input.size(2) * input.size(3))).expand(input.sizes())
+        : grad_output;
+    return options.relu() ? of_values * live_bits(input, live) : of_values;
   }
-  const bool is_image = input.dim() == 4;
   const int64_t images = input.size(0);
   const int64_t channels = input.size(1);
-  if (!options.pool) {
-    const Tensor shifts = arange(8, live.options());
-    const Tensor bits = live.unsqueeze(-1).bitwise_right_shift(shifts).bitwise_and(1).flatten(1).narrow(1, 0, channels);
-    const Tensor of_images =
-        is_image ? bits.view({images, input.size(2), input.size(3), channels}).permute({0, 3, 1, 2}) : bits;
-    return grad_output * of_images.to(input.scalar_type());
-  }
   const int64_t rows = input.size(2) / 2;
   const int64_t columns = input.size(3) / 2;
   const Tensor argmax = live.view({images, rows, columns, channels, 1}).permute({0, 3, 1, 2, 4});
@@ -187,7 +194,10 @@ Gradients general_gradients(
     }
   }
   Gradients gradients;
-  const auto found = differentiate(options.pool ? max_pool2d(x, 2) : x, chosen, grad_output, create_graph);
+  const Tensor output = options.pool == Pool::Max ? max_pool2d(x, 2)
+      : options.pool == Pool::Mean                ? x.mean({2, 3}, /*keepdim=*/true)
+                                                  : x;
+  const auto found = differentiate(output, chosen, grad_output, create_graph);
   size_t next = 0;
   for (const NodeInput which : {kInput, kWeight, kBias, kResidual}) {
     if (wanted[which]) {
@@ -267,7 +277,7 @@ class NormActBackward : public Backward {
       return {found.begin(), found.end()};
     }
     // Without a function and a pool the gradient of the residual is that of the output.
-    const bool same = options_.activation.kind == cpu::norm_act::Kind::None && !options_.pool;
+    const bool same = options_.activation.kind == cpu::norm_act::Kind::None && options_.pool == Pool::None;
     const bool affine = wanted[kWeight] || wanted[kBias];
     std::vector<Tensor> gradients(4);
     if (wanted[kInput] || affine || (wanted[kResidual] && !same)) {
@@ -283,7 +293,7 @@ class NormActBackward : public Backward {
           static_cast<int64_t>(options_.activation.kind),
           options_.activation.alpha,
           options_.activation.beta,
-          options_.pool,
+          static_cast<int64_t>(options_.pool),
           wanted[kInput],
           affine,
           wanted[kResidual] && !same);
@@ -325,7 +335,8 @@ Tensor norm_act_autograd(LIGHTKIT_NORM_PARAMETERS) {
     std::tie(output, kept, live) = call_norm_forward(LIGHTKIT_NORM_ARGUMENTS, /*keep=*/needs_gradient);
   }
   if (needs_gradient) {
-    const NormOptions options{training, eps, {static_cast<cpu::norm_act::Kind>(activation), alpha, beta}, pool};
+    const NormOptions options{
+        training, eps, {static_cast<cpu::norm_act::Kind>(activation), alpha, beta}, static_cast<Pool>(pool)};
     auto backward = std::make_unique<NormActBackward>(options);
     if (options.activation.is_general()) {
       record(

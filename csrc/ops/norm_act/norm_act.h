@@ -1,6 +1,7 @@
-// The ops of batch normalization with residual, activation function and max-pool, as in cross_entropy.h.
+// The ops of batch normalization with residual, activation function and pool, as in cross_entropy.h.
 #pragma once
 
+#include "../../kernels/cpu/norm_act/shape.h"
 #include "../common/checks.h"
 #include "../common/tensors.h"
 
@@ -8,7 +9,7 @@
 #include <tuple>
 #include <vector>
 
-// The activation function, as kernels/cpu/norm_act/activation.h has it.
+// The activation function, as kernels/cpu/norm_act/activation.h has it. `pool` below is a Pool of shape.h there.
 #define LIGHTKIT_ACTIVATION_PARAMETERS int64_t activation, double alpha, double beta
 
 // The tensors and the settings of an op, as parameters and as arguments.
@@ -16,7 +17,7 @@
   const at::Tensor &input, const std::optional<at::Tensor>&weight, const std::optional<at::Tensor>&bias,   \
       const std::optional<at::Tensor>&running_mean, const std::optional<at::Tensor>&running_var,           \
       const std::optional<at::Tensor>&residual, const std::optional<at::Tensor>&statistics, bool training, \
-      double momentum, double eps, LIGHTKIT_ACTIVATION_PARAMETERS, bool pool
+      double momentum, double eps, LIGHTKIT_ACTIVATION_PARAMETERS, int64_t pool
 #define LIGHTKIT_NORM_ARGUMENTS                                                                                     \
   input, weight, bias, running_mean, running_var, residual, statistics, training, momentum, eps, activation, alpha, \
       beta, pool
@@ -29,16 +30,11 @@ inline constexpr auto kNormLayout = at::MemoryFormat::ChannelsLast;
 struct NormSizes {
   c10::SymInt images, channels, height, width;
   bool is_image;
-  bool relu, pool;
+  bool relu;
+  cpu::norm_act::Pool pool;
 
-  c10::SymInt out_height() const {
-    return pool ? height / 2 : height;
-  }
-  c10::SymInt out_width() const {
-    return pool ? width / 2 : width;
-  }
   std::vector<c10::SymInt> output() const;
-  // The sizes of the tensor that tells which outputs are live (kernels/cpu/norm_act/passes.h).
+  // The sizes of the tensor that tells which values are live (kernels/cpu/norm_act/passes.h).
   std::vector<c10::SymInt> live() const;
 };
 
@@ -54,9 +50,9 @@ NormSizes check_norm_backward(
     const std::optional<at::Tensor>& bias,
     const std::optional<at::Tensor>& residual,
     int64_t activation,
-    bool pool);
+    int64_t pool);
 
-// Output, mean and inverse standard deviation [2, channels], and which outputs are live.
+// Output, mean and inverse standard deviation [2, channels], and which values are live.
 using NormResults = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
 // The last tensor is [0] unless it is kept for backward.
@@ -88,7 +84,7 @@ using NormBackwardOp = NormGradients(
     const std::optional<at::Tensor>& residual,
     bool training,
     LIGHTKIT_ACTIVATION_PARAMETERS,
-    bool pool,
+    int64_t pool,
     bool input_wanted,
     bool affine_wanted,
     bool residual_wanted);

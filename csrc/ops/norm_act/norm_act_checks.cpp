@@ -15,22 +15,6 @@ constexpr auto op = "norm_act";
 // Images have fewer values, so that no product of sizes overflows 64 bits. Chosen.
 constexpr double kMaxValues = static_cast<double>(int64_t(1) << 60);
 
-void check_same_kind(const char* name, const Tensor& tensor, const Tensor& input) {
-  TORCH_CHECK(
-      tensor.scalar_type() == input.scalar_type() && tensor.device() == input.device(),
-      op,
-      ": ",
-      name,
-      " must be of the dtype and on the device of the input, ",
-      input.scalar_type(),
-      " on ",
-      input.device(),
-      ", got ",
-      tensor.scalar_type(),
-      " on ",
-      tensor.device());
-}
-
 // Checks a tensor of one value a channel.
 void check_of_channels(
     const char* name, const std::optional<Tensor>& tensor, const Tensor& input, const SymInt& channels) {
@@ -46,7 +30,7 @@ void check_of_channels(
       channels,
       " channels, got shape ",
       tensor->sym_sizes());
-  check_same_kind(name, *tensor, input);
+  check_same_kind(op, name, *tensor, input);
 }
 
 void check_residual(const std::optional<Tensor>& residual, const Tensor& input) {
@@ -60,10 +44,11 @@ void check_residual(const std::optional<Tensor>& residual, const Tensor& input) 
       input.sym_sizes(),
       ", got ",
       residual->sym_sizes());
-  check_same_kind("the residual", *residual, input);
+  check_same_kind(op, "the residual", *residual, input);
 }
 
-NormSizes check_input(const Tensor& input, int64_t activation, bool pool) {
+NormSizes check_input(const Tensor& input, int64_t activation, int64_t pool) {
+  using cpu::norm_act::Pool;
   constexpr auto last = static_cast<int64_t>(cpu::norm_act::Kind::Last);
   TORCH_CHECK_VALUE(
       activation >= 0 && activation <= last,
@@ -72,15 +57,15 @@ NormSizes check_input(const Tensor& input, int64_t activation, bool pool) {
       last,
       ", got ",
       activation);
-  TORCH_CHECK(
-      input.scalar_type() == at::kFloat || input.scalar_type() == at::kDouble,
-      op,
-      ": the input must be float32 or float64, got ",
-      input.scalar_type());
+  constexpr auto last_pool = static_cast<int64_t>(Pool::Last);
+  TORCH_CHECK_VALUE(
+      pool >= 0 && pool <= last_pool, op, ": pool must be a number from 0 to ", last_pool, ", got ", pool);
+  check_single_or_double(op, input);
   const bool is_image = input.dim() == 4;
   TORCH_CHECK_VALUE(
       is_image || input.dim() == 2, op, ": the input must have 2 or 4 dimensions, got shape ", input.sym_sizes());
-  TORCH_CHECK_VALUE(is_image || !pool, op, ": a pool takes an input of 4 dimensions, got shape ", input.sym_sizes());
+  TORCH_CHECK_VALUE(
+      is_image || pool == 0, op, ": a pool takes an input of 4 dimensions, got shape ", input.sym_sizes());
   const SymInt one(1);
   const NormSizes sizes{
       input.sym_size(0),
@@ -89,7 +74,7 @@ NormSizes check_input(const Tensor& input, int64_t activation, bool pool) {
       is_image ? input.sym_size(3) : one,
       is_image,
       activation == static_cast<int64_t>(cpu::norm_act::Kind::Relu),
-      pool};
+      static_cast<Pool>(pool)};
   double values = 1;
   for (const SymInt& size : input.sym_sizes()) {
     TORCH_CHECK_VALUE(size > 0, op, ": the input must not be empty, got shape ", input.sym_sizes());
@@ -100,7 +85,7 @@ NormSizes check_input(const Tensor& input, int64_t activation, bool pool) {
   TORCH_CHECK_VALUE(
       values < kMaxValues, op, ": inputs of fewer than 2^60 values are supported, got shape ", input.sym_sizes());
   TORCH_CHECK_VALUE(
-      !pool || (sizes.height >= 2 && sizes.width >= 2),
+      sizes.pool != Pool::Max || (sizes.height >= 2 && sizes.width >= 2),
       op,
       ": images of ",
       sizes.height,
@@ -113,13 +98,23 @@ NormSizes check_input(const Tensor& input, int64_t activation, bool pool) {
 }  // namespace
 
 std::vector<SymInt> NormSizes::output() const {
-  return is_image ? std::vector<SymInt>{images, channels, out_height(), out_width()}
-                  : std::vector<SymInt>{images, channels};
+  if (!is_image) {
+    return {images, channels};
+  }
+  switch (pool) {
+    case cpu::norm_act::Pool::None:
+      return {images, channels, height, width};
+    case cpu::norm_act::Pool::Max:
+      return {images, channels, height / 2, width / 2};
+    case cpu::norm_act::Pool::Mean:
+      return {images, channels, SymInt(1), SymInt(1)};
+  }
+  return {};
 }
 
 std::vector<SymInt> NormSizes::live() const {
-  if (pool) {
-    return {images * out_height() * out_width(), channels};
+  if (pool == cpu::norm_act::Pool::Max) {
+    return {images * (height / 2) * (width / 2), channels};
   }
   return relu ? std::vector<SymInt>{images * height * width, (channels + 7) / 8} : std::vector<SymInt>{0};
 }
@@ -145,7 +140,7 @@ NormSizes check_norm(LIGHTKIT_NORM_PARAMETERS) {
         sizes.channels,
         "], got ",
         statistics->sym_sizes());
-    check_same_kind("statistics", *statistics, input);
+    check_same_kind(op, "statistics", *statistics, input);
   }
   check_residual(residual, input);
   TORCH_CHECK_VALUE(
@@ -165,13 +160,13 @@ NormSizes check_norm_backward(
     const std::optional<Tensor>& bias,
     const std::optional<Tensor>& residual,
     int64_t activation,
-    bool pool) {
+    int64_t pool) {
   const NormSizes sizes = check_input(input, activation, pool);
   check_of_channels("weight", weight, input, sizes.channels);
   check_of_channels("bias", bias, input, sizes.channels);
   check_residual(residual, input);
-  check_same_kind("the gradient", grad_output, input);
-  check_same_kind("`kept`", kept, input);
+  check_same_kind(op, "the gradient", grad_output, input);
+  check_same_kind(op, "`kept`", kept, input);
   const auto output = sizes.output();
   const auto live_sizes = sizes.live();
   const std::vector<SymInt> kept_sizes{2, sizes.channels};

@@ -143,7 +143,7 @@ NormGradients norm_backward_cpu(
     const std::optional<Tensor>& residual,
     bool training,
     LIGHTKIT_ACTIVATION_PARAMETERS,
-    bool pool,
+    int64_t pool,
     bool input_wanted,
     bool affine_wanted,
     bool residual_wanted) {

@@ -1,10 +1,10 @@
 // The depthwise convolution: each channel has one filter, so that channels are lanes, and there is no matrix product.
 
 #include "../common/aligned_buffer.h"
-#include "../common/pieces.h"
 #include "kernels.h"
 #include "partial_sums.h"
 #include "planes.h"
+#include "result_pieces.h"
 
 namespace lightkit::cpu::conv2d {
 namespace {
@@ -75,25 +75,20 @@ void correlate_depthwise(const CorrelationProblem<T>& problem) {
   const int64_t taps = static_cast<int64_t>(c.taps.size());
   AlignedBuffer<T> filters(planes.vectors() * taps * width);
   pack_filters(c, problem.weights, filters.data());
-  const int64_t items = c.images * planes.bands();
-  const int64_t macs = c.macs() / c.in_channels;
-  std::vector<Moments> moments(problem.moments == nullptr ? 0 : items, Moments(c.out_channels));
-  in_pieces(
-      items,
-      std::max<int64_t>(1, items / kPieces),
-      macs,
+  correlate_in_pieces(
+      problem,
+      c.images * planes.bands(),
+      c.macs() / c.in_channels,
       [&] { return AlignedBuffer<T>(planes.size()); },
-      [&](AlignedBuffer<T>& scratch, int64_t begin, int64_t end) {
+      [&](AlignedBuffer<T>& scratch, int64_t begin, int64_t end, Moments* moments) {
         for (int64_t item = begin; item < end; ++item) {
-          const int64_t n = item / planes.bands();
-          const int64_t first = item % planes.bands() * planes.band_rows();
-          const int64_t rows = std::min(planes.band_rows(), c.rows - first);
-          planes.fill(problem.source, n, first, scratch.data());
+          const Band band = planes.band(item);
+          planes.fill(problem.source, band, scratch.data());
           for (int64_t v = 0; v < planes.vectors(); ++v) {
             const int64_t channels = std::min<int64_t>(width, c.in_channels - v * width);
             const Vec<T> bias =
                 problem.bias == nullptr ? Vec<T>(T(0)) : Vec<T>::loadu(problem.bias + v * width, channels);
-            for (int64_t r = 0; r < rows; ++r) {
+            for (int64_t r = 0; r < band.rows; ++r) {
               for (int64_t x = 0; x < c.columns; x += kDepthwisePositions) {
                 write_positions<T>(
                     scratch.data() + r * planes.row_size() + x * planes.pixel(),
@@ -104,19 +99,16 @@ void correlate_depthwise(const CorrelationProblem<T>& problem) {
                     bias,
                     c.columns - x,
                     channels,
-                    problem.results.at(n, first + r, x) + v * width,
+                    problem.results.at(band.image, band.row + r, x) + v * width,
                     problem.results.column);
               }
             }
           }
-          if (problem.moments != nullptr) {
-            add_results(moments[item], problem.results, n, first, rows, c.columns, c.out_channels);
+          if (moments != nullptr) {
+            add_results(*moments, problem.results, band, c.columns, c.out_channels);
           }
         }
       });
-  for (const Moments& each : moments) {
-    problem.moments->add(each);
-  }
 }
 
 template <typename T>
@@ -125,19 +117,13 @@ void grad_weight_depthwise(const GradWeightProblem<T>& problem) {
   const Correlation& c = problem.correlation;
   const Planes<T> planes(c, kGradBandBytes, 1, false, /*pad_pixels=*/true);
   const int64_t taps = static_cast<int64_t>(c.taps.size());
-  const int64_t lanes = planes.vectors() * width;
-  const int64_t items = c.images * planes.bands();
-  const int64_t parts = count_parts(c.images * c.rows * c.columns, items);
-  // Each part has a row for each tap, and one of the bias.
-  AlignedBuffer<T> sums(parts * (taps + 1) * lanes);
-  const auto add_item = [&](int64_t item, T* scratch, T* to) {
-    const int64_t n = item / planes.bands();
-    const int64_t first = item % planes.bands() * planes.band_rows();
-    const int64_t rows = std::min(planes.band_rows(), c.rows - first);
-    planes.fill(problem.input, n, first, scratch);
+  PartialSums<T> sums(problem, taps, c.images * planes.bands());
+  const int64_t lanes = sums.lanes();
+  const auto add_band = [&](const Band& band, T* scratch, T* to, T* bias) {
+    planes.fill(problem.input, band, scratch);
     for (int64_t v = 0; v < planes.vectors(); ++v) {
       const int64_t channels = std::min<int64_t>(width, c.in_channels - v * width);
-      const auto row = [&](int64_t r) { return problem.grad_output.at(n, first + r, 0) + v * width; };
+      const auto row = [&](int64_t r) { return problem.grad_output.at(band.image, band.row + r, 0) + v * width; };
       for (int64_t t = 0; t < taps; t += kDepthwiseTaps) {
         // The taps that fill the last block repeat its first one; their sums are not stored.
         const int64_t count = std::min<int64_t>(kDepthwiseTaps, taps - t);
@@ -150,7 +136,7 @@ void grad_weight_depthwise(const GradWeightProblem<T>& problem) {
         for (int i = 0; i < kDepthwiseTaps; ++i) {
           sum[i] = Vec<T>(T(0));
         }
-        for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t r = 0; r < band.rows; ++r) {
           const T* g = row(r);
           const T* x = scratch + r * planes.row_size();
           for (int64_t column = 0; column < c.columns; ++column, g += problem.grad_output.column, x += width) {
@@ -170,9 +156,9 @@ void grad_weight_depthwise(const GradWeightProblem<T>& problem) {
         }
       }
       if (problem.grad_bias != nullptr) {
-        T* const place = to + taps * lanes + v * width;
+        T* const place = bias + v * width;
         Vec<T> sum = Vec<T>::loadu(place);
-        for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t r = 0; r < band.rows; ++r) {
           const T* g = row(r);
           for (int64_t column = 0; column < c.columns; ++column, g += problem.grad_output.column) {
             sum = sum + Vec<T>::loadu(g, channels);
@@ -182,38 +168,16 @@ void grad_weight_depthwise(const GradWeightProblem<T>& problem) {
       }
     }
   };
-  in_pieces(
-      parts,
-      1,
+  sums.run(
       c.macs() / c.in_channels,
       [&] { return AlignedBuffer<T>(planes.size()); },
-      [&](AlignedBuffer<T>& scratch, int64_t begin, int64_t end) {
-        for (int64_t part = begin; part < end; ++part) {
-          T* const to = sums.data() + part * (taps + 1) * lanes;
-          std::fill_n(to, (taps + 1) * lanes, T(0));
-          for (int64_t item = part * items / parts; item < (part + 1) * items / parts; ++item) {
-            add_item(item, scratch.data(), to);
-          }
+      [&](AlignedBuffer<T>& scratch, int64_t begin, int64_t end, T* to, T* bias) {
+        for (int64_t item = begin; item < end; ++item) {
+          add_band(planes.band(item), scratch.data(), to, bias);
         }
-      });
-  if (problem.grad_weight != nullptr) {
-    add_parts<T>(
-        sums.data(),
-        parts,
-        taps,
-        taps + 1,
-        lanes,
-        c.out_channels,
-        problem.grad_weight,
-        problem.kernel_size,
-        [&](int64_t k) { return c.taps[k].index; });
-  }
-  if (problem.grad_bias != nullptr) {
-    add_parts<T>(
-        sums.data() + taps * lanes, parts, 1, taps + 1, lanes, c.out_channels, problem.grad_bias, 1, [](int64_t) {
-          return int64_t(0);
-        });
-  }
+      },
+      problem.kernel_size,
+      [&](int64_t k) { return c.taps[k].index; });
 }
 
 template void correlate_depthwise(const CorrelationProblem<float>&);

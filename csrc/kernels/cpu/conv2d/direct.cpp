@@ -1,9 +1,9 @@
 // The direct algorithm: it rearranges a band of the source into planes, and multiplies register tiles of it.
 
 #include "../common/aligned_buffer.h"
-#include "../common/pieces.h"
 #include "kernels.h"
 #include "planes.h"
+#include "result_pieces.h"
 #include "row_tile.h"
 
 namespace lightkit::cpu::conv2d {
@@ -48,26 +48,20 @@ class DirectCorrelation {
 
   void run() {
     pack();
-    const int64_t items = c_.images * planes_.bands();
-    std::vector<Moments> moments(p_.moments == nullptr ? 0 : items, Moments(c_.out_channels));
-    in_pieces(
-        items,
-        std::max<int64_t>(1, items / kPieces),
+    correlate_in_pieces(
+        p_,
+        c_.images * planes_.bands(),
         c_.macs(),
         [&] { return AlignedBuffer<T>(planes_.size()); },
-        [&](AlignedBuffer<T>& scratch, int64_t begin, int64_t end) {
+        [&](AlignedBuffer<T>& scratch, int64_t begin, int64_t end, Moments* moments) {
           for (int64_t item = begin; item < end; ++item) {
-            run_band(item, scratch.data());
-            if (p_.moments != nullptr) {
-              const int64_t row = item % planes_.bands() * planes_.band_rows();
-              const int64_t rows = std::min(planes_.band_rows(), c_.rows - row);
-              add_results(moments[item], p_.results, item / planes_.bands(), row, rows, c_.columns, c_.out_channels);
+            const Band band = planes_.band(item);
+            run_band(band, scratch.data());
+            if (moments != nullptr) {
+              add_results(*moments, p_.results, band, c_.columns, c_.out_channels);
             }
           }
         });
-    for (const Moments& each : moments) {
-      p_.moments->add(each);
-    }
   }
 
  private:
@@ -97,26 +91,23 @@ class DirectCorrelation {
     });
   }
 
-  void run_band(int64_t item, T* scratch) const {
-    const int64_t n = item / planes_.bands();
-    const int64_t row = item % planes_.bands() * planes_.band_rows();
-    const int64_t rows = std::min(planes_.band_rows(), c_.rows - row);
-    planes_.fill(p_.source, n, row, scratch);
+  void run_band(const Band& band, T* scratch) const {
+    planes_.fill(p_.source, band, scratch);
     for (int64_t b = 0; b < blocks_.blocks; ++b) {
       with_constant<kMaxVectors>(blocks_.size(b), [&](auto vectors) {
         if (planes_.pixel() == 1) {
-          run_block<vectors, 1>(b, n, row, rows, scratch);
+          run_block<vectors, 1>(b, band, scratch);
         } else if (planes_.pixel() == 3) {
-          run_block<vectors, 3>(b, n, row, rows, scratch);
+          run_block<vectors, 3>(b, band, scratch);
         } else {
-          run_block<vectors, kWidth<T>>(b, n, row, rows, scratch);
+          run_block<vectors, kWidth<T>>(b, band, scratch);
         }
       });
     }
   }
 
   template <int vectors, int step>
-  void run_block(int64_t block, int64_t n, int64_t first_row, int64_t rows, const T* scratch) const {
+  void run_block(int64_t block, const Band& band, const T* scratch) const {
     constexpr int width = kWidth<T>;
     constexpr int positions = kPositions<vectors>;
     const int64_t channel = blocks_.begin(block) * width;
@@ -124,10 +115,10 @@ class DirectCorrelation {
     const Run* const runs = planes_.runs().data();
     const int64_t value_bytes = vectors * width * static_cast<int64_t>(sizeof(T));
     for (const Panel& panel : make_panels(planes_.runs(), shares_taps_ ? 3 : 1, value_bytes)) {
-      for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t r = 0; r < band.rows; ++r) {
         for (int64_t x = 0; x < c_.columns; x += positions) {
           const TileResults<T> results{
-              .data = p_.results.at(n, first_row + r, x) + channel,
+              .data = p_.results.at(band.image, band.row + r, x) + channel,
               .stride = p_.results.column,
               .count = std::min<int64_t>(positions, c_.columns - x),
               .channels = std::min<int64_t>(vectors * width, c_.out_channels - channel)};

@@ -97,10 +97,8 @@ class DirectGradWeight {
         c_(problem.correlation),
         planes_(c_, kGradBandBytes),
         values_(static_cast<int64_t>(planes_.values().size())),
-        lanes_(round_up(c_.out_channels, kWidth<T>)),
-        items_(c_.images * planes_.bands()),
-        parts_(count_parts(c_.images * c_.rows * c_.columns, items_)),
-        sums_(parts_ * (values_ + 1) * lanes_) {
+        sums_(problem, values_, c_.images * planes_.bands()),
+        lanes_(sums_.lanes()) {
     for (const Run& run : planes_.runs()) {
       for (int64_t i = 0; i < run.length; ++i) {
         offsets_.push_back(run.offset + i);
@@ -109,67 +107,31 @@ class DirectGradWeight {
   }
 
   void run() {
-    in_pieces(
-        parts_,
-        1,
+    const int64_t taps = p_.kernel_size;
+    sums_.run(
         c_.macs(),
         [&] { return AlignedBuffer<T>(planes_.size()); },
-        [&](AlignedBuffer<T>& scratch, int64_t begin, int64_t end) {
-          for (int64_t part = begin; part < end; ++part) {
-            run_part(part, scratch.data());
+        [&](AlignedBuffer<T>& scratch, int64_t begin, int64_t end, T* sums, T* bias) {
+          for (int64_t item = begin; item < end; ++item) {
+            const Band band = planes_.band(item);
+            if (p_.grad_weight != nullptr) {
+              planes_.fill(p_.input, band, scratch.data());
+              add_band(band, scratch.data(), sums);
+            }
+            if (p_.grad_bias != nullptr) {
+              add_bias(band, bias);
+            }
           }
+        },
+        c_.in_channels * taps,
+        [&](int64_t k) {
+          const auto& value = planes_.values()[k];
+          return value.channel * taps + value.tap->index;
         });
-    const int64_t taps = p_.kernel_size;
-    const auto row_places = [&](int64_t k) {
-      const auto& value = planes_.values()[k];
-      return value.channel * taps + value.tap->index;
-    };
-    // Each part has the rows of the weight, and a row of the bias.
-    if (p_.grad_weight != nullptr) {
-      add_parts<T>(
-          sums_.data(),
-          parts_,
-          values_,
-          values_ + 1,
-          lanes_,
-          c_.out_channels,
-          p_.grad_weight,
-          c_.in_channels * taps,
-          row_places);
-    }
-    if (p_.grad_bias != nullptr) {
-      add_parts<T>(
-          sums_.data() + values_ * lanes_,
-          parts_,
-          1,
-          values_ + 1,
-          lanes_,
-          c_.out_channels,
-          p_.grad_bias,
-          1,
-          [](int64_t) { return int64_t(0); });
-    }
   }
 
  private:
-  void run_part(int64_t part, T* scratch) {
-    T* const sums = sums_.data() + part * (values_ + 1) * lanes_;
-    std::fill_n(sums, (values_ + 1) * lanes_, T(0));
-    for (int64_t item = part * items_ / parts_; item < (part + 1) * items_ / parts_; ++item) {
-      const int64_t n = item / planes_.bands();
-      const int64_t row = item % planes_.bands() * planes_.band_rows();
-      const int64_t rows = std::min(planes_.band_rows(), c_.rows - row);
-      if (p_.grad_weight != nullptr) {
-        planes_.fill(p_.input, n, row, scratch);
-        add_band(n, row, rows, scratch, sums);
-      }
-      if (p_.grad_bias != nullptr) {
-        add_bias(n, row, rows, sums + values_ * lanes_);
-      }
-    }
-  }
-
-  void add_band(int64_t n, int64_t row, int64_t rows, const T* scratch, T* sums) const {
+  void add_band(const Band& of, const T* scratch, T* sums) const {
     BandSum<T> band{
         .input = nullptr,
         .pixel = planes_.pixel(),
@@ -177,7 +139,7 @@ class DirectGradWeight {
         .grad_output = nullptr,
         .grad_pixel = p_.grad_output.column,
         .grad_row = p_.grad_output.row,
-        .rows = rows,
+        .rows = of.rows,
         .columns = c_.columns,
         .channels = 0};
     // Runs of whole vectors go through contiguous tiles, the others through listed ones.
@@ -185,7 +147,7 @@ class DirectGradWeight {
       const VectorBlocks blocks(lanes_ / kWidth<T>, most);
       for (int64_t b = 0; b < blocks.blocks; ++b) {
         const int64_t channel = blocks.begin(b) * kWidth<T>;
-        band.grad_output = p_.grad_output.at(n, row, 0) + channel;
+        band.grad_output = p_.grad_output.at(of.image, of.row, 0) + channel;
         band.channels = std::min(blocks.size(b) * kWidth<T>, c_.out_channels - channel);
         f(blocks.size(b), channel);
       }
@@ -227,13 +189,13 @@ class DirectGradWeight {
     }
   }
 
-  void add_bias(int64_t n, int64_t row, int64_t rows, T* sums) const {
+  void add_bias(const Band& band, T* sums) const {
     for (int64_t c = 0; c < c_.out_channels; c += kWidth<T>) {
       const int64_t channels = std::min<int64_t>(kWidth<T>, c_.out_channels - c);
       Vec<T> even(T(0));
       Vec<T> odd(T(0));
-      for (int64_t r = 0; r < rows; ++r) {
-        const T* from = p_.grad_output.at(n, row + r, 0) + c;
+      for (int64_t r = 0; r < band.rows; ++r) {
+        const T* from = p_.grad_output.at(band.image, band.row + r, 0) + c;
         int64_t x = 0;
         for (; x + 2 <= c_.columns; x += 2, from += 2 * p_.grad_output.column) {
           even = even + Vec<T>::loadu(from, channels);
@@ -251,10 +213,8 @@ class DirectGradWeight {
   const Correlation& c_;
   const Planes<T> planes_;
   const int64_t values_;
+  PartialSums<T> sums_;
   const int64_t lanes_;
-  const int64_t items_;
-  const int64_t parts_;
-  AlignedBuffer<T> sums_;  // [parts, values and 1 of the bias, lanes]
   std::vector<int64_t> offsets_;
 };
 

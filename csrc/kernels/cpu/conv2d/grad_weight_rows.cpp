@@ -67,45 +67,21 @@ class RowGradWeight {
         grid_(problem.correlation),
         planes_(c_, kRowBandBytes, 2),
         band_(planes_),
-        lanes_(round_up(c_.out_channels, kWidth<T>)),
+        sums_(problem, 9 * c_.in_channels, c_.images * planes_.bands()),
+        lanes_(sums_.lanes()),
         blocks_(lanes_ / kWidth<T>, kMaxRowVectors),
         gradient_row_((c_.columns + 4) * lanes_),
-        gradient_point_(planes_.band_rows() / 2 * gradient_row_),
-        items_(c_.images * planes_.bands()),
-        parts_(count_parts(c_.images * c_.rows * c_.columns, items_)),
-        rows_(9 * c_.in_channels + 1),
-        sums_(parts_ * rows_ * lanes_) {}
+        gradient_point_(planes_.band_rows() / 2 * gradient_row_) {}
 
   void run() {
-    in_pieces(
-        parts_,
-        1,
+    sums_.run(
         c_.macs(),
         [&] { return Scratch(*this); },
-        [&](Scratch& scratch, int64_t begin, int64_t end) {
-          for (int64_t part = begin; part < end; ++part) {
-            run_part(part, scratch);
-          }
-        });
-    // Row k has the tap k / in_channels and the channel k % in_channels.
-    add_parts<T>(
-        sums_.data(),
-        parts_,
-        rows_ - 1,
-        rows_,
-        lanes_,
-        c_.out_channels,
-        p_.grad_weight,
+        [&](Scratch& scratch, int64_t begin, int64_t end, T* sums, T* bias) {
+          run_part(begin, end, scratch, sums, bias);
+        },
         c_.in_channels * p_.kernel_size,
-        [&](int64_t k) {
-          return k % c_.in_channels * p_.kernel_size + grid_.tap(static_cast<int>(k / c_.in_channels));
-        });
-    if (p_.grad_bias != nullptr) {
-      add_parts<T>(
-          sums_.data() + (rows_ - 1) * lanes_, parts_, 1, rows_, lanes_, c_.out_channels, p_.grad_bias, 1, [](int64_t) {
-            return int64_t(0);
-          });
-    }
+        [&](int64_t k) { return grid_.place(k, c_.in_channels, p_.kernel_size); });
   }
 
  private:
@@ -123,20 +99,16 @@ class RowGradWeight {
     AlignedBuffer<T> products;   // [kPoints, in_channels, 3, lanes]
   };
 
-  void run_part(int64_t part, Scratch& scratch) {
-    T* const sums = sums_.data() + part * rows_ * lanes_;
+  void run_part(int64_t begin, int64_t end, Scratch& scratch, T* sums, T* bias) {
     std::fill_n(scratch.products.data(), kPoints * c_.in_channels * 3 * lanes_, T(0));
-    std::fill_n(sums + (rows_ - 1) * lanes_, lanes_, T(0));
-    for (int64_t item = part * items_ / parts_; item < (part + 1) * items_ / parts_; ++item) {
-      const int64_t n = item / planes_.bands();
-      const int64_t row = item % planes_.bands() * planes_.band_rows();
-      const int64_t rows = std::min(planes_.band_rows(), c_.rows - row);
-      const int64_t pairs = ceil_div(rows, 2);
-      planes_.fill(p_.input, n, row, scratch.planes.data());
+    for (int64_t item = begin; item < end; ++item) {
+      const Band band = planes_.band(item);
+      const int64_t pairs = ceil_div(band.rows, 2);
+      planes_.fill(p_.input, band, scratch.planes.data());
       band_.fill(scratch.planes.data(), pairs, scratch.band.data());
-      transform_gradients(n, row, rows, scratch.gradients.data());
+      transform_gradients(band, scratch.gradients.data());
       if (p_.grad_bias != nullptr) {
-        add_bias(scratch.gradients.data() + gradient_point_, pairs, sums + (rows_ - 1) * lanes_);
+        add_bias(scratch.gradients.data() + gradient_point_, pairs, bias);
       }
       for (int64_t b = 0; b < blocks_.blocks; ++b) {
         with_constant<kMaxRowVectors>(blocks_.size(b), [&](auto vectors) { multiply<vectors>(b, pairs, scratch); });
@@ -146,15 +118,15 @@ class RowGradWeight {
   }
 
   // Writes A g of pairs of rows: {g0, g0 + g1, g0 - g1, g1}, the last one without its sign.
-  void transform_gradients(int64_t n, int64_t row, int64_t rows, T* to) const {
+  void transform_gradients(const Band& band, T* to) const {
     const int64_t step = p_.grad_output.column;
     const int64_t lanes = lanes_;
     const int64_t point = gradient_point_;
-    for (int64_t r = 0; r < rows; r += 2) {
-      const bool has_lower = r + 1 < rows;
+    for (int64_t r = 0; r < band.rows; r += 2) {
+      const bool has_lower = r + 1 < band.rows;
       for (int64_t c = 0; c < c_.out_channels; c += kWidth<T>) {
         const int64_t count = std::min<int64_t>(kWidth<T>, c_.out_channels - c);
-        const T* upper = p_.grad_output.at(n, row + r, 0) + c;
+        const T* upper = p_.grad_output.at(band.image, band.row + r, 0) + c;
         const T* lower = upper + (has_lower ? p_.grad_output.row : 0);
         T* place = to + r / 2 * gradient_row_ + 2 * lanes + c;
         for (const T* const end = place + c_.columns * lanes; place != end;
@@ -246,14 +218,11 @@ class RowGradWeight {
   const TileGrid grid_;
   const Planes<T> planes_;
   const row_winograd::TransformedBand<T> band_;
+  PartialSums<T> sums_;
   const int64_t lanes_;
   const VectorBlocks blocks_;
   const int64_t gradient_row_;
   const int64_t gradient_point_;
-  const int64_t items_;
-  const int64_t parts_;
-  const int64_t rows_;     // of a part: taps and input channels, and one of the bias
-  AlignedBuffer<T> sums_;  // [parts, rows, lanes]
 };
 
 }  // namespace

@@ -49,47 +49,24 @@ class WinogradGradWeight {
       : p_(problem),
         c_(problem.correlation),
         grid_(problem.correlation),
-        lanes_(round_up(c_.out_channels, kWidth<T>)),
+        sums_(problem, 9 * c_.in_channels, ceil_div(grid_.tiles(), kTiles)),
+        lanes_(sums_.lanes()),
         blocks_(lanes_ / kWidth<T>, kMaxVectors),
-        items_(ceil_div(grid_.tiles(), kTiles)),
-        parts_(count_parts(c_.images * c_.rows * c_.columns, items_)),
-        rows_(9 * c_.in_channels + 1),
         input_stride_(kTiles * c_.in_channels + kPointGap<T>),
         gradient_stride_(kTiles * lanes_ + kPointGap<T>),
-        zeros_(std::max(c_.in_channels, lanes_)),
-        sums_(parts_ * rows_ * lanes_) {
+        zeros_(std::max(c_.in_channels, lanes_)) {
     std::fill_n(zeros_.data(), std::max(c_.in_channels, lanes_), T(0));
   }
 
   void run() {
-    in_pieces(
-        parts_,
-        1,
+    sums_.run(
         c_.macs(),
         [&] { return Scratch(*this); },
-        [&](Scratch& scratch, int64_t begin, int64_t end) {
-          for (int64_t part = begin; part < end; ++part) {
-            run_part(part, scratch);
-          }
-        });
-    add_parts<T>(
-        sums_.data(),
-        parts_,
-        rows_ - 1,
-        rows_,
-        lanes_,
-        c_.out_channels,
-        p_.grad_weight,
+        [&](Scratch& scratch, int64_t begin, int64_t end, T* sums, T* bias) {
+          run_part(begin, end, scratch, sums, bias);
+        },
         c_.in_channels * p_.kernel_size,
-        [&](int64_t k) {
-          return k % c_.in_channels * p_.kernel_size + grid_.tap(static_cast<int>(k / c_.in_channels));
-        });
-    if (p_.grad_bias != nullptr) {
-      add_parts<T>(
-          sums_.data() + (rows_ - 1) * lanes_, parts_, 1, rows_, lanes_, c_.out_channels, p_.grad_bias, 1, [](int64_t) {
-            return int64_t(0);
-          });
-    }
+        [&](int64_t k) { return grid_.place(k, c_.in_channels, p_.kernel_size); });
   }
 
  private:
@@ -103,15 +80,11 @@ class WinogradGradWeight {
     AlignedBuffer<T> products;   // [kPoints, in_channels, lanes]
   };
 
-  void run_part(int64_t part, Scratch& scratch) {
+  void run_part(int64_t begin, int64_t end, Scratch& scratch, T* sums, T* bias) {
     const int64_t points = c_.in_channels * lanes_;
-    T* const sums = sums_.data() + part * rows_ * lanes_;
-    T* const bias = sums + (rows_ - 1) * lanes_;
     std::fill_n(scratch.products.data(), winograd::kPoints * points, T(0));
-    std::fill_n(bias, lanes_, T(0));
-    const int64_t begin = part * items_ / parts_;
     TileCursor tile(grid_, begin * kTiles);
-    for (int64_t item = begin; item < (part + 1) * items_ / parts_; ++item) {
+    for (int64_t item = begin; item < end; ++item) {
       const int64_t tiles = std::min<int64_t>(kTiles, grid_.tiles() - item * kTiles);
       for (int64_t t = 0; t < tiles; ++t, tile.advance()) {
         transform(tile, t, scratch);
@@ -184,15 +157,12 @@ class WinogradGradWeight {
   const GradWeightProblem<T>& p_;
   const Correlation& c_;
   const TileGrid grid_;
+  PartialSums<T> sums_;
   const int64_t lanes_;
   const VectorBlocks blocks_;
-  const int64_t items_;
-  const int64_t parts_;
-  const int64_t rows_;  // of a part: taps and input channels, and one of the bias
   const int64_t input_stride_;
   const int64_t gradient_stride_;
   AlignedBuffer<T> zeros_;  // values that do not exist
-  AlignedBuffer<T> sums_;   // [parts, rows, lanes]
 };
 
 }  // namespace

@@ -91,24 +91,17 @@ struct ShiftedSums {
   }
 };
 
-// Adds `rows` rows of results.
+// Adds the results of a band.
 template <typename T>
-void add_results(
-    Moments& moments,
-    const Images<T>& results,
-    int64_t n,
-    int64_t first_row,
-    int64_t rows,
-    int64_t columns,
-    int64_t channels) {
+void add_results(Moments& moments, const Images<T>& results, const Band& band, int64_t columns, int64_t channels) {
   constexpr int width = kWidth<T>;
   const int64_t at_once = std::max<int64_t>(1, kSummedPositions / columns);
-  for (int64_t begin = first_row; begin < first_row + rows; begin += at_once) {
-    const int64_t end = std::min(first_row + rows, begin + at_once);
+  for (int64_t begin = band.row; begin < band.row + band.rows; begin += at_once) {
+    const int64_t end = std::min(band.row + band.rows, begin + at_once);
     const double count = static_cast<double>((end - begin) * columns);
     for (int64_t c = 0; c < channels; c += width) {
       const int64_t lanes = std::min<int64_t>(width, channels - c);
-      const auto value = [&](int64_t y, int64_t x) { return Vec<T>::loadu(results.at(n, y, x) + c, lanes); };
+      const auto value = [&](int64_t y, int64_t x) { return Vec<T>::loadu(results.at(band.image, y, x) + c, lanes); };
       ShiftedSums<T> sums{value((begin + end) / 2, columns / 2)};
       for (int64_t y = begin; y < end; ++y) {
         int64_t x = 0;

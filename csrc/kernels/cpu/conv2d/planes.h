@@ -86,6 +86,11 @@ class Planes {
   int64_t band_rows() const {
     return band_rows_;
   }
+  // Returns a band of all images.
+  Band band(int64_t index) const {
+    const int64_t row = index % bands_ * band_rows_;
+    return {index / bands_, row, std::min(band_rows_, c_.rows - row)};
+  }
   // The distance of the inputs of neighbouring results, in a row and between rows.
   int64_t pixel() const {
     return pixel_;
@@ -114,19 +119,19 @@ class Planes {
     return values_;
   }
 
-  // Writes the planes of the band that begins at the result row `row` of image `n`.
-  void fill(const Images<const T>& source, int64_t n, int64_t row, T* to) const {
+  // Writes the planes of a band.
+  void fill(const Images<const T>& source, const Band& band, T* to) const {
     for (int64_t v = 0; v < vectors_; ++v) {
       const int64_t channel = v * pixel_;
       const int64_t channels = std::min(pixel_, c_.in_channels - channel);
       const Images<const T> from = source.from_channel(channel);
       for (const Plane& plane : planes_) {
         for (int64_t r = 0; r < rows_; ++r, to += row_size()) {
-          const int64_t y = (row + first_row_ + r) * c_.row_step + plane.row;
+          const int64_t y = (band.row + first_row_ + r) * c_.row_step + plane.row;
           if (y < 0 || y >= c_.source_rows) {
             std::fill_n(to, row_size(), T(0));
           } else {
-            fill_row(from.at(n, y, 0), from, plane.column, channels, to);
+            fill_row(from.at(band.image, y, 0), from, plane.column, channels, to);
           }
         }
       }

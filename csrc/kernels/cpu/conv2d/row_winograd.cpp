@@ -5,7 +5,7 @@
 
 #include "../common/aligned_buffer.h"
 #include "../common/pieces.h"
-#include "kernels.h"
+#include "result_pieces.h"
 #include "row_tile.h"
 
 namespace lightkit::cpu::conv2d {
@@ -33,22 +33,16 @@ class RowWinogradCorrelation {
 
   void run() {
     pack();
-    const int64_t items = c_.images * planes_.bands();
-    const int64_t piece = std::max<int64_t>(1, items / kPieces);
-    std::vector<Moments> moments(p_.moments == nullptr ? 0 : ceil_div(items, piece), Moments(c_.out_channels));
-    in_pieces(
-        items,
-        piece,
+    correlate_in_pieces(
+        p_,
+        c_.images * planes_.bands(),
         c_.macs(),
         [&] { return Scratch(*this); },
-        [&](Scratch& scratch, int64_t begin, int64_t end) {
+        [&](Scratch& scratch, int64_t begin, int64_t end, Moments* moments) {
           for (int64_t item = begin; item < end; ++item) {
-            run_band(item, scratch, p_.moments == nullptr ? nullptr : &moments[begin / piece]);
+            run_band(planes_.band(item), scratch, moments);
           }
         });
-    for (const Moments& each : moments) {
-      p_.moments->add(each);
-    }
   }
 
  private:
@@ -102,12 +96,9 @@ class RowWinogradCorrelation {
     });
   }
 
-  void run_band(int64_t item, Scratch& scratch, Moments* moments) const {
-    const int64_t n = item / planes_.bands();
-    const int64_t row = item % planes_.bands() * planes_.band_rows();
-    const int64_t rows = std::min(planes_.band_rows(), c_.rows - row);
-    const int64_t pairs = ceil_div(rows, 2);
-    planes_.fill(p_.source, n, row, scratch.planes.data());
+  void run_band(const Band& band, Scratch& scratch, Moments* moments) const {
+    const int64_t pairs = ceil_div(band.rows, 2);
+    planes_.fill(p_.source, band, scratch.planes.data());
     band_.fill(scratch.planes.data(), pairs, scratch.band.data());
     for (int64_t b = 0; b < blocks_.blocks; ++b) {
       with_constant<kMaxRowVectors>(blocks_.size(b), [&](auto vectors) {
@@ -118,11 +109,11 @@ class RowWinogradCorrelation {
         } else {
           multiply<vectors, kWidth<T>>(b, pairs, scratch);
         }
-        write<vectors>(b, n, row, rows, scratch, moments);
+        write<vectors>(b, band, scratch, moments);
       });
     }
     if (moments != nullptr) {
-      moments->add_count(static_cast<double>(rows * c_.columns));
+      moments->add_count(static_cast<double>(band.rows * c_.columns));
     }
   }
 
@@ -150,15 +141,15 @@ class RowWinogradCorrelation {
   }
 
   template <int vectors>
-  void write(int64_t block, int64_t n, int64_t row, int64_t rows, const Scratch& scratch, Moments* moments) const {
+  void write(int64_t block, const Band& band, const Scratch& scratch, Moments* moments) const {
     for (int v = 0; v < vectors; ++v) {
       const int64_t channel = blocks_.begin(block) * kWidth<T> + v * kWidth<T>;
       const int64_t filled = std::min<int64_t>(kWidth<T>, c_.out_channels - channel);
       ShiftedSums<T> sums{Vec<T>(T(0))};
-      for (int64_t r = 0; r < rows; r += 2) {
+      for (int64_t r = 0; r < band.rows; r += 2) {
         const T* const products = scratch.products.data() + (r / 2 * kPoints * columns_ * vectors + v) * kWidth<T>;
-        T* const upper = p_.results.at(n, row + r, 0) + channel;
-        const bool has_lower = r + 1 < rows;
+        T* const upper = p_.results.at(band.image, band.row + r, 0) + channel;
+        const bool has_lower = r + 1 < band.rows;
         if (moments != nullptr && r == 0) {
           sums.shift = pair_of<vectors>(products + c_.columns / 2 * vectors * kWidth<T>, channel)[0];
         }
@@ -175,7 +166,7 @@ class RowWinogradCorrelation {
         }
       }
       if (moments != nullptr) {
-        sums.add_to(*moments, channel, filled, moments->count(), static_cast<double>(rows * c_.columns));
+        sums.add_to(*moments, channel, filled, moments->count(), static_cast<double>(band.rows * c_.columns));
       }
     }
   }

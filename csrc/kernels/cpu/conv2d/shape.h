@@ -68,6 +68,13 @@ struct Images {
   }
 };
 
+// Rows of an image's results.
+struct Band {
+  int64_t image;
+  int64_t row;  // the first one
+  int64_t rows;
+};
+
 // Dense images with the channels last.
 template <typename T>
 Images<T> channels_last(T* data, int64_t rows, int64_t columns, int64_t channels) {

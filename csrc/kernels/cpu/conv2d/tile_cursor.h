@@ -48,6 +48,10 @@ class TileGrid {
   int64_t tap(int t) const {
     return taps_[t];
   }
+  // Returns the place of a value k of [9, channels] in the weights [channels, kernel size] of an output channel.
+  int64_t place(int64_t k, int64_t channels, int64_t kernel_size) const {
+    return k % channels * kernel_size + taps_[k / channels];
+  }
 
   // Writes the places of the values of the source that a tile reads, and of its results. `zeros` takes the place of
   // those that do not exist.

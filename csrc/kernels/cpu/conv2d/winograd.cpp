@@ -5,7 +5,7 @@
 
 #include "../common/aligned_buffer.h"
 #include "../common/pieces.h"
-#include "kernels.h"
+#include "result_pieces.h"
 #include "tile_cursor.h"
 
 namespace lightkit::cpu::conv2d {
@@ -33,23 +33,17 @@ class WinogradCorrelation {
     pack();
     const int64_t tiles = grid_.tiles();
     const int64_t items = ceil_div(tiles, kTiles);
-    const int64_t piece = std::max<int64_t>(1, items / kPieces);
-    std::vector<Moments> moments(p_.moments == nullptr ? 0 : ceil_div(items, piece), Moments(c_.out_channels));
-    in_pieces(
+    correlate_in_pieces(
+        p_,
         items,
-        piece,
         c_.macs(),
         [&] { return Scratch(input_stride_); },
-        [&](Scratch& scratch, int64_t begin, int64_t end) {
-          Moments* const own = p_.moments == nullptr ? nullptr : &moments[begin / piece];
+        [&](Scratch& scratch, int64_t begin, int64_t end, Moments* moments) {
           TileCursor cursor(grid_, begin * kTiles);
           for (int64_t item = begin; item < end; ++item) {
-            run_block(cursor, std::min<int64_t>(kTiles, tiles - item * kTiles), scratch, own);
+            run_block(cursor, std::min<int64_t>(kTiles, tiles - item * kTiles), scratch, moments);
           }
         });
-    for (const Moments& each : moments) {
-      p_.moments->add(each);
-    }
   }
 
  private:

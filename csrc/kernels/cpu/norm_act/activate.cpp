@@ -9,8 +9,6 @@
 namespace lightkit::cpu::norm_act {
 namespace {
 
-constexpr Activation kNoActivation{Kind::None, 0, 0};
-
 // Two rows of an image, which a row of the output is pooled from.
 template <typename T>
 class ImageRows {
@@ -23,13 +21,8 @@ class ImageRows {
 
   // Computes the values behind the function of the rows from `first` on.
   void compute(const Forward<T>& f, int64_t first) {
-    Forward<T> rows = f;
-    rows.shape = {1, 2, f.shape.width, f.shape.channels, kNoActivation, false};
-    rows.input += first * f.shape.channels;
-    rows.residual = f.residual == nullptr ? nullptr : f.residual + first * f.shape.channels;
-    rows.output = values_.data();
-    rows.live = nullptr;
-    normalize_tile(rows, 0, rows.shape.rows());
+    const int64_t rows = 2 * f.shape.width;
+    normalize_tile(rows_without_pool(f, first, rows, values_.data()), 0, rows);
     activate(f.shape.activation, values_.data(), count_);
   }
 
@@ -37,7 +30,7 @@ class ImageRows {
   void pool(const Forward<T>& f, int64_t out_row) const {
     const int64_t at = out_row * f.shape.out_width() * f.shape.channels;
     const Forward<T> windows{
-        .shape = {1, 2, f.shape.width, f.shape.channels, kNoActivation, true},
+        .shape = {1, 2, f.shape.width, f.shape.channels, {Kind::None, 0, 0}, Pool::Max},
         .input = values_.data(),
         .residual = nullptr,
         .scale = ones_.data(),
@@ -93,7 +86,7 @@ template <typename T>
 void normalize_and_activate(const Forward<T>& f) {
   const Shape& shape = f.shape;
   const int64_t channels = shape.channels;
-  if (shape.pool && !shape.activation.is_increasing()) {
+  if (shape.is_max() && !shape.activation.is_increasing()) {
     const int64_t height = shape.out_height();
     for_each_tile<T>(shape.images * height, 2 * shape.width * channels, [&](int64_t begin, int64_t end) {
       ImageRows<T> rows(shape);
@@ -105,7 +98,7 @@ void normalize_and_activate(const Forward<T>& f) {
     return;
   }
   // The largest value of a window stays the largest.
-  for_each_tile<T>(shape.out_rows(), (shape.pool ? 4 : 1) * channels, [&](int64_t begin, int64_t end) {
+  for_each_tile<T>(shape.out_rows(), (shape.is_max() ? 4 : 1) * channels, [&](int64_t begin, int64_t end) {
     normalize_tile(f, begin, end);
     activate(shape.activation, f.output + begin * channels, (end - begin) * channels);
   });
@@ -115,14 +108,22 @@ template <typename T>
 void differentiate_rows(const ActivationGradient<T>& p) {
   const Forward<T>& f = p.forward;
   const int64_t channels = f.shape.channels;
-  for_each_tile<T>(f.shape.out_rows(), (f.shape.pool ? 4 : 1) * channels, [&](int64_t begin, int64_t end) {
+  for_each_tile<T>(f.shape.gradient_rows(), (f.shape.is_max() ? 4 : 1) * channels, [&](int64_t begin, int64_t end) {
     T* const g = f.output + begin * channels;
-    if (f.shape.pool) {
+    if (f.shape.is_max()) {
       for_each_group<T>(channels, [&](auto group) { normalize_winners(f, p.live, group, begin, end, g); });
     } else {
       normalize_tile(f, begin, end);
     }
-    differentiate(f.shape.activation, g, p.grad_output + begin * channels, g, (end - begin) * channels);
+    if (!f.shape.is_mean()) {
+      differentiate(f.shape.activation, g, p.grad_output + begin * channels, g, (end - begin) * channels);
+      return;
+    }
+    for (int64_t row = begin; row < end; ++row) {
+      T* const of_row = g + (row - begin) * channels;
+      const T* const upstream = p.grad_output + row / f.shape.image_rows() * channels;
+      differentiate(f.shape.activation, of_row, upstream, of_row, channels);
+    }
   });
 }
 

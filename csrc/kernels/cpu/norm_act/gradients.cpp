@@ -7,14 +7,22 @@
 namespace lightkit::cpu::norm_act {
 namespace {
 
-// Reads the gradients of the normalized input, without a pool.
+// Reads the gradients of the normalized input, without a max-pool: of rows from `first` on, which are of one image if
+// the output is its mean.
 template <typename T, typename G>
 class RowReader {
  public:
-  RowReader(const Gradient<T>& gradient, const G& group) : gradient_(gradient), group_(group) {}
+  RowReader(const Gradient<T>& gradient, const G& group, int64_t first)
+      : gradient_(gradient),
+        group_(group),
+        stride_(gradient.shape.is_mean() ? 0 : gradient.shape.channels),
+        grad_output_(
+            gradient.shape.is_mean()
+                ? gradient.grad_output + first / gradient.shape.image_rows() * gradient.shape.channels
+                : gradient.grad_output) {}
 
   void start(int64_t row) {
-    grad_ = gradient_.grad_output + row * gradient_.shape.channels;
+    grad_ = grad_output_ + row * stride_;
     if (gradient_.live != nullptr) {
       bits_ = group_.load_bits(gradient_.live + row * gradient_.shape.bit_bytes());
     }
@@ -27,6 +35,8 @@ class RowReader {
  private:
   const Gradient<T>& gradient_;
   const G& group_;
+  const int64_t stride_;
+  const T* const grad_output_;
   const T* grad_ = nullptr;
   uint64_t bits_ = 0;
 };
@@ -40,8 +50,8 @@ void sum_rows(
     int64_t begin,
     int64_t end,
     Sums<G>& sums) {
+  RowReader<T, G> reader(gradient, group, begin);
   Sums<G>::for_each_row(begin, end, [&](int64_t row, int turn) {
-    RowReader<T, G> reader(gradient, group);
     reader.start(row);
     LIGHTKIT_UNROLL
     for (int v = 0; v < G::vectors; ++v) {
@@ -120,7 +130,7 @@ template <typename T, typename G>
 void write_rows(
     const Gradient<T>& gradient, const GradientOutputs<T>& outputs, const G& group, int64_t begin, int64_t end) {
   const Coefficients<T, G> coefficients(outputs, group);
-  RowReader<T, G> reader(gradient, group);
+  RowReader<T, G> reader(gradient, group, begin);
   for (int64_t row = begin; row < end; ++row) {
     reader.start(row);
     LIGHTKIT_UNROLL
@@ -188,45 +198,35 @@ void write_windows(const Gradient<T>& gradient, const GradientOutputs<T>& output
 template <typename T>
 void gradient_sums(const Gradient<T>& gradient, const T* input, const T* mean, double* sum, double* dot) {
   const int64_t channels = gradient.shape.channels;
-  const bool pool = gradient.shape.pool;
-  const Parts parts(gradient.shape.out_rows());
+  const bool is_max = gradient.shape.is_max();
+  const Parts parts(gradient.shape.gradient_rows());
   // [parts, 2, channels].
   AlignedBuffer<double> sums(parts.count() * 2 * channels);
   std::fill_n(sums.data(), parts.count() * 2 * channels, 0.0);
-  parts.for_each(pool ? 4 * channels : channels, [&](int64_t part) {
+  const int64_t elements = is_max ? 4 * channels : channels;
+  parts.for_each(elements, [&](int64_t part) {
     double* const own = sums.data() + part * 2 * channels;
+    BlockSums<T> block(channels);
     parts.for_each_block(part, [&](int64_t begin, int64_t end) {
-      for_each_group<T>(channels, [&](auto group) {
-        using G = decltype(group);
-        typename G::Array center;
-        group.load(mean, center);
-        // Sums of the sums of chains: behind a mean over the image the gradients are equal, and a long chain of equal
-        // numbers adds up its rounding errors.
-        typename G::Array of_block[2] = {};
-        for (int64_t row = begin; row < end; row += kChainRows) {
-          const int64_t next = std::min(end, row + kChainRows);
+      block.clear();
+      for (int64_t row = begin, next; row < end; row = next) {
+        next = gradient.shape.end_of_run(row, std::min(end, row + chain_rows<T>(elements)));
+        for_each_group<T>(channels, [&](auto group) {
+          using G = decltype(group);
+          typename G::Array center;
+          group.load(mean, center);
           Sums<G> chains;
-          if (pool) {
+          if (is_max) {
             sum_windows(gradient, input, center, group, row, next, chains);
           } else {
             sum_rows(gradient, input, center, group, row, next, chains);
           }
-          LIGHTKIT_UNROLL
-          for (int v = 0; v < G::vectors; ++v) {
-            of_block[0][v] += chains.first(v);
-            of_block[1][v] += chains.second(v);
-          }
-        }
-        for (int v = 0; v < G::vectors; ++v) {
-          const auto first = of_block[0][v];
-          const auto second = of_block[1][v];
-          for (int64_t lane = 0; lane < group.lanes; ++lane) {
-            const int64_t channel = group.channel + v * kWidth<T> + lane;
-            own[channel] += first[lane];
-            own[channels + channel] += second[lane];
-          }
-        }
-      });
+          block.add(group, chains);
+        });
+      }
+      for (int64_t c = 0; c < 2 * channels; ++c) {
+        own[c] += block.first()[c];
+      }
     });
   });
   std::fill_n(sum, channels, 0.0);
@@ -244,7 +244,7 @@ template <typename T>
 void write_gradients(const Gradient<T>& gradient, const GradientOutputs<T>& outputs) {
   const Shape& shape = gradient.shape;
   const int64_t channels = shape.channels;
-  if (shape.pool) {
+  if (shape.is_max()) {
     const int64_t out_rows = shape.images * shape.out_height();
     for_each_tile<T>(out_rows, 2 * shape.width * channels, [&](int64_t begin, int64_t end) {
       for (int64_t out_row = begin; out_row < end; ++out_row) {
@@ -253,7 +253,10 @@ void write_gradients(const Gradient<T>& gradient, const GradientOutputs<T>& outp
     });
   } else {
     for_each_tile<T>(shape.rows(), channels, [&](int64_t begin, int64_t end) {
-      for_each_group<T>(channels, [&](auto group) { write_rows(gradient, outputs, group, begin, end); });
+      for (int64_t row = begin, next; row < end; row = next) {
+        next = shape.end_of_run(row, end);
+        for_each_group<T>(channels, [&](auto group) { write_rows(gradient, outputs, group, row, next); });
+      }
     });
   }
 }

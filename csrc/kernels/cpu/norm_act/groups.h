@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../../common/ceil_div.h"
+#include "../common/aligned_buffer.h"
 #include "../common/parallel.h"
 #include "../common/simd.h"
 #include "shape.h"
@@ -93,10 +94,16 @@ void for_each_group(int64_t channels, const F& f) {
   }
 }
 
+// Returns the rows of a tile.
+template <typename T>
+int64_t tile_rows(int64_t elements_per_row) {
+  return std::max<int64_t>(1, kTileBytes / (elements_per_row * static_cast<int64_t>(sizeof(T))));
+}
+
 // Calls f(begin, end) for tiles of rows, on several threads.
 template <typename T, typename F>
 void for_each_tile(int64_t rows, int64_t elements_per_row, const F& f) {
-  const int64_t tile = std::max<int64_t>(1, kTileBytes / (elements_per_row * static_cast<int64_t>(sizeof(T))));
+  const int64_t tile = tile_rows<T>(elements_per_row);
   const int64_t tiles = ceil_div(rows, tile);
   const int64_t grain = std::max<int64_t>(1, kElementsPerThread / (tile * elements_per_row));
   parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
@@ -141,16 +148,19 @@ class Parts {
   const int64_t count_;
 };
 
-// Adds up two sums of each channel. A loop over rows calls `add` for each; the row takes turns among the chains of
-// additions.
+// Adds up one or two sums of each channel. A loop over rows calls `add` for each; the row takes turns among the chains
+// of additions.
 template <typename G>
 class Sums {
  public:
   using Values = typename G::Values;
   static constexpr int turns = kChains / G::vectors;
 
-  void add(int turn, int vector, const Values& first, const Values& second) {
+  void add(int turn, int vector, const Values& first) {
     first_[turn][vector] += first;
+  }
+  void add(int turn, int vector, const Values& first, const Values& second) {
+    add(turn, vector, first);
     second_[turn][vector] += second;
   }
 
@@ -190,6 +200,45 @@ class Sums {
 
   Chains first_{};
   Chains second_{};
+};
+
+// Returns the rows that a group adds up in chains: so few that they stay in the cache for the next groups.
+template <typename T>
+int64_t chain_rows(int64_t elements_per_row) {
+  return std::clamp<int64_t>(kChainBytes / (elements_per_row * static_cast<int64_t>(sizeof(T))), 1, kChainRows);
+}
+
+// One or two sums of each channel over a block of rows: sums of the sums of chains. A long chain of equal numbers, such
+// as the gradients behind a mean over the image, would add up its rounding errors.
+template <typename T>
+class BlockSums {
+ public:
+  explicit BlockSums(int64_t channels) : channels_(channels), sums_(2 * channels) {
+    clear();
+  }
+
+  void clear() {
+    std::fill_n(sums_.data(), 2 * channels_, T(0));
+  }
+  template <typename G>
+  void add(const G& group, const Sums<G>& chains) {
+    LIGHTKIT_UNROLL
+    for (int v = 0; v < G::vectors; ++v) {
+      group.store(group.load(first(), v) + chains.first(v), first(), v);
+      group.store(group.load(second(), v) + chains.second(v), second(), v);
+    }
+  }
+  // The sums of the channels. The second ones lie behind the first.
+  T* first() {
+    return sums_.data();
+  }
+  T* second() {
+    return sums_.data() + channels_;
+  }
+
+ private:
+  const int64_t channels_;
+  AlignedBuffer<T> sums_;  // [2, channels]
 };
 
 }  // namespace lightkit::cpu::norm_act

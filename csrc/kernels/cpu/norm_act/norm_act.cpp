@@ -115,14 +115,9 @@ void linear_backward(const BackwardProblem<T>& p) {
       });
 }
 
-}  // namespace
-
+// Computes the gradients with a general activation function.
 template <typename T>
-void backward(const BackwardProblem<T>& p) {
-  if (!p.shape.activation.is_general()) {
-    linear_backward(p);
-    return;
-  }
+void general_backward(const BackwardProblem<T>& p) {
   const int64_t channels = p.shape.channels;
   AlignedBuffer<T> affine(2 * channels);
   T* const scale = affine.data();
@@ -133,9 +128,10 @@ void backward(const BackwardProblem<T>& p) {
     scale[c] = static_cast<T>(weight * p.kept[channels + c]);
     shift[c] = static_cast<T>(bias - static_cast<double>(p.kept[c]) * scale[c]);
   }
-  // Without a pool the gradient of the values before the function takes the memory of a result.
-  T* const result = p.shape.pool ? nullptr : p.grad_residual != nullptr ? p.grad_residual : p.grad_input;
-  AlignedBuffer<T> own(result == nullptr ? p.shape.out_rows() * channels : 0);
+  // Without a max-pool the gradient of the values before the function takes the memory of a result.
+  const bool is_max = p.shape.is_max();
+  T* const result = is_max ? nullptr : p.grad_residual != nullptr ? p.grad_residual : p.grad_input;
+  AlignedBuffer<T> own(result == nullptr ? p.shape.gradient_rows() * channels : 0);
   T* const g = result == nullptr ? own.data() : result;
   differentiate_rows<T>({
       .forward =
@@ -152,7 +148,8 @@ void backward(const BackwardProblem<T>& p) {
   BackwardProblem<T> rest = p;
   rest.shape.activation.kind = Kind::None;
   rest.grad_output = g;
-  if (!p.shape.pool) {
+  if (!is_max) {
+    rest.shape.pool = Pool::None;
     rest.live = nullptr;
     rest.grad_residual = nullptr;
     const bool is_identity = !p.training && std::all_of(scale, scale + channels, [](T s) { return s == 1; });
@@ -161,6 +158,24 @@ void backward(const BackwardProblem<T>& p) {
     }
   }
   linear_backward(rest);
+}
+
+}  // namespace
+
+template <typename T>
+void backward(const BackwardProblem<T>& p) {
+  const auto run = p.shape.activation.is_general() ? general_backward<T> : linear_backward<T>;
+  if (!p.shape.is_mean()) {
+    run(p);
+    return;
+  }
+  const int64_t count = p.shape.images * p.shape.channels;
+  AlignedBuffer<T> shares(count);
+  const auto rows = static_cast<T>(p.shape.image_rows());
+  std::transform(p.grad_output, p.grad_output + count, shares.data(), [rows](T g) { return g / rows; });
+  BackwardProblem<T> of_shares = p;
+  of_shares.grad_output = shares.data();
+  run(of_shares);
 }
 
 template void forward(const ForwardProblem<float>&);

@@ -1,4 +1,4 @@
-// Batch normalization, residual, activation function and max-pool on a CPU, with their gradients (Ioffe and Szegedy,
+// Batch normalization, residual, activation function and pool on a CPU, with their gradients (Ioffe and Szegedy,
 // Batch Normalization, 2015).
 #pragma once
 

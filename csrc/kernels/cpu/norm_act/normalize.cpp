@@ -1,4 +1,4 @@
-// The forward pass over the rows: scale and shift, residual, ReLU and pool, and other functions between them.
+// The forward pass over the rows: scale and shift, residual, ReLU and max-pool.
 
 #include "groups.h"
 #include "passes.h"
@@ -82,7 +82,7 @@ void normalize_windows(const Forward<T>& f, const G& group, int64_t begin, int64
 template <typename T>
 void normalize_tile(const Forward<T>& f, int64_t begin, int64_t end) {
   for_each_group<T>(f.shape.channels, [&](auto group) {
-    if (f.shape.pool) {
+    if (f.shape.is_max()) {
       normalize_windows(f, group, begin, end);
     } else {
       normalize_rows(f, group, begin, end);
@@ -92,11 +92,15 @@ void normalize_tile(const Forward<T>& f, int64_t begin, int64_t end) {
 
 template <typename T>
 void normalize(const Forward<T>& f) {
+  if (f.shape.is_mean()) {
+    normalize_and_average(f);
+    return;
+  }
   if (f.shape.activation.is_general()) {
     normalize_and_activate(f);
     return;
   }
-  const int64_t elements = (f.shape.pool ? 4 : 1) * f.shape.channels;
+  const int64_t elements = (f.shape.is_max() ? 4 : 1) * f.shape.channels;
   for_each_tile<T>(f.shape.out_rows(), elements, [&](int64_t begin, int64_t end) { normalize_tile(f, begin, end); });
 }
 

@@ -3,11 +3,20 @@
 
 #include "activation.h"
 
+#include <algorithm>
 #include <cstdint>
 
 namespace lightkit::cpu::norm_act {
 
-// A normalization of each channel, then an activation function or none, then a 2x2 max-pool of stride 2 or none.
+// What follows the activation function. The values are part of the op's schema.
+enum class Pool : int64_t {
+  None,
+  Max,   // the largest of each 2x2 window, with stride 2
+  Mean,  // the mean of each image
+  Last = Mean,
+};
+
+// A normalization of each channel, then an activation function or none, then a pool or none.
 // Tensors are dense with the channels last: [images, height, width, channels]. A row is the channels of one position of
 // an image.
 struct Shape {
@@ -16,25 +25,42 @@ struct Shape {
   int64_t width;
   int64_t channels;
   Activation activation;
-  bool pool;
+  Pool pool;
 
+  bool is_max() const {
+    return pool == Pool::Max;
+  }
+  bool is_mean() const {
+    return pool == Pool::Mean;
+  }
   bool relu() const {
     return activation.kind == Kind::Relu;
   }
 
   // Rows of the input.
   int64_t rows() const {
-    return images * height * width;
+    return images * image_rows();
   }
-  // Sizes of the output. A pool drops an odd last row and column of an image.
+  int64_t image_rows() const {
+    return height * width;
+  }
+  // Sizes of the output. A max-pool drops an odd last row and column of an image.
   int64_t out_height() const {
-    return pool ? height / 2 : height;
+    return is_max() ? height / 2 : is_mean() ? 1 : height;
   }
   int64_t out_width() const {
-    return pool ? width / 2 : width;
+    return is_max() ? width / 2 : is_mean() ? 1 : width;
   }
   int64_t out_rows() const {
     return images * out_height() * out_width();
+  }
+  // Rows that backward visits: the outputs of a max-pool, or else all rows of the input.
+  int64_t gradient_rows() const {
+    return is_max() ? out_rows() : rows();
+  }
+  // Returns the end of the rows from `row` to `end` whose gradients come from the same row of a mean's output.
+  int64_t end_of_run(int64_t row, int64_t end) const {
+    return is_mean() ? std::min(end, (row / image_rows() + 1) * image_rows()) : end;
   }
   // Bytes of a row of the bits that tell which outputs of a ReLU are live: one bit a channel.
   int64_t bit_bytes() const {
@@ -42,10 +68,10 @@ struct Shape {
   }
 };
 
-// The argmax of an output of the pool whose ReLU returned 0: no gradient flows to its window.
+// The argmax of an output of the max-pool whose ReLU returned 0: no gradient flows to its window.
 inline constexpr uint8_t kDead = 4;
 
-// Walks over the windows of a pool, and gives the first input row of each without a division.
+// Walks over the windows of a max-pool, and gives the first input row of each without a division.
 class WindowCursor {
  public:
   WindowCursor(const Shape& shape, int64_t window) : shape_(shape) {

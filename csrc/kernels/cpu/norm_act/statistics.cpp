@@ -32,52 +32,53 @@ struct Moments {
 
 // Computes the sums over some rows of x - pivot and of its square.
 template <typename T>
-void block_sums(
+void add_rows(
     int64_t channels,
     const T* input,  // [rows, channels]
     int64_t begin,
     int64_t end,
     const T* pivot,  // [channels]
-    T* sum,          // [channels]
-    T* squares) {    // [channels]
-  for_each_group<T>(channels, [&](auto group) {
-    using G = decltype(group);
-    typename G::Array center;
-    group.load(pivot, center);
-    Sums<G> sums;
-    Sums<G>::for_each_row(begin, end, [&](int64_t row, int turn) {
-      LIGHTKIT_UNROLL
-      for (int v = 0; v < G::vectors; ++v) {
-        const auto difference = group.load(input + row * channels, v) - center[v];
-        sums.add(turn, v, difference, difference * difference);
-      }
+    BlockSums<T>& sums) {
+  sums.clear();
+  for (int64_t row = begin, next; row < end; row = next) {
+    next = std::min(end, row + chain_rows<T>(channels));
+    for_each_group<T>(channels, [&](auto group) {
+      using G = decltype(group);
+      typename G::Array center;
+      group.load(pivot, center);
+      Sums<G> chains;
+      Sums<G>::for_each_row(row, next, [&](int64_t at, int turn) {
+        LIGHTKIT_UNROLL
+        for (int v = 0; v < G::vectors; ++v) {
+          const auto difference = group.load(input + at * channels, v) - center[v];
+          chains.add(turn, v, difference, difference * difference);
+        }
+      });
+      sums.add(group, chains);
     });
-    for (int v = 0; v < G::vectors; ++v) {
-      group.store(sums.first(v), sum, v);
-      group.store(sums.second(v), squares, v);
-    }
-  });
+  }
 }
 
 template <typename T>
-void part_moments(
-    const Shape& shape, const T* input, const Parts& parts, int64_t part, Moments& moments, AlignedBuffer<T>& buffer) {
+void part_moments(const Shape& shape, const T* input, const Parts& parts, int64_t part, Moments& moments) {
   const int64_t channels = shape.channels;
-  T* const pivot = buffer.data();
-  T* const sum = pivot + channels;
-  T* const squares = sum + channels;
+  AlignedBuffer<T> pivots(channels);
+  T* const pivot = pivots.data();
+  BlockSums<T> sums(channels);
+  const T* const sum = sums.first();
+  const T* const squares = sums.second();
   std::fill_n(pivot, channels, T(0));
   bool first = true;
   parts.for_each_block(part, [&](int64_t begin, int64_t end) {
     if (first) {
       const int64_t count = std::min(end - begin, kPivotRows);
-      block_sums(channels, input, begin, begin + count, pivot, sum, squares);
+      add_rows(channels, input, begin, begin + count, pivot, sums);
       for (int64_t c = 0; c < channels; ++c) {
         pivot[c] = sum[c] / static_cast<T>(count);
       }
       first = false;
     }
-    block_sums(channels, input, begin, end, pivot, sum, squares);
+    add_rows(channels, input, begin, end, pivot, sums);
     const auto count = static_cast<double>(end - begin);
     const double inverse = 1 / count;
     moments.add(channels, count, [&](int64_t c, double& mean, double& squared) {
@@ -100,10 +101,9 @@ void statistics(const Shape& shape, const T* input, double* mean, double* varian
   std::fill_n(sums.data(), parts.count() * 2 * channels, 0.0);
   AlignedBuffer<double> counts(parts.count());
   parts.for_each(channels, [&](int64_t part) {
-    AlignedBuffer<T> buffer(3 * channels);
     double* const own = sums.data() + part * 2 * channels;
     Moments moments{0, own, own + channels};
-    part_moments(shape, input, parts, part, moments, buffer);
+    part_moments(shape, input, parts, part, moments);
     counts.data()[part] = moments.count;
   });
   std::fill_n(mean, channels, 0.0);
