@@ -164,4 +164,33 @@ void store(
   }
 }
 
+// Sets the elements to 0 whose mask is false, whatever they are.
+template <typename scalar_t>
+void clear_masked(scalar_t* values, const bool* mask, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    if constexpr (is_half<scalar_t>) {
+      values[i].x = mask[i] ? values[i].x : 0;
+    } else {
+      values[i] = mask[i] ? values[i] : scalar_t(0);
+    }
+  }
+}
+
+// Sets the masked elements of a parameter to 0, and those of its master weight and its average, right after their step:
+// they are in the cache.
+template <typename scalar_t, typename Options>
+void apply_mask(const StepTensor<Options>& tensor, int64_t start, int64_t count) {
+  if (tensor.mask == nullptr) {
+    return;
+  }
+  const bool* mask = tensor.mask + start;
+  clear_masked(static_cast<scalar_t*>(tensor.parameter) + start, mask, count);
+  if (tensor.master != nullptr) {
+    clear_masked(tensor.master + start, mask, count);
+  }
+  if (tensor.average != nullptr) {
+    clear_masked(static_cast<accumulator_t<scalar_t>*>(tensor.average) + start, mask, count);
+  }
+}
+
 }  // namespace lightkit::cpu::optim
