@@ -220,6 +220,8 @@ class Prune(SaveWidths):
         workers = state_dict.get("workers", [])
         if (
             not isinstance(rounds, int)
+            or not isinstance(steps, int)
+            or not isinstance(sums, list)
             or not _is_measurement([steps, sums])
             or not (dense is None or isinstance(dense, float))
             or rounds < 0

@@ -88,7 +88,9 @@ class DiLoCo(LocalSGD):
             outer_state: what `outer_state` has returned, with the new shapes.
         """
         super().resize(outer_state)
-        for shared in self._shared if outer_state is not None and outer_state.state else ():
+        if outer_state is None or not outer_state.state:
+            return
+        for shared in self._shared:
             parts = [outer_state.state[p]["momentum_buffer"].flatten() for p in self._members(shared)]
             self._outer.state[shared]["momentum_buffer"] = torch.cat(parts)
 

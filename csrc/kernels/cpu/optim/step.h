@@ -9,7 +9,9 @@
 #include "tuning.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 namespace lightkit::cpu::optim {
@@ -164,15 +166,18 @@ void store(
   }
 }
 
-// Sets the elements to 0 whose mask is false, whatever they are.
+// Sets the elements to 0 whose mask is 0, whatever they are; the other elements of `mask` are 1.
 template <typename scalar_t>
-void clear_masked(scalar_t* values, const bool* mask, int64_t count) {
+void clear_masked(scalar_t* values, const uint8_t* mask, int64_t count) {
+  // Compilers vectorise operations on integers, and no selection of numbers by bytes.
+  using bits_t = std::
+      conditional_t<sizeof(scalar_t) == 8, uint64_t, std::conditional_t<sizeof(scalar_t) == 4, uint32_t, uint16_t>>;
+  static_assert(sizeof(bits_t) == sizeof(scalar_t));
   for (int64_t i = 0; i < count; ++i) {
-    if constexpr (is_half<scalar_t>) {
-      values[i].x = mask[i] ? values[i].x : 0;
-    } else {
-      values[i] = mask[i] ? values[i] : scalar_t(0);
-    }
+    bits_t bits;
+    std::memcpy(&bits, values + i, sizeof(bits));
+    bits &= static_cast<bits_t>(-static_cast<bits_t>(mask[i]));
+    std::memcpy(static_cast<void*>(values + i), &bits, sizeof(bits));
   }
 }
 
@@ -183,7 +188,7 @@ void apply_mask(const StepTensor<Options>& tensor, int64_t start, int64_t count)
   if (tensor.mask == nullptr) {
     return;
   }
-  const bool* mask = tensor.mask + start;
+  const uint8_t* mask = tensor.mask + start;
   clear_masked(static_cast<scalar_t*>(tensor.parameter) + start, mask, count);
   if (tensor.master != nullptr) {
     clear_masked(tensor.master + start, mask, count);
