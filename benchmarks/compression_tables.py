@@ -61,6 +61,20 @@ def quantized_step() -> list[str]:
     return layout(("step of the documented CNN, batch 32", "ms", "times float"), body, "quantized_step", rows)
 
 
+@table("masked-step")
+def masked_step() -> list[str]:
+    """Returns the table of a step of Adam with masks beside one without."""
+    rows = latest("masked_step", "parameters", "what")
+    names = {
+        "no masks": "without masks",
+        "set_masks": "`set_masks`",
+        "product": "a product with the masks after the step",
+        "torch's pruning": "`torch.nn.utils.prune`: product, its gradient and the step",
+    }
+    body = [(row["parameters"], names[row["what"]], fixed(row["ms"], 2), fixed(row["times"], 2)) for row in rows]
+    return layout(("parameters", "step of Adam", "ms", "times a step without masks"), body, "masked_step", rows)
+
+
 @table("quantized-labels")
 def quantized_labels() -> list[str]:
     """Returns the table of the labels of other runtimes that differ from the validated ones."""

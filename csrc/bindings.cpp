@@ -49,7 +49,8 @@ void bind_plan(py::module_& module, const char* name) {
                        bool skip_nonfinite,
                        double inverse_scale,
                        const py::object& grad_scale,
-                       const py::object& found_inf) {
+                       const py::object& found_inf,
+                       const py::object& masks) {
     const auto limit = max_grad_norm.is_none() ? std::nullopt : std::make_optional(max_grad_norm.cast<double>());
     return called([&] {
       return plan.step({
@@ -60,6 +61,7 @@ void bind_plan(py::module_& module, const char* name) {
           .inverse_scale = inverse_scale,
           .grad_scale = grad_scale.ptr(),
           .found_inf = found_inf.ptr(),
+          .masks = masks.ptr(),
       });
     });
   };
@@ -74,7 +76,8 @@ void bind_plan(py::module_& module, const char* name) {
           py::arg("skip_nonfinite"),
           py::arg("inverse_scale"),
           py::arg("grad_scale"),
-          py::arg("found_inf"));
+          py::arg("found_inf"),
+          py::arg("masks") = py::none());
 }
 
 // Returns the decoder that `make` makes, and raises its errors as torch translates them.

@@ -56,6 +56,19 @@ class LocalTrainer(Protocol):
             masks: for each masked parameter a bool tensor, False where an entry is zero; the same in all processes.
         """
 
+    def outer_state(self) -> Optimizer | None:
+        """Returns the state of an outer optimizer by the parameters of the module; None without one.
+
+        The optimizer of the result is never stepped. After a change of the shapes of parameters, `resize` takes it.
+        """
+
+    def resize(self, outer_state: Optimizer | None) -> None:
+        """Goes on with parameters of other shapes, which are the same in all processes.
+
+        Args:
+            outer_state: what `outer_state` has returned, with the new shapes.
+        """
+
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         """Returns the ``obj`` of process ``src``; all processes must call the method."""
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightkit._lightning.ddp import wrap_anew
+from lightkit._util.strategy_traits import LocalTrainer
 from lightkit.compress.calls import CallRecorder, ModelCall
 from lightkit.compress.distil import begin_distillation
 from lightkit.compress.importance import squared_derivatives
@@ -18,10 +19,14 @@ from lightkit.compress.save_widths import SaveWidths
 from lightkit.compress.selection import choose_units, smallest_macs
 from lightkit.compress.surgery import provable_graph, remove_units
 from lightkit.compress.training_support import (
+    LOCAL,
+    WHOLE,
     check_not_compiled,
     check_share,
     check_training,
+    decide_together,
     forget_best,
+    gather_objects,
     round_steps,
     training_steps,
 )
@@ -96,6 +101,8 @@ class Prune(SaveWidths):
         # The sum of the squared derivatives of each root's units since the last round, and the number of summed steps.
         self._sums: list[Tensor] = []
         self._summed_steps = 0
+        # Those of the other processes in a checkpoint.
+        self._workers: list[Any] = []
         # The number of units of each layer of the dense model, by the name of the group.
         self._dense_counts: dict[str, int] = {}
         self._seen_step = -1
@@ -106,7 +113,7 @@ class Prune(SaveWidths):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._finished_rounds, self._roots, self._sums, self._summed_steps = 0, [], [], 0
-            self._dense_counts, self.widths = {}, {}
+            self._dense_counts, self.widths, self._workers = {}, {}, []
             self._recorder, self._seen_step, self.dense_macs, self.macs = None, -1, None, None
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -123,7 +130,7 @@ class Prune(SaveWidths):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Rejects a training that cannot be pruned."""
-        check_training("Prune", trainer, pl_module)
+        check_training("Prune", trainer, pl_module, WHOLE | LOCAL)
         check_not_compiled("Prune", pl_module)
         if isinstance(trainer.optimizers[0], torch.optim.LBFGS):
             raise ConfigError("Prune: LBFGS keeps a history of all weights as one vector; use another optimizer")
@@ -136,6 +143,11 @@ class Prune(SaveWidths):
         start = max(self.start, measured / total)
         self._round_steps = round_steps("Prune", start, max(start, self.end), self.rounds, total)
         self._recorder = CallRecorder(pl_module)
+        rank, workers = trainer.global_rank, self._workers
+        if workers and rank > 0 and isinstance(trainer.strategy, LocalTrainer):
+            # A worker that is new has measured nothing.
+            self._summed_steps, self._sums = workers[rank - 1] if rank <= len(workers) else (0, [])
+        self._workers = []
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -167,8 +179,10 @@ class Prune(SaveWidths):
             self._recorder.stop()
         step = trainer.global_step
         is_new, self._seen_step = step != self._seen_step, step
-        due = self._finished_rounds < self.rounds and step >= self._round_steps[self._finished_rounds]
-        if is_new and due and self._roots and self._summed_steps > 0:
+        if not is_new or self._finished_rounds >= self.rounds:
+            return
+        due = step >= self._round_steps[self._finished_rounds] and bool(self._roots) and self._summed_steps > 0
+        if decide_together(trainer, due):
             self._remove(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -180,17 +194,21 @@ class Prune(SaveWidths):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the number of finished rounds and the measured importances, as plain containers and tensors."""
-        return {
+        """Returns the number of finished rounds and the measured importances, as plain containers and tensors.
+
+        All processes of a group must call the method.
+        """
+        # In the order of the units that are left: after a removal their numbers have gaps.
+        sums = [total[_units(graph)].cpu() for total, (_, graph) in zip(self._sums, self._roots, strict=True)]
+        state = {
             "rounds": self._finished_rounds,
             "dense_macs": self.dense_macs,
             "dense_counts": dict(self._dense_counts),
             "steps": self._summed_steps,
-            # In the order of the units that are left: after a removal their numbers have gaps.
-            "sums": [total[_units(graph)].cpu() for total, (_, graph) in zip(self._sums, self._roots, strict=True)]
-            if self._roots
-            else self._sums,
+            "sums": sums if self._roots else self._sums,
         }
+        workers = gather_objects([state["steps"], state["sums"]])[1:]
+        return {**state, "workers": workers} if workers else state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads the state that `state_dict` returned.
@@ -200,15 +218,21 @@ class Prune(SaveWidths):
         """
         rounds, steps, sums = (state_dict.get(name) for name in ("rounds", "steps", "sums"))
         dense, counts = state_dict.get("dense_macs"), state_dict.get("dense_counts")
+        workers = state_dict.get("workers", [])
         if (
-            not (isinstance(rounds, int) and isinstance(steps, int) and isinstance(sums, list))
-            or not all(isinstance(x, Tensor) and x.dim() == 1 and x.is_floating_point() for x in sums)
+            not isinstance(rounds, int)
+            or not isinstance(steps, int)
+            or not isinstance(sums, list)
+            or not _is_measurement([steps, sums])
             or not (dense is None or isinstance(dense, float))
             or rounds < 0
             or not isinstance(counts, dict)
             or not all(type(name) is str and type(count) is int and count > 0 for name, count in counts.items())
+            or not isinstance(workers, list)
+            or not all(map(_is_measurement, workers))
         ):
             raise CheckpointError("the state of Prune in the checkpoint is damaged")
+        self._workers = workers
         self._finished_rounds, self._summed_steps, self._sums, self.dense_macs = rounds, steps, list(sums), dense
         self._dense_counts = dict(counts)
 
@@ -269,18 +293,27 @@ class Prune(SaveWidths):
         present = sum(graph.macs() for _, graph in self._roots)
         widths = {name: len(tensor) for name, tensor in pl_module.named_parameters() if name.endswith("weight")}
         roots: list[tuple[nn.Module, UnitGraph]] = []
+        local = trainer.strategy if isinstance(trainer.strategy, LocalTrainer) else None
+        outer = None if local is None else local.outer_state()
+        optimizers = [*trainer.optimizers, *([] if outer is None else [outer])]
         for (root, graph), total in zip(self._roots, self._sums, strict=True):
+            if local is not None:
+                # Each process has measured with batches of its own.
+                total = trainer.strategy.reduce(total, reduce_op="sum")
             removed = choose_units(graph, total, target * graph.macs() / present, self.multiple)
             # The same units in all processes, whatever the rounding of their gradients.
             removed = torch.tensor(trainer.strategy.broadcast(removed.tolist()), dtype=torch.bool)
-            remove_units(root, graph, removed, trainer.optimizers)
+            remove_units(root, graph, removed, optimizers)
             roots.append((root, graph.without(removed)))
         self._roots = roots
         self._count_widths(pl_module)
         self.macs = sum(graph.macs() for _, graph in roots)
         self._clear_sums()
         forget_best(trainer)
-        wrap_anew(trainer)
+        if local is None:
+            wrap_anew(trainer)
+        else:
+            local.resize(outer)
         if trainer.is_global_zero:
             after = {name: len(tensor) for name, tensor in pl_module.named_parameters()}
             changed = [f"{name.removesuffix('.weight')} {n} -> {after[name]}" for name, n in widths.items()]
@@ -293,6 +326,16 @@ class Prune(SaveWidths):
 def _units(graph: UnitGraph) -> Tensor:
     """Returns the sorted numbers of the units of a graph."""
     return torch.tensor(sorted(unit for group in graph.groups for unit in group.units), dtype=torch.int64)
+
+
+def _is_measurement(value: Any) -> bool:
+    if type(value) is not list or len(value) != 2:
+        return False
+    steps, sums = value
+    are_sums = isinstance(sums, list) and all(
+        isinstance(x, Tensor) and x.dim() == 1 and x.is_floating_point() for x in sums
+    )
+    return type(steps) is int and are_sums
 
 
 def _device(root: nn.Module) -> torch.device:

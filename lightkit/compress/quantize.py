@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -29,6 +28,7 @@ from lightkit.compress.training_support import (
     check_training,
     decide_together,
     forget_best,
+    gather_objects,
     round_steps,
     training_steps,
 )
@@ -260,11 +260,8 @@ class Quantize(Callback):
             for name, q in self._quantizers.items()
         }
         state = {"rounds": self._finished_rounds, "left": self._left, "ranges": ranges}
-        if self._left > 0 and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            workers: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(workers, ranges)
-            state["workers"] = workers[1:]
-        return state
+        workers = gather_objects(ranges)[1:] if self._left > 0 else []
+        return {**state, "workers": workers} if workers else state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads the state that `state_dict` returned; the training goes on with it when it starts.

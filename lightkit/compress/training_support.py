@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import (
     Callback,
     EarlyStopping,
@@ -100,6 +101,15 @@ def decide_together(trainer: pl.Trainer, decision: bool) -> bool:
     if not isinstance(strategy, LocalTrainer):
         return decision
     return strategy.has_common_weights and bool(strategy.broadcast(decision))
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Returns the values of all processes by rank; all of them must call the function. Without others, one value."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return [value]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
 
 
 def training_steps(name: str, trainer: pl.Trainer) -> int:

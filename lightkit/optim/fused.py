@@ -12,7 +12,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from lightkit import native
 from lightkit._util.compiler import undisguised
-from lightkit.optim.masked_entries import apply_masks
+from lightkit.optim.masked_entries import find_masks
 from lightkit.optim.reference import Rule, step_reference
 
 # Options of parameter groups in addition to torch's. The groups of an optimizer of torch that `convert` has converted
@@ -198,7 +198,7 @@ class FusedStep(torch.optim.Optimizer):
         Returns:
             The loss from the closure, or None without a closure.
         """
-        return self._observed_step(closure) if is_observed(self) else self._masked_step(closure)
+        return self._observed_step(closure) if is_observed(self) else self.step_for(self, closure)
 
     # torch wraps the step of every class without this mark, to run hooks and open a profiler range. With a small model
     # that takes as long as the step. `step` calls the wrapper only if there are hooks or a profiler.
@@ -237,6 +237,23 @@ class FusedStep(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        masked = find_masks(optimizer)
+        masks = None if masked is None else masked.on_cpu()
+        is_native = self._update(optimizer, masks)
+        if masked is not None and (masks is None or not is_native):
+            masked.apply(optimizer)
+        return loss
+
+    def _update(self, optimizer: torch.optim.Optimizer, masks: dict[Tensor, Tensor] | None) -> bool:
+        """Updates the parameters by the present gradients.
+
+        Args:
+            optimizer: see `step_for`.
+            masks: the masks that the kernels apply, see `MaskedEntries.on_cpu`.
+
+        Returns:
+            True if the kernels have taken the step, False if torch's operations have.
+        """
         # A GradScaler sets these attributes during a step.
         grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         options = (optimizer.param_groups, optimizer.state, self.max_grad_norm, self.skip_nonfinite)
@@ -247,18 +264,19 @@ class FusedStep(torch.optim.Optimizer):
 
         outcome = None
         if plan is not None and _is_on_gpu(found_inf) and (grad_scale is None or _is_on_gpu(grad_scale)):
-            outcome = plan.step(*options, 1.0, grad_scale, found_inf)
+            outcome = plan.step(*options, 1.0, grad_scale, found_inf, masks)
         if outcome is None:
             if found_inf is not None and found_inf.item() != 0:
                 self.skipped_steps += 1
-                return loss
+                return True
             inverse_scale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
             if plan is not None:
-                outcome = plan.step(*options, inverse_scale, None, None)
+                outcome = plan.step(*options, inverse_scale, None, None, masks)
+        is_native = outcome is not None
         if outcome is None:
             if found_inf is None and grad_scale is None and self._is_plain(optimizer):
                 self._take_torch_step(optimizer)
-                return loss
+                return False
             outcome = step_reference(type(self)._rule, *options, inverse_scale)
         norm, skipped = outcome
         if norm is not None:
@@ -268,16 +286,11 @@ class FusedStep(torch.optim.Optimizer):
         for group in optimizer.param_groups:
             if group.get("stochastic_rounding") and not skipped:
                 group["rounding_seed"] += 1
-        return loss
-
-    def _masked_step(self, closure: Callable[[], float] | None = None) -> float | None:
-        loss = self.step_for(self, closure)
-        apply_masks(self)
-        return loss
+        return is_native
 
     @torch.optim.Optimizer.profile_hook_step
     def _observed_step(self, closure: Callable[[], float] | None = None) -> float | None:
-        return self._masked_step(closure)
+        return self.step_for(self, closure)
 
     @property
     def grad_norm(self) -> float | None:

@@ -8,6 +8,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightkit._util.imported import is_instance
 
@@ -30,6 +31,22 @@ class MaskedEntries:
         self.masks = masks
         # The mask of which a factor was made, and the factor: integers 0 and 1 in the layout of the weights.
         self._factors: dict[Tensor, tuple[Tensor, Tensor]] = {}
+        # Likewise, bool tensors.
+        self._laid_out: dict[Tensor, tuple[Tensor, Tensor]] = {}
+        self._kernel_masks: dict[Tensor, Tensor] = {}
+
+    def on_cpu(self) -> dict[Tensor, Tensor] | None:
+        """Returns masks that lie in memory like their parameters, for the kernels; None if some are not on the CPU."""
+        for parameter, mask in self.masks.items():
+            source, laid_out = self._laid_out.get(parameter, (None, None))
+            if source is mask and laid_out is not None and laid_out.stride() == parameter.stride():
+                continue
+            if parameter.device.type != "cpu" or is_traceable_wrapper_subclass(parameter):
+                return None
+            laid_out = torch.empty_like(parameter, dtype=torch.bool).copy_(mask)
+            self._laid_out[parameter] = mask, laid_out
+            self._kernel_masks = {p: self._laid_out[p][1] for p in self.masks if p in self._laid_out}
+        return self._kernel_masks
 
     @torch.no_grad()
     def apply(self, optimizer: Optimizer) -> None:
@@ -62,9 +79,14 @@ class MaskedEntries:
 registry: weakref.WeakKeyDictionary[Optimizer, MaskedEntries] = weakref.WeakKeyDictionary()
 
 
+def find_masks(optimizer: Optimizer) -> MaskedEntries | None:
+    """Returns the masks of an optimizer; None without masks."""
+    return registry.get(optimizer) if registry else None
+
+
 def apply_masks(optimizer: Optimizer) -> None:
     """Sets the masked entries of an optimizer's parameters to zero."""
-    if registry and (entries := registry.get(optimizer)) is not None:
+    if (entries := find_masks(optimizer)) is not None:
         entries.apply(optimizer)
 
 

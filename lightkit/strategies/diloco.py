@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightkit._util.deprecated import RenamedAttribute
 from lightkit._util.strategy_traits import StrategyTraits
@@ -69,12 +70,39 @@ class DiLoCo(LocalSGD):
         self._masks = dict(masks)
         self._mask_shared()
 
+    def outer_state(self) -> Optimizer:
+        """Returns the outer momentum by the parameters of the module, as the state of an SGD that is never stepped."""
+        found = torch.optim.SGD(self._trained, lr=self.outer_lr)
+        for shared in self._shared:
+            buffer = self._outer.state.get(shared, {}).get("momentum_buffer")
+            if buffer is not None:
+                members = self._members(shared)
+                for parameter, part in zip(members, buffer.split([p.numel() for p in members]), strict=True):
+                    found.state[parameter]["momentum_buffer"] = part.view(parameter.shape)
+        return found
+
+    def resize(self, outer_state: Optimizer | None) -> None:
+        """Goes on with parameters of other shapes, which are the same in all workers.
+
+        Args:
+            outer_state: what `outer_state` has returned, with the new shapes.
+        """
+        super().resize(outer_state)
+        if outer_state is None or not outer_state.state:
+            return
+        for shared in self._shared:
+            parts = [outer_state.state[p]["momentum_buffer"].flatten() for p in self._members(shared)]
+            self._outer.state[shared]["momentum_buffer"] = torch.cat(parts)
+
+    def _members(self, shared: Tensor) -> list[nn.Parameter]:
+        """Returns the parameters whose weights lie one after the other in a flat tensor of shared weights."""
+        return [p for p in self._trained if (p.dtype, p.device) == (shared.dtype, shared.device)]
+
     @torch.no_grad()
     def _mask_shared(self) -> None:
         flat: dict[Tensor, Tensor] = {}
         for shared in self._shared if self._masks else ():
-            members = [p for p in self._trained if (p.dtype, p.device) == (shared.dtype, shared.device)]
-            parts = [self._masks.get(p, torch.ones_like(p, dtype=torch.bool)) for p in members]
+            parts = [self._masks.get(p, torch.ones_like(p, dtype=torch.bool)) for p in self._members(shared)]
             flat[shared] = torch.cat([part.flatten() for part in parts])
         set_masks(self._outer, flat)
         for shared, mask in flat.items():

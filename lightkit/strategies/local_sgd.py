@@ -104,6 +104,19 @@ class LocalSGD(Parallel):
             masks: for each masked parameter a bool tensor, False where an entry is zero; the same in all workers.
         """
 
+    def outer_state(self) -> Optimizer | None:
+        """Returns None: there is no outer optimizer."""
+        return None
+
+    def resize(self, outer_state: Optimizer | None) -> None:
+        """Goes on with parameters of other shapes, which are the same in all workers.
+
+        Args:
+            outer_state: what `outer_state` has returned, with the new shapes.
+        """
+        self._trained = []
+        self._collect()
+
     def _collect(self) -> None:
         """Allocates buffers for the trained parameters and the running statistics, if the parameters have changed."""
         trained = [p for p in self.trained_module.parameters() if p.requires_grad]

@@ -14,7 +14,7 @@ from support.two_processes import Module, dealt, fit, uneven
 from torch.distributed.fsdp import fully_shard
 
 from lightkit.callbacks import LeanLoop
-from lightkit.compress import Distil, Quantize, Sparsify
+from lightkit.compress import Distil, Prune, Quantize, Sparsify
 from lightkit.optim import SGD, Adam
 from lightkit.strategies import DiLoCo, LocalSGD, ParameterServer
 
@@ -115,6 +115,10 @@ def quantized(strategy, *arguments, **options):
     return {**found, "ranges": ranges.steps}
 
 
+def prune():
+    return Prune(0.4, rounds=2, start=0.3, end=0.6, multiple=1)
+
+
 def main(directory: Path) -> None:
     results = {
         "ddp": masked("ddp", validate=True),
@@ -146,6 +150,17 @@ def main(directory: Path) -> None:
         "quantized ddp": quantized("ddp", directory / "ddp", every=5),
         "quantized ddp, resumed": quantized(
             "ddp", directory / "ddp again", every=5, ckpt_path=directory / "ddp" / "step=10.ckpt"
+        ),
+        "pruned": fit(LocalSGD(period=3), callbacks=[prune(), LeanLoop()], validate=True, max_epochs=4),
+        "pruned uneven": fit(LocalSGD(period=2), callbacks=[prune()], validate=True, train=uneven, max_epochs=4),
+        "pruned diloco": fit(DiLoCo(period=3), directory / "p", callbacks=[prune()], every=3, max_epochs=4),
+        "pruned diloco, resumed": fit(
+            DiLoCo(period=3),
+            directory / "p again",
+            callbacks=[prune()],
+            every=3,
+            max_epochs=4,
+            ckpt_path=directory / "p" / "step=12.ckpt",
         ),
         "sharded": sharded(save=directory / "sharded.ckpt"),
         "sharded, resumed": sharded(ckpt_path=directory / "sharded.ckpt"),

@@ -97,6 +97,7 @@ def test_outer_momentum_is_masked(ranks, directory):
         ("sync", "sync, resumed"),
         ("sync", "sync, resumed between"),
         ("quantized", "quantized, resumed"),
+        ("pruned diloco", "pruned diloco, resumed"),
         ("quantized ddp", "quantized ddp, resumed"),
     ],
 )
@@ -126,6 +127,25 @@ def test_shards_are_masked_like_whole_weights(ranks, name):
         assert all(bool((steps[key][~mask] == 0).all()) for key, mask in expected.items())
     last = torch.cat([value.flatten() for value in found["steps"][-1].values()])
     torch.testing.assert_close(last, recorder.steps[-1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["pruned", "pruned uneven", "pruned diloco", "pruned diloco, resumed"])
+def test_pruned(ranks, name):
+    """Processes with weights of their own remove the same units, and end with one smaller model."""
+    first, second = (rank[name] for rank in ranks)
+    assert "error" not in first, first["error"]
+    width = first["state"]["net.0.weight"].shape[0]
+    assert width < 5 and first["state"]["net.2.weight"].shape == (3, width)
+    assert same(first["state"], second["state"])
+
+
+def test_outer_momentum_of_pruned_weights(ranks, directory):
+    """The outer momentum of DiLoCo keeps that of the units which are left."""
+    before, after = (torch.load(directory / "p" / f"step={step}.ckpt", weights_only=False) for step in (15, 18))
+    assert before["state_dict"]["net.0.weight"].shape[0] > after["state_dict"]["net.0.weight"].shape[0]
+    momentum = after[OUTER_KEY]["state"][0]["momentum_buffer"]
+    assert momentum.shape == (sum(value.numel() for value in after["state_dict"].values()),)
+    assert float((momentum != 0).float().mean()) > 0.8
 
 
 def test_shards_resume(ranks):

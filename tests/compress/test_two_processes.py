@@ -39,11 +39,3 @@ def test_resumed(ranks):
     """A training of two processes resumes to the bit between two rounds."""
     whole, resumed = (ranks[0][name]["state"] for name in ("whole", "resumed"))
     assert all(torch.equal(value, whole[key]) for key, value in resumed.items())
-
-
-def test_separate_weights(ranks):
-    """Processes with weights of their own would remove different units: one line says so."""
-    assert (
-        "Prune does not go with LocalSGD; it goes with one device, ddp and DataParallel"
-        in ranks[0]["local_sgd"]["error"]
-    )

@@ -12,7 +12,7 @@ from support.two_processes import Module, fit
 from lightkit.callbacks import LeanLoop
 from lightkit.compress import Prune, Quantize
 from lightkit.nn.input_quantizer import quantizer_of
-from lightkit.strategies import DataParallel, LocalSGD
+from lightkit.strategies import DataParallel
 
 
 def prune() -> Prune:
@@ -37,8 +37,6 @@ def main(directory: Path) -> None:
             "data_parallel", directory / "again", callbacks=[prune()], ckpt_path=directory / "whole" / "step=9.ckpt"
         ),
         "quantized": quantized(),
-        # Last: after an error one process may connect to the rendezvous that the other is about to leave.
-        "local_sgd": fit(LocalSGD(period=3), callbacks=[prune()]),
     }
     torch.save(results, directory / f"rank{os.environ.get('LOCAL_RANK', 0)}.pt")
 

@@ -320,6 +320,26 @@ class TestPlans:
         with pytest.raises(TypeError):
             self.step(name, [{"params": [self.parameter()], **self.OPTIONS[name], **wrong}], {})
 
+    @pytest.mark.parametrize(
+        ("mask", "expected"),
+        [
+            (torch.ones(2, dtype=torch.bool), r"shape \[3\] has a mask of shape \[2\]"),
+            (torch.ones(3), "has a mask of shape .* and dtype Float"),
+            (torch.ones(3, dtype=torch.bool).to_sparse(), "mask"),
+            (None, "expected a tensor"),
+        ],
+    )
+    def test_wrong_mask(self, name, mask, expected) -> None:
+        """A mask of another shape, dtype, layout or class changes nothing."""
+        parameter = self.parameter()
+        groups = [{"params": [parameter], **self.OPTIONS[name]}]
+        plan = getattr(native.load(), name)()
+        with pytest.raises((RuntimeError, TypeError), match=expected):
+            plan.step(groups, {}, None, False, 1.0, None, None, {parameter: mask})
+        with pytest.raises(TypeError, match="masks must be None or a dict"):
+            plan.step(groups, {}, None, False, 1.0, None, None, [mask])
+        assert torch.equal(parameter, torch.ones(3))
+
     def test_flags_that_cannot_be_read(self, name) -> None:
         """An exception of a flag's __bool__ was lost, and came up in a later call."""
 

@@ -30,7 +30,8 @@ struct StepTensor {
   const void* gradient;                        // [numel]
   std::array<void*, Options::kStates> states;  // [numel] each; null for states that the options do not use
   float* master;                               // [numel]: the parameter before it is rounded to half precision; or null
-  void* average;  // [numel] of the accumulation type (double for double, else float); or null
+  void* average;        // [numel] of the accumulation type (double for double, else float); or null
+  const uint8_t* mask;  // [numel]: 1, or 0 where parameter, master and average become 0, on a CPU; or null
   int64_t numel;
   ElementType type;        // of parameter and gradient
   int64_t count;           // of the parameter's steps up to this one, if the algorithm counts them on the host

@@ -19,6 +19,7 @@ typename StepPlan<Algorithm>::Tensor StepPlan<Algorithm>::describe(const Update&
       .states = {},
       .master = static_cast<float*>(memory(update.buffers[kMaster])),
       .average = memory(update.buffers[kAverage]),
+      .mask = update.mask.defined() ? static_cast<const uint8_t*>(update.mask.const_data_ptr()) : nullptr,
       .numel = update.parameter.numel(),
       .type = *element_type(update.parameter.scalar_type()),
       .count = Algorithm::kCounts && !update.counts_on_device ? static_cast<int64_t>(*update.count) + 1 : 0,

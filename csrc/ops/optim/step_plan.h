@@ -48,6 +48,7 @@ struct StepRequest {
   double inverse_scale;
   PyObject* grad_scale;  // None, or a tensor on a GPU that divides the gradients
   PyObject* found_inf;   // None, or a tensor on a GPU: the step does nothing unless it is 0
+  PyObject* masks;       // None, or a dict of bool tensors by parameter: false where a parameter on the CPU becomes 0
 
   bool measures_norm() const {
     return max_grad_norm.has_value() || skip_nonfinite;
@@ -129,6 +130,7 @@ class StepPlan {
     at::Tensor parameter;
     at::Tensor gradient;                     // laid out as the parameter
     std::array<at::Tensor, kSlots> buffers;  // laid out as the parameter, or undefined
+    at::Tensor mask;                         // likewise
     std::array<bool, kSlots> first{};        // the buffer is new
     bool starts_from_zeros = false;          // new states are zeros, which is as good as none
     at::Tensor new_count;                    // a counter that the state does not have yet
@@ -161,7 +163,8 @@ class StepPlan {
   // Validate. The functions that return false found a parameter that is not for this kernel.
   static bool gather(
       Memory& memory, const StepRequest& request, std::vector<Group>& groups, std::vector<Update>& updates);
-  static bool gather(Entry& entry, const Group& group, std::vector<Update>& updates);
+  static bool gather(Entry& entry, const Group& group, PyObject* masks, std::vector<Update>& updates);
+  static at::Tensor find_mask(const Entry& entry, const at::Tensor& parameter, PyObject* masks);
   static bool is_supported(
       const Entry& entry, const Group& group, const at::Tensor& parameter, const at::Tensor& gradient);
   static bool find_counter(Update& update, const Group& group);

@@ -20,6 +20,11 @@ Object StepPlan<Algorithm>::step(const StepRequest& request) {
       class_name(request.grad_scale),
       " and ",
       class_name(request.found_inf));
+  TORCH_CHECK_TYPE(
+      request.masks == Py_None || PyDict_Check(request.masks),
+      Algorithm::kName,
+      ": masks must be None or a dict, got ",
+      class_name(request.masks));
   const Turn turn(mutex_);
   Memory memory = std::exchange(memory_, {});
   if (!is_current(memory, request)) {

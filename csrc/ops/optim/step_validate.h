@@ -20,7 +20,7 @@ bool StepPlan<Algorithm>::gather(
   for (size_t g = 0; g < memory.groups.size(); ++g) {
     groups.push_back(read_group(list_item(request.param_groups, g).get(), request));
     for (auto& entry : memory.groups[g]) {
-      if (!gather(entry, groups.back(), updates)) {
+      if (!gather(entry, groups.back(), request.masks, updates)) {
         return false;
       }
     }
@@ -30,7 +30,7 @@ bool StepPlan<Algorithm>::gather(
 
 // Adds the update of one parameter, if it has a gradient.
 template <typename Algorithm>
-bool StepPlan<Algorithm>::gather(Entry& entry, const Group& group, std::vector<Update>& updates) {
+bool StepPlan<Algorithm>::gather(Entry& entry, const Group& group, PyObject* masks, std::vector<Update>& updates) {
   const at::Tensor parameter = unpack_tensor(entry.parameter);
   const at::Tensor gradient = parameter.grad();
   if (!gradient.defined()) {
@@ -51,6 +51,7 @@ bool StepPlan<Algorithm>::gather(Entry& entry, const Group& group, std::vector<U
   }
   check_gradient(parameter, gradient);
   update.gradient = laid_out_as(gradient, parameter, type);
+  update.mask = find_mask(entry, parameter, masks);
   if (!find_buffers(update, group)) {
     return false;
   }
@@ -59,6 +60,30 @@ bool StepPlan<Algorithm>::gather(Entry& entry, const Group& group, std::vector<U
     update.key = group.seed * 0x9e3779b97f4a7c15u + (updates.size() - 1) * 0xbf58476d1ce4e5b9u;
   }
   return true;
+}
+
+// Returns the mask of a parameter on the CPU; an undefined tensor without one.
+template <typename Algorithm>
+at::Tensor StepPlan<Algorithm>::find_mask(const Entry& entry, const at::Tensor& parameter, PyObject* masks) {
+  if (masks == Py_None || !parameter.is_cpu()) {
+    return at::Tensor();
+  }
+  const Object held = Object::borrow(PyDict_GetItemWithError(masks, entry.parameter.get()));
+  if (!held) {
+    check_python(true);
+    return at::Tensor();
+  }
+  const at::Tensor& mask = unpack_tensor(held);
+  TORCH_CHECK(
+      mask.sizes() == parameter.sizes() && mask.scalar_type() == at::kBool && mask.is_cpu() && is_plain(mask),
+      Algorithm::kName,
+      ": a parameter of shape ",
+      parameter.sizes(),
+      " has a mask of shape ",
+      mask.sizes(),
+      " and dtype ",
+      mask.scalar_type());
+  return laid_out_as(mask, parameter, at::kBool);
 }
 
 template <typename Algorithm>

@@ -106,6 +106,7 @@ void update_adam(const AdamTensor& tensor, int64_t begin, int64_t end) {
       rule.template update<false>(count, p, g, mean, square, nullptr);
     }
     store<scalar_t>(tensor, start, count, p);
+    apply_mask<scalar_t>(tensor, start, count);
   }
 }
 

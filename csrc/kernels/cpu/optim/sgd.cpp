@@ -146,11 +146,21 @@ void update_as(const SgdTensor& tensor, int64_t begin, int64_t end) {
   }
 }
 
+template <typename scalar_t>
+void update_masked(const SgdTensor& tensor, int64_t begin, int64_t end) {
+  const int64_t block = tensor.mask == nullptr ? end - begin : kMaskBlock;
+  for (int64_t start = begin; start < end; start += block) {
+    const int64_t count = std::min(block, end - start);
+    update_as<scalar_t>(tensor, start, start + count);
+    apply_mask<scalar_t>(tensor, start, count);
+  }
+}
+
 }  // namespace
 
 void sgd(const std::vector<SgdTensor>& tensors) {
   for_each_range(tensors, [](const SgdTensor& tensor, int64_t begin, int64_t end) {
-    with_type(tensor.type, [&](auto scalar) { update_as<decltype(scalar)>(tensor, begin, end); });
+    with_type(tensor.type, [&](auto scalar) { update_masked<decltype(scalar)>(tensor, begin, end); });
   });
 }
 

@@ -9,7 +9,9 @@
 #include "tuning.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 namespace lightkit::cpu::optim {
@@ -161,6 +163,38 @@ void store(
       const Vec old = tensor.first_average ? value : Vec::loadu(average + i, n);
       at::vec::fmadd(share, value - old, old).store(average + i, n);
     }
+  }
+}
+
+// Sets the elements to 0 whose mask is 0, whatever they are; the other elements of `mask` are 1.
+template <typename scalar_t>
+void clear_masked(scalar_t* values, const uint8_t* mask, int64_t count) {
+  // Compilers vectorise operations on integers, and no selection of numbers by bytes.
+  using bits_t = std::
+      conditional_t<sizeof(scalar_t) == 8, uint64_t, std::conditional_t<sizeof(scalar_t) == 4, uint32_t, uint16_t>>;
+  static_assert(sizeof(bits_t) == sizeof(scalar_t));
+  for (int64_t i = 0; i < count; ++i) {
+    bits_t bits;
+    std::memcpy(&bits, values + i, sizeof(bits));
+    bits &= static_cast<bits_t>(-static_cast<bits_t>(mask[i]));
+    std::memcpy(static_cast<void*>(values + i), &bits, sizeof(bits));
+  }
+}
+
+// Sets the masked elements of a parameter to 0, and those of its master weight and its average, right after their step:
+// they are in the cache.
+template <typename scalar_t, typename Options>
+void apply_mask(const StepTensor<Options>& tensor, int64_t start, int64_t count) {
+  if (tensor.mask == nullptr) {
+    return;
+  }
+  const uint8_t* mask = tensor.mask + start;
+  clear_masked(static_cast<scalar_t*>(tensor.parameter) + start, mask, count);
+  if (tensor.master != nullptr) {
+    clear_masked(tensor.master + start, mask, count);
+  }
+  if (tensor.average != nullptr) {
+    clear_masked(static_cast<accumulator_t<scalar_t>*>(tensor.average) + start, mask, count);
   }
 }
 

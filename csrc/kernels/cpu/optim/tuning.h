@@ -25,4 +25,8 @@ inline constexpr int64_t kAdamBlock = 512;
 inline constexpr int64_t kSgdBlock = 256;
 inline constexpr int64_t kMasterBlock = 256;
 
+// Elements of SGD that are stepped and then masked. Derived: parameter, gradient and momentum take 12 KiB in float,
+// within L1.
+inline constexpr int64_t kMaskBlock = 1024;
+
 }  // namespace lightkit::cpu::optim
