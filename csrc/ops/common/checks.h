@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/safe_numerics.h>
 
+#include <initializer_list>
 #include <optional>
 
 namespace lightkit {
@@ -79,6 +80,15 @@ inline void check_single_or_double(const char* op, const at::Tensor& input) {
       op,
       ": the input must be float32 or float64, got ",
       input.scalar_type());
+}
+
+// Returns the product as a double, because it may overflow any integer; 0 if a size is a symbol.
+inline double product(std::initializer_list<c10::SymInt> sizes) {
+  double result = 1;
+  for (const c10::SymInt& size : sizes) {
+    result *= static_cast<double>(size.maybe_as_int().value_or(0));
+  }
+  return result;
 }
 
 // Returns the product of some of a tensor's sizes. Raises a ValueError for a product of 2^63 or more, which is possible

@@ -20,15 +20,6 @@ constexpr int64_t kMaxWeight = int64_t(1) << 26;
 // The most values of a batch. Derived: their bytes are counted in 64 bits.
 constexpr double kMaxBatch = 0x1p60;
 
-// Returns the product as a double, because it may overflow any integer; 0 if a size is a symbol.
-double product(std::initializer_list<SymInt> sizes) {
-  double result = 1;
-  for (const SymInt& size : sizes) {
-    result *= static_cast<double>(size.maybe_as_int().value_or(0));
-  }
-  return result;
-}
-
 void check_pair(const char* name, at::IntArrayRef pair, int64_t least) {
   TORCH_CHECK_VALUE(
       pair.size() == 2 && std::min(pair[0], pair[1]) >= least && std::max(pair[0], pair[1]) < int64_t(1) << 30,

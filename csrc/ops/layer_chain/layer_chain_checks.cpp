@@ -21,15 +21,6 @@ constexpr int64_t kMaxWeight = int64_t(1) << 26;
 // The most values of all images that a chain keeps. Derived: their bytes are counted in 64 bits.
 constexpr double kMaxKept = 0x1p60;
 
-// Returns the product as a double, because it may overflow any integer; 0 if a size is a symbol.
-double product(std::initializer_list<SymInt> sizes) {
-  double result = 1;
-  for (const SymInt& size : sizes) {
-    result *= static_cast<double>(size.maybe_as_int().value_or(0));
-  }
-  return result;
-}
-
 void check_image(const Where& where, const SymInt& channels, const SymInt& height, const SymInt& width) {
   TORCH_CHECK_VALUE(
       product({channels, height, width}) < kMaxImage,
