@@ -9,49 +9,17 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
-from programs import PROGRAMS, WAYS, Activated, Functions, Headed, Layers, Methods, Normalized, Sequences
-from torch import Tensor, nn
+from captured import IMAGES, Captured
+from programs import PROGRAMS, WAYS, Activated, Functions, Layers, Methods, Normalized, Sequences
+from torch import nn
 from torch.autograd import Function
-from torch.utils._pytree import tree_leaves
 
-from lightkit.capture import Capture, capture_calls, chain, is_captured, module_names
+from lightkit.capture import Capture, capture_calls, chain, is_captured
 from lightkit.capture.deferred import Deferred
 from lightkit.nn.input_quantizer import InputQuantizer, attach
 from lightkit.ops import _thresholds
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use_reentrant|.*None of the inputs have requires_grad")
-
-IMAGES = torch.randn(6, 1, 18, 18, generator=torch.Generator().manual_seed(0))
-
-
-class Captured:
-    """A network beside a copy whose calls are captured."""
-
-    def __init__(self, network: nn.Module, **options) -> None:
-        self.torchs, self.ours = copy.deepcopy(network), network
-        self.capture = Capture(dict(module_names(network)))
-        self.undo = capture_calls(network, self.capture, **options)
-
-    def check(self, *inputs: Tensor, backward: bool = True) -> None:
-        """Compares outputs, gradients of weights and inputs, buffers and random state after one call of each."""
-        found = []
-        for network in (self.torchs, self.ours):
-            network.zero_grad()
-            torch.manual_seed(1)
-            own = [x.detach().clone().requires_grad_(backward) for x in inputs]
-            outputs = [t for t in tree_leaves(network(*own)) if isinstance(t, Tensor)]
-            assert {type(t) for t in outputs} == {Tensor}
-            assert [t.requires_grad for t in outputs] == [backward] * len(outputs)
-            if backward:
-                sum((t * torch.linspace(-1, 1, t.numel()).view(t.shape)).sum() for t in outputs).backward()
-            gradients = [t.grad for t in (*own, *network.parameters())]
-            found.append([outputs, gradients, list(network.buffers()), [torch.get_rng_state()]])
-        for torchs, ours in zip(*found, strict=True):
-            torch.testing.assert_close(ours, torchs, rtol=2e-4, atol=2e-5)
-
-    def replaced(self) -> list[str]:
-        """Returns the names of the modules that lightkit computes."""
-        return [name for region in self.capture.regions if region.replacement for name in region.names]
 
 
 @pytest.fixture(autouse=True)
@@ -127,96 +95,6 @@ def test_activation_functions(name, train):
     assert found[1] == ("conv2d", "batch_norm", "add", *(() if is_slow else ("activation",)))
     is_pooled = name.split()[0] in _thresholds.POOLED_ACTIVATIONS
     assert found[2] == ("conv2d", *(("activation", "max_pool2d") if is_pooled else ()))
-    both.undo()
-
-
-MEANS = {
-    "method": lambda x: x.mean((2, 3)),
-    "list of negative dimensions": lambda x: torch.mean(x, [-1, -2]),
-    "kept dimensions": lambda x: x.mean(dim=(2, 3), keepdim=True).flatten(1),
-    "adaptive function": lambda x: F.adaptive_avg_pool2d(x, 1).view(x.size(0), -1),
-    "adaptive module": nn.Sequential(nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten()),
-    "window of the image's size": lambda x: F.avg_pool2d(x, x.size()[2:]).flatten(1),
-    "module of the image's size": nn.Sequential(nn.AvgPool2d(18), nn.Flatten()),
-}
-
-
-@pytest.mark.parametrize("name", MEANS)
-@pytest.mark.parametrize("train", [True, False])
-def test_mean_of_the_image(name, train):
-    """The global mean behind a residual block joins its batch norm, however it is written."""
-    both = Captured(Headed(MEANS[name]))
-    both.ours.train(train), both.torchs.train(train)
-    for _ in range(2):
-        both.check(IMAGES)
-    found = [region.operations for region in both.capture.regions if region.replacement is not None]
-    assert found == [("conv2d", "batch_norm", "relu"), ("conv2d", "batch_norm", "add", "relu", "mean")]
-    both.undo()
-
-
-@pytest.mark.parametrize(
-    "pool",
-    [
-        lambda x: F.avg_pool2d(x, 9).amax((2, 3)),
-        lambda x: F.avg_pool2d(x, 18, divisor_override=300).flatten(1),
-        lambda x: F.avg_pool2d(x, 18, padding=1, count_include_pad=False).flatten(1),
-        lambda x: x.mean(3).mean(2),
-        lambda x: x.mean((2, 3)) + x.amax((2, 3)),
-    ],
-)
-def test_other_means_are_torchs(pool):
-    """A mean of windows, with another divisor, with padding, or beside another reader of its input stays torch's."""
-    both = Captured(Headed(pool))
-    both.check(IMAGES)
-    found = [region.operations for region in both.capture.regions if region.replacement is not None]
-    assert found[1] == ("conv2d", "batch_norm", "add", "relu")
-    both.undo()
-
-
-class Perceptron(nn.Module):
-    """Linear layers with an activation function between them, of vectors or sequences."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.first, self.function, self.second = nn.Linear(18, 96), function, nn.Linear(96, 5)
-
-    def forward(self, x):
-        return self.second(self.function(self.first(x.flatten(1, 2))))
-
-
-SEQUENCES = IMAGES.repeat(2, 1, 2, 1)
-
-
-def replaced_gelu(function, images=SEQUENCES) -> list[tuple[str, ...]]:
-    """Checks a perceptron on 12 sequences of 36 vectors, and returns the operations that lightkit computed."""
-    # The dropout has the calls captured, whatever the function is.
-    both = Captured(nn.Sequential(nn.Dropout(0.0), Perceptron(function)))
-    for _ in range(2):
-        both.check(images)
-    both.undo()
-    return [region.operations for region in both.capture.regions if region.replacement is not None]
-
-
-def test_gelu_of_linear_layers():
-    """GELU approximated by tanh of many values runs on a kernel, as a module and as a function."""
-    assert replaced_gelu(lambda x: F.gelu(x, approximate="tanh")) == [("gelu",)]
-    both = Captured(Perceptron(nn.GELU("tanh")))
-    both.check(SEQUENCES)
-    assert [region.replacement for region in both.capture.regions] == ["lightkit.ops.norm_act"]
-    both.undo()
-
-
-def test_gelu_that_stays_torchs():
-    """Torch computes the exact GELU, that of few values, of narrow rows, of views with gaps, and under autocast."""
-    assert replaced_gelu(nn.GELU()) == []
-    assert replaced_gelu(nn.GELU("tanh"), IMAGES) == []
-    tanh = nn.GELU("tanh")
-    assert replaced_gelu(nn.Sequential(nn.Unflatten(-1, (3, 32)), tanh, nn.Flatten(-2))) == []
-    assert replaced_gelu(lambda x: F.gelu(x.transpose(0, 1), approximate="tanh").transpose(0, 1)) == []
-    both = Captured(Perceptron(tanh))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert both.ours(SEQUENCES).dtype == torch.bfloat16
-    assert both.capture.regions == ()
     both.undo()
 
 

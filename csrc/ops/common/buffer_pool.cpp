@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <deque>
+#include <iterator>
 #include <mutex>
 #include <new>
 
@@ -28,9 +29,10 @@ class Pool {
       const std::lock_guard lock(mutex_);
       // A buffer of more than twice the size would waste memory.
       const auto fits = [&](const PooledBuffer& b) { return b.bytes >= bytes && b.bytes / 2 <= bytes; };
-      if (const auto found = std::find_if(kept_.begin(), kept_.end(), fits); found != kept_.end()) {
+      // The last one that was given back is the likeliest to be in the cache.
+      if (const auto found = std::find_if(kept_.rbegin(), kept_.rend(), fits); found != kept_.rend()) {
         const PooledBuffer buffer = *found;
-        kept_.erase(found);
+        kept_.erase(std::next(found).base());
         return buffer;
       }
     }
