@@ -201,7 +201,7 @@ class Client:
         states = self._for_all(lambda session, _: session.state()[optimizer_index])
         for session, positions, part in zip(self._sessions, self._positions, states, strict=True):
             views = session.buffers[optimizer_index].views
-            for i, view, packed in zip(positions[optimizer_index], views, part["masks"], strict=False):
+            for i, view, packed in zip(positions[optimizer_index], views, part.get("masks", []), strict=False):
                 if packed is not None:
                     found[i] = unpack_mask(packed, view.shape)
         return [found.get(i) for i in range(len(self._spec.optimizers[optimizer_index].parameters))]

@@ -229,7 +229,7 @@ class ServerSession:
         Returns:
             For each optimizer a dict: ``flats``, the parameters as flat tensors; ``state``, the optimizer's state of
             each parameter; ``seeds``, the ``rounding_seed`` or None of each group with a parameter on the server; and
-            ``mask_number`` and ``masks``, see `lightkit.parameter_server.mask_update.MaskUpdate`.
+            with masks ``mask_number`` and ``masks``, see `lightkit.parameter_server.mask_update.MaskUpdate`.
         """
 
         def exchange(connection: Connection) -> list[dict[str, Any]]:
@@ -381,9 +381,9 @@ def _is_state_of(part: object, buffers: TransferBuffers) -> bool:
 
 
 def _has_masks_of(part: dict[str, Any], buffers: TransferBuffers) -> bool:
-    number, packed = part.get("mask_number"), part.get("masks")
-    if number == 0 and packed == []:
+    if "mask_number" not in part and "masks" not in part:
         return True
+    number, packed = part.get("mask_number"), part.get("masks")
     try:
         MaskUpdate(number, packed).check(buffers.parameters)  # pyright: ignore[reportArgumentType]
     except ValueError:

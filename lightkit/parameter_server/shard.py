@@ -147,16 +147,13 @@ class Shard:
 
         Returns:
             A dict: ``flats``, the parameters as flat tensors; ``state``, see `state`; ``seeds``, see `rounding_seeds`;
-            ``mask_number`` and ``masks``, see `MaskUpdate`.
+            and, if the shard has masks, ``mask_number`` and ``masks``: see `MaskUpdate`.
         """
         copied = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, self.state())
-        return {
-            "flats": [flat.clone() for flat in self.flats],
-            "state": copied,
-            "seeds": self.rounding_seeds(),
-            "mask_number": self.masks.number,
-            "masks": list(self.masks.packed),
-        }
+        found = {"flats": [flat.clone() for flat in self.flats], "state": copied, "seeds": self.rounding_seeds()}
+        # Without masks a snapshot is that of the previous release.
+        masks = {"mask_number": self.masks.number, "masks": list(self.masks.packed)} if self.masks.number else {}
+        return found | masks
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         """Sets parameters, state, rounding seeds and masks to those in ``snapshot``, which `snapshot` has returned."""
@@ -166,7 +163,6 @@ class Shard:
         for group, seed in zip(self.optimizer.param_groups if self.optimizer else [], snapshot["seeds"], strict=True):
             if seed is not None:
                 group["rounding_seed"] = seed
-        # A snapshot of the previous release has no masks.
         self.set_masks(MaskUpdate(snapshot.get("mask_number", 0), snapshot.get("masks", [])))
 
 
