@@ -27,15 +27,6 @@ constexpr int64_t kMaxNumber = int64_t(1) << 30;
 // The most values of a batch. Derived: their bytes are counted in 64 bits.
 constexpr double kMaxBatch = 0x1p60;
 
-// Returns the product as a double, because it may overflow any integer; 0 if a size is a symbol.
-double product(std::initializer_list<SymInt> sizes) {
-  double result = 1;
-  for (const SymInt& size : sizes) {
-    result *= static_cast<double>(size.maybe_as_int().value_or(0));
-  }
-  return result;
-}
-
 // Names the op and the layer in error messages.
 struct Place {
   const char* op;
