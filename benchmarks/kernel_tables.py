@@ -120,17 +120,19 @@ def dropout() -> list[str]:
 @table("integer-chain")
 def int8_chain() -> list[str]:
     """Returns the table of the CNN on 8-bit integers, microseconds a batch."""
-    rows = [row for row in latest("int8_chain", "layer", "what") if "batch" in row["layer"]]
-    found = index(rows, "layer", "what")
-    ways = ("eager", "onnxruntime float32", "float32", "onnxruntime int8", "int8")
+    rows = [row for row in latest("int8_chain", "device", "layer", "what") if "batch" in row["layer"]]
+    found = index(rows, "device", "layer", "what")
+    ways = ("eager", "onnxruntime float32", "float32", "onnxruntime int8", "xnnpack int8", "int8")
     body = []
-    for layer in dict.fromkeys(row["layer"] for row in rows):
-        times = [float(found[(layer, what)]["microseconds"]) for what in ways]
-        cells = [figures(found[(layer, what)]["microseconds"]) for what in ways]
-        body.append((layer.partition("batch ")[2], *cells, f"{times[3] / times[4]:.1f}", f"{times[2] / times[4]:.1f}"))
+    for device, layer in dict.fromkeys((row["device"], row["layer"]) for row in rows):
+        times = [row["microseconds"] if (row := found.get((device, layer, what))) else "" for what in ways]
+        *others, own = times
+        ratios = [f"{float(time) / float(own):.1f}" if time else "" for time in (others[3], others[4], others[2])]
+        cells = [figures(time) if time else "" for time in times]
+        body.append((device, layer.partition("batch ")[2], *cells, *ratios))
     header = [
-        *("batch", "torch", "ONNX Runtime", "lightkit", "ONNX Runtime, int8", "lightkit, int8"),
-        *("int8: times as fast as ONNX Runtime's", "as lightkit's float32"),
+        *("processor", "batch", "torch", "ONNX Runtime", "lightkit", "ONNX Runtime, int8", "XNNPACK, int8"),
+        *("lightkit, int8", "int8: times as fast as ONNX Runtime's", "as XNNPACK's", "as lightkit's float32"),
     ]
     return layout(header, body, "int8_chain", rows)
 
@@ -138,16 +140,17 @@ def int8_chain() -> list[str]:
 @table("fake-quantize")
 def fake_quantize() -> list[str]:
     """Returns the table of the CNN's weights rounded to a few bits, microseconds."""
-    rows = [row for row in latest("int8_chain", "layer", "what") if "bits" in row["layer"]]
-    found = index(rows, "layer", "what")
+    rows = [row for row in latest("int8_chain", "device", "layer", "what") if "bits" in row["layer"]]
+    found = index(rows, "device", "layer", "what")
     body = [
         (
+            device,
             layer.partition(", ")[2],
-            *(figures(found[(layer, what)]["microseconds"]) for what in ("eager", "kernel", "copy")),
+            *(figures(found[(device, layer, what)]["microseconds"]) for what in ("eager", "kernel", "copy")),
         )
-        for layer in dict.fromkeys(row["layer"] for row in rows)
+        for device, layer in dict.fromkeys((row["device"], row["layer"]) for row in rows)
     ]
-    return layout(["", "torch", "kernel", "a copy"], body, "int8_chain", rows)
+    return layout(["processor", "", "torch", "kernel", "a copy"], body, "int8_chain", rows)
 
 
 @table("freed-memory")
