@@ -198,14 +198,17 @@ class Prune(SaveWidths):
 
         All processes of a group must call the method.
         """
-        # In the order of the units that are left: after a removal their numbers have gaps.
-        sums = [total[_units(graph)].cpu() for total, (_, graph) in zip(self._sums, self._roots, strict=True)]
+        sums = self._sums
+        # After a training the roots are forgotten, and before the first step the sums are those of a checkpoint.
+        if self._roots:
+            # In the order of the units that are left: after a removal their numbers have gaps.
+            sums = [total[_units(graph)].cpu() for total, (_, graph) in zip(self._sums, self._roots, strict=True)]
         state = {
             "rounds": self._finished_rounds,
             "dense_macs": self.dense_macs,
             "dense_counts": dict(self._dense_counts),
             "steps": self._summed_steps,
-            "sums": sums if self._roots else self._sums,
+            "sums": sums,
         }
         workers = gather_objects([state["steps"], state["sums"]])[1:]
         return {**state, "workers": workers} if workers else state
