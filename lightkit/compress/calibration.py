@@ -21,7 +21,7 @@ _EXACT_BITS = 8
 
 
 class Calibration:
-    """What samples say of a trained module: the ranges of its layers' inputs, and the products of these inputs.
+    """Measures the inputs of a trained module's layers on samples: their ranges, and their products with each other.
 
     Args:
         module: the module, in evaluation mode, which stays as it is.

@@ -21,7 +21,7 @@ class Channels:
 
 
 class ChannelRecord:
-    """What a call of a module has shown of its units.
+    """Collects what a call of a module shows of its units.
 
     Args:
         root: the module.
