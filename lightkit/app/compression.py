@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,9 +12,10 @@ from omegaconf import DictConfig
 from torch import nn
 
 from lightkit._util.printable import printable
+from lightkit.app.compression_request import AUTO, CompressionRequest
 from lightkit.app.parts import model_of
 from lightkit.app.restore import restore
-from lightkit.compress import Distil, Prune, Quantize
+from lightkit.compress import Distil, Prune, Quantize, Sparsify
 from lightkit.config import build, to_plain
 from lightkit.errors import ConfigError
 from lightkit.targets import find_class
@@ -20,9 +23,55 @@ from lightkit.targets import find_class
 # The tasks of lightkit whose outputs are values.
 _VALUE_TASKS = ("lightkit.tasks.ForecastTask", "lightkit.tasks.RegressionTask")
 
+# The directory of the results of a search, in that of the run.
+_DIRECTORY = "compressed"
+
+
+def find_request(config: DictConfig) -> CompressionRequest | None:
+    """Returns the search that ``compress.max_drop`` asks for; None if it is null.
+
+    The entries of the group say what the search may change: `Prune` the widths, `Quantize` the bits of each weight,
+    none of both the two. `Sparsify` and `Distil` give their shares.
+
+    Args:
+        config: the configuration of the job.
+
+    Raises:
+        ConfigError: the entries cannot be searched together.
+    """
+    entries = dict(to_plain(config.get("compress")) or {})
+    max_drop = entries.pop("max_drop", None)
+    if max_drop is None:
+        return None
+    if isinstance(max_drop, bool) or not isinstance(max_drop, (int, float)):
+        raise ConfigError(f"compress.max_drop must be a share of the validation set, such as 0.003, got {max_drop!r}")
+    nodes = [node for node in entries.values() if isinstance(node, Mapping)]
+    by_class = {find_class(str(node.get("_target_"))): node for node in nodes}
+    unknown = [found.__name__ for found in by_class if found not in (Prune, Quantize, Sparsify, Distil)]
+    if unknown:
+        raise ConfigError(f"compress.max_drop={max_drop}: lightkit does not search with {', '.join(unknown)}")
+    if Sparsify in by_class and (Prune not in by_class or Quantize in by_class):
+        raise ConfigError(f"compress.max_drop={max_drop} searches with zeros by compress=[prune,sparse] alone")
+    has_all = Prune not in by_class and Quantize not in by_class
+    distil: Mapping[str, Any] = by_class.get(Distil, {})
+    if distil.get("teacher") is not None:
+        raise ConfigError(f"compress.max_drop={max_drop} takes the trained model for the teacher of Distil, not a file")
+    request = CompressionRequest(
+        keep_macs=CompressionRequest.keep_macs if has_all or Prune in by_class else None,
+        bits=AUTO if has_all or Quantize in by_class else None,
+        zeros=by_class.get(Sparsify, {}).get("zeros"),
+        distil=distil.get("weight", 0.0),
+        max_drop=max_drop,
+        accelerator=str(config.trainer.get("accelerator", "auto")),
+        seed=config.seed,
+        output=str(Path(config.run_dir) / _DIRECTORY),
+    )
+    request.check()
+    return request
+
 
 def build_compression(config: DictConfig) -> list[Callback]:
-    """Builds the callbacks of the group ``compress``; an entry that is null is left out.
+    """Builds the callbacks of the group ``compress``; an entry that is null is left out, and with ``max_drop`` all are.
 
     Args:
         config: the configuration of the job.
@@ -33,11 +82,15 @@ def build_compression(config: DictConfig) -> list[Callback]:
     """
     entries = to_plain(config.get("compress")) or {}
     callbacks = []
+    searches = entries.pop("max_drop", None) is not None
     for name, node in entries.items():
         if node is None:
             continue
         if not isinstance(node, dict) or node.get("_target_") is None:
             raise ConfigError(f"compress.{name} must be null or have a _target_ that is a Callback, got {node!r}")
+        if searches:
+            # The entries say what the search after the training may change.
+            continue
         callback = build(_resolved(node, config))
         if not isinstance(callback, Callback):
             raise ConfigError(f"compress.{name} must be null or have a _target_ that is a Callback, got {callback!r}")

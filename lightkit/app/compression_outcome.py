@@ -30,6 +30,7 @@ class CompressionOutcome:
         zeros: the number of zeros and of all weights of each weight tensor, by name; {} without masks.
         layers: the ``bits`` and the relative ``error`` of each rounded weight, by name: see `layer_errors`.
         sizes: the bytes of what is deployed, ``raw`` and ``zipped``: see `lightkit.app.deployment.bytes_of`.
+        accuracy: the accuracy of the smaller model on the test set, where the run itself has tested the dense one.
     """
 
     macs: tuple[float, float] | None
@@ -37,6 +38,7 @@ class CompressionOutcome:
     zeros: dict[str, tuple[int, int]]
     layers: dict[str, dict[str, float]]
     sizes: dict[str, int]
+    accuracy: float | None = None
 
 
 def compression_outcome(
@@ -101,12 +103,16 @@ def outcome_metrics(outcome: CompressionOutcome) -> dict[str, float]:
         found["zeros"] = _share_of_zeros(outcome)
     if outcome.layers:
         found["bits"] = min(layer["bits"] for layer in outcome.layers.values())
+    if outcome.accuracy is not None:
+        found["accuracy"] = outcome.accuracy
     return {PREFIX + name: value for name, value in {**found, "zipped_bytes": outcome.sizes["zipped"]}.items()}
 
 
 def outcome_facts(outcome: CompressionOutcome) -> dict[str, str]:
     """Returns the key figures of an outcome as texts by name."""
     facts: dict[str, str] = {}
+    if outcome.accuracy is not None:
+        facts["accuracy once compressed"] = format_percentage(round(outcome.accuracy, 4))
     if outcome.macs is not None:
         left, dense = outcome.macs
         share = format_percentage(round(left / dense, 4))

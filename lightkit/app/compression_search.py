@@ -12,6 +12,7 @@ from lightkit.app.compression_job import CompressionJob, Trained
 from lightkit.app.compression_report import ACCURACY
 from lightkit.app.compression_request import AUTO
 from lightkit.compress import QuantizationScheme
+from lightkit.compress.prune import TooSmallError
 from lightkit.compress.sensitivity import measure_losses, order_of_bits
 from lightkit.compress.weight_formats import BITS, quantizable_weights
 from lightkit.errors import ConfigError
@@ -79,8 +80,12 @@ def _search_widths(job: CompressionJob, dense: float, max_drop: float, trials: l
     request = job.request
     scheme = QuantizationScheme(request.bits) if isinstance(request.bits, int) else None
 
-    def train(share: float) -> Trained:
-        return job.train(job.directory / f"keep_{share}", share, request.zeros, scheme, request.distil)
+    def train(share: float) -> Trained | None:
+        try:
+            return job.train(job.directory / f"keep_{share}", share, request.zeros, scheme, request.distil)
+        except TooSmallError as error:
+            print(error, flush=True)
+            return None
 
     found = _bisect(_SHARES, train, dense, max_drop, trials, lambda share: {"keep_macs": share})
     return None if found is None else found[1]
@@ -122,7 +127,7 @@ def _search_bits(job: CompressionJob, dense: float, max_drop: float, trials: lis
 
 def _bisect(
     candidates: Sequence[Candidate],
-    make: Callable[[Candidate], Trained],
+    make: Callable[[Candidate], Trained | None],
     dense: float,
     max_drop: float,
     trials: list[dict[str, Any]],
@@ -132,7 +137,7 @@ def _bisect(
 
     Args:
         candidates: the candidates, the largest model first.
-        make: makes the model of a candidate.
+        make: makes the model of a candidate; None if the model cannot become so small.
         dense: the accuracy of the dense model.
         max_drop: the largest drop.
         trials: the function adds an entry for each model that it makes.
@@ -145,6 +150,10 @@ def _bisect(
         middle = (low + high + 1) // 2 if is_first else (low + high) // 2
         is_first = False
         trained = make(candidates[middle])
+        if trained is None:
+            trials.append(describe(candidates[middle]))
+            high = middle - 1
+            continue
         drop = dense - trained.validation[_NAME]
         trials.append({**describe(candidates[middle]), "drop": drop})
         shown = ", ".join(

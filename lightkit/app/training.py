@@ -17,12 +17,14 @@ from lightkit._util.numbers import format_number, format_rate
 from lightkit._util.strategy_traits import TrafficCounter, traits_of
 from lightkit.app import auto_values, checks, factory, hyperparameters, profiling, report, run_files
 from lightkit.app.checks import lightning_errors_as_config_errors
+from lightkit.app.compression import find_request
 from lightkit.app.compression_outcome import (
     CompressionOutcome,
     compression_outcome,
     outcome_facts,
     outcome_metrics,
 )
+from lightkit.app.compression_request import CompressionRequest
 from lightkit.app.console import print_table
 from lightkit.app.factory import TrainingJob
 from lightkit.app.report.section import describe_error
@@ -48,11 +50,17 @@ def train(config: DictConfig) -> dict[str, Any]:
         LightkitError: the configuration, the data or the checkpoint cannot be used.
     """
     checks.check(config)
+    search = find_request(config)
     # The compilers, if needed, run while this process builds the data and the model.
     native.start()
     auto_values.resolve(config)
     started = time.perf_counter()
     job = factory.build(config)
+    if search is not None:
+        # It imports the exports and their runtimes, for which other jobs need not wait.
+        from lightkit.app.compression_after_training import check_job
+
+        check_job(job)
     # The job waits for the compilers here, so that neither the first step nor any timing includes the wait.
     waiting = time.perf_counter()
     native.load()
@@ -69,7 +77,7 @@ def train(config: DictConfig) -> dict[str, Any]:
         takes_part = job.trainer.is_global_zero or not traits_of(job.trainer.strategy).replicates_evaluation
         if job.tests and takes_part and _can_test(job):
             metrics |= _test(job)
-    outcome = _compression_outcome(job) if job.trainer.is_global_zero else None
+    outcome = _compression_outcome(job, search) if job.trainer.is_global_zero else None
     metrics |= {} if outcome is None else outcome_metrics(outcome)
     metrics["wall_seconds"] = time.perf_counter() - started
     if job.trainer.is_global_zero:
@@ -161,8 +169,15 @@ def _logged_metrics(job: TrainingJob) -> dict[str, Any]:
     return {name: value.item() for name, value in sorted(job.trainer.callback_metrics.items())}
 
 
-def _compression_outcome(job: TrainingJob) -> CompressionOutcome | None:
-    """Returns what the callbacks of compression have made of the model of the best checkpoint, or of the last one."""
+def _compression_outcome(job: TrainingJob, search: CompressionRequest | None) -> CompressionOutcome | None:
+    """Returns what the callbacks of compression have made of the model of the best checkpoint, or of the last one.
+
+    With a search they are those of the smallest model that it finds.
+    """
+    if search is not None:
+        from lightkit.app.compression_after_training import compress_trained
+
+        return compress_trained(job, search)
     best = getattr(job.trainer.checkpoint_callback, "best_model_path", None) or None
     try:
         if best is not None:

@@ -37,6 +37,10 @@ from lightkit.errors import CheckpointError, ConfigError
 _MEASURED_STEPS = 64
 
 
+class TooSmallError(ConfigError):
+    """An error in ``keep_macs``: no choice of units leaves so few multiply-adds."""
+
+
 class Prune(SaveWidths):
     """Removes units of any LightningModule while it trains: ``Trainer(callbacks=[Prune(keep_macs=0.25)])``.
 
@@ -263,7 +267,7 @@ class Prune(SaveWidths):
         self.dense_macs = macs if self.dense_macs is None else self.dense_macs
         smallest = sum(smallest_macs(graph, self.multiple) for _, graph in self._roots)
         if self._finished_rounds < self.rounds and smallest > self.keep_macs * self.dense_macs:
-            raise ConfigError(
+            raise TooSmallError(
                 f"Prune: keep_macs={self.keep_macs} is less than can be kept: the layers that stay as they are, and a "
                 f"sixteenth of the others, take {smallest / self.dense_macs:.3f} of the multiply-adds"
             )

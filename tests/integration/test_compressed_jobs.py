@@ -11,6 +11,7 @@ import torch
 import lightkit.app.training
 from lightkit.checkpoints import load_checkpoint
 from lightkit.compress import QUANTIZATION_KEY, WIDTHS_KEY
+from lightkit.errors import ConfigError
 
 pytestmark = pytest.mark.slow
 
@@ -121,3 +122,32 @@ def test_default_is_unchanged(job, tmp_path):
     assert WIDTHS_KEY not in checkpoint
     assert sum(value.numel() for value in checkpoint["state_dict"].values()) == 93_322
     assert isinstance(checkpoint["state_dict"]["model.features.0.weight"], torch.Tensor)
+
+
+def test_smallest_model(job, monkeypatch, tmp_path):
+    """`compress.max_drop` trains the whole model, and leaves the smallest one beside it."""
+    words = [*QUICK, "trainer.max_epochs=1", "compress=prune", "compress.max_drop=0.9"]
+    result = job(*words, "hydra.run.dir=runs/cnn/a", "test=true")
+    assert result.returncode == 0, result.stderr
+    assert WIDTHS_KEY not in load_checkpoint(tmp_path / "runs/cnn/a/checkpoints/best.ckpt")
+    found = load_checkpoint(tmp_path / "runs/cnn/a/compressed/checkpoints/best.ckpt")
+    assert found[WIDTHS_KEY]["model.features.3.weight"][0] < 64
+    metrics = json.loads((tmp_path / "runs/cnn/a/metrics.json").read_text())
+    assert metrics["compression/macs_left"] <= 0.18 and 0 <= metrics["compression/accuracy"] <= 1
+    assert "accuracy once compressed" in result.stdout and "dense, trained on" in result.stdout
+    result = job("ckpt_path=runs/cnn/a/compressed/deploy.ckpt", "output=x.json", command="evaluate")
+    assert json.loads((tmp_path / "x.json").read_text())["test/accuracy"] == metrics["compression/accuracy"]
+
+    result = job(*words, "strategy=ddp", "trainer.devices=2")
+    assert result.returncode == 1 and "compress.max_drop: the job has 2 processes" in result.stderr
+    result = job(*words, "~task.metrics.accuracy")
+    assert result.returncode == 1 and "compress.max_drop: the task has no metric accuracy" in result.stderr
+
+    def fail(path, request):
+        raise ConfigError("each model has lost more")
+
+    monkeypatch.setattr("lightkit.app.compression_after_training.compress_checkpoint", fail)
+    with pytest.warns(UserWarning, match="no smaller model: each model has lost more"):
+        result = job(*words, "hydra.run.dir=runs/cnn/b", "test=true")
+    assert result.returncode == 0, result.stderr
+    assert "test/accuracy" in json.loads((tmp_path / "runs/cnn/b/metrics.json").read_text())

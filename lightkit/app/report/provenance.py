@@ -16,7 +16,7 @@ from lightkit.app.runs.sweep_page import SWEEP_PAGE
 from lightkit.errors import DataError
 
 # The files and directories of a run that the report links to, beside its checkpoints.
-_LINKED = ("tensorboard", "metrics.csv", "metrics.json", "config.yaml", "train.log")
+_LINKED = ("compressed/report.html", "tensorboard", "metrics.csv", "metrics.json", "config.yaml", "train.log")
 
 # The number of checkpoints that are linked, and of differences that describe a run in the legend.
 _MAX_CHECKPOINTS = 6
