@@ -254,12 +254,16 @@ class Prune(SaveWidths):
         if calls is None:
             return
         self._recorder = None
-        graphs = [_trained_graph(call).with_dense_counts(self._dense_counts) for call in calls]
-        self._roots = [(call.module, graph) for call, graph in zip(calls, graphs, strict=True)]
-        self._dense_counts = {group.name: group.dense_count for graph in graphs for group in graph.groups}
+        self._roots = []
+        for call in calls:
+            graph = _trained_graph(call)
+            names = _names_in(pl_module, call.module, graph)
+            known = {group: self._dense_counts[name] for group, name in names.items() if name in self._dense_counts}
+            self._roots.append((call.module, graph.with_dense_counts(known)))
         self._count_widths(pl_module)
+        self._dense_counts = {name: dense for name, (dense, _) in self.widths.items()}
         macs = sum(graph.macs() for _, graph in self._roots)
-        if not any(graph.groups for _, graph in self._roots):
+        if not self.widths:
             reasons = {name: why for _, graph in self._roots for name, why in graph.kept.items()}
             shown = "; ".join(f"{name}: {why}" for name, why in list(reasons.items())[:3])
             raise ConfigError(f"Prune: no layer can lose units ({shown or 'no module with layers was called'})")
@@ -281,10 +285,10 @@ class Prune(SaveWidths):
             self._summed_steps = steps
 
     def _count_widths(self, pl_module: pl.LightningModule) -> None:
-        paths = {module: f"{name}." if name else "" for name, module in pl_module.named_modules()}
         self.widths = {
-            " + ".join(paths[root] + name for name in group.name.split(" + ")): (group.dense_count, len(group.units))
+            names[group.name]: (group.dense_count, len(group.units))
             for root, graph in self._roots
+            for names in [_names_in(pl_module, root, graph)]
             for group in graph.groups
         }
 
@@ -328,6 +332,13 @@ class Prune(SaveWidths):
             share = self.macs / self.dense_macs
             where = ", ".join(changed) or "no layer is changed in this round"
             print(f"pruned to {share:.1%} of the multiply-adds: {where}", flush=True)
+
+
+def _names_in(pl_module: pl.LightningModule, root: nn.Module, graph: UnitGraph) -> dict[str, str]:
+    """Returns the names of a graph's groups with the path of the graph's root in the whole module, by their own."""
+    path = next(name for name, module in pl_module.named_modules() if module is root)
+    prefix = f"{path}." if path else ""
+    return {group.name: " + ".join(prefix + name for name in group.name.split(" + ")) for group in graph.groups}
 
 
 def _units(graph: UnitGraph) -> Tensor:

@@ -133,6 +133,28 @@ def test_layers_called_by_the_step():
         fit(Parts(), Prune(0.5))
 
 
+def test_two_networks_of_one_shape():
+    """A step may call several networks, whose layers have the same names below them, and other widths."""
+
+    class Two(Module):
+        def __init__(self):
+            super().__init__()
+            self.other = nn.Sequential(nn.Flatten(), nn.Linear(64, 40), nn.ReLU(), nn.Linear(40, 2))
+            self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, 2))
+
+        def training_step(self, batch, batch_idx):
+            return nn.functional.cross_entropy(self.net(batch[0]) + self.other(batch[0]), batch[1])
+
+    torch.manual_seed(0)
+    module, prune = Two(), Prune(0.5, rounds=2)
+    fit(module, prune)
+    assert prune.widths == {
+        "net.1": (12, module.net[1].out_features),
+        "other.1": (40, module.other[1].out_features),
+    }
+    assert prune.state_dict()["dense_counts"] == {"net.1": 12, "other.1": 40}
+
+
 class Mean(WeightAveraging):
     def should_update(self, step_idx=None, epoch_idx=None):
         return True
