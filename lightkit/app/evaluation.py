@@ -16,7 +16,7 @@ from lightkit.app.parts import model_of
 from lightkit.app.restore import RestoredTask, model_errors_as_checkpoint_errors
 from lightkit.config import build
 from lightkit.data import MNIST, TableDataModule, Text
-from lightkit.data.tables.advice import settings_named
+from lightkit.data.advice import settings_named
 from lightkit.errors import CheckpointError, ConfigError
 from lightkit.strategies import tpu
 

@@ -32,7 +32,7 @@ from lightkit.callbacks import Throughput
 from lightkit.callbacks.throughput import rate_name
 from lightkit.checkpoints import load_checkpoint, load_weights
 from lightkit.compress.magnitudes import is_sharded
-from lightkit.data.tables.advice import settings_named
+from lightkit.data.advice import settings_named
 from lightkit.loops.hooks import is_overridden
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lightkit._util.printable import printable
+from lightkit.data.advice import advise
 from lightkit.data.tables import Table, TableSettings, Times, read_table
-from lightkit.data.tables.advice import advise
 from lightkit.data.tables.table import CellDataError
 from lightkit.data.time_steps import Steps, find_steps, in_order
 from lightkit.errors import DataError

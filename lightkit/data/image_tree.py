@@ -12,9 +12,9 @@ from pathlib import Path
 
 from lightkit._util.printable import few, printable
 from lightkit._util.regular_files import kind_of_missing
+from lightkit.data.advice import advise
 from lightkit.data.image_decoder import FORMATS
 from lightkit.data.image_walk import ImageFile, Walk, is_hidden, walk_images, warn_of_others
-from lightkit.data.tables.advice import advise
 from lightkit.errors import DataError
 from lightkit.targets import nearest
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from lightkit._util.atomic_write import write_atomically
 from lightkit._util.cache_dir import cache_root
+from lightkit.data.advice import advise
 from lightkit.data.idx import MAX_BYTES, read_idx, read_idx_shape
 from lightkit.data.images import ImageDataModule, ImageSet, check_same_size
 from lightkit.errors import DataError
@@ -145,11 +146,12 @@ class MNIST(ImageDataModule):
         return f"{type(self).__name__} is not on this machine (looked in {looked})"
 
     def _no_network(self, tried: list[str]) -> str:
-        ways = [f"put the four files into a directory and pass data.data_dir=DIRECTORY ({', '.join(_FILES.values())})"]
+        files = ", ".join(_FILES.values())
+        ways = [f"put the four files into a directory and pass {advise('data_dir=DIRECTORY')} ({files})"]
         if self.debian_package:
             ways.append(f"on Debian and Ubuntu: apt-get install {self.debian_package}")
         else:
-            ways.append("train on data=mnist_5k, 5,000 of its digits, which needs no network")
+            ways.append("train on mnist_5k (lightkit.data.MNIST5k), 5,000 of its digits, which needs no network")
         return (
             f"{self._not_here()} and could not be downloaded:\n  "
             + "\n  ".join(tried)

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from lightkit.data.advice import advise
 from lightkit.data.batches import TensorBatches, after_setup, check_positive, shard_kwargs
 from lightkit.data.bigram import bits_per_byte
 from lightkit.data.folds import Fold, Foldable
@@ -104,18 +105,22 @@ class Text(Foldable, pl.LightningDataModule):
 
     def _remedy(self, part: str) -> str:
         """Returns what fills a part of the text that is shorter than a window."""
+        context = f"a smaller {advise('context')} ({self.context})"
         if self.fold is not None and part != "test":
-            return f"fewer folds than {self.fold.count} or a smaller data.context ({self.context}) helps"
+            return f"fewer folds than {self.fold.count} or {context} helps"
         if part == "train":
-            keys = f"smaller data.validation_share ({self.validation_share}) and data.test_share ({self.test_share})"
+            names = advise("validation_share"), advise("test_share")
+            keys = f"smaller {names[0]} ({self.validation_share}) and {names[1]} ({self.test_share})"
         else:
             share = self.validation_share if part == "validation" else self.test_share
-            keys = f"a larger data.{part}_share ({share})"
-        remedy = f"{keys} or a smaller data.context ({self.context}) helps"
+            keys = f"a larger {advise(f'{part}_share')} ({share})"
+        remedy = f"{keys} or {context} helps"
         if self._root().is_dir():
             # A few files, however long, may all fall into one part.
             remedy = f"of a folder each file goes to one part as a whole; {remedy}, as does a single file for all texts"
-        return f"{remedy}; data.validation_share=0 trains without validation" if part == "validation" else remedy
+        if part == "validation":
+            return f"{remedy}; {advise('validation_share=0')} trains without validation"
+        return remedy
 
     def _root(self) -> Path:
         return Path(sysconfig.get_paths()["stdlib"]) if self.path is None else Path(self.path)

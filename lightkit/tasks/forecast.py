@@ -93,7 +93,7 @@ class ForecastTask(Task):
             ConfigError: the Trainer's precision is ``16-true`` or ``bf16-true``.
         """
         if self.trainer.precision in ("16-true", "bf16-true"):
-            raise ConfigError("a series cannot be represented in half precision: use trainer.precision=bf16-mixed")
+            raise ConfigError("a series cannot be represented in half precision: use the precision bf16-mixed")
         data: Any = getattr(self.trainer, "datamodule", None)
         if stage == "fit" and hasattr(data, "scale"):
             center, scale = data.scale(self.relative)

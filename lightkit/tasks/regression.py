@@ -69,7 +69,7 @@ class RegressionTask(Task):
             ConfigError: the Trainer's precision is ``16-true`` or ``bf16-true``.
         """
         if self.trainer.precision in ("16-true", "bf16-true"):
-            raise ConfigError("targets cannot be represented in half precision: use trainer.precision=bf16-mixed")
+            raise ConfigError("targets cannot be represented in half precision: use the precision bf16-mixed")
         data: Any = getattr(self.trainer, "datamodule", None)
         if stage == "fit" and hasattr(data, "target_scale"):
             center, scale = data.target_scale()

@@ -138,7 +138,7 @@ def test_incomplete_directory(tmp_path):
         FashionMNIST(data_dir=str(tmp_path)).prepare_data()
 
 
-@pytest.mark.parametrize(("module", "way_out"), [(MNIST, "data=mnist_5k"), (FashionMNIST, "dataset-fashion-mnist")])
+@pytest.mark.parametrize(("module", "way_out"), [(MNIST, "train on mnist_5k"), (FashionMNIST, "dataset-fashion-mnist")])
 def test_no_network(tmp_path, monkeypatch, module, way_out):
     """Without a network the error names the mirrors and the two ways out."""
     monkeypatch.setenv("LIGHTKIT_CACHE_DIR", str(tmp_path))
@@ -148,7 +148,7 @@ def test_no_network(tmp_path, monkeypatch, module, way_out):
         module().prepare_data()
     message = str(error.value)
     assert all(mirror in message for mirror in module.mirrors)
-    assert "data.data_dir=DIRECTORY" in message and way_out in message
+    assert "pass data_dir=DIRECTORY" in message and way_out in message
 
 
 def test_download_is_checked(tmp_path, monkeypatch):

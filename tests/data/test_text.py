@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightkit.data import Text, bigram
+from lightkit.data.advice import settings_named
 from lightkit.data.text import library_files, text_files
 from lightkit.errors import DataError
 
@@ -293,7 +294,7 @@ def test_too_short(tmp_path, folder):
     (tmp_path / "short").write_bytes(b"x" * 1000)
     short = (
         r"the validation part of .*short has 50 bytes, .* = 129; .* test 50; a larger "
-        r"data\.validation_share \(0\.05\) or a smaller data\.context \(128\) helps; data\.validation_share=0 trains"
+        r"validation_share \(0\.05\) or a smaller context \(128\) helps; validation_share=0 trains"
     )
     with pytest.raises(DataError, match=short):
         Text(str(tmp_path / "short")).setup()
@@ -311,11 +312,15 @@ def test_few_small_files(tmp_path):
     with pytest.raises(DataError) as error:
         Text(str(tmp_path), context=16, validation_share=0.02).setup()
     assert "\n" not in str(error.value) and "the validation part" in str(error.value)
-    helps = ("data.validation_share (0.02)", "data.context (16)", "a single file", "data.validation_share=0 trains")
-    assert all(text in str(error.value) for text in helps)
+    helps = ("validation_share (0.02)", "context (16)", "a single file", "validation_share=0 trains")
+    assert all(text in str(error.value) for text in helps) and "data." not in str(error.value)
+    # The commands have the same settings below data.
+    with pytest.raises(DataError) as error, settings_named("data."):
+        Text(str(tmp_path), context=16, validation_share=0.02).setup()
+    assert all(f"data.{text}" in str(error.value) for text in helps if text != "a single file")
     Text(str(tmp_path), context=16, validation_share=0.3, test_share=0.2).setup()
     Text(str(tmp_path), context=16, validation_share=0, test_share=0.2).setup()
-    with pytest.raises(DataError, match=r"the test part .* a larger data\.test_share \(0\.01\)"):
+    with pytest.raises(DataError, match=r"the test part .* a larger test_share \(0\.01\)"):
         Text(str(tmp_path), context=16, validation_share=0.3, test_share=0.01).setup()
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightkit._util.regular_files import open_regular
-from lightkit.data.tables.advice import advise
+from lightkit.data.advice import advise
 from lightkit.errors import DataError
 
 # The limit in bytes of a file, and of what it is compressed from.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightkit.data.tables.advice import advise
+from lightkit.data.advice import advise
 from lightkit.data.tables.cell_kinds import kind_of
 from lightkit.data.tables.grid import Grid
 from lightkit.errors import DataError

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from lightkit.data.tables.advice import advise
+from lightkit.data.advice import advise
 from lightkit.data.tables.cell_kinds import Kind, kind_of
 from lightkit.data.tables.grid import Grid
 from lightkit.data.tables.numbers import AmbiguousMark, CellError, Numbers, find_decimal, is_gap, parse_numbers

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from lightkit._util.installation import how_to_install
+from lightkit.data.advice import advise
 from lightkit.data.tables import grid as limits
-from lightkit.data.tables.advice import advise
 from lightkit.data.tables.cell_kinds import kind_of
 from lightkit.data.tables.file_content import Text
 from lightkit.data.tables.grid import Grid

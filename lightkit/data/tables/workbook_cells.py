@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from lightkit._util.installation import how_to_install
+from lightkit.data.advice import advise
 from lightkit.data.tables import grid as limits
-from lightkit.data.tables.advice import advise
 from lightkit.data.tables.file_content import MAX_BYTES
 from lightkit.data.tables.grid import Grid
 from lightkit.data.tables.settings import TableSettings

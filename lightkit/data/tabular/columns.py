@@ -10,8 +10,8 @@ from typing import Literal
 import numpy as np
 
 from lightkit._util.printable import printable
+from lightkit.data.advice import advise
 from lightkit.data.tables import Numbers, Table
-from lightkit.data.tables.advice import advise
 from lightkit.data.tables.numbers import is_gap, looks_like_number
 from lightkit.data.tables.table import CellDataError
 from lightkit.data.tables.times import Times

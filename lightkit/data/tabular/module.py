@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from lightkit._util.printable import printable
+from lightkit.data.advice import advise
 from lightkit.data.batches import TensorBatches, after_setup, shard_kwargs, to_training_device
 from lightkit.data.folds import Fold, Foldable
 from lightkit.data.tables import Table, TableSettings, read_table
-from lightkit.data.tables.advice import advise
 from lightkit.data.tabular import baselines
 from lightkit.data.tabular.encoding import TableEncoding
 from lightkit.data.tabular.frames import frame_to_table, is_frame

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lightkit._util.printable import few, printable
+from lightkit.data.advice import advise
 from lightkit.data.folds import Fold
 from lightkit.data.tables import Table
-from lightkit.data.tables.advice import advise
 from lightkit.data.tabular.columns import RawColumn, find_column, listed, read_column, unique_names
 from lightkit.data.tabular.encoding import MAX_FEATURES, TableEncoding
 from lightkit.data.tabular.features import MAX_ALL_CATEGORIES, MAX_CATEGORIES, Feature, fit_feature

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from lightkit.data.advice import advise
 from lightkit.data.folds import Fold
 from lightkit.data.images import stratified_split
 from lightkit.data.tables import Table
-from lightkit.data.tables.advice import advise
 from lightkit.errors import DataError
 
 # A class of fewer rows stays in the training as a whole.

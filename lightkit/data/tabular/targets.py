@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from lightkit._util.printable import few, printable
+from lightkit.data.advice import advise
 from lightkit.data.tables import Table
-from lightkit.data.tables.advice import advise
 from lightkit.data.tables.table import CellDataError
 from lightkit.data.tabular.columns import RawColumn, read_column
 from lightkit.errors import DataError

@@ -15,7 +15,7 @@ from lightkit.app.factory import build_task
 from lightkit.app.prediction.request import COLUMN_FIELDS, TABLE_FIELDS, PredictionRequest
 from lightkit.app.restore import RestoredTask
 from lightkit.data import Series
-from lightkit.data.tables.advice import advise, settings_named
+from lightkit.data.advice import advise, settings_named
 from lightkit.errors import ConfigError, DataError
 
 
