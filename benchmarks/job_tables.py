@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from markdown_tables import figures, fixed, layout, line, ratio, table
-from recorded import Row, describe_machine, index, latest
+from recorded import Row, describe_machine, every, index, latest
+
+# The folder of all tests, in the rows of versions.
+_ALL = "tests"
 
 # The names of contenders in the rows, as a reader knows them.
 _CONTENDERS = {
@@ -329,7 +332,14 @@ def campaigns() -> list[str]:
 @table("versions")
 def versions() -> list[str]:
     """Returns the table of the fast tests with other versions of Python and torch."""
-    rows = latest("versions", "python", "torch", "tests")
+    found: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in every("versions"):
+        environment = found.setdefault((row["python"], row["torch"]), {})
+        # A row of all tests stands for the rows of parts before it.
+        if row["tests"] == _ALL:
+            environment.clear()
+        environment[row["tests"]] = row
+    rows = [row for environment in found.values() for row in environment.values()]
     rows.sort(key=lambda row: [int(part) for part in row["python"].split(".")])
     columns = ("python", "torch", "lightning", "numpy", "passed", "failed", "skipped", "note")
     header = ["Python", "torch", "Lightning", "NumPy", "passed", "failed", "skipped", "note", "tests"]
@@ -338,7 +348,7 @@ def versions() -> list[str]:
 
 
 def _extent(tests: str) -> str:
-    return "all fast ones" if tests == "tests" else f"{len(tests.split())} folders and files"
+    return "all fast ones" if tests == _ALL else f"{len(tests.split())} folders and files"
 
 
 def _sum(rows: list[Row], column: str) -> int:

@@ -10,6 +10,12 @@ RESULTS = Path(__file__).parent / "results"
 Row = dict[str, str]
 
 
+def every(name: str) -> list[Row]:
+    """Returns all rows of a file in results/, ``name`` without ``.csv``, the oldest first."""
+    with open(RESULTS / f"{name}.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def latest(name: str, *key: str, on_gpu: bool = False) -> list[Row]:
     """Returns the last row for each value of the key, in the order in which the values appear first.
 
@@ -18,8 +24,7 @@ def latest(name: str, *key: str, on_gpu: bool = False) -> list[Row]:
         key: columns that tell measurements apart; without any, all rows of the last day and machine are returned.
         on_gpu: whether to take the rows of NVIDIA's devices or those of all others.
     """
-    with open(RESULTS / f"{name}.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if ("NVIDIA" in row.get("device", "")) == on_gpu]
+    rows = [row for row in every(name) if ("NVIDIA" in row.get("device", "")) == on_gpu]
     if not key:
         return [row for row in rows if all(row[k] == rows[-1][k] for k in ("date", "device", "threads"))]
     return list({tuple(row[column] for column in key): row for row in rows}.values())
