@@ -12,7 +12,7 @@ from lightkit.app.compression_measurements import measure_in_runtimes, measure_m
 from lightkit.app.compression_outcome import compression_outcome
 from lightkit.app.compression_report import Comparison, content, page
 from lightkit.app.compression_request import CompressionRequest
-from lightkit.app.compression_search import search
+from lightkit.app.compression_search import dense_accuracy, search
 from lightkit.app.deployment import write_deployed
 from lightkit.checkpoints import load_checkpoint
 from lightkit.compress import QuantizationScheme
@@ -34,19 +34,22 @@ def compress_checkpoint(path: Path, request: CompressionRequest) -> Comparison:
     """
     request.check()
     directory = Path(request.output) if request.output is not None else path.with_name(f"{path.stem}-compressed")
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"output={directory} is a file; give a new directory")
     if directory.exists() and any(directory.iterdir()):
         raise ConfigError(f"output={directory} holds files already; give another directory")
     native.start()
     job = CompressionJob(path, request, directory)
     native.load()
     trials: list[dict[str, Any]] = []
+    dense = dense_accuracy(job) if request.max_drop is not None else None
     models: dict[str, Any] = {"dense": job.restored.task}
     if request.compare and job.epochs > 0:
         # The dense model comes first: it is the better teacher after the same training.
         models["dense, trained on"] = job.train(directory / "dense").task
         job.teacher = models["dense, trained on"].model
-    if request.max_drop is not None:
-        compressed, trials = search(job)
+    if dense is not None:
+        compressed, trials = search(job, dense)
     else:
         compressed = _compress(job)
     models["compressed"] = compressed.task

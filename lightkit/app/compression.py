@@ -19,9 +19,10 @@ from lightkit.compress import Distil, Prune, Quantize, Sparsify
 from lightkit.config import build, to_plain
 from lightkit.errors import ConfigError
 from lightkit.targets import find_class
+from lightkit.tasks import ForecastTask, RegressionTask
 
 # The tasks of lightkit whose outputs are values.
-_VALUE_TASKS = ("lightkit.tasks.ForecastTask", "lightkit.tasks.RegressionTask")
+_VALUE_TASKS = (ForecastTask, RegressionTask)
 
 # The directory of the results of a search, in that of the run.
 _DIRECTORY = "compressed"
@@ -45,8 +46,7 @@ def find_request(config: DictConfig) -> CompressionRequest | None:
         return None
     if isinstance(max_drop, bool) or not isinstance(max_drop, (int, float)):
         raise ConfigError(f"compress.max_drop must be a share of the validation set, such as 0.003, got {max_drop!r}")
-    nodes = [node for node in entries.values() if isinstance(node, Mapping)]
-    by_class = {find_class(str(node.get("_target_"))): node for node in nodes}
+    by_class = {_class_of(name, node): node for name, node in entries.items() if node is not None}
     unknown = [found.__name__ for found in by_class if found not in (Prune, Quantize, Sparsify, Distil)]
     if unknown:
         raise ConfigError(f"compress.max_drop={max_drop}: lightkit does not search with {', '.join(unknown)}")
@@ -67,6 +67,9 @@ def find_request(config: DictConfig) -> CompressionRequest | None:
         output=str(Path(config.run_dir) / _DIRECTORY),
     )
     request.check()
+    if by_class:
+        settings = [name for name in ("zeros", "weight") if any(name in node for node in by_class.values())]
+        print(f"compress.max_drop: the search takes {' and '.join(settings) or 'no value'} from compress, no others")
     return request
 
 
@@ -86,8 +89,7 @@ def build_compression(config: DictConfig) -> list[Callback]:
     for name, node in entries.items():
         if node is None:
             continue
-        if not isinstance(node, dict) or node.get("_target_") is None:
-            raise ConfigError(f"compress.{name} must be null or have a _target_ that is a Callback, got {node!r}")
+        _class_of(name, node)
         if searches:
             # The entries say what the search after the training may change.
             continue
@@ -101,13 +103,21 @@ def build_compression(config: DictConfig) -> list[Callback]:
     return sorted(callbacks, key=lambda callback: not isinstance(callback, Distil))
 
 
+def _class_of(name: str, node: Any) -> type:
+    """Returns the class of the entry ``name`` of the group."""
+    if not isinstance(node, dict) or node.get("_target_") is None:
+        raise ConfigError(f"compress.{name} must be null or have a _target_ that is a Callback, got {node!r}")
+    return find_class(str(node["_target_"]))
+
+
 def _resolved(node: dict[str, Any], config: DictConfig) -> dict[str, Any]:
     """Returns the configuration of a callback, in which the teacher of `Distil` is a module and its targets a kind."""
     if find_class(str(node["_target_"])) is not Distil:
         return node
     node = dict(node)
     if node.get("targets") == "auto":
-        node["targets"] = "values" if str(config.task.get("_target_")) in _VALUE_TASKS else "classes"
+        task = find_class(str(config.task.get("_target_")))
+        node["targets"] = "values" if isinstance(task, type) and issubclass(task, _VALUE_TASKS) else "classes"
     if isinstance(node.get("teacher"), str):
         node["teacher"] = load_teacher(node["teacher"])
     return node

@@ -8,10 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from lightkit.app.compressing import compress_checkpoint
+from lightkit.app.compression_job import lacking_loader
 from lightkit.app.compression_outcome import CompressionOutcome
 from lightkit.app.compression_report import ACCURACY, print_comparison
 from lightkit.app.compression_request import CompressionRequest
 from lightkit.app.factory import TrainingJob
+from lightkit.app.report.section import describe_error
 from lightkit.config import to_plain
 from lightkit.errors import ConfigError, LightkitError
 from lightkit.tasks.task import Task
@@ -30,6 +32,8 @@ def check_job(job: TrainingJob) -> None:
         reason = f"{type(job.task).__name__} is no task of lightkit.tasks"
     elif (to_plain(job.config.task).get("metrics") or {}).get(ACCURACY) is None:
         reason = "the task has no metric accuracy"
+    elif (lacking := lacking_loader(job.data, "val_dataloader", "test_dataloader")) is not None:
+        reason = f"{type(job.data).__name__} has no {lacking}"
     elif not hasattr(job.trainer.checkpoint_callback, "best_model_path"):
         reason = "the job has no callback that saves the best checkpoint; leave callbacks=default in"
     if reason is not None:
@@ -54,9 +58,10 @@ def compress_trained(job: TrainingJob, request: CompressionRequest) -> Compressi
         if not best.is_file():
             raise ConfigError("the training has saved no best checkpoint")
         comparison = compress_checkpoint(best, request)
-    except LightkitError as error:
+    except Exception as error:
         # The training is done, and must not end in an error.
-        warnings.warn(f"no smaller model: {error}", stacklevel=2)
+        reason = error if isinstance(error, LightkitError) else describe_error(error)
+        warnings.warn(f"no smaller model: {reason}", stacklevel=2)
         return None
     print_comparison(comparison)
     accuracy = comparison.columns["compressed"].get(f"test/{ACCURACY}")

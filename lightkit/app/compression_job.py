@@ -37,6 +37,7 @@ from lightkit.compress.calibration import Calibration
 from lightkit.compress.save_widths import SaveWidths
 from lightkit.data import TableDataModule
 from lightkit.errors import ConfigError
+from lightkit.loops.hooks import is_overridden
 from lightkit.optim import Adam
 from lightkit.tasks import ForecastTask, RegressionTask
 from lightkit.tasks.task import Task
@@ -70,6 +71,11 @@ class Trained:
     callbacks: list[Callback]
 
 
+def lacking_loader(data: pl.LightningDataModule, *names: str) -> str | None:
+    """Returns the first of some methods, such as ``test_dataloader``, that a data module lacks; None if none is."""
+    return next((name for name in names if not is_overridden(name, data, pl.LightningDataModule)), None)
+
+
 class CompressionJob:
     """The trainings and measurements of models that all begin with one checkpoint.
 
@@ -84,7 +90,8 @@ class CompressionJob:
         epochs: the number of epochs of a training.
 
     Raises:
-        ConfigError: the checkpoint is of another task than lightkit's, or of a quantized model.
+        ConfigError: the checkpoint is of another task than lightkit's, or of a quantized model; or its data have no
+            test set.
     """
 
     def __init__(self, path: Path, request: CompressionRequest, directory: Path) -> None:
@@ -95,6 +102,8 @@ class CompressionJob:
             raise ConfigError(f"{type(self.restored.task).__name__} is no task of lightkit.tasks with a model")
         if QUANTIZATION_KEY in self.restored.checkpoint:
             raise ConfigError(f"{path} is of a quantized model; compress the checkpoint of a model in float")
+        if lacking_loader(data := self._build_data(), "test_dataloader") is not None:
+            raise ConfigError(f"{type(data).__name__} has no test_dataloader, with which the models are compared")
         self.teacher = model
         trainer = self.restored.config.get("trainer")
         epochs = trainer.get("max_epochs") if isinstance(trainer, dict) else None
@@ -159,12 +168,13 @@ class CompressionJob:
             if not path:
                 # Without validation data the last weights are the best.
                 trainer.save_checkpoint(path := str(directory / "best.ckpt"))
-            found = trainer.validate(task, datamodule=data, ckpt_path=path, verbose=False)
+            is_validated = lacking_loader(data, "val_dataloader") is None
+            found = trainer.validate(task, datamodule=data, ckpt_path=path, verbose=False) if is_validated else []
         levels = apply_quantization(task, load_checkpoint(path))
         return Trained(task, dict(found[0]) if found else {}, Path(path), levels, compression)
 
     def calibrate(self, scheme: QuantizationScheme, bits: int) -> tuple[Task, Calibration]:
-        """Returns a copy of the dense model, and what samples of the training data say of it.
+        """Returns a copy of the dense model, and its `Calibration` on samples of the training data.
 
         Args:
             scheme: decides which inputs are rounded.
@@ -209,13 +219,17 @@ class CompressionJob:
 
         def run() -> dict[str, float]:
             with lightning_errors_as_config_errors():
-                found = self._trainer([]).validate(task, DataLoader(batches, batch_size=None), verbose=False)
+                # These are no shares of the validation set, which the limits of the run speak of.
+                trainer = self._trainer([], limit_val_batches=1.0)
+                found = trainer.validate(task, DataLoader(batches, batch_size=None), verbose=False)
             return dict(found[0]) if found else {}
 
         return run
 
     def validate(self, task: pl.LightningModule) -> dict[str, float]:
-        """Returns the metrics of a task on the validation set."""
+        """Returns the metrics of a task on the validation set; {} without one."""
+        if lacking_loader(self._build_data(), "val_dataloader") is not None:
+            return {}
         with lightning_errors_as_config_errors():
             found = self._trainer([]).validate(task, datamodule=self._build_data(), verbose=False)
         return dict(found[0]) if found else {}
@@ -250,12 +264,12 @@ class CompressionJob:
             if (type(value) is int and value > 0) or (type(value) is float and 0 < value <= 1)
         }
 
-    def _trainer(self, callbacks: Sequence[Callback]) -> pl.Trainer:
+    def _trainer(self, callbacks: Sequence[Callback], **limits: float) -> pl.Trainer:
         return pl.Trainer(
             accelerator=self.request.accelerator,
             devices=1,
             max_epochs=max(1, self.epochs),
-            **self._limits(),
+            **{**self._limits(), **limits},
             precision=precision_of(self.restored),  # pyright: ignore[reportArgumentType]
             plugins=[AtomicCheckpointIO(plain_hyperparameters=True), *cluster.plugins()],
             logger=False,

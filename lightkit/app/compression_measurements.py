@@ -34,13 +34,17 @@ def measure_models(job: CompressionJob, tasks: Mapping[str, Task]) -> dict[str, 
     columns: dict[str, dict[str, Any]] = {}
     models: dict[str, nn.Module] = {}
     inputs: list[tuple[Any, ...]] = []
+
+    def keep_first(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        if not inputs:
+            inputs.append(arguments)
+
     for name, task in tasks.items():
         model = model_of(task)
         assert model is not None
         recorder = TestRecorder()
-        hook = model.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments))
-        metrics = job.test(task, [recorder])
-        hook.remove()
+        with model.register_forward_pre_hook(keep_first):
+            metrics = job.test(task, [recorder])
         count = len(next(iter(recorder.result().values()), ()))
         columns[name] = {**metrics, "test samples": count}
         share = metrics.get(f"test/{ACCURACY}")

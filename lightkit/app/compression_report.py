@@ -102,7 +102,7 @@ def page(comparison: Comparison, path: Path, epochs: int) -> str:
         for name, texts in rows(comparison)
     )
     note = (
-        f"<p>The compressed model and the dense one that was trained on had {epochs} epochs from {escape(str(path))}. "
+        f"<p>All models begin with {escape(str(path))}. Each training has {epochs} epochs, those of a search included. "
         "The interval of an accuracy has 95 %. Latencies are medians of calls in turn on this machine.</p>"
     )
     tables: dict[str, str] = {}

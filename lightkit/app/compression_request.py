@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightkit.compress import QuantizationScheme
+from lightkit.compress import Prune, QuantizationScheme, Sparsify
 from lightkit.errors import ConfigError
 
 # The value of ``bits`` with which max_drop finds the bits of each weight.
@@ -47,6 +47,13 @@ class CompressionRequest:
             )
         if self.max_drop is not None and not 0 <= self.max_drop < 1:
             raise ConfigError(f"max_drop must be a share of the validation set from 0 to below 1, got {self.max_drop}")
+        # The callbacks know their ranges; they are built again only after the dense model is trained.
+        if self.keep_macs is not None:
+            Prune(self.keep_macs)
+        if self.zeros is not None:
+            Sparsify(self.zeros)
+        if self.bits == 2 and self.zeros is not None:
+            raise ConfigError("zeros do not go with bits=2, which has no zero: give bits=3 or zeros=null")
         if not 0 <= self.distil <= 1:
             raise ConfigError(f"distil must be a number from 0 to 1, got {self.distil}")
         if self.epochs is not None and self.epochs < 0:
@@ -58,5 +65,7 @@ class CompressionRequest:
             raise ConfigError(
                 "epochs=0 rounds the weights without a training: give bits, and keep_macs=null, which needs a training"
             )
+        if self.epochs == 0 and self.distil > 0:
+            raise ConfigError(f"distil={self.distil} needs a training, and epochs=0 makes none")
         if not self.lr > 0:
             raise ConfigError(f"lr must be positive, got {self.lr}")

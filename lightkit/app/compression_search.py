@@ -31,8 +31,20 @@ _NAME = f"val/{ACCURACY}"
 Candidate = TypeVar("Candidate")
 
 
-def search(job: CompressionJob) -> tuple[Trained, list[dict[str, Any]]]:
-    """Returns the smallest model that keeps the accuracy of the dense one but for ``max_drop``, and what was tried.
+def dense_accuracy(job: CompressionJob) -> float:
+    """Returns the accuracy of the dense model on the validation set, from which ``max_drop`` counts.
+
+    Raises:
+        ConfigError: the task has no validation accuracy.
+    """
+    found = job.validate(job.restored.task).get(_NAME)
+    if found is None:
+        raise ConfigError("max_drop needs a task with the metric accuracy and validation data, which this one has not")
+    return found
+
+
+def search(job: CompressionJob, dense: float) -> tuple[Trained, list[dict[str, Any]]]:
+    """Returns the smallest model whose accuracy is at most ``max_drop`` below the dense one, and what was tried.
 
     First the widths of the layers, unless ``keep_macs`` is null: by bisection, with a training for each share of the
     multiply-adds. Then, with ``bits=auto``, the bits of each weight: the weights lose bits in the order of their
@@ -41,15 +53,13 @@ def search(job: CompressionJob) -> tuple[Trained, list[dict[str, Any]]]:
 
     Args:
         job: the job, whose request has ``max_drop``.
+        dense: the accuracy of the dense model: see `dense_accuracy`.
 
     Raises:
-        ConfigError: the task has no validation accuracy, or each model has lost more.
+        ConfigError: each model has lost more.
     """
     request = job.request
     assert request.max_drop is not None
-    dense = job.validate(job.restored.task).get(_NAME)
-    if dense is None:
-        raise ConfigError("max_drop needs a task with the metric accuracy, which this one has not")
     trials: list[dict[str, Any]] = []
     best: Trained | None = None
     has_bits = request.bits == AUTO
@@ -110,7 +120,8 @@ def _search_bits(job: CompressionJob, dense: float, max_drop: float, trials: lis
 
     def train(bits: dict[str, int]) -> Trained:
         layers = {glob.escape(name): count for name, count in bits.items()}
-        name = f"bits_{describe(bits)['bits']:.2f}"
+        # Neighbours may have the same mean of bits.
+        name = f"bits_{order.index(bits)}"
         return job.train(job.directory / name, scheme=replace(scheme, layers=layers), distil=job.request.distil)
 
     found = _bisect(order, round, dense, max_drop, trials, lambda bits: describe(bits) | {"trained": "no"})

@@ -21,7 +21,7 @@ from lightkit.app.exported import read_export
 from lightkit.app.parts import required_names, taken_parts
 from lightkit.checkpoints import CONFIG_KEY, check_weights, load_checkpoint, load_weights
 from lightkit.checkpoints.training_state import checked_weights
-from lightkit.compress.packing import unpacked_weights
+from lightkit.compress.packing import packed_shapes, unpacked_weights
 from lightkit.compress.quantization import apply_quantization
 from lightkit.compress.widths import WIDTHS_KEY, apply_widths
 from lightkit.data import ImageFolder, TableDataModule
@@ -126,14 +126,16 @@ def restore(
         raise CheckpointError(f"the configuration in {path} has no task")
     config = {key: config.get(key) for key in _CONFIG_KEYS}
     untrusted.check_plain(config)
-    weights = {**checked_weights(checkpoint, path), **unpacked_weights(checkpoint)}
+    # Packed weights take memory of their own only where they fit the model.
+    weights = {**checked_weights(checkpoint, path), **packed_shapes(checkpoint)}
     if not for_evaluation:
         # A task without a loss has no place for the loss's class weights.
         weights = {name: value for name, value in weights.items() if not name.startswith("loss.")}
     if model is not None:
         task = model if isinstance(model, pl.LightningModule) else _build_task(config, for_evaluation, model)
         apply_widths(task, checkpoint)
-        load_weights(task, {"state_dict": weights}, path)
+        check_weights(task, {"state_dict": weights}, path)
+        load_weights(task, {"state_dict": weights | unpacked_weights(checkpoint)}, path)
         apply_quantization(task, checkpoint)
         return RestoredTask(config, task.eval(), checkpoint)
     with torch.device("meta"), _limit_parameters(2 * len(weights) + _EXTRA_PARAMETERS):
@@ -150,7 +152,7 @@ def restore(
     task = _build_task(config, for_evaluation, exported)
     if exported is None:
         apply_widths(task, checkpoint)
-    load_weights(task, {"state_dict": weights}, path)
+    load_weights(task, {"state_dict": weights | unpacked_weights(checkpoint)}, path)
     if exported is None:
         apply_quantization(task, checkpoint)
     return RestoredTask(config, task.eval(), checkpoint)

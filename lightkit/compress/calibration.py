@@ -90,9 +90,9 @@ def calibrate(module: nn.Module, scheme: QuantizationScheme, run: Callable[[], o
     """Measures the ranges of a trained module's inputs, and returns what a checkpoint has of its quantization.
 
     The module stays as it is; `lightkit.compress.apply_quantization` quantizes it. Weights of 8 bits need no more. With
-    less bits the entry has the integers of convolutions and linear layers, which are rounded so that the outputs of a
-    layer change least on these samples: see `lightkit.compress.error_compensation`. `lightkit.compress.Quantize` keeps
-    more of the accuracy, since it trains the weights.
+    fewer bits the entry also has the integers of convolutions and linear layers, which are rounded so that the outputs
+    of a layer change least on these samples: see `lightkit.compress.error_compensation`. `lightkit.compress.Quantize`
+    keeps more of the accuracy, since it trains the weights.
 
     Args:
         module: the module with the names that the checkpoint uses, in evaluation mode.

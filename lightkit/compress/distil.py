@@ -25,8 +25,8 @@ class Distil(Callback):
     """Adds the distance to a teacher's outputs to the loss: ``Trainer(callbacks=[Distil(), Prune()])``.
 
     Without a teacher of its own the callback takes the model as it is before the first round of
-    `lightkit.compress.Prune` or `lightkit.compress.Sparsify`: the dense model teaches the compressed one. Until then
-    the training is as without the callback.
+    `lightkit.compress.Prune`, `lightkit.compress.Sparsify` or `lightkit.compress.Quantize`: the dense model teaches the
+    compressed one. Until then the training is as without the callback.
 
     The loss of a step becomes ``(1 - weight) * loss + weight * distance``. The distance is that of Hinton et al. [1]_
     for classes, ``temperature ** 2`` times the divergence of the softened probabilities (Kullback-Leibler), and the
@@ -92,7 +92,7 @@ class Distil(Callback):
         """Rejects a training without a teacher, or with optimization by hand."""
         makes_smaller = any(getattr(callback, "teaches_with_dense_model", False) for callback in callbacks_of(trainer))
         if self._given is None and not makes_smaller:
-            raise ConfigError("Distil has no teacher: give one, or use it with Prune or Sparsify")
+            raise ConfigError("Distil has no teacher: give one, or use it with Prune, Sparsify or Quantize")
         if not pl_module.automatic_optimization:
             raise ConfigError("Distil needs automatic optimization: it changes the loss that training_step returns")
         self._student(pl_module)

@@ -1,4 +1,4 @@
-"""What functions between the layers do with channels, by their names."""
+"""Rules by which channels pass through the functions between layers, by the names of the functions."""
 
 from __future__ import annotations
 

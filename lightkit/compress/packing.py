@@ -82,18 +82,26 @@ def unpack_weights(checkpoint: Mapping[str, Any]) -> dict[str, tuple[Tensor, Ten
     if type(packed) is not dict or type(formats) is not dict:
         raise CheckpointError("the quantization of the checkpoint is damaged")
     found: dict[str, tuple[Tensor, Tensor]] = {}
+    storages: set[int] = set()
     for name, entry in packed.items():
         try:
             bits, group_size = formats[name]
             shape = [int(size) for size in entry["shape"]]
             levels, scales = entry["levels"], entry["scales"]
             largest_level(bits)
-            # The bytes limit what a stranger's shape may allocate.
+            # The bytes of the file limit what a stranger's shapes may allocate: a tensor without strides and a storage
+            # of its own has as many bytes as it says.
+            storage = levels.untyped_storage().data_ptr()
+            if not (levels.is_contiguous() and scales.is_contiguous()) or storage in storages:
+                raise ValueError("the strides")
+            storages.add(storage)
             count = 1
             for size in shape:
                 count *= size
                 if size < 1 or count * bits > levels.numel() * 8:
                     raise ValueError("the shape")
+            if group_size and count % group_size:
+                raise ValueError("the groups")
             rows = count // group_size if group_size else shape[0]
             are_tensors = levels.dtype == torch.uint8 and scales.dtype == torch.float32 and levels.dim() == 1
             if len(shape) < 2 or not are_tensors or levels.numel() != -(-count * bits // 8) or scales.shape != (rows,):
@@ -106,6 +114,20 @@ def unpack_weights(checkpoint: Mapping[str, Any]) -> dict[str, tuple[Tensor, Ten
             raise CheckpointError(f"the packed weights of the checkpoint are damaged: {shown}") from error
         found[name] = integers, scales
     return found
+
+
+def packed_shapes(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Returns a tensor without memory, on the meta device, of the shape of each packed weight, which is not checked.
+
+    Raises:
+        CheckpointError: an entry has no shape.
+    """
+    spec = checkpoint.get(QUANTIZATION_KEY)
+    packed = spec.get(PACKED_KEY) if type(spec) is dict else None
+    try:
+        return {name: torch.empty(entry["shape"], device="meta") for name, entry in (packed or {}).items()}
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError("the packed weights of the checkpoint are damaged") from error
 
 
 def weight_of(levels: Tensor, scales: Tensor) -> Tensor:

@@ -266,7 +266,7 @@ class Prune(SaveWidths):
         if not self.widths:
             reasons = {name: why for _, graph in self._roots for name, why in graph.kept.items()}
             shown = "; ".join(f"{name}: {why}" for name, why in list(reasons.items())[:3])
-            raise ConfigError(f"Prune: no layer can lose units ({shown or 'no module with layers was called'})")
+            raise TooSmallError(f"Prune: no layer can lose units ({shown or 'no module with layers was called'})")
         self.macs = macs
         self.dense_macs = macs if self.dense_macs is None else self.dense_macs
         smallest = sum(smallest_macs(graph, self.multiple) for _, graph in self._roots)

@@ -1,4 +1,4 @@
-"""What a checkpoint says of the few bits of its model, and how a model gets them."""
+"""Reads, writes and applies the entry of a checkpoint that says which few bits its model has."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def spec_of(formats: Mapping[str, WeightFormat], quantizers: Mapping[str, InputQ
 def apply_quantization(module: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
     """Rounds the weights of a module and the inputs of its layers as a checkpoint says.
 
-    The module has the weights of the checkpoint already, except packed ones. It then computes what the training has
-    validated. The checkpoint is not trusted.
+    Load the state dict of the checkpoint before; the function itself unpacks packed weights. The module then computes
+    what the training has validated. The checkpoint is not trusted.
 
     Args:
         module: the module whose names the checkpoint uses.

@@ -241,8 +241,14 @@ class Quantize(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Takes the bits and ranges of a checkpoint for a validation, a test or a prediction."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            return
+        # A training of before may have left its own.
+        for layer in pl_module.modules():
+            detach(layer)
+        self._weights, self._quantizers = None, {}
         spec = checkpoint.get(QUANTIZATION_KEY)
-        if spec is None or trainer.state.fn == TrainerFn.FITTING:
+        if spec is None:
             return
         formats, self._quantizers = read_spec(pl_module, spec)
         self._weights, self._is_over = QuantizedWeights(pl_module, formats), False
@@ -346,6 +352,9 @@ class Quantize(Callback):
         self._left = 0 if is_last else max(1, self._left - 1)
         if is_last:
             self._freeze(trainer, pl_module)
+            if self._finished_rounds == 1:
+                # A validation since the first round had a model without rounded inputs.
+                forget_best(trainer)
 
     def _freeze(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Sets the ranges to the means over the processes."""

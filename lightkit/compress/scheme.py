@@ -33,7 +33,7 @@ class QuantizationScheme:
             ``{"features.3": 4}``; the last pattern that matches decides, before ``edge_bits``. None for no exceptions.
 
     Raises:
-        ConfigError: an argument is none of these.
+        ConfigError: an argument is out of its range; the message names it.
     """
 
     bits: int = 8

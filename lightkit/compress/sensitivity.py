@@ -22,8 +22,8 @@ def measure_losses(
 ) -> dict[str, dict[int, float]]:
     """Returns the loss of a trained module with one weight rounded, by the name of the weight and its bits.
 
-    With 8 bits the loss counts as that of the module in float, of which it differs by less than rounding to fewer bits
-    can tell apart. The module has its own weights again afterwards.
+    The loss with 8 bits is taken to be that in float: the measurement can hardly tell the two apart. The module has its
+    own weights again afterwards.
 
     Args:
         module: the module, in evaluation mode.
@@ -52,8 +52,8 @@ def measure_losses(
 def order_of_bits(losses: Mapping[str, Mapping[int, float]], sizes: Mapping[str, int]) -> list[dict[str, int]]:
     """Returns the bits of all weights, from 8 bits for each to the fewest, in the order of the measured sensitivity.
 
-    From one entry to the next a single weight loses bits: the one, and so many of its bits, whose loss grows least for
-    each bit that is saved.
+    Each entry lowers one weight of the entry before it: the step with the smallest increase of the loss for each saved
+    bit.
 
     Args:
         losses: see `measure_losses`.

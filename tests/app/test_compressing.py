@@ -14,10 +14,11 @@ from lightkit.app.compression_job import CompressionJob
 from lightkit.app.compression_request import CompressionRequest
 from lightkit.app.deployment import bytes_of
 from lightkit.app.model_measurements import accuracy_interval, multiply_adds
+from lightkit.app.restore import restore
 from lightkit.app.runtime_comparison import measure_runtimes
 from lightkit.checkpoints import CONFIG_KEY, load_checkpoint
-from lightkit.compress import QUANTIZATION_KEY, WIDTHS_KEY
-from lightkit.errors import ConfigError
+from lightkit.compress import QUANTIZATION_KEY, WIDTHS_KEY, QuantizationScheme
+from lightkit.errors import CheckpointError, ConfigError
 from lightkit.models import CNN
 from lightkit.nn.int8_layers import int8_chain_of
 from lightkit.tasks import ClassificationTask
@@ -218,12 +219,55 @@ def test_a_runtime_that_cannot_take_a_model():
         ({"distil": -1}, "distil must be a number from 0 to 1"),
         ({"epochs": 0}, "epochs=0 rounds the weights without a training"),
         ({"lr": 0}, "lr must be positive"),
+        ({"keep_macs": 25}, "keep_macs must be a number above 0 to 1, got 25"),
+        ({"zeros": -0.5}, "zeros must be a number .*got -0.5"),
+        ({"zeros": 0.5, "bits": 2}, "zeros do not go with bits=2"),
+        ({"epochs": 0, "bits": 8, "keep_macs": None, "distil": 0.5}, "distil=0.5 needs a training"),
     ],
 )
 def test_wrong_options(tmp_path, options, expected):
     """A wrong option is one line before the checkpoint is read."""
     with pytest.raises(ConfigError, match=expected):
         compress_checkpoint(tmp_path / "gone.ckpt", CompressionRequest(**options))
+
+
+def test_output_is_a_file(tmp_path):
+    (tmp_path / "out").touch()
+    with pytest.raises(ConfigError, match=r"output=.*out is a file"):
+        compress_checkpoint(tmp_path / "gone.ckpt", CompressionRequest(output=str(tmp_path / "out")))
+
+
+def test_accuracy_is_checked_before_the_dense_model_is_trained(dense, monkeypatch):
+    """A task without accuracy cannot be searched, which takes no training to see."""
+    content = torch.load(dense)
+    content[CONFIG_KEY] = {**CONFIG, "task": {**CONFIG["task"], "metrics": {}}}
+    torch.save(content, dense)
+    monkeypatch.setattr(CompressionJob, "train", None)
+    with pytest.raises(ConfigError, match="max_drop needs a task with the metric accuracy"):
+        compress_checkpoint(dense, CompressionRequest(max_drop=0.1, accelerator="cpu"))
+
+
+def test_calibration_has_its_own_batches(dense):
+    """A share of the validation set, to which the dense run was limited, does not limit the samples of a rounding."""
+    content = torch.load(dense)
+    content[CONFIG_KEY] = {**CONFIG, "trainer": {"max_epochs": 1, "limit_val_batches": 0.05}}
+    torch.save(content, dense)
+    job = CompressionJob(dense, CompressionRequest(accelerator="cpu"), dense.parent)
+    _, calibration = job.calibrate(QuantizationScheme(8), 8)
+    assert len(calibration.spec({})["inputs"]) == 5
+
+
+def test_a_stranger_s_packed_weights_take_no_memory(dense):
+    """A small file whose packed weights say to be large is rejected by the model's sizes, before it takes memory."""
+    checkpoint = torch.load(dense)
+    levels = torch.zeros(1, dtype=torch.uint8).expand(1 << 40)
+    entry = {"shape": [1 << 20, 1 << 20], "levels": levels, "scales": torch.ones(1).expand(1 << 20)}
+    name = LAYERS[1]
+    del checkpoint["state_dict"][name]
+    checkpoint[QUANTIZATION_KEY] = {"weights": {name: [8, 0]}, "inputs": {}, "packed": {name: entry}}
+    torch.save(checkpoint, dense)
+    with pytest.raises(CheckpointError, match=r"features\.3"):
+        restore(dense)
 
 
 def test_measurements():

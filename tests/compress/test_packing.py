@@ -59,6 +59,8 @@ def test_module_comes_back(packed):
         {"shape": "24"},
         {"levels": torch.zeros(3, dtype=torch.uint8)},
         {"levels": torch.zeros(24 * 72)},
+        # One byte that says to be many.
+        {"levels": torch.zeros(1, dtype=torch.uint8).expand(24 * 72)},
         {"levels": torch.zeros(24 * 72, dtype=torch.uint8, device="meta")},
         {"scales": torch.zeros(24)},
         {"scales": torch.full((24,), float("nan"))},
@@ -71,6 +73,20 @@ def test_damaged(packed, change):
     checkpoint, _ = packed
     checkpoint[QUANTIZATION_KEY][PACKED_KEY]["net.4.weight"].update(change)
     with pytest.raises(CheckpointError, match=r"packed weights of the checkpoint are damaged: net\.4\.weight"):
+        unpacked_weights(checkpoint)
+
+
+def test_groups_that_do_not_fit(packed):
+    """Rows that a group does not divide are one error, and so are names that share their bytes."""
+    checkpoint, _ = packed
+    spec = checkpoint[QUANTIZATION_KEY]
+    shared = dict(spec[PACKED_KEY]["net.4.weight"])
+    spec["weights"]["net.4.weight"] = [4, 5]
+    with pytest.raises(CheckpointError, match=r"damaged: net\.4\.weight"):
+        unpacked_weights(checkpoint)
+    spec["weights"]["net.4.weight"] = spec["weights"]["other"] = [4, 0]
+    spec[PACKED_KEY]["other"] = shared
+    with pytest.raises(CheckpointError, match="damaged: other"):
         unpacked_weights(checkpoint)
 
 

@@ -112,6 +112,34 @@ def test_test_of_a_checkpoint(tmp_path):
     assert dense["val/loss"] != pytest.approx(expected["val/loss"], abs=1e-6)
 
 
+def test_best_has_ranges(tmp_path):
+    """A validation between the first round and the end of its observation is that of another model than the last."""
+
+    class Epochs(Module):
+        def validation_step(self, batch, batch_idx):
+            self.log("val/loss", float(self.current_epoch))
+
+    best = ModelCheckpoint(tmp_path, monitor="val/loss")
+    # The first round comes after the last step of the first epoch, and the validation right behind it.
+    fit(Epochs(), Quantize(8, batches=4, start=0.25), best, enable_checkpointing=True)
+    assert len(torch.load(best.best_model_path, weights_only=True)[QUANTIZATION_KEY]["inputs"]) == 3
+
+
+def test_checkpoint_of_before(tmp_path):
+    """After a training, a checkpoint of before its first round is validated in float."""
+
+    class Save(pl.Callback):
+        def on_train_batch_end(self, trainer, *arguments):
+            if trainer.global_step == 3:
+                trainer.save_checkpoint(tmp_path / "x.ckpt")
+
+    module = seeded()
+    trainer = fit(module, Quantize(2, batches=4), Save())
+    (found,) = trainer.validate(module, loader(), ckpt_path=tmp_path / "x.ckpt", verbose=False)
+    (dense,) = bare_trainer().validate(seeded(), loader(), ckpt_path=tmp_path / "x.ckpt", verbose=False)
+    assert found == dense
+
+
 @pytest.mark.parametrize("step", [5, 12, 14, 22, 30])
 @pytest.mark.parametrize("with_prune", [False, True])
 def test_resumed(tmp_path, step, with_prune):

@@ -95,7 +95,7 @@ def test_teacher(job, tmp_path):
     [
         (["compress=prune", "compress.prune.keep_macs=2"], "keep_macs must be a number above 0 to 1, got 2"),
         (["compress=prune", "compile=true"], "compile=true compiles the model as it is at the start"),
-        (["compress=distil"], "Distil has no teacher: give one, or use it with Prune or Sparsify"),
+        (["compress=distil"], "Distil has no teacher: give one, or use it with Prune, Sparsify or Quantize"),
         (["compress=distil", "compress.distil.teacher=gone.ckpt"], "there is no checkpoint gone.ckpt"),
         (["compress=pruned"], "prune"),
         (["compress=int8", "compress.quantize.bits=6"], "bits must be one of 2, 3, 4, 8, got 6"),
