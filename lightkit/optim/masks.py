@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightkit._util.imported import is_instance
 from lightkit.optim.fused import FusedStep
 from lightkit.optim.masked_entries import MaskedEntries, apply_masks, registry
 
@@ -29,7 +30,7 @@ def set_masks(optimizer: Optimizer, masks: Mapping[Tensor, Tensor]) -> None:
     `lightkit.compress.Sparsify` chooses masks in a training, and saves them.
 
     Args:
-        optimizer: any optimizer of torch's interface.
+        optimizer: any optimizer of torch's interface, or what ``LightningModule.optimizers()`` returns for one.
         masks: for each masked parameter a bool tensor of its shape, False where an entry stays zero; for a DTensor a
             DTensor of the same placements. They replace the masks of an earlier call; an empty mapping removes them,
             and leaves the zeros to the optimizer.
@@ -38,6 +39,7 @@ def set_masks(optimizer: Optimizer, masks: Mapping[Tensor, Tensor]) -> None:
         ValueError: a key is no parameter of the optimizer, or none of real numbers; or a mask has another dtype or
             shape.
     """
+    optimizer = _unwrapped(optimizer)
     parameters = {p for group in optimizer.param_groups for p in group["params"]}
     for parameter, mask in masks.items():
         if parameter not in parameters:
@@ -65,8 +67,15 @@ def masks_of(optimizer: Optimizer) -> dict[Tensor, Tensor]:
 
     An entry of the dict may be exchanged, as when a parameter gets another shape.
     """
-    entries = registry.get(optimizer)
+    entries = registry.get(_unwrapped(optimizer))
     return {} if entries is None else entries.masks
+
+
+def _unwrapped(optimizer: Optimizer) -> Optimizer:
+    """Returns the optimizer that steps: ``LightningModule.optimizers()`` returns a wrapper, which the trainer lacks."""
+    if is_instance(optimizer, "lightning.pytorch.core.optimizer", "LightningOptimizer"):
+        return optimizer.optimizer  # pyright: ignore[reportAttributeAccessIssue]
+    return optimizer
 
 
 def _after_step(optimizer: Optimizer, arguments: object, options: object) -> None:

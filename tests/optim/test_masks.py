@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import nn
 
 from lightkit.optim import SGD, Adam, AdamW, convert, masks_of, set_masks
@@ -123,6 +124,18 @@ def test_converted_optimizer():
     revert()
     step(net, optimizer)
     assert all(is_zero(p[~mask]) for p, mask in masks.items())
+
+
+@pytest.mark.parametrize("make", [OPTIMIZERS["SGD"], OPTIMIZERS["torch's Adam"]])
+def test_lightnings_wrapper(make):
+    """Masks that a LightningModule sets by ``self.optimizers()`` are those of the optimizer that the trainer steps."""
+    net = model()
+    optimizer, masks = make(net.parameters()), masks_for(net)
+    wrapper = LightningOptimizer(optimizer)
+    set_masks(wrapper, masks)
+    step(net, optimizer)
+    assert all(is_zero(p[~mask]) for p, mask in masks.items())
+    assert masks_of(wrapper) is masks_of(optimizer) and masks_of(optimizer).keys() == masks.keys()
 
 
 def test_hooks_see_zeros():
