@@ -59,7 +59,7 @@ def compensated(weight: Tensor, weight_format: WeightFormat, products: Tensor) -
     Args:
         weight: the weight of a convolution or linear layer, floating point.
         weight_format: its bits.
-        products: float64 ``(inputs, inputs)``, see `InputProducts`.
+        products: float64 ``(inputs, inputs)`` on any device, see `InputProducts`.
 
     References:
         .. [1] Frantar, Ashkboos, Hoefler and Alistarh, GPTQ: Accurate Post-Training Quantization for Generative
@@ -71,7 +71,8 @@ def compensated(weight: Tensor, weight_format: WeightFormat, products: Tensor) -
     )
     rows = source.flatten(1).double()
     steps = scales.double().view(len(rows), -1).repeat_interleave(weight_format.group_size or rows.shape[1], dim=1)
-    factor = _inverse_factor(products)
+    # Lightning moves a module to the CPU after a run, and the products stay where they were summed.
+    factor = _inverse_factor(products.to(weight.device))
     levels = torch.empty_like(rows)
     for column in range(rows.shape[1]):
         step = steps[:, column]

@@ -55,6 +55,19 @@ def test_independent_inputs_are_rounded_to_the_nearest():
     assert torch.equal(rounded, nearest(layer, 4).weight)
 
 
+def test_products_on_another_device():
+    """A trainer moves the weight to the CPU after its run; the products, which it does not know, follow."""
+
+    class OnAccelerator:
+        def to(self, device):
+            assert device == torch.device("cpu")
+            return torch.eye(16, dtype=torch.float64)
+
+    layer = nn.Linear(16, 8)
+    rounded = weight_of(*compensated(layer.weight, WeightFormat(4), OnAccelerator()))
+    assert torch.equal(rounded, nearest(layer, 4).weight)
+
+
 @pytest.mark.parametrize("padding", [0, 1])
 def test_convolutions(padding):
     """The inputs of a convolution's output are the values under its kernel; those that are always 0 do no harm."""
