@@ -26,13 +26,14 @@ def trace(root: nn.Module, arguments: Sequence[Any], options: dict[str, Any] | N
 
     Args:
         root: the module, whose state the function leaves as it is.
-        arguments: positional arguments of its ``forward``; the first axis of the first tensor is that of the samples.
-        options: keyword arguments of its ``forward``.
+        arguments: positional arguments of its ``forward``.
+        options: keyword arguments of its ``forward``; the first axis of the first tensor of all arguments is that of
+            the samples.
 
     Raises:
         Exception: ``forward`` failed.
     """
-    record = ChannelRecord(root, next((len(x) for x in tree_leaves(list(arguments)) if _is_batch(x)), 1))
+    record = ChannelRecord(root, next((len(x) for x in tree_leaves([*arguments, options]) if _is_batch(x)), 1))
     with _Tracer(root, record).watching(), torch.no_grad():
         output = root.forward(*arguments, **(options or {}))
     record.fix_tensors([output], "it is the output of the model")

@@ -13,6 +13,7 @@ from lightkit.compress.surgery import provable_graph, remove_units
 from lightkit.compress.tracing import trace
 from lightkit.compress.units import is_removed, mask_of, named_tensors
 from lightkit.compress.widths import changed_shapes, set_widths, shapes_of, take_widths
+from lightkit.models import RNNLanguageModel
 from lightkit.optim import SGD, Adam
 
 
@@ -46,6 +47,13 @@ def test_units_found(case):
     assert {group.name for group in graph.groups} == layers
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.training
+
+
+def test_keyword_arguments_count_for_one_sample():
+    """A model whose call has keyword arguments alone takes the multiply-adds of one sample, not of the batch."""
+    tokens = torch.randint(20, (4, 6))
+    model = RNNLanguageModel(20, 8)
+    assert trace(model, [], {"tokens": tokens}).macs() == trace(model, [tokens]).macs() > 0
 
 
 def test_output(case, request):
