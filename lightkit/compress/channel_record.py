@@ -96,6 +96,8 @@ class ChannelRecord:
     def add_axis(self, name: str, module: nn.Module, own: str, axis: int, labels: Tensor, reads: bool) -> None:
         """Records that units lie along an axis of a layer's parameter or buffer, if the layer has it.
 
+        The units of another call of the layer become one with those of its first call.
+
         Args:
             name: the name of the layer.
             module: the layer.
@@ -110,7 +112,14 @@ class ChannelRecord:
             return
         if len(self.uses[id(tensor)]) > 1:
             self.units.fix(labels.tolist(), f"{full} is shared with another layer")
-        self.axes.append(UnitAxis(full, axis, labels, reads))
+        known = next((a.labels for a in self.axes if a.name == full and a.axis == axis), None)
+        if known is None:
+            self.axes.append(UnitAxis(full, axis, labels, reads))
+        elif len(known) == len(labels):
+            # A layer that is called twice has the same units each time, and surgery indexes its tensors once.
+            self.units.join(known, labels)
+        else:
+            self.units.fix([*known.tolist(), *labels.tolist()], f"{full} has other units in another call")
 
     def fix_parameter(self, parameter: Tensor) -> None:
         """Fixes the units along a parameter, which a function reads outside of its layer."""

@@ -40,6 +40,20 @@ class Concatenated(nn.Module):
         return self.head(self.twice(torch.relu(x)))
 
 
+class Siamese(nn.Module):
+    """Branches that share layers which compute no channels: a batch norm, a depthwise convolution and a PReLU."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right, self.both = nn.Conv2d(1, 8, 3), nn.Conv2d(1, 8, 3), nn.Conv2d(8, 6, 1)
+        self.norm, self.depthwise, self.slope = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 2, groups=8), nn.PReLU(6)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x):
+        branches = [self.depthwise(self.norm(layer(x))) for layer in (self.left, self.right)]
+        return self.head(torch.cat([self.slope(self.both(branch)).mean((2, 3)) for branch in branches], dim=1))
+
+
 class SizeInCode(nn.Module):
     """A model whose forward has the size of the first layer in its code."""
 
@@ -80,6 +94,7 @@ def cases():
         "encoder layer": (encoder, [torch.randn(2, 3, 16)], {"linear1"}),
         "residual": (Residual(), [torch.randn(4, 3, 8, 8)], {"branch + gate + stem", "narrow"}),
         "concatenated": (Concatenated(), [torch.randn(4, 1, 4, 4)], {"left", "right", "join + twice"}),
+        "siamese": (Siamese(), [torch.randn(4, 1, 6, 6)], {"left + right", "both"}),
         "size in code": (SizeInCode(), [torch.randn(4, 1, 4, 4)], {"second"}),
     }
 
