@@ -168,10 +168,14 @@ class Prune(SaveWidths):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Adds the squared derivatives of this step, in the steps before a round."""
-        if self._roots and self._is_measured(trainer.global_step):
-            for (root, graph), total in zip(self._roots, self._sums, strict=True):
-                total += squared_derivatives(root, graph)
+        """Adds the squared derivatives of this step, in the steps before a round; except those that are not finite."""
+        if not self._roots or not self._is_measured(trainer.global_step):
+            return
+        derivatives = [squared_derivatives(root, graph) for root, graph in self._roots]
+        # The first steps of precision 16-mixed overflow, until the scale of the loss is small enough.
+        if all(bool(each.isfinite().all()) for each in derivatives):
+            for total, each in zip(self._sums, derivatives, strict=True):
+                total += each
             self._summed_steps += 1
 
     def on_train_batch_end(

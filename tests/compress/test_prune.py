@@ -120,6 +120,21 @@ def test_frozen_layers_stay():
     assert module.net[0].out_channels == 16 and module.net[4].out_features < 24
 
 
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_steps_that_overflow_do_not_count(value):
+    """Gradients that are not finite, as in the first steps of 16-mixed, leave the importances of the other steps."""
+
+    class Overflow(pl.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            if trainer.global_step == 1:
+                for parameter in pl_module.parameters():
+                    parameter.grad.fill_(value)
+
+    module, prune = seeded(lambda p: Adam(p, lr=0.01, skip_nonfinite=True)), Prune(0.3, rounds=1, multiple=1)
+    fit(module, Overflow(), prune)
+    assert 1 < module.net[0].out_channels < 16 and 2 < module.net[4].out_features < 24
+
+
 def test_layers_called_by_the_step():
     """Layers that a step calls one by one have no call around them that could prove their removal."""
 
