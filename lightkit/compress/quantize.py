@@ -134,7 +134,7 @@ class Quantize(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Rejects a training that cannot be quantized."""
-        check_training("Quantize", trainer, pl_module, WHOLE | LOCAL)
+        check_training("Quantize", trainer, pl_module, WHOLE | LOCAL, "with and without rounding")
         check_not_compiled("Quantize", pl_module)
         if isinstance(trainer.optimizers[0], torch.optim.LBFGS):
             raise ConfigError("Quantize: LBFGS evaluates the model within a step; use another optimizer")

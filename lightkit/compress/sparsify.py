@@ -113,7 +113,7 @@ class Sparsify(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Rejects a training whose weights cannot be masked."""
-        check_training("Sparsify", trainer, pl_module, WHOLE | LOCAL | SHARDED | SERVED)
+        check_training("Sparsify", trainer, pl_module, WHOLE | LOCAL | SHARDED | SERVED, "with and without zeros")
         distils = any(isinstance(callback, Distil) and not callback.has_teacher for callback in callbacks_of(trainer))
         if distils and isinstance(trainer.strategy, WeightServers):
             raise ConfigError(

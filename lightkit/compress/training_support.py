@@ -41,7 +41,11 @@ def callbacks_of(trainer: pl.Trainer) -> list[Callback]:
 
 
 def check_training(
-    name: str, trainer: pl.Trainer, pl_module: pl.LightningModule, kinds: frozenset[str] = WHOLE
+    name: str,
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    kinds: frozenset[str] = WHOLE,
+    models: str = "of several sizes",
 ) -> None:
     """Rejects a training in which a callback cannot change the weights, before its first step.
 
@@ -50,6 +54,7 @@ def check_training(
         trainer: the trainer, with its optimizers.
         pl_module: the module.
         kinds: the kinds of strategies that the callback supports, such as ``WHOLE | LOCAL``.
+        models: what tells the models before and after a round apart, for the message.
 
     Raises:
         ConfigError: the strategy is of another kind; the module optimizes manually or has several optimizers; or a
@@ -65,7 +70,7 @@ def check_training(
         (c for c in callbacks_of(trainer) if isinstance(c, (WeightAveraging, StochasticWeightAveraging))), None
     )
     if averaging is not None:
-        raise ConfigError(f"{name}: {type(averaging).__name__} would average the weights of models of several sizes")
+        raise ConfigError(f"{name}: {type(averaging).__name__} would average the weights of models {models}")
 
 
 def _kind_of(strategy: Strategy) -> str:
@@ -120,7 +125,9 @@ def training_steps(name: str, trainer: pl.Trainer) -> int:
     """
     steps = trainer.estimated_stepping_batches
     if math.isinf(steps) or steps < 1:
-        raise ConfigError(f"{name} needs the length of the training: set max_epochs or max_steps")
+        # The number of steps of an epoch is unknown if the data have no length.
+        limits = "max_steps" if math.isinf(trainer.num_training_batches) else "max_epochs or max_steps"
+        raise ConfigError(f"{name} needs the length of the training: set {limits}")
     return int(steps)
 
 
@@ -135,13 +142,19 @@ def round_steps(name: str, start: float, end: float, rounds: int, total: int) ->
         total: the number of steps of the training.
 
     Raises:
-        ConfigError: the training is too short.
+        ConfigError: the training is too short, or the last round comes with its last step.
     """
     span = (end - start) / max(1, rounds - 1)
     steps: list[int] = []
     for index in range(rounds):
         # Each round needs a step before it, and the last one a step after it.
         steps.append(max(round(total * (start + span * index)), steps[-1] + 1 if steps else 1))
+    if rounds < total <= min(steps[-1], round(total * end)):
+        # Steps are rounded: an end that is less than half a step below 1 comes with the last step.
+        raise ConfigError(
+            f"{name}: end={end} leaves none of the {total} steps of the training after the last round; end must be "
+            f"below {int(1000 - 500 / total) / 1000}"
+        )
     if steps[-1] >= total:
         raise ConfigError(f"{name}: {rounds} rounds need more than the {total} steps of the training")
     return steps

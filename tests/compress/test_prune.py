@@ -179,7 +179,7 @@ class Mean(WeightAveraging):
     ("make", "callbacks", "options", "expected"),
     [
         (lambda p: torch.optim.LBFGS(p), [], {}, "LBFGS"),
-        (None, [Mean()], {}, "Mean would average"),
+        (None, [Mean()], {}, "Mean would average the weights of models of several sizes"),
         (None, [], {"max_epochs": -1, "max_time": {"seconds": 20}}, "needs the length of the training"),
         (None, [], {"max_steps": 4}, "rounds need more than the 4 steps"),
     ],
