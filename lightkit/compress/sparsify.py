@@ -38,9 +38,9 @@ class Sparsify(Callback):
 
     The weights of all layers compete by magnitude [1]_, and the share of zeros grows from round to round by the cubic
     schedule of Zhu and Gupta [2]_, so that the other weights can take over. Biases, norms and other vectors have no
-    zeros. Zeros stay zeros with every optimizer and precision: they are masks of the optimizer, which sets the weights
-    to zero within its step, see `lightkit.optim.set_masks`. The averages and master weights of lightkit's optimizers
-    are masked too.
+    zeros, and neither have weights that the optimizer does not step. Zeros stay zeros with every optimizer and
+    precision: they are masks of the optimizer, which sets the weights to zero within its step, see
+    `lightkit.optim.set_masks`. The averages and master weights of lightkit's optimizers are masked too.
 
     With `lightkit.strategies.LocalSGD` and `DiLoCo` a round comes with the first average at or after its step, where
     all workers have the same weights; the shared weights and the outer momentum of `DiLoCo` are masked as well. With
@@ -125,7 +125,9 @@ class Sparsify(Callback):
         """Computes the steps of the rounds, and applies the masks of the checkpoint."""
         total = training_steps("Sparsify", trainer)
         self._round_steps = round_steps("Sparsify", self.start, self.end, self.rounds, total)
-        self._names = {p: name for name, p in pl_module.named_parameters() if p.dim() > 1 and p.requires_grad}
+        # A trainable weight that the optimizer does not step, such as that of a backbone, keeps its values.
+        stepped = {p for group in trainer.optimizers[0].param_groups for p in group["params"] if p.requires_grad}
+        self._names = {p: name for name, p in pl_module.named_parameters() if p.dim() > 1 and p in stepped}
         if not self._names:
             raise ConfigError("Sparsify: no weight with two or more dimensions is trained")
         parameters = {name: p for p, name in self._names.items()}

@@ -133,6 +133,17 @@ def test_layers_keep_weights():
     assert int((module.net[6].weight != 0).sum()) >= 1
 
 
+def test_weights_outside_of_the_optimizer():
+    """Weights that no optimizer steps keep their values, and do not count among those that are masked."""
+    module = seeded()
+    module.make = lambda parameters: Adam(module.net[4:].parameters(), lr=0.01)
+    before, sparsify = module.net[0].weight.detach().clone(), Sparsify(0.8, rounds=2)
+    fit(module, sparsify)
+    assert torch.equal(module.net[0].weight, before)
+    assert set(sparsify.masks) == {module.net[4].weight, module.net[6].weight}
+    assert sparsify.sparsity == pytest.approx(0.8, abs=0.002)
+
+
 @pytest.mark.parametrize("state", [{}, {"rounds": 1, "masks": [1]}, {"rounds": -1, "masks": {}}, {"rounds": 1}])
 def test_damaged_state(state):
     """A stranger's state is refused before it is used."""
