@@ -15,6 +15,7 @@ from lightkit._util.strategy_traits import LocalTrainer
 from lightkit.compress.calls import CallRecorder, ModelCall
 from lightkit.compress.distil import begin_distillation
 from lightkit.compress.importance import squared_derivatives
+from lightkit.compress.overlaps import separate_roots
 from lightkit.compress.save_widths import SaveWidths
 from lightkit.compress.selection import choose_units, smallest_macs
 from lightkit.compress.surgery import provable_graph, remove_units
@@ -259,11 +260,10 @@ class Prune(SaveWidths):
             return
         self._recorder = None
         self._roots = []
-        for call in calls:
-            graph = _trained_graph(call)
-            names = _names_in(pl_module, call.module, graph)
+        for root, graph in separate_roots([(call.module, _trained_graph(call)) for call in calls]):
+            names = _names_in(pl_module, root, graph)
             known = {group: self._dense_counts[name] for group, name in names.items() if name in self._dense_counts}
-            self._roots.append((call.module, graph.with_dense_counts(known)))
+            self._roots.append((root, graph.with_dense_counts(known)))
         self._count_widths(pl_module)
         self._dense_counts = {name: dense for name, (dense, _) in self.widths.items()}
         macs = sum(graph.macs() for _, graph in self._roots)

@@ -170,6 +170,50 @@ def test_two_networks_of_one_shape():
     assert prune.state_dict()["dense_counts"] == {"net.1": 12, "other.1": 40}
 
 
+class Calls(Module):
+    """A module whose step calls a model, and what else ``calls`` names."""
+
+    def __init__(self, *calls):
+        super().__init__()
+        self.net = nn.Sequential(nn.Sequential(nn.Flatten(), nn.Linear(64, 40), nn.ReLU(), nn.Linear(40, 24)))
+        self.net.extend([nn.ReLU(), nn.Linear(24, 2)])
+        self.calls = calls
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        outputs = [self.get_submodule(name)(batch[0]) for name in self.calls]
+        return sum(nn.functional.cross_entropy(output, batch[1]) for output in outputs)
+
+
+class CallsWithBackbone(Calls):
+    """Such a module that has a part of its model by a name of its own, and in another model."""
+
+    def __init__(self, *calls):
+        super().__init__(*calls)
+        self.backbone = self.net[0]
+        self.other = nn.Sequential(self.backbone, nn.ReLU(), nn.Linear(24, 12), nn.ReLU(), nn.Linear(12, 2))
+
+
+@pytest.mark.parametrize(
+    ("module", "widths", "macs"),
+    [
+        (Calls("", "net"), {"net.0.1", "net.0.3"}, 64 * 40 + 40 * 24 + 24 * 2),
+        (Calls("net", ""), {"net.0.1", "net.0.3"}, 64 * 40 + 40 * 24 + 24 * 2),
+        (CallsWithBackbone("net", "backbone"), {"net.0.1"}, 64 * 40 + 40 * 24 + 24 * 2),
+        (CallsWithBackbone("net", "other"), {"other.2"}, 2 * (64 * 40 + 40 * 24) + 24 * 2 + 24 * 12 + 12 * 2),
+    ],
+    ids=["module and model", "model and module", "model and part", "two models with a part"],
+)
+def test_parts_of_called_networks(module, widths, macs):
+    """A network within a called one counts once, and units stay that not all calls can lose."""
+    prune = Prune(0.98, rounds=1, multiple=1)
+    fit(module, prune)
+    assert prune.widths.keys() == widths
+    assert prune.dense_macs == macs > prune.macs
+
+
 class Mean(WeightAveraging):
     def should_update(self, step_idx=None, epoch_idx=None):
         return True
