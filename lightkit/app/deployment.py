@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightkit._util.atomic_write import write_atomically
 from lightkit.callbacks.averaged_weights import CURRENT_KEY
-from lightkit.compress.packing import PACKED_KEY, pack_weights
+from lightkit.compress.packing import PACKED_KEY, memory_of, pack_weights
 from lightkit.compress.weight_formats import QUANTIZATION_KEY
 
 # Entries that only a training needs.
@@ -58,8 +58,9 @@ def deployed_part(
 
 
 def bytes_of(tensors: Mapping[str, Any]) -> dict[str, int]:
-    """Returns the bytes of tensors by name: ``raw``, and ``zipped`` in a compressed archive."""
-    state = {name: value.detach().cpu().contiguous() for name, value in tensors.items() if isinstance(value, Tensor)}
+    """Returns the bytes of tensors: ``raw``, and ``zipped`` in a compressed archive; a tied weight counts once."""
+    distinct = {memory_of(value): (name, value) for name, value in tensors.items() if isinstance(value, Tensor)}
+    state = {name: value.detach().cpu().contiguous() for name, value in distinct.values()}
     raw = sum(value.numel() * value.element_size() for value in state.values())
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:

@@ -15,6 +15,7 @@ from lightkit.errors import CheckpointError
 
 # The entry of a quantization in a checkpoint with packed weights:
 # {"model.features.0.weight": {"shape": [32, 1, 3, 3], "levels": uint8 tensor, "scales": float32 tensor}}.
+# The entry of a weight with several names has the others under "tied".
 PACKED_KEY = "packed"
 
 
@@ -42,7 +43,7 @@ def unpack_levels(packed: Tensor, bits: int, count: int) -> Tensor:
 
 
 def pack_weights(checkpoint: dict[str, Any], levels: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    """Replaces the weights in the state dict of a checkpoint by their integers.
+    """Replaces the weights in the state dict of a checkpoint by their integers, under all names of tied weights.
 
     Args:
         checkpoint: the content of a checkpoint of a quantized model, which the function changes.
@@ -52,11 +53,24 @@ def pack_weights(checkpoint: dict[str, Any], levels: Mapping[str, tuple[Tensor, 
     state = dict(checkpoint["state_dict"])
     packed = {}
     for name, (integers, scales) in levels.items():
-        del state[name]
+        memory = memory_of(state.pop(name))
+        tied = [
+            other
+            for other, value in state.items()
+            if isinstance(value, Tensor) and value.shape == integers.shape and memory_of(value) == memory
+        ]
         bits, _ = spec["weights"][name]
-        packed[name] = packed_entry(integers, scales, bits)
+        packed[name] = packed_entry(integers, scales, bits) | ({"tied": tied} if tied else {})
+        for other in tied:
+            del state[other]
     checkpoint["state_dict"] = state
     checkpoint[QUANTIZATION_KEY] = {**spec, PACKED_KEY: packed}
+
+
+def memory_of(tensor: Tensor) -> tuple[Any, ...]:
+    """Returns a value that tensors have in common if they are the same view of the same memory, as tied weights are."""
+    start = tensor.untyped_storage().data_ptr()
+    return start, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def packed_entry(levels: Tensor, scales: Tensor, bits: int) -> dict[str, Any]:
@@ -120,14 +134,37 @@ def packed_shapes(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     """Returns a tensor without memory, on the meta device, of the shape of each packed weight, which is not checked.
 
     Raises:
-        CheckpointError: an entry has no shape.
+        CheckpointError: an entry has no shape, or wrong names.
     """
     spec = checkpoint.get(QUANTIZATION_KEY)
     packed = spec.get(PACKED_KEY) if type(spec) is dict else None
     try:
-        return {name: torch.empty(entry["shape"], device="meta") for name, entry in (packed or {}).items()}
+        shapes = {name: torch.empty(entry["shape"], device="meta") for name, entry in (packed or {}).items()}
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError("the packed weights of the checkpoint are damaged") from error
+    return _with_tied_names(checkpoint, shapes)
+
+
+def _with_tied_names(checkpoint: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors of packed weights under all names of each weight.
+
+    Args:
+        checkpoint: the content of the checkpoint, which is not trusted.
+        tensors: a tensor for each entry under `PACKED_KEY`, by name.
+
+    Raises:
+        CheckpointError: a name is no string, or that of another weight.
+    """
+    found = dict(tensors)
+    for name, tensor in tensors.items():
+        entry = checkpoint[QUANTIZATION_KEY][PACKED_KEY][name]
+        tied = entry.get("tied", []) if type(entry) is dict else None
+        for other in tied if type(tied) is list else [None]:
+            if type(other) is not str or other in found or other in checkpoint["state_dict"]:
+                shown = printable(str(name)[:100])
+                raise CheckpointError(f"the packed weights of the checkpoint are damaged: {shown}")
+            found[other] = tensor
+    return found
 
 
 def weight_of(levels: Tensor, scales: Tensor) -> Tensor:
@@ -141,9 +178,10 @@ def weight_of(levels: Tensor, scales: Tensor) -> Tensor:
 
 
 def unpacked_weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Returns the packed weights of a checkpoint, which is not trusted, by name; {} without any.
+    """Returns the packed weights of a checkpoint, which is not trusted, by all names of each; {} without any.
 
     Raises:
         CheckpointError: an entry is damaged.
     """
-    return {name: weight_of(*packed) for name, packed in unpack_weights(checkpoint).items()}
+    weights = {name: weight_of(*packed) for name, packed in unpack_weights(checkpoint).items()}
+    return _with_tied_names(checkpoint, weights)

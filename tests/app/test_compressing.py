@@ -12,16 +12,16 @@ from lightkit import load
 from lightkit.app.compressing import compress_checkpoint
 from lightkit.app.compression_job import CompressionJob
 from lightkit.app.compression_request import CompressionRequest
-from lightkit.app.deployment import bytes_of
+from lightkit.app.deployment import bytes_of, write_deployed
 from lightkit.app.model_measurements import accuracy_interval, multiply_adds
 from lightkit.app.restore import restore
 from lightkit.app.runtime_comparison import measure_runtimes
 from lightkit.checkpoints import CONFIG_KEY, load_checkpoint
-from lightkit.compress import QUANTIZATION_KEY, WIDTHS_KEY, QuantizationScheme
+from lightkit.compress import QUANTIZATION_KEY, WIDTHS_KEY, QuantizationScheme, apply_quantization
 from lightkit.errors import CheckpointError, ConfigError
-from lightkit.models import CNN
+from lightkit.models import CNN, Transformer
 from lightkit.nn.int8_layers import int8_chain_of
-from lightkit.tasks import ClassificationTask
+from lightkit.tasks import ClassificationTask, LanguageModelTask
 
 ACCURACY = {"_target_": "torchmetrics.classification.MulticlassAccuracy", "num_classes": 10, "average": "micro"}
 CONFIG = {
@@ -268,6 +268,67 @@ def test_a_stranger_s_packed_weights_take_no_memory(dense):
     torch.save(checkpoint, dense)
     with pytest.raises(CheckpointError, match=r"features\.3"):
         restore(dense)
+
+
+@pytest.fixture
+def tied(tmp_path):
+    """The path of a deployed language model, whose head has the weight of its embedding; and its task and sizes."""
+    model = {"vocab_size": 256, "dim": 32, "num_layers": 1, "num_heads": 2, "context": 8}
+    config = {
+        "data": {"_target_": "lightkit.data.Text", "context": 8},
+        "model": {"_target_": "lightkit.models.Transformer", **model},
+        "task": {"_target_": "lightkit.tasks.LanguageModelTask"},
+    }
+    torch.manual_seed(0)
+    task = LanguageModelTask(Transformer(**model))
+    formats = {name: [value.bits, 0] for name, value in QuantizationScheme(4, group_size=0).formats(task).items()}
+    checkpoint = {"state_dict": task.state_dict(), CONFIG_KEY: config, "pytorch-lightning_version": "2.6.0"}
+    checkpoint[QUANTIZATION_KEY] = {"weights": formats, "inputs": {}}
+    sizes = write_deployed(checkpoint, apply_quantization(task, checkpoint), tmp_path / "deploy.ckpt")
+    return tmp_path / "deploy.ckpt", task, sizes
+
+
+def test_tied_weights_are_packed_once(tied):
+    """The file of a model with tied weights has no float copy under the second name, and loading fills both in."""
+    path, task, sizes = tied
+    checkpoint = torch.load(path, weights_only=True)
+    names = {name for name, value in checkpoint["state_dict"].items() if value.dim() > 1}
+    assert not names & {"model.embedding.weight", "model.head.weight"}
+    assert sizes["raw"] < sum(p.numel() for p in task.parameters()) * 1.2
+    restored = restore(path).task
+    assert restored.model.head.weight is restored.model.embedding.weight
+    assert all(torch.equal(value, restored.state_dict()[name]) for name, value in task.state_dict().items())
+    assert bytes_of(task.state_dict())["raw"] == 4 * sum(p.numel() for p in task.parameters())
+
+
+@pytest.mark.parametrize(
+    "names",
+    ["model.head.weight", [3], [[]], ["model.head.weight"] * 2, ["model.norm.weight"], ["model.embedding.weight"]],
+)
+def test_wrong_names_of_tied_weights(tied, monkeypatch, names):
+    """Names that are none, or those of other weights, are one error before a weight takes memory."""
+    path, _, _ = tied
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["state_dict"]["model.norm.weight"] = torch.ones(32)
+    checkpoint[QUANTIZATION_KEY]["packed"]["model.embedding.weight"]["tied"] = names
+    torch.save(checkpoint, path)
+    monkeypatch.setattr("lightkit.compress.packing.unpack_levels", pytest.fail)
+    with pytest.raises(CheckpointError, match=r"packed weights of the checkpoint .*: model\.embedding\.weight"):
+        restore(path)
+
+
+@pytest.mark.parametrize("names", [[], ["model.other.weight"], ["model.body.norm.weight"]])
+def test_names_of_tied_weights_that_do_not_fit(tied, monkeypatch, names):
+    """Names that the model does not have, or of weights of other shapes, are one error before a weight takes memory."""
+    path, _, _ = tied
+    checkpoint = torch.load(path, weights_only=True)
+    for name in names:
+        checkpoint["state_dict"].pop(name, None)
+    checkpoint[QUANTIZATION_KEY]["packed"]["model.embedding.weight"]["tied"] = names
+    torch.save(checkpoint, path)
+    monkeypatch.setattr("lightkit.compress.packing.unpack_levels", pytest.fail)
+    with pytest.raises(CheckpointError, match="is a checkpoint of another model"):
+        restore(path)
 
 
 def test_measurements():
