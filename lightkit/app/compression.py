@@ -1,4 +1,4 @@
-"""The callbacks of the group ``compress``, which make the model of a job smaller."""
+"""The group ``compress`` of a job: callbacks that make its model smaller, or the search for the smallest one after it."""
 
 from __future__ import annotations
 

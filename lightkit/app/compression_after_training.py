@@ -51,10 +51,10 @@ def compress_trained(job: TrainingJob, request: CompressionRequest) -> Compressi
     """
     best = Path(getattr(job.trainer.checkpoint_callback, "best_model_path", ""))
     directory = Path(request.output or "")
-    if directory.exists():
-        # The search of the same job, before it was resumed.
-        shutil.rmtree(directory)
     try:
+        if directory.exists():
+            # The search of the same job, before it was resumed.
+            shutil.rmtree(directory)
         if not best.is_file():
             raise ConfigError("the training has saved no best checkpoint")
         comparison = compress_checkpoint(best, request)
