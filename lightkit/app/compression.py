@@ -1,4 +1,4 @@
-"""The group ``compress`` of a job: callbacks that make its model smaller, or the search for the smallest one after it."""
+"""The group ``compress`` of a job: callbacks that make its model smaller, or the search for the smallest one."""
 
 from __future__ import annotations
 
