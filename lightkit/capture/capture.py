@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lightkit.capture.calls import Calls
 from lightkit.capture.deferred import Deferred
 from lightkit.capture.node import Node
 from lightkit.capture.plan import Plan, make_plan
@@ -53,6 +54,7 @@ class Capture:
         on_region: receives each new region.
 
     Attributes:
+        calls: the calls that have been recorded.
         unused: objects that stood for values and can stand for others, by shape and dtype.
     """
 
@@ -63,6 +65,7 @@ class Capture:
         self._names = names or {}
         self._on_region = on_region
         self._regions: dict[Region, None] = {}
+        self.calls = Calls()
         self.unused: dict[Any, list[Deferred]] = {}
 
     def keep_unused(self, node: Node, handle: Deferred) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor
 from lightkit.capture.graph import Graph
 from lightkit.capture.node import Node
 from lightkit.capture.step import Step
-from lightkit.ops.layer_chain import ChainLayer, is_faster, layer_chain
+from lightkit.ops._dispatch import kernels_apply
+from lightkit.ops.layer_chain import ChainLayer, is_faster, kernel_settings, layer_chain, run_kernel
 
 _PLAIN = ((1, 1), (1, 1), 1)
 _POOL = ((2, 2), (2, 2), (0, 0), (1, 1))
@@ -22,24 +23,34 @@ class ChainStep(Step):
     Args:
         indices: the indices of the operations.
         layers: for each layer the index of the convolution or product, whether a ReLU follows, whether a pool does, and
-            the index of the rounding of its output, None for none.
+            the scale of its rounded output, 0 for none.
+        nodes: the operations.
     """
 
     replacement = "lightkit.ops.layer_chain"
 
-    def __init__(self, indices: tuple[int, ...], layers: Sequence[tuple[int, bool, bool, int | None]]) -> None:
+    def __init__(
+        self, indices: tuple[int, ...], layers: Sequence[tuple[int, bool, bool, float]], nodes: Sequence[Node]
+    ) -> None:
         super().__init__(indices)
         self._layers = tuple(layers)
+        self._settings, self._scales = kernel_settings(self._chain(nodes))
 
     def run(self, nodes: Sequence[Node]) -> Tensor:
         """Returns the output of the last layer."""
-        layers = [
-            _layer(nodes[i], relu, pool, 0.0 if rounded is None else nodes[rounded].settings[0])
-            for i, relu, pool, rounded in self._layers
-        ]
-        output = layer_chain(nodes[self.indices[0]].operand(), layers)
+        input, last = nodes[self.indices[0]].operand(), nodes[self.indices[-1]]
+        if last.dtype == input.dtype and kernels_apply(input):
+            # The recorders have looked at each tensor.
+            weights, biases = zip(*[nodes[layer[0]].tensors for layer in self._layers], strict=True)
+            output = run_kernel(input, weights, biases, self._settings, self._scales)
+        else:
+            # Under autocast, or within torch.func.
+            output = layer_chain(input, self._chain(nodes))
         # A chain may end with the rounding of flattened values.
-        return output.flatten(1) if output.dim() > len(nodes[self.indices[-1]].shape) else output
+        return output.flatten(1) if output.dim() > len(last.shape) else output
+
+    def _chain(self, nodes: Sequence[Node]) -> list[ChainLayer]:
+        return [_layer(nodes[i], relu, pool, scale) for i, relu, pool, scale in self._layers]
 
 
 def _layer(node: Node, relu: bool, pool: bool, output_scale: float) -> ChainLayer:
@@ -54,7 +65,7 @@ def find_chain(graph: Graph, start: int) -> ChainStep | None:
 
     A chain begins with a convolution: linear layers alone are faster in torch.
     """
-    layers: list[tuple[int, bool, bool, int | None]] = []
+    layers: list[tuple[int, bool, bool, float]] = []
     indices: list[int] = []
     # Operations that belong to the chain if another layer follows.
     waiting: list[int] = []
@@ -70,11 +81,12 @@ def find_chain(graph: Graph, start: int) -> ChainStep | None:
         relu, pool = found
         indices += [*waiting, node.index, *(after.index for after in (relu, pool) if after is not None)]
         rounding = _find_rounding(graph, indices[-1]) if relu is not None else []
-        layers.append((node.index, relu is not None, pool is not None, rounding[-1] if rounding else None))
+        scale = graph.nodes[rounding[-1]].settings[0] if rounding else 0.0
+        layers.append((node.index, relu is not None, pool is not None, scale))
         indices += rounding
         waiting = []
         node = graph.only_reader(indices[-1])
-    return ChainStep(tuple(indices), layers) if layers else None
+    return ChainStep(tuple(indices), layers, graph.nodes) if layers else None
 
 
 def _find_rounding(graph: Graph, index: int) -> list[int]:

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightkit.capture.deferred import METADATA, Deferred, read_metadata
 from lightkit.capture.node import Node
-from lightkit.capture.recorder import Context, Recorder
+from lightkit.capture.recorder import Context, Recorder, current_settings
 from lightkit.capture.recorders import RECORDERS
 from lightkit.capture.replacements import REPLACEMENTS
 from lightkit.capture.window import Window
@@ -44,7 +44,7 @@ class CaptureMode(TorchFunctionMode):
     def __init__(self, capture: Capture) -> None:
         super().__init__()
         self._capture = capture
-        self._window = Window(capture, current_context())
+        self._window = Window(capture, Context(*current_settings()))
         self._is_paused = False
 
     @contextmanager
@@ -68,7 +68,7 @@ class CaptureMode(TorchFunctionMode):
             return func(*args, **kwargs)
         recorder = RECORDERS.get(func)
         if recorder is not None:
-            result = self._record(recorder, args, kwargs)
+            result = self._record(recorder, func, args, kwargs)
             if result is not None:
                 return result
         elif func in METADATA:
@@ -93,16 +93,19 @@ class CaptureMode(TorchFunctionMode):
                 return result
         return func(*args, **kwargs)
 
-    def _record(self, recorder: Recorder, args: Any, kwargs: Any) -> Tensor | None:
+    def _record(self, recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Tensor | None:
         """Returns a tensor that stands for the result of a call; None if the call cannot wait."""
         window = self._window
-        if _settings() != window.context:
+        if current_settings() != window.context:
             window.compute()
-            self._window = window = Window(self._capture, current_context())
+            self._window = window = Window(self._capture, Context(*current_settings()))
         # A function that packs saved tensors, such as torch's checkpointing, is called in the order of the program.
         if _top_saved_tensors_hooks(True) is not None:
             return None
         in_place = recorder.writes(args, kwargs)
+        node = window.repeat(func, args, kwargs)
+        if node is not None:
+            return window.add_in_place(node, args[0]) if in_place else window.add(node)
         if in_place and type(args[0]) is not Deferred:
             return None
         try:
@@ -115,21 +118,8 @@ class CaptureMode(TorchFunctionMode):
         for operand in result.operands:
             if type(operand) is Node and operand.window is not window:
                 return None
+        window.remember(func, args, kwargs, result)
         return window.add_in_place(result, args[0]) if in_place else window.add(result)
-
-
-def current_context() -> Context:
-    """Returns the settings of torch in this thread."""
-    return Context(*_settings())
-
-
-def _settings() -> tuple[bool, bool, torch.dtype | None]:
-    # A plain tuple: this runs in every call of a function.
-    return _is_grad_enabled(), _is_inference(), torch.get_autocast_dtype("cpu") if _is_autocast("cpu") else None
-
-
-_is_grad_enabled, _is_inference = torch.is_grad_enabled, torch.is_inference_mode_enabled
-_is_autocast = torch.is_autocast_enabled
 
 
 def _may_write(func: Any, kwargs: Any) -> bool:

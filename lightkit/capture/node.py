@@ -27,7 +27,7 @@ class Node:
         seed: the seed of a random operation.
 
     Attributes:
-        key: what decides how the operation runs: its kind, settings, shapes and dtypes, and the places of its operands.
+        key: a number for `describe`, set by `lightkit.capture.calls.Calls`.
         index: the place among the operations of its window.
         window: the operations that wait with this one; None once the value is known.
         handle: the object of the program that stands for the value, while the operation runs; None for none.
@@ -56,15 +56,25 @@ class Node:
         self.handle: Tensor | None = None
         self.value: Tensor | None = None
         self.window: Window | None = None
-        self.key: tuple[Any, ...] = (
-            kind,
-            settings,
-            shape[1:],
-            dtype,
-            requires_grad,
-            _keys(operands),
-            tuple([None if t is None else (t.shape, t.requires_grad, is_channels_last(t)) for t in tensors]),
+        self.key = -1
+
+    def describe(self) -> tuple[Any, ...]:
+        """Returns what decides how the operation runs: its kind, settings, shapes, and the places of its operands."""
+        return (
+            self.kind,
+            self.settings,
+            self.shape[1:],
+            self.dtype,
+            self.requires_grad,
+            _keys(self.operands),
+            tuple([None if t is None else (t.shape, t.requires_grad, is_channels_last(t)) for t in self.tensors]),
         )
+
+    def on(self, operands: tuple[Operand, ...], tensors: tuple[Tensor | None, ...], seed: Tensor | None) -> Node:
+        """Returns the same operation on other data of the same shapes, dtypes and memory formats."""
+        node = Node(self.kind, operands, tensors, self.settings, self.shape, self.dtype, self.requires_grad, seed)
+        node.key = self.key
+        return node
 
     def operand(self, index: int = 0) -> Tensor:
         """Returns the value of an operand, which has been computed."""

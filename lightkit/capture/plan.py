@@ -81,17 +81,16 @@ def _find_kernel(graph: Graph, index: int) -> Step | None:
 def _in_order(graph: Graph, steps: Sequence[Step], step_of: dict[int, Step]) -> list[Step]:
     """Returns the steps so that each comes after those that compute its operands."""
     ordered: dict[Step, None] = {}
-
-    def put(step: Step) -> None:
-        for before in graph.sources(step.indices):
-            if step_of[before] not in ordered:
-                put(step_of[before])
-        ordered.setdefault(step)
-
     for step in steps:
-        if step not in ordered:
-            put(step)
+        _put_in_order(graph, step, step_of, ordered)
     return list(ordered)
+
+
+def _put_in_order(graph: Graph, step: Step, step_of: dict[int, Step], ordered: dict[Step, None]) -> None:
+    if step not in ordered:
+        for before in graph.sources(step.indices):
+            _put_in_order(graph, step_of[before], step_of, ordered)
+        ordered[step] = None
 
 
 def _contiguous(graph: Graph) -> frozenset[int]:

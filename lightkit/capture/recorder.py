@@ -25,6 +25,15 @@ class Context(NamedTuple):
     autocast: torch.dtype | None
 
 
+def current_settings() -> tuple[bool, bool, torch.dtype | None]:
+    """Returns the fields of the `Context` of this thread, as a plain tuple: each call of a function compares them."""
+    return _is_grad_enabled(), _is_inference(), torch.get_autocast_dtype("cpu") if _is_autocast("cpu") else None
+
+
+_is_grad_enabled, _is_inference = torch.is_grad_enabled, torch.is_inference_mode_enabled
+_is_autocast = torch.is_autocast_enabled
+
+
 class Recorder(NamedTuple):
     """The way to record the calls of a function of torch.
 

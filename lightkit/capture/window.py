@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from lightkit.capture.calls import Call
 from lightkit.capture.deferred import Deferred
 from lightkit.capture.node import Node
-from lightkit.capture.recorder import Context
+from lightkit.capture.recorder import Context, current_settings
 
 if TYPE_CHECKING:
     from lightkit.capture.capture import Capture
@@ -34,6 +35,7 @@ class Window:
         self._handles: list[Deferred | None] = []
         # The memory of running statistics that an operation will update.
         self._written: set[int] = set()
+        self._last_call: Call | None = None
 
     def reads_written(self, arguments: Iterable[Any]) -> bool:
         """Returns True if one of the arguments of a call has memory that a waiting operation will write to."""
@@ -41,6 +43,21 @@ class Window:
             isinstance(argument, Tensor) and type(argument) is not Deferred and _memory(argument) in self._written
             for argument in arguments
         )
+
+    def repeat(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Node | None:
+        """Returns the operation of a call if it is the call that came next the last time; otherwise None."""
+        call = self._capture.calls.after(self._last_call, self.context, function, args)
+        node = None if call is None else call.repeat(function, args, kwargs, self)
+        if node is not None:
+            self._last_call = call
+        return node
+
+    def remember(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], node: Node
+    ) -> None:
+        """Expects a call from now on, of which `node` is the operation. Call it before `add` or `add_in_place`."""
+        call = self._capture.calls.remember(self._last_call, self.context, function, args, kwargs, node)
+        self._last_call = call or self._last_call
 
     def add(self, node: Node) -> Deferred:
         """Adds an operation, and returns a tensor that stands for its value."""
@@ -86,7 +103,8 @@ class Window:
         seen = [i for i in range(len(nodes)) if handles[i] is not None and sys.getrefcount(handles[i]) > _UNSEEN]
         for i in seen:
             nodes[i].handle = handles[i]
-        with _entered(self.context):
+        # In most programs the settings are those of the calls.
+        with nullcontext() if current_settings() == self.context else _entered(self.context):
             self._capture.run(nodes, seen)
         for i in set(range(len(nodes))).difference(seen):
             handle = handles[i]

@@ -91,10 +91,26 @@ def layer_chain(input: Tensor, layers: Sequence[ChainLayer]) -> Tensor:
         with torch.autocast(input.device.type, enabled=False):
             output = layer_chain(input.float(), layers)
         return output.to(torch.get_autocast_dtype(input.device.type))
-    settings = [number for layer in layers for number in (*layer.padding, layer.relu, layer.pool)]
+    return run_kernel(input, weights, biases, *kernel_settings(layers))
+
+
+def kernel_settings(layers: Sequence[ChainLayer]) -> tuple[list[int], list[float]]:
+    """Returns the settings of layers as `run_kernel` takes them."""
+    settings = [int(number) for layer in layers for number in (*layer.padding, layer.relu, layer.pool)]
     scales = [layer.output_scale for layer in layers]
+    return settings, scales if any(scales) else []
+
+
+def run_kernel(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    settings: Sequence[int],
+    scales: Sequence[float],
+) -> Tensor:
+    """Computes `layer_chain` of tensors for which `has_kernel` returns True, without autocast."""
     try:
-        return torch.ops.lightkit.layer_chain.default(input, weights, biases, settings, scales if any(scales) else [])
+        return torch.ops.lightkit.layer_chain.default(input, weights, biases, settings, scales)
     except ValueError as error:
         raise ArgumentError(str(error)) from None
 

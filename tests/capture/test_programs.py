@@ -355,17 +355,17 @@ def test_copies_and_threads():
 
 def test_a_wrong_kernel_is_found(monkeypatch):
     """A chain that is slightly wrong, in outputs or in gradients alone, is left to torch, with the figures."""
-    right = chain.layer_chain
+    right = chain.run_kernel
 
-    def wrong_output(x, layers):
-        return right(x, layers) * (1 + 1e-4)
+    def wrong_output(x, *layers):
+        return right(x, *layers) * (1 + 1e-4)
 
-    def wrong_gradient(x, layers):
-        y = right(x, layers)
+    def wrong_gradient(x, *layers):
+        y = right(x, *layers)
         return y.detach() + 1.001 * (y - y.detach())
 
     for wrong in (wrong_output, wrong_gradient):
-        monkeypatch.setattr(chain, "layer_chain", wrong)
+        monkeypatch.setattr(chain, "run_kernel", wrong)
         both = Captured(Functions())
         both.check(IMAGES)
         (region, *_) = both.capture.regions
