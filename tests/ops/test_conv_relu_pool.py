@@ -170,6 +170,18 @@ def test_error_against_float64_over_sizes(size, images, channels):
     assert_as_accurate_as_torch(*problem(images, channels, 6, *size), pool=pool)
 
 
+@pytest.mark.sanitized
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("out", [1, 2, 4, 8])
+def test_windows_that_share_a_vector(out, dtype):
+    """Few output channels: rows of 1 to 10 windows, in whole and partly filled tiles; and a row too long for pairs."""
+    for kernel in ((1, 1), (3, 2), (5, 5)):
+        for columns in range(1, 11):
+            size = kernel[0] + 4, kernel[1] - 1 + 2 * columns + columns % 3 // 2
+            assert_as_accurate_as_torch(*problem(3, 3, out, *size, kernel=kernel, dtype=dtype), pool=True)
+    assert_as_accurate_as_torch(*problem(1, 6, out, 4, 400, dtype=dtype), pool=True)
+
+
 @given(
     images=st.integers(1, 5),
     channels=st.integers(1, 40),

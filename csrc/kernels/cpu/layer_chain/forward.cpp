@@ -93,6 +93,13 @@ void ForwardKernel<T>::prepare(int64_t begin, int64_t end) {
     if (bias_ != nullptr) {
       std::copy_n(bias_ + first, filled, packed_bias_.data() + first);
     }
+    if (!winograd_ && windows_are_paired<T>(shape_)) {
+      constexpr int half = kWidth<T> / 2;
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        std::copy_n(to + tap * kWidth<T>, half, to + tap * kWidth<T> + half);
+      }
+      std::copy_n(packed_bias_.data(), half, packed_bias_.data() + half);
+    }
   }
 }
 
@@ -138,6 +145,8 @@ void ForwardKernel<T>::run(int64_t images, const T* input, T* output, uint8_t* a
     run_winograd(images, input, output, argmax);
   } else if (is_single_channel(shape_)) {
     run_single_channel(images, input, output, argmax);
+  } else if (windows_are_paired<T>(shape_)) {
+    run_half_vector(images, input, output, argmax);
   } else if (shape_.pool && vectors_ == 1) {
     run_one_vector(images, input, output, argmax);
   } else if (shape_.pool) {

@@ -242,17 +242,22 @@ class SparseGradWeight final : public GradWeightKernel<T> {
     }
   }
 
+  // An item is kListChannels output channels.
+  int64_t finish_items() const override {
+    return parts_ == 1 ? 0 : groups_;
+  }
+
   // Adds up the parts in their order.
-  void finish() override {
-    const int64_t part_size = groups_ * group_size();
-    T* const sums = sums_.data();
-    for (int64_t part = 1; part < parts_; ++part) {
-      for (int64_t i = 0; i < part_size; ++i) {
-        sums[i] += sums[part * part_size + i];
+  void finish(int64_t begin, int64_t end) override {
+    for (int64_t group = begin; group < end; ++group) {
+      T* const sums = sums_.data() + group * group_size();
+      for (int64_t part = 1; part < parts_; ++part) {
+        const T* const other = sums + part * groups_ * group_size();
+        for (int64_t i = 0; i < group_size(); ++i) {
+          sums[i] += other[i];
+        }
       }
-    }
-    for (int64_t group = 0; parts_ > 1 && group < groups_; ++group) {
-      write(group * kListChannels, sums + group * group_size());
+      write(group * kListChannels, sums);
     }
   }
 

@@ -265,7 +265,11 @@ class FewChannelsGradWeight final : public GradWeightKernel<T> {
     }
   }
 
-  void finish() override {
+  int64_t finish_items() const override {
+    return 1;
+  }
+
+  void finish(int64_t /*begin*/, int64_t /*end*/) override {
     const auto& shape = problem_.shape;
     for (int64_t part = 1; part < work_items(); ++part) {
       for (int64_t i = 0; i < size_; ++i) {

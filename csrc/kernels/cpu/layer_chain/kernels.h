@@ -47,6 +47,7 @@ class ForwardKernel {
   void run_direct(int64_t images, const T* input, T* output, uint8_t* argmax) const;
   void run_single_channel(int64_t images, const T* input, T* output, uint8_t* argmax) const;
   void run_one_vector(int64_t images, const T* input, T* output, uint8_t* argmax) const;
+  void run_half_vector(int64_t images, const T* input, T* output, uint8_t* argmax) const;
   void run_winograd(int64_t images, const T* input, T* output, uint8_t* argmax) const;
 
   const Shape shape_;
@@ -108,8 +109,11 @@ class GradWeightKernel {
   virtual ~GradWeightKernel() = default;
   virtual int64_t work_items() const = 0;
   virtual void run(int64_t begin, int64_t end) = 0;
-  // Called once, after all work items.
-  virtual void finish() {}
+  // The items of `finish`, which come after all work items.
+  virtual int64_t finish_items() const {
+    return 0;
+  }
+  virtual void finish(int64_t /*begin*/, int64_t /*end*/) {}
 };
 
 template <typename T>

@@ -16,6 +16,9 @@ void in_shares(const std::vector<int64_t>& work_items, int64_t macs, const F& ru
   for (const int64_t each : work_items) {
     shares = std::max(shares, each);
   }
+  if (shares == 0) {
+    return;
+  }
   in_pieces(shares, 1, macs, [&](int64_t share, int64_t) {
     for (size_t kernel = 0; kernel < work_items.size(); ++kernel) {
       const int64_t begin = share * work_items[kernel] / shares;
@@ -207,7 +210,9 @@ void backward(
 
   std::vector<std::unique_ptr<GradWeightKernel<T>>> weights;
   std::vector<int64_t> work_items;
+  std::vector<int64_t> finish_items;
   int64_t macs = 0;
+  int64_t finish_macs = 0;
   for (size_t l = first; l <= last; ++l) {
     if (gradients[l].weight != nullptr) {
       weights.push_back(
@@ -221,13 +226,15 @@ void backward(
               .grad_bias = gradients[l].bias,
           }));
       work_items.push_back(weights.back()->work_items());
+      finish_items.push_back(weights.back()->finish_items());
       macs += images * layers[l].shape.macs();
+      if (finish_items.back() > 0) {
+        finish_macs += kPackingMacs * layers[l].shape.out_channels * layers[l].shape.taps();
+      }
     }
   }
   in_shares(work_items, macs, [&](size_t w, int64_t begin, int64_t end) { weights[w]->run(begin, end); });
-  for (const auto& weight : weights) {
-    weight->finish();
-  }
+  in_shares(finish_items, finish_macs, [&](size_t w, int64_t begin, int64_t end) { weights[w]->finish(begin, end); });
 }
 
 template void forward(const std::vector<Layer<float>>&, int64_t, const float*, float*, float*, uint8_t*);
