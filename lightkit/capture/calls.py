@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -76,7 +77,7 @@ class Call:
             if type(value) is not cls:
                 return None
             if cls is Deferred:
-                if value.node.index != expected or value.node.window is not window:
+                if value.node.window is not window or _description(value) != expected:
                     return None
             elif cls in _TENSORS:
                 if _description(value) != expected:
@@ -93,9 +94,11 @@ class Call:
 def _description(value: Any) -> Any:
     """Returns what must be equal in an argument of the same call."""
     if type(value) is Deferred:
-        return value.node.index
+        # The key says all but the size of the batch.
+        return value.node.index, value.node.key, value.node.shape
     if type(value) in _TENSORS:
-        return value.shape, value.dtype, value.requires_grad, value.stride(), value.is_cpu, value.layout
+        strides = value.stride() if value.layout is torch.strided else None
+        return value.shape, value.dtype, value.requires_grad, strides, value.is_cpu
     return value
 
 

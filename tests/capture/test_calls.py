@@ -180,6 +180,50 @@ def test_an_operand_from_another_place_is_seen():
     both.undo()
 
 
+def test_a_call_behind_one_that_cannot_be_compared():
+    """A list among the arguments may change in place: what follows is no repetition if the list has."""
+
+    class Lists(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3)
+            self.stride = [1, 1]
+
+        def forward(self, x):
+            x = F.relu(self.first(x))
+            x = F.relu(F.conv2d(x, self.second.weight, self.second.bias, self.stride))
+            return F.max_pool2d(x, 2) / x.shape[2]
+
+    both = Captured(Lists())
+    for stride in (1, 1, 2, 2, 1):
+        for network in (both.torchs, both.ours):
+            network.stride[:] = stride, stride
+        both.check(IMAGES)
+    both.undo()
+
+
+def test_a_sparse_operand_is_torchs():
+    """A tensor without strides in the place of a dense one is no repetition."""
+
+    class Sums(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 4, 3, padding=1)
+            self.other = torch.eye(18).expand(6, 4, 18, 18).clone()
+
+        def forward(self, x):
+            return F.relu(torch.add(self.conv(x), self.other))
+
+    both = Captured(Sums())
+    with torch.no_grad():
+        for _ in range(2):
+            both.check(IMAGES, backward=False)
+        for network in (both.torchs, both.ours):
+            network.other = network.other.to_sparse()
+        both.check(IMAGES, backward=False)
+    both.undo()
+
+
 def test_repeated_calls_in_place():
     """A ReLU that overwrites its input gives torch's values in every step."""
     both = Captured(InPlace())
