@@ -208,19 +208,18 @@ def test_a_sparse_operand_is_torchs():
     class Sums(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv = nn.Conv2d(1, 4, 3, padding=1)
-            self.other = torch.eye(18).expand(6, 4, 18, 18).clone()
+            self.conv, self.other = nn.Conv2d(1, 5, 18), torch.eye(6, 5)
 
         def forward(self, x):
-            return F.relu(torch.add(self.conv(x), self.other))
+            return F.relu(torch.add(F.relu(self.conv(x)).flatten(1), self.other))
 
     both = Captured(Sums())
     with torch.no_grad():
         for _ in range(2):
             both.check(IMAGES, backward=False)
-        for network in (both.torchs, both.ours):
-            network.other = network.other.to_sparse()
-        both.check(IMAGES, backward=False)
+        for sparse in (torch.eye(6, 5).to_sparse(), torch.eye(6, 5).to_sparse_csr()):
+            both.torchs.other = both.ours.other = sparse
+            both.check(IMAGES, backward=False)
     both.undo()
 
 
