@@ -26,7 +26,7 @@ _TENSORS = (Tensor, Parameter)
 _CONSTANTS = (type(None), bool, int, float, str)
 
 # A call is a few small objects. The limits keep a program whose calls never repeat from growing.
-_MAX_FIRST_CALLS = 256
+_MAX_CALLS = 4096
 _MAX_KEYS = 4096
 
 
@@ -107,6 +107,8 @@ class Calls:
 
     def __init__(self) -> None:
         self._first: dict[Any, Call] = {}
+        # The number of calls since `_first` was empty.
+        self._count = 0
         self._keys: dict[Any, int] = {}
         self._numbers = count()
 
@@ -131,20 +133,16 @@ class Calls:
             The call; None if its arguments cannot be compared with those of another.
         """
         node.key = self._key(node.describe())
-        values = (*args, *kwargs.values())
-        if not all(type(value) is Deferred or type(value) in _TENSORS or _is_constant(value) for value in values):
+        call = _as_call(function, args, kwargs, node)
+        if call is None:
             return None
-        places = {id(value.node) if type(value) is Deferred else id(value): i for i, value in enumerate(values)}
-        operands = tuple(places.get(id(operand), -1) for operand in node.operands)
-        tensors = tuple(None if tensor is None else places.get(id(tensor), -1) for tensor in node.tensors)
-        if -1 in operands or -1 in tensors:
-            return None
-        call = Call(function, values, tuple(kwargs), node.on((), (), node.seed), operands, tensors)
+        self._count += 1
+        if self._count > _MAX_CALLS:
+            self._first.clear()
+            self._count = 0
         if last is not None:
             last.next = call
         else:
-            if len(self._first) >= _MAX_FIRST_CALLS:
-                self._first.clear()
             self._first[_start(context, function, args)] = call
         return call
 
@@ -156,6 +154,32 @@ class Calls:
                 self._keys.clear()
             key = self._keys[description] = next(self._numbers)
         return key
+
+
+def _as_call(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], node: Node
+) -> Call | None:
+    """Returns a call, of which ``node`` is the operation; None if its arguments cannot be compared with another's.
+
+    They cannot for a list, which may change in place, for a tensor whose value is a setting, and for a tensor in two
+    places, in which there may be two tensors the next time.
+    """
+    values = (*args, *kwargs.values())
+    places: dict[int, int] = {}
+    for i, value in enumerate(values):
+        if type(value) is Deferred:
+            places[id(value.node)] = i
+        elif type(value) in _TENSORS:
+            if id(value) in places:
+                return None
+            places[id(value)] = i
+        elif not _is_constant(value):
+            return None
+    operands = tuple(places.get(id(operand), -1) for operand in node.operands)
+    tensors = tuple(None if tensor is None else places.get(id(tensor), -1) for tensor in node.tensors)
+    if -1 in operands or -1 in tensors or not {*operands, *tensors}.issuperset(places.values()):
+        return None
+    return Call(function, values, tuple(kwargs), node.on((), (), node.seed), operands, tensors)
 
 
 def _start(context: Context, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:

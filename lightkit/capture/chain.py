@@ -39,9 +39,9 @@ class ChainStep(Step):
     def run(self, nodes: Sequence[Node]) -> Tensor:
         """Returns the output of the last layer."""
         input, last = nodes[self.indices[0]].operand(), nodes[self.indices[-1]]
-        if last.dtype == input.dtype and kernels_apply(input):
+        weights, biases = zip(*[nodes[layer[0]].tensors for layer in self._layers], strict=True)
+        if weights[0].dtype == input.dtype == last.dtype and kernels_apply(input):
             # The recorders have looked at each tensor.
-            weights, biases = zip(*[nodes[layer[0]].tensors for layer in self._layers], strict=True)
             output = run_kernel(input, weights, biases, self._settings, self._scales)
         else:
             # Under autocast, or within torch.func.

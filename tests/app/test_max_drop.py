@@ -1,4 +1,4 @@
-"""``compress.max_drop`` of a training: which search the entries of the group ask for, which are rejected, and its end."""
+"""``compress.max_drop`` of a training: which search its entries ask for, what is rejected, and how a search ends."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from captured import IMAGES, Captured
 from programs import Functions, InPlace
 from torch import nn
 
-from lightkit.capture import mode
+from lightkit.capture import calls, mode
 from lightkit.capture.recorders import RECORDERS
 
 
@@ -231,15 +231,97 @@ def test_repeated_calls_in_place():
     both.undo()
 
 
-def test_calls_that_never_repeat_take_bounded_memory():
-    """The known calls of a program whose sizes always differ stay few."""
-    convolution = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU())
-    both = Captured(convolution)
-    calls = both.capture.calls
-    for width in range(3, 40):
-        both.ours(torch.randn(1, 1, 3, width))
-    assert len(calls._first) <= 1
-    calls._keys = {("filled", i): i for i in range(4096)}
-    both.ours(torch.randn(1, 1, 3, 50))
-    assert len(calls._keys) == 2
+def test_a_tensor_as_a_number_is_read_in_every_call():
+    """Torch takes a tensor of one number for a setting; its value may change in place."""
+
+    class Warming(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 4, 3)
+            self.register_buffer("share", torch.tensor(1.0))
+
+        def forward(self, x):
+            x = self.conv(x)
+            return F.relu(torch.add(F.relu(x), torch.tanh(x), alpha=self.share))
+
+    both = Captured(Warming())
+    for share in (1.0, 1.0, 0.25, 1.0):
+        for network in (both.torchs, both.ours):
+            network.share.fill_(share)
+        both.check(IMAGES)
     both.undo()
+
+
+def test_one_tensor_in_two_places_becomes_two():
+    """The weight and the bias of a norm are tied, and then they are not."""
+    both = Captured(Layers())
+    for network in (both.torchs, both.ours):
+        network.norm.bias = network.norm.weight
+    for untied in (False, False, True, True):
+        for network in (both.torchs, both.ours):
+            if untied:
+                network.norm.bias = nn.Parameter(torch.arange(16.0))
+        both.check(IMAGE)
+    both.undo()
+
+
+def test_a_chain_behind_a_value_of_autocast():
+    """Its input is bfloat16 and its weights are not; the first layer alone is torch's."""
+
+    class Stem(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 16, 3, stride=2), nn.Conv2d(16, 16, 3, padding=1)
+
+        def forward(self, x):
+            return F.max_pool2d(F.relu(self.second(F.relu(self.first(x)))), 2)
+
+    images = torch.randn(4, 3, 36, 36, generator=torch.Generator().manual_seed(0))
+    both = Captured(Stem())
+    both.check(images)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            ours, torchs = both.ours(images), both.torchs(images)
+            assert ours.dtype == torch.bfloat16
+            torch.testing.assert_close(ours, torchs, rtol=0.05, atol=0.02)
+    assert {"first", "second"} <= set(both.replaced())
+    both.undo()
+
+
+def test_calls_that_never_repeat_take_bounded_memory(monkeypatch):
+    """The known calls of a program whose sizes always differ stay few, and so do those of a long loop in one call."""
+
+    class Loop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 1, 3, padding=1)
+
+        def forward(self, x):
+            for _ in range(100):
+                x = F.relu(self.conv(x)).abs()
+            return x
+
+    monkeypatch.setattr(calls, "_MAX_CALLS", 20)
+    both = Captured(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()))
+    known = both.capture.calls
+    for width in range(3, 60):
+        both.ours(torch.randn(1, 1, 3, width))
+    assert _length(known) <= 20
+    known._keys = {("filled", i): i for i in range(4096)}
+    both.ours(torch.randn(1, 1, 3, 70))
+    assert len(known._keys) == 2
+    both.undo()
+    both = Captured(Loop())
+    for _ in range(2):
+        both.check(IMAGES)
+        assert _length(both.capture.calls) <= 20
+    both.undo()
+
+
+def _length(known: calls.Calls) -> int:
+    """Returns the number of calls that a capture keeps."""
+    count = 0
+    for call in known._first.values():
+        while call is not None:
+            count, call = count + 1, call.next
+    return count
