@@ -156,9 +156,7 @@ class Calls:
         return key
 
 
-def _as_call(
-    function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], node: Node
-) -> Call | None:
+def _as_call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], node: Node) -> Call | None:
     """Returns a call, of which ``node`` is the operation; None if its arguments cannot be compared with another's.
 
     They cannot for a list, which may change in place, for a tensor whose value is a setting, and for a tensor in two
