@@ -16,12 +16,11 @@ from lightkit.capture.node import Node
 from lightkit.capture.recorder import Context, Recorder, current_settings
 from lightkit.capture.recorders import RECORDERS
 from lightkit.capture.replacements import REPLACEMENTS
+from lightkit.capture.saved_tensors import are_saved_tensors_packed
 from lightkit.capture.window import Window
 
 if TYPE_CHECKING:
     from lightkit.capture.capture import Capture
-
-_top_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
 
 _INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool})
 
@@ -66,6 +65,10 @@ class CaptureMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._is_paused:
             return func(*args, **kwargs)
+        if are_saved_tensors_packed():
+            # Torch's checkpointing calls the function again in backward, and compares what both calls save.
+            self._window.compute()
+            return func(*args, **kwargs)
         recorder = RECORDERS.get(func)
         if recorder is not None:
             result = self._record(recorder, func, args, kwargs)
@@ -99,9 +102,6 @@ class CaptureMode(TorchFunctionMode):
         if current_settings() != window.context:
             window.compute()
             self._window = window = Window(self._capture, Context(*current_settings()))
-        # A function that packs saved tensors, such as torch's checkpointing, is called in the order of the program.
-        if _top_saved_tensors_hooks(True) is not None:
-            return None
         in_place = recorder.writes(args, kwargs)
         node = window.repeat(func, args, kwargs)
         if node is not None:

@@ -17,6 +17,7 @@ from torch.utils._device import DeviceContext
 from lightkit._util.originals import Originals
 from lightkit.capture.capture import Capture
 from lightkit.capture.mode import CaptureMode
+from lightkit.capture.saved_tensors import are_saved_tensors_packed
 from lightkit.ops._code_patch import is_dispatched_by_modes
 
 # Torch's functions in Python that pass on their own name: a patch in the place of one would be called twice.
@@ -50,7 +51,7 @@ def call_captured(capture: Capture, function: Callable[..., Any], args: Any, kwa
 
 def can_capture() -> bool:
     """Returns False within a captured call, and where something else watches or changes what functions do."""
-    return _thread.mode is None and not _is_watched()
+    return _thread.mode is None and not are_saved_tensors_packed() and not _is_watched()
 
 
 class _ModuleCall(ABC):
@@ -92,8 +93,8 @@ class _ModuleCall(ABC):
 class CapturedCall(_ModuleCall):
     """Replaces the call of a module: ``module(...)`` runs the same code, with its operations captured.
 
-    A call within a captured call belongs to it. Under torch.compile, torch.func, tracing, a TorchDispatchMode or
-    another TorchFunctionMode, which watch or change what functions do, the call is torch's.
+    A call within a captured call belongs to it. Under hooks of saved tensors, torch.compile, torch.func, tracing, a
+    TorchDispatchMode or another TorchFunctionMode, which watch or change what functions do, the call is torch's.
 
     Args:
         module: a module that is not compiled.

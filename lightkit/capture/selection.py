@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from lightkit.capture.capture import Capture
-from lightkit.capture.function_apply import patch_function_apply
 from lightkit.capture.module_call import CapturedCall, SkippedCall
+from lightkit.capture.unseen_functions import patch_unseen_functions
 from lightkit.nn import FusedSequential
 
 _LAYERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
@@ -32,7 +32,7 @@ def capture_calls(
         A function that restores torch's calls.
     """
     undo = ExitStack()
-    undo.callback(patch_function_apply())
+    undo.callback(patch_unseen_functions())
     skipped = {name for name, _ in root.named_modules() if skip(name)}
     for name, module in root.named_modules():
         if vars(module).get("_compiled_call_impl") is not None:

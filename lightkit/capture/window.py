@@ -14,6 +14,7 @@ from lightkit.capture.calls import Call
 from lightkit.capture.deferred import Deferred
 from lightkit.capture.node import Node
 from lightkit.capture.recorder import Context, current_settings
+from lightkit.capture.saved_tensors import are_saved_tensors_packed, unpacked_saved_tensors
 
 if TYPE_CHECKING:
     from lightkit.capture.capture import Capture
@@ -104,7 +105,10 @@ class Window:
         for i in seen:
             nodes[i].handle = handles[i]
         # In most programs the settings are those of the calls.
-        with nullcontext() if current_settings() == self.context else _entered(self.context):
+        settings = nullcontext() if current_settings() == self.context else _entered(self.context)
+        # Nothing packed saved tensors when the operations were called.
+        hooks = unpacked_saved_tensors() if are_saved_tensors_packed() else nullcontext()
+        with settings, hooks:
             self._capture.run(nodes, seen)
         for i in set(range(len(nodes))).difference(seen):
             handle = handles[i]

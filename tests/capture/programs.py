@@ -272,6 +272,37 @@ class Reentrant(Layers):
         return self.head(x.flatten(1))
 
 
+class Checkpointed(nn.Module):
+    """A module that is checkpointed behind layers that wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(1, 8, 3), nn.Linear(8, 5)
+        self.body = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.stem(x)), 2)
+        return self.head(checkpoint(self.body, x, use_reentrant=False).mean((2, 3)))
+
+
+class Packed(Layers):
+    """Hooks of saved tensors around a part, which a program may count."""
+
+    def __init__(self):
+        super().__init__()
+        self.packed = []
+
+    def forward(self, x):
+        def pack(tensor):
+            self.packed.append(tuple(tensor.shape))
+            return tensor
+
+        x = self.pool(F.relu(self.conv1(x)))
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            x = self.pool(F.relu(self.conv2(x)))
+        return self.head(x.flatten(1))
+
+
 class Shared(nn.Module):
     """One module that is called twice, and a weight under two names."""
 
