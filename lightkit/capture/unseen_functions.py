@@ -21,7 +21,7 @@ _lock = threading.Lock()
 _users = 0
 # A classmethod of Python before torch 2.14, one of C++ since: both bind by `__get__`.
 _torchs_apply = vars(Function)["apply"]
-_Frame: Any = torch.utils.checkpoint._CheckpointFrame
+_Frame: Any = getattr(torch.utils.checkpoint, "_CheckpointFrame", object)
 # Since torch 2.13; before, the inputs went through an autograd.Function.
 _torchs_save_inputs = vars(_Frame).get("save_inputs")
 
