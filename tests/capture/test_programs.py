@@ -10,18 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from captured import IMAGES, Captured
-from programs import (
-    PROGRAMS,
-    WAYS,
-    Activated,
-    Checkpointed,
-    Functions,
-    Layers,
-    Methods,
-    Normalized,
-    Packed,
-    Sequences,
-)
+from programs import PROGRAMS, WAYS, Activated, Functions, Layers, Methods, Normalized, Sequences
 from torch import nn
 from torch.autograd import Function
 
@@ -361,28 +350,6 @@ def test_copies_and_threads():
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(lambda _: both.ours(IMAGES), range(8)))
     torch.testing.assert_close(results, [copied(IMAGES)] * 8)
-    both.undo()
-
-
-@pytest.mark.parametrize("first", [torch.inference_mode, torch.no_grad, torch.enable_grad])
-def test_a_checkpointed_module(first):
-    """Its gradients are torch's, whichever call comes first; the layers before it run on the kernels."""
-    both = Captured(Checkpointed())
-    with first():
-        both.check(IMAGES, backward=first is torch.enable_grad)
-    for _ in range(2):
-        both.check(IMAGES)
-    assert "stem" in both.replaced()
-    both.undo()
-
-
-def test_hooks_of_saved_tensors():
-    """They get what torch's operations within them save, and nothing of the operations before."""
-    both = Captured(Packed())
-    for _ in range(2):
-        both.check(IMAGES)
-        assert both.ours.packed == both.torchs.packed != []
-    assert "conv1" in both.replaced() and "conv2" not in both.replaced()
     both.undo()
 
 

@@ -49,8 +49,8 @@ inline constexpr int kPairs = 4;
 inline constexpr int kPairs = 2;
 #endif
 
-// The most bytes of a row of inputs that two windows share a vector for. Derived: the rows of a 5x5 kernel then fit a
-// quarter of an L2 of 2 MiB.
+// The most bytes of a row of inputs that two windows share a vector for. Derived: the six rows that a 5x5 kernel reads
+// then take 576 KiB of an L2 of 2 MiB.
 inline constexpr int64_t kMaxPairedRowBytes = 96 * 1024;
 
 // Returns true if two windows of a pooled kernel share a vector.
